@@ -1,0 +1,186 @@
+"""Safetensors shards written tensor by tensor, so that a model larger than memory can be saved.
+
+A shard grows in a spool file; when it is full it is laid out as the safetensors library would (largest elements
+first, then by name) and appears under its name in one `os.replace`:
+
+    8 bytes: length of the header | JSON header padded to 8 | raw tensors
+
+Names and dtypes are the caller's; nothing here knows a model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["INDEX_NAME", "SINGLE_NAME", "ShardWriter"]
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+_CHUNK = 16 * 2**20
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int  # in the spool
+    bytes: int
+
+
+class ShardWriter:
+    """Takes named tensors one after another and writes them as the safetensors shards of a Hugging Face folder.
+
+    max_shard_bytes: a shard is closed before it would hold more; a tensor larger than that is a shard of its own.
+    Memory: one tensor. Disk: each shard twice while it is closed. `close` (or leaving the `with` block without an
+    error) gives the shards their final names and writes the index, or one `model.safetensors` when a shard was enough.
+
+    >>> with ShardWriter(folder) as writer:
+    ...     writer.write("lm_head.weight", torch.zeros(4, 2))
+
+    Raises ValueError for a name written twice, a dtype that safetensors lacks, or no tensor at all.
+    """
+
+    def __init__(self, folder: str | Path, *, max_shard_bytes: float = 4e9) -> None:
+        self.folder, self.max_shard_bytes = Path(folder), int(max_shard_bytes)
+        self.total_bytes = 0
+        self._parts: list[Path] = []
+        self._names: dict[str, int] = {}  # tensor -> number of its shard, from 0
+        self._entries: list[_Entry] = []  # of the shard in the spool
+        self._filled = 0  # bytes in the spool
+        self._spool: BinaryIO | None = None
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Add one tensor (any shape, device and layout); its values are on disk when this returns."""
+        if name in self._names:
+            raise ValueError(f"tensor {name!r} was written twice to {self.folder}; pass tied weights once")
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"tensor {name!r} has dtype {tensor.dtype}, which safetensors cannot hold; cast it first")
+        if tensor.is_meta:
+            raise ValueError(f"tensor {name!r} is on the meta device and has no values; load it before saving")
+        size = tensor.numel() * tensor.element_size()
+        if self._entries and self._filled + size > self.max_shard_bytes:
+            self._close_shard()
+        if self._spool is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._spool = self._spool_path.open("w+b")
+        self._entries.append(_Entry(name, tensor.dtype, tuple(tensor.shape), self._filled, size))
+        self._names[name] = len(self._parts)
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        self._spool.write(flat.view(torch.uint8).numpy().data)
+        self._filled += size
+        self.total_bytes += size
+
+    def close(self) -> tuple[str, ...]:
+        """File names of the finished checkpoint, the index last if there is one."""
+        if not self._names:
+            raise ValueError(f"no tensor was written to {self.folder}; a model without weights is not saved")
+        self._close_shard()
+        count = len(self._parts)
+        files = [SINGLE_NAME] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        for part, file in zip(self._parts, files, strict=True):
+            os.replace(part, self.folder / file)
+        if count > 1:
+            weight_map = {name: files[i] for name, i in sorted(self._names.items())}
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+            write_text(self.folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+            files.append(INDEX_NAME)
+        return tuple(files)
+
+    def abort(self) -> None:
+        """Delete what was written so far."""
+        if self._spool is not None:
+            self._spool.close()
+            self._spool = None
+        for path in (*self._parts, self._spool_path):
+            path.unlink(missing_ok=True)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> Literal[False]:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+        return False
+
+    @property
+    def _spool_path(self) -> Path:
+        return self.folder / "model.safetensors.spool"
+
+    def _close_shard(self) -> None:
+        spool = self._spool
+        if spool is None:
+            return
+        part = self.folder / f"model-{len(self._parts) + 1:05d}.safetensors.part"
+        unfinished = part.with_suffix(".tmp")
+        entries = sorted(self._entries, key=lambda e: (-e.dtype.itemsize, e.name))
+        with unfinished.open("wb") as file:
+            file.write(_header(entries))
+            for entry in entries:
+                _copy(spool, file, entry)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, part)
+        spool.close()
+        self._spool_path.unlink()
+        self._parts.append(part)
+        self._entries, self._filled, self._spool = [], 0, None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` so that `path` holds all of it or is not there."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def _header(entries: list[_Entry]) -> bytes:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for entry in entries:
+        end = start + entry.bytes
+        header[entry.name] = {
+            "dtype": _DTYPES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [start, end],
+        }
+        start = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _copy(spool: BinaryIO, file: BinaryIO, entry: _Entry) -> None:
+    spool.seek(entry.offset)
+    left = entry.bytes
+    while left:
+        chunk = spool.read(min(left, _CHUNK))
+        file.write(chunk)
+        left -= len(chunk)
