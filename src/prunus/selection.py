@@ -1,0 +1,277 @@
+"""Exact selection of the largest scores: over a matrix, in every row, in small groups, over a whole model.
+
+One rule everywhere: larger scores are kept, and among equal scores the lower flat index is. So the number kept is the
+number asked for, whatever the ties. Thresholds come from selection (kthvalue, topk, bit search, histogram), never from
+sorting a matrix or a model.
+
+    keep = score > t  or  (score == t and this is one of the first `kept - #(score > t)` equals)
+
+What a pattern means is in `patterns.py`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "check_scores",
+    "keep_largest",
+    "keep_largest_of_group",
+    "keep_largest_of_row",
+    "kept_of",
+    "kth_largest",
+    "select_global",
+    "select_global_share",
+]
+
+_CHUNK = 1 << 22  # entries worked on at once: bounds the temporaries (12 bytes an entry) to about 50 MB
+_TOPK = 1 << 22  # largest CUDA problem given to topk, which allocates its result; above it bits are searched
+
+
+def kept_of(numel: int, sparsity: float) -> int:
+    """How many of `numel` entries stay at a sparsity (share of zeros, in [0, 1)): `numel - round(sparsity * numel)`.
+
+    Raises ValueError for a sparsity outside [0, 1), NaN included.
+
+    >>> kept_of(10, 0.7)
+    3
+    """
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity is the share of zeros, in [0, 1); got {sparsity}. 70 % zeros is 0.7")
+    return numel - round(sparsity * numel)
+
+
+def check_scores(score: Tensor, name: str = "score") -> None:
+    """Raise ValueError unless `score` is floating and free of NaN (infinities are ordered and may stay)."""
+    if not score.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {score.dtype}; pass score.float()")
+    if bool(score.isnan().any()):
+        raise ValueError(
+            f"{name} has {int(score.isnan().sum())} NaN of {score.numel()} entries: they cannot be ordered. "
+            "Check the weights and the calibration inputs for NaN and Inf"
+        )
+
+
+def keep_largest(score: Tensor, kept: int) -> Tensor:
+    """The mask of the `kept` largest entries of a whole matrix.
+
+    score: (rows, columns) floating, no NaN (not checked here); 0 <= kept <= score.numel(). Returns bool, same shape.
+
+    >>> keep_largest(torch.tensor([[1.0, 3.0], [3.0, 3.0]]), 2).tolist()
+    [[False, True], [True, False]]
+    """
+    if kept <= 0 or kept >= score.numel():
+        return torch.full(score.shape, kept > 0, dtype=torch.bool, device=score.device)
+    threshold = _kth(score, kept)
+    mask = torch.empty(score.shape, dtype=torch.bool, device=score.device)
+    above = torch.zeros((), dtype=torch.int64, device=score.device)
+    ties: list[Tensor] = []
+    for rows in _row_chunks(score):
+        above += (score[rows] > threshold).sum()
+        ties.append((score[rows] == threshold).sum(1))
+    ties_of_row = torch.cat(ties)
+    before = ties_of_row.cumsum(0) - ties_of_row  # equals in earlier rows
+    wanted = (kept - above - before).clamp_(min=0)  # equals this row may still take
+    for rows in _row_chunks(score):
+        mask[rows] = _above_or_first(score[rows], threshold, wanted[rows, None])
+    return mask
+
+
+def keep_largest_of_row(score: Tensor, kept: int) -> Tensor:
+    """The mask of the `kept` largest entries of every row.
+
+    score: (rows, columns) floating, no NaN (not checked here); 0 <= kept <= columns. Returns bool, same shape.
+
+    >>> keep_largest_of_row(torch.tensor([[1.0, 2.0, 2.0], [5.0, 0.0, 1.0]]), 1).tolist()
+    [[False, True, False], [True, False, False]]
+    """
+    columns = score.shape[1]
+    if kept <= 0 or kept >= columns:
+        return torch.full(score.shape, kept > 0, dtype=torch.bool, device=score.device)
+    mask = torch.empty(score.shape, dtype=torch.bool, device=score.device)
+    for rows in _row_chunks(score):
+        part = score[rows]
+        threshold = part.kthvalue(columns - kept + 1, dim=1, keepdim=True).values
+        wanted = kept - (part > threshold).sum(1, keepdim=True)
+        mask[rows] = _above_or_first(part, threshold, wanted)
+    return mask
+
+
+def keep_largest_of_group(score: Tensor, kept: int) -> Tensor:
+    """The mask of the `kept` largest entries along the last, short dimension.
+
+    score: (..., m) floating, no NaN (not checked here); 0 <= kept <= m. Returns bool, same shape. Each entry's rank is
+    counted, #(larger) + #(equal and earlier): m^2 comparisons a group, no sort and no host synchronisation.
+
+    >>> keep_largest_of_group(torch.tensor([1.0, 4.0, 1.0, 0.0]), 2).tolist()
+    [True, True, False, False]
+    """
+    m = score.shape[-1]
+    if score.numel() * m <= _CHUNK:  # one comparison of all pairs: fewest kernel launches
+        mine, other = score.unsqueeze(-1), score.unsqueeze(-2)
+        earlier = torch.ones(m, m, dtype=torch.bool, device=score.device).tril_(-1)
+        return ((other > mine) | ((other == mine) & earlier)).sum(-1) < kept
+    rank = torch.zeros(score.shape, dtype=torch.int16, device=score.device)
+    for j in range(m):  # one opponent at a time: least memory
+        opponent = score[..., j : j + 1]
+        rank[..., :j] += opponent > score[..., :j]
+        rank[..., j + 1 :] += opponent >= score[..., j + 1 :]
+    return rank < kept
+
+
+def kth_largest(scores: Mapping[str, Tensor], k: int) -> float:
+    """The k-th largest score (k from 1) over all tensors of a mapping, exact, in bounded memory.
+
+    scores: name -> float32, bfloat16 or float16 of any shape; read twice in the mapping's order, so values may be
+    computed on access. The order-preserving integer key of a float32 is refined by two histograms of 16 bits; nothing
+    is concatenated. Raises ValueError for NaN, float64, or k outside 1..(number of scores).
+
+    >>> kth_largest({"a": torch.tensor([1.0, 5.0]), "b": torch.tensor([3.0])}, 2)
+    3.0
+    """
+    return _refine(scores, k, _high_histogram(scores))
+
+
+def select_global(scores: Mapping[str, Tensor], kept: int) -> dict[str, int]:
+    """How many entries of each tensor are among the `kept` largest of all; the counts add up to `kept`.
+
+    scores: as in `kth_largest`; read three times. Ties go to earlier tensors, in the order of the mapping, then to
+    lower flat indices: `keep_largest` with these counts gives the mask of one direct model-wide selection.
+    Raises ValueError for NaN, float64, or kept outside 0..(number of scores).
+
+    >>> select_global({"a": torch.tensor([1.0, 5.0]), "b": torch.tensor([3.0])}, 2)
+    {'a': 1, 'b': 1}
+    """
+    return _select(scores, kept, _high_histogram(scores))
+
+
+def select_global_share(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
+    """`select_global` for a model-wide sparsity in [0, 1), in the same three readings.
+
+    >>> select_global_share({"a": torch.tensor([1.0, 5.0]), "b": torch.tensor([3.0, 4.0])}, 0.5)
+    {'a': 1, 'b': 1}
+    """
+    kept_of(0, sparsity)  # refuse before the readings
+    histogram = _high_histogram(scores)
+    return _select(scores, kept_of(int(histogram.sum()), sparsity), histogram)
+
+
+def _select(scores: Mapping[str, Tensor], kept: int, histogram: Tensor) -> dict[str, int]:
+    total = int(histogram.sum())
+    if not 0 <= operator.index(kept) <= total:
+        raise ValueError(f"cannot keep {kept} of {total} entries")
+    if kept == 0:
+        return dict.fromkeys(scores, 0)
+    threshold = _refine(scores, kept, histogram)
+    above = dict.fromkeys(scores, 0)
+    equal = dict.fromkeys(scores, 0)
+    for name, score in scores.items():
+        for part in _flat_chunks(score):
+            above[name] += int((part > threshold).sum())
+            equal[name] += int((part == threshold).sum())
+    wanted = kept - sum(above.values())
+    for name, count in equal.items():
+        taken = min(count, wanted)
+        above[name] += taken
+        wanted -= taken
+    return above
+
+
+def _kth(score: Tensor, k: int) -> Tensor:
+    """The k-th largest entry of a matrix as a scalar tensor, without host synchronisation."""
+    flat = score.reshape(-1)
+    smaller = flat.numel() - k + 1  # the same entry, counted from below
+    if not flat.is_cuda:
+        return flat.kthvalue(smaller).values
+    if flat.numel() > _TOPK:
+        return _kth_by_bits(flat, k)
+    if k <= smaller:
+        return flat.topk(k, sorted=False).values.min()
+    return flat.topk(smaller, largest=False, sorted=False).values.max()
+
+
+def _kth_by_bits(flat: Tensor, k: int) -> Tensor:
+    """The k-th largest by fixing one bit of its integer key after the other, from the top.
+
+    On CUDA kthvalue gives one long row to a single block; this reads the keys 32 times with the whole device.
+    """
+    keys, bits = _keys(flat)
+    found = torch.full((), -(1 << (bits - 1)), dtype=keys.dtype, device=keys.device)
+    for bit in reversed(range(bits)):
+        flip = 1 << bit if bit < bits - 1 else -(1 << (bits - 1))
+        trial = found ^ flip
+        found = torch.where((keys >= trial).sum() >= k, trial, found)
+    return _unkey(found)
+
+
+def _keys(flat: Tensor) -> tuple[Tensor, int]:
+    """Integers in the order of the floats (with -0 equal to +0), and their width in bits."""
+    if flat.dtype == torch.float64:
+        raw = (flat + 0.0).view(torch.int64)
+        return raw ^ ((raw >> 63) & 0x7FFFFFFFFFFFFFFF), 64
+    raw = (flat.float() + 0.0).view(torch.int32)
+    return raw ^ ((raw >> 31) & 0x7FFFFFFF), 32
+
+
+def _unkey(key: Tensor) -> Tensor:
+    if key.dtype == torch.int64:
+        return (key ^ ((key >> 63) & 0x7FFFFFFFFFFFFFFF)).view(torch.float64)
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).view(torch.float32)
+
+
+def _high_histogram(scores: Mapping[str, Tensor]) -> Tensor:
+    """Counts of the upper 16 key bits over all scores, (65536,) int64 on the CPU; refuses NaN by name."""
+    histogram = torch.zeros(65536, dtype=torch.int64)
+    for name, score in scores.items():
+        check_scores(score, f"score of '{name}'")
+        if score.dtype == torch.float64:
+            raise ValueError(f"model-wide selection compares float32 scores; '{name}' is float64: pass score.float()")
+        for part in _flat_chunks(score):
+            high = (_keys(part)[0] >> 16) + 32768
+            histogram += torch.bincount(high, minlength=65536).cpu()
+    return histogram
+
+
+def _refine(scores: Mapping[str, Tensor], k: int, histogram: Tensor) -> float:
+    total = int(histogram.sum())
+    if not 1 <= operator.index(k) <= total:
+        raise ValueError(f"there is no {k}-th largest of {total} entries")
+    high, above = _bin_of(histogram, k)
+    low = torch.zeros(65536, dtype=torch.int64)
+    for score in scores.values():
+        for part in _flat_chunks(score):
+            keys = _keys(part)[0]
+            inside = keys[(keys >> 16) + 32768 == high] & 0xFFFF
+            low += torch.bincount(inside, minlength=65536).cpu()
+    key = ((high - 32768) << 16) | _bin_of(low, k - above)[0]
+    return float(_unkey(torch.tensor(key, dtype=torch.int32)))
+
+
+def _bin_of(histogram: Tensor, k: int) -> tuple[int, int]:
+    """The bin that holds the k-th largest, and how many entries lie in higher bins."""
+    from_top = histogram.flip(0).cumsum(0)
+    place = int(torch.searchsorted(from_top, torch.tensor(k)))
+    above = int(from_top[place - 1]) if place else 0
+    return len(histogram) - 1 - place, above
+
+
+def _above_or_first(score: Tensor, threshold: Tensor, wanted: Tensor) -> Tensor:
+    """Entries above the threshold, and in each row the first `wanted` (rows, 1) that equal it."""
+    equal = score == threshold
+    return (score > threshold) | (equal & (equal.cumsum(1, dtype=torch.int32) <= wanted))
+
+
+def _row_chunks(score: Tensor) -> Iterator[slice]:
+    rows, columns = score.shape
+    step = max(1, _CHUNK // max(1, columns))
+    for start in range(0, rows, step):
+        yield slice(start, min(rows, start + step))
+
+
+def _flat_chunks(score: Tensor) -> Iterator[Tensor]:
+    for part in score.detach().reshape(-1).split(_CHUNK):
+        yield part.float()  # a threshold of another dtype must not be rounded to a tensor's own
