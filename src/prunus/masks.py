@@ -1,0 +1,234 @@
+"""Which weights stay: `Masks` maps parameter names to bool tensors in the parameters' own shapes; True is kept.
+
+A mask is a value of its own. It is never read off the weights, because trained weights pass through zero; the one
+exception is `infer_masks`, for foreign checkpoints. Pruned entries are stored as +0.0. How a mask is chosen is in
+`patterns.py`.
+
+File: safetensors with one uint8 vector a parameter, 8 entries a byte, lowest bit first, shapes in the metadata.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+if TYPE_CHECKING:
+    from prunus.layers import View
+
+__all__ = ["Masks", "infer_masks"]
+
+_FORMAT = "prunus.masks"
+_VERSION = "1"
+
+
+class Masks(Mapping[str, Tensor]):
+    """Parameter name (a key of `dict(model.named_parameters())`) -> bool tensor of the parameter's shape; True is kept.
+
+    A parameter without a mask is dense. Raises ValueError for a mask that is not bool.
+
+    >>> masks = Masks({"weight": torch.tensor([[True, False]])})
+    >>> masks.sparsity
+    0.5
+    """
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+        for name, mask in masks.items():
+            if mask.dtype != torch.bool:
+                raise ValueError(f"mask of '{name}' must be bool (True is kept), got {mask.dtype}")
+        self._masks = dict(masks)
+
+    @classmethod
+    def of(cls, views: Iterable[View], matrices: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> Masks:
+        """Masks from matrices (view name -> bool (out, in)) and parameter shapes (parameter name -> shape).
+
+        Views of one stacked parameter fill one mask; its experts without a matrix stay dense. Raises ValueError when
+        a matrix belongs to none of the views.
+        """
+        by_name = {view.name: view for view in views}
+        whole: dict[str, Tensor] = {}
+        for name, matrix in matrices.items():
+            if name not in by_name:
+                raise ValueError(f"'{name}' is not one of the {len(by_name)} views{_close(name, by_name)}")
+            view = by_name[name]
+            if view.parameter not in whole:
+                whole[view.parameter] = torch.ones(
+                    tuple(shapes[view.parameter]), dtype=torch.bool, device=matrix.device
+                )
+            view.write_(whole[view.parameter], matrix)
+        return cls(whole)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._masks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def __repr__(self) -> str:
+        return f"Masks({len(self)} parameters, sparsity {self.sparsity:.4f})"
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both name the same parameters and keep the same entries, wherever they are stored."""
+        if not isinstance(other, Masks):
+            return NotImplemented
+        return self.keys() == other.keys() and all(torch.equal(self[name].cpu(), other[name].cpu()) for name in self)
+
+    def __and__(self, other: Masks) -> Masks:
+        """What both keep; a parameter that only one of them names has that one's mask."""
+        joined = {**self, **other}
+        for name in self.keys() & other.keys():
+            if self[name].shape != other[name].shape:
+                raise ValueError(f"masks of '{name}' have shapes {_shape(self[name])} and {_shape(other[name])}")
+            joined[name] = self[name] & other[name].to(self[name].device)
+        return Masks(joined)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros over the masked parameters; 0 without any."""
+        counts = self.table().values()
+        return 1 - sum(kept for kept, _ in counts) / max(1, sum(total for _, total in counts))
+
+    def table(self) -> dict[str, tuple[int, int]]:
+        """Parameter name -> (entries kept, entries)."""
+        return {name: (int(mask.sum()), mask.numel()) for name, mask in self.items()}
+
+    @torch.no_grad()
+    def apply_(self, model: nn.Module) -> None:
+        """Set the pruned entries of `model` to +0.0, on whatever device and in whatever dtype they are.
+
+        Raises ValueError, before anything changes, for a parameter that is missing, on meta, or of another shape.
+        """
+        for parameter, pruned in self._pairs(model):
+            parameter.masked_fill_(pruned.to(parameter.device), 0.0)
+
+    def check(self, model: nn.Module) -> None:
+        """Raise ValueError naming the first parameter of `model` that is nonzero where its mask prunes."""
+        for name, (parameter, pruned) in zip(self, self._pairs(model), strict=True):
+            wrong = int((parameter.detach()[pruned.to(parameter.device)] != 0).sum())
+            if wrong:
+                raise ValueError(
+                    f"'{name}' has {wrong} nonzero weights under its mask: something changed them after pruning. "
+                    "Train with masks.hold(model, optimizer), or call masks.apply_(model)"
+                )
+
+    def hold(self, model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
+        """Keep pruned entries of `model` at +0.0: after every step of `optimizer` they and its state are zeroed there.
+
+        State is every tensor of the parameter's shape (momentum, Adam's moments). Masking gradients instead leaks:
+        momentum and weight decay move pruned weights. Wrappers (accelerate) need their inner torch optimizer here.
+        Returns a handle whose `remove()` lets go. Applies the masks once at once. Raises as `apply_`.
+        """
+        pairs = [(parameter, pruned.to(parameter.device)) for parameter, pruned in self._pairs(model)]
+
+        @torch.no_grad()
+        def reapply(stepped: Optimizer, *_: Any) -> None:
+            for parameter, pruned in pairs:
+                parameter.masked_fill_(pruned, 0.0)
+                for value in stepped.state.get(parameter, {}).values():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        value.masked_fill_(pruned, 0.0)
+
+        reapply(optimizer)
+        return optimizer.register_step_post_hook(reapply)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the masks bit-packed; the file appears complete or not at all."""
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        shapes = json.dumps({name: list(mask.shape) for name, mask in self.items()})
+        packed = {name: torch.from_numpy(_pack(mask)) for name, mask in self.items()}
+        save_file(packed, partial, metadata={"format": _FORMAT, "version": _VERSION, "shapes": shapes})
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Masks:
+        """The masks of a file written by `save`, on the CPU.
+
+        Raises FileNotFoundError, or ValueError for a file that is damaged, foreign, or of a newer version.
+        """
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata: dict[str, str] = file.metadata() or {}
+                names = list(file.keys())
+                _check_metadata(path, metadata)
+                shapes: dict[str, list[int]] = json.loads(metadata["shapes"])
+                if shapes.keys() != set(names):
+                    raise ValueError(f"{path} is damaged: its shapes and its tensors have different names")
+                return cls({name: _unpack(file.get_tensor(name), shapes[name], f"{path}: {name}") for name in shapes})
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not a complete safetensors file of masks ({error})") from error
+
+    def _pairs(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        """Each masked parameter with the bool tensor of its pruned entries, checked."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name, mask in self.items():
+            if name not in parameters:
+                raise ValueError(f"the model has no parameter '{name}', which the masks name{_close(name, parameters)}")
+            if parameters[name].is_meta:
+                raise ValueError(f"'{name}' is on the meta device: load its weights before masking them")
+            if parameters[name].shape != mask.shape:
+                raise ValueError(
+                    f"'{name}' has shape {_shape(parameters[name])}, its mask {_shape(mask)}: "
+                    "the masks belong to another model"
+                )
+        return [(parameters[name], ~mask) for name, mask in self.items()]
+
+
+def infer_masks(state: Mapping[str, Tensor]) -> Masks:
+    """Masks that keep what is not exactly zero, for a foreign checkpoint that came without masks.
+
+    The only place where zeros are read as pruned; a weight that training left at zero is taken for pruned too.
+    state: the pruned parameters alone (name -> weight), not embeddings or biases.
+
+    >>> infer_masks({"weight": torch.tensor([0.0, 1.0])})["weight"].tolist()
+    [False, True]
+    """
+    return Masks({name: weight != 0 for name, weight in state.items()})
+
+
+def _pack(mask: Tensor) -> np.ndarray:
+    return np.packbits(mask.detach().cpu().contiguous().view(-1).numpy(), bitorder="little")
+
+
+def _unpack(packed: np.ndarray, shape: Sequence[int], place: str) -> Tensor:
+    count = math.prod(shape)
+    if packed.dtype != np.uint8 or packed.shape != ((count + 7) // 8,):
+        raise ValueError(f"{place} is damaged: {packed.shape} {packed.dtype} cannot hold {count} bits")
+    bits = np.unpackbits(packed, count=count, bitorder="little")
+    return torch.from_numpy(bits.view(np.bool_)).view(tuple(shape))
+
+
+def _check_metadata(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
+    if metadata.get("format") != _FORMAT or "shapes" not in metadata:
+        raise ValueError(
+            f"{path} does not hold Prunus masks (its metadata says format={metadata.get('format')!r}). "
+            "Masks of a foreign checkpoint come from infer_masks"
+        )
+    if metadata.get("version") != _VERSION:
+        raise ValueError(f"{path} has masks of version {metadata.get('version')!r}; this Prunus reads {_VERSION!r}")
+
+
+def _close(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=3)
+    return f"; close names: {', '.join(close)}" if close else ""
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
