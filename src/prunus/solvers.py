@@ -1,0 +1,191 @@
+"""How a layer is pruned: a solver turns (layer, pattern, kept) into new weights and their mask.
+
+`by_score(score)` zeroes what scores lowest. `sparsegpt()` also moves the error of every pruned weight onto the weights
+to its right, by the optimal-brain-surgeon update in the metric of the layer's inputs:
+
+    H = X^T X + lam I,   H^-1 = U^T U with U upper triangular
+    for each column j:   e = (W_j - M_j W_j) / U_jj,   W_k -= e U_jk for k > j
+
+Scores are in `scores.py`; where zeros may lie is the pattern's affair (`patterns.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from prunus.patterns import Pattern
+from prunus.scores import Score, magnitude, warn_unseen
+
+if TYPE_CHECKING:
+    from prunus.layers import Inputs, Layer
+
+__all__ = ["Solver", "by_score", "sparsegpt"]
+
+Solver = Callable[["Layer", Pattern, int], tuple[Tensor, Tensor]]
+
+log = logging.getLogger(__name__)
+
+_INNER = 32  # columns swept before the next ones in the block are brought up to date with one product
+_MOST_DAMPING = 1.0  # share of the mean diagonal; more would be magnitude pruning under another name
+
+
+def by_score(score: Score) -> Solver:
+    """A solver that keeps the best-scoring weights as they are and zeroes the others.
+
+    >>> weight, mask = by_score(magnitude)(Layer("fc", torch.tensor([[-2.0, 1.0]])), Unstructured("layer"), 1)
+    >>> weight.tolist()
+    [[-2.0, 0.0]]
+    """
+
+    @torch.no_grad()
+    def solve(layer: Layer, pattern: Pattern, kept: int) -> tuple[Tensor, Tensor]:
+        mask = pattern.mask(score(layer), kept, name=layer.name)
+        return layer.weight.masked_fill(~mask, 0.0), mask
+
+    return solve
+
+
+def sparsegpt(damping: float = 0.01, blocksize: int = 128) -> Solver:
+    """SparseGPT (Frantar & Alistarh 2023): chooses and compensates column block by column block.
+
+    damping: lam as a share of the mean diagonal of X^T X. When the factorisation fails it grows tenfold, up to 1,
+        which is logged; then ValueError.
+    blocksize: columns after which all later columns are brought up to date. An unstructured mask is chosen once a
+        block, by W_ij^2 / U_jj^2 over the block's rows and columns; N:M at the first column of each group.
+
+    Inputs that were always zero give their weights away: those become zero, and are pruned first. The blocks' counts
+    are the cumulatively rounded shares of `kept`, so the total is exact. All is float32, whatever autocast says;
+    layers that share one `Inputs` share one factorisation. A layer that saw no token is pruned by magnitude, with a
+    warning. The solver raises ValueError for a layer without a Gram matrix, for NaN or Inf, and as `pattern.mask`.
+    """
+    if not damping >= 0 or damping > _MOST_DAMPING or blocksize < 1:
+        raise ValueError(
+            f"sparsegpt needs 0 <= damping <= {_MOST_DAMPING} and blocksize >= 1; "
+            f"got damping={damping}, blocksize={blocksize}"
+        )
+    factors: WeakKeyDictionary[Inputs, _Factor] = WeakKeyDictionary()
+
+    @torch.no_grad()
+    def solve(layer: Layer, pattern: Pattern, kept: int) -> tuple[Tensor, Tensor]:
+        if layer.inputs is None or (layer.inputs.gram is None and layer.inputs.tokens > 0):
+            raise ValueError(f"sparsegpt needs the Gram matrix of '{layer.name}': calibrate with gram=True")
+        if layer.inputs.tokens == 0:
+            warn_unseen(layer, "sparsegpt")
+            return by_score(magnitude)(layer, pattern, kept)
+        if not bool(layer.weight.isfinite().all()):
+            raise ValueError(f"weight of '{layer.name}' holds NaN or Inf: the checkpoint is damaged")
+        with torch.autocast(layer.weight.device.type, enabled=False):
+            factor = factors.get(layer.inputs)
+            if factor is None or factor.tokens != layer.inputs.tokens:
+                factor = factors[layer.inputs] = _factorise(layer, layer.inputs, damping)
+            weight, mask = _sweep(layer, pattern, kept, factor.to(layer.weight.device), blocksize)
+        if not bool(weight.isfinite().all()):
+            raise ValueError(
+                f"sparsegpt's update of '{layer.name}' overflows {weight.dtype}: "
+                f"raise damping (now {factor.damping:g}), or load the model in bfloat16 or float32"
+            )
+        return weight, mask
+
+    return solve
+
+
+@dataclass(frozen=True)
+class _Factor:
+    """U (in, in) float32 upper with (H / mean diag H)^-1 = U^T U; which inputs were always zero; the damping used."""
+
+    upper: Tensor
+    dead: Tensor
+    damping: float
+    tokens: int
+
+    def to(self, device: torch.device) -> _Factor:
+        return _Factor(self.upper.to(device), self.dead.to(device), self.damping, self.tokens)
+
+
+def _factorise(layer: Layer, inputs: Inputs, damping: float) -> _Factor:
+    """The factor of the damped Gram matrix, scaled to mean diagonal 1 (the scale cancels in the sweep).
+
+    With P the reversal of order, P H P = L L^T gives U = P L^-1 P: no inverse is formed.
+    """
+    assert inputs.gram is not None
+    inputs.check(layer.name)
+    if not bool(inputs.gram.isfinite().all()):
+        raise ValueError(f"the Gram matrix of '{layer.name}' holds NaN or Inf: calibrate in bfloat16 or float32")
+    diagonal = inputs.gram.diagonal()
+    dead = diagonal == 0
+    mean = float(diagonal.mean(dtype=torch.float64)) or 1.0
+    hessian = inputs.gram.flip(0, 1).div_(mean)
+    own = hessian.diagonal().clone().masked_fill_(dead.flip(0), 1.0)
+    used = damping
+    while True:
+        hessian.diagonal().copy_(own + used)
+        lower, failed = torch.linalg.cholesky_ex(hessian)
+        if not bool(failed):
+            break
+        if used >= _MOST_DAMPING:
+            raise ValueError(
+                f"the Gram matrix of '{layer.name}' is not positive definite even with damping {used:g} of its mean "
+                "diagonal: check the calibration inputs, or prune this layer by score"
+            )
+        used = min(max(10 * used, 1e-6), _MOST_DAMPING)
+        log.warning("'%s': factorisation failed, damping raised to %g of the mean diagonal", layer.name, used)
+    del hessian
+    identity = torch.eye(len(own), dtype=lower.dtype, device=lower.device)
+    upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).contiguous()
+    return _Factor(upper, dead, used, inputs.tokens)
+
+
+def _sweep(layer: Layer, pattern: Pattern, kept: int, factor: _Factor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """The new weight (out, in) in the weight's dtype and the mask.
+
+    Works on the transpose, so that a column of W is contiguous. Nothing in here waits for the device.
+    """
+    rows, columns = layer.weight.shape
+    unit = pattern.width or 1
+    block = max(unit, blocksize // unit * unit)  # groups do not straddle blocks
+    edges = [*range(0, columns, block), columns]
+    counts = pattern.split((rows, columns), kept, edges, name=layer.name)
+    upper, scale = factor.upper, factor.upper.diagonal().reciprocal()[:, None]
+    weight = torch.empty((columns, rows), device=layer.weight.device).copy_(layer.weight.T)
+    weight.masked_fill_(factor.dead[:, None], 0.0)
+    mask = torch.empty((columns, rows), dtype=torch.bool, device=weight.device)
+    errors = torch.empty((min(block, columns), rows), device=weight.device)
+    for (start, stop), count in zip(pairwise(edges), counts, strict=True):
+        inside = slice(start, stop)
+        _sweep_block_(weight[inside], mask[inside], errors, upper[inside, inside], scale[inside], pattern, count)
+        weight[stop:].addmm_(upper[inside, stop:].T, errors[: stop - start], alpha=-1)
+    weight.masked_fill_(~mask, 0.0)
+    return weight.T.to(layer.weight.dtype).contiguous(), mask.T.contiguous()
+
+
+def _sweep_block_(
+    weight: Tensor, mask: Tensor, errors: Tensor, upper: Tensor, scale: Tensor, pattern: Pattern, kept: int
+) -> None:
+    """Choose the mask of a block of columns and compensate inside it; `errors` receives e of every column.
+
+    weight, mask, errors: (block, out), transposed. Per column two kernels: bring it up to date with the errors of the
+    columns just before it, and take its own error.
+    """
+    columns = len(weight)
+    step = pattern.width or min(_INNER, columns)
+    if pattern.width is None:
+        mask.copy_(pattern.choose((weight.abs() * scale).T, kept).T)
+    for start in range(0, columns, step):
+        stop = min(start + step, columns)
+        weight[start:stop].addmm_(upper[:start, start:stop].T, errors[:start], alpha=-1)
+        if pattern.width is not None:
+            group = (weight[start:stop].abs() * scale[start:stop]).T
+            mask[start:stop] = pattern.choose(group, kept * step // columns).T
+        share = torch.where(mask[start:stop], 0.0, scale[start:stop])  # 1 / U_jj where pruned
+        for j in range(start, stop):
+            if j > start:
+                weight[j].addmv_(errors[start:j].T, upper[start:j, j], alpha=-1)
+            torch.mul(weight[j], share[j - start], out=errors[j])
