@@ -1,0 +1,231 @@
+"""A model as a chain of blocks: find them, capture what each receives, run one, watch what its layers receive.
+
+    h_0 = embeddings(input_ids)     h_{i+1} = block_i(h_i, its own captured arguments)     logits = head(norm(h_n))
+
+Nothing is named by family: blocks are the repeated modules of the tree, their arguments are whatever the model passes
+(rotary embeddings, masks and positions may differ by block). Which weights are prunable is in `layers`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from prunus.layers import _scan
+from prunus.observe import observe
+
+__all__ = ["Arguments", "capture", "find_blocks", "observe", "run_block"]
+
+_REST = 0.1  # largest share of the prunable weights that another list of modules may hold
+
+
+@dataclass(frozen=True, eq=False)
+class Arguments:
+    """The arguments one block receives besides the hidden state, which goes first or under the keyword `hidden`."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    hidden: str | None = None
+
+    def to(self, device: torch.device | str) -> Arguments:
+        """The same arguments with every tensor on `device`, also inside tuples, lists and dictionaries."""
+        return Arguments(_move(self.args, device), _move(self.kwargs, device), self.hidden)
+
+
+def find_blocks(model: nn.Module) -> list[str]:
+    """The names of the model's repeated blocks in order, such as "model.layers.0".
+
+    They are the items of the nn.ModuleList that holds most of the prunable weights, all of one class.
+
+    Raises: ValueError, with what was looked for and found, if no list holds more than half of the prunable weights,
+    if it mixes classes, or if another list apart from it holds more than a tenth (an encoder-decoder, several towers).
+    """
+    sizes = _list_sizes(model)
+    total = sum(candidate.view.shape[0] * candidate.view.shape[1] for candidate in _scan(model) if not candidate.dense)
+    best = max(sizes, key=lambda name: sizes[name], default="")
+    if not sizes or sizes[best] * 2 <= total or not total:
+        raise ValueError(_refusal(model, "none holds more than half", sizes, total))
+    blocks = model.get_submodule(best)
+    classes = sorted({type(block).__qualname__ for block in blocks.children()})
+    if len(classes) > 1:
+        raise ValueError(_refusal(model, f"'{best}' mixes {', '.join(classes)}", sizes, total))
+    rest = [name for name in sizes if not _nested(name, best) and sizes[name] > _REST * total]
+    if rest:
+        raise ValueError(_refusal(model, f"'{rest[0]}' is a second list beside '{best}'", sizes, total))
+    return [f"{best}.{name}" for name, _ in blocks.named_children()]
+
+
+@torch.no_grad()
+def capture(model: nn.Module, names: Sequence[str], input_ids: Tensor) -> tuple[Tensor, dict[str, Arguments]]:
+    """The hidden state (b, L, d) that enters the first block, and the arguments of every block, from one forward.
+
+    No block runs: each is replaced by a recorder that hands the hidden state on, so block parameters (and whatever
+    comes after the last block) may be on the meta device. The key-value cache is off.
+
+    Raises: ValueError if the model does not call the blocks once each, in this order, on one hidden state.
+    """
+    failures: list[Exception] = []
+    for wrap in (_as_tensor, _as_tuple):  # which of the two the model expects shows at the second block
+        chain = _Chain(list(names), wrap)
+        try:
+            with chain.recording(model), suppress(_LastBlock):
+                model(input_ids, **_without_cache(model))
+            return chain.result(model)
+        except Exception as failure:
+            if not chain.calls:  # the model failed before its first block
+                raise
+            failures.append(failure)
+    failure = next((each for each in failures if isinstance(each, _Mismatch)), failures[0])
+    if isinstance(failure, _Mismatch):
+        raise ValueError(str(failure)) from failures[0]
+    raise failure
+
+
+def run_block(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
+    """The hidden state (b, L, d) after the block, on the block's device, whether it returns a tensor or a tuple.
+
+    Records gradients if they are enabled. Raises: ValueError if the block returns anything else.
+    """
+    device = next((parameter.device for parameter in block.parameters()), hidden.device)
+    arguments, hidden = arguments.to(device), hidden.to(device)
+    output = (
+        block(hidden, *arguments.args, **arguments.kwargs)
+        if arguments.hidden is None
+        else block(*arguments.args, **{arguments.hidden: hidden, **arguments.kwargs})
+    )
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    if not isinstance(output, Tensor) or output.shape != hidden.shape:
+        found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"block {type(block).__name__} returned {found}; a hidden state of shape {tuple(hidden.shape)}, alone or "
+            "first in a tuple, was looked for"
+        )
+    return output
+
+
+class _LastBlock(Exception):
+    """Ends the recording forward: what follows the last block is not needed and may be on meta."""
+
+
+class _Mismatch(ValueError):
+    """The model did not hand a block's output to the next block."""
+
+
+def _as_tensor(hidden: Tensor) -> Any:
+    return hidden
+
+
+def _as_tuple(hidden: Tensor) -> Any:
+    return (hidden,)
+
+
+@dataclass(eq=False)
+class _Chain:
+    """One recording forward: the blocks still expected, and what was captured so far."""
+
+    names: list[str]
+    wrap: Callable[[Tensor], Any]
+    hidden: Tensor | None = None
+    calls: dict[str, Arguments] = field(default_factory=dict)
+
+    @contextmanager
+    def recording(self, model: nn.Module) -> Generator[None]:
+        blocks = {name: model.get_submodule(name) for name in self.names}
+        before = {name: vars(block)["forward"] for name, block in blocks.items() if "forward" in vars(block)}
+        try:
+            for name, block in blocks.items():
+                block.forward = self._recorder(name)
+            yield
+        finally:
+            for name, block in blocks.items():
+                del block.forward
+                if name in before:  # another library had put its own forward on this block
+                    block.forward = before[name]
+
+    def _recorder(self, name: str) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            expected = self.names[len(self.calls)]
+            if name != expected:
+                raise _Mismatch(f"the model called block '{name}' where '{expected}' was expected")
+            self.calls[name] = self._split(name, args, kwargs)
+            if len(self.calls) == len(self.names):
+                raise _LastBlock
+            assert self.hidden is not None
+            return self.wrap(self.hidden)
+
+        return forward
+
+    def _split(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        """Separates the hidden state, the first argument, from the others."""
+        keyword = None if args else next(iter(kwargs), None)
+        first = args[0] if args else kwargs.get(keyword or "")
+        if self.hidden is None and isinstance(first, Tensor):
+            self.hidden = first
+        if first is not self.hidden or first is None:
+            raise _Mismatch(
+                f"block '{name}' does not receive the output of the block before it as its first argument but "
+                f"{_describe(first)}; a chain of blocks that hand on one hidden state was looked for"
+            )
+        return Arguments(args[1:], {key: value for key, value in kwargs.items() if key != keyword}, keyword)
+
+    def result(self, model: nn.Module) -> tuple[Tensor, dict[str, Arguments]]:
+        if self.hidden is None or len(self.calls) < len(self.names):
+            missing = self.names[len(self.calls)] if self.names else "none given"
+            raise ValueError(f"{type(model).__name__} never called block '{missing}' in its forward")
+        return self.hidden.detach(), self.calls
+
+
+def _describe(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _without_cache(model: nn.Module) -> dict[str, Any]:
+    parameters = inspect.signature(model.forward).parameters
+    return {"use_cache": False} if isinstance(model, PreTrainedModel) and "use_cache" in parameters else {}
+
+
+def _move(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple
+        return type(value)(*(_move(each, device) for each in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_move(each, device) for each in value)
+    if isinstance(value, dict):
+        return {key: _move(each, device) for key, each in value.items()}
+    return value
+
+
+def _list_sizes(model: nn.Module) -> dict[str, int]:
+    """Prunable weights below every nn.ModuleList that holds any, by name."""
+    sizes = {name: 0 for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    for candidate in _scan(model):
+        parts = candidate.view.name.split(".")
+        for depth in range(len(parts)):
+            name = ".".join(parts[:depth])
+            if name in sizes and not candidate.dense:
+                sizes[name] += candidate.view.shape[0] * candidate.view.shape[1]
+    return {name: size for name, size in sizes.items() if size}
+
+
+def _nested(one: str, other: str) -> bool:
+    """Whether one list is the other, inside it or around it."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
+
+
+def _refusal(model: nn.Module, reason: str, sizes: dict[str, int], total: int) -> str:
+    largest = sorted(sizes, key=lambda name: -sizes[name])[:4]
+    found = ", ".join(f"'{name}' ({sizes[name] / total:.0%})" for name in largest) or "no such list"
+    return (
+        f"cannot find the blocks of {type(model).__name__}: looked for one nn.ModuleList of blocks of one class that "
+        f"holds most of the {total} prunable weights; {reason}. Found: {found}. Pass the part that is a chain of "
+        "blocks, or prune the whole model in memory."
+    )

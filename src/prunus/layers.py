@@ -1,0 +1,293 @@
+"""Which tensors of a model are prunable, each seen as a matrix, and what calibration learnt about their inputs.
+
+Prunable are the weights of Linear, Conv1d/2d/3d and the transposed Conv1D of GPT-2, and every expert of a stacked
+three-dimensional parameter. They are found by module type and shape, never by the name of a model family:
+
+    Linear (out, in)   Conv2d (out, in, h, w) -> (out, in*h*w)   Conv1D (in, out)
+    stack (experts, out, in), or (experts, in, out) where its module says is_transposed
+
+Left dense unless an `include` glob names them: the output head, weights tied to an embedding, and routers.
+How blocks are found, and how inputs are recorded, is in `blocks`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+__all__ = ["Inputs", "Layer", "View", "find_layers", "matches"]
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CHUNK = 1 << 24  # elements upcast to float32 at once: 64 MiB
+
+
+class Inputs:
+    """What calibration learnt about one layer's inputs X (tokens, in): sums over tokens, no activations.
+
+    `tokens`: rows seen. `squares`: (in,) float32, sum of x_j^2. `gram`: (in, in) float32, sum of x x^T, or None.
+
+    >>> inputs = Inputs(2, gram=True)
+    >>> inputs.add_(torch.tensor([[3.0, 0.0], [4.0, 1.0]]))
+    >>> inputs.norms.tolist(), inputs.tokens
+    ([5.0, 1.0], 2)
+    """
+
+    def __init__(self, columns: int, *, gram: bool = False, device: torch.device | str | None = None) -> None:
+        self.tokens = 0
+        self.squares = torch.zeros(columns, dtype=torch.float32, device=device)
+        self.gram = torch.zeros(columns, columns, dtype=torch.float32, device=device) if gram else None
+
+    @property
+    def columns(self) -> int:
+        """The layer's number of inputs."""
+        return self.squares.numel()
+
+    @property
+    def norms(self) -> Tensor:
+        """||X_:j||_2 of every input, (in,) float32."""
+        return self.squares.sqrt()
+
+    @torch.no_grad()
+    def add_(self, x: Tensor) -> None:
+        """Adds the rows of x (..., in), any float dtype; products are exact for 16-bit x, sums are float32.
+
+        Raises: ValueError if x has another last dimension.
+        """
+        if x.shape[-1:] != self.squares.shape:
+            raise ValueError(f"inputs of shape {tuple(x.shape)} do not end in the layer's {self.columns} columns")
+        rows = x.detach().reshape(-1, self.columns).to(self.squares.device)  # (tokens, in)
+        self.tokens += rows.shape[0]
+        for part in rows.split(max(1, _CHUNK // max(1, self.columns))):
+            if self.gram is None:
+                self.squares.add_(part.float().square().sum(0))
+            elif _multiplies_to_float32(part):
+                self.gram.add_(torch.mm(part.T, part, out_dtype=torch.float32))
+            else:
+                exact = part.float()
+                self.gram.addmm_(exact.T, exact)
+        if self.gram is not None:
+            self.squares.copy_(self.gram.diagonal())
+
+    def check(self, name: str) -> None:
+        """Raises ValueError if the sums of layer `name` are not finite."""
+        bad = ~self.squares.isfinite()
+        if bad.any():
+            column = int(bad.nonzero()[0])
+            raise ValueError(
+                f"'{name}' received NaN, infinite or overflowing inputs in {int(bad.sum())} of {self.columns} columns "
+                f"(first: column {column}). Check the calibration text, or run the model in bfloat16 or float32."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One prunable weight (out, in), any float dtype, and what is known about it."""
+
+    name: str
+    weight: Tensor
+    inputs: Inputs | None = None
+    grad: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class View:
+    """How one parameter, or one expert of a stacked parameter, is seen as a matrix (out, in).
+
+    `parameter` is the key in `dict(model.named_parameters())`; `index` the expert; `transposed` means stored (in, out).
+    """
+
+    name: str
+    parameter: str
+    index: int | None
+    transposed: bool
+    shape: tuple[int, int]
+
+    def matrix(self, parameter: Tensor) -> Tensor:
+        """The matrix (out, in); shares the parameter's storage (a channels-last convolution is copied)."""
+        stored = parameter if self.index is None else parameter[self.index]
+        return stored.T if self.transposed else stored.flatten(1)
+
+    @torch.no_grad()
+    def write_(self, parameter: Tensor, matrix: Tensor) -> None:
+        """Copies matrix (out, in) into the parameter, whatever their dtypes and devices.
+
+        Raises: ValueError if the matrix has another shape.
+        """
+        if tuple(matrix.shape) != self.shape:
+            raise ValueError(f"'{self.name}' is {self.shape} as (out, in); the matrix given is {tuple(matrix.shape)}")
+        stored = parameter.detach() if self.index is None else parameter.detach()[self.index]
+        stored.copy_((matrix.T if self.transposed else matrix).reshape(stored.shape))
+
+
+def find_layers(
+    root: nn.Module, *, include: Sequence[str] = (), exclude: Sequence[str] = (), prefix: str = ""
+) -> list[View]:
+    """The prunable weights below root, in module order; tied weights are one layer.
+
+    Globs are matched as in `matches`. With `include` only what it names is taken, and it alone can name the head,
+    tied embeddings and routers (`include=["*"]` is everything). `prefix` is prepended to the names: with root the
+    block `model.layers.0`, names stay those of the model.
+
+    Raises: ValueError for a glob that matches nothing, for a stack of matrices whose orientation is unknown, and for
+    weights that are not floating point.
+
+    >>> [view.name for view in find_layers(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))]
+    ['0', '2']
+    """
+    found = list(_scan(root, prefix))
+    for glob in (*include, *exclude):
+        _check_matches(glob, [candidate.view.name for candidate in found])
+    taken: list[View] = []
+    for candidate in found:
+        name = candidate.view.name
+        named = any(matches(name, glob) for glob in include)
+        if any(matches(name, glob) for glob in exclude) or not (named or (not include and not candidate.dense)):
+            continue
+        if candidate.trouble:
+            raise ValueError(candidate.trouble)
+        taken.append(candidate.view)
+    return taken
+
+
+def matches(name: str, glob: str) -> bool:
+    """Whether the glob names the layer: its whole name or any dotted tail, an expert with or without its number.
+
+    >>> matches("model.layers.0.mlp.experts.down_proj[3]", "experts.down_proj")
+    True
+    >>> matches("model.layers.0.fc1", "fc1"), matches("model.layers.0.fc1", "layers.0.*"), matches("a.fc1", "a")
+    (True, True, False)
+    """
+    globs = {glob, re.sub(r"\[(\d+)\]$", r"[[]\1]", glob)}  # a final [3] may be an expert's number
+    for whole in {name, _stack_name(name)}:
+        parts = whole.split(".")
+        tails = [".".join(parts[start:]) for start in range(len(parts))]
+        if any(fnmatchcase(tail, pattern) for tail in tails for pattern in globs):
+            return True
+    return False
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    view: View
+    dense: bool  # left dense unless asked for
+    trouble: str  # why it cannot be pruned, or empty
+
+
+def _scan(root: nn.Module, prefix: str = "") -> Iterator[_Candidate]:
+    keys = {id(parameter): name for name, parameter in root.named_parameters()}
+    dense = _tied_and_heads(root) | _routers(root)
+    seen: set[int] = set()
+    for path, module in root.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            views, trouble = _views(path, module, name, parameter)
+            if not views or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            key = _join(prefix, keys[id(parameter)])
+            for view in views:
+                named = replace(view, name=_join(prefix, view.name) or "weight", parameter=key)
+                yield _Candidate(named, id(parameter) in dense, trouble.format(name=named.name))
+
+
+def _views(path: str, module: nn.Module, name: str, parameter: Tensor) -> tuple[list[View], str]:
+    """The views of one parameter owned by `module` (none if it is not prunable), and what is wrong with them."""
+    if name == "weight" and isinstance(module, (nn.Linear, Conv1D, *CONVOLUTIONS)):
+        transposed = isinstance(module, Conv1D)
+        shape = parameter.shape if not transposed else parameter.shape[::-1]
+        trouble = "" if parameter.is_floating_point() else f"'{{name}}' is stored as {parameter.dtype}: "
+        trouble += "load the model without quantisation." if trouble else ""
+        return [View(path, "", None, transposed, (shape[0], shape[1:].numel()))], trouble
+    if not _is_stack(module, parameter):
+        return [], ""
+    experts, rows, columns = parameter.shape
+    transposed = _is_transposed(module)
+    shape = (columns, rows) if transposed else (rows, columns)
+    names = [f"{_join(path, name)}[{index}]" for index in range(experts)]
+    trouble = (
+        ""
+        if transposed is not None
+        else (
+            f"'{{name}}' is one of {experts} stacked matrices of shape {(rows, columns)}, and its module "
+            f"'{path}' ({type(module).__name__}) has no attribute is_transposed that says whether they are stored "
+            "(in, out). Set it to True or False on the module, or skip them with exclude."
+        )
+    )
+    return [View(each, "", index, bool(transposed), shape) for index, each in enumerate(names)], trouble
+
+
+def _is_stack(module: nn.Module, parameter: Tensor) -> bool:
+    if parameter.ndim != 3 or not parameter.is_floating_point() or isinstance(module, nn.modules.conv._ConvNd):
+        return False
+    return min(parameter.shape) > 1  # (1, positions, width) is a position or class embedding
+
+
+def _is_transposed(module: nn.Module) -> bool | None:
+    """Whether transformers (use_experts_implementation) or the caller declares the module's stacks (in, out)."""
+    declared = getattr(module, "is_transposed", None)
+    return declared if isinstance(declared, bool) else None
+
+
+def _tied_and_heads(root: nn.Module) -> set[int]:
+    """The ids of parameters that an embedding owns too, and of a transformers model's output head."""
+    tied = {id(module.weight) for module in root.modules() if isinstance(module, nn.Embedding)}
+    head = root.get_output_embeddings() if isinstance(root, PreTrainedModel) else None
+    return tied | ({id(parameter) for parameter in head.parameters()} if head is not None else set())
+
+
+def _routers(root: nn.Module) -> set[int]:
+    """The ids of weights that choose among or gate stacked experts.
+
+    Such a Linear sits beside the stack of E experts, alone or alone in a module, and has E rows, or one.
+    """
+    found: set[int] = set()
+    modules = dict(root.named_modules())
+    for path, module in modules.items():
+        stacks = [parameter for parameter in module.parameters(recurse=False) if _is_stack(module, parameter)]
+        if not stacks or not path:
+            continue
+        for sibling in modules[path.rpartition(".")[0]].children():
+            linears = [each for each in sibling.modules() if isinstance(each, nn.Linear)]
+            if len(linears) == 1 and linears[0].out_features in (1, stacks[0].shape[0]):
+                found.add(id(linears[0].weight))
+    return found
+
+
+def _check_matches(glob: str, names: Sequence[str]) -> None:
+    if any(matches(name, glob) for name in names):
+        return
+    stems = list(dict.fromkeys(_stack_name(name) for name in names))
+    close = _close(glob, stems) or stems[:3]
+    raise ValueError(
+        f"'{glob}' matches none of the {len(names)} prunable layers. "
+        + (f"Close names: {', '.join(map(repr, close))}." if close else "There are none.")
+    )
+
+
+def _close(glob: str, names: Iterable[str]) -> list[str]:
+    """Names whose tail of as many parts as the glob has is spelt like it."""
+    depth = glob.count(".") + 1
+    tails: dict[str, str] = {}
+    for name in names:
+        tails.setdefault(".".join(name.split(".")[-depth:]), name)
+    return [tails[tail] for tail in get_close_matches(glob, tails, n=3, cutoff=0.5)]
+
+
+def _multiplies_to_float32(x: Tensor) -> bool:
+    """Whether x is 16-bit and torch multiplies it with float32 results here (CUDA only, torch 2.8 and later)."""
+    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and "dtype" in torch.ops.aten.mm.overloads()
+
+
+def _stack_name(name: str) -> str:
+    return re.sub(r"\[\d+\]$", "", name)
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)

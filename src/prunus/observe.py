@@ -1,0 +1,283 @@
+"""Watching what the layers of one block receive, layer by layer and expert by expert.
+
+Modules are watched by forward pre-hooks. Stacked experts have no module of their own: their matrix products are watched
+instead, and an operand that is a view of the stacked parameter tells the expert, its other operand is that expert's
+input. Layers that receive the same tensor object (q, k, v; gate, up) share one `Inputs`, and its sums are made once.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedConfig
+
+from prunus.layers import CONVOLUTIONS, Inputs, View, find_layers
+
+__all__ = ["observe"]
+
+
+@contextmanager
+def observe(block: nn.Module, views: Sequence[View], *, gram: bool) -> Generator[dict[str, Inputs]]:
+    """While active, every forward of `block` adds what its layers receive to the `Inputs` under each view's name.
+
+    `gram`: keep the whole matrix sum x x^T of each input, not only its diagonal. Views carry the names of the whole
+    model or of the block. Until a layer has received anything it has no entry; on leaving, every view has one, and an
+    expert that no token reached has `tokens == 0`.
+
+    Raises: ValueError if a view is not in the block, if its inputs cannot be told (grouped convolutions), or if stacked
+    experts ran but no product with them was seen.
+    """
+    ledger = _Ledger(gram)
+    with ExitStack() as stack:
+        located = list(_locate(block, views))
+        stacks = _attach(block, located, ledger, stack)
+        start = block.register_forward_pre_hook(lambda module, args: ledger.start(), prepend=True)
+        stack.callback(start.remove)
+        if stacks:
+            stack.enter_context(_eager_experts(block))
+            stack.enter_context(_Products(stacks, ledger))
+        yield ledger.inputs
+    ledger.finish(located, stacks)
+
+
+@dataclass(eq=False)
+class _Group:
+    """Layers that receive the same tensors; the first of them, the leader, feeds the sums."""
+
+    inputs: Inputs
+    leader: str
+    latest: weakref.ref[Tensor]
+    version: int
+    calls: Counter[str] = field(default_factory=Counter)
+
+    def holds(self, x: Tensor) -> bool:
+        return self.latest() is x and self.version == _version(x)
+
+
+class _Ledger:
+    """Which layer received what: finds the groups when a layer is first called, and keeps them."""
+
+    def __init__(self, gram: bool) -> None:
+        self.gram = gram
+        self.inputs: dict[str, Inputs] = {}
+        self.groups: dict[str, _Group] = {}
+        self.forwards = 0
+        self._latest: dict[int, _Group] = {}  # by id of the tensor that a leader received in this forward
+
+    def start(self) -> None:
+        self.forwards += 1
+        self._latest.clear()
+
+    def receive(self, name: str, x: Tensor) -> None:
+        group = self.groups.get(name)
+        if group is None:
+            group = self._group(name, x)
+        elif group.leader != name and not group.holds(x):
+            raise ValueError(
+                f"'{name}' shared its input with '{group.leader}' in the first forward and no longer does. "
+                f"Observe them apart, by exclude=['{name}'] in one pass."
+            )
+        group.calls[name] += 1
+        if group.leader == name:
+            group.inputs.add_(x)
+            group.latest, group.version = weakref.ref(x), _version(x)
+            self._latest[id(x)] = group
+
+    def _group(self, name: str, x: Tensor) -> _Group:
+        group = self._latest.get(id(x))
+        if group is None or not group.holds(x) or group.calls[group.leader] > 1:  # sums from before this layer's start
+            inputs = Inputs(x.shape[-1], gram=self.gram, device=x.device)
+            group = _Group(inputs, name, weakref.ref(x), _version(x))
+        self.groups[name] = group
+        self.inputs[name] = group.inputs
+        return group
+
+    def finish(self, located: Sequence[tuple[View, Tensor]], stacks: Sequence[_Stack]) -> None:
+        for stack in stacks:
+            if self.forwards and not stack.products:
+                raise ValueError(
+                    f"experts '{stack.name}' ran {self.forwards} times, but no product with them was seen: looked for "
+                    "F.linear, matmul, mm, bmm, addmm or baddbmm with a slice of the stacked parameter. "
+                    f"Skip them with exclude=['{stack.name}']."
+                )
+        for name, group in self.groups.items():
+            if group.calls[name] != group.calls[group.leader]:
+                raise ValueError(
+                    f"'{name}' was called {group.calls[name]} times and '{group.leader}', whose input it shared, "
+                    f"{group.calls[group.leader]} times. Observe them apart, by exclude=['{name}'] in one pass."
+                )
+        for view, parameter in located:
+            if view.name not in self.inputs:
+                self.inputs[view.name] = Inputs(view.shape[1], gram=self.gram, device=parameter.device)
+
+
+@dataclass(eq=False)
+class _Stack:
+    """A stacked parameter: where its experts lie in memory, and the names of those that are observed."""
+
+    name: str
+    parameter: Tensor
+    views: dict[int, View] = field(default_factory=dict)
+    products: int = 0
+
+    def experts(self, operand: Tensor) -> range | None:
+        """The experts that a 2-D or 3-D operand is a view of from their first entry on, or None."""
+        stride = self.parameter.stride(0) * self.parameter.element_size()
+        offset = operand.data_ptr() - self.parameter.data_ptr()
+        if operand.dtype != self.parameter.dtype or not 0 <= offset < stride * self.parameter.shape[0]:
+            return None
+        first, inside = divmod(offset, stride)
+        count = operand.shape[0] if operand.ndim == 3 else 1
+        if inside or operand.ndim not in (2, 3) or (count > 1 and operand.stride(0) != self.parameter.stride(0)):
+            return None  # a later part of an expert (the other half of gate_up): its input was seen with the first
+        return range(first, first + count)
+
+
+class _Products(TorchFunctionMode):
+    """Records the other operand of every matrix product with an expert."""
+
+    def __init__(self, stacks: Sequence[_Stack], ledger: _Ledger) -> None:
+        super().__init__()
+        self.stacks = stacks
+        self.ledger = ledger
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _OPERANDS:
+            first = _OPERANDS[func]
+            left, right = (*args, *kwargs.values())[first : first + 2]
+            for stack in self.stacks:
+                self._record(stack, left, right, -1 if func is F.linear else -2)
+        return func(*args, **kwargs)
+
+    def _record(self, stack: _Stack, left: Tensor, right: Tensor, contracted: int) -> None:
+        weight, x, experts = right, left, stack.experts(right)
+        if experts is None and contracted == -2:  # the weight may stand on the left: W @ x^T
+            weight, experts, contracted = left, stack.experts(left), -1
+            x = right.mT if right.ndim > 1 else right
+        if experts is None:
+            return
+        stack.products += 1
+        view = next(iter(stack.views.values()))
+        along = stack.parameter.stride(1 if view.transposed else 2)
+        if weight.shape[contracted] != view.shape[1] or weight.stride(contracted) != along:
+            raise ValueError(
+                f"experts '{stack.name}' are declared with is_transposed={view.transposed}, (out, in) = {view.shape}, "
+                f"but are multiplied along another axis. Set is_transposed={not view.transposed} on their module."
+            )
+        for position, expert in enumerate(experts):
+            if expert in stack.views:
+                self.ledger.receive(stack.views[expert].name, _expert_rows(x, position, len(experts)))
+
+
+_OPERANDS: dict[Any, int] = {  # position of the two factors among the arguments
+    **dict.fromkeys([F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm], 0),
+    **dict.fromkeys([torch.bmm, Tensor.bmm], 0),
+    **dict.fromkeys([torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm], 1),
+}
+
+
+def _expert_rows(x: Tensor, position: int, count: int) -> Tensor:
+    """What one expert receives of x; where one product takes all experts, only its rows that are not zero."""
+    if count == 1:
+        return x
+    rows = x[position] if x.ndim == 3 else x
+    return rows[(rows != 0).any(-1)]  # a product over all experts feeds zeros to those not chosen
+
+
+def _attach(
+    block: nn.Module, located: Sequence[tuple[View, Tensor]], ledger: _Ledger, stack: ExitStack
+) -> list[_Stack]:
+    """Hooks the modules of the views, and returns the stacked parameters among them."""
+    stacks: dict[str, _Stack] = {}
+    for view, parameter in located:
+        if view.index is not None:
+            name = view.name.rpartition("[")[0]
+            stacks.setdefault(name, _Stack(name, parameter)).views[view.index] = view
+            continue
+        for module in block.modules():
+            if any(each is parameter for each in module.parameters(recurse=False)):
+                hook = _hook(view.name, module, ledger)
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+    return list(stacks.values())
+
+
+def _locate(block: nn.Module, views: Sequence[View]) -> Iterator[tuple[View, Tensor]]:
+    """Each view with its parameter in the block; the views' names may have the block's name in front."""
+    parameters = dict(block.named_parameters())
+    own = {view.name: view for view in find_layers(block, include=["*"])}
+    fronts: set[str] | None = None
+    for view in views:
+        fit = {view.name.removesuffix(name) for name in own if f".{view.name}".endswith(f".{name}")}
+        fronts = fit if fronts is None else fronts & fit
+    if fronts is not None and not fronts:
+        raise ValueError(
+            f"the views, such as '{views[0].name}', are not all layers of the block {type(block).__name__}"
+        )
+    front = min(fronts or {""}, key=len)
+    for view in views:
+        yield view, parameters[own[view.name.removeprefix(front)].parameter]
+
+
+def _hook(name: str, module: nn.Module, ledger: _Ledger) -> Callable[..., None]:
+    patches = _patches(name, module)
+
+    def received(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        ledger.receive(name, x if patches is None else patches(x))
+
+    return received
+
+
+def _patches(name: str, module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """How a convolution's input becomes rows (positions, in * kernel); None for other modules."""
+    if not isinstance(module, CONVOLUTIONS):
+        return None
+    if module.groups > 1 or isinstance(module, nn.Conv3d):
+        raise ValueError(
+            f"the inputs of '{name}' ({type(module).__name__}, {module.groups} groups) cannot be observed: only "
+            f"Conv1d and Conv2d of one group can. Skip it with exclude=['{name}'], or score it by magnitude."
+        )
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    sizes = [(1,) * (2 - len(each)) + each for each in (module.kernel_size, module.dilation, module.stride)]
+
+    def rows(x: Tensor) -> Tensor:
+        x = F.pad(x, module._reversed_padding_repeated_twice, mode)  # pads "same" and every mode as forward does
+        x = x if isinstance(module, nn.Conv2d) else x.unsqueeze(-2)
+        kernel, dilation, stride = sizes
+        return F.unfold(x, kernel, dilation=dilation, stride=stride).mT  # (b, positions, in * kernel)
+
+    return rows
+
+
+@contextmanager
+def _eager_experts(block: nn.Module) -> Generator[None]:
+    """Experts multiply one by one meanwhile, as the model's own code has it, not in one grouped product."""
+    configs: dict[int, PreTrainedConfig] = {}
+    for module in block.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            configs[id(config)] = config
+    before = [(config, config._experts_implementation) for config in configs.values()]
+    try:
+        for config, _ in before:
+            config._experts_implementation = "eager"
+        yield
+    finally:
+        for config, implementation in before:
+            config._experts_implementation = implementation
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
