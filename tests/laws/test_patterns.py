@@ -1,0 +1,273 @@
+"""Every pattern keeps exactly what was asked, ties go to lower indices, and model-wide selection equals one sort."""
+
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from prunus import patterns, selection
+from prunus.patterns import NM, Unstructured, check_sparsity, kept_of, parse
+from prunus.selection import keep_largest, kth_largest, select_global, select_global_share
+
+INF = float("inf")
+# ties, both zeros, a float32 denormal, the float16 extremes, infinities
+VALUES = [0.0, -0.0, 1.0, 1.0, -1.0, 0.5, 1e-40, 6e-8, 65504.0, -65504.0, INF, -INF]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+quick = settings(deadline=None, max_examples=80)
+
+
+@st.composite
+def scores(draw: st.DrawFn, width: int = 1, dtypes: list[torch.dtype] = DTYPES) -> Tensor:
+    rows = draw(st.integers(1, 5))
+    columns = draw(st.integers(1, 24 // width)) * width
+    values = st.sampled_from(VALUES) | st.floats(-3, 3, width=16)
+    numbers = draw(st.lists(values, min_size=rows * columns, max_size=rows * columns))
+    return torch.tensor(numbers, dtype=torch.float64).to(draw(st.sampled_from(dtypes))).view(rows, columns)
+
+
+@pytest.fixture(params=[None, 3], ids=["whole", "chunked"])
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param:
+        monkeypatch.setattr(selection, "_CHUNK", request.param)
+
+
+def first_best(numbers: list[float], kept: int) -> set[int]:
+    """The oracle: indices of the `kept` largest by one stable sort."""
+    return set(sorted(range(len(numbers)), key=lambda i: -numbers[i])[:kept])
+
+
+def true_indices(mask: Tensor) -> set[int]:
+    return set(mask.flatten().nonzero().flatten().tolist())
+
+
+@quick
+@given(score=scores(), share=st.floats(0, 1))
+def test_layer_scope_equals_a_stable_sort(score: Tensor, share: float):
+    kept = round(share * score.numel())
+    mask = Unstructured("layer").mask(score, kept)
+    assert mask.dtype == torch.bool
+    assert mask.shape == score.shape
+    assert true_indices(mask) == first_best(score.flatten().tolist(), kept)
+
+
+@quick
+@given(score=scores(), share=st.floats(0, 1))
+def test_row_scope_equals_a_stable_sort_of_each_row(score: Tensor, share: float):
+    kept = round(share * score.numel())
+    mask = Unstructured("row").mask(score, kept)
+    each, extra = divmod(kept, len(score))
+    for i, row in enumerate(score):
+        assert true_indices(mask[i]) == first_best(row.tolist(), each + (i < extra))
+
+
+@quick
+@given(data=st.data(), nm=st.sampled_from([(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (2, 3)]))
+def test_nm_equals_a_stable_sort_of_each_group(data: st.DataObject, nm: tuple[int, int]):
+    pattern = NM(*nm)
+    score = data.draw(scores(width=nm[1]))
+    mask = pattern.mask(score, pattern.counts((score.shape[0], score.shape[1])))
+    groups, chosen = score.reshape(-1, nm[1]), mask.reshape(-1, nm[1])
+    for group, keep in zip(groups, chosen, strict=True):
+        assert true_indices(keep) == first_best(group.tolist(), nm[0])
+
+
+@pytest.mark.parametrize("pattern", [Unstructured("layer"), Unstructured("row"), NM(2, 4)])
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("levels", [1, 3, 1000])
+def test_chunks_change_nothing(pattern: patterns.Pattern, levels: int):
+    score = torch.randint(levels, (5, 8), generator=torch.Generator().manual_seed(0)).float()
+    kept = pattern.counts((5, 8), None if pattern.sparsity else 0.6)
+    mask = pattern.mask(score, kept)
+    assert int(mask.sum()) == kept
+    if pattern == Unstructured("layer"):
+        assert true_indices(mask) == first_best(score.flatten().tolist(), kept)
+    for group, keep in zip(score.view(-1, 4), mask.view(-1, 4), strict=True):
+        assert pattern.width is None or true_indices(keep) == first_best(group.tolist(), 2)
+    for i, row in enumerate(score):
+        assert pattern != Unstructured("row") or true_indices(mask[i]) == first_best(row.tolist(), 3 + (i < 1))
+
+
+@pytest.mark.parametrize("pattern", [Unstructured("layer"), Unstructured("row"), NM(2, 4)])
+def test_a_constant_score_prunes_no_more_than_asked(pattern: patterns.Pattern):
+    kept = pattern.counts((6, 8), 0.5)
+    assert int(pattern.mask(torch.ones(6, 8), kept).sum()) == kept == 24
+
+
+@pytest.mark.parametrize("pattern", [Unstructured("layer"), Unstructured("row"), NM(1, 4)])
+def test_masks_are_idempotent_and_follow_transposed_storage(pattern: patterns.Pattern):
+    score = torch.rand(8, 8, generator=torch.Generator().manual_seed(1)) + 0.1
+    kept = pattern.counts((8, 8), 0.75)
+    mask = pattern.mask(score, kept)
+    assert torch.equal(pattern.mask(score * mask, kept), mask)
+    assert torch.equal(pattern.mask(score.T.contiguous().T, kept), mask)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured("layer"), Unstructured("row"), NM(2, 4)])
+def test_masks_follow_a_permutation_of_rows(pattern: patterns.Pattern):
+    generator = torch.Generator().manual_seed(2)
+    score, order = torch.rand(6, 8, generator=generator), torch.randperm(6, generator=generator)
+    kept = pattern.counts((6, 8), 0.5)
+    assert torch.equal(pattern.mask(score[order], kept), pattern.mask(score, kept)[order])
+
+
+@pytest.mark.parametrize("pattern", [Unstructured("layer"), Unstructured("row"), NM(2, 4)])
+@pytest.mark.parametrize("bad", [float("nan"), None])
+def test_nan_and_integers_are_refused(pattern: patterns.Pattern, bad: float | None):
+    score = torch.ones(2, 4) if bad else torch.ones(2, 4, dtype=torch.int64)
+    if bad:
+        score[1, 2] = bad
+    with pytest.raises(ValueError, match="NaN" if bad else "floating"):
+        pattern.mask(score, 4)
+
+
+@pytest.mark.parametrize("kept", [-1, 9])
+def test_a_count_outside_the_matrix_is_refused(kept: int):
+    with pytest.raises(ValueError, match=f"cannot keep {kept} of the 8 entries of 'fc1'"):
+        Unstructured("layer").mask(torch.ones(2, 4), kept, name="fc1")
+
+
+@quick
+@given(
+    rows=st.integers(1, 6),
+    widths=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    share=st.floats(0, 1),
+    per=st.sampled_from(["row", "layer"]),
+)
+def test_split_adds_up_and_leaves_room(rows: int, widths: list[int], share: float, per: str):
+    edges = [sum(widths[:i]) for i in range(len(widths) + 1)]
+    kept = round(share * rows * edges[-1])
+    pattern = Unstructured(per)  # type: ignore[arg-type]
+    counts = pattern.split((rows, edges[-1]), kept, edges)
+    assert sum(counts) == kept
+    score = torch.rand(rows, edges[-1], generator=torch.Generator().manual_seed(3))
+    blocks = [pattern.mask(score[:, a:b], count) for (a, b), count in zip(pairwise(edges), counts, strict=True)]
+    mask = torch.cat(blocks, dim=1)
+    assert int(mask.sum()) == kept
+    if per == "row":
+        each, extra = divmod(kept, rows)
+        assert mask.sum(1).tolist() == [each + (i < extra) for i in range(rows)]
+
+
+def test_nm_split_keeps_its_share_of_every_block():
+    assert NM(1, 4).split((3, 12), 9, [0, 8, 12]) == [6, 3]
+
+
+def test_counts():
+    assert kept_of(10, 0.7) == 3
+    assert kept_of(3073, 0.5) == 3073 - 1536
+    assert Unstructured("row").counts((3, 5), 0.7) == 15 - 10
+    assert NM(2, 4).counts((3, 8), None) == NM(2, 4).counts((3, 8), 0.5) == 12
+
+
+@pytest.mark.parametrize("sparsity", [1.5, 1.0, -0.1, float("nan")])
+def test_a_sparsity_outside_zero_to_one_is_refused(sparsity: float):
+    for pattern in (Unstructured("layer"), NM(2, 4)):
+        with pytest.raises(ValueError, match="sparsity"):
+            pattern.counts((4, 4), sparsity)
+        with pytest.raises(ValueError, match="sparsity"):
+            check_sparsity(pattern, sparsity)
+
+
+def test_nm_refuses_a_sparsity_that_is_not_its_own():
+    with pytest.raises(ValueError, match=r"2:4 fixes the sparsity at 0\.5; got 0\.7"):
+        check_sparsity(NM(2, 4), 0.7)
+    assert check_sparsity(NM(2, 4), None) == check_sparsity(NM(2, 4), 0.5) == 0.5
+    assert check_sparsity(NM(1, 3), 0.667) == pytest.approx(2 / 3)
+    with pytest.raises(ValueError, match="needs a sparsity"):
+        check_sparsity(Unstructured("row"), None)
+
+
+def test_nm_names_the_layer_that_it_does_not_fit():
+    with pytest.raises(ValueError, match=r"2:4 needs columns divisible by 4; 'fc1' has 30.*exclude=\[\"fc1\"\]"):
+        NM(2, 4).counts((8, 30), None, name="fc1")
+    with pytest.raises(ValueError, match="keeps exactly 4 of 8 entries of this layer, not 5"):
+        NM(2, 4).mask(torch.ones(2, 4), 5)
+
+
+def test_parse_reads_back_what_patterns_print():
+    assert parse("2:4") == NM(2, 4)
+    assert parse(str(NM(4, 8))) == NM(4, 8)
+    assert parse("unstructured", per="layer") == Unstructured("layer")
+    for text in ("2:3:4", "4:2", "0:4", "4:4", "-1:4", "2:", "dense", ""):
+        with pytest.raises(ValueError, match=f"Pattern '{text}'"):
+            parse(text)
+    with pytest.raises(ValueError, match="per 'tensor'"):
+        Unstructured("tensor")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="got 4:2"):
+        NM(4, 2)
+
+
+@quick
+@given(tensors=st.lists(scores(dtypes=DTYPES[:3]), min_size=1, max_size=5), share=st.floats(0, 1))
+def test_model_wide_selection_equals_a_sort_of_the_concatenation(tensors: list[Tensor], share: float):
+    named = {f"layer{i}": tensor for i, tensor in enumerate(tensors)}
+    joined = torch.cat([tensor.double().flatten() for tensor in tensors])
+    kept = round(share * len(joined))
+    direct = torch.zeros(len(joined), dtype=torch.bool)
+    direct[list(first_best(joined.tolist(), kept))] = True
+    counts = select_global(named, kept)
+    masks = [keep_largest(tensor, counts[name]).flatten() for name, tensor in named.items()]
+    assert torch.equal(torch.cat(masks), direct)
+    if kept:
+        assert kth_largest(named, kept) == joined.sort(descending=True).values[kept - 1]
+
+
+@pytest.mark.usefixtures("chunk")
+def test_model_wide_selection_reads_lazy_scores_three_times():
+    tensors = {"a": torch.tensor([1.0, 2.0, 2.0, 5.0]), "b": torch.tensor([2.0, 2.0, 7.0])}
+    reads: list[str] = []
+
+    class Lazy(Mapping[str, Tensor]):
+        def __getitem__(self, name: str) -> Tensor:
+            reads.append(name)
+            return tensors[name]
+
+        def __iter__(self) -> Iterator[str]:
+            return iter(tensors)
+
+        def __len__(self) -> int:
+            return len(tensors)
+
+    assert select_global(Lazy(), 3) == {"a": 2, "b": 1}
+    assert reads == ["a", "b"] * 3
+    assert select_global_share(tensors, 0.3) == {"a": 3, "b": 2}
+    assert select_global(tensors, 0) == {"a": 0, "b": 0}
+
+
+def test_model_wide_selection_refuses_what_it_cannot_order():
+    with pytest.raises(ValueError, match="score of 'b' has 1 NaN of 2"):
+        select_global({"a": torch.ones(2), "b": torch.tensor([1.0, float("nan")])}, 1)
+    with pytest.raises(ValueError, match="'a' is float64"):
+        kth_largest({"a": torch.ones(2, dtype=torch.float64)}, 1)
+    with pytest.raises(ValueError, match="cannot keep 3 of 2"):
+        select_global({"a": torch.ones(2)}, 3)
+    with pytest.raises(ValueError, match="no 0-th largest"):
+        kth_largest({"a": torch.ones(2)}, 0)
+    with pytest.raises(ValueError, match="sparsity"):
+        select_global_share({"a": torch.ones(2)}, 1.5)
+
+
+@quick
+@given(score=scores(), share=st.floats(0, 1))
+def test_bit_search_equals_kthvalue(score: Tensor, share: float):
+    flat = score.flatten()
+    k = max(1, round(share * len(flat)))
+    assert selection._kth_by_bits(flat, k).to(flat.dtype) == flat.kthvalue(len(flat) - k + 1).values
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("limit", [1, 1 << 22], ids=["bits", "topk"])
+@pytest.mark.parametrize("per", ["row", "layer"])
+def test_cuda_chooses_as_the_cpu(limit: int, per: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(selection, "_TOPK", limit)
+    score = torch.randint(50, (64, 128), generator=torch.Generator().manual_seed(4)).float()
+    pattern = Unstructured(per)  # type: ignore[arg-type]
+    for kept in (1, 100, 4096, 8191):
+        assert torch.equal(pattern.mask(score.cuda(), kept).cpu(), pattern.mask(score, kept))
+    assert torch.equal(NM(2, 4).mask(score.cuda(), 4096).cpu(), NM(2, 4).mask(score, 4096))
+    assert select_global({"a": score.cuda(), "b": score.cuda()}, 9000) == select_global({"a": score, "b": score}, 9000)
