@@ -18,11 +18,12 @@ SIZE_NOTE = (
 def model_card(name: str, info: Mapping[str, Any]) -> str:
     """Markdown for the model `name` from the contents of its prunus.json.
 
-    Reads `base`, `pattern`, `sparsity`, `recipe`, `metrics`, `versions`; what is missing is left out.
+    Reads `model`, `pattern`, `sparsity`, `recipe`, `metrics` (or `perplexity`, `zero_shot`) and `versions`; what is
+    missing is left out.
     """
     sparsity: Mapping[str, Any] = info.get("sparsity", {})
     lines = [f"# {name}", "", _summary(info, sparsity), "", "## Size", "", SIZE_NOTE, ""]
-    metrics: Mapping[str, Any] = info.get("metrics", {})
+    metrics = info.get("metrics") or {key: info[key] for key in ("perplexity", "zero_shot") if key in info}
     if metrics:
         lines += ["## Results", "", *_metric_table(metrics), ""]
     recipe = info.get("recipe")
@@ -37,7 +38,7 @@ def model_card(name: str, info: Mapping[str, Any]) -> str:
 
 
 def _summary(info: Mapping[str, Any], sparsity: Mapping[str, Any]) -> str:
-    base = f" of `{info['base']}`" if info.get("base") else ""
+    base = f" of `{info['model']}`" if info.get("model") else ""
     pattern = f" ({info['pattern']})" if info.get("pattern") else ""
     share = sparsity.get("pruned")
     what = f"{100 * share:.2f} % of the weights of its pruned layers are zero{pattern}. " if share is not None else ""

@@ -22,13 +22,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from prunus.export.card import SIZE_NOTE, model_card
 from prunus.export.config import source_folder, write_config
-from prunus.export.shards import ShardWriter, write_text
+from prunus.export.shards import ShardWriter
+from prunus.run.files import write_json, write_text
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from prunus.masks import Masks
@@ -71,8 +71,7 @@ def save_model(
     config are copied as they are. config.json differs only in the keys that the model's config changed (added
     biases) and in a dtype that is no longer true.
 
-    Raises FileExistsError when `folder` holds something that Prunus did not write; ValueError when a pruned entry
-    is not zero.
+    Raises ValueError when `folder` holds something that Prunus did not write, or a pruned entry is not zero.
     """
     if masks is not None:
         masks.check(model)
@@ -102,7 +101,7 @@ def save_tensors(
     source: the folder that the model came from; all but the weights is copied from it.
     config: the model's transformers config if it was changed (added biases); otherwise config.json is copied.
 
-    Raises FileExistsError as `save_model`; ValueError for a name that comes twice.
+    Raises ValueError as `save_model`, and for a name that comes twice.
     """
     with _partial(folder) as partial:
         dtypes: set[Any] = set()
@@ -151,9 +150,9 @@ def _check_replaceable(folder: Path) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file; give the model another output folder")
+        raise ValueError(f"{folder} is a file; give the model another output folder")
     if any(folder.iterdir()) and not (folder / INFO_NAME).is_file():
-        raise FileExistsError(
+        raise ValueError(
             f"{folder} is not empty and was not written by Prunus (no {INFO_NAME}), so it is not replaced; "
             "give another output folder or empty this one"
         )
@@ -179,7 +178,7 @@ def _finish(
     stored = {"format": FORMAT, **info, "masks": MASKS_NAME if masks is not None else None}
     stored["sparsity"] = _sparsity(masks)
     stored["versions"] = _versions()
-    write_text(partial / INFO_NAME, json.dumps(stored, indent=2, default=str) + "\n")
+    write_json(partial / INFO_NAME, stored)
     write_text(partial / CARD_NAME, model_card(Path(folder).name, stored))
     weights = [p for p in partial.glob("*.safetensors") if p.name != MASKS_NAME]
     size = sum(p.stat().st_size for p in weights)
@@ -198,16 +197,11 @@ def _copy_small_files(source: Path, partial: Path) -> None:
             shutil.copyfile(path, partial / name)
 
 
-def _sparsity(masks: Mapping[str, Tensor] | None) -> dict[str, Any]:
+def _sparsity(masks: Masks | None) -> dict[str, Any]:
     """Share of zeros of the masked layers, together and one by one."""
     if not masks:
         return {"pruned": None, "layers": {}}
-    kept = {name: (int(mask.sum()), mask.numel()) for name, mask in masks.items()}
-    total = sum(n for _, n in kept.values())
-    return {
-        "pruned": 1 - sum(k for k, _ in kept.values()) / total,
-        "layers": {name: 1 - k / n for name, (k, n) in kept.items()},
-    }
+    return {"pruned": masks.sparsity, "layers": {name: 1 - kept / n for name, (kept, n) in masks.table().items()}}
 
 
 def _versions() -> dict[str, str]:

@@ -20,6 +20,8 @@ from typing import BinaryIO, Literal
 import torch
 from torch import Tensor
 
+from prunus.run.files import write_json
+
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "ShardWriter"]
 
 SINGLE_NAME = "model.safetensors"
@@ -106,7 +108,7 @@ class ShardWriter:
         if count > 1:
             weight_map = {name: files[i] for name, i in sorted(self._names.items())}
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-            write_text(self.folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+            write_json(self.folder / INDEX_NAME, index)
             files.append(INDEX_NAME)
         return tuple(files)
 
@@ -152,13 +154,6 @@ class ShardWriter:
         self._spool_path.unlink()
         self._parts.append(part)
         self._entries, self._filled, self._spool = [], 0, None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `text` so that `path` holds all of it or is not there."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def _header(entries: list[_Entry]) -> bytes:

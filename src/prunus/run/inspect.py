@@ -63,6 +63,9 @@ class Inspection:
     bytes: int
     info: dict[str, Any] | None
 
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
     @property
     def sparsity(self) -> float:
         """Share of zeros over everything stored."""

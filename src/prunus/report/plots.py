@@ -1,0 +1,245 @@
+"""Pictures of results as PNG: one compression run, and a grid of methods against sparsity.
+
+Colours are Okabe and Ito's, which people with any colour vision tell apart; lines differ in markers as well.
+Figures are drawn on their own Agg canvas: no display, no pyplot, no global state.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["plot_compression", "plot_grid"]
+
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, YELLOW, BLACK = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+    "#F0E442",
+    "#000000",
+)
+_CYCLE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK)
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_STAGES = {"dense": BLACK, "pruned": VERMILION, "reconstructed": PURPLE, "retrained": SKY, "merged": BLUE}
+
+
+def plot_compression(result: Mapping[str, Any], path: str | Path) -> None:
+    """Write a PNG of one run: left the sparsity of every layer by block, right the perplexity after each stage.
+
+    result: `pruning.by_layer` (parameter name -> share of zeros) and `perplexity` (stage -> value, or stage ->
+    {text: value}); `model` becomes the title. Raises ValueError when there is neither.
+    """
+    layers: Mapping[str, float] = result.get("pruning", {}).get("by_layer", {})
+    perplexity = _by_text(result.get("perplexity", {}))
+    if not layers and not perplexity:
+        raise ValueError("the result holds neither pruning.by_layer nor perplexity: there is nothing to draw")
+    figure = _figure(11, 4.2)
+    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    _draw_sparsity(left, layers)
+    _draw_bars(right, perplexity)
+    if result.get("model"):
+        figure.suptitle(str(result["model"]), fontsize=11, x=0.01, ha="left")
+    _save(figure, path)
+
+
+def plot_grid(
+    table: Mapping[str, Mapping[str, float]],
+    path: str | Path,
+    *,
+    dense: float | None = None,
+    title: str = "",
+    ylabel: str = "perplexity",
+) -> None:
+    """Write a PNG of methods (line each) against sparsities: method -> {"50 %" or "0.5" or "2:4": value}.
+
+    Shares of zeros are an axis with lines; N:M patterns stand beside it as points. dense: a dashed line. The value
+    axis is logarithmic when the largest value is more than five times the smallest. Raises ValueError for no value.
+
+    >>> plot_grid({"wanda": {"50 %": 20.0, "2:4": 30.0}, "magnitude": {"50 %": 25.0, "2:4": 60.0}}, "grid.png")
+    """
+    values = [v for row in table.values() for v in row.values() if math.isfinite(v)]
+    if not values:
+        raise ValueError("the table holds no finite value: there is nothing to draw")
+    labels = list(dict.fromkeys(label for row in table.values() for label in row))
+    shares = sorted((label for label in labels if ":" not in label), key=_share)
+    patterns = [label for label in labels if ":" in label]
+    groups = [group for group in (shares, patterns) if group]
+    figure = _figure(4.5 + 2.2 * len(groups), 4.4)
+    axes = figure.subplots(1, len(groups), sharey=True, squeeze=False, width_ratios=[max(2, len(g)) for g in groups])[0]
+    for axis, group in zip(axes, groups, strict=True):
+        _draw_methods(axis, table, group, lines=group is shares)
+        if dense is not None:
+            axis.axhline(dense, color=BLACK, linestyle="--", linewidth=1, label=f"dense, {dense:.4g}")
+    low = min([*values, dense] if dense is not None else values)
+    if low > 0 and max(values) > 5 * low:
+        axes[0].set_yscale("log")
+        _plain_ticks(axes[0])
+    axes[0].set_ylabel(ylabel)
+    axes[-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    if title:
+        figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    _save(figure, path)
+
+
+def _draw_sparsity(axis: Axes, layers: Mapping[str, float]) -> None:
+    """A marker for each kind of layer (up_proj, fc1, ..) over block numbers; blockless layers stand by name."""
+    from matplotlib.ticker import MaxNLocator
+
+    kinds: dict[str, list[tuple[int, float]]] = {}
+    for i, (name, share) in enumerate(layers.items()):
+        block, kind = _place(name)
+        kinds.setdefault(kind, []).append((i if block is None else block, share))
+    spread = 0.6 / max(1, len(kinds))  # kinds of equal sparsity stand side by side, not over each other
+    for i, (kind, points) in enumerate(kinds.items()):
+        aside = (i - (len(kinds) - 1) / 2) * spread
+        axis.plot(
+            [block + aside for block, _ in points],
+            [100 * share for _, share in points],
+            **_style(i),
+            markersize=4,
+            linewidth=0.5,
+            label=kind,
+        )
+    if layers and max(layers.values()) - min(layers.values()) < 5e-4:
+        share = 100 * next(iter(layers.values()))
+        axis.annotate(f"{share:.1f} % in every layer", (0.02, 0.95), xycoords="axes fraction", fontsize=9)
+    axis.set_ylim(0, 100)
+    axis.set_xlabel("block")
+    axis.set_ylabel("zeros, %")
+    axis.set_title("Sparsity by layer", loc="left", fontsize=10)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if kinds:
+        axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    else:
+        axis.text(0.5, 0.5, "nothing was pruned", transform=axis.transAxes, ha="center")
+
+
+def _draw_bars(axis: Axes, perplexity: Mapping[str, Mapping[str, float]]) -> None:
+    """A group of bars for each stage, a bar for each text; the values stand above."""
+    texts = list(dict.fromkeys(text for row in perplexity.values() for text in row))
+    stages = list(perplexity)
+    width = 0.8 / max(1, len(texts))
+    finite = [v for row in perplexity.values() for v in row.values() if math.isfinite(v) and v > 0]
+    log_scale = bool(finite) and max(finite) > 5 * min(finite)
+    bottom = 10 ** math.floor(math.log10(min(finite))) if log_scale else 0
+    for j, text in enumerate(texts):
+        for i, stage in enumerate(stages):
+            value = perplexity[stage].get(text)
+            if value is None:
+                continue
+            x = i + (j - (len(texts) - 1) / 2) * width
+            shown = math.isfinite(value)
+            colour = _STAGES.get(stage.split()[0], _CYCLE[i % len(_CYCLE)]) if len(texts) == 1 else _CYCLE[j]
+            label = text if i == 0 and len(texts) > 1 else None
+            axis.bar(x, value - bottom if shown else 0, width * 0.92, bottom=bottom, color=colour, label=label)
+            axis.annotate(
+                f"{value:.4g}",
+                (x, value if shown else bottom),
+                xytext=(0, 2),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+            )
+    if log_scale:
+        axis.set_yscale("log")
+        axis.set_ylim(bottom, max(finite) * (1.5 if len(texts) == 1 else 3))
+        _plain_ticks(axis)
+    elif finite:
+        axis.set_ylim(0, max(finite) * (1.12 if len(texts) == 1 else 1.3))
+    axis.set_xticks(range(len(stages)), [_wrapped(stage) for stage in stages])
+    scale = " (log scale)" if log_scale else ""
+    axis.set_title(f"Perplexity, lower is better{scale}", loc="left", fontsize=10)
+    if len(texts) > 1:
+        axis.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
+
+
+def _draw_methods(axis: Axes, table: Mapping[str, Mapping[str, float]], labels: Sequence[str], *, lines: bool) -> None:
+    spread = 0.0 if lines else 0.5 / max(1, len(table))
+    for i, (method, row) in enumerate(table.items()):
+        at = [_share(label) * 100 if lines else labels.index(label) for label in labels if label in row]
+        axis.plot(
+            [x + (i - (len(table) - 1) / 2) * spread for x in at],
+            [row[label] for label in labels if label in row],
+            **_style(i),
+            linestyle="-" if lines else "none",
+            markersize=6,
+            linewidth=1.4,
+            label=method,
+        )
+    if lines:
+        axis.set_xticks([_share(label) * 100 for label in labels])
+        axis.set_xlabel("sparsity, % zeros")
+    else:
+        axis.set_xticks(range(len(labels)), labels)
+        axis.set_xlim(-0.6, len(labels) - 0.4)
+        axis.set_xlabel("at most N of M kept")
+
+
+def _style(i: int) -> dict[str, Any]:
+    """Colour and marker of the i-th series; no pair comes twice among 49."""
+    return {"color": _CYCLE[i % len(_CYCLE)], "marker": _MARKERS[(i + i // len(_CYCLE)) % len(_MARKERS)]}
+
+
+def _share(label: str) -> float:
+    """0.5 for "50 %", "50%", "0.5" or "50". Raises ValueError for what is no share."""
+    number = float(label.rstrip(" %"))
+    return number / 100 if "%" in label or number >= 1 else number
+
+
+def _by_text(perplexity: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    return {
+        stage: {str(k): float(v) for k, v in value.items()} if isinstance(value, Mapping) else {"": float(value)}
+        for stage, value in perplexity.items()
+    }
+
+
+def _place(name: str) -> tuple[int | None, str]:
+    """("model.layers.3.mlp.up_proj.weight") -> (3, "up_proj")."""
+    number = re.search(r"\.(\d+)\.", name)
+    kind = name.removesuffix(".weight").rsplit(".", 1)[-1]
+    return (int(number.group(1)) if number else None), kind
+
+
+def _wrapped(stage: str) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(stage, 14)) or stage
+
+
+def _plain_ticks(axis: Axes) -> None:
+    from matplotlib.ticker import LogFormatter
+
+    axis.yaxis.set_major_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", linewidth=0.4, alpha=0.5)
+        axis.set_axisbelow(True)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    figure.savefig(unfinished, format="png")
+    os.replace(unfinished, path)

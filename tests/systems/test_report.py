@@ -1,0 +1,168 @@
+"""Reports: what a run leaves behind can be read again, and nothing is drawn where nobody looks."""
+
+import io
+import logging
+import math
+import multiprocessing
+
+import pytest
+import torch
+from matplotlib.image import imread
+from rich.console import Console
+
+from prunus.report import (
+    append_metrics,
+    bars,
+    markdown_table,
+    plot_compression,
+    plot_grid,
+    print_table,
+    progress,
+    read_metrics,
+)
+from prunus.report.plots import _place, _share
+from prunus.report.table import format_value
+
+ROWS = [{"layer": "model.layers.0.mlp[3]", "zeros": 12345, "share": 0.5}, {"layer": "head", "zeros": None}]
+
+
+def printed(*arguments, width=80, **options):
+    console = Console(file=io.StringIO(), width=width)
+    print_table(*arguments, console=console, **options)
+    return console.file.getvalue()
+
+
+def test_table_shows_every_value_unchanged_by_markup():
+    text = printed(ROWS, title="Layers")
+    assert "Layers" in text
+    assert "model.layers.0.mlp[3]" in text  # not taken for markup
+    assert "12,345" in text
+    assert "0.5000" in text
+    assert "zeros" not in printed(ROWS, ["layer"])
+
+
+def test_a_narrow_table_folds_and_loses_nothing():
+    text = printed([{"layer": "a" * 30 + "z" * 30, "x": 1}], width=40)
+    assert text.count("a") == 31  # with the header
+    assert text.count("z") == 30
+
+
+def test_tables_refuse_what_is_not_there():
+    with pytest.raises(ValueError, match="at least one row"):
+        print_table([])
+    with pytest.raises(ValueError, match="no row has column 'loss'; there are layer, zeros, share"):
+        markdown_table(ROWS, ["loss"])
+
+
+def test_markdown_table_is_markdown():
+    lines = markdown_table([{"a|b": "x|y", "n": 2.0}]).splitlines()
+    assert lines[1] == "| --- | ---: |"
+    assert lines[2] == "| x\\|y | 2.000 |"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(12.3456, "12.35"), (0.0, "0"), (123456.0, "1.23e+05"), (0.00012, "1.20e-04"), (1234.5, "1234"), (True, "True")],
+)
+def test_values_have_four_digits(value, text):
+    assert format_value(value) == text
+
+
+def test_metrics_come_back(tmp_path):
+    path = tmp_path / "new" / "metrics.jsonl"
+    append_metrics(path, {"loss": math.nan, "n": torch.tensor(3), "where": tmp_path, "list": (1, 2.5, None)})
+    append_metrics(path, {"text": "a\nb"})
+    first, second = read_metrics(path)
+    assert (first["loss"], first["n"], first["where"], first["list"]) == ("nan", 3, str(tmp_path), [1, 2.5, None])
+    assert second["text"] == "a\nb"
+    path.write_text('{"a": 1}\n{"a"')
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
+        read_metrics(path)
+
+
+def _append(path, mark):
+    for _ in range(50):
+        append_metrics(path, {"mark": mark * 2000})
+
+
+def test_lines_of_two_processes_are_not_mixed(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    context = multiprocessing.get_context("spawn")
+    other = context.Process(target=_append, args=(path, "b"))
+    other.start()
+    _append(path, "a")
+    other.join()
+    assert sorted(row["mark"][0] for row in read_metrics(path)) == ["a"] * 50 + ["b"] * 50
+
+
+def test_progress_is_silent_without_a_terminal_but_logs(caplog):
+    console = Console(file=io.StringIO(), force_terminal=False)
+    with caplog.at_level(logging.INFO), progress("prune", 4, console=console) as advance:
+        advance()
+        advance.to(4)
+    assert console.file.getvalue() == ""
+    assert [record.message.split(":")[0] for record in caplog.records] == ["prune", "prune"]
+    assert "done in" in caplog.records[-1].message
+
+
+def test_progress_logs_now_and_then(caplog, monkeypatch):
+    clock = iter([0.0, 0.0, 10.0, 40.0, 50.0, 51.0])
+    monkeypatch.setattr(bars.time, "monotonic", lambda: next(clock))
+    with caplog.at_level(logging.INFO), progress("train", 8, console=Console(file=io.StringIO())) as advance:
+        advance(1)  # after 10 s: too early
+        advance(1)  # after 40 s: 2 of 8, so 120 s left
+        advance(1)
+    assert [r.message for r in caplog.records][1:-1] == ["train: 2 of 8, 120 s left"]
+
+
+@pytest.mark.parametrize("total", [3, None])
+def test_progress_draws_on_a_terminal(total):
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with progress("prune", total, console=console) as advance:
+        advance(2)
+        advance.to(3)
+    assert "prune" in console.file.getvalue()
+    assert f"3/{total or '?'}" in console.file.getvalue()
+
+
+def result(**perplexity):
+    layers = {f"model.layers.{i}.mlp.{kind}.weight": 0.5 + i / 10 for i in range(3) for kind in ("up", "down")}
+    return {"model": "tiny", "pruning": {"by_layer": layers}, "perplexity": perplexity}
+
+
+@pytest.mark.parametrize(
+    "perplexity",
+    [
+        {"dense": 10.0, "pruned": 12.0},
+        {"dense": {"test": 10.0}, "pruned": {"test": 900.0}, "retrained biases": {"test": math.inf}},
+        {"dense": {"a": 10.0, "b": 11.0}, "merged": {"a": 10.0}},
+        {},
+    ],
+)
+def test_compression_picture_is_drawn(tmp_path, perplexity):
+    plot_compression(result(**perplexity), tmp_path / "new" / "report.png")
+    picture = imread(tmp_path / "new" / "report.png")
+    assert picture.shape[0] > 300
+    assert picture.std() > 0.02  # not blank
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["report.png"]
+
+
+def test_grid_picture_is_drawn(tmp_path):
+    table = {"wanda": {"50 %": 20.0, "60 %": 40.0, "2:4": 30.0}, "magnitude": {"50 %": 25.0, "2:4": math.nan}}
+    plot_grid(table, tmp_path / "grid.png", dense=15.0, title="grid")
+    assert imread(tmp_path / "grid.png").std() > 0.02
+
+
+def test_empty_pictures_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plot_compression({}, tmp_path / "a.png")
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plot_grid({"wanda": {"50 %": math.nan}}, tmp_path / "a.png")
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_places_and_shares():
+    assert _place("model.decoder.layers.12.fc1.weight") == (12, "fc1")
+    assert _place("model.layers.3.mlp.experts.gate_up_proj") == (3, "gate_up_proj")
+    assert _place("lm_head.weight") == (None, "lm_head")
+    assert [_share(label) for label in ("50 %", "50%", "0.5", "50", "5 %")] == [0.5, 0.5, 0.5, 0.5, 0.05]
