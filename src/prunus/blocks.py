@@ -71,7 +71,7 @@ def capture(model: nn.Module, names: Sequence[str], input_ids: Tensor) -> tuple[
 
     Raises: ValueError if the model does not call the blocks once each, in this order, on one hidden state.
     """
-    failures: list[Exception] = []
+    failures: list[tuple[int, Exception]] = []
     for wrap in (_as_tensor, _as_tuple):  # which of the two the model expects shows at the second block
         chain = _Chain(list(names), wrap)
         try:
@@ -81,11 +81,8 @@ def capture(model: nn.Module, names: Sequence[str], input_ids: Tensor) -> tuple[
         except Exception as failure:
             if not chain.calls:  # the model failed before its first block
                 raise
-            failures.append(failure)
-    failure = next((each for each in failures if isinstance(each, _Mismatch)), failures[0])
-    if isinstance(failure, _Mismatch):
-        raise ValueError(str(failure)) from failures[0]
-    raise failure
+            failures.append((len(chain.calls), failure))
+    raise max(failures, key=lambda each: each[0])[1]  # the way that got further tells what is wrong
 
 
 def run_block(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
@@ -113,10 +110,6 @@ def run_block(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
 
 class _LastBlock(Exception):
     """Ends the recording forward: what follows the last block is not needed and may be on meta."""
-
-
-class _Mismatch(ValueError):
-    """The model did not hand a block's output to the next block."""
 
 
 def _as_tensor(hidden: Tensor) -> Any:
@@ -154,7 +147,7 @@ class _Chain:
         def forward(*args: Any, **kwargs: Any) -> Any:
             expected = self.names[len(self.calls)]
             if name != expected:
-                raise _Mismatch(f"the model called block '{name}' where '{expected}' was expected")
+                raise ValueError(f"the model called block '{name}' where '{expected}' was expected")
             self.calls[name] = self._split(name, args, kwargs)
             if len(self.calls) == len(self.names):
                 raise _LastBlock
@@ -170,7 +163,7 @@ class _Chain:
         if self.hidden is None and isinstance(first, Tensor):
             self.hidden = first
         if first is not self.hidden or first is None:
-            raise _Mismatch(
+            raise ValueError(
                 f"block '{name}' does not receive the output of the block before it as its first argument but "
                 f"{_describe(first)}; a chain of blocks that hand on one hidden state was looked for"
             )

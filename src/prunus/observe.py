@@ -131,9 +131,11 @@ class _Stack:
 
     def experts(self, operand: Tensor) -> range | None:
         """The experts that a 2-D or 3-D operand is a view of from their first entry on, or None."""
+        if (operand.dtype, operand.device) != (self.parameter.dtype, self.parameter.device):
+            return None
         stride = self.parameter.stride(0) * self.parameter.element_size()
         offset = operand.data_ptr() - self.parameter.data_ptr()
-        if operand.dtype != self.parameter.dtype or not 0 <= offset < stride * self.parameter.shape[0]:
+        if not 0 <= offset < stride * self.parameter.shape[0]:
             return None
         first, inside = divmod(offset, stride)
         count = operand.shape[0] if operand.ndim == 3 else 1

@@ -1,0 +1,350 @@
+"""Laws of capturing, running and observing blocks, on models made for the trap that each test names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from prunus.blocks import Arguments, capture, find_blocks, observe, run_block
+from prunus.layers import Inputs, find_layers
+
+D = 6
+
+
+class Block(nn.Module):
+    def __init__(self, wrap: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
+        self.wrap = wrap
+
+    def forward(self, hidden: Tensor, shift: Tensor, pair: tuple[Tensor, Tensor] | None = None) -> Any:
+        out = hidden + self.c(torch.tanh(self.a(hidden) * self.b(hidden))) + shift + (pair[0] * pair[1] if pair else 0)
+        return (out, None) if self.wrap else out
+
+
+class Model(nn.Module):
+    """Hands on the hidden state the way `keyword` and `wrap` say; every block gets another shift."""
+
+    def __init__(self, wrap: bool = False, keyword: bool = False, blocks: int = 3) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, D)
+        self.layers = nn.ModuleList(Block(wrap) for _ in range(blocks))
+        self.norm = nn.LayerNorm(D)
+        self.wrap, self.keyword = wrap, keyword
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.embed(ids)
+        for number, block in enumerate(self.layers):
+            hidden = self.between(hidden, number)
+            shift = torch.full((D,), float(number))
+            pair = (shift + 1, shift)
+            out = block(hidden=hidden, shift=shift, pair=pair) if self.keyword else block(hidden, shift, pair=pair)
+            hidden = out[0] if self.wrap else out
+        return self.norm(hidden)
+
+    def between(self, hidden: Tensor, number: int) -> Tensor:
+        return hidden
+
+
+class Changing(Model):
+    def between(self, hidden: Tensor, number: int) -> Tensor:
+        return hidden * 2 if number == 1 else hidden
+
+
+class Backwards(Model):
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.embed(ids)
+        for block in reversed(self.layers):
+            hidden = block(hidden, hidden)
+        return hidden
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    torch.manual_seed(0)
+    return torch.randint(0, 11, (4, 5))
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+@pytest.mark.parametrize("wrap", [False, True])
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_a_chain_of_blocks_equals_the_model(ids: Tensor, wrap: bool, keyword: bool, blocks: int) -> None:
+    model = Model(wrap, keyword, blocks)
+    names = find_blocks(model)
+    assert names == [f"layers.{number}" for number in range(blocks)]
+    hidden, arguments = capture(model, names, ids)
+    assert torch.equal(hidden, model.embed(ids))
+    assert not hidden.requires_grad
+    for name in names:
+        hidden = run_block(model.get_submodule(name), hidden, arguments[name])
+    assert torch.equal(model.norm(hidden), model(ids))
+    assert hidden.requires_grad
+
+
+def test_capture_leaves_no_trace(ids: Tensor) -> None:
+    model = Model()
+    own = model.layers[1].forward
+    model.layers[1].forward = lambda *args, **kwargs: own(*args, **kwargs)  # as accelerate's hooks do
+    patched, expected = model.layers[1].forward, model(ids)
+    capture(model, find_blocks(model), ids)
+    assert model.layers[1].forward is patched
+    assert "forward" not in vars(model.layers[0])
+    assert torch.equal(model(ids), expected)
+    with pytest.raises(ValueError, match="does not receive"):
+        capture(Changing(), ["layers.0", "layers.1"], ids)
+
+
+def test_a_hidden_state_changed_between_blocks_is_refused(ids: Tensor) -> None:
+    with pytest.raises(
+        ValueError, match=r"block 'layers.1' does not receive the output .* tensor of shape \(4, 5, 6\)"
+    ):
+        capture(Changing(), find_blocks(Changing()), ids)
+
+
+def test_blocks_out_of_order_or_never_called_are_refused(ids: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"called block 'layers.2' where 'layers.0' was expected"):
+        capture(Backwards(), find_blocks(Backwards()), ids)
+    model = Model()
+    model.spare = Block()
+    with pytest.raises(ValueError, match=r"Model never called block 'spare'"):
+        capture(model, [*find_blocks(model), "spare"], ids)
+
+
+def test_an_error_before_the_first_block_passes_through() -> None:
+    model = Model()
+    with pytest.raises(IndexError):
+        capture(model, find_blocks(model), torch.full((1, 2), 99))
+
+
+@pytest.mark.parametrize("output", [None, {"hidden": 0}, torch.zeros(2, 2)])
+def test_a_block_that_returns_something_else_is_refused(output: Any) -> None:
+    class Odd(nn.Module):
+        def forward(self, hidden: Tensor) -> Any:
+            return output
+
+    with pytest.raises(ValueError, match=r"block Odd returned .*; a hidden state of shape \(1, 3\)"):
+        run_block(Odd(), torch.zeros(1, 3), Arguments())
+
+
+def test_arguments_move_inside_containers() -> None:
+    given = Arguments(
+        (torch.zeros(1), None), {"pair": (torch.zeros(2), [torch.zeros(3)]), "each": {"x": torch.zeros(4)}}
+    )
+    moved = given.to("meta")
+    assert moved.args[0].is_meta
+    assert moved.args[1] is None
+    assert moved.kwargs["pair"][0].is_meta
+    assert moved.kwargs["pair"][1][0].is_meta
+    assert moved.kwargs["each"]["x"].is_meta
+
+
+def test_blocks_of_several_classes_are_refused() -> None:
+    model = Model()
+    model.layers[1] = nn.Sequential(nn.Linear(D, D), nn.Linear(D, D))
+    with pytest.raises(ValueError, match=r"'layers' mixes Block, Sequential"):
+        find_blocks(model)
+
+
+def test_the_outer_list_is_chosen_not_the_experts_inside() -> None:
+    model = Model()
+    for block in model.layers:
+        block.experts = nn.ModuleList(nn.Linear(D, D) for _ in range(20))
+    assert find_blocks(model) == ["layers.0", "layers.1", "layers.2"]
+
+
+def watched(block: nn.Module, *xs: Tensor, gram: bool = True, **arguments: Any) -> dict[str, Inputs]:
+    with observe(block, find_layers(block, **arguments), gram=gram) as inputs:
+        for x in xs:
+            block(x, torch.zeros(D))
+    return inputs
+
+
+def test_sharing_follows_the_tensor_not_its_values() -> None:
+    block = Block()
+    inputs = watched(block, torch.ones(2, D), torch.ones(3, D))
+    assert inputs["a"] is inputs["b"]
+    assert inputs["a"].tokens == 5
+    assert inputs["c"] is not inputs["a"]
+    block.forward = lambda x, _: block.b(block.a(x) * 0 + x)  # equal values, another tensor
+    inputs = watched(block, torch.ones(2, D))
+    assert inputs["a"] is not inputs["b"]
+    assert torch.equal(inputs["a"].squares, inputs["b"].squares)
+    assert inputs["c"].tokens == 0
+    assert inputs["c"].gram is not None
+    assert inputs["c"].gram.shape == (D, D)
+
+
+def test_a_tensor_changed_in_place_is_not_shared() -> None:
+    block = Block()
+    block.forward = lambda x, _: block.a(x) + block.b(x.mul_(2))
+    with torch.no_grad():
+        inputs = watched(block, torch.ones(2, D))
+    assert inputs["b"].squares.tolist() == [8.0] * D
+    assert inputs["a"].squares.tolist() == [2.0] * D
+
+
+def test_layers_that_stop_sharing_are_reported() -> None:
+    block = Block()
+    block.forward = lambda x, _: block.a(x) + block.b(x if len(x) == 2 else x + 1)
+    with pytest.raises(ValueError, match=r"'b' shared its input with 'a' in the first forward and no longer does"):
+        watched(block, torch.ones(2, D), torch.ones(3, D))
+    block.forward = lambda x, _: (block.a(x), block.b(x) if len(x) == 2 else None)
+    with pytest.raises(ValueError, match=r"'b' was called 1 times and 'a', whose input it shared, 2 times"):
+        watched(block, torch.ones(2, D), torch.ones(3, D))
+
+
+def test_a_layer_called_twice_adds_twice() -> None:
+    block = Block()
+    block.forward = lambda x, _: block.a(block.a(x) * 0 + 3 * x)
+    inputs = watched(block, torch.ones(2, D))
+    assert inputs["a"].tokens == 4
+    assert inputs["a"].squares.tolist() == [20.0] * D
+
+
+def test_hooks_are_gone_afterwards_and_after_an_error() -> None:
+    block = Block()
+    with pytest.raises(RuntimeError, match="stop"), observe(block, find_layers(block), gram=False):
+        raise RuntimeError("stop")
+    inputs = watched(block, torch.ones(2, D))
+    block(torch.ones(2, D), torch.zeros(D))
+    assert inputs["a"].tokens == 2
+    assert all(not module._forward_pre_hooks for module in block.modules())
+
+
+def test_views_of_another_block_are_refused() -> None:
+    with (
+        pytest.raises(ValueError, match=r"such as '0', are not all layers of the block Block"),
+        observe(Block(), find_layers(nn.Sequential(nn.Linear(D, D))), gram=False),
+    ):
+        pass
+
+
+def test_views_may_carry_the_name_of_the_block() -> None:
+    block = nn.ModuleDict({"b": nn.ModuleDict({"fc": nn.Linear(D, D)}), "fc": nn.Linear(D, D)})
+    block.forward = lambda x: block["fc"](x) + block["b"]["fc"](x + 1)  # type: ignore[index,operator]
+    views = find_layers(block, prefix="a.b")  # "a.b.fc" also ends in "b.fc"
+    with observe(block, views, gram=False) as inputs:
+        block(torch.ones(1, D))
+    assert inputs["a.b.fc"].squares[0] == 1
+    assert inputs["a.b.b.fc"].squares[0] == 4
+
+
+CONVOLUTIONS = [
+    nn.Conv2d(2, 4, 3, padding=1, stride=2, bias=False),
+    nn.Conv2d(2, 4, (3, 2), padding="same", dilation=(2, 1), bias=False),
+    nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect", bias=False),
+    nn.Conv1d(2, 4, 3, stride=2, padding=2, dilation=2, bias=False),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("convolution", CONVOLUTIONS, ids=str)
+def test_gram_of_a_convolution_gives_its_output_energy(convolution: nn.Module) -> None:
+    x = torch.randn(3, 2, 8, 7) if isinstance(convolution, nn.Conv2d) else torch.randn(3, 2, 9)
+    block = nn.Sequential(convolution)
+    (view,) = find_layers(block)
+    with observe(block, [view], gram=True) as inputs:
+        y = block(x)
+    matrix = view.matrix(convolution.weight)  # type: ignore[arg-type]
+    gram = inputs["0"].gram
+    assert gram is not None
+    energy = torch.einsum("oi,ij,oj->o", matrix, gram, matrix)  # sum over positions of (w . x)^2
+    torch.testing.assert_close(energy, y.square().movedim(1, 0).flatten(1).sum(1), rtol=1e-4, atol=1e-4)
+    assert inputs["0"].tokens == y[:, 0].numel()
+
+
+def test_a_grouped_convolution_cannot_be_observed() -> None:
+    block = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
+    with (
+        pytest.raises(ValueError, match=r"'0' \(Conv2d, 2 groups\) cannot be observed.*exclude=\['0'\]"),
+        observe(block, find_layers(block), gram=False),
+    ):
+        pass
+
+
+class Stack(nn.Module):
+    """Experts multiplied as `product(x, weight)` says; tokens are dealt out in turn."""
+
+    def __init__(self, product: Callable[[Tensor, Tensor], Tensor], transposed: bool) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, D, 4) if transposed else torch.randn(3, 4, D))
+        self.is_transposed = transposed
+        self.product = product
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.product(x[i::3], self.up[torch.tensor(i)]).sum() for i in range(2)])
+
+
+PRODUCTS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool]] = {
+    "linear": (F.linear, False),
+    "linear-keywords": (lambda x, w: F.linear(x, weight=w, bias=torch.zeros(4)), False),
+    "matmul-of-transpose": (lambda x, w: x @ w.T, False),
+    "weight-on-the-left": (lambda x, w: w @ x.T, False),
+    "mm": (torch.mm, True),
+    "method": (lambda x, w: x.matmul(w), True),
+    "addmm": (lambda x, w: torch.addmm(torch.zeros(4), x, w), True),
+    "bmm": (lambda x, w: torch.bmm(x[None], w[None]), True),
+    "halves": (lambda x, w: torch.cat([F.linear(x, each) for each in w.chunk(2)], -1), False),
+}
+
+
+@pytest.mark.parametrize("kind", PRODUCTS)
+def test_every_kind_of_product_with_an_expert_is_seen_once(kind: str) -> None:
+    stack = Stack(*PRODUCTS[kind])
+    x = torch.randn(7, D)
+    with observe(stack, find_layers(stack), gram=True) as inputs:
+        stack(x)
+    for expert in range(2):
+        rows = x[expert::3]
+        torch.testing.assert_close(inputs[f"up[{expert}]"].gram, rows.T @ rows)
+        assert inputs[f"up[{expert}]"].tokens == len(rows)
+    assert inputs["up[2]"].tokens == 0
+
+
+def test_one_product_over_all_experts_counts_only_rows_that_are_not_zero() -> None:
+    stack = Stack(torch.mm, True)
+    x = torch.randn(3, 5, D)
+    x[1, 2:] = 0
+    x[2] = 0
+    stack.forward = lambda x: torch.bmm(x, stack.up)
+    with observe(stack, find_layers(stack), gram=True) as inputs:
+        stack(x)
+    assert [inputs[f"up[{expert}]"].tokens for expert in range(3)] == [5, 2, 0]
+    torch.testing.assert_close(inputs["up[1]"].gram, x[1].T @ x[1])
+
+
+def test_experts_whose_products_are_not_seen_are_refused() -> None:
+    stack = Stack(lambda x, w: torch.einsum("ti,oi->to", x, w), False)
+    with (
+        pytest.raises(ValueError, match=r"experts 'up' ran 1 times, but no product .* exclude=\['up'\]"),
+        observe(stack, find_layers(stack), gram=False),
+    ):
+        stack(torch.randn(7, D))
+
+
+def test_a_wrong_is_transposed_is_found() -> None:
+    stack = Stack(F.linear, False)
+    stack.up = nn.Parameter(torch.randn(3, D, D))
+    stack.is_transposed = True
+    with (
+        pytest.raises(ValueError, match=r"experts 'up' are declared with is_transposed=True.*Set is_transposed=False"),
+        observe(stack, find_layers(stack), gram=False),
+    ):
+        stack(torch.randn(7, D))
+
+
+def test_experts_implementation_is_eager_meanwhile_and_put_back() -> None:
+    stack = Stack(F.linear, False)
+    stack.config = PreTrainedConfig(experts_implementation="grouped_mm")
+    with observe(stack, find_layers(stack), gram=False):
+        assert stack.config._experts_implementation == "eager"
+    assert stack.config._experts_implementation == "grouped_mm"
+    with pytest.raises(RuntimeError, match="stop"), observe(stack, find_layers(stack), gram=False):
+        raise RuntimeError("stop")
+    assert stack.config._experts_implementation == "grouped_mm"

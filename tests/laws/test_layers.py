@@ -1,0 +1,256 @@
+"""Laws of views, of finding prunable layers, and of the sums over inputs."""
+
+from __future__ import annotations
+
+import doctest
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+import prunus.layers
+from prunus.layers import Inputs, View, find_layers, matches
+
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+class Experts(nn.Module):
+    """Three experts of (4, 6) matrices, stored (in, out) if transposed."""
+
+    def __init__(self, transposed: bool | None = False) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 6, 4) if transposed else torch.randn(3, 4, 6))
+        self.up_bias = nn.Parameter(torch.zeros(3, 4))
+        if transposed is not None:
+            self.is_transposed = transposed
+
+
+class Moe(nn.Module):
+    def __init__(self, transposed: bool | None = False) -> None:
+        super().__init__()
+        self.router = nn.Linear(6, 3)
+        self.shared_gate = nn.Linear(6, 1)
+        self.shared = nn.Sequential(nn.Linear(6, 3), nn.Linear(3, 6))
+        self.experts = Experts(transposed)
+
+
+def names(root: nn.Module, **arguments: object) -> list[str]:
+    return [view.name for view in find_layers(root, **arguments)]  # type: ignore[arg-type]
+
+
+def fill(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+
+
+MODULES = {
+    "linear": (nn.Linear(6, 4), (4, 6)),
+    "conv1d": (nn.Conv1d(3, 4, 2), (4, 6)),
+    "conv2d": (nn.Conv2d(3, 4, (2, 5)), (4, 30)),
+    "conv2d-grouped": (nn.Conv2d(6, 4, 2, groups=2), (4, 12)),
+    "conv2d-channels-last": (nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last), (4, 12)),
+    "transposed-conv1d": (Conv1D(4, 6), (4, 6)),
+    "experts": (Experts(False), (4, 6)),
+    "transposed-experts": (Experts(True), (4, 6)),
+}
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_write_then_matrix_returns_what_was_written(kind: str) -> None:
+    module, shape = MODULES[kind]
+    root = nn.ModuleDict({"part": module})
+    for view in find_layers(root):
+        parameter = dict(root.named_parameters())[view.parameter]
+        assert view.shape == shape
+        new = fill(*shape)
+        others = parameter.detach().clone()
+        view.write_(parameter, new)
+        assert torch.equal(view.matrix(parameter), new)
+        if view.index is not None:
+            others[view.index] = parameter[view.index].detach()
+            assert torch.equal(others, parameter)
+
+
+@pytest.mark.parametrize("kind", sorted(set(MODULES) - {"conv2d-channels-last"}))
+def test_matrix_shares_storage(kind: str) -> None:
+    root = nn.ModuleDict({"part": MODULES[kind][0]})
+    for view in find_layers(root):
+        parameter = dict(root.named_parameters())[view.parameter].detach()
+        view.matrix(parameter)[1, 2] = 7.5
+        assert (parameter == 7.5).sum() == 1 + (view.index or 0)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_matrix_is_the_map_that_the_module_computes(dtype: torch.dtype) -> None:
+    for module in (nn.Linear(6, 4, bias=False), Conv1D(4, 6), nn.Conv1d(6, 4, 1, bias=False)):
+        module = module.to(dtype)
+        (view,) = find_layers(module)
+        x = fill(5, 6, dtype=dtype)
+        y = module(x.T).T if isinstance(module, nn.Conv1d) else module(x)
+        torch.testing.assert_close(x @ view.matrix(module.weight).T, y, rtol=1e-2, atol=1e-2)
+
+
+def test_write_converts_dtype_and_refuses_another_shape() -> None:
+    view = View("up", "up.weight", None, True, (4, 6))
+    parameter = torch.zeros(6, 4, dtype=torch.bfloat16)
+    view.write_(parameter, torch.full((4, 6), 0.5, dtype=torch.float64))
+    assert (parameter == 0.5).all()
+    with pytest.raises(ValueError, match=r"'up' is \(4, 6\) as \(out, in\); the matrix given is \(6, 4\)"):
+        view.write_(parameter, torch.zeros(6, 4))
+
+
+def test_names_have_the_prefix_and_keys_are_those_of_the_whole_model() -> None:
+    model = nn.ModuleDict({"layers": nn.ModuleList([Moe(), Moe()])})
+    whole = [view for view in find_layers(model) if view.name.startswith("layers.1.")]
+    assert find_layers(model["layers"][1], prefix="layers.1") == whole  # type: ignore[index]
+    assert whole[-1] == View("layers.1.experts.up[2]", "layers.1.experts.up", 2, False, (4, 6))
+    assert {view.parameter for view in whole} <= set(dict(model.named_parameters()))
+
+
+def test_routers_beside_stacked_experts_are_left_dense_unless_named() -> None:
+    usual = ["shared.0", "shared.1", "experts.up[0]", "experts.up[1]", "experts.up[2]"]
+    assert names(Moe()) == usual
+    assert names(Moe(), include=["router", "shared_gate"]) == ["router", "shared_gate"]
+    assert sorted(names(Moe(), include=["*"])) == sorted([*usual, "router", "shared_gate"])
+
+
+def test_a_stack_of_unknown_orientation_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"'experts.up\[0\]' is one of 3 .* shape \(4, 6\).*is_transposed.*exclude"):
+        find_layers(Moe(None))
+    assert names(Moe(None), exclude=["experts.*"]) == ["shared.0", "shared.1"]
+
+
+def test_position_embeddings_are_no_stack() -> None:
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4)})
+    model.register_parameter("position", nn.Parameter(torch.zeros(1, 7, 4)))
+    assert names(model) == ["fc"]
+
+
+def test_integer_weights_are_refused() -> None:
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4)})
+    model["fc"].weight = nn.Parameter(torch.zeros(8, 2, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"'fc' is stored as torch.uint8: load the model without quantisation"):
+        find_layers(model)
+
+
+def test_tied_weights_are_one_layer() -> None:
+    model = nn.ModuleDict({"one": nn.Linear(4, 4), "two": nn.Linear(4, 4), "three": nn.Linear(4, 4)})
+    model["three"].weight = model["one"].weight
+    assert names(model) == ["one", "two"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_head_and_embedding_are_dense_unless_named(tied: bool) -> None:
+    config = LlamaConfig(
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config)
+    assert len(names(model)) == 7
+    assert all(name.startswith("model.layers.0.") for name in names(model))
+    (head,) = find_layers(model, include=["lm_head"])
+    assert head.parameter == ("model.embed_tokens.weight" if tied else "lm_head.weight")
+    assert names(model, include=["*"]) == [*names(model), "lm_head"]
+
+
+def test_exclude_excludes_and_include_restricts() -> None:
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"fc1": nn.Linear(4, 4), "fc2": nn.Linear(4, 4)})])})
+    assert names(model, exclude=["fc1"]) == ["layers.0.fc2"]
+    assert names(model, include=["layers.0.fc1"]) == ["layers.0.fc1"]
+    assert names(model, include=["fc?"], exclude=["0.fc2"]) == ["layers.0.fc1"]
+    assert names(Moe(), exclude=["up[1]", "shared.*"]) == ["experts.up[0]", "experts.up[2]"]
+    assert names(Moe(), exclude=["experts.up"]) == ["shared.0", "shared.1"]
+
+
+@pytest.mark.parametrize("key", ["include", "exclude"])
+def test_a_glob_that_matches_nothing_raises_with_close_names(key: str) -> None:
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"down_proj": nn.Linear(4, 4)})])})
+    with pytest.raises(ValueError, match=r"'down_prj' matches none of the 1 .*Close names: 'layers.0.down_proj'"):
+        find_layers(model, **{key: ["down_proj", "down_prj"]})  # type: ignore[arg-type]
+
+
+def test_globs_match_whole_parts_only() -> None:
+    assert matches("a.b.fc1", "b.fc1")
+    assert not matches("a.bb.fc1", "b.fc1")
+    assert not matches("a.fc1.gate", "fc1")
+    assert matches("a.fc1", "fc[12]")
+    assert not matches("a.experts.up[12]", "up[2]")
+
+
+def test_find_layers_on_meta_equals_find_layers() -> None:
+    with torch.device("meta"):
+        meta = Moe()
+    assert find_layers(meta) == find_layers(Moe())
+
+
+def test_config_is_not_needed() -> None:
+    assert GPT2Config().model_type == "gpt2"  # the transposed Conv1D is found by its class alone
+    assert [view.transposed for view in find_layers(nn.Sequential(Conv1D(4, 6), nn.Linear(4, 6)))] == [True, False]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_sums_equal_float64_products(dtype: torch.dtype) -> None:
+    x = fill(2, 7, 5, dtype=dtype)
+    inputs, norms = Inputs(5, gram=True), Inputs(5)
+    for part in x:
+        inputs.add_(part)
+        norms.add_(part)
+    exact = x.reshape(-1, 5).double()
+    assert inputs.tokens == norms.tokens == 14
+    assert inputs.gram is not None
+    assert norms.gram is None
+    assert inputs.gram.dtype == inputs.squares.dtype == torch.float32
+    torch.testing.assert_close(inputs.gram.double(), exact.T @ exact, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(norms.squares.double(), exact.square().sum(0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(norms.norms.double(), exact.norm(dim=0), rtol=1e-6, atol=1e-6)
+    assert torch.equal(inputs.squares, inputs.gram.diagonal())
+
+
+def test_sums_in_pieces_equal_sums_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = fill(50, 3)
+    whole, pieces = Inputs(3, gram=True), Inputs(3, gram=True)
+    whole.add_(x)
+    monkeypatch.setattr(prunus.layers, "_CHUNK", 12)
+    pieces.add_(x)
+    torch.testing.assert_close(whole.gram, pieces.gram)
+    assert whole.tokens == pieces.tokens == 50
+
+
+def test_small_sixteen_bit_inputs_do_not_vanish() -> None:
+    inputs = Inputs(1)
+    for _ in range(100):
+        inputs.add_(torch.full((1000, 1), 2.0**-10, dtype=torch.float16))  # squares 2^-20, below float16's resolution
+    assert inputs.squares.item() == pytest.approx(1e5 * 2.0**-20, rel=1e-5)
+
+
+def test_sums_record_no_gradient() -> None:
+    inputs = Inputs(3, gram=True)
+    inputs.add_(fill(4, 3).requires_grad_())
+    assert inputs.gram is not None
+    assert not inputs.gram.requires_grad
+
+
+def test_inputs_of_another_width_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"shape \(2, 4\) do not end in the layer's 3 columns"):
+        Inputs(3).add_(torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_check_names_layer_and_column(bad: float) -> None:
+    inputs = Inputs(3, gram=True)
+    inputs.add_(torch.ones(2, 3))
+    inputs.check("fc1")
+    inputs.add_(torch.tensor([[1.0, bad, 1.0]]))
+    with pytest.raises(ValueError, match=r"'fc1' received NaN.* in 1 of 3 columns \(first: column 1\)"):
+        inputs.check("fc1")
+
+
+def test_examples_in_docstrings_hold() -> None:
+    assert doctest.testmod(prunus.layers, extraglobs={"torch": torch, "nn": nn}).failed == 0
