@@ -103,7 +103,7 @@ class Masks(Mapping[str, Tensor]):
     def sparsity(self) -> float:
         """Share of zeros over the masked parameters; 0 without any."""
         counts = self.table().values()
-        return 1 - sum(kept for kept, _ in counts) / max(1, sum(total for _, total in counts))
+        return sum(total - kept for kept, total in counts) / max(1, sum(total for _, total in counts))
 
     def table(self) -> dict[str, tuple[int, int]]:
         """Parameter name -> (entries kept, entries)."""
@@ -154,8 +154,11 @@ class Masks(Mapping[str, Tensor]):
         partial = path.with_name(path.name + ".partial")
         shapes = json.dumps({name: list(mask.shape) for name, mask in self.items()})
         packed = {name: torch.from_numpy(_pack(mask)) for name, mask in self.items()}
-        save_file(packed, partial, metadata={"format": _FORMAT, "version": _VERSION, "shapes": shapes})
-        os.replace(partial, path)
+        try:
+            save_file(packed, partial, metadata={"format": _FORMAT, "version": _VERSION, "shapes": shapes})
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Masks:
