@@ -32,7 +32,7 @@ def magnitude(layer: Layer) -> Tensor:
     >>> magnitude(Layer("fc", torch.tensor([[-2.0, 1.0]]))).tolist()
     [[2.0, 1.0]]
     """
-    return layer.weight.float().abs()
+    return layer.weight.float().abs().contiguous()  # sums do not depend on how the weight is stored
 
 
 @torch.no_grad()

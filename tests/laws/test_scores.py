@@ -1,0 +1,122 @@
+"""Every public score: float32 (out, in), finite, read-only, blind to storage; and exact when turned into a solver."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from prunus import scores
+from prunus.layers import Inputs, Layer
+from prunus.patterns import NM, Pattern, Unstructured
+from prunus.scores import Score, magnitude, ria, wanda
+from prunus.solvers import Solver, by_score, sparsegpt
+
+FACTORIES = {"random_score": lambda: scores.random_score(torch.Generator().manual_seed(0))}
+NAMES = [name for name in scores.__all__ if name != "Score"]
+PATTERNS = [Unstructured("layer"), Unstructured("row"), NM(2, 4), NM(4, 8)]
+
+
+def make(name: str) -> Score:
+    return FACTORIES[name]() if name in FACTORIES else getattr(scores, name)
+
+
+def make_layer(dtype: torch.dtype = torch.float32, *, tokens: int = 20, gram: bool = False) -> Layer:
+    generator = torch.Generator().manual_seed(0)
+    inputs = Inputs(16, gram=gram)
+    inputs.add_(torch.randn(tokens, 16, generator=generator) * torch.linspace(0.1, 3, 16))
+    return Layer("blocks.0.fc1", torch.randn(6, 16, generator=generator).to(dtype), inputs)
+
+
+def kept_at_half(pattern: Pattern, layer: Layer) -> int:
+    return pattern.counts((layer.weight.shape[0], layer.weight.shape[1]), 0.5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_scores_are_finite_float32_and_leave_the_layer_alone(name: str, dtype: torch.dtype):
+    layer = make_layer(dtype)
+    before, norms = layer.weight.clone(), layer.inputs.norms.clone()
+    layer.weight.requires_grad_()
+    score = make(name)(layer)
+    assert score.dtype == torch.float32
+    assert score.shape == (6, 16)
+    assert bool(score.isfinite().all())
+    assert bool((score >= 0).all())
+    assert not score.requires_grad
+    assert torch.equal(layer.weight, before)
+    assert torch.equal(layer.inputs.norms, norms)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_do_not_depend_on_storage(name: str):
+    layer = make_layer()
+    turned = Layer(layer.name, layer.weight.T.contiguous().T, layer.inputs)
+    assert torch.equal(make(name)(layer), make(name)(turned))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_by_score_keeps_exactly_what_was_asked(name: str, pattern: Pattern, dtype: torch.dtype):
+    layer = make_layer(dtype)
+    kept = kept_at_half(pattern, layer)
+    weight, mask = by_score(make(name))(layer, pattern, kept)
+    assert weight.dtype == dtype
+    assert int(mask.sum()) == kept
+    assert torch.equal(weight[mask], layer.weight[mask])
+    assert bool((weight[~mask] == 0).all())
+    assert not bool(weight[~mask].signbit().any())
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in FACTORIES])
+def test_pruning_again_changes_nothing(name: str):
+    layer = make_layer()
+    for pattern in (Unstructured("layer"), NM(2, 4)):
+        weight, mask = by_score(make(name))(layer, pattern, kept_at_half(pattern, layer))
+        again = by_score(make(name))(Layer("fc", weight, layer.inputs), NM(4, 8), 48)[1] if pattern.width else None
+        assert again is None or bool((again == mask).all())
+        same = by_score(magnitude)(Layer("fc", weight, layer.inputs), pattern, int(mask.sum()))
+        assert torch.equal(same[1], mask)
+
+
+def test_magnitude_by_hand():
+    assert magnitude(Layer("fc", torch.tensor([[-3.0, 0.5], [0.0, -0.0]]))).tolist() == [[3.0, 0.5], [0.0, 0.0]]
+
+
+def test_random_scores_come_from_their_generator():
+    layer = make_layer()
+    score = make("random_score")
+    first, second = score(layer), score(layer)
+    assert torch.equal(first, make("random_score")(layer))
+    assert not torch.equal(first, second)
+    state = torch.get_rng_state()
+    score(layer)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("score", [wanda, ria])
+def test_scores_that_need_inputs_say_so(score: Score):
+    with pytest.raises(ValueError, match=r"needs the inputs of 'fc7'"):
+        score(Layer("fc7", torch.ones(2, 4)))
+    broken = Inputs(4)
+    broken.add_(torch.tensor([[1.0, float("inf"), 1.0, 1.0]]))
+    with pytest.raises(ValueError, match="'fc7' received NaN, infinite"):
+        score(Layer("fc7", torch.ones(2, 4), broken))
+
+
+@pytest.mark.parametrize("solver", [by_score(wanda), by_score(ria), sparsegpt()], ids=["wanda", "ria", "sparsegpt"])
+@pytest.mark.parametrize("gram", [False, True])
+def test_a_layer_that_saw_no_token_falls_back_to_magnitude(solver: Solver, gram: bool):
+    layer = make_layer(tokens=0, gram=gram)
+    assert layer.inputs.tokens == 0
+    with pytest.warns(UserWarning, match=r"'blocks\.0\.fc1' saw no calibration token.*falls back to magnitude"):
+        weight, mask = solver(layer, NM(2, 4), 48)
+    expected: tuple[Tensor, Tensor] = by_score(magnitude)(layer, NM(2, 4), 48)
+    assert torch.equal(mask, expected[1])
+    assert torch.equal(weight, expected[0])
+
+
+def test_nan_weights_are_refused_by_name():
+    weight = torch.ones(2, 4)
+    weight[0, 1] = float("nan")
+    with pytest.raises(ValueError, match=r"the score of 'fc1' has 1 NaN of 8"):
+        by_score(magnitude)(Layer("fc1", weight), Unstructured("row"), 4)
