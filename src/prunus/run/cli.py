@@ -1,0 +1,206 @@
+"""The command `prunus`: each subcommand reads its arguments, calls one function, prints a table.
+
+Wrong input ends with one line on stderr and exit status 2, before any work; everything else is a bug and shows itself.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+app = typer.Typer(
+    name="prunus",
+    help="Make neural networks sparse and keep them good: prune, retrain a sliver, merge, ship.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeArg = Annotated[Path | None, typer.Argument(help="YAML recipe; without one the embedded model is used.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Any recipe key: --set prune.sparsity=0.6 (repeatable; flags win).")
+]
+
+
+@app.command()
+def compress(
+    recipe: RecipeArg = None,
+    model: Annotated[str | None, typer.Option(help="Hugging Face name or folder, .gguf file, or 'embedded'.")] = None,
+    criterion: Annotated[str | None, typer.Option(help="magnitude, random, wanda, ria or sparsegpt.")] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="'unstructured' or N:M, at most N nonzeros of M, such as 2:4.")
+    ] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Share of zeros, in [0, 1).")] = None,
+    train: Annotated[str | None, typer.Option(help="Retrained parameters: 'biases,norms', 'mask_lora', ...")] = None,
+    steps: Annotated[int | None, typer.Option(help="Retraining steps.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Retraining peak learning rate.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1.")] = None,
+    out: Annotated[str | None, typer.Option(help="Run folder.")] = None,
+    assign: SetOption = None,
+) -> None:
+    """Prune a language model, retrain a sliver of it, merge, measure, save."""
+    from prunus.run.compress import compress as run
+    from prunus.run.recipe import load_recipe
+    from prunus.run.show import show_result
+
+    flags = {
+        "model": model,
+        "prune.criterion": criterion,
+        "prune.pattern": pattern,
+        "prune.sparsity": sparsity,
+        "retrain.train": train,
+        "retrain.steps": steps,
+        "retrain.lr": lr,
+        "device": device,
+        "out": out,
+    }
+    overrides = _assignments(assign) | {key: value for key, value in flags.items() if value is not None}
+    checked = load_recipe(recipe, overrides)
+    show_result(run(checked), Path(checked.out))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Hugging Face name or folder, .gguf file, or 'embedded'.")],
+    data: Annotated[
+        str, typer.Option(help="Text file, parquet, 'embedded', or data set 'owner/name:config'.")
+    ] = "embedded",
+    split: Annotated[str | None, typer.Option(help="Split of a hub data set.")] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens a window; the model's own length (at most 2048) if left out.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows at a time.")] = 4,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+    task: Annotated[
+        list[str] | None, typer.Option(help="Zero-shot task name=file (needs the extra 'zeroshot').")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the numbers as JSON here as well.")] = None,
+) -> None:
+    """Perplexity of a model on a text: joined, windows without overlap, mean loss over predicted tokens."""
+    from prunus.run import stages
+    from prunus.run.recipe import Recipe, parse
+    from prunus.run.show import show_evaluation
+
+    tasks = _pairs(task or [], "--task")
+    asked = {
+        "data": {data: {"source": data, "split": split}},
+        "window": window,
+        "batch_size": batch_size,
+        "tasks": tasks,
+    }
+    checked = parse({"model": model, "device": device, "evaluate": asked}, Recipe, "flags")
+    place = stages.device_of(checked)
+    loaded = stages.load(checked)
+    numbers: dict[str, Any] = {"perplexity": stages.evaluate(loaded.model, loaded.tokenizer, checked, place)}
+    if tasks:
+        from prunus.evaluate.zeroshot import zero_shot
+
+        numbers["zero_shot"] = zero_shot(
+            loaded.model.to(place), loaded.tokenizer, {k: Path(v) for k, v in tasks.items()}
+        )
+    show_evaluation(model, numbers)
+    if out is not None:
+        out.write_text(json.dumps(numbers, indent=1))
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Folder or .safetensors file of any saved model.")],
+    out: Annotated[Path | None, typer.Option(help="Write the rows as JSON here as well.")] = None,
+) -> None:
+    """Sparsity and pattern of every weight of a saved model, read shard by shard."""
+    from prunus.run.inspect import inspect_model
+    from prunus.run.show import show_inspection
+
+    found = inspect_model(path)
+    show_inspection(path, found)
+    if out is not None:
+        out.write_text(json.dumps([vars(row) | {"sparsity": row.sparsity} for row in found], indent=1))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
+    sparsity: Annotated[float, typer.Option(help="Share of zeros, in [0, 1).")] = 0.6,
+) -> None:
+    """Prune the embedded model, retrain biases and norms, then MaskLoRA; about two minutes on two cores, offline."""
+    from prunus.run.demo import demo as run
+
+    run(out, sparsity)
+
+
+@app.command()
+def compare(
+    recipe: Annotated[Path, typer.Argument(help="YAML grid: a base recipe and the axes that vary.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the grid.")] = None,
+    workers: Annotated[int, typer.Option(help="Members run at once, each in its own process on the same device.")] = 1,
+) -> None:
+    """Run a grid of recipes; a killed grid goes on and repeats nothing that is finished."""
+    from prunus.run.compare import compare as run
+    from prunus.run.compare import load_grid
+    from prunus.run.show import show_grid
+
+    grid = load_grid(recipe, out)
+    show_grid(run(grid, workers=workers), Path(grid.out))
+
+
+@app.command()
+def pretrain(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe of the training; see recipes/embedded/pretrain.yaml.")],
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/pretrain"),
+) -> None:
+    """Train a small OPT-style language model and its tokenizer from text."""
+    from prunus.run.pretrain import pretrain as run
+    from prunus.run.pretrain import read_recipe
+
+    run(read_recipe(recipe), out)
+
+
+@app.command()
+def show(recipe: RecipeArg = None, assign: SetOption = None) -> None:
+    """Print a recipe with every default filled in, after checking it."""
+    from prunus.run.recipe import load_recipe
+
+    checked = load_recipe(recipe, _assignments(assign))
+    typer.echo(yaml.safe_dump(checked.model_dump(mode="json"), sort_keys=False), nl=False)
+
+
+@app.callback()
+def _options(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")] = False) -> None:
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
+
+
+def _assignments(items: list[str] | None) -> dict[str, Any]:
+    return {key: yaml.safe_load(value) for key, value in _pairs(items or [], "--set").items()}
+
+
+def _pairs(items: list[str], flag: str) -> dict[str, str]:
+    pairs = [item.partition("=") for item in items]
+    wrong = next((item for item, (_, sign, _) in zip(items, pairs, strict=True) if not sign), None)
+    if wrong is not None:
+        raise ValueError(f"{flag} {wrong!r} is not key=value")
+    return {key: value for key, _, value in pairs}
+
+
+def main() -> None:
+    """Entry point: wrong input is one line and exit status 2."""
+    try:
+        app()
+    except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
+        if logging.getLogger().isEnabledFor(logging.INFO):
+            raise
+        sys.stderr.write(f"prunus: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("prunus: stopped; the same command goes on from here\n")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The README's first command: the main job on the embedded model and text, offline, in about two minutes on two cores.
+
+One pruning, two ways back: biases and norms, and MaskLoRA merged into the zeros' neighbours. What is shown is what
+`compress` measures; only the second retraining, from the same pruned weights, is added here.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunus.export import save_model
+from prunus.layers import find_layers
+from prunus.report import plot_compression, progress
+from prunus.run import stages
+from prunus.run.files import write_json
+from prunus.run.recipe import Recipe, parse
+from prunus.run.show import show_result
+
+__all__ = ["RECIPE", "demo"]
+
+RECIPE: dict[str, Any] = {
+    "model": "embedded",
+    "dtype": "float32",
+    "device": "auto",
+    "prune": {"criterion": "wanda", "sparsity": 0.6},
+    "calibrate": {"samples": 64, "length": 256, "batch_size": 16},
+    "retrain": {"train": ["biases", "norms"], "steps": 100, "batch_size": 8, "length": 256, "lr": 2e-3},
+    "evaluate": {"window": 256, "batch_size": 16},
+}
+MASK_LORA: dict[str, Any] = {"train": ["mask_lora"], "lr": 1e-3}
+
+
+def demo(out: Path, sparsity: float = 0.6) -> dict[str, Any]:
+    """The result: perplexity dense, pruned, retrained on biases and norms, retrained with MaskLoRA and merged.
+
+    Raises ValueError for a sparsity outside [0, 1).
+    """
+    raw = {**RECIPE, "prune": {**RECIPE["prune"], "sparsity": sparsity}, "out": str(out)}
+    recipe = parse(raw, Recipe, "demo")
+    device = stages.device_of(recipe)
+    started = time.perf_counter()
+    loaded = stages.load(recipe)
+    loaded.model.to(device)
+    perplexities: dict[str, Any] = {"dense": stages.evaluate(loaded.model, loaded.tokenizer, recipe, device)}
+    with progress("prune", loaded.model.config.num_hidden_layers) as advance:
+        streamed = stages.prune(loaded, recipe, device, on_block=lambda _: advance(1))
+    perplexities["pruned"] = stages.evaluate(loaded.model, loaded.tokenizer, recipe, device)
+    pruned = copy.deepcopy(loaded.model)
+    report = {}
+    for name, change in (("biases and norms", {}), ("MaskLoRA, merged", MASK_LORA)):
+        model = copy.deepcopy(pruned)
+        report[name] = _retrain(model, loaded, streamed, recipe, change, name)
+        perplexities[name] = stages.evaluate(model, loaded.tokenizer, recipe, device)
+        loaded = stages.Loaded(model, loaded.tokenizer, loaded.folder)
+    result: dict[str, Any] = {"model": "embedded", "perplexity": perplexities, "pruning": stages.summary(streamed)}
+    result |= {"retraining": report, "seconds": time.perf_counter() - started, "device": str(device)}
+    info = {"recipe": recipe.model_dump(mode="json"), **result}
+    result["saved"] = str(out / "model")
+    save_model(
+        loaded.model.to("cpu"), loaded.tokenizer, out / "model", masks=streamed.masks, info=info, source=loaded.folder
+    )
+    write_json(out / "result.json", result)
+    plot_compression(result, out / "report.png")
+    show_result(result, out)
+    return result
+
+
+def _retrain(
+    model: torch.nn.Module, loaded: stages.Loaded, streamed: Any, recipe: Recipe, change: dict[str, Any], name: str
+) -> dict[str, Any]:
+    assert recipe.retrain is not None
+    asked = recipe.retrain.model_copy(update={**change, "train": tuple(change.get("train", recipe.retrain.train))})
+    tokens = stages.text_tokens(asked.data, loaded.tokenizer)
+    with progress(f"retrain {name}", asked.steps) as advance:
+        report = stages.retrain(
+            model,
+            streamed.masks,
+            find_layers(model),
+            tokens,
+            asked,
+            precision=stages.precision_of(recipe, stages.device_of(recipe)),
+            on_step=lambda done, _loss: advance.to(done),
+        )
+    kept = {k: v for k, v in asdict(report).items() if k not in ("losses", "merge")}
+    return kept | {"tokens_per_second": report.tokens_per_second}

@@ -1,0 +1,176 @@
+"""A grid of compression recipes: which members it has, in which order, and which value each tuned cell gets.
+
+    base: {...}                                   a compress recipe
+    axes: {criterion: {wanda: {prune.criterion: wanda}, ...}, pattern: {...}, method: {...}}
+    tune: {on: validation, axis: method,
+           cells: {norms: {key: retrain.lr, values: [1e-4, 1e-3], at: {criterion: wanda}}}}
+    seeds: [0]; more_seeds: {seeds: [1, 2], where: {pattern: ["50 %"]}}
+
+Tuned values are chosen by the perplexity on the text `on` in the cells named by `at`, with the first seed, and used
+by every other cell that differs from them only along the axes of `at`. Nothing here runs anything.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, model_validator
+
+from prunus.run.recipe import Recipe, Strict, digest, merge, parse
+
+__all__ = ["Grid", "Member", "load_grid"]
+
+Labels = dict[str, str]
+
+
+class Tried(Strict):
+    """One dotted recipe key and the values tried for it, in the cells that have the labels `at`."""
+
+    key: str
+    values: list[Any] = Field(min_length=1)
+    at: Labels = Field(default_factory=dict)
+
+
+class Tune(Strict):
+    """What is tuned for each label along `axis`, by the perplexity on the text `on`."""
+
+    on: str
+    axis: str
+    cells: dict[str, Tried]
+
+
+class MoreSeeds(Strict):
+    """Further seeds for the cells whose labels are all among those listed."""
+
+    seeds: list[int]
+    where: dict[str, list[str]]
+
+
+class Grid(Strict):
+    """A checked grid; see the module's docstring."""
+
+    base: dict[str, Any]
+    axes: dict[str, dict[str, dict[str, Any]]]
+    tune: Tune | None = None
+    seeds: list[int] = Field(default=[0], min_length=1)
+    more_seeds: MoreSeeds | None = None
+    out: str = "runs/compare"
+
+    @model_validator(mode="after")
+    def _check(self) -> Grid:
+        named = [*(self.more_seeds.where if self.more_seeds else {})]
+        if self.tune is not None:
+            named += [self.tune.axis, *(axis for tried in self.tune.cells.values() for axis in tried.at)]
+        strange = [axis for axis in named if axis not in self.axes]
+        if strange:
+            raise ValueError(f"{strange[0]!r} is not an axis; axes are {', '.join(self.axes)}")
+        for labels in self.cells():
+            self.recipe(labels, self.seeds[0], {})
+        return self
+
+    def cells(self) -> Iterator[Labels]:
+        """Every combination of one label per axis."""
+        for combination in itertools.product(*(options for options in self.axes.values())):
+            yield dict(zip(self.axes, combination, strict=True))
+
+    def recipe(self, labels: Mapping[str, str], seed: int, tuned: Mapping[str, Any]) -> Recipe:
+        """The recipe of one member."""
+        raw = self.base
+        for axis, label in labels.items():
+            raw = merge(raw, self.axes[axis][label])
+        raw = merge(raw, dict(tuned) | {"save": False})
+        for section in ("retrain", "reconstruct"):
+            if raw.get(section) is not None:
+                raw = merge(raw, {f"{section}.seed": seed})
+        return parse(raw, Recipe, " / ".join(labels.values()))
+
+    def tuned(self, labels: Mapping[str, str]) -> Tried | None:
+        """What is tried for a cell, or None when nothing is tuned there."""
+        return self.tune.cells.get(labels[self.tune.axis]) if self.tune is not None else None
+
+    def cell_seeds(self, labels: Mapping[str, str]) -> list[int]:
+        """The seeds of a cell."""
+        more = self.more_seeds
+        if more is not None and all(labels[axis] in options for axis, options in more.where.items()):
+            return [*self.seeds, *more.seeds]
+        return self.seeds
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of the grid."""
+
+    labels: Labels
+    seed: int
+    tuned: dict[str, Any]
+    recipe: Recipe
+
+    @property
+    def key(self) -> str:
+        """Name of the member's result file: a hash of what decides the result."""
+        return digest(self.recipe.model_dump(mode="json", exclude={"out", "save"}))[:24]
+
+
+def tuning_members(grid: Grid) -> list[Member]:
+    """The members that choose tuned values: anchor cells, first seed, every value."""
+    members: list[Member] = []
+    for labels in grid.cells():
+        tried = grid.tuned(labels)
+        if tried is not None and {**labels, **tried.at} == labels:
+            members += [_member(grid, labels, grid.seeds[0], {tried.key: value}) for value in tried.values]
+    return members
+
+
+def final_members(grid: Grid, results: Mapping[str, Mapping[str, Any]]) -> list[Member]:
+    """Every cell and seed with its chosen value; `results` (member key -> result) must hold the tuning members."""
+    members: list[Member] = []
+    for labels in grid.cells():
+        tuned = _chosen(grid, labels, results)
+        seeds = grid.cell_seeds(labels) if _random(grid, labels) else grid.seeds[:1]
+        members += [_member(grid, labels, seed, tuned) for seed in seeds]
+    return members
+
+
+def _chosen(grid: Grid, labels: Labels, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    tried = grid.tuned(labels)
+    if tried is None or grid.tune is None:
+        return {}
+    anchor = {**labels, **tried.at}
+    scores: dict[int, float] = {}
+    for i, value in enumerate(tried.values):
+        key = _member(grid, anchor, grid.seeds[0], {tried.key: value}).key
+        if key in results:
+            scores[i] = float(results[key]["perplexity"][grid.tune.on])
+    if not scores:
+        raise ValueError(
+            f"no tuning member of {' / '.join(anchor.values())} finished; see the grid's *.error.txt files"
+        )
+    return {tried.key: tried.values[min(scores, key=lambda i: scores[i])]}
+
+
+def _random(grid: Grid, labels: Labels) -> bool:
+    """Whether a cell's result depends on the seed: pruning alone does not."""
+    recipe = grid.recipe(labels, 0, {})
+    return recipe.retrain is not None or recipe.reconstruct is not None
+
+
+def _member(grid: Grid, labels: Labels, seed: int, tuned: dict[str, Any]) -> Member:
+    return Member(dict(labels), seed, tuned, grid.recipe(labels, seed, tuned))
+
+
+def load_grid(path: Path, out: Path | None = None) -> Grid:
+    """The checked grid of a YAML file; every member's recipe is checked too.
+
+    Raises ValueError naming the cell and the key of the first recipe that is wrong.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no grid {str(path)!r}; see recipes/ for examples")
+    raw = yaml.safe_load(path.read_text())
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: a grid is a mapping with the keys base and axes, not a {type(raw).__name__}")
+    return parse(raw | ({"out": str(out)} if out else {}), Grid, str(path))

@@ -1,0 +1,293 @@
+"""What a run is asked to do: typed recipes, read from YAML, checked before any work.
+
+A recipe is a plain YAML mapping; every key is a field below. Unknown keys, impossible patterns, sparsities outside
+[0, 1) and missing files are refused with the key, the value and the mend.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from prunus import patterns, subsets
+
+__all__ = [
+    "Calibrate",
+    "Data",
+    "Evaluate",
+    "Prune",
+    "Recipe",
+    "Reconstruct",
+    "Retrain",
+    "Strict",
+    "digest",
+    "load_recipe",
+    "merge",
+]
+
+Criterion = Literal["magnitude", "random", "wanda", "ria", "sparsegpt"]
+Precision = Literal["fp32", "bf16", "fp16"]
+Section = TypeVar("Section", bound=BaseModel)
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Strict(BaseModel):
+    """A frozen section that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Data(Strict):
+    """Text: a local .txt, .jsonl or .parquet file, "embedded", or a Hugging Face data set "owner/name:config".
+
+    part: the share of the text that is used, [start, stop] in [0, 1], cut after tokenisation.
+    """
+
+    source: str
+    column: str = "text"
+    split: str | None = None
+    join: str = "\n\n"
+    part: tuple[Share, Share] = (0.0, 1.0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Data:
+        if self.part[0] >= self.part[1]:
+            raise ValueError(f"part [{self.part[0]}, {self.part[1]}] is empty: give [start, stop] with start < stop")
+        if looks_local(self.source) and not Path(self.source).exists():
+            raise ValueError(
+                f"no file {self.source!r} (seen from {os.getcwd()}); give an existing path or a data set 'owner/name'"
+            )
+        return self
+
+
+class Calibrate(Strict):
+    """Text that shows the layers their inputs: `samples` windows of `length` tokens, `batch_size` at a time."""
+
+    data: Data = Data(source="embedded", split="train")
+    samples: Annotated[int, Field(ge=1)] = 128
+    length: Annotated[int, Field(ge=2)] = 2048
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    seed: int = 0
+
+
+class Prune(Strict):
+    """Which weights go: a criterion, a pattern and a sparsity (the share of zeros, in [0, 1))."""
+
+    criterion: Criterion = "wanda"
+    pattern: str = "unstructured"
+    sparsity: float = 0.5
+    scope: Literal["row", "layer", "model"] | None = None
+    allocation: Literal["uniform", "owl"] = "uniform"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    damping: Annotated[float, Field(gt=0)] = 0.01
+
+    @model_validator(mode="before")
+    @classmethod
+    def _implied(cls, value: Any) -> Any:
+        """An N:M pattern says its own sparsity."""
+        if isinstance(value, dict) and "sparsity" not in value and ":" in str(value.get("pattern", "")):
+            fixed = patterns.parse(str(value["pattern"])).sparsity
+            return {**value, "sparsity": fixed}
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Prune:
+        pattern = patterns.parse(self.pattern)
+        patterns.check_sparsity(pattern, self.sparsity)
+        if pattern.sparsity is not None and (self.scope is not None or self.allocation != "uniform"):
+            raise ValueError(
+                f"pattern {self.pattern!r} fixes the share of zeros in every group: leave out scope and allocation"
+            )
+        if self.scope == "model" and self.criterion == "sparsegpt":
+            raise ValueError("sparsegpt chooses inside one layer: scope 'model' needs magnitude, random, wanda or ria")
+        if self.scope == "model" and self.allocation != "uniform":
+            raise ValueError("scope 'model' is an allocation already: leave out allocation")
+        return self
+
+
+class Retrain(Strict):
+    """Which parameters are retrained on packed text, and how (AdamW, linear decay after a linear warm-up)."""
+
+    train: tuple[str, ...] = ("mask_lora",)
+    data: Data = Data(source="embedded", split="train")
+    steps: Annotated[int, Field(ge=1)] = 200
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    length: Annotated[int, Field(ge=2)] = 1024
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    lrs: dict[str, float] = {}
+    warmup: Share = 0.1
+    rank: Annotated[int, Field(ge=1)] = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    add_biases: bool = False
+    checkpointing: bool = False
+    seed: int = 0
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Retrain:
+        subsets.check_subsets(self.train)
+        strange = [name for name in self.lrs if name not in self.train]
+        if strange:
+            raise ValueError(f"lrs names {strange[0]!r}, which is not in train={list(self.train)}")
+        return self
+
+
+class Reconstruct(Strict):
+    """Fit each pruned block to its dense outputs, right after it is pruned."""
+
+    window: Literal["block", "half", "matrix"] = "block"
+    train: tuple[str, ...] = ("full",)
+    inputs: Literal["pruned", "dense"] = "pruned"
+    steps: Annotated[int, Field(ge=1)] = 64
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    warmup: Share = 0.1
+    rank: Annotated[int, Field(ge=1)] = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    seed: int = 0
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Reconstruct:
+        subsets.check_subsets(self.train)
+        return self
+
+
+class Evaluate(Strict):
+    """Perplexity of each named text: joined, cut into windows without overlap, mean loss over predicted tokens."""
+
+    data: dict[str, Data] = {"held-out": Data(source="embedded", split="test")}
+    window: Annotated[int, Field(ge=2)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 4
+    tasks: dict[str, str] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("data"), str):
+            return {**value, "data": {Path(value["data"]).stem: value["data"]}}
+        return value
+
+
+class Recipe(Strict):
+    """A whole compression run: load, prune, (reconstruct), (retrain, merge), evaluate, save.
+
+    model: a Hugging Face name or folder, a .gguf file, or "embedded".
+    dtype: of the weights in memory and on disk; "auto" is the checkpoint's own.
+    precision: of matrix products while retraining (autocast); trained parameters are float32 throughout.
+    streaming: read blocks from the checkpoint one at a time (for models larger than memory).
+    """
+
+    model: str = "embedded"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    streaming: bool = False
+    prune: Prune = Prune()
+    calibrate: Calibrate = Calibrate()
+    reconstruct: Reconstruct | None = None
+    retrain: Retrain | None = None
+    evaluate: Evaluate = Evaluate()
+    out: str = "runs/compress"
+    save: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        if looks_local(self.model) and not Path(self.model).exists():
+            raise ValueError(f"model: no file or folder {self.model!r} (seen from {os.getcwd()})")
+        return self
+
+
+def looks_local(text: str) -> bool:
+    """Whether a source is meant as a path, not as a hub name."""
+    endings = (".txt", ".gz", ".parquet", ".jsonl", ".gguf", ".safetensors", ".tsv")
+    return text.startswith((".", "/", "~")) or text.endswith(endings) or text.count("/") > 1
+
+
+def load_recipe(path: Path | None, overrides: dict[str, Any] | None = None) -> Recipe:
+    """The checked recipe of a YAML file with dotted overrides (`{"prune.sparsity": 0.6}`) put on top.
+
+    Raises ValueError that lists every wrong key with its value and mend; FileNotFoundError for a missing recipe.
+    """
+    raw: Any = {}
+    if path is not None:
+        if not path.exists():
+            raise FileNotFoundError(f"no recipe {str(path)!r}; see recipes/ for examples")
+        raw = yaml.safe_load(path.read_text()) or {}
+        if not isinstance(raw, dict):
+            raise ValueError(f"{path}: a recipe is a mapping of keys to values, not a {type(raw).__name__}")
+    return parse(merge(raw, overrides or {}), Recipe, str(path or "flags"))
+
+
+def parse(raw: dict[str, Any], model: type[Section], where: str) -> Section:
+    """The checked section `model` of a plain mapping; errors as in `load_recipe`."""
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        lines = [_line(item, model) for item in error.errors()]
+        raise ValueError(f"{where}: " + "\n".join(lines)) from None
+
+
+def merge(raw: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a nested mapping with dotted keys set."""
+    out = json.loads(json.dumps(raw))
+    for dotted, value in overrides.items():
+        *path, last = dotted.split(".")
+        here = out
+        for key in path:
+            if not isinstance(here.get(key), dict):
+                here[key] = {}
+            here = here[key]
+        here[last] = value
+    return out
+
+
+def digest(value: Any) -> str:
+    """Hash of a JSON-like value or a recipe, independent of key order."""
+    plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _line(item: Any, model: type[BaseModel]) -> str:
+    path = [str(part) for part in item["loc"] if part != "value"]
+    key = ".".join(path) or "recipe"
+    if item["type"] == "extra_forbidden":
+        known = sorted(_fields(model, path[:-1]))
+        close = difflib.get_close_matches(path[-1], known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        return f"unknown key {key!r}; {hint}"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{key}: {message} (got {item['input']!r})" if not isinstance(item["input"], dict) else f"{key}: {message}"
+
+
+def _fields(model: Any, path: list[str]) -> list[str]:
+    for part in path:
+        field = getattr(model, "model_fields", {}).get(part)
+        if field is None:
+            continue
+        options = [field.annotation, *get_args(field.annotation)]
+        models = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+        model = models[0] if models else model
+    return list(getattr(model, "model_fields", {}))

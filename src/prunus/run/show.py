@@ -1,0 +1,99 @@
+"""Results on the terminal: the tables each command ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from prunus.report import print_table
+from prunus.run.inspect import Inspection
+
+__all__ = ["show_evaluation", "show_grid", "show_inspection", "show_result"]
+
+SAME_SIZE = (
+    "The files are as large as before: zeros are stored like any other number, so that every tool loads the model. "
+    "masks.safetensors says where they are."
+)
+
+
+def show_result(result: Mapping[str, Any], out: Path) -> None:
+    """The table of one compression: a row a stage, a column a text, and where everything was written."""
+    perplexity: Mapping[str, Mapping[str, float]] = result["perplexity"]
+    zeros = f"{100 * result['pruning']['sparsity']:.1f} %"
+    rows = [
+        {"stage": stage, **{f"perplexity, {text}": value for text, value in found.items()}, "zeros": zeros}
+        for stage, found in perplexity.items()
+    ]
+    rows[0]["zeros"] = "0 %" if rows[0]["stage"] == "dense" else zeros
+    print_table(rows, title=str(result["model"]))
+    _show_tasks(result.get("zero_shot", {}))
+    for name, found in _retrainings(result).items():
+        speed = f"{found['tokens_per_second']:,.0f} tokens/s"
+        _note(f"{name}: {found['trainable']:,} parameters trained ({100 * found['share']:.3f} %), {speed}")
+    _note(f"{result['seconds']:.0f} s on {result['device']}. Picture: {out / 'report.png'}")
+    if "saved" in result:
+        _note(f"Model: {result['saved']}. {SAME_SIZE}")
+
+
+def _retrainings(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    found = result.get("retraining", {})
+    return {", ".join(found["train"]): found} if "train" in found else dict(found)
+
+
+def show_evaluation(model: str, numbers: Mapping[str, Any]) -> None:
+    """The table of one evaluation."""
+    print_table([{"data": name, "perplexity": value} for name, value in numbers["perplexity"].items()], title=model)
+    _show_tasks(numbers.get("zero_shot", {}))
+
+
+def _show_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> None:
+    if tasks:
+        print_table([{"task": task, **found} for task, found in tasks.items()], title="zero-shot")
+
+
+def show_inspection(path: Path, found: Inspection) -> None:
+    """The table of a saved model's weights, and its totals below."""
+    rows = [
+        {
+            "weight": row.name,
+            "shape": " x ".join(map(str, row.shape)),
+            "dtype": row.dtype,
+            "zeros": f"{100 * row.sparsity:.2f} %",
+            "pattern": row.pattern,
+        }
+        for row in found
+    ]
+    print_table(rows, title=str(path))
+    _note(
+        f"{found.entries:,} values in {found.bytes / 1e6:,.1f} MB, {100 * found.sparsity:.2f} % zeros; "
+        f"{len(found.pruned)} pruned weights with {100 * found.pruned_sparsity:.2f} % zeros"
+    )
+
+
+def show_grid(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
+    """The table of a grid: one row a cell."""
+    texts = [key for key, value in rows[0].items() if isinstance(value, Mapping) and "mean" in value]
+    axes = [key for key, value in rows[0].items() if isinstance(value, str)]
+    shown = [
+        {**{axis: row[axis] for axis in axes}, **{text: spread(row[text]) for text in texts}, "chosen": _tuned(row)}
+        for row in rows
+    ]
+    print_table(shown, title=str(out))
+    _note(f"Tables: {out / 'table.json'}, {out / 'table.md'}; picture: {out / 'grid.png'}")
+
+
+def spread(found: Mapping[str, Any]) -> str:
+    """A mean with its deviation, if there is one."""
+    deviation = "" if found["std"] is None else f" ± {found['std']:.2f}"
+    return f"{found['mean']:.2f}{deviation}"
+
+
+def _tuned(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value:g}" for key, value in row["tuned"].items())
+
+
+def _note(text: str) -> None:
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,323 @@
+"""The stages of a compression run as functions of a recipe: load, prune, retrain, evaluate.
+
+`compress.py` strings them together for one recipe, `compare.py` for a grid; neither knows what is inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from prunus import patterns, scores
+from prunus.adapt import adapt
+from prunus.allocations import global_, owl
+from prunus.assets import embedded_model
+from prunus.biases import add_biases
+from prunus.data import PackedTokens, calibration, read_texts, tokenize
+from prunus.evaluate.perplexity import perplexity
+from prunus.layers import Inputs, Layer, View, find_layers
+from prunus.lr import linear_warmup_decay
+from prunus.masks import Masks
+from prunus.reconstruct import Fit
+from prunus.run.recipe import Data, Prune, Recipe, Retrain
+from prunus.solvers import Solver, by_score, sparsegpt
+from prunus.sources import Shards, Source
+from prunus.stream import BlockReport, Streamed, stream, survey
+from prunus.train import next_token_loss, train
+from prunus.work import Work
+
+__all__ = ["Loaded", "Retrained", "device_of", "evaluate", "load", "precision_of", "prune", "retrain", "text_tokens"]
+
+OnStep = Callable[[int, float], None]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its tokenizer; `folder` is the local folder it came from, `source` its shards when streamed."""
+
+    model: Any
+    tokenizer: Any
+    folder: Path | None
+    source: Source | None = None
+
+
+@dataclass(frozen=True)
+class Retrained:
+    """What retraining did: which share of the parameters, how fast, how it merged."""
+
+    trainable: int
+    share: float
+    tokens: int
+    seconds: float
+    peak_memory: int
+    losses: list[float] = field(default_factory=list)
+    merge: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Useful tokens a second: every token of a packed window is trained on."""
+        return self.tokens / max(self.seconds, 1e-9)
+
+
+def device_of(recipe: Recipe) -> torch.device:
+    """The device of a recipe; "auto" is the first GPU if there is one.
+
+    Raises ValueError when a CUDA device is asked for and none is there.
+    """
+    if recipe.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(recipe.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {recipe.device!r} asked for, but torch sees no GPU; use device: auto or cpu")
+    return device
+
+
+def precision_of(recipe: Recipe, device: torch.device) -> str:
+    """Autocast precision; "auto" is bf16 on a GPU that has it, fp16 on one that has not, fp32 on a CPU."""
+    if recipe.precision != "auto":
+        return recipe.precision
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
+def load(recipe: Recipe) -> Loaded:
+    """The model and tokenizer a recipe names, on the CPU, or on meta with its shards when streaming."""
+    path = embedded_model() if recipe.model == "embedded" else Path(recipe.model).expanduser()
+    dtype = "auto" if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    if path.suffix == ".gguf":
+        place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    else:
+        place = {"pretrained_model_name_or_path": str(path) if path.exists() else recipe.model}
+    tokenizer = AutoTokenizer.from_pretrained(**place)
+    folder = path if path.is_dir() else None
+    if recipe.streaming:
+        if folder is None:
+            raise ValueError(f"streaming: needs a local folder of safetensors; model is {recipe.model!r}")
+        return _load_meta(folder, dtype, tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype, attn_implementation="sdpa")
+    return Loaded(model.eval(), tokenizer, folder)
+
+
+def _load_meta(folder: Path, dtype: Any, tokenizer: Any) -> Loaded:
+    config = AutoConfig.from_pretrained(folder)
+    kept = config.dtype if dtype == "auto" else dtype
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=kept, attn_implementation="sdpa")
+    model.tie_weights()
+    return Loaded(model.eval(), tokenizer, folder, Shards(model, folder).check())
+
+
+def text_tokens(data: Data, tokenizer: Any) -> Tensor:
+    """(N,) int64 tokens of a text, cut to its `part`."""
+    tokens = _tokens(data.source, data.column, data.split, data.join, tokenizer)
+    start, stop = (round(share * len(tokens)) for share in data.part)
+    return tokens[start:stop]
+
+
+@lru_cache(maxsize=8)
+def _tokens(source: str, column: str, split: str | None, join: str, tokenizer: Any) -> Tensor:
+    return tokenize(read_texts(source, column=column, split=split), tokenizer, separator=join)
+
+
+def prune(
+    loaded: Loaded,
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    work: Work | None = None,
+    on_block: Callable[[BlockReport], None] | None = None,
+) -> Streamed:
+    """Masks and block reports after the recipe's pruning (and reconstruction) of the model in place."""
+    chosen, calibrate = recipe.prune, recipe.calibrate
+    pattern = patterns.parse(chosen.pattern, per="row" if _scope(chosen) == "row" else "layer")
+    tokens = calibration(
+        text_tokens(calibrate.data, loaded.tokenizer), calibrate.samples, calibrate.length, calibrate.seed
+    )
+    where: dict[str, Any] = {
+        "tokens": tokens,
+        "source": loaded.source,
+        "device": device,
+        "batch_size": calibrate.batch_size,
+        "include": chosen.include,
+        "exclude": chosen.exclude,
+    }
+    score = _score(chosen, calibrate.seed)
+    counts = None
+    if chosen.allocation == "owl" or chosen.scope == "model":
+        inputs = survey(loaded.model, **where)
+        metric = scores.wanda if chosen.allocation == "owl" else score
+        views = [
+            v for v in find_layers(loaded.model, include=chosen.include, exclude=chosen.exclude) if v.name in inputs
+        ]
+        allocate = owl() if chosen.allocation == "owl" else global_
+        counts = allocate(_LazyScores(loaded, views, inputs, metric, device), chosen.sparsity)
+    solver = _solver(chosen, score)
+    fit = None
+    if recipe.reconstruct is not None:
+        fit = Fit(**recipe.reconstruct.model_dump(), precision=precision_of(recipe, device))  # type: ignore[arg-type]
+    gram = chosen.criterion == "sparsegpt"
+    return stream(
+        loaded.model,
+        solver,
+        pattern,
+        chosen.sparsity,
+        counts=counts,
+        gram=gram,
+        fit=fit,
+        work=work,
+        on_block=on_block,
+        **where,
+    )
+
+
+def _scope(chosen: Prune) -> str:
+    """Wanda compares within an output row, as its authors do; the other criteria within a layer."""
+    if chosen.scope is not None:
+        return chosen.scope
+    return "row" if chosen.criterion == "wanda" and chosen.allocation == "uniform" else "layer"
+
+
+def _score(chosen: Prune, seed: int) -> Callable[[Layer], Tensor]:
+    if chosen.criterion == "random":
+        return scores.random_score(torch.Generator().manual_seed(seed))
+    return getattr(scores, chosen.criterion) if chosen.criterion != "sparsegpt" else scores.wanda
+
+
+def _solver(chosen: Prune, score: Callable[[Layer], Tensor]) -> Solver:
+    return sparsegpt(damping=chosen.damping) if chosen.criterion == "sparsegpt" else by_score(score)
+
+
+def summary(streamed: Streamed) -> dict[str, Any]:
+    """Sparsity of the whole and by layer, and the block reports, as plain values."""
+    kept = {name: n for report in streamed.reports for name, n in report.kept.items()}
+    total = {name: n for report in streamed.reports for name, n in report.total.items()}
+    return {
+        "sparsity": 1 - sum(kept.values()) / max(1, sum(total.values())),
+        "pruned_parameters": sum(total.values()),
+        "by_layer": {name: 1 - kept[name] / total[name] for name in kept},
+        "seconds": sum(report.seconds for report in streamed.reports),
+        "blocks": [asdict(report) for report in streamed.reports],
+    }
+
+
+class _LazyScores(Mapping[str, Tensor]):
+    """View name -> score matrix, computed anew at each look so that one layer's scores are in memory at a time."""
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        views: Sequence[View],
+        inputs: Mapping[str, Inputs],
+        score: Callable[[Layer], Tensor],
+        device: torch.device,
+    ) -> None:
+        self.loaded, self.inputs, self.score, self.device = loaded, inputs, score, device
+        self.views = {view.name: view for view in views}
+        self.parameters = dict(loaded.model.named_parameters())
+
+    def __getitem__(self, name: str) -> Tensor:
+        view = self.views[name]
+        parameter = self.parameters[view.parameter]
+        if parameter.is_meta:
+            assert isinstance(self.loaded.source, Shards)
+            parameter = self.loaded.source.tensor(view.parameter)
+        return self.score(Layer(name, view.matrix(parameter.detach()).to(self.device), self.inputs[name]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.views)
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+
+def retrain(
+    model: nn.Module,
+    masks: Masks,
+    views: Sequence[View],
+    tokens: Tensor,
+    asked: Retrain,
+    *,
+    precision: str,
+    checkpoint: Path | None = None,
+    on_step: OnStep | None = None,
+    before_merge: Callable[[], None] | None = None,
+) -> Retrained:
+    """What happened while the chosen parameters of `model` were retrained on packed `tokens` and merged, in place.
+
+    before_merge is called between training and merging, with the adapters still in place.
+    """
+    if asked.add_biases:
+        add_biases(model)
+    generator = torch.Generator().manual_seed(asked.seed)
+    adaptation = adapt(
+        model, asked.train, masks=masks, views=views, rank=asked.rank, alpha=asked.alpha, generator=generator
+    )
+    if asked.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    packed = PackedTokens(tokens, asked.length)
+    optimizer = torch.optim.AdamW(adaptation.param_groups(asked.lr, asked.lrs), weight_decay=0.0)
+    trace = train(
+        model,
+        lambda step: packed.at(step, batch=asked.batch_size, seed=asked.seed),
+        optimizer,
+        linear_warmup_decay(asked.steps, asked.warmup),
+        steps=asked.steps,
+        loss=next_token_loss,
+        masks=masks if "full" in asked.train else None,
+        accumulate=asked.accumulate,
+        precision=precision,  # type: ignore[arg-type]
+        clip=asked.clip,
+        checkpoint=checkpoint,
+        on_step=on_step,
+    )
+    if asked.checkpointing:
+        model.gradient_checkpointing_disable()  # type: ignore[operator]
+    model.eval()
+    if before_merge is not None:
+        before_merge()
+    report = adaptation.merge_()
+    masks.check(model)
+    used = asked.steps * asked.accumulate * asked.batch_size * asked.length
+    return Retrained(
+        adaptation.trainable,
+        adaptation.share,
+        used,
+        trace.seconds,
+        trace.peak_bytes,
+        list(trace.losses),
+        asdict(report),
+    )
+
+
+def evaluate(model: nn.Module, tokenizer: Any, recipe: Recipe, device: torch.device) -> dict[str, float]:
+    """Text name -> perplexity, by the recipe's window or the model's own length."""
+    asked = recipe.evaluate
+    window = asked.window or min(int(getattr(model.config, "max_position_embeddings", 2048)), 2048)
+    with _on(model, device):
+        return {
+            name: perplexity(
+                model, text_tokens(data, tokenizer), window=window, batch_size=asked.batch_size, device=device
+            )
+            for name, data in asked.data.items()
+        }
+
+
+@contextmanager
+def _on(model: nn.Module, device: torch.device) -> Generator[None]:
+    """The model on `device` in eval mode for a while."""
+    home, training = next(model.parameters()).device, model.training
+    model.to(device).eval()
+    try:
+        yield
+    finally:
+        model.to(home).train(training)

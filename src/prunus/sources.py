@@ -1,0 +1,194 @@
+"""Where a block's weights come from: the model itself in memory, or safetensors shards of a model built on meta.
+
+A source brings one block to the device and frees it again; it knows nothing of pruning.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from accelerate.utils import set_module_tensor_to_device
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+__all__ = ["Memory", "Shards", "Source"]
+
+
+class Source(Protocol):
+    """Brings parts of a model to a device and frees them."""
+
+    def load(self, name: str, device: torch.device) -> nn.Module:
+        """The named submodule with its weights on `device`."""
+        ...
+
+    def release(self, name: str) -> None:
+        """Free the submodule's device memory."""
+        ...
+
+    def outside(self, device: torch.device) -> AbstractContextManager[None]:
+        """Context in which everything outside the blocks is on `device`."""
+        ...
+
+
+class Memory:
+    """A model whose weights are all in memory; blocks travel to the device and back home."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.home = next(model.parameters()).device
+
+    def load(self, name: str, device: torch.device) -> nn.Module:
+        """The named submodule, moved to `device`."""
+        return self.model.get_submodule(name).to(device)
+
+    def release(self, name: str) -> None:
+        """Move the submodule back to where the model lives."""
+        self.model.get_submodule(name).to(self.home)
+
+    @contextmanager
+    def outside(self, device: torch.device) -> Generator[None]:
+        """Everything on `device` that the blocks do not hold."""
+        parts = _outside(self.model)
+        for owner, key in parts:
+            _move(owner, key, device)
+        try:
+            yield
+        finally:
+            for owner, key in parts:
+                _move(owner, key, self.home)
+
+
+class Shards:
+    """The safetensors of a Hugging Face folder, read one block at a time into a model on the meta device.
+
+    Raises ValueError when the checkpoint's names are not the model's own (the loader would have to convert them):
+    such a model is loaded into memory instead.
+    """
+
+    def __init__(self, model: nn.Module, folder: Path) -> None:
+        self.model, self.folder = model, Path(folder)
+        self.files = _index(self.folder)
+        self.tied = _tied(model)
+        dtype = getattr(model, "dtype", None)
+        self.dtype = dtype if isinstance(dtype, torch.dtype) else None
+
+    def check(self) -> Shards:
+        """Self, if every parameter of the model is in the shards under its own name."""
+        missing = [name for name, _ in self.model.named_parameters() if self._file(name) is None]
+        if missing:
+            raise ValueError(
+                f"{self.folder}: the checkpoint does not hold {missing[0]!r} and {len(missing) - 1} other parameters "
+                "under the model's own names; load it into memory (streaming: false)"
+            )
+        return self
+
+    def tensor(self, name: str) -> Tensor:
+        """One parameter, read from its shard to the CPU."""
+        found = self._file(name)
+        if found is None:
+            raise ValueError(f"{self.folder} holds no tensor for {name!r}")
+        file, key = found
+        with safe_open(self.folder / file, framework="pt") as shard:
+            return shard.get_tensor(key)
+
+    def load(self, name: str, device: torch.device) -> nn.Module:
+        """The named submodule with its weights read from disk to `device`."""
+        block = self.model.get_submodule(name)
+        for key, parameter in list(block.named_parameters()):
+            if parameter.is_meta:
+                self._place(f"{name}.{key}", device)
+        return block.to(device)
+
+    def release(self, name: str) -> None:
+        """Put the submodule back on meta."""
+        for key, _ in list(self.model.get_submodule(name).named_parameters()):
+            set_module_tensor_to_device(self.model, f"{name}.{key}", "meta")
+
+    @contextmanager
+    def outside(self, device: torch.device) -> Generator[None]:
+        """Embeddings and what else is outside the blocks, on `device`; the head only if it is tied to them."""
+        from prunus.blocks import find_blocks
+
+        blocks = tuple(f"{name}." for name in find_blocks(self.model))
+        names = [name for name, _ in self.model.named_parameters() if not name.startswith(blocks)]
+        buffers = [(owner, key) for owner, key in _outside(self.model) if key in owner._buffers]
+        for name in names:
+            self._place(name, device)
+        for owner, key in buffers:
+            _move(owner, key, device)
+        try:
+            yield
+        finally:
+            for name in names:
+                set_module_tensor_to_device(self.model, name, "meta")
+
+    def fill_(self, device: torch.device) -> None:
+        """Read every parameter that is still on meta to `device`, tied ones once."""
+        for name, parameter in list(self.model.named_parameters()):
+            if parameter.is_meta:
+                self._place(name, device)
+        if isinstance(self.model, PreTrainedModel):
+            self.model.tie_weights()
+
+    def _place(self, name: str, device: torch.device) -> None:
+        value = self.tensor(name)
+        if self.dtype is not None and value.is_floating_point():
+            value = value.to(self.dtype)
+        set_module_tensor_to_device(self.model, name, device, value=value, dtype=value.dtype)
+
+    def _file(self, name: str) -> tuple[str, str] | None:
+        for key in (name, *self.tied.get(name, ())):
+            if key in self.files:
+                return self.files[key], key
+        return None
+
+
+def _index(folder: Path) -> dict[str, str]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return dict(json.loads(index.read_text())["weight_map"])
+    single = folder / "model.safetensors"
+    if not single.exists():
+        raise ValueError(
+            f"{folder} holds neither model.safetensors nor model.safetensors.index.json; Prunus reads safetensors only"
+        )
+    with safe_open(single, framework="pt") as file:
+        return dict.fromkeys(file.keys(), single.name)
+
+
+def _tied(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Parameter name -> the other names of the same tensor."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return {name: tuple(n for n in names if n != name) for names in groups.values() for name in names if len(names) > 1}
+
+
+def _outside(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """(owner, key) of each parameter and buffer that no block holds."""
+    from prunus.blocks import find_blocks
+
+    inside = {id(module) for name in find_blocks(model) for module in model.get_submodule(name).modules()}
+    parts: list[tuple[nn.Module, str]] = []
+    for module in model.modules():
+        if id(module) not in inside:
+            parts += [
+                (module, key) for key, value in {**module._parameters, **module._buffers}.items() if value is not None
+            ]
+    return parts
+
+
+def _move(owner: nn.Module, key: str, device: torch.device) -> None:
+    if key in owner._buffers:
+        buffer = owner._buffers[key]
+        owner._buffers[key] = None if buffer is None else buffer.to(device)
+    else:
+        parameter = owner._parameters[key]
+        assert parameter is not None
+        parameter.data = parameter.data.to(device)

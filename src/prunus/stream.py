@@ -1,0 +1,290 @@
+"""Prune a language model block by block: calibrate, solve, fit, hand on, write, free.
+
+Only one block and the activations entering it live on the device; the other weights stay where they are (memory, or
+safetensors shards for a model built on the meta device). Finished blocks are written at once, so a killed run goes on
+after its last one:
+
+    hidden_0 = embed(tokens);  for each block l:  W_l <- solve(W_l, inputs);  hidden_l+1 = block_l(hidden_l)
+
+What a block is asked, and how it is run, is in `blocks.py`; the fit of a pruned block is in `reconstruct.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from prunus.blocks import Arguments, capture, find_blocks, run_block
+from prunus.layers import Inputs, Layer, View, find_layers
+from prunus.masks import Masks
+from prunus.observe import observe
+from prunus.patterns import Pattern, check_sparsity
+from prunus.reconstruct import Fit, reconstruct
+from prunus.solvers import Solver
+from prunus.sources import Memory, Source
+from prunus.work import Work
+
+__all__ = ["BlockReport", "Streamed", "stream", "survey"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What happened to one block: zeros by layer, and the relative output error when the block was fitted."""
+
+    name: str
+    kept: Mapping[str, int]
+    total: Mapping[str, int]
+    seconds: float
+    error_before: float | None = None
+    error_after: float | None = None
+    fallback: Sequence[str] = ()
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros over the block's pruned weights."""
+        return 1 - sum(self.kept.values()) / max(1, sum(self.total.values()))
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """The masks (parameter name -> bool) and one report a block."""
+
+    masks: Masks
+    reports: list[BlockReport] = field(default_factory=list)
+
+
+def stream(
+    model: nn.Module,
+    solver: Solver,
+    pattern: Pattern,
+    sparsity: float,
+    *,
+    tokens: Tensor,
+    counts: Mapping[str, int] | None = None,
+    gram: bool = True,
+    fit: Fit | None = None,
+    source: Source | None = None,
+    work: Work | None = None,
+    device: torch.device | str | None = None,
+    batch_size: int = 8,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    on_block: Callable[[BlockReport], None] | None = None,
+) -> Streamed:
+    """Masks and reports after pruning `model` in place, block by block.
+
+    tokens: (samples, length) int64 calibration windows, run `batch_size` at a time.
+    counts: view name -> entries to keep, for non-uniform allocations; uniform otherwise.
+    gram: whether the solver needs input Gram matrices (SparseGPT) or only norms (Wanda).
+    fit: how a pruned block is fitted to its dense outputs; None leaves it.
+    source: where weights come from when `model` is on the meta device.
+    work: folder of finished blocks; blocks already there are replayed, not solved again.
+
+    Raises ValueError for a model whose blocks are not found, a pattern that does not fit a layer, or a sparsity
+    that does not fit the pattern, before any work is done.
+    """
+    check_sparsity(pattern, sparsity)
+    source = source or Memory(model)
+    device = torch.device(device) if device is not None else _device_of(model)
+    names = find_blocks(model)
+    views = _views_by_block(model, names, include, exclude)
+    todo = {
+        view.name: counts[view.name] if counts else pattern.counts(view.shape, sparsity)
+        for vs in views.values()
+        for view in vs
+    }
+    hidden, arguments = embed(model, names, tokens, source=source, device=device, batch_size=batch_size)
+    dense = list(hidden) if fit is not None and fit.inputs == "dense" else None
+    masks: dict[str, Tensor] = {}
+    reports: list[BlockReport] = []
+    for name in names:
+        step = _Step(model, name, views[name], device, source)
+        if work is not None and work.has(name):
+            report = step.replay_(work, masks, hidden, arguments, dense)
+        else:
+            report = step.solve_(solver, pattern, todo, gram, fit, masks, hidden, arguments, dense)
+            if work is not None:
+                work.save(name, step.block, {v.parameter: masks[v.parameter] for v in views[name]}, report)
+        reports.append(report)
+        source.release(name)
+        if on_block is not None:
+            on_block(report)
+    return Streamed(Masks(masks), reports)
+
+
+def survey(
+    model: nn.Module,
+    *,
+    tokens: Tensor,
+    source: Source | None = None,
+    device: torch.device | str | None = None,
+    batch_size: int = 8,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    on_block: Callable[[str], None] | None = None,
+) -> dict[str, Inputs]:
+    """View name -> input norms of every prunable layer of the dense model, for allocations that look at all layers."""
+    source = source or Memory(model)
+    device = torch.device(device) if device is not None else _device_of(model)
+    names = find_blocks(model)
+    views = _views_by_block(model, names, include, exclude)
+    hidden, arguments = embed(model, names, tokens, source=source, device=device, batch_size=batch_size)
+    seen: dict[str, Inputs] = {}
+    for name in names:
+        block = source.load(name, device)
+        with torch.no_grad(), observe(block, views[name], gram=False) as inputs:
+            _advance_(block, hidden, arguments[name])
+        seen.update(inputs)
+        source.release(name)
+        if on_block is not None:
+            on_block(name)
+    return seen
+
+
+def embed(
+    model: nn.Module, names: Sequence[str], tokens: Tensor, *, source: Source, device: torch.device, batch_size: int
+) -> tuple[list[Tensor], dict[str, list[Arguments]]]:
+    """Hidden states entering the first block, one (batch, length, d) tensor a batch, and each block's own arguments.
+
+    Arguments are captured once for every batch size, not for every batch: windows have one length and no padding, so
+    masks and positions are the same.
+    """
+    batches = list(tokens.split(batch_size))
+    hidden: list[Tensor] = []
+    by_size: dict[int, dict[str, Arguments]] = {}
+    with source.outside(device):
+        for ids in batches:
+            entering, arguments = capture(model, names, ids.to(device))
+            hidden.append(entering)
+            by_size.setdefault(len(ids), arguments)
+    return hidden, {name: [by_size[len(ids)][name] for ids in batches] for name in names}
+
+
+class _Step:
+    """One block on its way through the device."""
+
+    def __init__(self, model: nn.Module, name: str, views: list[View], device: torch.device, source: Source) -> None:
+        self.name, self.views, self.device = name, views, device
+        self.block = source.load(name, device)
+        self.started = time.perf_counter()
+
+    def solve_(
+        self,
+        solver: Solver,
+        pattern: Pattern,
+        todo: Mapping[str, int],
+        gram: bool,
+        fit: Fit | None,
+        masks: dict[str, Tensor],
+        hidden: list[Tensor],
+        arguments: Mapping[str, list[Arguments]],
+        dense: list[Tensor] | None,
+    ) -> BlockReport:
+        """Prune the block from what reaches it, fit it, and replace `hidden` by what leaves it."""
+        own = arguments[self.name]
+        before = copy.deepcopy(self.block) if fit is not None else None
+        with torch.no_grad(), observe(self.block, self.views, gram=gram) as inputs:
+            leaving: list[Tensor] = []
+            for x, call in zip(hidden, own, strict=True):
+                y = run_block(self.block, x, call)
+                if fit is not None and dense is None:  # what the dense block makes of the pruned inputs is the target
+                    leaving.append(y.to(x.device))
+        chosen, fallback = self._prune_(solver, pattern, todo, inputs)
+        masks.update(chosen)
+        del inputs
+        errors = None
+        if fit is not None and before is not None:
+            entering = None if dense is None else list(dense)
+            if dense is not None:
+                _advance_(before, dense, own)
+            targets = leaving if dense is None else dense
+            mine = Masks(chosen)
+            errors = reconstruct(
+                self.block, before, self.views, mine, fit, hidden, own, targets, entering, prefix=self.name
+            )
+        del leaving
+        _advance_(self.block, hidden, own)
+        return self._report(masks, errors, fallback)
+
+    def replay_(
+        self,
+        work: Work,
+        masks: dict[str, Tensor],
+        hidden: list[Tensor],
+        arguments: Mapping[str, list[Arguments]],
+        dense: list[Tensor] | None,
+    ) -> BlockReport:
+        """Take the finished block from the work folder and only run it."""
+        if dense is not None:
+            _advance_(self.block, dense, arguments[self.name])
+        report = work.restore_(self.name, self.block, masks)
+        _advance_(self.block, hidden, arguments[self.name])
+        return report
+
+    @torch.no_grad()
+    def _prune_(
+        self, solver: Solver, pattern: Pattern, todo: Mapping[str, int], inputs: Mapping[str, Inputs]
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        parameters = dict(self.block.named_parameters(prefix=self.name))
+        masks: dict[str, Tensor] = {}
+        fallback: list[str] = []
+        for view in self.views:
+            parameter = parameters[view.parameter]
+            layer = Layer(view.name, view.matrix(parameter.data), inputs[view.name])
+            weight, mask = solver(layer, pattern, todo[view.name])
+            view.write_(
+                parameter.data, torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+            )
+            whole = masks.setdefault(
+                view.parameter, torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)
+            )
+            view.write_(whole, mask)
+            if inputs[view.name].tokens == 0:
+                fallback.append(view.name)
+        return {name: mask.cpu() for name, mask in masks.items()}, fallback
+
+    def _report(
+        self, masks: Mapping[str, Tensor], errors: tuple[float, float] | None, fallback: list[str]
+    ) -> BlockReport:
+        names = list(dict.fromkeys(view.parameter for view in self.views))
+        return BlockReport(
+            self.name,
+            {name: int(masks[name].sum()) for name in names},
+            {name: masks[name].numel() for name in names},
+            time.perf_counter() - self.started,
+            errors[0] if errors else None,
+            errors[1] if errors else None,
+            fallback,
+        )
+
+
+@torch.no_grad()
+def _advance_(block: nn.Module, hidden: list[Tensor], arguments: Sequence[Arguments]) -> None:
+    for i, args in enumerate(arguments):
+        home = hidden[i].device
+        hidden[i] = run_block(block, hidden[i], args).to(home)
+
+
+def _views_by_block(
+    model: nn.Module, names: Sequence[str], include: Sequence[str], exclude: Sequence[str]
+) -> dict[str, list[View]]:
+    whole = find_layers(model, include=include, exclude=exclude)
+    views = {name: [view for view in whole if view.name.startswith(name + ".")] for name in names}
+    if not any(views.values()):
+        raise ValueError(
+            f"nothing to prune: include={list(include)}, exclude={list(exclude)} leave no layer of "
+            f"{names[0]} .. {names[-1]}"
+        )
+    return views
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

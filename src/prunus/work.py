@@ -1,0 +1,93 @@
+"""The folder of finished blocks that lets a killed run go on: weights, masks and report of each, written atomically.
+
+A block's file is complete or absent. `key` (a hash of everything that decides the result) guards against mixing the
+blocks of two different jobs in one folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from prunus.stream import BlockReport
+
+__all__ = ["Work"]
+
+
+class Work:
+    """Finished blocks of one job under `folder`; `key` names the job.
+
+    Raises ValueError when the folder holds blocks of another job.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder, self.key = Path(folder), key
+
+    def open(self) -> Work:
+        """Self, after making the folder and checking that what it holds belongs to this job."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        marker = self.folder / "job.json"
+        if marker.exists():
+            found = json.loads(marker.read_text())["key"]
+            if found != self.key:
+                raise ValueError(
+                    f"{self.folder} holds unfinished blocks of another job (key {found[:12]}, this one is "
+                    f"{self.key[:12]}): delete the folder, or give the run another output folder"
+                )
+        else:
+            _write_text(marker, json.dumps({"key": self.key}))
+        return self
+
+    def has(self, name: str) -> bool:
+        """Whether the block was finished."""
+        return self._path(name).exists()
+
+    def save(self, name: str, block: nn.Module, masks: Mapping[str, Tensor], report: BlockReport) -> None:
+        """Write the block's parameters, masks and report in one atomic step."""
+        tensors = {f"weight:{key}": value.detach().cpu().contiguous() for key, value in block.state_dict().items()}
+        tensors |= {f"mask:{key}": mask.to(torch.uint8).contiguous() for key, mask in masks.items()}
+        path = self._path(name)
+        partial = path.with_suffix(".partial")
+        save_file(tensors, partial, metadata={"report": json.dumps(asdict(report))})
+        os.replace(partial, path)
+
+    def restore_(self, name: str, block: nn.Module, masks: dict[str, Tensor]) -> BlockReport:
+        """The report of a finished block, after its weights went into `block` and its masks into `masks`."""
+        from prunus.stream import BlockReport
+
+        state: dict[str, Tensor] = {}
+        with safe_open(self._path(name), framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
+                kind, _, rest = key.partition(":")
+                if kind == "weight":
+                    state[rest] = file.get_tensor(key)
+                else:
+                    masks[rest] = file.get_tensor(key).bool()
+            report = BlockReport(**json.loads(file.metadata()["report"]))
+        block.load_state_dict(state)
+        return report
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Parameter and buffer name inside the block -> tensor of a finished block."""
+        with safe_open(self._path(name), framework="pt") as file:
+            keys = [key for key in file.keys() if key.startswith("weight:")]  # noqa: SIM118
+            return {key.removeprefix("weight:"): file.get_tensor(key) for key in keys}
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
