@@ -20,9 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from prunus import patterns, scores
 from prunus.adapt import adapt
 from prunus.allocations import global_, owl
-from prunus.assets import embedded_model
 from prunus.biases import add_biases
-from prunus.data import PackedTokens, calibration, read_texts, tokenize
+from prunus.data import ASSETS, PackedTokens, calibration, read_texts, tokenize
 from prunus.evaluate.perplexity import perplexity
 from prunus.layers import Inputs, Layer, View, find_layers
 from prunus.lr import linear_warmup_decay
@@ -92,7 +91,7 @@ def precision_of(recipe: Recipe, device: torch.device) -> str:
 
 def load(recipe: Recipe) -> Loaded:
     """The model and tokenizer a recipe names, on the CPU, or on meta with its shards when streaming."""
-    path = embedded_model() if recipe.model == "embedded" else Path(recipe.model).expanduser()
+    path = ASSETS if recipe.model == "embedded" else Path(recipe.model).expanduser()
     dtype = "auto" if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     if path.suffix == ".gguf":
         place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
@@ -105,6 +104,8 @@ def load(recipe: Recipe) -> Loaded:
             raise ValueError(f"streaming: needs a local folder of safetensors; model is {recipe.model!r}")
         return _load_meta(folder, dtype, tokenizer)
     model = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype, attn_implementation="sdpa")
+    if path.suffix == ".gguf" and hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # the weights were dequantised; what is saved is an ordinary model
     return Loaded(model.eval(), tokenizer, folder)
 
 

@@ -1,0 +1,218 @@
+"""The block pipeline: exact counts, memory and shards alike, kill and resume, and what a fit does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+
+from prunus.allocations import global_, owl
+from prunus.layers import Layer, find_layers
+from prunus.patterns import NM, Unstructured
+from prunus.reconstruct import Fit
+from prunus.scores import magnitude, wanda
+from prunus.solvers import by_score, sparsegpt
+from prunus.sources import Shards
+from prunus.stream import stream, survey
+from prunus.work import Work
+from tests.conftest import VOCABULARY, tiny_llama
+
+TOKENS = torch.randint(VOCABULARY, (12, 16), generator=torch.Generator().manual_seed(1))
+WANDA = by_score(wanda)
+
+
+def run(model: LlamaForCausalLM, **changes: object) -> dict[str, torch.Tensor]:
+    asked: dict[str, object] = {"tokens": TOKENS, "batch_size": 5, "gram": False} | changes
+    streamed = stream(model, WANDA, Unstructured("row"), 0.5, **asked)  # type: ignore[arg-type]
+    streamed.masks.check(model)
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+def test_every_layer_reaches_its_count_and_the_rest_is_untouched() -> None:
+    model, dense = tiny_llama(), tiny_llama()
+    streamed = stream(model, WANDA, Unstructured("row"), 0.3, tokens=TOKENS, gram=False)
+    for name, mask in streamed.masks.items():
+        assert int((~mask).sum()) == round(0.3 * mask.numel())
+        kept = model.get_parameter(name)[mask]
+        assert torch.equal(kept, dense.get_parameter(name)[mask])
+    rest = set(dict(model.named_parameters())) - set(streamed.masks)
+    assert "model.embed_tokens.weight" in rest
+    assert all(torch.equal(model.get_parameter(name), dense.get_parameter(name)) for name in rest)
+    assert [report.name for report in streamed.reports] == ["model.layers.0", "model.layers.1"]
+    assert streamed.reports[0].sparsity == pytest.approx(0.3, abs=1e-3)
+
+
+def test_the_second_block_sees_what_the_pruned_first_block_gives() -> None:
+    model = tiny_llama()
+    run(model)
+    seen: list[torch.Tensor] = []
+    layer = model.get_submodule("model.layers.1.mlp.gate_proj")
+    layer.register_forward_pre_hook(lambda _m, args: seen.append(args[0].detach()))
+    dense = tiny_llama()
+    dense.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):  # the second block as it was while it was calibrated
+            target = model.get_submodule(f"model.layers.1.self_attn.{name}").weight
+            target.copy_(tiny_llama().get_parameter(f"model.layers.1.self_attn.{name}.weight"))
+        model(TOKENS)
+    x = torch.cat(seen).flatten(0, 1)
+    weight = tiny_llama().get_parameter("model.layers.1.mlp.gate_proj.weight").detach()
+    score = weight.abs() * x.square().sum(0).sqrt()
+    expected = score >= score.topk(score.shape[1] // 2, dim=1).values[:, -1:]
+    assert torch.equal(dense.get_parameter("model.layers.1.mlp.gate_proj.weight") != 0, expected)
+
+
+def test_shards_give_the_same_bits_as_memory(tiny_folder: Path) -> None:
+    expected = run(AutoModelForCausalLM.from_pretrained(tiny_folder))
+    config = AutoConfig.from_pretrained(tiny_folder)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    source = Shards(model, tiny_folder).check()
+    work = Work(tiny_folder.parent / "shards-work", "key").open()
+    streamed = stream(
+        model, WANDA, Unstructured("row"), 0.5, tokens=TOKENS, gram=False, source=source, work=work, batch_size=5,
+        device="cpu",
+    )  # fmt: skip
+    assert all(parameter.is_meta for parameter in model.parameters()), "a finished block stayed in memory"
+    for name in ("model.layers.0", "model.layers.1"):
+        for key, value in work.tensors(name).items():
+            assert torch.equal(value, expected[f"{name}.{key}"])
+    assert streamed.masks.sparsity == 0.5
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "fit", [None, Fit(steps=4, lr=1e-2), Fit(steps=4, lr=1e-2, inputs="dense", train=("mask_lora",))]
+)
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path: Path, fit: Fit | None) -> None:
+    expected = run(tiny_llama(), fit=fit)
+
+    def kill(_: object) -> None:
+        raise Killed
+
+    work = Work(tmp_path, "job").open()
+    with pytest.raises(Killed):
+        run(tiny_llama(), fit=fit, work=work, on_block=kill)
+    assert work.has("model.layers.0")
+    assert not work.has("model.layers.1")
+    solved: list[str] = []
+
+    def solver(layer: Layer, pattern: object, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
+        solved.append(layer.name)
+        return WANDA(layer, pattern, kept)  # type: ignore[arg-type]
+
+    model = tiny_llama()
+    streamed = stream(
+        model, solver, Unstructured("row"), 0.5, tokens=TOKENS, batch_size=5, gram=False, fit=fit, work=work
+    )
+    assert_equal(expected, model.state_dict())
+    assert all(name.startswith("model.layers.1.") for name in solved)
+    assert solved
+    assert len(streamed.masks) == 14
+
+
+def test_a_work_folder_of_another_job_is_refused(tmp_path: Path) -> None:
+    Work(tmp_path, "one").open()
+    with pytest.raises(ValueError, match="another job"):
+        Work(tmp_path, "two").open()
+
+
+@pytest.mark.parametrize("window", ["block", "half", "matrix"])
+@pytest.mark.parametrize("inputs", ["pruned", "dense"])
+@pytest.mark.parametrize("train", [("full",), ("mask_lora",)])
+def test_a_fit_lowers_the_error_and_keeps_every_zero(window: str, inputs: str, train: tuple[str, ...]) -> None:
+    model = tiny_llama()
+    fit = Fit(window=window, inputs=inputs, train=train, steps=20, lr=5e-3)  # type: ignore[arg-type]
+    streamed = stream(model, WANDA, NM(2, 4), 0.5, tokens=TOKENS, gram=False, fit=fit, batch_size=4)
+    streamed.masks.check(model)
+    for report in streamed.reports:
+        assert report.error_before is not None
+        assert report.error_after is not None
+        assert report.error_after < report.error_before
+    weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
+    assert int((weight.unflatten(1, (-1, 4)) != 0).sum(-1).max()) == 2
+
+
+def test_a_fit_that_would_hurt_is_put_back() -> None:
+    fit = Fit(steps=3, lr=10.0)
+    model = tiny_llama()
+    streamed = stream(model, WANDA, Unstructured("row"), 0.5, tokens=TOKENS, gram=False, fit=fit)
+    assert all(report.error_after == report.error_before for report in streamed.reports)
+    assert_equal(run(tiny_llama(), batch_size=8), {k: v.detach() for k, v in model.state_dict().items()})
+
+
+def test_the_reported_error_is_that_of_the_block() -> None:
+    model = tiny_llama()
+    fit = Fit(steps=1, lr=1e-12)
+    report = stream(model, WANDA, Unstructured("row"), 0.5, tokens=TOKENS, gram=False, fit=fit).reports[0]
+    pruned, dense = tiny_llama(), tiny_llama()
+    stream(pruned, WANDA, Unstructured("row"), 0.5, tokens=TOKENS, gram=False)
+    with torch.no_grad():
+        one = pruned(TOKENS, output_hidden_states=True).hidden_states[1]
+        other = dense(TOKENS, output_hidden_states=True).hidden_states[1]
+    assert report.error_before == pytest.approx(float((one - other).square().sum() / other.square().sum()), rel=1e-4)
+
+
+def test_norms_of_a_half_are_refused_as_empty() -> None:
+    with pytest.raises(ValueError, match="norms"):
+        run(tiny_llama(), fit=Fit(window="half", train=("norms",)))
+
+
+def test_sparsegpt_beats_wanda_beats_magnitude_on_the_output_of_a_block() -> None:
+    errors = []
+    for solver, gram in ((sparsegpt(), True), (WANDA, False), (by_score(magnitude), False)):
+        model = tiny_llama()
+        with torch.no_grad():  # inputs of very different scale, which magnitude does not see
+            model.model.embed_tokens.weight.mul_(torch.logspace(-2, 1, 32))
+        fit = Fit(steps=1, lr=1e-12)
+        reports = stream(model, solver, Unstructured("layer"), 0.5, tokens=TOKENS, gram=gram, fit=fit).reports
+        errors.append(reports[0].error_before)
+    assert errors == sorted(errors)
+
+
+@pytest.mark.parametrize("allocate", [global_, owl(c=2.0, lam=0.1)])
+def test_counts_of_an_allocation_are_hit_and_add_up(allocate: object) -> None:
+    model = tiny_llama()
+    inputs = survey(model, tokens=TOKENS, batch_size=5)
+    views = [view for view in find_layers(model) if view.name in inputs]
+    scores = {
+        v.name: wanda(Layer(v.name, v.matrix(model.get_parameter(v.parameter).detach()), inputs[v.name])) for v in views
+    }
+    counts = allocate(scores, 0.6)  # type: ignore[operator]
+    streamed = stream(model, WANDA, Unstructured("layer"), 0.6, tokens=TOKENS, gram=False, counts=counts)
+    total = sum(mask.numel() for mask in streamed.masks.values())
+    assert sum(int(mask.sum()) for mask in streamed.masks.values()) == total - round(0.6 * total)
+    assert len({int(streamed.masks[v.parameter].sum()) / streamed.masks[v.parameter].numel() for v in views}) > 1
+
+
+def test_the_survey_sees_the_dense_model() -> None:
+    model = tiny_llama()
+    inputs = survey(model, tokens=TOKENS, batch_size=5)
+    seen: list[torch.Tensor] = []
+    model.get_submodule("model.layers.1.mlp.down_proj").register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(TOKENS)
+    expected = torch.cat(seen).flatten(0, 1).square().sum(0)
+    torch.testing.assert_close(inputs["model.layers.1.mlp.down_proj"].squares, expected)
+
+
+def test_wrong_asks_are_refused_before_any_work() -> None:
+    with pytest.raises(ValueError, match=r"1\.5"):
+        stream(tiny_llama(), WANDA, Unstructured("row"), 1.5, tokens=TOKENS)
+    with pytest.raises(ValueError, match=r"0\.7"):
+        stream(tiny_llama(), WANDA, NM(2, 4), 0.7, tokens=TOKENS)
+    with pytest.raises(ValueError, match="nothing to prune"):
+        stream(tiny_llama(), WANDA, Unstructured("row"), 0.5, tokens=TOKENS, exclude=["*_proj"])
