@@ -1,0 +1,347 @@
+"""Low-rank adapters of one weight: the effective weight, its gradients, and the modules that use them.
+
+    MaskLoRA   y = x (W + c M*(BA))^T       G = dL/dW_eff = g^T x,  dB = c (M*G) A^T,  dA = c B^T (M*G)
+    ScaleLoRA  y = x (W * (BA))^T                                   dB =   (W*G) A^T,  dA =   B^T (W*G)
+    LoRA       y = x W^T + c (x A^T) B^T    two thin products, nothing of the weight's size
+
+One autograd function serves the first two. It keeps x, A and B (and refers to W and M, which live anyway), rebuilds
+W_eff in backward, and reduces G by row tiles straight into dA and dB. W_eff is rounded exactly as the merged weight
+will be, so merging changes nothing. Which parameters train, and merging, are in `adapt.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+__all__ = ["effective_weight", "mask_lora_linear", "scale_lora_linear"]
+
+Init = Literal["kaiming", "gaussian"]
+
+_TILE = 1 << 22  # entries of W_eff and G formed at once: 16 MiB of float32, wide enough to keep a GPU busy
+
+
+def effective_weight(
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    *,
+    mask: Tensor | None = None,
+    scale: float | None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The weight that an adapter stands for: W + scale * M*(BA), or W * (BA) where `scale` is None.
+
+    Formed by tiles in A's dtype (float32), rounded to W's dtype, then cast to `dtype` (default: W's).
+
+    Args:
+        weight: (out, in) or (experts, out, in), any float dtype, any strides.
+        A, B: (r, in) and (out, r), or with a leading experts dimension; float32.
+        mask: bool, shape of `weight`, True kept; None is all True.
+    """
+    out = torch.empty_like(weight, dtype=dtype or weight.dtype, requires_grad=False)
+    for rows in tiles(weight):
+        update = (B[rows] if scale is None else B[rows] * scale) @ (A[rows] if A.ndim == 3 else A)
+        if scale is None:
+            update.mul_(weight[rows])
+        elif mask is None:
+            update.add_(weight[rows])
+        else:
+            update.mul_(mask[rows]).add_(weight[rows])
+        out[rows] = update.to(weight.dtype)
+    return out
+
+
+def mask_lora_linear(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, *, mask: Tensor | None, scale: float, bias: Tensor | None = None
+) -> Tensor:
+    """x (W + scale * M*(BA))^T + bias   (MaskLoRA; Zimmer et al. 2023, PERP, section 3).
+
+    Args:
+        x: (..., in) in the weight's dtype; under autocast any float dtype.
+        weight: (out, in), gets no gradient.   A: (r, in).   B: (out, r).   bias: (out,) or None.
+        mask: (out, in) bool, True kept; None is all True.
+    """
+    return _linear(x, weight, mask, A, B, bias, scale)
+
+
+def scale_lora_linear(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """x (W * (BA))^T + bias   (ScaleLoRA; Zimmer et al. 2023, PERP, section 3). Zeros of W stay zeros by themselves."""
+    return _linear(x, weight, None, A, B, bias, None)
+
+
+def matrices(stored: Tensor, *, stacked: bool, transposed: bool) -> Tensor:
+    """A stored parameter seen as (out, in), or a stack of them as (experts, out, in)."""
+    if stacked:
+        return stored.mT if transposed else stored
+    return stored.t() if transposed else stored.flatten(1)
+
+
+def new_factors(
+    shape: tuple[int, ...], rank: int, *, product: bool, init: Init, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """A (..., r, in) and B (..., out, r), float32 on the CPU, for which the adapter changes nothing yet.
+
+    Sums (LoRA, MaskLoRA): B = 0; A uniform in +-1/sqrt(in) ("kaiming", a = sqrt 5) or normal with deviation 1/r
+    ("gaussian"). Products (ScaleLoRA): every entry r^-1/2 ("kaiming", as published), so BA = 1. The r components are
+    then equal and get equal gradients, so BA keeps rank one whatever r is; "gaussian" adds to A noise that sums to
+    zero over the components: BA is still 1 and the components part.
+    """
+    *stack, out, in_ = shape
+    if product:
+        noise = torch.zeros(*stack, rank, in_)
+        if init == "gaussian":
+            noise.normal_(0, rank**-0.5, generator=generator)
+            noise -= noise.mean(-2, keepdim=True)
+        return noise + rank**-0.5, torch.full((*stack, out, rank), rank**-0.5)
+    start, bound = torch.empty(*stack, rank, in_), 1 / math.sqrt(in_)
+    if init == "kaiming":
+        start.uniform_(-bound, bound, generator=generator)
+    else:
+        start.normal_(0, 1 / rank, generator=generator)
+    return start, torch.zeros(*stack, out, rank)
+
+
+class Factors(nn.Module):
+    """A and B of one weight with the rule that joins them to it: `scale` (None: product) and `mask` (None: all True).
+
+    The mask is no buffer: data-parallel training would send it to every process at every step. It follows the module
+    from device to device all the same.
+    """
+
+    def __init__(self, A: Tensor, B: Tensor, *, scale: float | None, mask: Tensor | None) -> None:
+        super().__init__()
+        self.A = nn.Parameter(A)
+        self.B = nn.Parameter(B)
+        self.scale = scale
+        self.mask = mask
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Factors:
+        super()._apply(fn, recurse)
+        self.mask = None if self.mask is None else fn(self.mask)
+        return self
+
+    def extra_repr(self) -> str:
+        """Shapes and rule, for print(model)."""
+        rule = "W*(BA)" if self.scale is None else f"W + {self.scale:g} {'BA' if self.mask is None else 'M*(BA)'}"
+        return f"{tuple(self.B.shape)} x {tuple(self.A.shape)}, {rule}"
+
+
+class EffectiveLinear(nn.Module):
+    """A linear layer (stored (out, in), or (in, out) where `transposed`) that computes with its effective weight."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, factors: Factors, *, transposed: bool) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+        self.factors = factors
+        self.transposed = transposed
+        self.out_features, self.in_features = factors.B.shape[0], factors.A.shape[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        f = self.factors
+        weight = self.weight.t() if self.transposed else self.weight  # (out, in)
+        return _linear(x, weight, f.mask, f.A, f.B, self.bias, f.scale)
+
+
+class LowRankLinear(nn.Module):
+    """A linear layer with a low-rank path beside it, y = x W^T + c (x A^T) B^T: no matrix of the weight's size."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, factors: Factors, *, transposed: bool) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+        self.factors = factors
+        self.transposed = transposed
+        self.out_features, self.in_features = factors.B.shape[0], factors.A.shape[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        f = self.factors
+        assert f.scale is not None
+        weight = self.weight.t() if self.transposed else self.weight  # (out, in)
+        y = F.linear(x, weight, None if self.bias is None else self.bias.to(weight.dtype))
+        h = F.linear(x, f.A.to(x.dtype))  # (..., r)
+        return y + F.linear(h, (f.B * f.scale).to(x.dtype))
+
+
+class AdaptedWeight(nn.Module):
+    """The parametrization of a weight that no linear module owns alone: stacked experts, convolutions, tied weights.
+
+    Maps the stored parameter to the effective one, of the same shape and dtype. Between `open_` and `close_` (one
+    forward of the owner) it is built once: experts are read one by one.
+    """
+
+    def __init__(self, factors: Factors, *, transposed: bool, experts: tuple[int, ...] | None) -> None:
+        super().__init__()
+        self.factors = factors
+        self.transposed = transposed
+        self.experts = experts  # None: every one, or the parameter is a single matrix
+        self._open = 0
+        self._built: Tensor | None = None
+
+    def forward(self, stored: Tensor) -> Tensor:
+        """The effective parameter, in the stored shape and dtype."""
+        if self._built is not None:
+            return self._built
+        f = self.factors
+        W = matrices(stored, stacked=f.A.ndim == 3, transposed=self.transposed)
+        if self.experts is None:
+            effective = _weight(W, f.mask, f.A, f.B, f.scale)
+        else:
+            index = torch.tensor(self.experts, device=W.device)
+            effective = W.index_copy(0, index, _weight(W[index], f.mask, f.A, f.B, f.scale))
+        effective = (effective.mT if self.transposed else effective).reshape(stored.shape)
+        if self._open:
+            self._built = effective
+        return effective
+
+    def open_(self, *_: Any) -> None:
+        """Forward pre-hook of the owner."""
+        self._open += 1
+
+    def close_(self, *_: Any) -> None:
+        """Forward hook of the owner, run even after an error."""
+        self._open = max(0, self._open - 1)
+        if not self._open:
+            self._built = None
+
+
+class Cast(nn.Module):
+    """The parametrization that shows a float32 trainable to its module in the dtype it had."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, stored: Tensor) -> Tensor:
+        """The same values, rounded."""
+        return stored.to(self.dtype)
+
+
+def _linear(
+    x: Tensor, weight: Tensor, mask: Tensor | None, A: Tensor, B: Tensor, bias: Tensor | None, scale: float | None
+) -> Tensor:
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    if torch.is_autocast_enabled(device):
+        x = x.to(dtype)
+    return _Linear.apply(x, weight, mask, A, B, bias, scale, dtype)  # type: ignore[no-any-return]
+
+
+def _weight(weight: Tensor, mask: Tensor | None, A: Tensor, B: Tensor, scale: float | None) -> Tensor:
+    return _Weight.apply(weight, mask, A, B, scale)  # type: ignore[no-any-return]
+
+
+class _Linear(torch.autograd.Function):
+    """x W_eff^T + bias, saving nothing of W_eff's size."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        mask: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        bias: Tensor | None,
+        scale: float | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, mask, A, B)
+        ctx.scale, ctx.dtype, ctx.bias_dtype = scale, dtype, None if bias is None else bias.dtype
+        with no_autocast(x):
+            W = effective_weight(weight, A, B, mask=mask, scale=scale, dtype=dtype)
+            return F.linear(x, W, None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        x, weight, mask, A, B = ctx.saved_tensors
+        needs_x, _, _, needs_A, needs_B, needs_bias, *_ = ctx.needs_input_grad
+        g = grads[0].reshape(-1, weight.shape[0])  # (tokens, out)
+        dx = dA = dB = dbias = None
+        with no_autocast(x):
+            if needs_x:
+                W = effective_weight(weight, A, B, mask=mask, scale=ctx.scale, dtype=ctx.dtype)
+                dx = (g @ W).view(x.shape)
+                del W
+            if needs_A or needs_B:
+                flat = x.reshape(-1, weight.shape[1])  # (tokens, in)
+                dA, dB = _reduce(_products(g, flat, A.dtype), weight, mask, A, B, ctx.scale)
+            if needs_bias:
+                dbias = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32)).to(ctx.bias_dtype)
+        return dx, None, None, dA, dB, dbias, None, None
+
+
+class _Weight(torch.autograd.Function):
+    """W_eff itself, saving A and B only: for weights that a module reads as a parameter."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor | None, A: Tensor, B: Tensor, scale: float | None) -> Tensor:
+        ctx.save_for_backward(weight, mask, A, B)
+        ctx.scale = scale
+        with no_autocast(weight):
+            return effective_weight(weight, A, B, mask=mask, scale=scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        weight, mask, A, B = ctx.saved_tensors
+        with no_autocast(weight):
+            dA, dB = _reduce(lambda rows: grads[0][rows].to(A.dtype, copy=True), weight, mask, A, B, ctx.scale)
+        return None, None, dA, dB, None
+
+
+def _products(g: Tensor, x: Tensor, dtype: torch.dtype) -> Callable[[slice], Tensor]:
+    """Row tiles of G = g^T x in `dtype`; on CUDA 16-bit operands are not widened: float32 holds their products."""
+    if g.dtype == dtype:
+        return lambda rows: g[:, rows].t() @ x
+    if g.is_cuda and dtype == torch.float32:
+        return lambda rows: torch.mm(g[:, rows].t(), x, out_dtype=torch.float32)
+    wide = x.to(dtype)
+    return lambda rows: g[:, rows].to(dtype).t() @ wide
+
+
+def _reduce(
+    tile: Callable[[slice], Tensor], weight: Tensor, mask: Tensor | None, A: Tensor, B: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """dL/dA and dL/dB from row tiles of G = dL/dW_eff, each dropped as soon as it is used."""
+    dA, dB = torch.zeros_like(A), torch.zeros_like(B)
+    for rows in tiles(weight):
+        G = tile(rows)
+        if scale is None:
+            G.mul_(weight[rows])
+        elif mask is not None:
+            G.mul_(mask[rows])
+        if A.ndim == 3:
+            dB[rows] = G @ A[rows].mT
+            dA[rows] = B[rows].mT @ G
+        else:
+            dB[rows] = G @ A.t()
+            dA += B[rows].t() @ G
+    return (dA, dB) if scale is None else (dA.mul_(scale), dB.mul_(scale))
+
+
+def tiles(weight: Tensor) -> Iterator[slice]:
+    """Slices of the first dimension (rows, or whole experts) of about _TILE entries."""
+    step = max(1, _TILE // max(1, math.prod(weight.shape[1:])))
+    for start in range(0, weight.shape[0], step):
+        yield slice(start, start + step)
+
+
+def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
