@@ -1,0 +1,183 @@
+"""Laws of the training loop and of learning-rate schedules."""
+
+import pytest
+import torch
+from torch import nn
+
+from prunus.lr import linear_warmup_decay
+from prunus.train import train
+
+
+class Net(nn.Module):
+    """Two layers with dropout and batch statistics: everything that a resumed run could get wrong."""
+
+    def __init__(self, dropout: float = 0.5, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 2)
+        self.norm, self.dropout = nn.BatchNorm1d(8) if dropout else nn.Identity(), nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.dropout(self.norm(self.first(x)).relu()))
+
+
+def batches(step: int, rows: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(rows, 6, generator=generator), torch.randint(2, (rows,), generator=generator)
+
+
+def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def run(model: nn.Module, served=batches, *, steps: int = 12, **options):
+    optimizer = torch.optim.AdamW(
+        [{"params": [*model.first.parameters()], "lr": 0.02}, {"params": [*model.second.parameters()]}], lr=0.01
+    )
+    return train(model, served, optimizer, linear_warmup_decay(steps), steps=steps, loss=loss, **options), optimizer
+
+
+def equal(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
+    return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+
+
+def test_schedule_in_closed_form():
+    values = [linear_warmup_decay(40, 0.1)(t) for t in range(41)]
+    assert values[:6] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 35 / 36])
+    assert values[39:] == pytest.approx([1 / 36, 0])
+    assert [linear_warmup_decay(4, 0)(t) for t in range(4)] == [1, 0.75, 0.5, 0.25]
+    for steps, share in ((0, 0.1), (5, 1.0), (5, -0.1)):
+        with pytest.raises(ValueError, match="step"):
+            linear_warmup_decay(steps, share)
+
+
+@pytest.mark.parametrize("killed_at", [5, 8, 11])
+def test_a_resumed_run_equals_the_unbroken_one(tmp_path, killed_at):
+    torch.manual_seed(1)
+    whole = Net()
+    expected, _ = run(whole, checkpoint=tmp_path / "whole.pt", save_every=4)
+
+    def broken(step: int):
+        if step == killed_at:
+            raise KeyboardInterrupt
+        return batches(step)
+
+    torch.manual_seed(1)
+    killed = Net()
+    with pytest.raises(KeyboardInterrupt):
+        run(killed, broken, checkpoint=tmp_path / "part.pt", save_every=4)
+    resumed, torn = Net(seed=5), []
+    trace, _ = run(resumed, lambda step: torn.append(step) or batches(step), checkpoint=tmp_path / "part.pt")
+    assert torn[0] == killed_at // 4 * 4
+    assert equal(whole, resumed)
+    assert (trace.losses, trace.lrs, trace.tokens) == (expected.losses, expected.lrs, expected.tokens)
+
+
+def test_a_finished_run_is_not_repeated(tmp_path):
+    model = Net()
+    first, _ = run(model, checkpoint=tmp_path / "c.pt")
+    again = Net(seed=3)
+    second, _ = run(again, lambda step: pytest.fail("no batch is needed"), checkpoint=tmp_path / "c.pt")
+    assert equal(model, again)
+    assert second.losses == first.losses
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    run(Net(), checkpoint=tmp_path / "c.pt")
+    with pytest.raises(ValueError, match=r"c\.pt belongs to another run"):
+        run(Net(), steps=13, checkpoint=tmp_path / "c.pt")
+    frozen = Net()
+    frozen.second.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"9 tensors, this run .* and 8"):
+        run(frozen, checkpoint=tmp_path / "c.pt")
+
+
+def test_accumulation_equals_a_large_batch():
+    def quarter(micro: int):
+        whole = batches(micro // 4)
+        part = slice(2 * (micro % 4), 2 * (micro % 4) + 2)
+        return whole[0][part], whole[1][part]
+
+    def in_double(batch):
+        return batch[0].double(), batch[1]
+
+    large, small = Net(dropout=0).double(), Net(dropout=0).double()
+    served = (
+        lambda step: (batches(step)[0].double(), batches(step)[1]),
+        lambda m: (quarter(m)[0].double(), quarter(m)[1]),
+    )
+    one, _ = run(large, served[0], clip=0.1)
+    four, _ = run(small, served[1], clip=0.1, accumulate=4)
+    for x, y in zip(large.parameters(), small.parameters(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
+    assert one.losses == pytest.approx(four.losses, rel=1e-5)
+    assert one.tokens == four.tokens == 12 * 8
+
+
+def test_the_first_step_by_hand():
+    model = nn.Linear(2, 1, bias=False)
+    nn.init.constant_(model.weight, 1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    x = torch.tensor([[3.0, 4.0]])
+    trace = train(model, lambda step: x, optimizer, lambda step: 0.2, steps=1, loss=lambda m, b: m(b).sum(), clip=1.0)
+    # gradient (3, 4) has norm 5 and is clipped to (0.6, 0.8); learning rate 0.5 * 0.2
+    torch.testing.assert_close(model.weight.detach(), torch.tensor([[1 - 0.06, 1 - 0.08]]))
+    assert trace.losses == [7.0]
+    assert trace.lrs == pytest.approx([0.1])
+
+
+def test_rates_of_groups_are_scaled_and_given_back():
+    seen: list[list[float]] = []
+    model = Net()
+    optimizer = torch.optim.SGD(
+        [{"params": model.first.parameters(), "lr": 0.3}, {"params": model.second.parameters()}], 0.1
+    )
+    optimizer.register_step_post_hook(lambda o, *_: seen.append([g["lr"] for g in o.param_groups]))
+    train(model, batches, optimizer, lambda step: 1 / (step + 1), steps=2, loss=loss)
+    assert seen == [pytest.approx([0.3, 0.1]), pytest.approx([0.15, 0.05])]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.3, 0.1]
+
+
+def test_precisions_follow_each_other_in_one_process():
+    inner: list[torch.dtype] = []
+    for precision in ("fp32", "bf16", "fp32"):
+        model = Net()
+        model.first.register_forward_hook(lambda module, args, out: inner.append(out.dtype))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        train(model, batches, optimizer, lambda step: 1.0, steps=1, loss=loss, precision=precision)
+        assert "forward" not in model.__dict__
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert inner == [torch.float32, torch.bfloat16, torch.float32]
+
+
+def test_modes_are_given_back():
+    model = Net().train()
+    model.norm.eval()
+    inside = []
+    model.norm.register_forward_hook(lambda module, *_: inside.append(module.training))
+    run(model, steps=1)
+    assert (model.training, model.norm.training, inside) == (True, False, [True])
+
+
+def test_reports_come_every_few_steps_with_their_mean():
+    reports: list[tuple[int, float]] = []
+    trace, _ = run(Net(), steps=7, report_every=3, on_step=lambda step, value: reports.append((step, value)))
+    assert [step for step, _ in reports] == [3, 6, 7]
+    assert reports[1][1] == pytest.approx(sum(trace.losses[3:6]) / 3)
+    assert reports[2][1] == pytest.approx(trace.losses[6])
+
+
+def test_what_cannot_be_trained_is_refused():
+    model = Net()
+    with pytest.raises(ValueError, match="steps=0"):
+        train(model, batches, torch.optim.SGD(model.parameters()), lambda step: 1.0, steps=0, loss=loss)
+    with pytest.raises(ValueError, match="fp16"):
+        run(model, precision="fp16")
+    with pytest.raises(ValueError, match="int8"):
+        run(model, precision="int8")
+    with pytest.raises(FloatingPointError, match="loss of step 2 is nan"):
+        run(model, lambda step: (batches(step)[0] * (torch.nan if step == 2 else 1), batches(step)[1]))
+    with pytest.raises(ValueError, match="nothing would be trained"):
+        run(model.requires_grad_(False))
