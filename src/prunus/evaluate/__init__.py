@@ -1,0 +1,1 @@
+"""Measurements of a model, and the baselines they are held against."""
