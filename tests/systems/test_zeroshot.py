@@ -1,0 +1,149 @@
+"""Zero-shot scores: lm-eval's prompts, and accuracies that an independent computation finds as well."""
+
+import json
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from prunus.evaluate.zeroshot import Example, read_task, zero_shot
+
+ARC = {"query": "Question: What do plants make?", "choices": ["sugar", "salt", "glass and sand"], "gold": 0}
+BOOLQ = {"query": "Passage: Ice floats.\nQuestion: does ice sink?", "choices": ["no", "yes"], "gold": 0}
+OPEN = {"query": "Predators eat", "choices": ["bunnies", "grass"], "gold": 0}
+RTE = 'index\tsentence1\tsentence2\tlabel\n0\tHe said "no.\tHe spoke.\tentailment\n1\tA.\tB.\tnot_entailment\n'
+
+
+def file_of(tmp_path, *rows, name="task.jsonl"):
+    path = tmp_path / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_prompts(tmp_path):
+    arc, boolq, open_book = read_task(file_of(tmp_path, ARC, BOOLQ, OPEN))
+    assert arc == Example("Question: What do plants make?\nAnswer:", ("sugar", "salt", "glass and sand"), 0)
+    assert boolq.prompt == "Ice floats.\nQuestion: does ice sink?\nAnswer:"
+    assert open_book.prompt == "Predators eat"
+    (tmp_path / "rte.tsv").write_text(RTE)
+    first, second = read_task(tmp_path / "rte.tsv")
+    assert first == Example('He said "no.\nQuestion: He spoke. True or False?\nAnswer:', ("True", "False"), 0)
+    assert second.gold == 1
+
+
+def test_prompts_are_lm_evals(tmp_path):
+    lm_eval = pytest.importorskip("lm_eval")
+    jinja2 = pytest.importorskip("jinja2")
+    import yaml
+
+    def rendered(task, **document):
+        text = (Path(lm_eval.__file__).parent / "tasks" / task).read_text()
+        template = next(line for line in text.splitlines() if line.startswith("doc_to_text:"))
+        return jinja2.Template(yaml.safe_load(template)["doc_to_text"]).render(document)
+
+    arc, boolq = read_task(file_of(tmp_path, ARC, BOOLQ))
+    (tmp_path / "rte.tsv").write_text(RTE)
+    rte = read_task(tmp_path / "rte.tsv")[0]
+    assert arc.prompt == rendered("arc/arc_easy.yaml", question="What do plants make?")
+    assert boolq.prompt == rendered("super_glue/boolq/default.yaml", passage="Ice floats.", question="does ice sink")
+    assert rte.prompt == rendered("glue/rte/default.yaml", sentence1='He said "no.', sentence2="He spoke.")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({**ARC, "gold": 3}, "line 2: gold 3 is not"),
+        ({**ARC, "gold": "0"}, "line 2: gold '0' is not"),
+        ({**ARC, "choices": ["a", ""]}, "line 2: choices must be texts"),
+        ({"query": "x"}, "line 2: needs query, choices and gold"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, row, message):
+    with pytest.raises(ValueError, match=message):
+        read_task(file_of(tmp_path, ARC, row))
+
+
+def test_bad_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl is not there"):
+        read_task(tmp_path / "none.jsonl")
+    with pytest.raises(ValueError, match="holds no example"):
+        read_task(file_of(tmp_path))
+    with pytest.raises(ValueError, match=r"neither \.jsonl nor \.tsv"):
+        read_task(file_of(tmp_path, ARC, name="task.csv"))
+    (tmp_path / "rte.tsv").write_text(RTE.replace("not_entailment", "maybe"))
+    with pytest.raises(ValueError, match="line 3: needs the columns"):
+        read_task(tmp_path / "rte.tsv")
+    with pytest.raises(ValueError, match="no zero-shot task"):
+        zero_shot(None, None, {})
+
+
+def character_tokenizer():
+    letters = {chr(i): i - 31 for i in range(32, 127)} | {"\n": 96, "<s>": 0}
+    inner = Tokenizer(models.WordLevel(letters, unk_token="<s>"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="<s>", unk_token="<s>")
+
+
+def tiny_model():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=97, max_position_embeddings=128, initializer_range=0.8, **sizes))
+
+
+@torch.no_grad()
+def log_likelihood(model, tokenizer, prompt, continuation):
+    """Sum of log p of the continuation's tokens, the plain way."""
+    start, ids = len(tokenizer(prompt)["input_ids"]), tokenizer(prompt + continuation)["input_ids"]
+    logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return sum(float(logits[i - 1, ids[i]]) for i in range(start, len(ids)))
+
+
+def random_rows(count):
+    generator = torch.Generator().manual_seed(1)
+
+    def word(low, high):
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        return "".join(chr(97 + int(i)) for i in torch.randint(0, 26, (length,), generator=generator))
+
+    golds = torch.randint(0, 3, (count,), generator=generator).tolist()
+    return [{"query": word(4, 20), "choices": [word(1, 9) for _ in range(3)], "gold": gold} for gold in golds]
+
+
+def test_accuracies_match_a_plain_computation(tmp_path, caplog):
+    pytest.importorskip("lm_eval")
+    model, tokenizer, rows = tiny_model(), character_tokenizer(), random_rows(30)
+    right = right_normed = 0
+    for row in rows:
+        scores = [log_likelihood(model, tokenizer, row["query"], " " + choice) for choice in row["choices"]]
+        normed = [score / len(choice) for score, choice in zip(scores, row["choices"], strict=True)]
+        right += scores.index(max(scores)) == row["gold"]
+        right_normed += normed.index(max(normed)) == row["gold"]
+    assert right != right_normed  # the two accuracies are told apart
+    model.train()
+    with caplog.at_level(logging.WARNING):
+        found = zero_shot(model, tokenizer, {"mine": file_of(tmp_path, *rows)}, batch_size=4)
+    assert found["mine"]["acc"] == right / 30
+    assert found["mine"]["acc_norm"] == right_normed / 30
+    acc = right / 30
+    assert found["mine"]["stderr"] == pytest.approx(math.sqrt(acc * (1 - acc) / 29))
+    assert found["mine"]["n"] == 30
+    assert model.training
+    assert not caplog.records
+
+
+def test_limit_and_order_of_tasks(tmp_path):
+    pytest.importorskip("lm_eval")
+    files = {name: file_of(tmp_path, *random_rows(6), name=f"{name}.jsonl") for name in ("b", "a")}
+    found = zero_shot(tiny_model(), character_tokenizer(), files, limit=4)
+    assert list(found) == ["b", "a"]
+    assert found["a"]["n"] == 4
+
+
+def test_missing_lm_eval_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval.models.huggingface", None)
+    with pytest.raises(ImportError, match=r"prunus\[zeroshot\]"):
+        zero_shot(tiny_model(), character_tokenizer(), {"mine": file_of(tmp_path, ARC)})
