@@ -65,14 +65,15 @@ class Inputs:
             raise ValueError(f"inputs of shape {tuple(x.shape)} do not end in the layer's {self.columns} columns")
         rows = x.detach().reshape(-1, self.columns).to(self.squares.device)  # (tokens, in)
         self.tokens += rows.shape[0]
-        for part in rows.split(max(1, _CHUNK // max(1, self.columns))):
-            if self.gram is None:
-                self.squares.add_(part.float().square().sum(0))
-            elif _multiplies_to_float32(part):
-                self.gram.add_(torch.mm(part.T, part, out_dtype=torch.float32))
-            else:
-                exact = part.float()
-                self.gram.addmm_(exact.T, exact)
+        with torch.autocast(rows.device.type, enabled=False):  # the model may run in 16 bits around this
+            for part in rows.split(max(1, _CHUNK // max(1, self.columns))):
+                if self.gram is None:
+                    self.squares.add_(part.float().square().sum(0))
+                elif _multiplies_to_float32(part):
+                    self.gram.add_(torch.mm(part.T, part, out_dtype=torch.float32))
+                else:
+                    exact = part.float()
+                    self.gram.addmm_(exact.T, exact)
         if self.gram is not None:
             self.squares.copy_(self.gram.diagonal())
 

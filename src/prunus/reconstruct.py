@@ -24,6 +24,7 @@ from prunus.blocks import Arguments, run_block
 from prunus.layers import View
 from prunus.lr import linear_warmup_decay
 from prunus.masks import Masks
+from prunus.precision import Precision, autocast
 from prunus.train import train
 
 __all__ = ["Fit", "reconstruct"]
@@ -50,7 +51,7 @@ class Fit:
     warmup: float = 0.1
     rank: int = 16
     alpha: float = 32.0
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     seed: int = 0
 
 
@@ -96,12 +97,13 @@ def reconstruct(
     if len(units) == 1 and units[0].path == "":
         return _fit_(block, units[0], whole, masks, fit, prefix)
     holder = _hold(block)
-    before = _error(holder, whole)
+    before = _error(holder, whole, fit.precision)
     for unit in units:
         entering = hidden if dense_hidden is None else dense_hidden
-        examples = whole if unit.path == "" else _examples(block, dense, unit, hidden, entering, arguments)
+        with autocast(_device(block), fit.precision):
+            examples = whole if unit.path == "" else _examples(block, dense, unit, hidden, entering, arguments)
         _fit_(block, unit, examples, masks, fit, prefix)
-    return before, _error(holder, whole)
+    return before, _error(holder, whole, fit.precision)
 
 
 def _units(block: nn.Module, views: Sequence[View], window: str, prefix: str) -> list[_Unit]:
@@ -181,10 +183,10 @@ def _fit_(
     module = block.get_submodule(unit.path)
     holder = _hold(module)
     place = f"{prefix}.{unit.path}" if unit.path else prefix
-    before = _error(holder, examples)
+    before = _error(holder, examples, fit.precision)
     saved = {name: value.detach().clone() for name, value in module.state_dict().items()}
     _train_(holder, unit, examples, masks, fit, place)
-    after = _error(holder, examples)
+    after = _error(holder, examples, fit.precision)
     if after <= before:
         return before, after
     log.warning("%s: the fit raised the error from %.3g to %.3g; weights put back", place, before, after)
@@ -257,10 +259,10 @@ def _run(holder: nn.Module, example: Example) -> Tensor:
 
 
 @torch.no_grad()
-def _error(holder: nn.Module, examples: Sequence[Example]) -> float:
+def _error(holder: nn.Module, examples: Sequence[Example], precision: Precision) -> float:
     """Relative squared error over all examples."""
-    pairs = ((_run(holder, example), example["target"]) for example in examples)
-    return _relative(pairs)
+    with autocast(_device(holder), precision):
+        return _relative((_run(holder, example), example["target"]) for example in examples)
 
 
 def _relative(pairs: Iterator[tuple[Tensor, Tensor]]) -> float:

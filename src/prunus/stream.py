@@ -15,6 +15,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +26,7 @@ from prunus.layers import Inputs, Layer, View, find_layers
 from prunus.masks import Masks
 from prunus.observe import observe
 from prunus.patterns import Pattern, check_sparsity
+from prunus.precision import Precision, autocast
 from prunus.reconstruct import Fit, reconstruct
 from prunus.solvers import Solver
 from prunus.sources import Memory, Source
@@ -75,6 +77,7 @@ def stream(
     work: Work | None = None,
     device: torch.device | str | None = None,
     batch_size: int = 8,
+    precision: Precision = "fp32",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     on_block: Callable[[BlockReport], None] | None = None,
@@ -85,6 +88,7 @@ def stream(
     counts: view name -> entries to keep, for non-uniform allocations; uniform otherwise.
     gram: whether the solver needs input Gram matrices (SparseGPT) or only norms (Wanda).
     fit: how a pruned block is fitted to its dense outputs; None leaves it.
+    precision: autocast in which blocks run; statistics and solvers are float32 throughout.
     source: where weights come from when `model` is on the meta device.
     work: folder of finished blocks; blocks already there are replayed, not solved again.
 
@@ -106,7 +110,7 @@ def stream(
     masks: dict[str, Tensor] = {}
     reports: list[BlockReport] = []
     for name in names:
-        step = _Step(model, name, views[name], device, source)
+        step = _Step(model, name, views[name], device, source, precision)
         if work is not None and work.has(name):
             report = step.replay_(work, masks, hidden, arguments, dense)
         else:
@@ -127,6 +131,7 @@ def survey(
     source: Source | None = None,
     device: torch.device | str | None = None,
     batch_size: int = 8,
+    precision: Precision = "fp32",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     on_block: Callable[[str], None] | None = None,
@@ -141,7 +146,8 @@ def survey(
     for name in names:
         block = source.load(name, device)
         with torch.no_grad(), observe(block, views[name], gram=False) as inputs:
-            _advance_(block, hidden, arguments[name])
+            with autocast(device, precision):
+                _advance_(block, hidden, arguments[name])
         seen.update(inputs)
         source.release(name)
         if on_block is not None:
@@ -171,8 +177,11 @@ def embed(
 class _Step:
     """One block on its way through the device."""
 
-    def __init__(self, model: nn.Module, name: str, views: list[View], device: torch.device, source: Source) -> None:
+    def __init__(
+        self, model: nn.Module, name: str, views: list[View], device: torch.device, source: Source, precision: Precision
+    ) -> None:
         self.name, self.views, self.device = name, views, device
+        self.precision: Precision = precision
         self.block = source.load(name, device)
         self.started = time.perf_counter()
 
@@ -191,7 +200,7 @@ class _Step:
         """Prune the block from what reaches it, fit it, and replace `hidden` by what leaves it."""
         own = arguments[self.name]
         before = copy.deepcopy(self.block) if fit is not None else None
-        with torch.no_grad(), observe(self.block, self.views, gram=gram) as inputs:
+        with torch.no_grad(), observe(self.block, self.views, gram=gram) as inputs, self._autocast():
             leaving: list[Tensor] = []
             for x, call in zip(hidden, own, strict=True):
                 y = run_block(self.block, x, call)
@@ -204,14 +213,16 @@ class _Step:
         if fit is not None and before is not None:
             entering = None if dense is None else list(dense)
             if dense is not None:
-                _advance_(before, dense, own)
+                with self._autocast():
+                    _advance_(before, dense, own)
             targets = leaving if dense is None else dense
             mine = Masks(chosen)
             errors = reconstruct(
                 self.block, before, self.views, mine, fit, hidden, own, targets, entering, prefix=self.name
             )
         del leaving
-        _advance_(self.block, hidden, own)
+        with self._autocast():
+            _advance_(self.block, hidden, own)
         return self._report(masks, errors, fallback)
 
     def replay_(
@@ -223,11 +234,15 @@ class _Step:
         dense: list[Tensor] | None,
     ) -> BlockReport:
         """Take the finished block from the work folder and only run it."""
-        if dense is not None:
-            _advance_(self.block, dense, arguments[self.name])
-        report = work.restore_(self.name, self.block, masks)
-        _advance_(self.block, hidden, arguments[self.name])
+        with self._autocast():
+            if dense is not None:
+                _advance_(self.block, dense, arguments[self.name])
+            report = work.restore_(self.name, self.block, masks)
+            _advance_(self.block, hidden, arguments[self.name])
         return report
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        return autocast(self.device, self.precision)
 
     @torch.no_grad()
     def _prune_(

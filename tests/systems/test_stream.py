@@ -216,3 +216,10 @@ def test_wrong_asks_are_refused_before_any_work() -> None:
         stream(tiny_llama(), WANDA, NM(2, 4), 0.7, tokens=TOKENS)
     with pytest.raises(ValueError, match="nothing to prune"):
         stream(tiny_llama(), WANDA, Unstructured("row"), 0.5, tokens=TOKENS, exclude=["*_proj"])
+
+
+def test_statistics_are_float32_although_blocks_run_in_16_bits() -> None:
+    inputs = survey(tiny_llama(), tokens=TOKENS, precision="bf16")
+    exact = survey(tiny_llama(), tokens=TOKENS)
+    name = "model.layers.0.self_attn.q_proj"  # its inputs were not touched by a 16-bit product yet
+    assert torch.equal(inputs[name].squares, exact[name].squares)

@@ -38,6 +38,12 @@ Section = TypeVar("Section", bound=BaseModel)
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
+def looks_local(text: str) -> bool:
+    """Whether a source is meant as a path, not as a hub name."""
+    endings = (".txt", ".gz", ".parquet", ".jsonl", ".gguf", ".safetensors", ".tsv")
+    return text.startswith((".", "/", "~")) or text.endswith(endings) or text.count("/") > 1
+
+
 class Strict(BaseModel):
     """A frozen section that refuses keys it does not know."""
 
@@ -218,12 +224,6 @@ class Recipe(Strict):
         if looks_local(self.model) and not Path(self.model).exists():
             raise ValueError(f"model: no file or folder {self.model!r} (seen from {os.getcwd()})")
         return self
-
-
-def looks_local(text: str) -> bool:
-    """Whether a source is meant as a path, not as a hub name."""
-    endings = (".txt", ".gz", ".parquet", ".jsonl", ".gguf", ".safetensors", ".tsv")
-    return text.startswith((".", "/", "~")) or text.endswith(endings) or text.count("/") > 1
 
 
 def load_recipe(path: Path | None, overrides: dict[str, Any] | None = None) -> Recipe:

@@ -26,6 +26,7 @@ from prunus.evaluate.perplexity import perplexity
 from prunus.layers import Inputs, Layer, View, find_layers
 from prunus.lr import linear_warmup_decay
 from prunus.masks import Masks
+from prunus.precision import Precision, autocast
 from prunus.reconstruct import Fit
 from prunus.run.recipe import Data, Prune, Recipe, Retrain
 from prunus.solvers import Solver, by_score, sparsegpt
@@ -80,7 +81,7 @@ def device_of(recipe: Recipe) -> torch.device:
     return device
 
 
-def precision_of(recipe: Recipe, device: torch.device) -> str:
+def precision_of(recipe: Recipe, device: torch.device) -> Precision:
     """Autocast precision; "auto" is bf16 on a GPU that has it, fp16 on one that has not, fp32 on a CPU."""
     if recipe.precision != "auto":
         return recipe.precision
@@ -105,7 +106,7 @@ def load(recipe: Recipe) -> Loaded:
         return _load_meta(folder, dtype, tokenizer)
     model = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype, attn_implementation="sdpa")
     if path.suffix == ".gguf" and hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # the weights were dequantised; what is saved is an ordinary model
+        delattr(model.config, "quantization_config")  # the weights were dequantised; what is saved is an ordinary model
     return Loaded(model.eval(), tokenizer, folder)
 
 
@@ -149,6 +150,7 @@ def prune(
         "source": loaded.source,
         "device": device,
         "batch_size": calibrate.batch_size,
+        "precision": precision_of(recipe, device),
         "include": chosen.include,
         "exclude": chosen.exclude,
     }
@@ -165,7 +167,7 @@ def prune(
     solver = _solver(chosen, score)
     fit = None
     if recipe.reconstruct is not None:
-        fit = Fit(**recipe.reconstruct.model_dump(), precision=precision_of(recipe, device))  # type: ignore[arg-type]
+        fit = Fit(**recipe.reconstruct.model_dump(), precision=precision_of(recipe, device))
     gram = chosen.criterion == "sparsegpt"
     return stream(
         loaded.model,
@@ -248,7 +250,7 @@ def retrain(
     tokens: Tensor,
     asked: Retrain,
     *,
-    precision: str,
+    precision: Precision,
     checkpoint: Path | None = None,
     on_step: OnStep | None = None,
     before_merge: Callable[[], None] | None = None,
@@ -276,7 +278,7 @@ def retrain(
         loss=next_token_loss,
         masks=masks if "full" in asked.train else None,
         accumulate=asked.accumulate,
-        precision=precision,  # type: ignore[arg-type]
+        precision=precision,
         clip=asked.clip,
         checkpoint=checkpoint,
         on_step=on_step,
@@ -304,7 +306,7 @@ def evaluate(model: nn.Module, tokenizer: Any, recipe: Recipe, device: torch.dev
     """Text name -> perplexity, by the recipe's window or the model's own length."""
     asked = recipe.evaluate
     window = asked.window or min(int(getattr(model.config, "max_position_embeddings", 2048)), 2048)
-    with _on(model, device):
+    with _on(model, device), autocast(device, precision_of(recipe, device)):
         return {
             name: perplexity(
                 model, text_tokens(data, tokenizer), window=window, batch_size=asked.batch_size, device=device

@@ -1,0 +1,28 @@
+"""In which precision matrix products are done while a model runs: one word for training, calibration and evaluation."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import torch
+
+__all__ = ["Precision", "autocast"]
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    """Context in which products run in `precision`; with "fp32" every operation keeps its operands' own dtype.
+
+    Raises ValueError for another word.
+
+    >>> with autocast(torch.device("cpu"), "bf16"):
+    ...     print((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+    torch.bfloat16
+    """
+    dtypes = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision not in dtypes:
+        raise ValueError(f"precision is fp32, bf16 or fp16; got {precision!r}")
+    dtype = dtypes[precision]
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)

@@ -1,0 +1,125 @@
+"""A grid: tuning, seeds, resume without repetition, failing members, several workers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from prunus.run import compare as module
+from prunus.run.compare import compare
+from prunus.run.grid import Grid, final_members, load_grid, tuning_members
+from prunus.run.recipe import parse
+from tests.systems.test_compress import raw
+
+
+def grid(folder: Path, text: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    base = raw(folder, text, out)
+    del base["out"]
+    base["retrain"]["steps"] = 3
+    base["evaluate"]["data"] = {"validation": str(text), "test": str(text)}
+    retrain = base.pop("retrain")
+    return {
+        "base": base,
+        "axes": {
+            "criterion": {"magnitude": {"prune.criterion": "magnitude"}, "wanda": {"prune.criterion": "wanda"}},
+            "pattern": {"50 %": {"prune.sparsity": 0.5}, "2:4": {"prune.pattern": "2:4", "prune.sparsity": 0.5}},
+            "method": {
+                "pruned": {},
+                "norms": {"retrain": {**retrain, "train": ["norms"]}},
+                "fit": {"reconstruct": {"steps": 2, "lr": 1e-3}},
+            },
+        },
+        "tune": {
+            "on": "validation",
+            "axis": "method",
+            "cells": {"norms": {"key": "retrain.lr", "values": [1e-9, 1e-2], "at": {"criterion": "wanda"}}},
+        },
+        "more_seeds": {"seeds": [1], "where": {"pattern": ["2:4"]}},
+        "out": str(out),
+    } | changes
+
+
+def checked(*args: Any, **changes: Any) -> Grid:
+    return parse(grid(*args, **changes), Grid, "grid.yaml")
+
+
+def test_members_are_the_cells_times_seeds_and_tuned_where_asked(tiny_folder: Path, text_file: Path) -> None:
+    asked = checked(tiny_folder, text_file, Path("out"))
+    tuning = tuning_members(asked)
+    assert [(m.labels["criterion"], m.tuned["retrain.lr"]) for m in tuning] == [
+        ("wanda", 1e-9), ("wanda", 1e-2), ("wanda", 1e-9), ("wanda", 1e-2),
+    ]  # fmt: skip
+    results = {m.key: {"perplexity": {"validation": 10 - m.tuned["retrain.lr"]}} for m in tuning}
+    members = final_members(asked, results)
+    # 12 cells; the 8 that train have a second seed on 2:4 only.
+    assert len(members) == 12 + 4
+    assert {m.tuned.get("retrain.lr") for m in members if m.labels["method"] == "norms"} == {1e-2}
+    assert {m.key for m in members} & set(results)
+
+
+def test_a_grid_runs_and_a_second_call_repeats_nothing(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = checked(tiny_folder, text_file, tmp_path)
+    rows = compare(asked)
+    assert len(rows) == 12
+    by_labels = {(r["criterion"], r["pattern"], r["method"]): r for r in rows}
+    assert by_labels["wanda", "2:4", "norms"]["seeds"] == [0, 1]
+    assert by_labels["wanda", "2:4", "norms"]["test"]["std"] is not None
+    assert by_labels["magnitude", "50 %", "norms"]["tuned"] == {"retrain.lr": 1e-2}
+    for pattern in ("50 %", "2:4"):
+        cell = by_labels["magnitude", pattern, "pruned"]["test"]["mean"]
+        assert by_labels["magnitude", pattern, "norms"]["test"]["mean"] < cell
+    for name in ("table.json", "table.md", "grid.png"):
+        assert (tmp_path / name).stat().st_size > 100
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a finished member was repeated")
+
+    monkeypatch.setattr(module._Bench, "run", refuse)
+    assert compare(asked) == json.loads(json.dumps(rows))
+
+
+def test_a_member_alone_gives_what_it_gives_in_the_grid(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    from prunus.run.compress import compress
+
+    asked = checked(tiny_folder, text_file, tmp_path / "grid", tune=None, more_seeds=None)
+    rows = compare(asked)
+    row = next(r for r in rows if (r["criterion"], r["pattern"], r["method"]) == ("wanda", "2:4", "norms"))
+    member = asked.recipe(
+        {"criterion": "wanda", "pattern": "2:4", "method": "norms"}, 0, {"out": str(tmp_path / "one")}
+    )
+    assert compress(member)["perplexity"]["merged"]["test"] == pytest.approx(row["test"]["mean"], rel=1e-6)
+
+
+def test_a_failing_member_takes_no_other_with_it(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    axes = grid(tiny_folder, text_file, tmp_path)["axes"]
+    axes["method"] = {"empty": {"retrain": {"train": ["biases"], "data": str(text_file), "steps": 1}}, "pruned": {}}
+    asked = checked(tiny_folder, text_file, tmp_path, axes=axes, tune=None, more_seeds=None)
+    with pytest.raises(RuntimeError, match="4 members failed"):
+        compare(asked)
+    assert len(json.loads((tmp_path / "table.json").read_text())) == 4
+
+
+@pytest.mark.slow
+def test_two_workers_share_a_grid(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    one = compare(checked(tiny_folder, text_file, tmp_path / "one"))
+    two = compare(checked(tiny_folder, text_file, tmp_path / "two"), workers=2)
+    assert [row["test"] for row in one] == [row["test"] for row in two]
+
+
+def test_wrong_grids_are_refused(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'colour' is not an axis"):
+        checked(tiny_folder, text_file, tmp_path, more_seeds={"seeds": [1], "where": {"colour": ["red"]}})
+    axes = grid(tiny_folder, text_file, tmp_path)["axes"]
+    axes["pattern"]["5:4"] = {"prune.pattern": "5:4"}
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump(grid(tiny_folder, text_file, tmp_path, axes=axes)))
+    with pytest.raises(ValueError, match="5:4"):
+        load_grid(path)
+    with pytest.raises(FileNotFoundError, match="no grid"):
+        load_grid(tmp_path / "other.yaml")

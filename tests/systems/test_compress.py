@@ -1,0 +1,136 @@
+"""The whole job on a tiny model: result, run folder, resume, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from prunus.masks import Masks
+from prunus.run import stages
+from prunus.run.compress import compress
+from prunus.run.recipe import Recipe, load_recipe, parse
+
+
+def raw(folder: Path, text: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "model": str(folder),
+        "device": "cpu",
+        "prune": {"criterion": "wanda", "sparsity": 0.5},
+        "calibrate": {"data": str(text), "samples": 8, "length": 32, "batch_size": 4},
+        "retrain": {"data": str(text), "train": ["mask_lora"], "steps": 12, "batch_size": 4, "length": 32, "lr": 1e-2, "rank": 4},
+        "evaluate": {"data": {"text": str(text)}, "window": 32, "batch_size": 16},
+        "out": str(out),
+    } | changes  # fmt: skip
+
+
+def recipe(*args: Any, **changes: Any) -> Recipe:
+    return parse(raw(*args, **changes), Recipe, "test")
+
+
+def test_the_job_prunes_retrains_merges_and_saves(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = compress(recipe(tiny_folder, text_file, out))
+    found = {stage: value["text"] for stage, value in result["perplexity"].items()}
+    assert list(found) == ["dense", "pruned", "retrained", "merged"]
+    assert found["merged"] < 0.9 * found["pruned"]
+    assert found["merged"] == pytest.approx(found["retrained"], rel=1e-5)
+    assert result["pruning"]["sparsity"] == 0.5
+    assert json.loads((out / "result.json").read_text())["perplexity"] == result["perplexity"]
+    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert {json.loads(line)["stage"] for line in (out / "metrics.jsonl").read_text().splitlines()} >= {
+        "prune",
+        "retrain",
+    }
+    assert load_recipe(out / "recipe.yaml") == recipe(tiny_folder, text_file, out)
+    assert not (out / "work").exists()
+    masks = Masks.load(out / "model" / "masks.safetensors")
+    saved = AutoModelForCausalLM.from_pretrained(out / "model")
+    masks.check(saved)
+    again = stages.evaluate(saved, stages.load(recipe(tiny_folder, text_file, out)).tokenizer, recipe(tiny_folder, text_file, out), torch.device("cpu"))  # fmt: skip
+    assert again["text"] == found["merged"]
+
+
+def test_a_finished_run_is_not_repeated_and_another_recipe_is_refused(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = recipe(tiny_folder, text_file, tmp_path, retrain=None, save=False)
+    result = compress(asked)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("work was repeated")
+
+    monkeypatch.setattr(stages, "load", refuse)
+    assert compress(asked) == json.loads(json.dumps(result))
+    with pytest.raises(ValueError, match="another recipe"):
+        compress(recipe(tiny_folder, text_file, tmp_path, retrain=None, save=True))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_run_killed_while_it_prunes_or_retrains_ends_with_the_same_bits(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    whole = recipe(tiny_folder, text_file, tmp_path / "whole", streaming=streaming)
+    compress(whole)
+    asked = recipe(tiny_folder, text_file, tmp_path / "killed", streaming=streaming)
+    original = stages.evaluate
+    for fatal in ("pruned", "retrained"):
+        done: list[str] = []
+
+        def evaluate(*args: Any, fatal: str = fatal, done: list[str] = done) -> dict[str, float]:
+            order = ["pruned", "retrained"] if streaming else ["dense", "pruned", "retrained"]
+            if order[len(done)] == fatal:
+                raise KeyboardInterrupt
+            done.append("")
+            return original(*args)
+
+        monkeypatch.setattr(stages, "evaluate", evaluate)
+        with pytest.raises(KeyboardInterrupt):
+            compress(asked)
+    monkeypatch.setattr(stages, "evaluate", original)
+    compress(asked)
+    one, other = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name / "model").state_dict() for name in ("whole", "killed")
+    )
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_streaming_from_disk_gives_the_same_model(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    results = [
+        compress(recipe(tiny_folder, text_file, tmp_path / name, streaming=name == "disk"))
+        for name in ("memory", "disk")
+    ]
+    assert results[0]["perplexity"]["merged"] == results[1]["perplexity"]["merged"]
+
+
+WRONG = [
+    ({"prunes": {}}, "unknown key 'prunes'; did you mean 'prune'"),
+    ({"prune": {"sparsty": 0.5}}, "unknown key 'prune.sparsty'; did you mean 'sparsity'"),
+    ({"prune": {"sparsity": 1.5}}, "prune"),
+    ({"prune": {"pattern": "2:3:4"}}, "Pattern '2:3:4' is not N:M"),
+    ({"prune": {"pattern": "2:4", "sparsity": 0.7}}, "0.7"),
+    ({"prune": {"criterion": "sparsegpt", "scope": "model"}}, "sparsegpt chooses inside one layer"),
+    ({"calibrate": {"data": "./nowhere.txt"}}, "nowhere.txt"),
+    ({"retrain": {"train": ["biasses"]}}, "biasses"),
+    ({"retrain": {"train": ["full", "mask_lora"]}}, "full"),
+    ({"retrain": {"lrs": {"norms": 1e-3}}}, "lrs names 'norms'"),
+    ({"evaluate": {"window": 1}}, "evaluate.window"),
+    ({"calibrate": {"data": {"source": "embedded", "part": [0.9, 0.1]}}}, "is empty"),
+    ({"model": "./no-model"}, "no file or folder"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG)
+def test_wrong_recipes_are_refused_with_key_and_mend(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        parse(change, Recipe, "recipe.yaml")
+    assert "recipe.yaml" in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_an_nm_pattern_says_its_sparsity() -> None:
+    assert parse({"prune": {"pattern": "1:4"}}, Recipe, "").prune.sparsity == 0.75
