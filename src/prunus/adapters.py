@@ -234,7 +234,9 @@ def _linear(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     if torch.is_autocast_enabled(device):
         x = x.to(dtype)
-    return _Linear.apply(x, weight, mask, A, B, bias, scale, dtype)  # type: ignore[no-any-return]
+    flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
+    y = _Linear.apply(flat, weight, mask, A, B, bias, scale, dtype)  # (tokens, out)
+    return y.view(*x.shape[:-1], weight.shape[0])  # a view made inside the function could not be changed in place
 
 
 def _weight(weight: Tensor, mask: Tensor | None, A: Tensor, B: Tensor, scale: float | None) -> Tensor:
@@ -269,16 +271,15 @@ class _Linear(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x, weight, mask, A, B = ctx.saved_tensors
         needs_x, _, _, needs_A, needs_B, needs_bias, *_ = ctx.needs_input_grad
-        g = grads[0].reshape(-1, weight.shape[0])  # (tokens, out)
+        g = grads[0].contiguous()  # (tokens, out)
         dx = dA = dB = dbias = None
         with no_autocast(x):
             if needs_x:
                 W = effective_weight(weight, A, B, mask=mask, scale=ctx.scale, dtype=ctx.dtype)
-                dx = (g @ W).view(x.shape)
+                dx = g @ W
                 del W
             if needs_A or needs_B:
-                flat = x.reshape(-1, weight.shape[1])  # (tokens, in)
-                dA, dB = _reduce(_products(g, flat, A.dtype), weight, mask, A, B, ctx.scale)
+                dA, dB = _reduce(_products(g, x, A.dtype), weight, mask, A, B, ctx.scale)
             if needs_bias:
                 dbias = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32)).to(ctx.bias_dtype)
         return dx, None, None, dA, dB, dbias, None, None

@@ -45,7 +45,8 @@ def add_biases(model: nn.Module) -> list[str]:
         weight = module.get_parameter("weight")
         module.register_parameter("bias", nn.Parameter(weight.new_zeros(length)))
     _turn_on(model.config, entries)
-    without = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module.bias is None]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    without = [name for name in linear if model.get_submodule(name)._parameters.get("bias") is None]
     if without:
         log.info("%d linear layers of %s stay without a bias: %s", len(without), kind, ", ".join(without))
     return list(new)

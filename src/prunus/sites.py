@@ -74,7 +74,7 @@ class Parametrization:
 
 @dataclass(frozen=True)
 class Site:
-    """One adapted parameter. `mask` is bool in the shape of its matrices, True kept, on any device; None is all True."""
+    """One adapted parameter. `mask` is bool in the shape of its matrices, True kept, on any device; None: all True."""
 
     name: str
     weight: nn.Parameter
