@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -26,12 +26,13 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object, send_to_device, slice_tensors
 from torch import Tensor, nn
 
+from prunus.precision import Precision
+
 if TYPE_CHECKING:
     from prunus.masks import Masks
 
-__all__ = ["Precision", "Trace", "next_token_loss", "train"]
+__all__ = ["Trace", "next_token_loss", "train"]
 
-Precision = Literal["fp32", "bf16", "fp16"]
 _logger = logging.getLogger(__name__)
 
 
@@ -270,7 +271,6 @@ def _prepared(
     held = None
     try:
         if masks is not None:
-            masks.apply_(model)
             held = masks.hold(model, optimizer)
         model.train()
         optimizer.zero_grad()

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from prunus.lr import linear_warmup_decay
+from prunus.masks import Masks
 from prunus.train import train
 
 
@@ -126,6 +127,29 @@ def test_the_first_step_by_hand():
     torch.testing.assert_close(model.weight.detach(), torch.tensor([[1 - 0.06, 1 - 0.08]]))
     assert trace.losses == [7.0]
     assert trace.lrs == pytest.approx([0.1])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_masks_hold_at_every_step_and_across_a_resume(tmp_path, precision):
+    mask = torch.rand(8, 6, generator=torch.Generator().manual_seed(2)) < 0.5
+    masks, model, zeros = Masks({"first.weight": mask}), Net(), []
+
+    def checked(inner: nn.Module, batch):
+        zeros.append(model.first.weight[~mask].detach().clone())
+        return loss(inner, batch)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    options = {"steps": 6, "loss": checked, "masks": masks, "precision": precision}
+    train(model, batches, optimizer, lambda step: 1.0, checkpoint=tmp_path / "c.pt", **options)
+    assert len(zeros) == 6
+    assert not torch.stack(zeros).any()
+    assert not model.first.weight[~mask].any()
+    assert model.first.weight[mask].all()
+    resumed = Net(seed=4)
+    optimizer = torch.optim.AdamW(resumed.parameters(), lr=0.1, weight_decay=0.1)
+    train(resumed, batches, optimizer, lambda step: 1.0, checkpoint=tmp_path / "c.pt", **options)
+    assert equal(model, resumed)
+    assert not optimizer._optimizer_step_post_hooks  # nothing is held once the training is over
 
 
 def test_rates_of_groups_are_scaled_and_given_back():

@@ -28,7 +28,8 @@ from prunus.data import SPLITS, PackedTokens, read_texts, tokenize_documents
 from prunus.evaluate.ngram import count_ngrams, fit_weights, trigram_perplexity, unigram_perplexity
 from prunus.evaluate.perplexity import perplexity
 from prunus.lr import linear_warmup_decay
-from prunus.train import Precision, Trace, train
+from prunus.precision import Precision
+from prunus.train import Trace, train
 
 __all__ = ["Books", "HeldOut", "ModelSize", "PretrainRecipe", "pretrain", "read_recipe"]
 
