@@ -1,0 +1,60 @@
+"""Biases that the saved config can express: added, trained, saved and loaded back; others refused."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor, nn
+
+from prunus.adapt import adapt
+from prunus.biases import add_biases
+from prunus.subsets import find_subset
+from tests.systems.test_families import FAMILIES
+
+IDS = torch.arange(20).view(2, 10)
+
+
+def _model(family: str) -> nn.Module:
+    torch.manual_seed(0)
+    return FAMILIES[family][0]().eval()
+
+
+@torch.no_grad()
+def _logits(model: nn.Module) -> Tensor:
+    return model(IDS).logits
+
+
+def test_added_biases_load_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    model = _model("llama")
+    start = _logits(model)
+    names = add_biases(model)
+    assert len(names) == 14
+    assert set(names) == set(find_subset(model, "biases"))
+    assert (model.config.attention_bias, model.config.mlp_bias) == (True, True)  # type: ignore[union-attr]
+    assert "1 linear layers of LlamaForCausalLM stay without a bias: lm_head" in caplog.text
+    assert torch.equal(_logits(model), start)
+    adaptation = adapt(model, ["biases"], masks=None, views=[])
+    with torch.no_grad():
+        for bias in adaptation.groups["biases"]:
+            bias.normal_(0, 0.1)
+    adaptation.merge_()
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    again = tf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(_logits(again), _logits(model))
+    assert not torch.equal(_logits(model), start)
+
+
+@pytest.mark.parametrize("family", ["mistral", "opt", "gpt2", "mixtral"])
+def test_biases_that_no_config_can_express_are_refused(family: str) -> None:
+    model = _model(family)
+    names = list(model.state_dict())
+    with pytest.raises(ValueError, match=rf"{type(model).__name__} builds no further biases"):
+        add_biases(model)
+    assert list(model.state_dict()) == names
+    with pytest.raises(ValueError, match="Linear is not a transformers model"):
+        add_biases(nn.Linear(2, 2, bias=False))
