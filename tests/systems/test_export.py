@@ -90,7 +90,8 @@ def saved_source(tmp_path, model):
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config, indent=7) + "\n\n")  # bytes that no library writes
     (source / "tokenizer_config.json").write_text('{"mine":  true}')
-    (source / "notes.bin").write_text("not to be copied")
+    for name in ("notes.bin", "training_log.json", "README.md"):
+        (source / name).write_text("not to be copied")
     return source
 
 
@@ -101,7 +102,8 @@ def test_config_and_small_files_are_the_sources_bytes(tmp_path):
     saved = save_model(model, None, tmp_path / "out", masks=None, info={}, source=source)
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
-    assert "notes.bin" not in saved.files
+    assert not {"notes.bin", "training_log.json"} & set(saved.files)
+    assert "not to be copied" not in (tmp_path / "out" / "README.md").read_text()
     assert "sparsity_config" not in (tmp_path / "out" / "config.json").read_text()
 
 

@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,9 +40,11 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 INFO_NAME, MASKS_NAME, CARD_NAME = "prunus.json", "masks.safetensors", "README.md"
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
-_NOT_COPIED = (CARD_NAME, INFO_NAME, "config.json", ".gitattributes")
-_COPIED = (".json", ".model", ".txt", ".jinja", ".py", ".tiktoken")
+# Of the source folder, what transformers and serving stacks read beside weights and config.json.
+_COPIED = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
+    "chat_template*", "generation_config.json", "*processor_config.json", "*.py", "LICENSE*",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -191,10 +194,8 @@ def _finish(
 def _copy_small_files(source: Path, partial: Path) -> None:
     """Tokenizer, generation config, chat template and code of the source, byte for byte, over what was generated."""
     for path in source.iterdir():
-        name = path.name
-        wanted = (path.is_file() and name.endswith(_COPIED)) or name.startswith("LICENSE")
-        if wanted and name not in _NOT_COPIED and not name.endswith(_WEIGHTS):
-            shutil.copyfile(path, partial / name)
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _COPIED):
+            shutil.copyfile(path, partial / path.name)
 
 
 def _sparsity(masks: Masks | None) -> dict[str, Any]:
