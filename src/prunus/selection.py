@@ -209,11 +209,11 @@ def _kth_by_bits(flat: Tensor, k: int) -> Tensor:
 
 
 def _keys(flat: Tensor) -> tuple[Tensor, int]:
-    """Integers in the order of the floats (with -0 equal to +0), and their width in bits."""
+    """Integers in the order of the floats, and their width in bits. -0 gets a key below +0: compare by value after."""
     if flat.dtype == torch.float64:
-        raw = (flat + 0.0).view(torch.int64)
+        raw = flat.view(torch.int64)
         return raw ^ ((raw >> 63) & 0x7FFFFFFFFFFFFFFF), 64
-    raw = (flat.float() + 0.0).view(torch.int32)
+    raw = flat.float().view(torch.int32)
     return raw ^ ((raw >> 31) & 0x7FFFFFFF), 32
 
 

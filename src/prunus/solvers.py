@@ -62,7 +62,7 @@ def sparsegpt(damping: float = 0.01, blocksize: int = 128) -> Solver:
         block, by W_ij^2 / U_jj^2 over the block's rows and columns; N:M at the first column of each group.
 
     Inputs that were always zero give their weights away: those become zero, and are pruned first. The blocks' counts
-    are the cumulatively rounded shares of `kept`, so the total is exact. All is float32, whatever autocast says;
+    are the cumulatively rounded shares of `kept`, so the total is exact. All is float32;
     layers that share one `Inputs` share one factorisation. A layer that saw no token is pruned by magnitude, with a
     warning. The solver raises ValueError for a layer without a Gram matrix, for NaN or Inf, and as `pattern.mask`.
     """
@@ -82,11 +82,10 @@ def sparsegpt(damping: float = 0.01, blocksize: int = 128) -> Solver:
             return by_score(magnitude)(layer, pattern, kept)
         if not bool(layer.weight.isfinite().all()):
             raise ValueError(f"weight of '{layer.name}' holds NaN or Inf: the checkpoint is damaged")
-        with torch.autocast(layer.weight.device.type, enabled=False):
-            factor = factors.get(layer.inputs)
-            if factor is None or factor.tokens != layer.inputs.tokens:
-                factor = factors[layer.inputs] = _factorise(layer, layer.inputs, damping)
-            weight, mask = _sweep(layer, pattern, kept, factor.to(layer.weight.device), blocksize)
+        factor = factors.get(layer.inputs)
+        if factor is None or factor.tokens != layer.inputs.tokens:
+            factor = factors[layer.inputs] = _factorise(layer, layer.inputs, damping)
+        weight, mask = _sweep(layer, pattern, kept, factor.to(layer.weight.device), blocksize)
         if not bool(weight.isfinite().all()):
             raise ValueError(
                 f"sparsegpt's update of '{layer.name}' overflows {weight.dtype}: "

@@ -18,6 +18,7 @@ SHAPES = {
     "model.layers.1.fc1": (5, 9),
     "model.layers.1.experts.up[0]": (3, 5),
     "model.layers.1.experts.up[1]": (3, 5),
+    "model.layers.1.mlp.3.down": (4, 5),
     "model.layers.10.fc1": (4, 4),
     "head": (3, 11),
 }
@@ -83,7 +84,7 @@ def test_global_equals_one_sort_of_everything(seed: int, sparsity: float, levels
 @pytest.mark.parametrize("seed", range(3))
 def test_owl_follows_its_formula(c: float, lam: float, sparsity: float, seed: int):
     scores = draw_scores(seed, heavy=3.0)
-    blocks = {"model.layers.0": [0, 1], "model.layers.1": [2, 3, 4], "model.layers.10": [5], "head": [6]}
+    blocks = {"model.layers.0": [0, 1], "model.layers.1": [2, 3, 4, 5], "model.layers.10": [6], "head": [7]}
     names = list(scores)
     joined = {b: torch.cat([scores[names[i]].double().flatten() for i in members]) for b, members in blocks.items()}
     share = {b: float((a > c * a.mean()).double().mean()) for b, a in joined.items()}
@@ -93,11 +94,16 @@ def test_owl_follows_its_formula(c: float, lam: float, sparsity: float, seed: in
     target = {b: sparsity - lam * (share[b] - mean) / reach for b in blocks}
     counts = owl(c, lam)(scores, sparsity)
     assert sum(counts.values()) == kept_of(total, sparsity)
+    up: list[float] = []
+    down: list[float] = []
     for block, members in blocks.items():
         for i in members:
             size = scores[names[i]].numel()
-            assert abs(counts[names[i]] - (1 - target[block]) * size) < 1
+            exact = (1 - target[block]) * size
+            assert abs(counts[names[i]] - exact) < 1
+            (up if counts[names[i]] > exact else down).append(exact % 1)
             assert size * (1 - sparsity - lam) - 1 < counts[names[i]] < size * (1 - sparsity + lam) + 1
+    assert min(up, default=1) >= max(down, default=0)  # the largest remainders were rounded up
     assert len(set(target.values())) > 2  # the case is not degenerate
 
 

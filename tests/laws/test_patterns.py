@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -137,6 +137,7 @@ def test_a_count_outside_the_matrix_is_refused(kept: int):
     share=st.floats(0, 1),
     per=st.sampled_from(["row", "layer"]),
 )
+@example(rows=2, widths=[1, 2], share=5 / 6, per="row")  # the first block is full: the remainder goes to the next
 def test_split_adds_up_and_leaves_room(rows: int, widths: list[int], share: float, per: str):
     edges = [sum(widths[:i]) for i in range(len(widths) + 1)]
     kept = round(share * rows * edges[-1])
@@ -150,6 +151,12 @@ def test_split_adds_up_and_leaves_room(rows: int, widths: list[int], share: floa
     if per == "row":
         each, extra = divmod(kept, rows)
         assert mask.sum(1).tolist() == [each + (i < extra) for i in range(rows)]
+
+
+def test_split_rounds_to_nearest():
+    assert Unstructured("layer").split((1, 10), 5, [0, 3, 10]) == [2, 3]
+    assert Unstructured("layer").split((1, 10), 4, [0, 3, 6, 10]) == [1, 1, 2]
+    assert Unstructured("row").split((2, 10), 11, [0, 3, 10]) == [5, 6]
 
 
 def test_nm_split_keeps_its_share_of_every_block():
@@ -236,6 +243,11 @@ def test_model_wide_selection_reads_lazy_scores_three_times():
     assert reads == ["a", "b"] * 3
     assert select_global_share(tensors, 0.3) == {"a": 3, "b": 2}
     assert select_global(tensors, 0) == {"a": 0, "b": 0}
+
+
+def test_model_wide_selection_does_not_round_thresholds():
+    mixed = {"a": torch.tensor([0.1], dtype=torch.float16), "b": torch.tensor([0.1])}  # 0.09998, 0.10000
+    assert select_global(mixed, 1) == {"a": 0, "b": 1}
 
 
 def test_model_wide_selection_refuses_what_it_cannot_order():

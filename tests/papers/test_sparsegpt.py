@@ -183,7 +183,7 @@ def test_counts_are_exact(
         assert torch.equal(weight, before)
 
 
-def test_inputs_that_were_always_zero_give_their_weights_away():
+def test_inputs_that_were_always_zero_give_their_weights_away(caplog: pytest.LogCaptureFixture):
     x = correlated(12, 0)
     x[:, [2, 7]] = 0
     inputs = Inputs(12, gram=True)
@@ -194,6 +194,8 @@ def test_inputs_that_were_always_zero_give_their_weights_away():
         assert not bool(weight[:, [2, 7]].any())
         assert not bool(mask[:, [2, 7]].any())
     assert not bool(sparsegpt()(layer, Unstructured("row"), 48)[0][:, [2, 7]].any())
+    sparsegpt(damping=0)(layer, Unstructured("row"), 24)
+    assert not caplog.records  # they do not make the factorisation fail
     nothing = Inputs(4, gram=True)
     nothing.add_(torch.zeros(3, 4))
     assert not bool(sparsegpt()(Layer("fc1", torch.ones(2, 4), nothing), NM(2, 4), 4)[0].any())
