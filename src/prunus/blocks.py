@@ -42,19 +42,20 @@ class Arguments:
 def find_blocks(model: nn.Module) -> list[str]:
     """The names of the model's repeated blocks in order, such as "model.layers.0".
 
-    They are the items of the nn.ModuleList that holds most of the prunable weights, all of one class.
+    They are the items of the nn.ModuleList that holds most of the prunable weights, of one class or of several with a
+    base class of their own (hybrids of attention and state-space blocks).
 
     Raises: ValueError, with what was looked for and found, if no list holds more than half of the prunable weights,
-    if it mixes classes, or if another list apart from it holds more than a tenth (an encoder-decoder, several towers).
+    if its classes are unrelated, or if another list apart from it holds more than a tenth (an encoder-decoder, several
+    towers).
     """
-    sizes = _list_sizes(model)
-    total = sum(candidate.view.shape[0] * candidate.view.shape[1] for candidate in _scan(model) if not candidate.dense)
+    sizes, total = _list_sizes(model)
     best = max(sizes, key=lambda name: sizes[name], default="")
-    if not sizes or sizes[best] * 2 <= total or not total:
+    if not sizes or sizes[best] * 2 <= total:
         raise ValueError(_refusal(model, "none holds more than half", sizes, total))
     blocks = model.get_submodule(best)
-    classes = sorted({type(block).__qualname__ for block in blocks.children()})
-    if len(classes) > 1:
+    if not _related({type(block) for block in blocks.children()}):
+        classes = sorted({type(block).__qualname__ for block in blocks.children()})
         raise ValueError(_refusal(model, f"'{best}' mixes {', '.join(classes)}", sizes, total))
     rest = [name for name in sizes if not _nested(name, best) and sizes[name] > _REST * total]
     if rest:
@@ -79,8 +80,6 @@ def capture(model: nn.Module, names: Sequence[str], input_ids: Tensor) -> tuple[
                 model(input_ids, **_without_cache(model))
             return chain.result(model)
         except Exception as failure:
-            if not chain.calls:  # the model failed before its first block
-                raise
             failures.append((len(chain.calls), failure))
     raise max(failures, key=lambda each: each[0])[1]  # the way that got further tells what is wrong
 
@@ -160,7 +159,7 @@ class _Chain:
         """Separates the hidden state, the first argument, from the others."""
         keyword = None if args else next(iter(kwargs), None)
         first = args[0] if args else kwargs.get(keyword or "")
-        if self.hidden is None and isinstance(first, Tensor):
+        if self.hidden is None and isinstance(first, Tensor) and first.is_floating_point():
             self.hidden = first
         if first is not self.hidden or first is None:
             raise ValueError(
@@ -173,11 +172,15 @@ class _Chain:
         if self.hidden is None or len(self.calls) < len(self.names):
             missing = self.names[len(self.calls)] if self.names else "none given"
             raise ValueError(f"{type(model).__name__} never called block '{missing}' in its forward")
-        return self.hidden.detach(), self.calls
+        return self.hidden, self.calls
 
 
 def _describe(value: Any) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    return (
+        f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
+        if isinstance(value, Tensor)
+        else f"a {type(value).__name__}"
+    )
 
 
 def _without_cache(model: nn.Module) -> dict[str, Any]:
@@ -197,16 +200,24 @@ def _move(value: Any, device: torch.device | str) -> Any:
     return value
 
 
-def _list_sizes(model: nn.Module) -> dict[str, int]:
-    """Prunable weights below every nn.ModuleList that holds any, by name."""
+def _list_sizes(model: nn.Module) -> tuple[dict[str, int], int]:
+    """Prunable weights below every nn.ModuleList that holds any, by name, and in the whole model."""
     sizes = {name: 0 for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    for candidate in _scan(model):
-        parts = candidate.view.name.split(".")
-        for depth in range(len(parts)):
-            name = ".".join(parts[:depth])
-            if name in sizes and not candidate.dense:
-                sizes[name] += candidate.view.shape[0] * candidate.view.shape[1]
-    return {name: size for name, size in sizes.items() if size}
+    total = 0
+    for view in (candidate.view for candidate in _scan(model) if not candidate.dense):
+        size = view.shape[0] * view.shape[1]
+        total += size
+        parts = view.name.split(".")
+        for name in (".".join(parts[:depth]) for depth in range(len(parts))):
+            if name in sizes:
+                sizes[name] += size
+    return {name: size for name, size in sizes.items() if size}, total
+
+
+def _related(classes: set[type]) -> bool:
+    """Whether there is one class, or a base class that all share beside nn.Module's own."""
+    shared = set.intersection(*(set(each.__mro__) for each in classes))
+    return bool(shared - set(nn.Module.__mro__))
 
 
 def _nested(one: str, other: str) -> bool:
@@ -218,7 +229,7 @@ def _refusal(model: nn.Module, reason: str, sizes: dict[str, int], total: int) -
     largest = sorted(sizes, key=lambda name: -sizes[name])[:4]
     found = ", ".join(f"'{name}' ({sizes[name] / total:.0%})" for name in largest) or "no such list"
     return (
-        f"cannot find the blocks of {type(model).__name__}: looked for one nn.ModuleList of blocks of one class that "
+        f"cannot find the blocks of {type(model).__name__}: looked for one nn.ModuleList of related blocks that "
         f"holds most of the {total} prunable weights; {reason}. Found: {found}. Pass the part that is a chain of "
         "blocks, or prune the whole model in memory."
     )

@@ -63,7 +63,7 @@ class Inputs:
         """
         if x.shape[-1:] != self.squares.shape:
             raise ValueError(f"inputs of shape {tuple(x.shape)} do not end in the layer's {self.columns} columns")
-        rows = x.detach().reshape(-1, self.columns).to(self.squares.device)  # (tokens, in)
+        rows = x.reshape(-1, self.columns).to(self.squares.device)  # (tokens, in)
         self.tokens += rows.shape[0]
         with torch.autocast(rows.device.type, enabled=False):  # the model may run in 16 bits around this
             for part in rows.split(max(1, _CHUNK // max(1, self.columns))):

@@ -223,11 +223,12 @@ def _locate(block: nn.Module, views: Sequence[View]) -> Iterator[tuple[View, Ten
     for view in views:
         fit = {view.name.removesuffix(name) for name in own if f".{view.name}".endswith(f".{name}")}
         fronts = fit if fronts is None else fronts & fit
-    if fronts is not None and not fronts:
+    if fronts is not None and len(fronts) != 1:
+        found = "fit its layers in several ways" if fronts else "are not all layers of it"
         raise ValueError(
-            f"the views, such as '{views[0].name}', are not all layers of the block {type(block).__name__}"
+            f"the names of the views given for block {type(block).__name__}, such as '{views[0].name}', {found}"
         )
-    front = min(fronts or {""}, key=len)
+    (front,) = fronts or {""}
     for view in views:
         yield view, parameters[own[view.name.removeprefix(front)].parameter]
 
@@ -248,8 +249,8 @@ def _patches(name: str, module: nn.Module) -> Callable[[Tensor], Tensor] | None:
         return None
     if module.groups > 1 or isinstance(module, nn.Conv3d):
         raise ValueError(
-            f"the inputs of '{name}' ({type(module).__name__}, {module.groups} groups) cannot be observed: only "
-            f"Conv1d and Conv2d of one group can. Skip it with exclude=['{name}'], or score it by magnitude."
+            f"the inputs of '{name}' ({type(module).__name__}, {module.groups} groups) cannot be observed: only Conv1d "
+            f"and Conv2d of one group can. Skip it with exclude=['{name.rpartition('.')[2]}'], or score by magnitude."
         )
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     sizes = [(1,) * (2 - len(each)) + each for each in (module.kernel_size, module.dilation, module.stride)]

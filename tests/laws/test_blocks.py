@@ -96,8 +96,21 @@ def test_capture_leaves_no_trace(ids: Tensor) -> None:
     assert model.layers[1].forward is patched
     assert "forward" not in vars(model.layers[0])
     assert torch.equal(model(ids), expected)
-    with pytest.raises(ValueError, match="does not receive"):
-        capture(Changing(), ["layers.0", "layers.1"], ids)
+
+
+def test_nothing_after_the_last_block_runs(ids: Tensor) -> None:
+    model = Model()
+    model.norm.register_forward_pre_hook(lambda *_: pytest.fail("ran"))
+    capture(model, find_blocks(model), ids)
+
+
+def test_a_first_block_that_takes_tokens_is_refused(ids: Tensor) -> None:
+    model = Model()
+    model.forward = lambda ids: model.layers[0](ids, None)
+    with pytest.raises(
+        ValueError, match=r"block 'layers.0' does not receive .* tensor of shape \(4, 5\) and torch.int64"
+    ):
+        capture(model, find_blocks(model), ids)
 
 
 def test_a_hidden_state_changed_between_blocks_is_refused(ids: Tensor) -> None:
@@ -151,6 +164,22 @@ def test_blocks_of_several_classes_are_refused() -> None:
         find_blocks(model)
 
 
+def test_blocks_of_related_classes_are_found() -> None:
+    class Other(Block):
+        pass
+
+    model = Model()
+    model.layers[1] = Other()
+    assert len(find_blocks(model)) == 3
+
+
+def test_a_list_of_less_than_half_of_the_weights_is_refused() -> None:
+    model = Model()
+    model.big = nn.Linear(100, 100)
+    with pytest.raises(ValueError, match=r"none holds more than half. Found: 'layers' \(3%\)"):
+        find_blocks(model)
+
+
 def test_the_outer_list_is_chosen_not_the_experts_inside() -> None:
     model = Model()
     for block in model.layers:
@@ -199,6 +228,23 @@ def test_layers_that_stop_sharing_are_reported() -> None:
         watched(block, torch.ones(2, D), torch.ones(3, D))
 
 
+def test_a_layer_that_joins_later_has_its_own_sums() -> None:
+    block, kept, seen = Block(), torch.ones(2, D), []
+
+    def forward(x: Tensor, _: Tensor) -> None:
+        if seen:
+            block.b(kept)
+        block.a(kept)
+        seen.append(x)
+
+    block.forward = forward
+    inputs = watched(block, kept, kept)
+    assert (inputs["a"].tokens, inputs["b"].tokens) == (4, 2)
+    block.forward = lambda x, _: (block.a(x + 1), block.a(x), block.b(x))
+    inputs = watched(block, kept)
+    assert (inputs["a"].tokens, inputs["b"].tokens) == (4, 2)
+
+
 def test_a_layer_called_twice_adds_twice() -> None:
     block = Block()
     block.forward = lambda x, _: block.a(block.a(x) * 0 + 3 * x)
@@ -219,7 +265,7 @@ def test_hooks_are_gone_afterwards_and_after_an_error() -> None:
 
 def test_views_of_another_block_are_refused() -> None:
     with (
-        pytest.raises(ValueError, match=r"such as '0', are not all layers of the block Block"),
+        pytest.raises(ValueError, match=r"for block Block, such as '0', are not all layers of it"),
         observe(Block(), find_layers(nn.Sequential(nn.Linear(D, D))), gram=False),
     ):
         pass
@@ -233,6 +279,9 @@ def test_views_may_carry_the_name_of_the_block() -> None:
         block(torch.ones(1, D))
     assert inputs["a.b.fc"].squares[0] == 1
     assert inputs["a.b.b.fc"].squares[0] == 4
+
+    with pytest.raises(ValueError, match="fit its layers in several ways"), observe(block, views[:1], gram=False):
+        pass
 
 
 CONVOLUTIONS = [

@@ -180,6 +180,8 @@ def test_blocks_reproduce_the_model(family: str) -> None:
     assert [name.rpartition(".")[2] for name in names] == [str(i) for i in range(len(names))]
     hidden, arguments = capture(model, names, tokens())
     for name in names:
+        given = (*arguments[name].args, *arguments[name].kwargs.values())
+        assert not any(isinstance(each, tf.Cache) for each in given)
         hidden = run_block(model.get_submodule(name), hidden, arguments[name])
     torch.testing.assert_close(hidden, leaving(model, after, tokens()), rtol=1e-6, atol=1e-6)
 
@@ -366,6 +368,11 @@ def test_observing_adds_over_forwards(family: str) -> None:
         assert total.tokens == first[key].tokens + second[key].tokens
         torch.testing.assert_close(total.gram, first[key].gram + second[key].gram, rtol=1e-4, atol=1e-3)
     assert both[f"{name}.self_attn.q_proj"] is both[f"{name}.self_attn.v_proj"]
+
+
+def test_a_head_larger_than_the_blocks_does_not_hide_them() -> None:
+    model = _normal("Llama", vocab_size=1024)()
+    assert find_blocks(model) == ["model.layers.0", "model.layers.1"]
 
 
 def test_an_encoder_decoder_is_refused() -> None:
