@@ -57,6 +57,10 @@ def owl(c: float = 5.0, lam: float = 0.08) -> Allocation:
     interval when the D_b are skewed. This keeps the interval; for symmetric D_b both agree.
 
     Raises ValueError for c <= 0 or lam < 0, and when S - lam or S + lam leaves [0, 1).
+
+    >>> scores = {"h.0.fc": torch.ones(1, 10), "h.1.fc": torch.tensor([[90.0] + [1.0] * 9])}
+    >>> owl(c=5, lam=0.1)(scores, 0.5)
+    {'h.0.fc': 4, 'h.1.fc': 6}
     """
     if not c > 0 or not lam >= 0:
         raise ValueError(f"owl needs c > 0 and lam >= 0; got c={c}, lam={lam}")

@@ -40,7 +40,12 @@ def wanda(layer: Layer) -> Tensor:
     """|W_ij| * ||X_j||_2, (out, in) float32   (Sun et al. 2024, Eq. 1).
 
     The paper compares within output rows: `Unstructured("row")`. A layer that saw no token (an expert nobody visited)
-    gets its magnitude, with a warning. Raises ValueError when the layer has no inputs.
+    gets its magnitude, with a warning. Raises ValueError when the layer has no inputs, or they hold NaN or Inf.
+
+    >>> inputs = Inputs(2)
+    >>> inputs.add_(torch.tensor([[3.0, 1.0], [4.0, 0.0]]))
+    >>> wanda(Layer("fc", torch.tensor([[-2.0, 1.0]]), inputs)).tolist()
+    [[10.0, 1.0]]
     """
     norms = _norms(layer, "wanda")
     return magnitude(layer) if norms is None else magnitude(layer).mul_(norms)
@@ -51,7 +56,12 @@ def ria(layer: Layer) -> Tensor:
     """(|W_ij| / sum_k |W_kj| + |W_ij| / sum_k |W_ik|) * ||X_j||_2^(1/2), (out, in) float32   (Zhang et al. 2024).
 
     The exponent 1/2 is the default of the authors' released code. An all-zero row or column scores zero. A layer that
-    saw no token gets its magnitude, with a warning. Raises ValueError when the layer has no inputs.
+    saw no token gets its magnitude, with a warning. Raises ValueError as `wanda`.
+
+    >>> inputs = Inputs(2)
+    >>> inputs.add_(torch.tensor([[4.0, 1.0]]))
+    >>> ria(Layer("fc", torch.tensor([[-1.0, 1.0]]), inputs)).tolist()
+    [[3.0, 1.5]]
     """
     norms = _norms(layer, "ria")
     size = magnitude(layer)

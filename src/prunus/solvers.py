@@ -34,6 +34,7 @@ Solver = Callable[["Layer", Pattern, int], tuple[Tensor, Tensor]]
 log = logging.getLogger(__name__)
 
 _INNER = 32  # columns swept before the next ones in the block are brought up to date with one product
+_REMEMBERED = 2  # factorisations kept: q, k, v, out, up share one in parallel blocks; a hundred experts do not add up
 _MOST_DAMPING = 1.0  # share of the mean diagonal; more would be magnitude pruning under another name
 
 
@@ -65,6 +66,12 @@ def sparsegpt(damping: float = 0.01, blocksize: int = 128) -> Solver:
     are the cumulatively rounded shares of `kept`, so the total is exact. All is float32;
     layers that share one `Inputs` share one factorisation. A layer that saw no token is pruned by magnitude, with a
     warning. The solver raises ValueError for a layer without a Gram matrix, for NaN or Inf, and as `pattern.mask`.
+
+    >>> inputs = Inputs(2, gram=True)
+    >>> inputs.add_(torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]]))
+    >>> layer = Layer("fc", torch.tensor([[1.0, 1.0]]), inputs)
+    >>> sparsegpt(damping=0.0)(layer, Unstructured("row"), 1)[0]
+    tensor([[0.0000, 1.5000]])
     """
     if not damping >= 0 or damping > _MOST_DAMPING or blocksize < 1:
         raise ValueError(
@@ -85,6 +92,8 @@ def sparsegpt(damping: float = 0.01, blocksize: int = 128) -> Solver:
         factor = factors.get(layer.inputs)
         if factor is None or factor.tokens != layer.inputs.tokens:
             factor = factors[layer.inputs] = _factorise(layer, layer.inputs, damping)
+            if len(factors) > _REMEMBERED:
+                del factors[next(iter(factors))]
         weight, mask = _sweep(layer, pattern, kept, factor.to(layer.weight.device), blocksize)
         if not bool(weight.isfinite().all()):
             raise ValueError(

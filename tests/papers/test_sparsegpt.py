@@ -225,6 +225,11 @@ def test_layers_with_the_same_inputs_share_one_factorisation(monkeypatch: pytest
     fresh = sparsegpt()(query, NM(2, 4), 16)[0]
     assert torch.equal(solver(query, NM(2, 4), 16)[0], fresh)
     assert len(calls) == 3
+    for other in (make_layer(4, 8, 1), query, make_layer(4, 8, 2)):  # a third one's factor replaces the oldest
+        solver(other, NM(2, 4), 16)
+    assert len(calls) == 5
+    solver(query, NM(2, 4), 16)
+    assert len(calls) == 6
     gone = weakref.ref(query.inputs)
     del query, key, layer
     gc.collect()
