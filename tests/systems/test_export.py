@@ -107,6 +107,36 @@ def test_config_and_small_files_are_the_sources_bytes(tmp_path):
     assert "sparsity_config" not in (tmp_path / "out" / "config.json").read_text()
 
 
+class Marked:
+    """What transformers leaves on a model that it read from a quantised file."""
+
+    def __init__(self, method):
+        self.quantization_config = type("Config", (), {"quant_method": method, "to_dict": lambda self: {"bits": 4}})()
+
+    def is_serializable(self):
+        return False
+
+
+def test_a_dequantised_gguf_model_is_saved_as_dense(tmp_path):
+    model = llama()
+    model.hf_quantizer = Marked("gguf")
+    model.config.quantization_config = model.hf_quantizer.quantization_config
+    before = dict(vars(model.config))
+    save_model(model, None, tmp_path / "out", masks=None, info={})
+    assert "quantization" not in (tmp_path / "out" / "config.json").read_text()
+    assert isinstance(model.hf_quantizer, Marked)
+    assert vars(model.config) == before
+    model.hf_quantizer = None
+    assert_same(model, AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+
+
+def test_a_quantised_model_is_refused(tmp_path):
+    model = llama()
+    model.hf_quantizer = Marked("awq")
+    with pytest.raises(ValueError, match="quantised"):
+        save_model(model, None, tmp_path / "out", masks=None, info={})
+
+
 def test_config_changes_only_in_added_biases_and_dtype(tmp_path):
     source = saved_source(tmp_path, llama())
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)

@@ -74,17 +74,15 @@ def save_model(
     config are copied as they are. config.json differs only in the keys that the model's config changed (added
     biases) and in a dtype that is no longer true.
 
-    Raises ValueError when `folder` holds something that Prunus did not write, or a pruned entry is not zero.
+    Raises ValueError when `folder` holds something that Prunus did not write, a pruned entry is not zero, or the model
+    is quantised.
     """
     if masks is not None:
         masks.check(model)
     with _partial(folder) as partial:
-        config = model.config
-        before = {key: getattr(config, key, None) for key in ("dtype", "architectures")}
-        model.save_pretrained(partial, max_shard_size=int(max_shard_bytes))
-        for key, value in before.items():
-            setattr(config, key, value)
-        write_config(config, partial / "config.json", source_folder(source), dtype=model.dtype)
+        with _as_dense(model):
+            model.save_pretrained(partial, max_shard_size=int(max_shard_bytes))
+        write_config(model.config, partial / "config.json", source_folder(source), dtype=model.dtype)
         return _finish(partial, folder, tokenizer, masks=masks, info=info, source=source)
 
 
@@ -132,6 +130,30 @@ def load_info(folder: str | Path) -> dict[str, Any]:
             f"{path} has format {found!r}; this Prunus reads format {FORMAT}. Use the release that wrote it"
         )
     return info
+
+
+@contextmanager
+def _as_dense(model: PreTrainedModel) -> Generator[None]:
+    """Let transformers save a model that it read from GGUF, and take back what saving writes into the config.
+
+    In newer transformers (5.23) such a model stays marked as quantised although its weights were dequantised on
+    loading, and save_pretrained refuses it.
+    """
+    config, kept = model.config, dict(vars(model.config))
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        named: Any = quantizer.quantization_config.quant_method
+        method = str(getattr(named, "value", named))
+        if method != "gguf" or not all(value.is_floating_point() for value in model.parameters()):
+            raise ValueError(f"the model is quantised ({method}); load it in bf16, fp16 or fp32 before pruning it")
+        model.hf_quantizer = None  # type: ignore[assignment]
+        vars(config).pop("quantization_config", None)
+    try:
+        yield
+    finally:
+        vars(config).update(kept)
+        if quantizer is not None:
+            model.hf_quantizer = quantizer
 
 
 @contextmanager
