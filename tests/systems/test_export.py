@@ -266,6 +266,18 @@ def test_shards_hold_every_tensor_within_the_limit(tmp_path, limit):
         assert names == {p.name for p in files} | {"model.safetensors.index.json"}
 
 
+def test_tensors_are_aligned(tmp_path):
+    with ShardWriter(tmp_path) as writer:
+        for name, value in tensors_of_many_kinds().items():
+            writer.write(name, value)
+    raw = (tmp_path / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    del header["__metadata__"]
+    sizes = {"F64": 8, "I64": 8, "F32": 4, "F16": 2, "BF16": 2, "BOOL": 1}
+    assert all((start + entry["data_offsets"][0]) % sizes[entry["dtype"]] == 0 for entry in header.values())
+
+
 def test_shard_writer_refuses_what_it_cannot_write(tmp_path):
     writer = ShardWriter(tmp_path)
     with pytest.raises(ValueError, match="no tensor"):

@@ -3,7 +3,8 @@
 import io
 import logging
 import math
-import multiprocessing
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -80,19 +81,13 @@ def test_metrics_come_back(tmp_path):
         read_metrics(path)
 
 
-def _append(path, mark):
-    for _ in range(50):
-        append_metrics(path, {"mark": mark * 2000})
-
-
 def test_lines_of_two_processes_are_not_mixed(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    context = multiprocessing.get_context("spawn")
-    other = context.Process(target=_append, args=(path, "b"))
-    other.start()
-    _append(path, "a")
-    other.join()
-    assert sorted(row["mark"][0] for row in read_metrics(path)) == ["a"] * 50 + ["b"] * 50
+    code = "import sys; from prunus.report import append_metrics\n"
+    code += "for _ in range(200): append_metrics(sys.argv[1], {'mark': sys.argv[2] * 2000})"
+    others = [subprocess.Popen([sys.executable, "-c", code, str(path), mark]) for mark in "ab"]
+    assert [other.wait() for other in others] == [0, 0]
+    assert sorted(row["mark"][0] for row in read_metrics(path)) == ["a"] * 200 + ["b"] * 200
 
 
 def test_progress_is_silent_without_a_terminal_but_logs(caplog):
