@@ -83,11 +83,23 @@ def test_metrics_come_back(tmp_path):
 
 def test_lines_of_two_processes_are_not_mixed(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    code = "import sys; from prunus.report import append_metrics\n"
-    code += "for _ in range(200): append_metrics(sys.argv[1], {'mark': sys.argv[2] * 2000})"
-    others = [subprocess.Popen([sys.executable, "-c", code, str(path), mark]) for mark in "ab"]
-    assert [other.wait() for other in others] == [0, 0]
-    assert sorted(row["mark"][0] for row in read_metrics(path)) == ["a"] * 200 + ["b"] * 200
+    code = """import sys
+from prunus.report import append_metrics
+print("ready", flush=True)
+input()
+for _ in range(300):
+    append_metrics(sys.argv[1], {"mark": sys.argv[2] * 3000})
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    others = [subprocess.Popen([sys.executable, "-c", code, str(path), mark], **pipes) for mark in "ab"]
+    for other in others:
+        assert other.stdout.readline() == "ready\n"
+    for other in others:  # both begin at once
+        other.stdin.write("\n")
+        other.stdin.flush()
+    for other in others:
+        other.communicate()
+    assert sorted(row["mark"][0] for row in read_metrics(path)) == ["a"] * 300 + ["b"] * 300
 
 
 def test_progress_is_silent_without_a_terminal_but_logs(caplog):
