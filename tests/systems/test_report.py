@@ -87,8 +87,8 @@ def test_lines_of_two_processes_are_not_mixed(tmp_path):
 from prunus.report import append_metrics
 print("ready", flush=True)
 input()
-for _ in range(300):
-    append_metrics(sys.argv[1], {"mark": sys.argv[2] * 3000})
+for _ in range(4000):
+    append_metrics(sys.argv[1], {"mark": sys.argv[2] * 2000})
 """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     others = [subprocess.Popen([sys.executable, "-c", code, str(path), mark], **pipes) for mark in "ab"]
@@ -99,7 +99,7 @@ for _ in range(300):
         other.stdin.flush()
     for other in others:
         other.communicate()
-    assert sorted(row["mark"][0] for row in read_metrics(path)) == ["a"] * 300 + ["b"] * 300
+    assert sorted(row["mark"][0] for row in read_metrics(path)) == ["a"] * 4000 + ["b"] * 4000
 
 
 def test_progress_is_silent_without_a_terminal_but_logs(caplog):
