@@ -136,9 +136,9 @@ class Site:
         """
         W, kept = self._matrices(self.weight), self._kept()
         A, B, scale = self.factors.A, self.factors.B, self.factors.scale
-        merged = effective_weight(W, A, B, mask=None if scale is None else kept, scale=scale).add_(0.0)
+        merged = effective_weight(W, A, B, scale=scale)
         if kept is not None:
-            merged.masked_fill_(~kept, 0)  # a product of zero can be -0.0
+            merged.masked_fill_(~kept, 0)  # W is zero here; in a product it may have become -0.0
         if not merged.isfinite().all():
             raise RuntimeError(
                 f"'{self.name}' does not fit into {W.dtype} when merged; it is left unmerged. Lower its lr"

@@ -69,26 +69,18 @@ def find_subset(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
 
 
 def _biases(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Biases by the name of their matrix in the same module.
+
+    "bias" belongs to any matrix, "in_proj_bias" to "in_proj_weight", "up_proj_bias" (experts, out) to the stack
+    "up_proj". "e_score_correction_bias" belongs to none: no gradient reaches it.
+    """
     for module in model.modules():
         own = dict(module.named_parameters(recurse=False))
-        matrices = {name: parameter.ndim for name, parameter in own.items() if parameter.ndim >= 2}
+        matrices = {name for name, parameter in own.items() if parameter.ndim >= 2}
+        expected = {name.removesuffix("_weight") + "_bias" for name in matrices}
         for name, parameter in own.items():
-            if _is_bias(name, parameter.ndim, matrices):
+            if name in expected or (name == "bias" and parameter.ndim == 1 and matrices):
                 yield parameter
-
-
-def _is_bias(name: str, ndim: int, matrices: dict[str, int]) -> bool:
-    """Whether `name` is the bias of one of the module's matrices.
-
-    "bias" belongs to any of them, "in_proj_bias" to "in_proj_weight", "gate_up_proj_bias" (experts, out) to the stack
-    "gate_up_proj" (experts, out, in). "e_score_correction_bias" belongs to none: no gradient reaches it.
-    """
-    if name == "bias":
-        return ndim == 1 and bool(matrices)
-    stem = name.removesuffix("_bias")
-    return stem != name and any(
-        ndim == size - 1 for matrix, size in matrices.items() if matrix in (stem, f"{stem}_weight")
-    )
 
 
 def _norms(model: nn.Module) -> Iterator[nn.Parameter]:

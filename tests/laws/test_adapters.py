@@ -174,6 +174,39 @@ def test_autocast(kind: str, dtype: torch.dtype) -> None:
     assert before.dtype == dtype
 
 
+@pytest.mark.parametrize("kind", ["scale_lora", "mask_lora"])
+@pytest.mark.parametrize("form", ["linear", "stack"])
+def test_autocast_rounds_neither_the_effective_weight_nor_the_sums(kind: str, form: str) -> None:
+    """BA, dA and dB are float32 products also where autocast would round them, inside backward too."""
+    results: list[list[Tensor]] = []
+    x = torch.randn(64, 16)
+    for inside in (False, True):
+        model = _model(form, 8, 16, torch.float32)
+        adaptation = adapt(model, [kind], masks=_pruned(model, NM(2, 4)), views=find_layers(model), rank=3)
+        A, B = adaptation.groups[kind]
+        B.data.normal_(generator=torch.Generator().manual_seed(0))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = model(x)
+            if inside:
+                y.float().square().sum().backward()
+        if not inside:
+            y.float().square().sum().backward()
+            adaptation.merge_()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                assert torch.equal(model(x), y)
+        results.append([y, *(p.grad for p in (A, B) if p.grad is not None)])
+    assert len(results[0]) == 3
+    assert all(torch.equal(outside, inside) for outside, inside in zip(*results, strict=True))
+
+
+def test_the_effective_weight_is_rounded_as_it_will_be_stored() -> None:
+    """First to the weight's dtype, then to autocast's: float16 under bfloat16 autocast is the same when merged."""
+    W, A, B = torch.randn(64, 64).half(), torch.randn(3, 64), torch.randn(64, 3)
+    once = adapters.effective_weight(W, A, B, scale=1.0)
+    assert torch.equal(adapters.effective_weight(W, A, B, scale=1.0, dtype=torch.bfloat16), once.bfloat16())
+    assert not torch.equal(once.bfloat16(), (W + B @ A).bfloat16())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", ["linear", "stack"])
 def test_a_module_used_twice_gets_both_gradients(kind: str, form: str) -> None:
@@ -289,3 +322,30 @@ def test_published_scale_lora_stays_at_rank_one(init: adapters.Init, expected: i
     _train(model, adaptation, torch.randn(16, 8), steps=5)
     A, B = adaptation.groups["scale_lora"]
     assert int(torch.linalg.matrix_rank(B.detach() @ A.detach(), rtol=1e-4)) == expected
+
+
+def test_the_mask_moves_with_the_module_but_is_no_buffer() -> None:
+    model = _model("linear", 4, 8, torch.float32)
+    adapt(model, ["mask_lora"], masks=_pruned(model, NM(2, 4)), views=find_layers(model), rank=2)
+    assert not list(model.buffers())
+    assert model.to("meta")[0].factors.mask.device.type == "meta"  # type: ignore[union-attr, operator]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", ["linear", "conv1d", "stack"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapted_on_the_cpu_trained_and_merged_on_a_gpu(kind: str, form: str, dtype: torch.dtype) -> None:
+    model = _model(form, 16, 32, dtype)
+    masks = None if kind == "lora" else _pruned(model, NM(2, 4))
+    adaptation = adapt(model, [kind], masks=masks, views=find_layers(model), rank=2)
+    model.cuda()
+    x = torch.randn(3, 5, 32, dtype=dtype, device="cuda")
+    _train(model, adaptation, x)
+    trained = model(x)
+    adaptation.merge_()
+    if masks is not None:
+        masks.check(model)
+    if kind in ("mask_lora", "scale_lora"):
+        assert torch.equal(model(x), trained)
