@@ -51,6 +51,7 @@ class Fit:
     warmup: float = 0.1
     rank: int = 16
     alpha: float = 32.0
+    init: Literal["kaiming", "gaussian"] = "kaiming"
     precision: Precision = "fp32"
     seed: int = 0
 
@@ -202,7 +203,16 @@ def _train_(holder: nn.Module, unit: _Unit, examples: list[Example], masks: Mask
     own = Masks({_within(view.parameter, place): masks[view.parameter].to(device) for view in unit.views})
     seed = fit.seed + zlib.crc32(place.encode())
     generator = torch.Generator().manual_seed(seed)
-    adaptation = adapt(holder, fit.train, masks=own, views=views, rank=fit.rank, alpha=fit.alpha, generator=generator)
+    adaptation = adapt(
+        holder,
+        fit.train,
+        masks=own,
+        views=views,
+        rank=fit.rank,
+        alpha=fit.alpha,
+        init=fit.init,
+        generator=generator,
+    )
     groups = adaptation.param_groups(fit.lr)
     if unit.free is not None:
         free = {id(p) for child in unit.free for p in holder.get_submodule(f"unit.{child}").parameters()}

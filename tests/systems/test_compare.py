@@ -34,7 +34,7 @@ def grid(folder: Path, text: Path, out: Path, **changes: Any) -> dict[str, Any]:
             },
         },
         "tune": {
-            "on": "validation",
+            "text": "validation",
             "axis": "method",
             "cells": {"norms": {"key": "retrain.lr", "values": [1e-9, 1e-2], "at": {"criterion": "wanda"}}},
         },
@@ -76,6 +76,8 @@ def test_a_grid_runs_and_a_second_call_repeats_nothing(
         assert by_labels["magnitude", pattern, "norms"]["test"]["mean"] < cell
     for name in ("table.json", "table.md", "grid.png"):
         assert (tmp_path / name).stat().st_size > 100
+    dense = json.loads((tmp_path / "dense.json").read_text())
+    assert dense["test"] != by_labels["wanda", "50 %", "pruned"]["test"]["mean"]
 
     def refuse(*_: object) -> None:
         raise AssertionError("a finished member was repeated")

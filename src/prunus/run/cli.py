@@ -99,11 +99,7 @@ def evaluate(
     loaded = stages.load(checked)
     numbers: dict[str, Any] = {"perplexity": stages.evaluate(loaded.model, loaded.tokenizer, checked, place)}
     if tasks:
-        from prunus.evaluate.zeroshot import zero_shot
-
-        numbers["zero_shot"] = zero_shot(
-            loaded.model.to(place), loaded.tokenizer, {k: Path(v) for k, v in tasks.items()}
-        )
+        numbers["zero_shot"] = stages.zero_shot(loaded.model, loaded.tokenizer, checked, place)
     show_evaluation(model, numbers)
     if out is not None:
         out.write_text(json.dumps(numbers, indent=1))

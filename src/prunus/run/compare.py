@@ -98,10 +98,11 @@ def _work(members: Sequence[Member], out: Path, advance: Any = None) -> None:
     """Run every member that nobody else has claimed."""
     bench: _Bench | None = None
     for member in members:
-        if _path(out, member).exists() or not _claim(out, member):
+        if _path(out, member).exists() or not _claim(out, member.key):
             continue
         try:
             bench = bench or _Bench(out)
+            bench.measure_dense(member.recipe)
             write_json(_path(out, member), bench.run(member))
         except Exception:  # a member that fails must not take the others with it; compare() raises at the end
             log.exception("member %s failed", member.labels)
@@ -141,11 +142,15 @@ class _Bench:
         result["sparsity"] = masks.sparsity
         result["perplexity"] = stages.evaluate(model, loaded.tokenizer, recipe, device)
         if recipe.evaluate.tasks:
-            from prunus.evaluate.zeroshot import zero_shot
-
-            tasks = {name: Path(path) for name, path in recipe.evaluate.tasks.items()}
-            result["zero_shot"] = zero_shot(model, loaded.tokenizer, tasks)
+            result["zero_shot"] = stages.zero_shot(model, loaded.tokenizer, recipe, device)
         return result | {"seconds": time.perf_counter() - started, "recipe": recipe.model_dump(mode="json")}
+
+    def measure_dense(self, recipe: Recipe) -> None:
+        """Write the perplexities of the unpruned model to `out/dense.json`, once for all workers."""
+        if not (self.out / "dense.json").exists() and _claim(self.out, "dense"):
+            device = stages.device_of(recipe)
+            loaded = self._loaded(recipe, device)
+            write_json(self.out / "dense.json", stages.evaluate(loaded.model, loaded.tokenizer, recipe, device))
 
     def _loaded(self, recipe: Recipe, device: torch.device) -> stages.Loaded:
         key = digest({"model": recipe.model, "dtype": recipe.dtype, "device": str(device)})
@@ -204,10 +209,10 @@ def _path(out: Path, member: Member) -> Path:
     return out / "members" / f"{member.key}.json"
 
 
-def _claim(out: Path, member: Member) -> bool:
-    """Whether this process is the first to take the member."""
+def _claim(out: Path, name: str) -> bool:
+    """Whether this process is the first to take the member of that name."""
     try:
-        os.close(os.open(out / "members" / f"{member.key}.claim", os.O_CREAT | os.O_EXCL))
+        os.close(os.open(out / "members" / f"{name}.claim", os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return False
     return True
@@ -257,4 +262,7 @@ def _plot(grid: Grid, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     for row in rows:
         line = ", ".join(str(row[axis]) for axis in grid.axes if axis != along)
         table.setdefault(line, {})[str(row[along])] = float(row[texts[-1]]["mean"])
-    plot_grid(table, path, title=texts[-1])
+    dense = (
+        json.loads(reference.read_text())[texts[-1]] if (reference := path.with_name("dense.json")).exists() else None
+    )
+    plot_grid(table, path, dense=dense, title=texts[-1])

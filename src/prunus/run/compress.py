@@ -76,11 +76,7 @@ class _Run:
         if recipe.retrain is not None:
             result["retraining"] = self._retrain(loaded, streamed.masks, result["perplexity"])
         if recipe.evaluate.tasks:
-            from prunus.evaluate.zeroshot import zero_shot
-
-            tasks = {name: Path(path) for name, path in recipe.evaluate.tasks.items()}
-            result["zero_shot"] = zero_shot(loaded.model.to(self.device), loaded.tokenizer, tasks)
-            loaded.model.to("cpu")
+            result["zero_shot"] = stages.zero_shot(loaded.model, loaded.tokenizer, recipe, self.device)
         result["seconds"] = time.perf_counter() - started
         if recipe.save:
             result["saved"] = self._save(loaded, streamed, result)

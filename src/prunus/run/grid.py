@@ -2,11 +2,11 @@
 
     base: {...}                                   a compress recipe
     axes: {criterion: {wanda: {prune.criterion: wanda}, ...}, pattern: {...}, method: {...}}
-    tune: {on: validation, axis: method,
+    tune: {text: validation, axis: method,
            cells: {norms: {key: retrain.lr, values: [1e-4, 1e-3], at: {criterion: wanda}}}}
     seeds: [0]; more_seeds: {seeds: [1, 2], where: {pattern: ["50 %"]}}
 
-Tuned values are chosen by the perplexity on the text `on` in the cells named by `at`, with the first seed, and used
+Tuned values are chosen by the perplexity on `text` in the cells named by `at`, with the first seed, and used
 by every other cell that differs from them only along the axes of `at`. Nothing here runs anything.
 """
 
@@ -37,9 +37,9 @@ class Tried(Strict):
 
 
 class Tune(Strict):
-    """What is tuned for each label along `axis`, by the perplexity on the text `on`."""
+    """What is tuned for each label along `axis`, by the perplexity on `text`."""
 
-    on: str
+    text: str
     axis: str
     cells: dict[str, Tried]
 
@@ -145,7 +145,7 @@ def _chosen(grid: Grid, labels: Labels, results: Mapping[str, Mapping[str, Any]]
     for i, value in enumerate(tried.values):
         key = _member(grid, anchor, grid.seeds[0], {tried.key: value}).key
         if key in results:
-            scores[i] = float(results[key]["perplexity"][grid.tune.on])
+            scores[i] = float(results[key]["perplexity"][grid.tune.text])
     if not scores:
         raise ValueError(
             f"no tuning member of {' / '.join(anchor.values())} finished; see the grid's *.error.txt files"

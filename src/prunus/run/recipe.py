@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 Criterion = Literal["magnitude", "random", "wanda", "ria", "sparsegpt"]
-Precision = Literal["fp32", "bf16", "fp16"]
+Init = Literal["kaiming", "gaussian"]
 Section = TypeVar("Section", bound=BaseModel)
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -138,6 +138,7 @@ class Retrain(Strict):
     warmup: Share = 0.1
     rank: Annotated[int, Field(ge=1)] = 16
     alpha: Annotated[float, Field(gt=0)] = 32.0
+    init: Init = "kaiming"
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     add_biases: bool = False
     checkpointing: bool = False
@@ -168,6 +169,7 @@ class Reconstruct(Strict):
     warmup: Share = 0.1
     rank: Annotated[int, Field(ge=1)] = 16
     alpha: Annotated[float, Field(gt=0)] = 32.0
+    init: Init = "kaiming"
     seed: int = 0
 
     @field_validator("train", mode="before")
@@ -188,6 +190,7 @@ class Evaluate(Strict):
     window: Annotated[int, Field(ge=2)] | None = None
     batch_size: Annotated[int, Field(ge=1)] = 4
     tasks: dict[str, str] = {}
+    task_batch_size: Annotated[int, Field(ge=1)] = 16
 
     @model_validator(mode="before")
     @classmethod

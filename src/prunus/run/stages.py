@@ -263,7 +263,14 @@ def retrain(
         add_biases(model)
     generator = torch.Generator().manual_seed(asked.seed)
     adaptation = adapt(
-        model, asked.train, masks=masks, views=views, rank=asked.rank, alpha=asked.alpha, generator=generator
+        model,
+        asked.train,
+        masks=masks,
+        views=views,
+        rank=asked.rank,
+        alpha=asked.alpha,
+        init=asked.init,
+        generator=generator,
     )
     if asked.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
@@ -313,6 +320,17 @@ def evaluate(model: nn.Module, tokenizer: Any, recipe: Recipe, device: torch.dev
             )
             for name, data in asked.data.items()
         }
+
+
+def zero_shot(model: nn.Module, tokenizer: Any, recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    """Task name -> accuracies with their standard errors; empty when the recipe asks for no task."""
+    if not recipe.evaluate.tasks:
+        return {}
+    from prunus.evaluate.zeroshot import zero_shot as measure
+
+    tasks = {name: Path(path) for name, path in recipe.evaluate.tasks.items()}
+    with _on(model, device), autocast(device, precision_of(recipe, device)):
+        return measure(model, tokenizer, tasks, batch_size=recipe.evaluate.task_batch_size)  # type: ignore[arg-type]
 
 
 @contextmanager

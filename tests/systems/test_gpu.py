@@ -1,0 +1,101 @@
+"""What only a GPU can show: bits after a kill, 16-bit paths, and that one block at a time is on the device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from prunus.layers import Inputs
+from prunus.patterns import NM, Unstructured
+from prunus.reconstruct import Fit
+from prunus.run import stages
+from prunus.run.compress import compress
+from prunus.run.recipe import Recipe, parse
+from prunus.scores import wanda
+from prunus.solvers import by_score, sparsegpt
+from prunus.sources import Shards
+from prunus.stream import stream
+from prunus.work import Work
+from tests.conftest import tiny_llama
+from tests.systems.test_compress import raw
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def recipe(folder: Path, text: Path, out: Path, **changes: Any) -> Recipe:
+    return parse(raw(folder, text, out, **changes) | {"device": "cuda"}, Recipe, "gpu")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_killed_run_ends_with_the_same_bits(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    compress(recipe(tiny_folder, text_file, tmp_path / "whole", precision=precision))
+    asked = recipe(tiny_folder, text_file, tmp_path / "killed", precision=precision)
+
+    def kill(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "retrain", kill)
+        with pytest.raises(KeyboardInterrupt):
+            compress(asked)
+    result = compress(asked)
+    assert result["perplexity"]["merged"]["text"] < result["perplexity"]["pruned"]["text"]
+    one, other = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name / "model").state_dict() for name in ("whole", "killed")
+    )
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gram_of_16_bit_inputs_is_exact_to_float32_sums(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 500, 64, device="cuda").to(dtype)
+    inputs = Inputs(64, gram=True, device="cuda")
+    inputs.add_(x)
+    rows = x.double().flatten(0, 1)
+    assert inputs.gram is not None
+    torch.testing.assert_close(inputs.gram.double(), rows.T @ rows, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("train", [("full",), ("mask_lora",), ("scale_lora", "norms")])
+def test_a_16_bit_model_is_fitted_on_the_gpu_and_keeps_its_zeros(train: tuple[str, ...]) -> None:
+    model = tiny_llama().to(torch.bfloat16)
+    tokens = torch.randint(260, (8, 32))
+    fit = Fit(steps=20, lr=3e-3, train=train, precision="bf16")
+    streamed = stream(
+        model, sparsegpt(), NM(2, 4), 0.5, tokens=tokens, fit=fit, device="cuda", precision="bf16", batch_size=4
+    )
+    streamed.masks.check(model)
+    assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    assert all((r.error_after or 0) < (r.error_before or 0) for r in streamed.reports)
+
+
+def test_only_one_block_is_on_the_device(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
+        num_key_value_heads=8, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    with init_empty_weights(include_buffers=False):
+        model = LlamaForCausalLM(config)
+    model.tie_weights()
+    block = sum(parameter.numel() * 4 for parameter in model.model.layers[0].parameters())
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    start = torch.cuda.memory_allocated()
+    stream(
+        model.eval(), by_score(wanda), Unstructured("row"), 0.5, tokens=torch.randint(256, (4, 64)), gram=False,
+        source=Shards(model, tmp_path / "model").check(), work=Work(tmp_path / "work", "k").open(), device="cuda",
+    )  # fmt: skip
+    # The block, the scores and ranks of its largest matrix, activations; never two blocks, let alone twelve.
+    assert torch.cuda.max_memory_allocated() - start < 2.5 * block
