@@ -109,8 +109,12 @@ def test_a_failing_member_takes_no_other_with_it(tiny_folder: Path, text_file: P
 
 @pytest.mark.slow
 def test_two_workers_share_a_grid(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    one = compare(checked(tiny_folder, text_file, tmp_path / "one"))
-    two = compare(checked(tiny_folder, text_file, tmp_path / "two"), workers=2)
+    axes = grid(tiny_folder, text_file, tmp_path)["axes"]
+    small = {"criterion": axes["criterion"], "method": {"norms": axes["method"]["norms"]}}
+    one, two = (
+        compare(checked(tiny_folder, text_file, tmp_path / str(n), axes=small, tune=None, more_seeds=None), workers=n)
+        for n in (1, 2)
+    )
     assert [row["test"] for row in one] == [row["test"] for row in two]
 
 
@@ -125,3 +129,20 @@ def test_wrong_grids_are_refused(tiny_folder: Path, text_file: Path, tmp_path: P
         load_grid(path)
     with pytest.raises(FileNotFoundError, match="no grid"):
         load_grid(tmp_path / "other.yaml")
+
+
+def test_tables_are_made_of_what_is_finished_and_from_the_packed_results_alone(
+    tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    asked = checked(tiny_folder, text_file, tmp_path / "one")
+    rows = compare(asked)
+    packed = (tmp_path / "one" / "members.jsonl").read_text().splitlines()
+    half = tmp_path / "half"
+    half.mkdir()
+    kept = [line for line in packed if json.loads(line)["labels"]["method"] != "norms"]
+    (half / "members.jsonl").write_text("".join(line + "\n" for line in kept))
+    partial = compare(checked(tiny_folder, text_file, half), workers=0)
+    assert [row["test"] for row in rows if row["method"] != "norms"] == [row["test"] for row in partial]
+    assert "| criterion | method | 50 % | 2:4 |" in (half / "table.md").read_text()
+    assert [row["test"] for row in compare(checked(tiny_folder, text_file, half))] == [row["test"] for row in rows]
+    assert len(list((half / "members").glob("*.json"))) == len(packed) - len(kept)

@@ -1,9 +1,9 @@
 """Run a grid's members: one device, one or several worker processes, resumable, nothing finished is repeated.
 
     out/members/KEY.json   a member's result (complete or absent)    out/pruned/KEY.safetensors   shared pruned states
-    out/table.json, table.md, grid.png                               the end
 
-Members that prune alike share the pruned model, so a grid prunes each (criterion, pattern) once.
+Members that prune alike share the pruned model, so a grid prunes each (criterion, pattern) once. What is made of the
+results is in `tables`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ import json
 import logging
 import multiprocessing
 import os
-import statistics
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from prunus.files import write_json
 from prunus.layers import find_layers
 from prunus.masks import Masks
-from prunus.report import markdown_table, plot_grid, progress
+from prunus.report import progress
 from prunus.run import stages
-from prunus.run.files import write_json, write_text
 from prunus.run.grid import Grid, Member, final_members, load_grid, tuning_members
 from prunus.run.recipe import Recipe, digest
-from prunus.run.show import spread
+from prunus.run.tables import read_results, tabulate
 
 __all__ = ["compare", "load_grid"]
 
@@ -40,22 +39,20 @@ log = logging.getLogger(__name__)
 
 
 def compare(grid: Grid, *, workers: int = 1) -> list[dict[str, Any]]:
-    """One row a cell: labels, seeds, tuned value, mean and deviation of each perplexity; also written to `out`.
+    """One row a cell, as `tables.tabulate` writes them to the grid's folder, after every member has run.
 
+    workers: processes that share the members; 0 runs nothing and makes the tables of what is finished.
     Raises RuntimeError at the end, after every other member ran, when members failed.
     """
     out = Path(grid.out)
     (out / "members").mkdir(parents=True, exist_ok=True)
     for claim in (out / "members").glob("*.claim"):
         claim.unlink()
-    _run(_prunings(grid), out, workers, "prune")
-    _run(tuning_members(grid), out, workers, "tune")
-    members = final_members(grid, _results(out))
-    _run(members, out, workers, "run")
-    rows = _rows(grid, members, _results(out))
-    write_json(out / "table.json", rows)
-    write_text(out / "table.md", markdown_table(_flat(rows)))
-    _plot(grid, rows, out / "grid.png")
+    if workers:
+        _run(_prunings(grid), out, workers, "prune")
+        _run(tuning_members(grid), out, workers, "tune")
+        _run(final_members(grid, read_results(out)), out, workers, "run")
+    rows = tabulate(grid)
     failed = sorted(path.name for path in (out / "members").glob("*.error.txt"))
     if failed:
         raise RuntimeError(f"{len(failed)} members failed; the first: {out / 'members' / failed[0]}")
@@ -74,8 +71,11 @@ def _prunings(grid: Grid) -> list[Member]:
 
 
 def _run(members: Sequence[Member], out: Path, workers: int, phase: str) -> None:
-    todo = [member for member in members if not _path(out, member).exists()]
-    todo.sort(key=lambda member: _prune_key(member.recipe))
+    finished = read_results(out)
+    todo = [member for member in members if member.key not in finished]
+    # Members that prune alike follow each other, later seeds and dearer fits come last: a killed grid is broad first.
+    order = {seed: place for place, seed in enumerate(dict.fromkeys(member.seed for member in todo))}
+    todo.sort(key=lambda m: (order[m.seed], m.recipe.reconstruct is not None, _prune_key(m.recipe)))
     if not todo:
         return
     with progress(phase, len(todo)) as advance:
@@ -83,7 +83,7 @@ def _run(members: Sequence[Member], out: Path, workers: int, phase: str) -> None
             _work(todo, out, advance)
             return
         context = multiprocessing.get_context("spawn")
-        processes = [context.Process(target=_work, args=(todo, out)) for _ in range(workers)]
+        processes = [context.Process(target=_work_on, args=(todo, out, place)) for place in range(workers)]
         for process in processes:
             process.start()
         done = 0
@@ -92,6 +92,13 @@ def _run(members: Sequence[Member], out: Path, workers: int, phase: str) -> None
             now = sum(_path(out, member).exists() for member in todo)
             advance(now - done)
             done = now
+
+
+def _work_on(members: Sequence[Member], out: Path, place: int) -> None:
+    """A worker process: the GPUs of the machine are dealt to the workers in turn."""
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    os.environ["CUDA_VISIBLE_DEVICES"] = devices[place % len(devices)]
+    _work(members, out)
 
 
 def _work(members: Sequence[Member], out: Path, advance: Any = None) -> None:
@@ -201,7 +208,7 @@ class _Bench:
 
 
 def _prune_key(recipe: Recipe) -> str:
-    sections = {"model", "dtype", "device", "prune", "calibrate", "reconstruct"}
+    sections = {"model", "dtype", "device", "precision", "prune", "calibrate", "reconstruct"}
     return digest(recipe.model_dump(mode="json", include=sections))[:24]
 
 
@@ -216,53 +223,3 @@ def _claim(out: Path, name: str) -> bool:
     except FileExistsError:
         return False
     return True
-
-
-def _results(out: Path) -> dict[str, dict[str, Any]]:
-    return {path.stem: json.loads(path.read_text()) for path in (out / "members").glob("*.json")}
-
-
-def _rows(grid: Grid, members: Sequence[Member], results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for labels in grid.cells():
-        mine = [m for m in members if m.labels == labels and m.key in results]
-        if not mine:
-            continue
-        found = [results[m.key] for m in mine]
-        row: dict[str, Any] = {**labels, "seeds": [m.seed for m in mine], "tuned": mine[0].tuned}
-        for text in found[0]["perplexity"]:
-            values = [float(result["perplexity"][text]) for result in found]
-            row[text] = {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
-        for part in ("retraining", "zero_shot", "pruning"):
-            if part in found[0]:
-                row[part] = {k: v for k, v in found[0][part].items() if k not in ("losses", "merge")}
-        rows.append(row)
-    return rows
-
-
-def _flat(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """The rows with one text a cell, for Markdown."""
-    return [
-        {key: spread(value) if isinstance(value, dict) else value for key, value in row.items() if _shown(value)}
-        for row in rows
-    ]
-
-
-def _shown(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, dict) and "mean" in value)
-
-
-def _plot(grid: Grid, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Perplexity on the last text against the first axis that looks like sparsities, a line for each other cell."""
-    along = next((axis for axis, labels in grid.axes.items() if any("%" in x or ":" in x for x in labels)), None)
-    texts = [key for key, value in rows[0].items() if isinstance(value, dict) and "mean" in value] if rows else []
-    if along is None or not texts:
-        return
-    table: dict[str, dict[str, float]] = {}
-    for row in rows:
-        line = ", ".join(str(row[axis]) for axis in grid.axes if axis != along)
-        table.setdefault(line, {})[str(row[along])] = float(row[texts[-1]]["mean"])
-    dense = (
-        json.loads(reference.read_text())[texts[-1]] if (reference := path.with_name("dense.json")).exists() else None
-    )
-    plot_grid(table, path, dense=dense, title=texts[-1])

@@ -126,17 +126,25 @@ def tuning_members(grid: Grid) -> list[Member]:
     return members
 
 
-def final_members(grid: Grid, results: Mapping[str, Mapping[str, Any]]) -> list[Member]:
-    """Every cell and seed with its chosen value; `results` (member key -> result) must hold the tuning members."""
+def final_members(grid: Grid, results: Mapping[str, Mapping[str, Any]], *, partial: bool = False) -> list[Member]:
+    """Every cell and seed with its chosen value; `results` (member key -> result) must hold the tuning members.
+
+    partial: leave out cells whose value cannot be chosen yet. Raises ValueError for such a cell otherwise.
+    """
     members: list[Member] = []
     for labels in grid.cells():
         tuned = _chosen(grid, labels, results)
+        if tuned is None:
+            if partial:
+                continue
+            raise ValueError(f"no tuning member of {' / '.join(labels.values())} finished; see the *.error.txt files")
         seeds = grid.cell_seeds(labels) if _random(grid, labels) else grid.seeds[:1]
         members += [_member(grid, labels, seed, tuned) for seed in seeds]
     return members
 
 
-def _chosen(grid: Grid, labels: Labels, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _chosen(grid: Grid, labels: Labels, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The tuned key with the best value tried, nothing for a cell that is not tuned, None when no try is finished."""
     tried = grid.tuned(labels)
     if tried is None or grid.tune is None:
         return {}
@@ -146,11 +154,7 @@ def _chosen(grid: Grid, labels: Labels, results: Mapping[str, Mapping[str, Any]]
         key = _member(grid, anchor, grid.seeds[0], {tried.key: value}).key
         if key in results:
             scores[i] = float(results[key]["perplexity"][grid.tune.text])
-    if not scores:
-        raise ValueError(
-            f"no tuning member of {' / '.join(anchor.values())} finished; see the grid's *.error.txt files"
-        )
-    return {tried.key: tried.values[min(scores, key=lambda i: scores[i])]}
+    return {tried.key: tried.values[min(scores, key=lambda i: scores[i])]} if scores else None
 
 
 def _random(grid: Grid, labels: Labels) -> bool:

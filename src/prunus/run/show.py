@@ -10,6 +10,7 @@ from rich.console import Console
 
 from prunus.report import print_table
 from prunus.run.inspect import Inspection
+from prunus.run.tables import spread
 
 __all__ = ["show_evaluation", "show_grid", "show_inspection", "show_result"]
 
@@ -83,12 +84,6 @@ def show_grid(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
     ]
     print_table(shown, title=str(out))
     _note(f"Tables: {out / 'table.json'}, {out / 'table.md'}; picture: {out / 'grid.png'}")
-
-
-def spread(found: Mapping[str, Any]) -> str:
-    """A mean with its deviation, if there is one."""
-    deviation = "" if found["std"] is None else f" ± {found['std']:.2f}"
-    return f"{found['mean']:.2f}{deviation}"
 
 
 def _tuned(row: Mapping[str, Any]) -> str:
