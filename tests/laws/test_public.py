@@ -1,0 +1,123 @@
+"""The names of `import prunus`: each documented and exemplified, imported when used, and `import prunus` is cheap."""
+
+import ast
+import doctest
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import prunus
+
+ROOT = Path(__file__).parents[2]
+SHAPE = re.compile(r"\((\.\.\., |[\w*]+, ?)[\w ]*\)")  # (out, in), (N,), (..., in)
+
+
+def run(code):
+    """What a fresh interpreter prints, as JSON."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def executed_names():
+    """Names that the executed Python of the documentation and the examples uses."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+    texts = [body for page in pages for body in re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S)]
+    texts += [path.read_text() for path in ROOT.glob("examples/*.py")]
+    nodes = [node for text in texts for node in ast.walk(ast.parse(text))]
+    return {node.id for node in nodes if isinstance(node, ast.Name)} | {
+        node.attr for node in nodes if isinstance(node, ast.Attribute)
+    }
+
+
+USED = executed_names()
+
+
+@pytest.mark.parametrize("name", prunus.__all__)
+def test_every_public_name_is_documented_with_an_example(name):
+    value = getattr(prunus, name)
+    text = value.__doc__ or ""
+    assert text.strip(), f"prunus.{name} has no docstring"
+    assert not text.startswith(f"{name}("), f"prunus.{name} has only the docstring that dataclass makes"
+    assert ">>>" in text or SHAPE.search(text) or name in USED, f"prunus.{name} has neither example nor shapes"
+
+
+@pytest.fixture(scope="module")
+def names():
+    """What the docstrings' examples may take for granted: torch, public names, a tiny model with its tokenizer."""
+    from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "ffn_dim": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "word_embed_proj_dim": 8}
+    tokenizer = AutoTokenizer.from_pretrained(prunus.read_texts.__globals__["ASSETS"])
+    given = {name: getattr(prunus, name) for name in prunus.__all__}
+    return given | {
+        "torch": torch,
+        "nn": nn,
+        "Path": Path,
+        "tokenizer": tokenizer,
+        "model": OPTForCausalLM(OPTConfig(vocab_size=len(tokenizer), **sizes)),
+        "batches": lambda step: torch.zeros(2, 8, dtype=torch.long),
+    }
+
+
+class Shown(doctest.OutputChecker):
+    """Compares output where the example shows some."""
+
+    def check_output(self, want, got, optionflags):
+        return not want or super().check_output(want, got, optionflags)
+
+
+@pytest.mark.parametrize("name", [name for name in prunus.__all__ if ">>>" in (getattr(prunus, name).__doc__ or "")])
+def test_docstring_examples_run(name, names, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    heard = []
+    example = doctest.DocTestParser().get_doctest(getattr(prunus, name).__doc__, dict(names), name, None, 0)
+    doctest.DocTestRunner(Shown(), verbose=False).run(example, out=heard.append)
+    assert not heard, "".join(heard)
+
+
+def test_import_is_cheap():
+    loaded = run("import prunus, sys, json; print(json.dumps(sorted(sys.modules)))")
+    heavy = {"torch", "transformers", "accelerate", "matplotlib", "pydantic", "numpy", "rich"}
+    assert not heavy & set(loaded)
+
+
+def test_functions_win_over_modules_of_their_name_in_any_order():
+    code = """
+import json, prunus.stream, prunus.reconstruct, prunus.train
+from prunus import adapt, scores, stream
+print(json.dumps([callable(f) for f in (prunus.stream, prunus.train, adapt, stream)] + [scores.__name__]))
+"""
+    assert run(code) == [True, True, True, True, "prunus.scores"]
+
+
+def test_names_are_sorted_lazy_and_complete():
+    homes = [name for group in prunus._HOMES.values() for name in group]
+    assert sorted(homes) == sorted(prunus.__all__)
+    assert len(set(homes)) == len(homes)
+    assert set(prunus.__all__) <= set(dir(prunus))
+    tree = ast.parse(Path(prunus.__file__).read_text())
+    typed = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert set(prunus.__all__) <= typed
+
+
+def test_public_names_are_those_of_their_modules():
+    for home, group in prunus._HOMES.items():
+        module = sys.modules.get(f"prunus.{home}") or __import__(f"prunus.{home}", fromlist=["x"])
+        assert set(group) <= set(module.__all__), home
+
+
+def test_unknown_names_are_refused_with_the_known_ones():
+    with pytest.raises(AttributeError, match=r"no attribute 'strem'.*stream"):
+        prunus.strem  # noqa: B018
+
+
+def test_shapes_are_recognised():
+    assert all(SHAPE.search(text) for text in ("score: (out, in) float32", "tokens (N,)", "x (..., in)"))
+    assert not any(SHAPE.search(text) for text in ("a (parenthesis)", "(so, that this is)."[:4]))
