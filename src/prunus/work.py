@@ -18,6 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from prunus.files import write_json
+
 if TYPE_CHECKING:
     from prunus.stream import BlockReport
 
@@ -27,15 +29,16 @@ __all__ = ["Work"]
 class Work:
     """Finished blocks of one job under `folder`; `key` names the job.
 
+    writes: False for the processes that compute alongside the one that writes; they read what it finished.
+
     Raises ValueError when the folder holds blocks of another job.
     """
 
-    def __init__(self, folder: Path, key: str) -> None:
-        self.folder, self.key = Path(folder), key
+    def __init__(self, folder: Path, key: str, *, writes: bool = True) -> None:
+        self.folder, self.key, self.writes = Path(folder), key, writes
 
     def open(self) -> Work:
         """Self, after making the folder and checking that what it holds belongs to this job."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         marker = self.folder / "job.json"
         if marker.exists():
             found = json.loads(marker.read_text())["key"]
@@ -44,8 +47,8 @@ class Work:
                     f"{self.folder} holds unfinished blocks of another job (key {found[:12]}, this one is "
                     f"{self.key[:12]}): delete the folder, or give the run another output folder"
                 )
-        else:
-            _write_text(marker, json.dumps({"key": self.key}))
+        elif self.writes:
+            write_json(marker, {"key": self.key})
         return self
 
     def has(self, name: str) -> bool:
@@ -54,6 +57,8 @@ class Work:
 
     def save(self, name: str, block: nn.Module, masks: Mapping[str, Tensor], report: BlockReport) -> None:
         """Write the block's parameters, masks and report in one atomic step."""
+        if not self.writes:
+            return
         tensors = {f"weight:{key}": value.detach().cpu().contiguous() for key, value in block.state_dict().items()}
         tensors |= {f"mask:{key}": mask.to(torch.uint8).contiguous() for key, mask in masks.items()}
         path = self._path(name)
@@ -85,9 +90,3 @@ class Work:
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from prunus.run.files import write_text
+from prunus.files import write_text
 
 __all__ = ["source_folder", "write_config"]
 

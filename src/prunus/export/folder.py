@@ -23,10 +23,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prunus import __version__
 from prunus.export.card import SIZE_NOTE, model_card
 from prunus.export.config import source_folder, write_config
 from prunus.export.shards import ShardWriter
-from prunus.run.files import write_json, write_text
+from prunus.files import write_json, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -228,8 +229,9 @@ def _sparsity(masks: Masks | None) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    packages = ("prunus", "torch", "transformers", "safetensors")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    # Not version("prunus"): a source folder on the path has no metadata.
+    found = {"python": platform.python_version(), "prunus": __version__}
+    return found | {name: version(name) for name in ("torch", "transformers", "safetensors")}
 
 
 def _replace(partial: Path, folder: Path) -> None:

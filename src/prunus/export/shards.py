@@ -20,7 +20,7 @@ from typing import BinaryIO, Literal
 import torch
 from torch import Tensor
 
-from prunus.run.files import write_json
+from prunus.files import write_json
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "ShardWriter"]
 

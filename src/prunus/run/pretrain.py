@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
@@ -27,8 +27,10 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 from prunus.data import SPLITS, PackedTokens, read_texts, tokenize_documents
 from prunus.evaluate.ngram import count_ngrams, fit_weights, trigram_perplexity, unigram_perplexity
 from prunus.evaluate.perplexity import perplexity
+from prunus.files import write_json, write_text
 from prunus.lr import linear_warmup_decay
 from prunus.precision import Precision
+from prunus.run.recipe import Strict, parse, read_yaml
 from prunus.train import Trace, train
 
 __all__ = ["Books", "HeldOut", "ModelSize", "PretrainRecipe", "pretrain", "read_recipe"]
@@ -38,11 +40,7 @@ PROBE_STEPS = 60
 SPECIALS = ["<pad>", "</s>"]  # the trainer numbers them in this order, from 0
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class HeldOut(_Strict):
+class HeldOut(Strict):
     """Titles of the books never trained on, by what they are for, and how much of each split is written as text.
 
     train: for calibrating and retraining later; validation: for choices; test: for numbers to report.
@@ -56,7 +54,7 @@ class HeldOut(_Strict):
     test_bytes: int = Field(90_000, gt=0)
 
 
-class ModelSize(_Strict):
+class ModelSize(Strict):
     """Sizes of the OPT-style model: pre-LayerNorm, biases everywhere, tied embeddings, no dropout."""
 
     vocabulary: int = Field(4096, ge=260)
@@ -67,13 +65,13 @@ class ModelSize(_Strict):
     context: int = Field(512, gt=1)
 
 
-class PretrainRecipe(_Strict):
+class PretrainRecipe(Strict):
     """Everything `prunus pretrain` needs; see recipes/embedded/pretrain.yaml."""
 
     data: str
     title_column: str = "title"
     text_column: str = "text"
-    leave_out: list[str] = []
+    leave_out: list[str] = Field(default_factory=list[str])
     held_out: HeldOut
     model: ModelSize = ModelSize()  # pyright: ignore[reportCallIssue]
     steps: int = Field(12_000, ge=2)
@@ -102,12 +100,12 @@ class Books:
 def read_recipe(path: Path) -> PretrainRecipe:
     """The recipe of a YAML file, checked.
 
-    Raises: FileNotFoundError for a missing file; pydantic's ValidationError (a ValueError) naming each wrong key.
+    Raises: FileNotFoundError for a missing file; ValueError naming each wrong key with its value and mend.
 
     >>> read_recipe(Path("recipes/embedded/pretrain.yaml")).model.hidden
     256
     """
-    return PretrainRecipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    return parse(read_yaml(path), PretrainRecipe, str(path))
 
 
 def pretrain(
@@ -130,7 +128,7 @@ def pretrain(
     measured = held_out | {"test_excerpt": tokenize_documents(excerpts["test"], tokenizer)}
     summary = _summary(recipe, model, trace, steps, tokens)
     summary["perplexity"] = _measure(recipe, folder, tokens, measured)
-    _write_json(folder / "baselines.json", summary)
+    write_json(folder / "baselines.json", summary)
     return summary
 
 
@@ -139,7 +137,7 @@ def _claim(recipe: PretrainRecipe, folder: Path) -> None:
     path, text = folder / "recipe.yaml", yaml.safe_dump(recipe.model_dump(), sort_keys=False)
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise ValueError(f"{folder} holds a run of another recipe ({path}); choose another folder or delete it.")
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
 
 
 def _split(recipe: PretrainRecipe) -> Books:
@@ -248,6 +246,7 @@ def _train(
 
 def _ready(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerFast) -> OPTForCausalLM:
     model = _build(recipe, tokenizer)
+    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # pyright: ignore[reportArgumentType]
     if recipe.compile:
         for block in model.model.decoder.layers:
             block.compile()
@@ -278,7 +277,7 @@ def _steps(
         per_step = (times[-1] - times[0]) / (PROBE_STEPS - 10)
         fitting = max(2, min(recipe.steps, int(recipe.minutes * 60 / per_step)))
         _logger.info("%.1f ms a step: %d steps of at most %d", 1000 * per_step, fitting, recipe.steps)
-        _write_json(path, {"steps": fitting, "seconds_per_step": per_step})
+        write_json(path, {"steps": fitting, "seconds_per_step": per_step})
     return json.loads(path.read_text(encoding="utf-8"))["steps"]
 
 
@@ -298,7 +297,7 @@ def _save(model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pat
     # transformers 5 writes a class name that earlier releases and serving programs do not know.
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    _write_json(path, config)
+    write_json(path, config)
 
 
 def _measure(
@@ -342,12 +341,11 @@ def _summary(recipe: PretrainRecipe, model: OPTForCausalLM, trace: Trace, steps:
 
 def _write_excerpts(held_out: HeldOut, books: Books, folder: Path) -> dict[str, list[str]]:
     """Write text/<split>.txt: of each held-out book an equal share of whole paragraphs; returns the texts."""
-    (folder / "text").mkdir(exist_ok=True)
     texts: dict[str, list[str]] = {}
     for split in SPLITS:
         share = getattr(held_out, f"{split}_bytes") // len(books.held_out[split])
         joined = "\n\n".join(_excerpt(text, share - 2) for text in books.held_out[split]) + "\n"
-        (folder / "text" / f"{split}.txt").write_text(joined, encoding="utf-8")
+        write_text(folder / "text" / f"{split}.txt", joined)
         texts[split] = [joined]
     return texts
 
@@ -366,7 +364,7 @@ def _log(path: Path, line: dict[str, Any]) -> None:
     """Append the line, dropping what an interrupted run wrote after its last checkpoint."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = [old for old in lines if json.loads(old)["step"] < line["step"]]
-    path.write_text("\n".join([*kept, json.dumps(line)]) + "\n", encoding="utf-8")
+    write_text(path, "\n".join([*kept, json.dumps(line)]) + "\n")
 
 
 def _cached(path: Path, compute: Callable[[], Tensor]) -> Tensor:
@@ -375,7 +373,3 @@ def _cached(path: Path, compute: Callable[[], Tensor]) -> Tensor:
         torch.save(compute(), partial)
         os.replace(partial, path)
     return torch.load(path, weights_only=True)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

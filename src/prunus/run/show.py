@@ -8,16 +8,12 @@ from typing import Any
 
 from rich.console import Console
 
+from prunus.export.card import SIZE_NOTE
 from prunus.report import print_table
 from prunus.run.inspect import Inspection
 from prunus.run.tables import spread
 
 __all__ = ["show_evaluation", "show_grid", "show_inspection", "show_result"]
-
-SAME_SIZE = (
-    "The files are as large as before: zeros are stored like any other number, so that every tool loads the model. "
-    "masks.safetensors says where they are."
-)
 
 
 def show_result(result: Mapping[str, Any], out: Path) -> None:
@@ -36,7 +32,7 @@ def show_result(result: Mapping[str, Any], out: Path) -> None:
         _note(f"{name}: {found['trainable']:,} parameters trained ({100 * found['share']:.3f} %), {speed}")
     _note(f"{result['seconds']:.0f} s on {result['device']}. Picture: {out / 'report.png'}")
     if "saved" in result:
-        _note(f"Model: {result['saved']}. {SAME_SIZE}")
+        _note(f"Model: {result['saved']}. {SIZE_NOTE}")
 
 
 def _retrainings(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
