@@ -226,6 +226,7 @@ def _train_(holder: nn.Module, unit: _Unit, examples: list[Example], masks: Mask
         loss=_loss,
         masks=own if "full" in fit.train else None,
         precision=fit.precision,
+        shared=False,  # an example's masks and positions are for the whole batch
     )
     adaptation.merge_()
 

@@ -26,6 +26,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object, send_to_device, slice_tensors
 from torch import Tensor, nn
 
+from prunus import ranks
 from prunus.precision import Precision
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def train(
     save_every: int = 1000,
     report_every: int = 50,
     on_step: Callable[[int, float], None] | None = None,
+    shared: bool = True,
 ) -> Trace:
     """Train the parameters that require gradients, in place, and return the trace of the run.
 
@@ -87,8 +89,10 @@ def train(
     checkpoint: a file, written every `save_every` steps and at the end, from which an interrupted call resumes.
     on_step(steps done, mean loss since the last call) is called every `report_every` steps and at the end: reading a
     loss makes the host wait for the device, so it is done no more often.
+    shared: whether several processes train one model together; if not, each trains its own on the whole batches.
 
-    The model ends on accelerate's device, in the mode (train or eval) in which it came; masks hold after every step.
+    The model is trained where it is (under several processes that share it, on the device of each), and ends in the
+    mode (train or eval) in which it came; masks hold after every step.
     Raises: ValueError for a number of steps below 1, a model without trainable parameters, fp16 without an accelerator,
     a batch that the ranks cannot share, a checkpoint of another run; FloatingPointError for a loss that is not finite.
 
@@ -101,10 +105,12 @@ def train(
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("The model has no parameter that requires gradients: nothing would be trained.")
-    accelerator = _accelerator(precision, accumulate)
+    accelerator = _accelerator(precision, accumulate, next(model.parameters()).device)
+    shared = shared and accelerator.num_processes > 1
     started = time.perf_counter()
-    with _prepared(model, optimizer, accelerator, masks) as (wrapped, stepper):
-        run = _Run(accelerator, model, optimizer, accumulate, [group["lr"] for group in optimizer.param_groups])
+    with _prepared(model, optimizer, accelerator, masks, shared) as (wrapped, stepper):
+        rates = [group["lr"] for group in optimizer.param_groups]
+        run = _Run(accelerator, model, optimizer, accumulate, rates, next(model.parameters()).device, shared)
         first, past = run.resume(checkpoint, steps)
         losses = _Losses(past.losses, report_every, steps, on_step)
         lrs, tokens = list(past.lrs), past.tokens
@@ -137,7 +143,7 @@ def _step(
     for part in range(run.accumulate):
         whole = batches(step * run.accumulate + part)
         tokens += _tokens(whole)
-        batch = send_to_device(_share(whole, accelerator), accelerator.device)
+        batch = send_to_device(_share(whole, accelerator) if run.shared else whole, run.device)
         with accelerator.accumulate(wrapped):
             value = loss(wrapped, batch)
             accelerator.backward(value)  # divides by `accumulate`
@@ -147,8 +153,8 @@ def _step(
             stepper.zero_grad()
         total = value.detach().float() if total is None else total + value.detach()
     assert total is not None
-    mean = accelerator.reduce(total / run.accumulate, reduction="mean")
-    return mean, tokens  # pyright: ignore[reportReturnType]
+    mean = total / run.accumulate
+    return accelerator.reduce(mean, reduction="mean") if run.shared else mean, tokens  # pyright: ignore[reportReturnType]
 
 
 class _Losses:
@@ -190,6 +196,8 @@ class _Run:
     optimizer: torch.optim.Optimizer
     accumulate: int
     base_lrs: list[float]
+    device: torch.device
+    shared: bool
 
     def _plan(self, steps: int) -> dict[str, Any]:
         # What must agree between the run that wrote a checkpoint and the one that reads it.
@@ -219,7 +227,7 @@ class _Run:
 
     def save(self, checkpoint: Path, steps: int, trace: Trace) -> None:
         """Write the checkpoint beside its place and move it there, so that a kill leaves the old one or the new one."""
-        random = gather_object([_random_state()])
+        random = gather_object([_random_state()]) if self.shared else [_random_state()]
         if self.accelerator.is_main_process:
             state = {
                 "plan": self._plan(steps),
@@ -237,37 +245,51 @@ class _Run:
         self.accelerator.wait_for_everyone()
 
     def peak(self, past: Trace) -> int:
-        if self.accelerator.device.type != "cuda":
+        if self.device.type != "cuda":
             return 0
-        return max(past.peak_bytes, torch.cuda.max_memory_allocated(self.accelerator.device))
+        return max(past.peak_bytes, torch.cuda.max_memory_allocated(self.device))
 
 
-def _accelerator(precision: Precision, accumulate: int) -> Accelerator:
-    """An Accelerator of this precision, although an earlier one of the process may have had another."""
+def _accelerator(precision: Precision, accumulate: int, device: torch.device) -> Accelerator:
+    """An Accelerator of this precision and kind of device, although an earlier one of the process had others."""
     if precision not in ("fp32", "bf16", "fp16"):
         raise ValueError(f"precision is fp32, bf16 or fp16; got {precision!r}.")
     mixed = "no" if precision == "fp32" else precision
-    state = AcceleratorState._shared_state
-    if state and state.get("_mixed_precision", mixed) != mixed:
-        # The precision is kept in a process-wide singleton that refuses to change; the process group stays.
+    # Precision and device are kept in process-wide singletons that refuse to change; a process group stays.
+    state, alone = AcceleratorState._shared_state, ranks.count() == 1
+    if state and alone and torch.device(state["device"]).type != device.type:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    elif state and state.get("_mixed_precision", mixed) != mixed:
         AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision=mixed, gradient_accumulation_steps=accumulate)
+    accelerator = Accelerator(
+        mixed_precision=mixed,
+        gradient_accumulation_steps=accumulate,
+        cpu=alone and device.type == "cpu",
+        device_placement=not alone,
+    )
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("precision='fp16' scales gradients on an accelerator, and this is a CPU; use bf16 or fp32.")
-    if accelerator.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(accelerator.device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     return accelerator
 
 
 @contextmanager
 def _prepared(
-    model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, masks: Masks | None
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    masks: Masks | None,
+    shared: bool,
 ) -> Generator[tuple[nn.Module, torch.optim.Optimizer], None, None]:
     """The model and optimizer as accelerate wraps them; on the way out everything is as before, but for the weights."""
     modes = {module: module.training for module in model.modules()}
     own_forward = model.__dict__.get("forward")
     rates = [group["lr"] for group in optimizer.param_groups]
-    wrapped, stepper = accelerator.prepare(model, optimizer)
+    # Masks are the same everywhere: sending them with every step would cost more than the gradients.
+    model.__dict__["_ddp_params_and_buffers_to_ignore"] = _masks_of(model)
+    wrapped: nn.Module = accelerator.prepare_model(model, evaluation_mode=not shared)  # "evaluation": not in parallel
+    stepper: Any = accelerator.prepare_optimizer(optimizer)
     held = None
     try:
         if masks is not None:
@@ -280,7 +302,7 @@ def _prepared(
             held.remove()
         # prepare() put an autocasting forward over the model's own. unwrap_model() would also strip the decorators of
         # the class's forward and leave the rest as an attribute, so what prepare() added is taken away here.
-        for added in ("_original_forward", "forward"):
+        for added in ("_original_forward", "forward", "_ddp_params_and_buffers_to_ignore", "_is_accelerate_prepared"):
             model.__dict__.pop(added, None)
         if own_forward is not None:
             model.forward = own_forward
@@ -289,6 +311,10 @@ def _prepared(
             group["lr"] = rate
         for module, mode in modes.items():
             module.training = mode
+
+
+def _masks_of(model: nn.Module) -> list[str]:
+    return [name for name, buffer in model.named_buffers() if buffer.dtype == torch.bool]
 
 
 def _resumable(model: nn.Module) -> dict[str, Tensor]:

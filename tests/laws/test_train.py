@@ -176,6 +176,14 @@ def test_precisions_follow_each_other_in_one_process():
     assert inner == [torch.float32, torch.bfloat16, torch.float32]
 
 
+def test_a_model_trained_again_is_in_its_new_precision():
+    model, inner = Net(), []
+    model.first.register_forward_hook(lambda module, args, out: inner.append(out.dtype))
+    for precision in ("fp32", "bf16", "bf16"):
+        run(model, steps=1, precision=precision)
+    assert inner == [torch.float32, torch.bfloat16, torch.bfloat16]
+
+
 def test_modes_are_given_back():
     model = Net().train()
     model.norm.eval()

@@ -3,6 +3,9 @@
 out/recipe.yaml      the resolved recipe          out/metrics.jsonl   every number, as it was measured
 out/result.json      what the table shows         out/report.png      sparsity by layer, perplexity by stage
 out/model/           the compressed model         out/work/           finished blocks, until the run is done
+
+Launched as several processes, each computes everything alike but for training, which shares each batch; the main
+process writes, and the others take its pruned blocks from the work folder.
 """
 
 from __future__ import annotations
@@ -11,25 +14,31 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from rich.console import Console
 
+from prunus import ranks
+from prunus.blocks import find_blocks
 from prunus.export import save_model
+from prunus.files import write_json, write_text
 from prunus.layers import find_layers
 from prunus.masks import Masks
-from prunus.report import append_metrics, plot_compression, progress
+from prunus.report import Advance, append_metrics, plot_compression, progress, read_metrics
 from prunus.run import stages
-from prunus.run.files import write_json, write_text
+from prunus.run.lengths import fitted
 from prunus.run.recipe import Recipe, digest
 from prunus.sources import Shards
 from prunus.stream import BlockReport, Streamed
 from prunus.work import Work
 
-__all__ = ["compress"]
+__all__ = ["compress", "prunus_info"]
 
 log = logging.getLogger(__name__)
 
@@ -37,20 +46,32 @@ log = logging.getLogger(__name__)
 def compress(recipe: Recipe) -> dict[str, Any]:
     """The result of a run (the content of `out/result.json`); a finished run is read, a killed one goes on.
 
-    Raises ValueError when `out` holds another recipe's run.
+    Raises ValueError when `out` holds another recipe's run, the model is not there or does not take the recipe's
+    lengths, or the launched processes cannot share a batch.
     """
-    out = Path(recipe.out)
-    key = digest(recipe)
+    recipe = fitted(recipe)
+    device = ranks.join(stages.device_of(recipe))
+    _check_shares(recipe)
+    out, key = Path(recipe.out), digest(recipe)
     finished = _claim(out, recipe, key)
     if finished is not None:
         log.info("%s is finished already; nothing was repeated", out)
         return finished
-    run = _Run(out, recipe, key, stages.device_of(recipe))
-    result = run.execute()
-    write_json(out / "result.json", result)
-    plot_compression(result, out / "report.png")
-    shutil.rmtree(out / "work", ignore_errors=True)
+    result = _Run(out, recipe, key, device).execute()
+    ranks.wait()
+    if ranks.is_main():
+        write_json(out / "result.json", result)
+        plot_compression(result, out / "report.png")
+        shutil.rmtree(out / "work", ignore_errors=True)
+    ranks.wait()
     return result
+
+
+def prunus_info(recipe: Recipe, result: Mapping[str, Any]) -> dict[str, Any]:
+    """What `prunus.json` says of a run beside sparsity and versions: recipe, pattern, metrics, how it was pruned."""
+    metrics = {key: result[key] for key in ("perplexity", "zero_shot") if key in result}
+    rest = {key: value for key, value in result.items() if key not in metrics}
+    return {"recipe": recipe.model_dump(mode="json"), "pattern": recipe.prune.pattern, "metrics": metrics, **rest}
 
 
 class _Run:
@@ -58,14 +79,15 @@ class _Run:
 
     def __init__(self, out: Path, recipe: Recipe, key: str, device: torch.device) -> None:
         self.out, self.recipe, self.key, self.device = out, recipe, key, device
+        self.logged = _logged(out / "metrics.jsonl")
 
     def execute(self) -> dict[str, Any]:
         started = time.perf_counter()
         recipe = self.recipe
-        with progress("load", None):
+        with self._bar("load", None):
             loaded = stages.load(recipe)
         result: dict[str, Any] = {"key": self.key, "model": recipe.model, "device": _device_name(self.device)}
-        result["perplexity"] = {}
+        result |= {"processes": ranks.count(), "perplexity": {}}
         if not recipe.streaming:
             result["perplexity"]["dense"] = self._measured("dense", loaded)
         streamed = self._prune(loaded)
@@ -79,22 +101,36 @@ class _Run:
             result["zero_shot"] = stages.zero_shot(loaded.model, loaded.tokenizer, recipe, self.device)
         result["seconds"] = time.perf_counter() - started
         if recipe.save:
-            result["saved"] = self._save(loaded, streamed, result)
+            result["saved"] = str(self.out / "model")
+            self._save(loaded, streamed.masks, result)
         return result
 
     def _prune(self, loaded: stages.Loaded) -> Streamed:
         # The work folder's blocks depend on these sections alone, so a run may be resumed with other retraining.
         recipe = self.recipe
         decides = recipe.model_dump(mode="json", include={"model", "dtype", "prune", "calibrate", "reconstruct"})
-        work = Work(self.out / "work" / "blocks", digest(decides)).open()
+        work = Work(self._blocks(), digest(decides), writes=ranks.is_main()).open()
         blocks = int(getattr(loaded.model.config, "num_hidden_layers", 0)) or None
-        with progress("prune", blocks) as advance:
+        with self._bar("prune", blocks) as advance:
 
             def on_block(report: BlockReport) -> None:
                 self._log({"stage": "prune", **asdict(report)})
                 advance(1)
 
-            return stages.prune(loaded, recipe, self.device, work=work, on_block=on_block)
+            streamed = stages.prune(loaded, recipe, self.device, work=work, on_block=on_block)
+        ranks.wait()
+        return streamed if ranks.is_main() else self._as_written(work, loaded, streamed)
+
+    def _as_written(self, work: Work, loaded: stages.Loaded, streamed: Streamed) -> Streamed:
+        """The pruning of the main process, in place of this one's: two GPUs may differ in the last bit."""
+        masks: dict[str, torch.Tensor] = {}
+        for name in find_blocks(loaded.model):
+            block = loaded.model.get_submodule(name)
+            if self.recipe.streaming:
+                assert loaded.source is not None
+                block = loaded.source.load(name, torch.device("cpu"))
+            work.restore_(name, block, masks)
+        return Streamed(Masks(masks), streamed.reports)
 
     def _retrain(self, loaded: stages.Loaded, masks: Masks, perplexities: dict[str, Any]) -> dict[str, Any]:
         recipe = self.recipe
@@ -108,7 +144,7 @@ class _Run:
         ]
         tokens = stages.text_tokens(asked.data, loaded.tokenizer)
         precision = stages.precision_of(recipe, self.device)
-        with progress("retrain", asked.steps) as advance:
+        with self._bar("retrain", asked.steps) as advance:
             report = stages.retrain(
                 model,
                 masks,
@@ -129,7 +165,7 @@ class _Run:
         return {**shown, "train": list(asked.train)}
 
     def _measured(self, stage: str, loaded: stages.Loaded) -> dict[str, float]:
-        with progress(f"evaluate {stage}", None):
+        with self._bar(f"evaluate {stage}", None):
             found = stages.evaluate(loaded.model, loaded.tokenizer, self.recipe, self.device)
         self._log({"stage": stage, "perplexity": found})
         return found
@@ -137,10 +173,8 @@ class _Run:
     def _assemble(self, loaded: stages.Loaded, masks: Masks) -> stages.Loaded:
         """The streamed model in memory: finished blocks from the work folder, the rest from the source's shards."""
         assert isinstance(loaded.source, Shards)
-        work = Work(self.out / "work" / "blocks", "")
+        work = Work(self._blocks(), "")
         model = loaded.model
-        from prunus.blocks import find_blocks
-
         for name in find_blocks(model):
             block = loaded.source.load(name, torch.device("cpu"))
             work.restore_(name, block, {})
@@ -148,28 +182,54 @@ class _Run:
         masks.check(model)
         return stages.Loaded(model, loaded.tokenizer, loaded.folder)
 
-    def _save(self, loaded: stages.Loaded, streamed: Streamed, result: dict[str, Any]) -> str:
-        info = {"recipe": self.recipe.model_dump(mode="json"), **result}
-        folder = self.out / "model"
-        with progress("save", None):
-            save_model(loaded.model, loaded.tokenizer, folder, masks=streamed.masks, info=info, source=loaded.folder)
-        return str(folder)
+    def _save(self, loaded: stages.Loaded, masks: Masks, result: dict[str, Any]) -> None:
+        if not ranks.is_main():
+            return
+        info = prunus_info(self.recipe, result)
+        with self._bar("save", None):
+            save_model(loaded.model, loaded.tokenizer, self.out / "model", masks=masks, info=info, source=loaded.folder)
+
+    def _blocks(self) -> Path:
+        return self.out / "work" / "blocks"
 
     def _log(self, row: dict[str, Any]) -> None:
-        append_metrics(self.out / "metrics.jsonl", row)
+        # A resumed run meets its own earlier rows again: blocks that are replayed, texts measured before the kill.
+        if ranks.is_main() and _text(row) not in self.logged:
+            append_metrics(self.out / "metrics.jsonl", row)
+
+    def _bar(self, description: str, total: float | None) -> AbstractContextManager[Advance]:
+        return progress(description, total, console=None if ranks.is_main() else Console(force_terminal=False))
+
+
+def _check_shares(recipe: Recipe) -> None:
+    asked, world = recipe.retrain, ranks.count()
+    if asked is not None and asked.batch_size % world:
+        raise ValueError(
+            f"retrain.batch_size: {asked.batch_size} sequences cannot be shared by {world} processes; "
+            f"use a multiple of {world}"
+        )
+
+
+def _logged(path: Path) -> set[str]:
+    """The rows of a metrics file, without their times."""
+    rows = read_metrics(path) if path.exists() else []
+    return {_text({key: value for key, value in row.items() if key != "time"}) for row in rows}
+
+
+def _text(row: dict[str, Any]) -> str:
+    return json.dumps(row, sort_keys=True, default=str)
 
 
 def _claim(out: Path, recipe: Recipe, key: str) -> dict[str, Any] | None:
     """The stored result of this very recipe, or None after the folder was made ready for it."""
     result = out / "result.json"
-    if result.exists():
-        found = json.loads(result.read_text())
-        if found.get("key") == key:
-            return found
+    found = json.loads(result.read_text(encoding="utf-8")) if result.exists() else None
+    if found is not None and found.get("key") != key:
         raise ValueError(f"out: {out} holds the result of another recipe; give another folder with --out, or delete it")
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-    return None
+    ranks.wait()  # nothing is written before every process has looked
+    if found is None and ranks.is_main():
+        write_text(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    return found
 
 
 def _device_name(device: torch.device) -> str:

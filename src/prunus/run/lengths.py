@@ -1,0 +1,54 @@
+"""How many tokens a model takes at once: what a recipe leaves open is fitted to the model, what it says is checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from prunus.data import ASSETS
+from prunus.run.recipe import Recipe
+
+__all__ = ["fitted"]
+
+
+def fitted(recipe: Recipe) -> Recipe:
+    """The recipe with the lengths it does not set cut to what its model takes, and written out.
+
+    Raises ValueError for a model that is not there, and for a length or window that the model does not take.
+    """
+    limit = _limit(_config(recipe.model), 2**31)
+    changes: dict[str, Any] = {}
+    for section in ("calibrate", "retrain"):
+        asked: Any = getattr(recipe, section)
+        if asked is None:
+            continue
+        if "length" in asked.model_fields_set:
+            _check(f"{section}.length", asked.length, limit, recipe.model)
+        changes[section] = asked.model_copy(update={"length": min(asked.length, limit)})
+    window = recipe.evaluate.window
+    if window is not None:
+        _check("evaluate.window", window, limit, recipe.model)
+    return recipe.model_copy(update=changes)
+
+
+def _check(key: str, value: int, limit: int, model: str) -> None:
+    if value > limit:
+        raise ValueError(f"{key}: {value} tokens, but {model!r} was made for at most {limit}; set {key} to {limit}")
+
+
+def _limit(config: Any, none: int) -> int:
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(found) if found else none
+
+
+def _config(model: str) -> Any:
+    path = ASSETS if model == "embedded" else Path(model).expanduser()
+    try:
+        if path.suffix == ".gguf":
+            return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+        return AutoConfig.from_pretrained(str(path) if path.exists() else model)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model: {model!r} is neither a model folder nor a hub name that opens ({reason})") from error
