@@ -13,6 +13,7 @@ import json
 import logging
 import multiprocessing
 import os
+import statistics
 import time
 import traceback
 from collections.abc import Sequence
@@ -146,6 +147,7 @@ class _Bench:
             precision = stages.precision_of(recipe, device)
             report = stages.retrain(model, masks, views, tokens, recipe.retrain, precision=precision)
             result["retraining"] = asdict(report) | {"tokens_per_second": report.tokens_per_second}
+            result["retraining"]["merge"] = _merge_summary(report.merge)
         result["sparsity"] = masks.sparsity
         result["perplexity"] = stages.evaluate(model, loaded.tokenizer, recipe, device)
         if recipe.evaluate.tasks:
@@ -205,6 +207,12 @@ class _Bench:
         partial = path.with_suffix(f".partial{os.getpid()}")
         save_file({name: value.contiguous() for name, value in state.items()}, partial)
         os.replace(partial, path)
+
+
+def _merge_summary(merge: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The largest difference that merging made in any layer, and the mean share of the update that it lost."""
+    found = {"largest_difference": max(merge["difference"].values(), default=0.0)}
+    return found | ({"mean_lost": statistics.fmean(merge["lost"].values())} if merge["lost"] else {})
 
 
 def _prune_key(recipe: Recipe) -> str:

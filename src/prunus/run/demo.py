@@ -30,10 +30,10 @@ RECIPE: dict[str, Any] = {
     "device": "auto",
     "prune": {"criterion": "wanda", "sparsity": 0.6},
     "calibrate": {"samples": 64, "length": 256, "batch_size": 16},
-    "retrain": {"train": ["biases", "norms"], "steps": 100, "batch_size": 8, "length": 256, "lr": 2e-3},
+    "retrain": {"train": ["biases", "norms"], "steps": 60, "batch_size": 8, "length": 256, "lr": 3e-3},
     "evaluate": {"window": 256, "batch_size": 16},
 }
-MASK_LORA: dict[str, Any] = {"train": ["mask_lora"], "lr": 1e-3}
+MASK_LORA: dict[str, Any] = {"train": ["mask_lora"], "rank": 2, "alpha": 4.0, "lr": 1e-2}
 
 
 def demo(out: Path, sparsity: float = 0.6) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def show_grid(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
         for row in rows
     ]
     print_table(shown, title=str(out))
-    _note(f"Tables: {out / 'table.json'}, {out / 'table.md'}; picture: {out / 'grid.png'}")
+    _note(f"Tables: {out / 'table.json'}, {out / 'table.md'}; pictures: {out}/grid*.png")
 
 
 def _tuned(row: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """What a grid found: results by member, and the tables and picture made of them, complete or not.
 
-    members/KEY.json (one a member) + members.jsonl (the same, packed) ─▶ table.json, table.md, grid.png
+    members/KEY.json (one a member) + members.jsonl (the same, packed) ─▶ table.json, table.md, grid*.png
 
 A folder that holds only members.jsonl is enough to make the tables again and to go on with the grid.
 """
@@ -20,6 +20,7 @@ from prunus.run.grid import Grid, Member, final_members
 __all__ = ["read_results", "spread", "tabulate"]
 
 Result = Mapping[str, Any]
+_MOST_LINES = 10  # that one picture tells apart
 
 
 def read_results(out: Path) -> dict[str, dict[str, Any]]:
@@ -44,7 +45,7 @@ def tabulate(grid: Grid) -> list[dict[str, Any]]:
     write_json(out / "table.json", rows)
     write_text(out / "table.md", _markdown(grid, rows, _dense(out)))
     if rows:
-        _plot(grid, rows, out / "grid.png", _dense(out))
+        _plot(grid, rows, out, _dense(out))
     return rows
 
 
@@ -101,17 +102,26 @@ def _markdown(grid: Grid, rows: Sequence[Mapping[str, Any]], dense: Mapping[str,
     return "\n".join(parts)
 
 
-def _plot(grid: Grid, rows: Sequence[Mapping[str, Any]], path: Path, dense: Mapping[str, float]) -> None:
-    """Perplexity on the second text, or the only one, against sparsity; a line for each combination of other labels."""
+def _plot(grid: Grid, rows: Sequence[Mapping[str, Any]], out: Path, dense: Mapping[str, float]) -> None:
+    """Perplexity on the second text, or the only one, against sparsity; a line for each combination of other labels.
+
+    More lines than a reader can tell apart become one picture for each label of the first other axis.
+    """
     across, texts = _across(grid), _texts(rows)
     if across is None:
         return
     text = texts[min(1, len(texts) - 1)]
-    table: dict[str, dict[str, float]] = {}
+    others = [axis for axis in grid.axes if axis != across]
+    split = len({tuple(row[axis] for axis in others) for row in rows}) > _MOST_LINES
+    pictures: dict[str, dict[str, dict[str, float]]] = {}
     for row in rows:
-        line = ", ".join(str(row[axis]) for axis in grid.axes if axis != across)
-        table.setdefault(line, {})[str(row[across])] = float(row[text]["mean"])
-    plot_grid(table, path, dense=dense.get(text), title=text)
+        names = [str(row[axis]) for axis in others]
+        picture, line = (names[0], names[1:]) if split else ("", names)
+        table = pictures.setdefault(picture, {})
+        table.setdefault(", ".join(line), {})[str(row[across])] = float(row[text]["mean"])
+    for picture, table in pictures.items():
+        path = out / (f"grid-{picture}.png" if picture else "grid.png")
+        plot_grid(table, path, dense=dense.get(text), title=f"{picture}, {text}" if picture else text)
 
 
 def _dense(out: Path) -> dict[str, float]:
