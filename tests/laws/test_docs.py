@@ -1,7 +1,11 @@
-"""What the documentation shows is true: Python blocks run, YAML blocks are recipes, links lead somewhere."""
+"""What the documentation shows is true: Python blocks and examples run, YAML blocks and recipes/ are recipes, commands
+parse, tables of keys and flags are complete, links lead somewhere."""
 
 import re
+import runpy
+import shlex
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
 import yaml
@@ -44,16 +48,146 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
         exec(compile(body, f"{page.name}, block {number}", "exec"), names)
 
 
-@with_block("yaml")
-def test_yaml_blocks_are_recipes(page, tmp_path, monkeypatch):
+EXAMPLES = sorted(ROOT.glob("examples/*.py"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_examples_run(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out, f"{path.name} shows nothing"
+
+
+def touch_files_named_in(text):
+    """Recipes refuse files that are not there."""
+    for file in re.findall(r"(?<![\w/.-])[\w./-]+\.(?:txt|parquet|jsonl|gz|gguf)\b|\./[\w./-]+", text):
+        if not file.startswith("/"):
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            Path(file).touch()
+
+
+def check_recipe(text):
+    """The text is a recipe of one of our three kinds."""
+    from prunus.run.grid import load_grid
+    from prunus.run.pretrain import read_recipe
     from prunus.run.recipe import load_recipe
 
+    touch_files_named_in(text)
+    path, raw = Path("checked.yaml"), yaml.safe_load(text)
+    path.write_text(text)
+    if "axes" in raw:
+        assert len(list(load_grid(path, None).cells())) > 1
+    elif "held_out" in raw:
+        assert read_recipe(path).held_out.test
+    else:
+        assert load_recipe(path, {}).out == raw.get("out", "runs/compress")
+
+
+@with_block("yaml")
+def test_yaml_blocks_are_recipes(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for body in blocks(page.read_text(encoding="utf-8"), "yaml"):
-        for file in re.findall(r"[\w.-]+\.(?:txt|parquet|jsonl)", body):
-            Path(file).touch()  # recipes refuse files that are not there
-        Path("recipe.yaml").write_text(body)
-        assert load_recipe(Path("recipe.yaml"), {}).out == yaml.safe_load(body)["out"]
+        check_recipe(body)
+
+
+@named(sorted(ROOT.glob("recipes/**/*.yaml")))
+def test_recipes_are_recipes(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("# "), f"{page} does not begin with what it is and what came of it"
+    check_recipe(text)
+
+
+def test_a_wrong_recipe_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"unknown key 'prune\.sparsty'"):
+        check_recipe("prune: {sparsty: 0.5}")
+
+
+@with_block("console")
+def test_commands_parse(page, tmp_path, monkeypatch):
+    """`prunus show` runs; `compress` runs up to its checked recipe; of the others the arguments are read."""
+    from typer.main import get_command
+    from typer.testing import CliRunner
+
+    from prunus.run.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("prunus.run.compress.compress", lambda recipe: {"recipe": recipe})
+    monkeypatch.setattr("prunus.run.show.show_result", lambda result, out: None)
+    monkeypatch.setattr("prunus.ranks.is_main", lambda: False)
+    for line in re.findall(r"^\$ (.+)$", "".join(blocks(page.read_text(encoding="utf-8"), "console")), re.MULTILINE):
+        words = shlex.split(line)
+        start = next((i for i, word in enumerate(words) if word in ("prunus", "prunus.run.cli")), None)
+        if start is None:
+            continue
+        touch_files_named_in(line)
+        Path("recipe.yaml").touch()
+        name, *arguments = words[start + 1 :]
+        if name in ("show", "compress"):
+            done = CliRunner().invoke(app, [name, *arguments])
+            assert done.exit_code == 0, f"{line}: {done.exception} {done.output}"
+        else:
+            get_command(app).commands[name].make_context(name, arguments)
+
+
+REFERENCE = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+
+
+def table_under(heading):
+    """The rows of the first table under a heading, as lists of cells."""
+    section = re.split(r"^#+ ", REFERENCE.split(f"# {heading}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
+    rows = [re.split(r" \| ", line.strip("| ")) for line in section.splitlines() if line.startswith("| `")]
+    assert rows, f"no table under {heading!r}"
+    return rows
+
+
+def words_of(annotation):
+    """The words that a field's type allows."""
+    if get_origin(annotation) is Literal:
+        return set(get_args(annotation))
+    return {word for inner in get_args(annotation) for word in words_of(inner)}
+
+
+@pytest.mark.parametrize(
+    ("heading", "section"),
+    [
+        ("The recipe", "Recipe"),
+        ("`prune`", "Prune"),
+        ("`calibrate`", "Calibrate"),
+        ("`reconstruct`", "Reconstruct"),
+        ("`retrain`", "Retrain"),
+        ("`evaluate`", "Evaluate"),
+        ("Texts", "Data"),
+    ],
+)
+def test_the_reference_of_keys_is_complete_and_true(heading, section):
+    from prunus.run import recipe
+
+    fields = getattr(recipe, section).model_fields
+    rows = table_under(heading)
+    assert [row[0].strip("`") for row in rows] == list(fields)
+    for (key, cell, meaning), field in zip(rows, fields.values(), strict=True):
+        words = {word for word in words_of(field.annotation) if f"`{word}`" not in meaning}
+        assert not words, f"{heading}, {key}: the values {words} are not named"
+        if cell in ("section", "text"):
+            assert not field.is_required()
+        elif cell == "required":
+            assert field.is_required()
+        else:
+            shown = yaml.safe_load(cell.strip("`"))
+            default = list(field.default) if isinstance(field.default, tuple) else field.default
+            assert (None if shown == "none" else shown) == default, f"{heading}, {key}"
+
+
+def test_the_table_of_flags_is_complete():
+    from typer.main import get_command
+
+    from prunus.run.cli import app
+
+    command = get_command(app).commands["compress"]
+    flags = {option for param in command.params if param.name != "recipe" for option in param.opts}
+    assert {row[0].strip("`") for row in table_under("Flags")} == flags
 
 
 @named(PAGES)

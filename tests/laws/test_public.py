@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import prunus
+from prunus.data import ASSETS
 
 ROOT = Path(__file__).parents[2]
 SHAPE = re.compile(r"\((\.\.\., |[\w*]+, ?)[\w ]*\)")  # (out, in), (N,), (..., in)
@@ -48,20 +49,27 @@ def test_every_public_name_is_documented_with_an_example(name):
 
 
 @pytest.fixture(scope="module")
-def names():
-    """What the docstrings' examples may take for granted: torch, public names, a tiny model with its tokenizer."""
+def folder(tmp_path_factory):
+    """Where the docstrings' examples run."""
+    return tmp_path_factory.mktemp("examples")
+
+
+@pytest.fixture(scope="module")
+def names(folder):
+    """What the examples may take for granted: torch, public names, a tiny model, saved in out/model, a tokenizer."""
     from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 8, "ffn_dim": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "word_embed_proj_dim": 8}
-    tokenizer = AutoTokenizer.from_pretrained(prunus.read_texts.__globals__["ASSETS"])
-    given = {name: getattr(prunus, name) for name in prunus.__all__}
-    return given | {
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS)
+    model = OPTForCausalLM(OPTConfig(vocab_size=len(tokenizer), **sizes))
+    prunus.save_model(model, tokenizer, folder / "out" / "model", masks=None, info={}, source=ASSETS)
+    return {name: getattr(prunus, name) for name in prunus.__all__} | {
         "torch": torch,
         "nn": nn,
         "Path": Path,
         "tokenizer": tokenizer,
-        "model": OPTForCausalLM(OPTConfig(vocab_size=len(tokenizer), **sizes)),
+        "model": model,
         "batches": lambda step: torch.zeros(2, 8, dtype=torch.long),
     }
 
@@ -74,8 +82,8 @@ class Shown(doctest.OutputChecker):
 
 
 @pytest.mark.parametrize("name", [name for name in prunus.__all__ if ">>>" in (getattr(prunus, name).__doc__ or "")])
-def test_docstring_examples_run(name, names, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_docstring_examples_run(name, names, folder, monkeypatch):
+    monkeypatch.chdir(folder)
     heard = []
     example = doctest.DocTestParser().get_doctest(getattr(prunus, name).__doc__, dict(names), name, None, 0)
     doctest.DocTestRunner(Shown(), verbose=False).run(example, out=heard.append)
