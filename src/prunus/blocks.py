@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from prunus.layers import _scan
 from prunus.observe import observe
 
-__all__ = ["Arguments", "capture", "find_blocks", "observe", "run_block"]
+__all__ = ["Arguments", "capture", "find_blocks", "finish", "observe", "run_block"]
 
 _REST = 0.1  # largest share of the prunable weights that another list of modules may hold
 
@@ -72,9 +72,25 @@ def capture(model: nn.Module, names: Sequence[str], input_ids: Tensor) -> tuple[
 
     Raises: ValueError if the model does not call the blocks once each, in this order, on one hidden state.
     """
+    return _record(model, names, input_ids, None)
+
+
+@torch.no_grad()
+def finish(model: nn.Module, names: Sequence[str], input_ids: Tensor, leaving: Tensor) -> None:
+    """Run all that comes after the last block, as if the blocks had made `leaving` (b, L, d) of these tokens.
+
+    For what watches the final norm and the head meanwhile; block parameters may be on meta.
+    Raises: ValueError as `capture`.
+    """
+    _record(model, names, input_ids, leaving)
+
+
+def _record(
+    model: nn.Module, names: Sequence[str], input_ids: Tensor, leaving: Tensor | None
+) -> tuple[Tensor, dict[str, Arguments]]:
     failures: list[tuple[int, Exception]] = []
     for wrap in (_as_tensor, _as_tuple):  # which of the two the model expects shows at the second block
-        chain = _Chain(list(names), wrap)
+        chain = _Chain(list(names), wrap, leaving=leaving)
         try:
             with chain.recording(model), suppress(_LastBlock):
                 model(input_ids, **_without_cache(model))
@@ -121,11 +137,15 @@ def _as_tuple(hidden: Tensor) -> Any:
 
 @dataclass(eq=False)
 class _Chain:
-    """One recording forward: the blocks still expected, and what was captured so far."""
+    """One recording forward: the blocks still expected, and what was captured so far.
+
+    leaving: what the last block is to return; without it the forward ends there.
+    """
 
     names: list[str]
     wrap: Callable[[Tensor], Any]
     hidden: Tensor | None = None
+    leaving: Tensor | None = None
     calls: dict[str, Arguments] = field(default_factory=dict)
 
     @contextmanager
@@ -149,7 +169,9 @@ class _Chain:
                 raise ValueError(f"the model called block '{name}' where '{expected}' was expected")
             self.calls[name] = self._split(name, args, kwargs)
             if len(self.calls) == len(self.names):
-                raise _LastBlock
+                if self.leaving is None:
+                    raise _LastBlock
+                return self.wrap(self.leaving)
             assert self.hidden is not None
             return self.wrap(self.hidden)
 

@@ -209,6 +209,8 @@ def _attach(
             stacks.setdefault(name, _Stack(name, parameter)).views[view.index] = view
             continue
         for module in block.modules():
+            if isinstance(module, nn.Embedding):
+                continue  # shares the head's weight, but looks rows up instead of multiplying
             if any(each is parameter for each in module.parameters(recurse=False)):
                 hook = _hook(view.name, module, ledger)
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)

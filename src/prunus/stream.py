@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from prunus.blocks import Arguments, capture, find_blocks, run_block
+from prunus.blocks import Arguments, capture, find_blocks, finish, run_block
 from prunus.layers import Inputs, Layer, View, find_layers
 from prunus.masks import Masks
 from prunus.observe import observe
@@ -99,11 +99,10 @@ def stream(
     source = source or Memory(model)
     device = torch.device(device) if device is not None else _device_of(model)
     names = find_blocks(model)
-    views = _views_by_block(model, names, include, exclude)
+    views, outer = _views_by_block(model, names, include, exclude)
     todo = {
-        view.name: counts[view.name] if counts else pattern.counts(view.shape, sparsity)
-        for vs in views.values()
-        for view in vs
+        view.name: counts[view.name] if counts else pattern.counts(view.shape, sparsity, name=view.name)
+        for view in [*(view for group in views.values() for view in group), *outer]
     }
     hidden, arguments = embed(model, names, tokens, source=source, device=device, batch_size=batch_size)
     dense = list(hidden) if fit is not None and fit.inputs == "dense" else None
@@ -121,6 +120,10 @@ def stream(
         source.release(name)
         if on_block is not None:
             on_block(report)
+    if outer:
+        batches = list(zip(tokens.split(batch_size), hidden, strict=True))
+        with source.outside(device), autocast(device, precision):
+            reports += _solve_outside_(model, names, outer, solver, pattern, todo, gram, batches, masks, work)
     return Streamed(Masks(masks), reports)
 
 
@@ -136,18 +139,17 @@ def survey(
     exclude: Sequence[str] = (),
     on_block: Callable[[str], None] | None = None,
 ) -> dict[str, Inputs]:
-    """View name -> input norms of every prunable layer of the dense model, for allocations that look at all layers."""
+    """View name -> input norms of every prunable layer in the dense blocks, for allocations that look at all layers."""
     source = source or Memory(model)
     device = torch.device(device) if device is not None else _device_of(model)
     names = find_blocks(model)
-    views = _views_by_block(model, names, include, exclude)
+    views, _ = _views_by_block(model, names, include, exclude)
     hidden, arguments = embed(model, names, tokens, source=source, device=device, batch_size=batch_size)
     seen: dict[str, Inputs] = {}
     for name in names:
         block = source.load(name, device)
-        with torch.no_grad(), observe(block, views[name], gram=False) as inputs:
-            with autocast(device, precision):
-                _advance_(block, hidden, arguments[name])
+        with torch.no_grad(), observe(block, views[name], gram=False) as inputs, autocast(device, precision):
+            _advance_(block, hidden, arguments[name])
         seen.update(inputs)
         source.release(name)
         if on_block is not None:
@@ -206,7 +208,8 @@ class _Step:
                 y = run_block(self.block, x, call)
                 if fit is not None and dense is None:  # what the dense block makes of the pruned inputs is the target
                     leaving.append(y.to(x.device))
-        chosen, fallback = self._prune_(solver, pattern, todo, inputs)
+        parameters = dict(self.block.named_parameters(prefix=self.name))
+        chosen, fallback = _prune_(parameters, self.views, solver, pattern, todo, inputs)
         masks.update(chosen)
         del inputs
         errors = None
@@ -223,7 +226,7 @@ class _Step:
         del leaving
         with self._autocast():
             _advance_(self.block, hidden, own)
-        return self._report(masks, errors, fallback)
+        return _report(self.name, self.views, masks, self.started, errors, fallback)
 
     def replay_(
         self,
@@ -244,41 +247,83 @@ class _Step:
     def _autocast(self) -> AbstractContextManager[object]:
         return autocast(self.device, self.precision)
 
-    @torch.no_grad()
-    def _prune_(
-        self, solver: Solver, pattern: Pattern, todo: Mapping[str, int], inputs: Mapping[str, Inputs]
-    ) -> tuple[dict[str, Tensor], list[str]]:
-        parameters = dict(self.block.named_parameters(prefix=self.name))
-        masks: dict[str, Tensor] = {}
-        fallback: list[str] = []
-        for view in self.views:
-            parameter = parameters[view.parameter]
-            layer = Layer(view.name, view.matrix(parameter.data), inputs[view.name])
-            weight, mask = solver(layer, pattern, todo[view.name])
-            view.write_(
-                parameter.data, torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
-            )
-            whole = masks.setdefault(
-                view.parameter, torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)
-            )
-            view.write_(whole, mask)
-            if inputs[view.name].tokens == 0:
-                fallback.append(view.name)
-        return {name: mask.cpu() for name, mask in masks.items()}, fallback
 
-    def _report(
-        self, masks: Mapping[str, Tensor], errors: tuple[float, float] | None, fallback: list[str]
-    ) -> BlockReport:
-        names = list(dict.fromkeys(view.parameter for view in self.views))
-        return BlockReport(
-            self.name,
-            {name: int(masks[name].sum()) for name in names},
-            {name: masks[name].numel() for name in names},
-            time.perf_counter() - self.started,
-            errors[0] if errors else None,
-            errors[1] if errors else None,
-            fallback,
-        )
+@torch.no_grad()
+def _solve_outside_(
+    model: nn.Module,
+    names: Sequence[str],
+    outer: Sequence[View],
+    solver: Solver,
+    pattern: Pattern,
+    todo: Mapping[str, int],
+    gram: bool,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    masks: dict[str, Tensor],
+    work: Work | None,
+) -> list[BlockReport]:
+    """Prune what was asked for outside the blocks (the head), from what the pruned blocks hand to it.
+
+    batches: (token ids, hidden state that left the last block), on any device.
+    """
+    started, device = time.perf_counter(), next(iter(model.get_submodule(outer[0].name).parameters())).device
+    with observe(model, outer, gram=gram) as inputs:
+        for ids, leaving in batches:
+            finish(model, names, ids.to(device), leaving.to(device))
+    reports: list[BlockReport] = []
+    for view in outer:
+        module = model.get_submodule(view.name)
+        if work is not None and work.has(view.name):
+            reports.append(work.restore_(view.name, module, masks))
+            continue
+        chosen, fallback = _prune_(dict(model.named_parameters()), [view], solver, pattern, todo, inputs)
+        masks.update(chosen)
+        reports.append(_report(view.name, [view], chosen, started, None, fallback))
+        if work is not None:
+            work.save(view.name, module, chosen, reports[-1])
+    return reports
+
+
+@torch.no_grad()
+def _prune_(
+    parameters: Mapping[str, nn.Parameter],
+    views: Sequence[View],
+    solver: Solver,
+    pattern: Pattern,
+    todo: Mapping[str, int],
+    inputs: Mapping[str, Inputs],
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Parameter name -> mask on the CPU, after the views' weights were solved in place; views that saw no token."""
+    masks: dict[str, Tensor] = {}
+    for view in views:
+        parameter = parameters[view.parameter]
+        layer = Layer(view.name, view.matrix(parameter.data), inputs[view.name])
+        with torch.autocast(parameter.device.type, enabled=False):
+            weight, mask = solver(layer, pattern, todo[view.name])
+        view.write_(parameter.data, weight.masked_fill(~mask, 0.0))
+        whole = masks.setdefault(view.parameter, torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device))
+        view.write_(whole, mask)
+    fallback = [view.name for view in views if inputs[view.name].tokens == 0]
+    return {name: mask.cpu() for name, mask in masks.items()}, fallback
+
+
+def _report(
+    name: str,
+    views: Sequence[View],
+    masks: Mapping[str, Tensor],
+    started: float,
+    errors: tuple[float, float] | None,
+    fallback: Sequence[str],
+) -> BlockReport:
+    names = list(dict.fromkeys(view.parameter for view in views))
+    return BlockReport(
+        name,
+        {name: int(masks[name].sum()) for name in names},
+        {name: masks[name].numel() for name in names},
+        time.perf_counter() - started,
+        errors[0] if errors else None,
+        errors[1] if errors else None,
+        fallback,
+    )
 
 
 @torch.no_grad()
@@ -290,15 +335,17 @@ def _advance_(block: nn.Module, hidden: list[Tensor], arguments: Sequence[Argume
 
 def _views_by_block(
     model: nn.Module, names: Sequence[str], include: Sequence[str], exclude: Sequence[str]
-) -> dict[str, list[View]]:
+) -> tuple[dict[str, list[View]], list[View]]:
+    """The views of each block, and those outside, which are only there when `include` names them."""
     whole = find_layers(model, include=include, exclude=exclude)
     views = {name: [view for view in whole if view.name.startswith(name + ".")] for name in names}
-    if not any(views.values()):
+    inside = {view.name for group in views.values() for view in group}
+    if not whole:
         raise ValueError(
             f"nothing to prune: include={list(include)}, exclude={list(exclude)} leave no layer of "
             f"{names[0]} .. {names[-1]}"
         )
-    return views
+    return views, [view for view in whole if view.name not in inside]
 
 
 def _device_of(model: nn.Module) -> torch.device:

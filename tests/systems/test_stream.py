@@ -223,3 +223,34 @@ def test_statistics_are_float32_although_blocks_run_in_16_bits() -> None:
     exact = survey(tiny_llama(), tokens=TOKENS)
     name = "model.layers.0.self_attn.q_proj"  # its inputs were not touched by a 16-bit product yet
     assert torch.equal(inputs[name].squares, exact[name].squares)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_is_pruned_when_asked_for_from_what_reaches_it(tied: bool) -> None:
+    torch.manual_seed(0)
+    config = tiny_llama().config
+    config.tie_word_embeddings = tied
+    model = LlamaForCausalLM(config).eval()
+    weight = model.lm_head.weight.detach().clone()
+    include = ["*_proj", "lm_head"]
+    streamed = stream(model, WANDA, Unstructured("row"), 0.5, tokens=TOKENS, gram=False, include=include, batch_size=5)
+    streamed.masks.check(model)
+    assert streamed.reports[-1].name == "lm_head"
+    seen: list[torch.Tensor] = []
+    handle = model.model.norm.register_forward_hook(lambda _m, _a, output: seen.append(output.detach()))
+    if tied:  # calibration saw the dense embeddings
+        dense = LlamaForCausalLM(config).eval()
+        dense.load_state_dict(model.state_dict())
+        model.model.embed_tokens.weight.data = weight
+    with torch.no_grad():
+        model(TOKENS)
+    handle.remove()
+    score = weight.abs() * torch.cat(seen).flatten(0, 1).square().sum(0).sqrt()
+    name = next(name for name in streamed.masks if name.endswith(("lm_head.weight", "embed_tokens.weight")))
+    expected = score >= score.topk(score.shape[1] // 2, dim=1).values[:, -1:]
+    assert torch.equal(streamed.masks[name], expected)
+
+
+def test_without_being_asked_the_head_stays_dense() -> None:
+    masks = stream(tiny_llama(), WANDA, Unstructured("row"), 0.5, tokens=TOKENS, gram=False).masks
+    assert all(".layers." in name for name in masks)
