@@ -72,29 +72,28 @@ def capture(model: nn.Module, names: Sequence[str], input_ids: Tensor) -> tuple[
 
     Raises: ValueError if the model does not call the blocks once each, in this order, on one hidden state.
     """
-    return _record(model, names, input_ids, None)
+    return _record(model, names, input_ids, None).result(model)
 
 
 @torch.no_grad()
-def finish(model: nn.Module, names: Sequence[str], input_ids: Tensor, leaving: Tensor) -> None:
-    """Run all that comes after the last block, as if the blocks had made `leaving` (b, L, d) of these tokens.
+def finish(model: nn.Module, names: Sequence[str], input_ids: Tensor, leaving: Tensor) -> Any:
+    """The model's output (with logits) as if its blocks had made `leaving` (b, L, d) of these tokens.
 
-    For what watches the final norm and the head meanwhile; block parameters may be on meta.
-    Raises: ValueError as `capture`.
+    Only what lies before and after the blocks runs; block parameters may be on meta. Raises: ValueError as `capture`.
     """
-    _record(model, names, input_ids, leaving)
+    return _record(model, names, input_ids, leaving).output
 
 
-def _record(
-    model: nn.Module, names: Sequence[str], input_ids: Tensor, leaving: Tensor | None
-) -> tuple[Tensor, dict[str, Arguments]]:
+def _record(model: nn.Module, names: Sequence[str], input_ids: Tensor, leaving: Tensor | None) -> _Chain:
+    """The chain of one recording forward, which ends at the last block unless that is to return `leaving`."""
     failures: list[tuple[int, Exception]] = []
     for wrap in (_as_tensor, _as_tuple):  # which of the two the model expects shows at the second block
         chain = _Chain(list(names), wrap, leaving=leaving)
         try:
             with chain.recording(model), suppress(_LastBlock):
-                model(input_ids, **_without_cache(model))
-            return chain.result(model)
+                chain.output = model(input_ids, **_without_cache(model))
+            chain.result(model)
+            return chain
         except Exception as failure:
             failures.append((len(chain.calls), failure))
     raise max(failures, key=lambda each: each[0])[1]  # the way that got further tells what is wrong
@@ -147,6 +146,7 @@ class _Chain:
     hidden: Tensor | None = None
     leaving: Tensor | None = None
     calls: dict[str, Arguments] = field(default_factory=dict)
+    output: Any = None
 
     @contextmanager
     def recording(self, model: nn.Module) -> Generator[None]:

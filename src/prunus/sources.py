@@ -6,7 +6,7 @@ A source brings one block to the device and frees it again; it knows nothing of 
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +15,6 @@ import torch
 from accelerate.utils import set_module_tensor_to_device
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 __all__ = ["Memory", "Shards", "Source"]
 
@@ -127,20 +126,31 @@ class Shards:
         finally:
             for name in names:
                 set_module_tensor_to_device(self.model, name, "meta")
+                self._retie(name)
 
-    def fill_(self, device: torch.device) -> None:
-        """Read every parameter that is still on meta to `device`, tied ones once."""
-        for name, parameter in list(self.model.named_parameters()):
-            if parameter.is_meta:
-                self._place(name, device)
-        if isinstance(self.model, PreTrainedModel):
-            self.model.tie_weights()
+    def own(self, name: str) -> str | None:
+        """The checkpoint's name of a parameter or stored buffer of the model; None for one that it does not store."""
+        found = self._file(name)
+        return found[1] if found else None
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of everything stored, one at a time, as it is on disk."""
+        for key, file in self.files.items():
+            with safe_open(self.folder / file, framework="pt") as shard:
+                yield key, shard.get_tensor(key)
 
     def _place(self, name: str, device: torch.device) -> None:
         value = self.tensor(name)
         if self.dtype is not None and value.is_floating_point():
             value = value.to(self.dtype)
         set_module_tensor_to_device(self.model, name, device, value=value, dtype=value.dtype)
+        self._retie(name)
+
+    def _retie(self, name: str) -> None:
+        """Give the other owners of a tied parameter the object that was just put in its place."""
+        for other in self.tied.get(name, ()):
+            owner, _, key = other.rpartition(".")
+            self.model.get_submodule(owner)._parameters[key] = self.model.get_parameter(name)
 
     def _file(self, name: str) -> tuple[str, str] | None:
         for key in (name, *self.tied.get(name, ())):

@@ -82,6 +82,12 @@ class Work:
         block.load_state_dict(state)
         return report
 
+    def masks(self, name: str) -> dict[str, Tensor]:
+        """Parameter name -> mask of a finished block."""
+        with safe_open(self._path(name), framework="pt") as file:
+            keys = [key for key in file.keys() if key.startswith("mask:")]  # noqa: SIM118
+            return {key.removeprefix("mask:"): file.get_tensor(key).bool() for key in keys}
+
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Parameter and buffer name inside the block -> tensor of a finished block."""
         with safe_open(self._path(name), framework="pt") as file:

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from prunus.masks import Masks
 from prunus.run import stages
 from prunus.run.compress import compress
 from prunus.run.recipe import Recipe, load_recipe, parse
+from tests.conftest import byte_tokenizer, tiny_llama
 
 
 def raw(folder: Path, text: Path, out: Path, **changes: Any) -> dict[str, Any]:
@@ -51,7 +52,8 @@ def test_the_job_prunes_retrains_merges_and_saves(tiny_folder: Path, text_file: 
     masks = Masks.load(out / "model" / "masks.safetensors")
     saved = AutoModelForCausalLM.from_pretrained(out / "model")
     masks.check(saved)
-    again = stages.evaluate(saved, stages.load(recipe(tiny_folder, text_file, out)).tokenizer, recipe(tiny_folder, text_file, out), torch.device("cpu"))  # fmt: skip
+    asked = recipe(tiny_folder, text_file, out, model=str(out / "model"))
+    again = stages.evaluate(stages.load(asked), asked, torch.device("cpu"))
     assert again["text"] == found["merged"]
 
 
@@ -82,8 +84,7 @@ def test_a_run_killed_while_it_prunes_or_retrains_ends_with_the_same_bits(
         done: list[str] = []
 
         def evaluate(*args: Any, fatal: str = fatal, done: list[str] = done) -> dict[str, float]:
-            order = ["pruned", "retrained"] if streaming else ["dense", "pruned", "retrained"]
-            if order[len(done)] == fatal:
+            if ["dense", "pruned", "retrained"][len(done)] == fatal:
                 raise KeyboardInterrupt
             done.append("")
             return original(*args)
@@ -99,12 +100,38 @@ def test_a_run_killed_while_it_prunes_or_retrains_ends_with_the_same_bits(
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def test_streaming_from_disk_gives_the_same_model(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    results = [
-        compress(recipe(tiny_folder, text_file, tmp_path / name, streaming=name == "disk"))
-        for name in ("memory", "disk")
+@pytest.mark.parametrize("retrain", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_streaming_from_disk_gives_the_same_model(
+    text_file: Path, tmp_path: Path, retrain: bool, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(3)
+    config = tiny_llama().config
+    config.tie_word_embeddings = tied
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
+    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    changes: dict[str, Any] = {} if retrain else {"retrain": None}
+    changes["prune"] = {"criterion": "sparsegpt", "sparsity": 0.5, "include": ["*_proj", "lm_head"]}
+    memory = compress(recipe(tmp_path / "dense", text_file, tmp_path / "memory", **changes))
+    if not retrain:  # then nothing may ever hold the whole model
+
+        def refuse(*_: object, **__: object) -> None:
+            raise AssertionError("the model was loaded into memory")
+
+        monkeypatch.setattr(stages.AutoModelForCausalLM, "from_pretrained", refuse)
+    disk = compress(recipe(tmp_path / "dense", text_file, tmp_path / "disk", streaming=True, **changes))
+    monkeypatch.undo()
+    for stage, found in memory["perplexity"].items():
+        assert disk["perplexity"][stage]["text"] == pytest.approx(found["text"], rel=1e-6)
+    one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / name / "model") for name in ("memory", "disk"))
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+    name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    assert float((one.get_parameter(name) == 0).float().mean()) == pytest.approx(0.5, abs=1e-3)
+    configs = [
+        tmp_path / "dense" / "config.json",
+        *(tmp_path / n / "model" / "config.json" for n in ("memory", "disk")),
     ]
-    assert results[0]["perplexity"]["merged"] == results[1]["perplexity"]["merged"]
+    assert len({path.read_bytes() for path in configs}) == 1
 
 
 WRONG = [

@@ -149,7 +149,7 @@ class _Bench:
             result["retraining"] = asdict(report) | {"tokens_per_second": report.tokens_per_second}
             result["retraining"]["merge"] = _merge_summary(report.merge)
         result["sparsity"] = masks.sparsity
-        result["perplexity"] = stages.evaluate(model, loaded.tokenizer, recipe, device)
+        result["perplexity"] = stages.evaluate(stages.Loaded(model, loaded.tokenizer, loaded.folder), recipe, device)
         if recipe.evaluate.tasks:
             result["zero_shot"] = stages.zero_shot(model, loaded.tokenizer, recipe, device)
         return result | {"seconds": time.perf_counter() - started, "recipe": recipe.model_dump(mode="json")}
@@ -159,7 +159,7 @@ class _Bench:
         if not (self.out / "dense.json").exists() and _claim(self.out, "dense"):
             device = stages.device_of(recipe)
             loaded = self._loaded(recipe, device)
-            write_json(self.out / "dense.json", stages.evaluate(loaded.model, loaded.tokenizer, recipe, device))
+            write_json(self.out / "dense.json", stages.evaluate(loaded, recipe, device))
 
     def _loaded(self, recipe: Recipe, device: torch.device) -> stages.Loaded:
         key = digest({"model": recipe.model, "dtype": recipe.dtype, "device": str(device)})

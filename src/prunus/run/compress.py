@@ -14,7 +14,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -25,14 +25,13 @@ import yaml
 from rich.console import Console
 
 from prunus import ranks
-from prunus.blocks import find_blocks
-from prunus.export import save_model
+from prunus.export import save_model, save_tensors
 from prunus.files import write_json, write_text
 from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.report import Advance, append_metrics, plot_compression, progress, read_metrics
 from prunus.run import stages
-from prunus.run.lengths import fitted
+from prunus.run.fitted import fitted
 from prunus.run.recipe import Recipe, digest
 from prunus.sources import Shards
 from prunus.stream import BlockReport, Streamed
@@ -49,9 +48,9 @@ def compress(recipe: Recipe) -> dict[str, Any]:
     Raises ValueError when `out` holds another recipe's run, the model is not there or does not take the recipe's
     lengths, or the launched processes cannot share a batch.
     """
-    recipe = fitted(recipe)
-    device = ranks.join(stages.device_of(recipe))
+    recipe = fitted(recipe, stages.device_of(recipe))
     _check_shares(recipe)
+    device = ranks.join(stages.device_of(recipe))
     out, key = Path(recipe.out), digest(recipe)
     finished = _claim(out, recipe, key)
     if finished is not None:
@@ -88,12 +87,11 @@ class _Run:
             loaded = stages.load(recipe)
         result: dict[str, Any] = {"key": self.key, "model": recipe.model, "device": _device_name(self.device)}
         result |= {"processes": ranks.count(), "perplexity": {}}
-        if not recipe.streaming:
-            result["perplexity"]["dense"] = self._measured("dense", loaded)
+        result["perplexity"]["dense"] = self._measured("dense", loaded)
         streamed = self._prune(loaded)
         result["pruning"] = stages.summary(streamed)
         if recipe.streaming:
-            loaded = self._assemble(loaded, streamed.masks)
+            loaded = self._assembled(loaded, streamed)
         result["perplexity"]["pruned"] = self._measured("pruned", loaded)
         if recipe.retrain is not None:
             result["retraining"] = self._retrain(loaded, streamed.masks, result["perplexity"])
@@ -124,12 +122,10 @@ class _Run:
     def _as_written(self, work: Work, loaded: stages.Loaded, streamed: Streamed) -> Streamed:
         """The pruning of the main process, in place of this one's: two GPUs may differ in the last bit."""
         masks: dict[str, torch.Tensor] = {}
-        for name in find_blocks(loaded.model):
-            block = loaded.model.get_submodule(name)
-            if self.recipe.streaming:
-                assert loaded.source is not None
-                block = loaded.source.load(name, torch.device("cpu"))
-            work.restore_(name, block, masks)
+        for report in streamed.reports:
+            masks |= work.masks(report.name)
+            if loaded.source is None:
+                work.restore_(report.name, loaded.model.get_submodule(report.name), {})
         return Streamed(Masks(masks), streamed.reports)
 
     def _retrain(self, loaded: stages.Loaded, masks: Masks, perplexities: dict[str, Any]) -> dict[str, Any]:
@@ -166,27 +162,59 @@ class _Run:
 
     def _measured(self, stage: str, loaded: stages.Loaded) -> dict[str, float]:
         with self._bar(f"evaluate {stage}", None):
-            found = stages.evaluate(loaded.model, loaded.tokenizer, self.recipe, self.device)
+            found = stages.evaluate(loaded, self.recipe, self.device)
         self._log({"stage": stage, "perplexity": found})
         return found
 
-    def _assemble(self, loaded: stages.Loaded, masks: Masks) -> stages.Loaded:
-        """The streamed model in memory: finished blocks from the work folder, the rest from the source's shards."""
-        assert isinstance(loaded.source, Shards)
+    def _assembled(self, loaded: stages.Loaded, streamed: Streamed) -> stages.Loaded:
+        """The pruned model as a folder of shards, written tensor by tensor; in memory only if it is to be retrained."""
+        folder = self.out / "work" / "pruned"
+        source = loaded.source
+        assert isinstance(source, Shards)
+        if ranks.is_main() and not (folder / "config.json").exists():
+            with self._bar("write", None):
+                save_tensors(
+                    self._tensors(source, streamed),
+                    loaded.tokenizer,
+                    folder,
+                    masks=streamed.masks,
+                    info={},
+                    source=source.folder,
+                )
+        ranks.wait()
+        pruned = self.recipe.model_copy(update={"model": str(folder), "streaming": self.recipe.retrain is None})
+        found = stages.load(pruned)
+        return stages.Loaded(found.model, found.tokenizer, source.folder, found.source)
+
+    def _tensors(self, source: Shards, streamed: Streamed) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of the pruned model: finished parts from the work folder, the rest from the source."""
         work = Work(self._blocks(), "")
-        model = loaded.model
-        for name in find_blocks(model):
-            block = loaded.source.load(name, torch.device("cpu"))
-            work.restore_(name, block, {})
-        loaded.source.fill_(torch.device("cpu"))
-        masks.check(model)
-        return stages.Loaded(model, loaded.tokenizer, loaded.folder)
+        done: set[str] = set()
+        for report in streamed.reports:
+            for key, tensor in work.tensors(report.name).items():
+                name = source.own(f"{report.name}.{key}")
+                if name is not None:
+                    done.add(name)
+                    yield name, tensor
+        for name, tensor in source.tensors():
+            if name not in done:
+                yield name, tensor.to(source.dtype) if tensor.is_floating_point() else tensor
 
     def _save(self, loaded: stages.Loaded, masks: Masks, result: dict[str, Any]) -> None:
         if not ranks.is_main():
             return
         info = prunus_info(self.recipe, result)
         with self._bar("save", None):
+            if isinstance(loaded.source, Shards):
+                save_tensors(
+                    loaded.source.tensors(),
+                    loaded.tokenizer,
+                    self.out / "model",
+                    masks=masks,
+                    info=info,
+                    source=loaded.folder or loaded.source.folder,
+                )
+                return
             save_model(loaded.model, loaded.tokenizer, self.out / "model", masks=masks, info=info, source=loaded.folder)
 
     def _blocks(self) -> Path:

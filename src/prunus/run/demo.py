@@ -47,16 +47,16 @@ def demo(out: Path, sparsity: float = 0.6) -> dict[str, Any]:
     started = time.perf_counter()
     loaded = stages.load(recipe)
     loaded.model.to(device)
-    perplexities: dict[str, Any] = {"dense": stages.evaluate(loaded.model, loaded.tokenizer, recipe, device)}
+    perplexities: dict[str, Any] = {"dense": stages.evaluate(loaded, recipe, device)}
     with progress("prune", loaded.model.config.num_hidden_layers) as advance:
         streamed = stages.prune(loaded, recipe, device, on_block=lambda _: advance(1))
-    perplexities["pruned"] = stages.evaluate(loaded.model, loaded.tokenizer, recipe, device)
+    perplexities["pruned"] = stages.evaluate(loaded, recipe, device)
     pruned = copy.deepcopy(loaded.model)
     report = {}
     for name, change in (("biases and norms", {}), ("MaskLoRA, merged", MASK_LORA)):
         model = copy.deepcopy(pruned)
         report[name] = _retrain(model, loaded, streamed, recipe, change, name)
-        perplexities[name] = stages.evaluate(model, loaded.tokenizer, recipe, device)
+        perplexities[name] = stages.evaluate(stages.Loaded(model, loaded.tokenizer, loaded.folder), recipe, device)
         loaded = stages.Loaded(model, loaded.tokenizer, loaded.folder)
     result: dict[str, Any] = {"model": "embedded", "perplexity": perplexities, "pruning": stages.summary(streamed)}
     result |= {"retraining": report, "seconds": time.perf_counter() - started, "device": str(device)}

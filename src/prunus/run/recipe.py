@@ -230,6 +230,8 @@ class Recipe(Strict):
     def _check(self) -> Recipe:
         if looks_local(self.model) and not Path(self.model).exists():
             raise ValueError(f"model: no file or folder {self.model!r} (seen from {os.getcwd()})")
+        if self.streaming and self.evaluate.tasks and self.retrain is None:
+            raise ValueError("evaluate.tasks need the whole model in memory: leave out tasks or streaming")
         return self
 
 

@@ -23,6 +23,7 @@ from prunus.allocations import global_, owl
 from prunus.biases import add_biases
 from prunus.data import ASSETS, PackedTokens, calibration, read_texts, tokenize
 from prunus.evaluate.perplexity import perplexity
+from prunus.evaluate.streamed import streamed_perplexity
 from prunus.layers import Inputs, Layer, View, find_layers
 from prunus.lr import linear_warmup_decay
 from prunus.masks import Masks
@@ -309,17 +310,18 @@ def retrain(
     )
 
 
-def evaluate(model: nn.Module, tokenizer: Any, recipe: Recipe, device: torch.device) -> dict[str, float]:
-    """Text name -> perplexity, by the recipe's window or the model's own length."""
-    asked = recipe.evaluate
+def evaluate(loaded: Loaded, recipe: Recipe, device: torch.device) -> dict[str, float]:
+    """Text name -> perplexity, by the recipe's window or the model's own length; block by block when streamed."""
+    model, asked = loaded.model, recipe.evaluate
     window = asked.window or min(int(getattr(model.config, "max_position_embeddings", 2048)), 2048)
-    with _on(model, device), autocast(device, precision_of(recipe, device)):
-        return {
-            name: perplexity(
-                model, text_tokens(data, tokenizer), window=window, batch_size=asked.batch_size, device=device
-            )
-            for name, data in asked.data.items()
-        }
+    precision = precision_of(recipe, device)
+    tokens = {name: text_tokens(data, loaded.tokenizer) for name, data in asked.data.items()}
+    how: dict[str, Any] = {"window": window, "batch_size": asked.batch_size, "device": device}
+    if loaded.source is not None:
+        how |= {"source": loaded.source, "precision": precision}
+        return {name: streamed_perplexity(model, text, **how) for name, text in tokens.items()}
+    with _on(model, device), autocast(device, precision):
+        return {name: perplexity(model, text, **how) for name, text in tokens.items()}
 
 
 def zero_shot(model: nn.Module, tokenizer: Any, recipe: Recipe, device: torch.device) -> dict[str, Any]:

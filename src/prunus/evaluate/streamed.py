@@ -1,0 +1,65 @@
+"""Perplexity of a model larger than memory: all windows go through one block before the next block is read.
+
+The number is that of `perplexity` (same windows, same mean); only the order of the work differs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunus.blocks import find_blocks, finish, run_block
+from prunus.data import windows
+from prunus.precision import Precision, autocast
+from prunus.sources import Source
+from prunus.stream import embed
+
+__all__ = ["streamed_perplexity"]
+
+
+@torch.no_grad()
+def streamed_perplexity(
+    model: nn.Module,
+    tokens: Tensor,
+    *,
+    window: int,
+    source: Source,
+    device: torch.device,
+    batch_size: int = 1,
+    precision: Precision = "fp32",
+    on_block: Callable[[str], None] | None = None,
+) -> float:
+    """The perplexity of a causal language model whose blocks `source` brings to `device` one at a time.
+
+    tokens: (N,) int64, cut into floor(N / window) windows. The hidden states of all windows are kept: N * d numbers.
+    Raises ValueError as `perplexity`, and for a model whose blocks are not found.
+    """
+    if window < 2:
+        raise ValueError(f"A window of {window} tokens predicts nothing; use at least 2.")
+    rows = windows(tokens, window)
+    names = find_blocks(model)
+    with autocast(device, precision):
+        hidden, arguments = embed(model, names, rows, source=source, device=device, batch_size=batch_size)
+        for name in names:
+            block = source.load(name, device)
+            hidden = [run_block(block, x, call) for x, call in zip(hidden, arguments[name], strict=True)]
+            source.release(name)
+            if on_block is not None:
+                on_block(name)
+        total = torch.zeros((), dtype=torch.float64)
+        with source.outside(device):
+            for ids, leaving in zip(rows.split(batch_size), hidden, strict=True):
+                total += _summed_loss(finish(model, names, ids.to(device), leaving), ids)
+    return math.exp(total.item() / (rows.shape[0] * (window - 1)))
+
+
+def _summed_loss(output: Any, ids: Tensor) -> Tensor:
+    losses = [
+        nn.functional.cross_entropy(row[:-1].float(), target[1:].to(row.device), reduction="none").double().sum().cpu()
+        for row, target in zip(output.logits, ids, strict=True)
+    ]
+    return torch.stack(losses).sum()
