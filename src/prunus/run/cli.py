@@ -5,14 +5,16 @@ Wrong input ends with one line on stderr and exit status 2, before any work; eve
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
+
+from prunus import __version__
+from prunus.files import write_json
 
 app = typer.Typer(
     name="prunus",
@@ -45,6 +47,7 @@ def compress(
     assign: SetOption = None,
 ) -> None:
     """Prune a language model, retrain a sliver of it, merge, measure, save."""
+    from prunus import ranks
     from prunus.run.compress import compress as run
     from prunus.run.recipe import load_recipe
     from prunus.run.show import show_result
@@ -62,7 +65,10 @@ def compress(
     }
     overrides = _assignments(assign) | {key: value for key, value in flags.items() if value is not None}
     checked = load_recipe(recipe, overrides)
-    show_result(run(checked), Path(checked.out))
+    result = run(checked)
+    if ranks.is_main():
+        show_result(result, Path(checked.out))
+    ranks.leave()
 
 
 @app.command()
@@ -84,10 +90,12 @@ def evaluate(
 ) -> None:
     """Perplexity of a model on a text: joined, windows without overlap, mean loss over predicted tokens."""
     from prunus.run import stages
+    from prunus.run.fitted import fitted
     from prunus.run.recipe import Recipe, parse
     from prunus.run.show import show_evaluation
 
-    tasks = _pairs(task or [], "--task")
+    _alone("evaluate")
+    tasks = _pairs(task or [], "--task", "name=file")
     asked = {
         "data": {data: {"source": data, "split": split}},
         "window": window,
@@ -96,13 +104,14 @@ def evaluate(
     }
     checked = parse({"model": model, "device": device, "evaluate": asked}, Recipe, "flags")
     place = stages.device_of(checked)
+    checked = fitted(checked, place)
     loaded = stages.load(checked)
-    numbers: dict[str, Any] = {"perplexity": stages.evaluate(loaded.model, loaded.tokenizer, checked, place)}
+    numbers: dict[str, Any] = {"perplexity": stages.evaluate(loaded, checked, place)}
     if tasks:
         numbers["zero_shot"] = stages.zero_shot(loaded.model, loaded.tokenizer, checked, place)
     show_evaluation(model, numbers)
     if out is not None:
-        out.write_text(json.dumps(numbers, indent=1))
+        write_json(out, numbers)
 
 
 @app.command()
@@ -117,7 +126,7 @@ def inspect(
     found = inspect_model(path)
     show_inspection(path, found)
     if out is not None:
-        out.write_text(json.dumps([vars(row) | {"sparsity": row.sparsity} for row in found], indent=1))
+        write_json(out, [vars(row) | {"sparsity": row.sparsity} for row in found])
 
 
 @app.command()
@@ -128,6 +137,7 @@ def demo(
     """Prune the embedded model, retrain biases and norms, then MaskLoRA; about two minutes on two cores, offline."""
     from prunus.run.demo import demo as run
 
+    _alone("demo")
     run(out, sparsity)
 
 
@@ -142,6 +152,7 @@ def compare(
     from prunus.run.compare import load_grid
     from prunus.run.show import show_grid
 
+    _alone("compare")
     grid = load_grid(recipe, out)
     show_grid(run(grid, workers=workers), Path(grid.out))
 
@@ -152,35 +163,67 @@ def pretrain(
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/pretrain"),
 ) -> None:
     """Train a small OPT-style language model and its tokenizer from text."""
+    from prunus.report import print_table, progress
     from prunus.run.pretrain import pretrain as run
     from prunus.run.pretrain import read_recipe
 
-    run(read_recipe(recipe), out)
+    _alone("pretrain")
+    checked = read_recipe(recipe)
+    # With `minutes` the number of steps is known only once some were timed.
+    with progress("pretrain", checked.steps if checked.minutes is None else None) as advance:
+        summary = run(checked, out, on_step=lambda done, _steps, _loss: advance.to(done))
+    print_table([{"text": text, **found} for text, found in summary["perplexity"].items()], title=str(out))
 
 
 @app.command()
 def show(recipe: RecipeArg = None, assign: SetOption = None) -> None:
     """Print a recipe with every default filled in, after checking it."""
+    import yaml
+
     from prunus.run.recipe import load_recipe
 
     checked = load_recipe(recipe, _assignments(assign))
     typer.echo(yaml.safe_dump(checked.model_dump(mode="json"), sort_keys=False), nl=False)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"prunus {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _options(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")] = False) -> None:
+def _options(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens; show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    if int(os.environ.get("RANK", "0")) > 0:  # only the main process of several draws bars
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
 
 
+def _alone(command: str) -> None:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        raise ValueError(f"{command} runs in one process, not in {processes}; launch `prunus compress` on several GPUs")
+
+
 def _assignments(items: list[str] | None) -> dict[str, Any]:
-    return {key: yaml.safe_load(value) for key, value in _pairs(items or [], "--set").items()}
+    from prunus.run.recipe import yaml_value
+
+    return {
+        key: yaml_value(value, f"--set {key}={value}")
+        for key, value in _pairs(items or [], "--set", "key=value").items()
+    }
 
 
-def _pairs(items: list[str], flag: str) -> dict[str, str]:
+def _pairs(items: list[str], flag: str, form: str) -> dict[str, str]:
     pairs = [item.partition("=") for item in items]
     wrong = next((item for item, (_, sign, _) in zip(items, pairs, strict=True) if not sign), None)
     if wrong is not None:
-        raise ValueError(f"{flag} {wrong!r} is not key=value")
+        raise ValueError(f"{flag} {wrong!r} is not {form}")
     return {key: value for key, _, value in pairs}
 
 
@@ -188,10 +231,11 @@ def main() -> None:
     """Entry point: wrong input is one line and exit status 2."""
     try:
         app()
-    except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
+    except (ValueError, ImportError, OSError, FloatingPointError) as error:
         if logging.getLogger().isEnabledFor(logging.INFO):
             raise
-        sys.stderr.write(f"prunus: {error}\n")
+        text = " ".join(str(error).split()) if isinstance(error, OSError) else str(error)
+        sys.stderr.write(f"prunus: {text}\n")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write("prunus: stopped; the same command goes on from here\n")

@@ -226,6 +226,13 @@ class Recipe(Strict):
     out: str = "runs/compress"
     save: bool = True
 
+    @field_validator("device")
+    @classmethod
+    def _device(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|cpu|(cuda|xpu|mps)(:\d+)?", value):
+            raise ValueError("a device is auto, cpu, cuda or one GPU such as cuda:1")
+        return value
+
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         if looks_local(self.model) and not Path(self.model).exists():
@@ -245,10 +252,10 @@ def load_recipe(path: Path | None, overrides: dict[str, Any] | None = None) -> R
 
 
 class _Yaml(yaml.SafeLoader):
-    """Numbers as in YAML 1.2, and no dates: in 1.1 the pattern 2:4 is the number 124 (base 60) and 1e-3 is text."""
+    """Plain values as in YAML 1.2: in 1.1 the pattern 2:4 is the number 124 (base 60), 1e-3 is text, no is false."""
 
 
-_REPLACED = [f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp")]
+_REPLACED = [f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "timestamp")]
 _Yaml.yaml_implicit_resolvers = {
     first: [(tag, rule) for tag, rule in rules if tag not in _REPLACED]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -259,6 +266,7 @@ _Yaml.add_implicit_resolver(
     re.compile(r"[-+]?(\.\d+|\d+\.\d*|\d+(?=[eE]))([eE][-+]?\d+)?$|[-+]?\.inf$|\.nan$", re.IGNORECASE),
     list("-+.0123456789"),
 )
+_Yaml.add_implicit_resolver(_REPLACED[2], re.compile(r"true$|True$|false$|False$"), list("tTfF"))
 
 
 def yaml_value(text: str, where: str) -> Any:

@@ -1,10 +1,12 @@
-"""How many tokens a model takes at once: what a recipe leaves open is fitted to the model, what it says is checked."""
+"""What a recipe leaves open, fitted to its model and device; what it says about them, checked."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig
 
 from prunus.data import ASSETS
@@ -12,13 +14,16 @@ from prunus.run.recipe import Recipe
 
 __all__ = ["fitted"]
 
+log = logging.getLogger(__name__)
 
-def fitted(recipe: Recipe) -> Recipe:
-    """The recipe with the lengths it does not set cut to what its model takes, and written out.
+
+def fitted(recipe: Recipe, device: torch.device) -> Recipe:
+    """The recipe with the lengths it does not set cut to what its model takes, and the dtype chosen for `device`.
 
     Raises ValueError for a model that is not there, and for a length or window that the model does not take.
     """
-    limit = _limit(_config(recipe.model), 2**31)
+    config = _config(recipe.model)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
     changes: dict[str, Any] = {}
     for section in ("calibrate", "retrain"):
         asked: Any = getattr(recipe, section)
@@ -30,17 +35,15 @@ def fitted(recipe: Recipe) -> Recipe:
     window = recipe.evaluate.window
     if window is not None:
         _check("evaluate.window", window, limit, recipe.model)
+    if recipe.dtype == "auto" and device.type == "cpu" and getattr(config, "dtype", None) == torch.float16:
+        log.warning("float16 products are slow on a CPU: using float32; dtype: float16 keeps the checkpoint's own")
+        changes["dtype"] = "float32"
     return recipe.model_copy(update=changes)
 
 
 def _check(key: str, value: int, limit: int, model: str) -> None:
     if value > limit:
         raise ValueError(f"{key}: {value} tokens, but {model!r} was made for at most {limit}; set {key} to {limit}")
-
-
-def _limit(config: Any, none: int) -> int:
-    found = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return int(found) if found else none
 
 
 def _config(model: str) -> Any:
