@@ -34,8 +34,8 @@ def join(device: torch.device) -> torch.device:
     if ":" in str(device):
         raise ValueError(f"device: {str(device)!r} is one GPU, but {count()} processes run; use device: auto")
     state = PartialState(cpu=device.type == "cpu")
-    assert isinstance(state.device, torch.device)
-    return state.device
+    # accelerate says "cpu:0" and "cpu:1"; moving a Parameter there makes a copy that is none.
+    return device if device.type == "cpu" else torch.device(str(state.device))
 
 
 def wait() -> None:

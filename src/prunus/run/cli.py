@@ -213,10 +213,8 @@ def _alone(command: str) -> None:
 def _assignments(items: list[str] | None) -> dict[str, Any]:
     from prunus.run.recipe import yaml_value
 
-    return {
-        key: yaml_value(value, f"--set {key}={value}")
-        for key, value in _pairs(items or [], "--set", "key=value").items()
-    }
+    pairs = _pairs(items or [], "--set", "key=value")
+    return {key: yaml_value(value, f"--set {key}={value}") for key, value in pairs.items()}
 
 
 def _pairs(items: list[str], flag: str, form: str) -> dict[str, str]:

@@ -1,0 +1,254 @@
+"""The command line: what each command takes, how mistakes end, and a real kill in the middle of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from prunus import __version__
+from prunus.report import read_metrics
+from prunus.run import cli
+from prunus.run import fitted as fitting
+from prunus.run.compress import compress
+from prunus.run.fitted import fitted
+from prunus.run.recipe import Recipe, load_recipe, parse, yaml_value
+from tests.systems.test_compress import raw
+
+OPTIONS = {
+    "compress": "recipe --model --criterion --pattern --sparsity --train --steps --lr --device --out --set",
+    "evaluate": "model --data --split --window --batch-size --device --task --out",
+    "inspect": "path --out",
+    "demo": "--out --sparsity",
+    "compare": "recipe --out --workers",
+    "pretrain": "recipe --out",
+    "show": "recipe --set",
+}
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """The command with arguments, in this process -> (exit status, stdout, stderr)."""
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*arguments: object) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["prunus", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capsys.readouterr()
+        return caught.value.code, out, err
+
+    return run
+
+
+@pytest.mark.parametrize(("command", "options"), OPTIONS.items())
+def test_help_names_every_option(call, command: str, options: str) -> None:
+    status, out, _ = call(command, "--help")
+    assert status == 0
+    assert [option for option in options.split() if option not in out] == []
+    assert {c.callback.__name__ for c in cli.app.registered_commands} == set(OPTIONS)
+
+
+def test_version(call) -> None:
+    assert call("--version")[:2] == (0, f"prunus {__version__}\n")
+
+
+def refused(call, *arguments: object) -> str:
+    """The one line with which the command ends."""
+    status, _, err = call(*arguments)
+    assert status == 2, err
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if line.strip() and "it/s" not in line]  # bars of the model's loading
+    assert len(lines) == 1, err
+    return lines[0]
+
+
+MISTAKES = [
+    (["compress", "nowhere.yaml"], "no recipe 'nowhere.yaml'", "see recipes/"),
+    (["compress", "{f}/unknown.yaml"], "unknown key 'prune.sparsty'", "did you mean 'sparsity'"),
+    (["compress", "{f}/torn.yaml"], "torn.yaml is not YAML", "line 1"),
+    (["compress", "{f}/list.yaml"], "a recipe is a mapping", "list"),
+    (["compress", "--sparsity", "1.5"], "1.5", "[0, 1)"),
+    (["compress", "--pattern", "2:4", "--sparsity", "0.7"], "0.7", "0.5"),
+    (["compress", "--model", "./no-model"], "no file or folder './no-model'", "seen from"),
+    (["compress", "--model", "{f}"], "is neither a model folder nor a hub name", "config.json"),
+    (["compress", "--set", "prune.sparsity"], "'prune.sparsity'", "key=value"),
+    (["compress", "--set", "prune={"], "--set prune={", "not YAML"),
+    (["compress", "--device", "cudda"], "'cudda'", "a device is auto, cpu, cuda"),
+    (["compress", "--set", "calibrate.length=513"], "calibrate.length: 513 tokens", "set calibrate.length to 512"),
+    (["evaluate", "embedded", "--window", "513"], "evaluate.window: 513 tokens", "set evaluate.window to 512"),
+    (["evaluate", "{tiny}", "--window", "64", "--data", "{f}/short.txt"], "no window of 64", "more text"),
+    (["evaluate", "{tiny}", "--data", "{f}/missing.txt"], "missing.txt", "give an existing path"),
+    (["evaluate", "{tiny}", "--data", "owner/name"], "'owner/name'", "pip install 'prunus[datasets]'"),
+    (["evaluate", "{tiny}", "--task", "rte"], "--task 'rte'", "name=file"),
+    (["inspect", "{f}/nowhere"], "nowhere is not there", "give a local model folder"),
+    (["inspect", "{f}"], "holds no .safetensors file", "Give a folder"),
+    (["inspect", "{f}/pickled/pytorch_model.bin"], "pickles", "save_pretrained"),
+    (["compare", "{f}/nowhere.yaml"], "nowhere.yaml", ""),
+    (["compare", "{f}/grid.yaml"], "unknown key 'axis'", "did you mean 'axes'"),
+    (["pretrain", "{f}/nowhere.yaml"], "no recipe", "nowhere.yaml"),
+    (["pretrain", "{f}/books.yaml"], "unknown key 'model.layer'", "did you mean 'layers'"),
+    (["demo", "--sparsity", "2"], "2.0", "[0, 1)"),
+    (["show", "--set", "prunes=1"], "unknown key 'prunes'", "did you mean 'prune'"),
+]
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of inputs with one mistake each."""
+    folder = tmp_path_factory.mktemp("wrong")
+    held_out = "{train: [a], validation: [b], test: [c]}"
+    texts = {
+        "unknown.yaml": "prune: {sparsty: 0.5}",
+        "torn.yaml": "prune: {sparsity: 0.5",
+        "list.yaml": "- prune",
+        "short.txt": "A plum.",
+        "grid.yaml": "base: {}\naxis: {}\naxes: {a: {b: {}}}\n",
+        "books.yaml": f"data: x.txt\nheld_out: {held_out}\nmodel: {{layer: 2}}\n",
+        "pickled/pytorch_model.bin": "never opened",
+    }
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value", "mend"), MISTAKES, ids=lambda x: " ".join(x) if isinstance(x, list) else ""
+)
+def test_a_mistake_is_one_line_and_status_2(
+    call, wrong: Path, tiny_folder: Path, tmp_path: Path, monkeypatch, arguments: list[str], value: str, mend: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if the extra were not installed
+    monkeypatch.chdir(tmp_path)
+    line = refused(call, *(part.replace("{f}", str(wrong)).replace("{tiny}", str(tiny_folder)) for part in arguments))
+    assert line.startswith("prunus: ")
+    assert value in line
+    assert mend in line
+    assert list(tmp_path.iterdir()) == []  # refused before any work
+
+
+def test_what_the_hub_says_is_put_in_one_line(call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object) -> None:
+        raise OSError("We couldn't connect\nto the hub.\n")
+
+    monkeypatch.setattr(fitting.AutoConfig, "from_pretrained", offline)
+    line = refused(call, "compress", "--model", "owner/name")
+    assert "model: 'owner/name' is neither" in line
+    assert "(We couldn't connect to the hub.)" in line
+
+
+def test_bugs_show_themselves(call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "fitted", None)
+    with pytest.raises(TypeError, match="NoneType"):
+        call("evaluate", "embedded")
+
+
+def test_numbers_in_yaml_are_read_as_people_mean_them() -> None:
+    text = "{pattern: 2:4, lr: 1e-3, steps: 10, share: .5, day: 2024-01-01, no: -3, far: 2.5E+1, all: .inf, name: 08}"
+    assert yaml_value(text, "") == {
+        "pattern": "2:4", "lr": 0.001, "steps": 10, "share": 0.5, "day": "2024-01-01", "no": -3, "far": 25.0,
+        "all": float("inf"), "name": "08",
+    }  # fmt: skip
+
+
+def test_flags_win_over_set_and_set_over_the_recipe(call, tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    asked = raw(tiny_folder, text_file, tmp_path / "out")
+    del asked["retrain"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(asked))
+    arguments = ["--sparsity", 0.25, "--set", "prune={criterion: magnitude, sparsity: 0.7}", "--train", "norms"]
+    arguments += ["--steps", 2, "--set", f"retrain.data={text_file}", "--set", "retrain.length=32"]
+    status, out, err = call("compress", tmp_path / "recipe.yaml", *arguments)
+    assert status == 0, err
+    assert "norms: " in out
+    used = load_recipe(tmp_path / "out" / "recipe.yaml")
+    assert (used.prune.criterion, used.prune.sparsity, used.calibrate.samples) == ("magnitude", 0.25, 8)
+    assert used.retrain is not None
+    assert (used.retrain.train, used.retrain.steps) == (("norms",), 2)
+    info = json.loads((tmp_path / "out" / "model" / "prunus.json").read_text())
+    assert info["pattern"] == "unstructured"
+    assert info["metrics"] == {"perplexity": json.loads((tmp_path / "out" / "result.json").read_text())["perplexity"]}
+    assert info["versions"]["prunus"] == __version__
+
+    rows = tmp_path / "rows.json"
+    assert call("inspect", tmp_path / "out" / "model", "--out", rows)[0] == 0
+    found = {row["name"]: row["sparsity"] for row in json.loads(rows.read_text())}
+    assert found["model.layers.0.mlp.up_proj.weight"] == 0.25
+    assert found["model.embed_tokens.weight"] == 0.0
+    assert call("evaluate", tmp_path / "out" / "model", "--data", text_file, "--window", 32, "--out", rows)[0] == 0
+    assert list(json.loads(rows.read_text())["perplexity"].values()) == [
+        pytest.approx(info["metrics"]["perplexity"]["merged"]["text"], rel=1e-6)
+    ]
+
+
+def test_show_prints_a_recipe_that_reads_back(call, tmp_path: Path) -> None:
+    status, out, _ = call("show", "--set", "prune.pattern=2:4", "--set", "retrain.lr=1e-3")
+    assert status == 0
+    (tmp_path / "recipe.yaml").write_text(out)
+    shown = load_recipe(tmp_path / "recipe.yaml")
+    assert (shown.prune.pattern, shown.prune.sparsity) == ("2:4", 0.5)
+    assert shown.retrain is not None
+    assert shown.retrain.lr == 1e-3
+
+
+def test_without_arguments_the_embedded_model_is_compressed(call, tmp_path: Path, monkeypatch, text_file: Path) -> None:
+    plain = fitted(Recipe(), torch.device("cpu"))
+    assert (plain.model, plain.calibrate.length, plain.dtype) == ("embedded", 512, "float32")
+    assert fitted(Recipe(), torch.device("cuda")).dtype == "auto"
+    monkeypatch.chdir(tmp_path)
+    few = ["--set", "calibrate.samples=2", "--set", f"evaluate.data={text_file}"]  # for the sake of time
+    status, out, err = call("compress", *few)
+    assert status == 0, err
+    assert "embedded" in out
+    assert (tmp_path / "runs" / "compress" / "model" / "model.safetensors").exists()
+
+
+def test_only_compress_takes_several_processes(call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for command in (["demo"], ["compare", "x"], ["pretrain", "x"], ["evaluate", "embedded"]):
+        assert f"{command[0]} runs in one process, not in 2" in refused(call, *command)
+
+
+def start(*arguments: object) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-m", "prunus.run.cli", *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
+def test_a_run_killed_for_good_ends_with_the_same_bits(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    recipes: dict[str, Any] = {}
+    for name in ("whole", "killed"):
+        asked = raw(tiny_folder, text_file, tmp_path / name)
+        asked["retrain"]["steps"] = 200
+        recipes[name] = parse(asked, Recipe, name)
+    (tmp_path / "killed.yaml").write_text(yaml.safe_dump(recipes["killed"].model_dump(mode="json")))
+    process = start("compress", tmp_path / "killed.yaml")
+    block = tmp_path / "killed" / "work" / "blocks" / "model.layers.0.safetensors"
+    deadline = time.monotonic() + 120
+    while not block.exists():
+        assert process.poll() is None, "the run ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "result.json").exists()
+
+    compress(recipes["whole"])
+    resumed = compress(recipes["killed"])
+    one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    rows = [(row["stage"], row.get("name")) for row in read_metrics(tmp_path / "killed" / "metrics.jsonl")]
+    assert len(rows) == len(set(rows)) == 7
+    assert resumed["perplexity"].keys() == {"dense", "pruned", "retrained", "merged"}

@@ -1,0 +1,68 @@
+"""One recipe under two processes: the same masks, to rounding the same weights, and one set of files."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from prunus import ranks
+from prunus.masks import Masks
+from prunus.report import read_metrics
+from prunus.run.compress import compress
+from prunus.run.recipe import Recipe, parse
+from tests.systems.test_compress import raw
+
+# What `accelerate launch` runs for several GPUs; for several CPU processes it would want MPI.
+LAUNCH = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--module", "prunus.run.cli"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", [False, True])
+def test_two_processes_make_the_model_of_one(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, streaming: bool
+) -> None:
+    for name in ("one", "two"):
+        asked = raw(tiny_folder, text_file, tmp_path / name, streaming=streaming, reconstruct={"steps": 4, "lr": 1e-3})
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(asked))
+    alone = compress(parse(yaml.safe_load((tmp_path / "one.yaml").read_text()), Recipe, "one"))
+    done = subprocess.run(
+        [sys.executable, "-m", *LAUNCH, "compress", str(tmp_path / "two.yaml")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("perplexity, text") == 1  # one table
+    files = [sorted(p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*")) for name in ("one", "two")]
+    assert files[0] == files[1]
+    rows = read_metrics(tmp_path / "two" / "metrics.jsonl")
+    assert len(rows) == len(read_metrics(tmp_path / "one" / "metrics.jsonl"))
+    together = yaml.safe_load((tmp_path / "two" / "result.json").read_text())
+    assert (alone["processes"], together["processes"]) == (1, 2)
+    assert together["perplexity"]["merged"]["text"] == pytest.approx(alone["perplexity"]["merged"]["text"], rel=1e-4)
+    assert together["retraining"]["tokens"] == alone["retraining"]["tokens"]
+    masks = [Masks.load(tmp_path / name / "model" / "masks.safetensors") for name in ("one", "two")]
+    assert masks[0] == masks[1]
+    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused_before_any_work(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    asked = parse(raw(tiny_folder, text_file, tmp_path / "out"), Recipe, "test")
+    with pytest.raises(ValueError, match=r"retrain\.batch_size: 4 sequences .* by 3 processes; use a multiple of 3"):
+        compress(asked)
+    with pytest.raises(ValueError, match="'cuda:1' is one GPU, but 3 processes run; use device: auto"):
+        ranks.join(torch.device("cuda:1"))
+    assert not (tmp_path / "out").exists()
