@@ -263,10 +263,19 @@ def _loss(holder: nn.Module, example: Example) -> Tensor:
 def _run(holder: nn.Module, example: Example) -> Tensor:
     unit = getattr(holder, "module", holder).get_submodule("unit")
     device = _device(holder)
-    if len(example["args"]) == 2 and isinstance(example["args"][1], Arguments):
-        hidden, arguments = example["args"]
-        return run_block(unit, hidden, arguments)
-    return _first(unit(*_to(example["args"], device), **_to(example["kwargs"], device)))
+    args, kwargs = example["args"], example["kwargs"]
+    if all(p.dtype == torch.float32 for p in unit.parameters()):  # "full" trains a 16-bit unit in float32
+        args, kwargs = _float(args), _float(kwargs)
+    if len(args) == 2 and isinstance(args[1], Arguments):
+        return run_block(unit, args[0], args[1])
+    return _first(unit(*_to(args, device), **_to(kwargs, device)))
+
+
+def _float(tree: Any) -> Any:
+    if isinstance(tree, tuple) and len(tree) == 2 and isinstance(tree[1], Arguments):
+        hidden, call = tree
+        return hidden.float(), Arguments(_float(call.args), _float(call.kwargs), call.hidden)
+    return tree_map_only(Tensor, lambda t: t.float() if t.is_floating_point() else t, tree)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from prunus.blocks import Arguments, capture, find_blocks, finish, run_block
 from prunus.layers import Inputs, Layer, View, find_layers
@@ -162,18 +163,32 @@ def embed(
 ) -> tuple[list[Tensor], dict[str, list[Arguments]]]:
     """Hidden states entering the first block, one (batch, length, d) tensor a batch, and each block's own arguments.
 
-    Arguments are captured once for every batch size, not for every batch: windows have one length and no padding, so
-    masks and positions are the same.
+    Windows have one length and no padding, so masks and positions are nearly always the same for every batch of one
+    size: such arguments are kept once. Those that depend on the tokens are kept for their own batch.
     """
-    batches = list(tokens.split(batch_size))
     hidden: list[Tensor] = []
+    arguments: dict[str, list[Arguments]] = {name: [] for name in names}
     by_size: dict[int, dict[str, Arguments]] = {}
     with source.outside(device):
-        for ids in batches:
-            entering, arguments = capture(model, names, ids.to(device))
+        for ids in tokens.split(batch_size):
+            entering, captured = capture(model, names, ids.to(device))
             hidden.append(entering)
-            by_size.setdefault(len(ids), arguments)
-    return hidden, {name: [by_size[len(ids)][name] for ids in batches] for name in names}
+            first = by_size.setdefault(len(ids), captured)
+            for name in names:
+                arguments[name].append(first[name] if _same(first[name], captured[name]) else captured[name])
+    return hidden, arguments
+
+
+def _same(one: Arguments, other: Arguments) -> bool:
+    """Whether two calls have equal arguments."""
+    if one is other:
+        return True
+    left, left_spec = tree_flatten((one.args, one.kwargs))
+    right, right_spec = tree_flatten((other.args, other.kwargs))
+    return left_spec == right_spec and all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
+        for a, b in zip(left, right, strict=True)
+    )
 
 
 class _Step:

@@ -23,7 +23,9 @@ def raw(folder: Path, text: Path, out: Path, **changes: Any) -> dict[str, Any]:
         "device": "cpu",
         "prune": {"criterion": "wanda", "sparsity": 0.5},
         "calibrate": {"data": str(text), "samples": 8, "length": 32, "batch_size": 4},
-        "retrain": {"data": str(text), "train": ["mask_lora"], "steps": 12, "batch_size": 4, "length": 32, "lr": 1e-2, "rank": 4},
+        "retrain": {
+            "data": str(text), "train": ["mask_lora"], "steps": 12, "batch_size": 4, "length": 32, "lr": 1e-2, "rank": 4
+        },
         "evaluate": {"data": {"text": str(text)}, "window": 32, "batch_size": 16},
         "out": str(out),
     } | changes  # fmt: skip
@@ -148,6 +150,12 @@ WRONG = [
     ({"evaluate": {"window": 1}}, "evaluate.window"),
     ({"calibrate": {"data": {"source": "embedded", "part": [0.9, 0.1]}}}, "is empty"),
     ({"model": "./no-model"}, "no file or folder"),
+    ({"retrain": {"train": ["lora"]}}, "would fill pruned weights"),
+    ({"retrain": {"warmup": 1.0}}, "retrain.warmup"),
+    ({"retrain": {"train": ["norms"], "lrs": {"norms": -1}}}, "retrain.lrs.norms"),
+    ({"evaluate": {"tasks": {"arc": "./nowhere.jsonl"}}}, "nowhere.jsonl"),
+    ({"device": "gpu3"}, "'gpu3'"),
+    ({"prune": {"criterion": "sparsegpt", "damping": 3}}, "prune.damping"),
 ]
 
 
@@ -161,3 +169,62 @@ def test_wrong_recipes_are_refused_with_key_and_mend(change: dict[str, Any], mes
 
 def test_an_nm_pattern_says_its_sparsity() -> None:
     assert parse({"prune": {"pattern": "1:4"}}, Recipe, "").prune.sparsity == 0.75
+
+
+def test_retraining_asked_anew_does_not_take_the_old_checkpoint(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "evaluate", lambda loaded, *_: {"text": 1.0})
+        patch.setattr("prunus.run.compress.save_model", kill)
+        with pytest.raises(KeyboardInterrupt):
+            compress(recipe(tiny_folder, text_file, tmp_path / "run"))
+    other = raw(tiny_folder, text_file, tmp_path / "run")
+    other["retrain"]["seed"] = 7
+    fresh = {**other, "out": str(tmp_path / "fresh")}
+    found, expected = (compress(parse(asked, Recipe, "test"))["perplexity"] for asked in (other, fresh))
+    assert found["merged"] == expected["merged"]
+
+
+def test_an_empty_subset_is_refused_before_any_work(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*_: Any, **__: Any) -> None:
+        raise AssertionError("work was done")
+
+    monkeypatch.setattr(stages, "evaluate", work)
+    asked = raw(tiny_folder, text_file, tmp_path)
+    asked["retrain"]["train"] = ["biases"]
+    with pytest.raises(ValueError, match="biases"):
+        compress(parse(asked, Recipe, "test"))
+
+
+def test_random_pruning_of_the_whole_model_is_exact_and_resumes(
+    tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    prune = {"criterion": "random", "sparsity": 0.37, "scope": "model"}
+    results = [
+        compress(recipe(tiny_folder, text_file, tmp_path / name, prune=prune, retrain=None)) for name in ("a", "b")
+    ]
+    blocks = results[0]["pruning"]["blocks"]
+    kept, total = (sum(sum(block[key].values()) for block in blocks) for key in ("kept", "total"))
+    assert kept == total - round(0.37 * total)
+    one, other = (Masks.load(tmp_path / name / "model" / "masks.safetensors") for name in ("a", "b"))
+    assert one == other
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_float16_checkpoint_is_computed_in_float32_on_a_cpu_and_saved_in_float16(
+    text_file: Path, tmp_path: Path, streaming: bool
+) -> None:
+    tiny_llama().half().save_pretrained(tmp_path / "dense")
+    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    compress(recipe(tmp_path / "dense", text_file, tmp_path / "run", retrain=None, streaming=streaming))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert saved.dtype == torch.float16
+    assert (tmp_path / "run" / "model" / "config.json").read_bytes() == (
+        tmp_path / "dense" / "config.json"
+    ).read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -254,3 +255,34 @@ def test_the_head_is_pruned_when_asked_for_from_what_reaches_it(tied: bool) -> N
 def test_without_being_asked_the_head_stays_dense() -> None:
     masks = stream(tiny_llama(), WANDA, Unstructured("row"), 0.5, tokens=TOKENS, gram=False).masks
     assert all(".layers." in name for name in masks)
+
+
+@pytest.mark.parametrize("window", ["block", "half", "matrix"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_16_bit_model_is_fitted_in_float32_and_comes_back(window: str, dtype: torch.dtype) -> None:
+    model = tiny_llama().to(dtype)
+    fit = Fit(window=window, steps=20, lr=3e-3)  # type: ignore[arg-type]
+    streamed = stream(model, WANDA, NM(2, 4), 0.5, tokens=TOKENS, gram=False, fit=fit, batch_size=4)
+    streamed.masks.check(model)
+    assert all(parameter.dtype == dtype for parameter in model.parameters())
+    assert all((r.error_after or 1) < (r.error_before or 0) for r in streamed.reports)
+
+
+def test_arguments_that_depend_on_the_tokens_are_kept_for_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["prunus.stream"]  # `prunus.stream` itself is the function
+    original = module.capture
+
+    def with_tokens(model: object, names: list[str], ids: torch.Tensor) -> object:
+        hidden, calls = original(model, names, ids)
+        for call in calls.values():
+            call.kwargs["extra"] = ids.float()
+        return hidden, calls
+
+    monkeypatch.setattr(module, "capture", with_tokens)
+    model = tiny_llama()
+    _, arguments = module.embed(
+        model, ["model.layers.0", "model.layers.1"], TOKENS, source=module.Memory(model), device=torch.device("cpu"),
+        batch_size=4,
+    )  # fmt: skip
+    for call, ids in zip(arguments["model.layers.1"], TOKENS.split(4), strict=True):
+        assert torch.equal(call.kwargs["extra"], ids.float())

@@ -39,6 +39,7 @@ MODELS: dict[str, Any] = {
     "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(**IDS, n_embd=32, n_layer=2, n_head=4, n_positions=64)),
     "llama-tied": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**NORMAL, tie_word_embeddings=True)),
     "llama-bf16": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**NORMAL)).bfloat16(),
+    "bloom": lambda: tf.BloomForCausalLM(tf.BloomConfig(**IDS, hidden_size=32, n_layer=2, n_head=4)),
     "opt-fp16": lambda: tf.OPTForCausalLM(tf.OPTConfig(**OPT, max_position_embeddings=64, dropout=0.0)).half(),
 }
 
@@ -84,7 +85,7 @@ def matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             continue
         stack = value if value.ndim == 3 else value[None]
         for matrix in stack:
-            yield name, matrix.detach().T if ".h." in name else matrix.detach()
+            yield name, matrix.detach().T if isinstance(model, tf.GPT2LMHeadModel) else matrix.detach()
 
 
 def zeros(matrix: Tensor) -> Tensor:
@@ -121,7 +122,7 @@ def test_prune_retrain_save_and_reload(
     dense = tf.AutoModelForCausalLM.from_pretrained(folders[family])
     assert saved.dtype == dense.dtype
     merged = measured[-1]
-    assert all(torch.equal(value, merged[name]) for name, value in saved.state_dict().items())
+    assert all(torch.equal(value, merged[name].to(value.dtype)) for name, value in saved.state_dict().items())
     count = 0
     for (name, matrix), (_, before) in zip(matrices(saved), matrices(dense), strict=True):
         count += 1
@@ -131,7 +132,7 @@ def test_prune_retrain_save_and_reload(
             assert bool((groups.sum(-1) == 2).all()), name
         else:
             assert int(zeros(matrix).sum()) == matrix.numel() // 2, name
-    assert count == {"mixtral": 2 * (4 + 16), "gpt2": 8, "opt-fp16": 12}.get(family, 14)
+    assert count == {"mixtral": 2 * (4 + 16), "gpt2": 8, "bloom": 8, "opt-fp16": 12}.get(family, 14)
     masks = Masks.load(tmp_path / "run" / "model" / "masks.safetensors")
     assert sum(mask.numel() for mask in masks.values()) == sum(matrix.numel() for _, matrix in matrices(saved))
     if "criterion" not in prune:  # what a score keeps is kept as it was
@@ -166,7 +167,7 @@ WAYS = [
     (criterion, way)
     for criterion in ("magnitude", "random", "wanda", "ria", "sparsegpt")
     for way in ("row", "layer", "model", "owl", "2:4", "4:8", "1:4")
-    if way != "model" or criterion not in ("sparsegpt", "random")
+    if way != "model" or criterion != "sparsegpt"
 ]
 
 

@@ -48,6 +48,7 @@ def compress(recipe: Recipe) -> dict[str, Any]:
     Raises ValueError when `out` holds another recipe's run, the model is not there or does not take the recipe's
     lengths, or the launched processes cannot share a batch.
     """
+    keeps_dtype = recipe.dtype == "auto"
     recipe = fitted(recipe, stages.device_of(recipe))
     _check_shares(recipe)
     device = ranks.join(stages.device_of(recipe))
@@ -56,7 +57,8 @@ def compress(recipe: Recipe) -> dict[str, Any]:
     if finished is not None:
         log.info("%s is finished already; nothing was repeated", out)
         return finished
-    result = _Run(out, recipe, key, device).execute()
+    stored = torch.float16 if keeps_dtype and recipe.dtype == "float32" else None
+    result = _Run(out, recipe, key, device, stored).execute()
     ranks.wait()
     if ranks.is_main():
         write_json(out / "result.json", result)
@@ -74,10 +76,12 @@ def prunus_info(recipe: Recipe, result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Run:
-    """One compression under way."""
+    """One compression under way. `stored`: dtype of the saved model, where it was computed in another one."""
 
-    def __init__(self, out: Path, recipe: Recipe, key: str, device: torch.device) -> None:
-        self.out, self.recipe, self.key, self.device = out, recipe, key, device
+    def __init__(
+        self, out: Path, recipe: Recipe, key: str, device: torch.device, stored: torch.dtype | None = None
+    ) -> None:
+        self.out, self.recipe, self.key, self.device, self.stored = out, recipe, key, device, stored
         self.logged = _logged(out / "metrics.jsonl")
 
     def execute(self) -> dict[str, Any]:
@@ -85,6 +89,7 @@ class _Run:
         recipe = self.recipe
         with self._bar("load", None):
             loaded = stages.load(recipe)
+        stages.check_trainable(loaded.model, recipe)
         result: dict[str, Any] = {"key": self.key, "model": recipe.model, "device": _device_name(self.device)}
         result |= {"processes": ranks.count(), "perplexity": {}}
         result["perplexity"]["dense"] = self._measured("dense", loaded)
@@ -106,7 +111,9 @@ class _Run:
     def _prune(self, loaded: stages.Loaded) -> Streamed:
         # The work folder's blocks depend on these sections alone, so a run may be resumed with other retraining.
         recipe = self.recipe
-        decides = recipe.model_dump(mode="json", include={"model", "dtype", "prune", "calibrate", "reconstruct"})
+        decides = recipe.model_dump(
+            mode="json", include={"model", "dtype", "precision", "prune", "calibrate", "reconstruct"}
+        )
         work = Work(self._blocks(), digest(decides), writes=ranks.is_main()).open()
         blocks = int(getattr(loaded.model.config, "num_hidden_layers", 0)) or None
         with self._bar("prune", blocks) as advance:
@@ -148,7 +155,7 @@ class _Run:
                 tokens,
                 asked,
                 precision=precision,
-                checkpoint=self.out / "work" / "retrain.pt",
+                checkpoint=self.out / "work" / f"retrain-{self.key[:16]}.pt",
                 on_step=lambda done, _loss: advance.to(done),
                 before_merge=lambda: perplexities.update(retrained=self._measured("retrained", loaded)),
             )
@@ -207,7 +214,7 @@ class _Run:
         with self._bar("save", None):
             if isinstance(loaded.source, Shards):
                 save_tensors(
-                    loaded.source.tensors(),
+                    ((name, self._as_stored(tensor)) for name, tensor in loaded.source.tensors()),
                     loaded.tokenizer,
                     self.out / "model",
                     masks=masks,
@@ -215,7 +222,11 @@ class _Run:
                     source=loaded.folder or loaded.source.folder,
                 )
                 return
+            loaded.model.to(self.stored)
             save_model(loaded.model, loaded.tokenizer, self.out / "model", masks=masks, info=info, source=loaded.folder)
+
+    def _as_stored(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.stored) if tensor.is_floating_point() else tensor
 
     def _blocks(self) -> Path:
         return self.out / "work" / "blocks"

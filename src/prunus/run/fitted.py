@@ -36,7 +36,7 @@ def fitted(recipe: Recipe, device: torch.device) -> Recipe:
     if window is not None:
         _check("evaluate.window", window, limit, recipe.model)
     if recipe.dtype == "auto" and device.type == "cpu" and getattr(config, "dtype", None) == torch.float16:
-        log.warning("float16 products are slow on a CPU: using float32; dtype: float16 keeps the checkpoint's own")
+        log.warning("float16 products are slow on a CPU: computing in float32; the model is saved in float16")
         changes["dtype"] = "float32"
     return recipe.model_copy(update=changes)
 

@@ -102,7 +102,7 @@ class Prune(Strict):
     allocation: Literal["uniform", "owl"] = "uniform"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    damping: Annotated[float, Field(gt=0)] = 0.01
+    damping: Annotated[float, Field(gt=0, le=1)] = 0.01
 
     @model_validator(mode="before")
     @classmethod
@@ -138,8 +138,8 @@ class Retrain(Strict):
     length: Annotated[int, Field(ge=2)] = 1024
     accumulate: Annotated[int, Field(ge=1)] = 1
     lr: Annotated[float, Field(gt=0)] = 1e-4
-    lrs: dict[str, float] = {}
-    warmup: Share = 0.1
+    lrs: dict[str, Annotated[float, Field(gt=0)]] = {}
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     rank: Annotated[int, Field(ge=1)] = 16
     alpha: Annotated[float, Field(gt=0)] = 32.0
     init: Init = "kaiming"
@@ -170,7 +170,7 @@ class Reconstruct(Strict):
     inputs: Literal["pruned", "dense"] = "pruned"
     steps: Annotated[int, Field(ge=1)] = 64
     lr: Annotated[float, Field(gt=0)] = 1e-4
-    warmup: Share = 0.1
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     rank: Annotated[int, Field(ge=1)] = 16
     alpha: Annotated[float, Field(gt=0)] = 32.0
     init: Init = "kaiming"
@@ -195,6 +195,13 @@ class Evaluate(Strict):
     batch_size: Annotated[int, Field(ge=1)] = 4
     tasks: dict[str, str] = {}
     task_batch_size: Annotated[int, Field(ge=1)] = 16
+
+    @model_validator(mode="after")
+    def _check_tasks(self) -> Evaluate:
+        missing = [path for path in self.tasks.values() if looks_local(path) and not Path(path).exists()]
+        if missing:
+            raise ValueError(f"tasks: no file {missing[0]!r} (seen from {os.getcwd()})")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -237,6 +244,13 @@ class Recipe(Strict):
     def _check(self) -> Recipe:
         if looks_local(self.model) and not Path(self.model).exists():
             raise ValueError(f"model: no file or folder {self.model!r} (seen from {os.getcwd()})")
+        if self.retrain is not None and "lora" in self.retrain.train and self.prune.sparsity > 0:
+            raise ValueError(
+                "retrain.train: merging 'lora' would fill pruned weights; train 'mask_lora' or 'scale_lora', which "
+                "keep them zero, or 'lora_prune', which drops that part"
+            )
+        if Path(self.out).is_file():
+            raise ValueError(f"out: {self.out!r} is a file; give a folder")
         if self.streaming and self.evaluate.tasks and self.retrain is None:
             raise ValueError("evaluate.tasks need the whole model in memory: leave out tasks or streaming")
         return self

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import copy
+import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -33,6 +35,7 @@ from prunus.run.recipe import Data, Prune, Recipe, Retrain
 from prunus.solvers import Solver, by_score, sparsegpt
 from prunus.sources import Shards, Source
 from prunus.stream import BlockReport, Streamed, stream, survey
+from prunus.subsets import ADAPTERS, find_subset
 from prunus.train import next_token_loss, train
 from prunus.work import Work
 
@@ -84,6 +87,8 @@ def device_of(recipe: Recipe) -> torch.device:
 
 def precision_of(recipe: Recipe, device: torch.device) -> Precision:
     """Autocast precision; "auto" is bf16 on a GPU that has it, fp16 on one that has not, fp32 on a CPU."""
+    if recipe.precision == "fp16" and device.type == "cpu":
+        raise ValueError("precision: fp16 needs a GPU; use fp32 or bf16 on a CPU")
     if recipe.precision != "auto":
         return recipe.precision
     if device.type != "cuda":
@@ -105,7 +110,7 @@ def load(recipe: Recipe) -> Loaded:
         if folder is None:
             raise ValueError(f"streaming: needs a local folder of safetensors; model is {recipe.model!r}")
         return _load_meta(folder, dtype, tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype)
     if path.suffix == ".gguf" and hasattr(model.config, "quantization_config"):
         delattr(model.config, "quantization_config")  # the weights were dequantised; what is saved is an ordinary model
     return Loaded(model.eval(), tokenizer, folder)
@@ -115,9 +120,23 @@ def _load_meta(folder: Path, dtype: Any, tokenizer: Any) -> Loaded:
     config = AutoConfig.from_pretrained(folder)
     kept = config.dtype if dtype == "auto" else dtype
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=kept, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, dtype=kept)
     model.tie_weights()
     return Loaded(model.eval(), tokenizer, folder, Shards(model, folder).check())
+
+
+def check_trainable(model: Any, recipe: Recipe) -> None:
+    """Raises ValueError, before any work, when a subset that is to be retrained is empty in this model."""
+    asked = recipe.retrain
+    if asked is None:
+        return
+    with init_empty_weights():
+        twin = type(model)(copy.deepcopy(model.config))
+    if asked.add_biases:
+        add_biases(twin)
+    for name in asked.train:
+        if name not in ADAPTERS:
+            find_subset(twin, name)
 
 
 def text_tokens(data: Data, tokenizer: Any) -> Tensor:
@@ -193,8 +212,13 @@ def _scope(chosen: Prune) -> str:
 
 def _score(chosen: Prune, seed: int) -> Callable[[Layer], Tensor]:
     if chosen.criterion == "random":
-        return scores.random_score(torch.Generator().manual_seed(seed))
+        # Drawn anew from (seed, layer) at each look: a resumed run and a second reading see the same scores.
+        return lambda layer: scores.random_score(_generator(seed, layer.name))(layer)
     return getattr(scores, chosen.criterion) if chosen.criterion != "sparsegpt" else scores.wanda
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    return torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
 
 
 def _solver(chosen: Prune, score: Callable[[Layer], Tensor]) -> Solver:
