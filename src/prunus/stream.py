@@ -53,7 +53,7 @@ class BlockReport:
     @property
     def sparsity(self) -> float:
         """Share of zeros over the block's pruned weights."""
-        return 1 - sum(self.kept.values()) / max(1, sum(self.total.values()))
+        return 1 - sum(self.kept.values()) / sum(self.total.values()) if self.total else 0.0
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def test_wrong_grids_are_refused(tiny_folder: Path, text_file: Path, tmp_path: P
     path.write_text(yaml.safe_dump(grid(tiny_folder, text_file, tmp_path, axes=axes)))
     with pytest.raises(ValueError, match="5:4"):
         load_grid(path)
-    with pytest.raises(FileNotFoundError, match="no grid"):
+    with pytest.raises(FileNotFoundError, match="no recipe"):
         load_grid(tmp_path / "other.yaml")
 
 

@@ -145,7 +145,12 @@ def demo(
 def compare(
     recipe: Annotated[Path, typer.Argument(help="YAML grid: a base recipe and the axes that vary.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the grid.")] = None,
-    workers: Annotated[int, typer.Option(help="Members run at once, each in its own process on the same device.")] = 1,
+    workers: Annotated[
+        int,
+        typer.Option(
+            help="Members run at once, a process each, GPUs in turn; 0 only makes the tables of what is done."
+        ),
+    ] = 1,
 ) -> None:
     """Run a grid of recipes; a killed grid goes on and repeats nothing that is finished."""
     from prunus.run.compare import compare as run

@@ -30,6 +30,7 @@ from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.report import progress
 from prunus.run import stages
+from prunus.run.fitted import fitted
 from prunus.run.grid import Grid, Member, final_members, load_grid, tuning_members
 from prunus.run.recipe import Recipe, digest
 from prunus.run.tables import read_results, tabulate
@@ -131,8 +132,8 @@ class _Bench:
 
     def run(self, member: Member) -> dict[str, Any]:
         """A member's numbers."""
-        recipe, started = member.recipe, time.perf_counter()
-        device = stages.device_of(recipe)
+        started, device = time.perf_counter(), stages.device_of(member.recipe)
+        recipe = fitted(member.recipe, device)
         loaded = self._loaded(recipe, device)
         model, masks, pruning = self._pruned(loaded, recipe, device)
         result: dict[str, Any] = {

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from prunus.export import save_model
+from prunus.files import write_json
 from prunus.layers import find_layers
 from prunus.report import plot_compression, progress
 from prunus.run import stages
-from prunus.run.files import write_json
+from prunus.run.compress import prunus_info
 from prunus.run.recipe import Recipe, parse
 from prunus.run.show import show_result
 
@@ -30,7 +31,7 @@ RECIPE: dict[str, Any] = {
     "device": "auto",
     "prune": {"criterion": "wanda", "sparsity": 0.6},
     "calibrate": {"samples": 64, "length": 256, "batch_size": 16},
-    "retrain": {"train": ["biases", "norms"], "steps": 60, "batch_size": 8, "length": 256, "lr": 3e-3},
+    "retrain": {"train": ["biases", "norms"], "steps": 100, "batch_size": 8, "length": 256, "lr": 3e-3},
     "evaluate": {"window": 256, "batch_size": 16},
 }
 MASK_LORA: dict[str, Any] = {"train": ["mask_lora"], "rank": 2, "alpha": 4.0, "lr": 1e-2}
@@ -60,7 +61,7 @@ def demo(out: Path, sparsity: float = 0.6) -> dict[str, Any]:
         loaded = stages.Loaded(model, loaded.tokenizer, loaded.folder)
     result: dict[str, Any] = {"model": "embedded", "perplexity": perplexities, "pruning": stages.summary(streamed)}
     result |= {"retraining": report, "seconds": time.perf_counter() - started, "device": str(device)}
-    info = {"recipe": recipe.model_dump(mode="json"), **result}
+    info = prunus_info(recipe, result)
     result["saved"] = str(out / "model")
     save_model(
         loaded.model.to("cpu"), loaded.tokenizer, out / "model", masks=streamed.masks, info=info, source=loaded.folder

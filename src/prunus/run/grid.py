@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, model_validator
 
-from prunus.run.recipe import Recipe, Strict, digest, merge, parse
+from prunus.run.recipe import Recipe, Strict, digest, merge, parse, read_yaml
 
 __all__ = ["Grid", "Member", "load_grid"]
 
@@ -172,9 +171,5 @@ def load_grid(path: Path, out: Path | None = None) -> Grid:
 
     Raises ValueError naming the cell and the key of the first recipe that is wrong.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"no grid {str(path)!r}; see recipes/ for examples")
-    raw = yaml.safe_load(path.read_text())
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: a grid is a mapping with the keys base and axes, not a {type(raw).__name__}")
+    raw = read_yaml(path)
     return parse(raw | ({"out": str(out)} if out else {}), Grid, str(path))

@@ -87,4 +87,4 @@ def _tuned(row: Mapping[str, Any]) -> str:
 
 
 def _note(text: str) -> None:
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+    Console().print(text, markup=False, highlight=False, soft_wrap=False)
