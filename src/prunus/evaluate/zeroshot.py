@@ -131,7 +131,7 @@ def _entailment_line(path: Path, number: int, row: Mapping[str, str | None]) -> 
 def _wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | str) -> Any:
     """lm-eval's HFLM around the model where it is."""
     try:
-        from lm_eval.models.huggingface import HFLM
+        from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError("zero-shot evaluation needs lm-eval: pip install 'prunus[zeroshot]'") from error
     talk = logging.getLogger("lm_eval.models.huggingface")
@@ -144,7 +144,7 @@ def _wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size
 
 
 def _score(wrapped: Any, name: str, examples: list[Example]) -> dict[str, float]:
-    from lm_eval.api.instance import Instance
+    from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
 
     requests = [
         Instance("loglikelihood", {}, (example.prompt, f" {choice}"), idx=j, metadata=(name, i, 1))
@@ -171,7 +171,7 @@ def _argmax(values: list[float]) -> int:
 
 def _named(wrapped: Any, names: list[str], limit: int | None) -> dict[str, dict[str, float]]:
     """lm-eval's own tasks, which it downloads."""
-    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
 
     report: Any = simple_evaluate(model=wrapped, tasks=list(names), limit=limit)
     return {name: _row(report["results"][name], report["n-samples"][name]["effective"]) for name in names}

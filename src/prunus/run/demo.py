@@ -34,7 +34,7 @@ RECIPE: dict[str, Any] = {
     "retrain": {"train": ["biases", "norms"], "steps": 100, "batch_size": 8, "length": 256, "lr": 3e-3},
     "evaluate": {"window": 256, "batch_size": 16},
 }
-MASK_LORA: dict[str, Any] = {"train": ["mask_lora"], "rank": 2, "alpha": 4.0, "lr": 1e-2}
+MASK_LORA: dict[str, Any] = {"train": ["mask_lora"], "rank": 2, "alpha": 4.0, "lr": 2e-3}
 
 
 def demo(out: Path, sparsity: float = 0.6) -> dict[str, Any]:
