@@ -159,7 +159,12 @@ def compare(
 
     _alone("compare")
     grid = load_grid(recipe, out)
-    show_grid(run(grid, workers=workers), Path(grid.out))
+    try:
+        rows = run(grid, workers=workers)
+    except RuntimeError as error:  # members failed; the others are finished and in the tables
+        typer.echo(f"prunus: {error}", err=True)
+        raise typer.Exit(1) from None
+    show_grid(rows, Path(grid.out))
 
 
 @app.command()
