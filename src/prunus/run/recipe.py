@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from prunus import patterns, subsets
 
@@ -82,6 +82,16 @@ class Data(Strict):
         return self
 
 
+def _subsets(value: Any) -> Any:
+    """Subset names from a list or from one text with commas; refused as `adapt` refuses them."""
+    names = tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else tuple(value)
+    subsets.check_subsets(names)
+    return names
+
+
+Subsets = Annotated[tuple[str, ...], BeforeValidator(_subsets)]
+
+
 class Calibrate(Strict):
     """Text that shows the layers their inputs: `samples` windows of `length` tokens, `batch_size` at a time."""
 
@@ -131,7 +141,7 @@ class Prune(Strict):
 class Retrain(Strict):
     """Which parameters are retrained on packed text, and how (AdamW, linear decay after a linear warm-up)."""
 
-    train: tuple[str, ...] = ("mask_lora",)
+    train: Subsets = ("mask_lora",)
     data: Data = Data(source="embedded", split="train")
     steps: Annotated[int, Field(ge=1)] = 200
     batch_size: Annotated[int, Field(ge=1)] = 8
@@ -148,14 +158,8 @@ class Retrain(Strict):
     checkpointing: bool = False
     seed: int = 0
 
-    @field_validator("train", mode="before")
-    @classmethod
-    def _split(cls, value: Any) -> Any:
-        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
-
     @model_validator(mode="after")
     def _check(self) -> Retrain:
-        subsets.check_subsets(self.train)
         strange = [name for name in self.lrs if name not in self.train]
         if strange:
             raise ValueError(f"lrs names {strange[0]!r}, which is not in train={list(self.train)}")
@@ -166,7 +170,7 @@ class Reconstruct(Strict):
     """Fit each pruned block to its dense outputs, right after it is pruned."""
 
     window: Literal["block", "half", "matrix"] = "block"
-    train: tuple[str, ...] = ("full",)
+    train: Subsets = ("full",)
     inputs: Literal["pruned", "dense"] = "pruned"
     steps: Annotated[int, Field(ge=1)] = 64
     lr: Annotated[float, Field(gt=0)] = 1e-4
@@ -175,16 +179,6 @@ class Reconstruct(Strict):
     alpha: Annotated[float, Field(gt=0)] = 32.0
     init: Init = "kaiming"
     seed: int = 0
-
-    @field_validator("train", mode="before")
-    @classmethod
-    def _split(cls, value: Any) -> Any:
-        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _check(self) -> Reconstruct:
-        subsets.check_subsets(self.train)
-        return self
 
 
 class Evaluate(Strict):
