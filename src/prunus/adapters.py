@@ -134,8 +134,8 @@ class Factors(nn.Module):
         return f"{tuple(self.B.shape)} x {tuple(self.A.shape)}, {rule}"
 
 
-class EffectiveLinear(nn.Module):
-    """A linear layer (stored (out, in), or (in, out) where `transposed`) that computes with its effective weight."""
+class _AdaptedLinear(nn.Module):
+    """What both adapter modules hold: the layer's own weight and bias, and the factors."""
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, factors: Factors, *, transposed: bool) -> None:
         super().__init__()
@@ -144,30 +144,29 @@ class EffectiveLinear(nn.Module):
         self.factors = factors
         self.transposed = transposed
         self.out_features, self.in_features = factors.B.shape[0], factors.A.shape[1]
+
+    def matrix(self) -> Tensor:
+        """The weight seen as (out, in)."""
+        return self.weight.t() if self.transposed else self.weight
+
+
+class EffectiveLinear(_AdaptedLinear):
+    """A linear layer (stored (out, in), or (in, out) where `transposed`) that computes with its effective weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         f = self.factors
-        weight = self.weight.t() if self.transposed else self.weight  # (out, in)
-        return _linear(x, weight, f.mask, f.A, f.B, self.bias, f.scale)
+        return _linear(x, self.matrix(), f.mask, f.A, f.B, self.bias, f.scale)
 
 
-class LowRankLinear(nn.Module):
+class LowRankLinear(_AdaptedLinear):
     """A linear layer with a low-rank path beside it, y = x W^T + c (x A^T) B^T: no matrix of the weight's size."""
-
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, factors: Factors, *, transposed: bool) -> None:
-        super().__init__()
-        self.weight = weight
-        self.bias = bias
-        self.factors = factors
-        self.transposed = transposed
-        self.out_features, self.in_features = factors.B.shape[0], factors.A.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         f = self.factors
         assert f.scale is not None
-        weight = self.weight.t() if self.transposed else self.weight  # (out, in)
+        weight = self.matrix()
         y = F.linear(x, weight, None if self.bias is None else self.bias.to(weight.dtype))
         h = F.linear(x, f.A.to(x.dtype))  # (..., r)
         return y + F.linear(h, (f.B * f.scale).to(x.dtype))

@@ -88,13 +88,13 @@ class Shards:
         return self
 
     def tensor(self, name: str) -> Tensor:
-        """One parameter, read from its shard to the CPU."""
+        """One parameter, read from its shard to the CPU, in the model's dtype."""
         found = self._file(name)
         if found is None:
             raise ValueError(f"{self.folder} holds no tensor for {name!r}")
         file, key = found
         with safe_open(self.folder / file, framework="pt") as shard:
-            return shard.get_tensor(key)
+            return self._cast(shard.get_tensor(key))
 
     def load(self, name: str, device: torch.device) -> nn.Module:
         """The named submodule with its weights read from disk to `device`."""
@@ -134,15 +134,16 @@ class Shards:
         return found[1] if found else None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of everything stored, one at a time, as it is on disk."""
+        """(name, tensor) of everything stored, one at a time, in the model's dtype."""
         for key, file in self.files.items():
             with safe_open(self.folder / file, framework="pt") as shard:
-                yield key, shard.get_tensor(key)
+                yield key, self._cast(shard.get_tensor(key))
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
 
     def _place(self, name: str, device: torch.device) -> None:
         value = self.tensor(name)
-        if self.dtype is not None and value.is_floating_point():
-            value = value.to(self.dtype)
         set_module_tensor_to_device(self.model, name, device, value=value, dtype=value.dtype)
         self._retie(name)
 

@@ -43,12 +43,13 @@ def perplexity(
     total = torch.zeros((), dtype=torch.float64, device=place)
     with torch.no_grad(), _evaluating(model):
         for ids in rows.split(batch_size):
-            total += _summed_loss(model, ids.to(place).long())
+            ids = ids.to(place).long()
+            total += summed_loss(model(input_ids=ids, use_cache=False).logits, ids)
     return math.exp(total.item() / (rows.shape[0] * (window - 1)))
 
 
-def _summed_loss(model: nn.Module, ids: Tensor) -> Tensor:
-    logits = model(input_ids=ids, use_cache=False).logits  # (batch, length, vocabulary)
+def summed_loss(logits: Tensor, ids: Tensor) -> Tensor:
+    """The summed negative log-likelihood, scalar float64 where `ids` is; logits: (batch, length, vocabulary)."""
     losses = [  # row by row: the float32 copy of the logits is of one window only
         nn.functional.cross_entropy(row[:-1].float(), targets[1:].to(row.device), reduction="none").double().sum()
         for row, targets in zip(logits, ids, strict=True)

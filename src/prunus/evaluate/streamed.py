@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prunus.blocks import find_blocks, finish, run_block
 from prunus.data import windows
+from prunus.evaluate.perplexity import summed_loss
 from prunus.precision import Precision, autocast
 from prunus.sources import Source
 from prunus.stream import embed
@@ -53,13 +53,5 @@ def streamed_perplexity(
         total = torch.zeros((), dtype=torch.float64)
         with source.outside(device):
             for ids, leaving in zip(rows.split(batch_size), hidden, strict=True):
-                total += _summed_loss(finish(model, names, ids.to(device), leaving), ids)
+                total += summed_loss(finish(model, names, ids.to(device), leaving).logits, ids).cpu()
     return math.exp(total.item() / (rows.shape[0] * (window - 1)))
-
-
-def _summed_loss(output: Any, ids: Tensor) -> Tensor:
-    losses = [
-        nn.functional.cross_entropy(row[:-1].float(), target[1:].to(row.device), reduction="none").double().sum().cpu()
-        for row, target in zip(output.logits, ids, strict=True)
-    ]
-    return torch.stack(losses).sum()

@@ -26,7 +26,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prunus.files import write_json
-from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.report import progress
 from prunus.run import stages
@@ -143,7 +142,7 @@ class _Bench:
             "pruning": pruning,
         }
         if recipe.retrain is not None:
-            views = [view for view in find_layers(model) if view.parameter in masks]
+            views = stages.pruned_views(model, masks, recipe)
             tokens = stages.text_tokens(recipe.retrain.data, loaded.tokenizer)
             precision = stages.precision_of(recipe, device)
             report = stages.retrain(model, masks, views, tokens, recipe.retrain, precision=precision)

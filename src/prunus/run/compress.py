@@ -27,7 +27,6 @@ from rich.console import Console
 from prunus import ranks
 from prunus.export import save_model, save_tensors
 from prunus.files import write_json, write_text
-from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.report import Advance, append_metrics, plot_compression, progress, read_metrics
 from prunus.run import stages
@@ -140,11 +139,7 @@ class _Run:
         asked = recipe.retrain
         assert asked is not None
         model = loaded.model.to(self.device)
-        views = [
-            v
-            for v in find_layers(model, include=recipe.prune.include, exclude=recipe.prune.exclude)
-            if v.parameter in masks
-        ]
+        views = stages.pruned_views(model, masks, recipe)
         tokens = stages.text_tokens(asked.data, loaded.tokenizer)
         precision = stages.precision_of(recipe, self.device)
         with self._bar("retrain", asked.steps) as advance:
@@ -205,7 +200,7 @@ class _Run:
                     yield name, tensor
         for name, tensor in source.tensors():
             if name not in done:
-                yield name, tensor.to(source.dtype) if tensor.is_floating_point() else tensor
+                yield name, tensor
 
     def _save(self, loaded: stages.Loaded, masks: Masks, result: dict[str, Any]) -> None:
         if not ranks.is_main():

@@ -16,7 +16,6 @@ import torch
 
 from prunus.export import save_model
 from prunus.files import write_json
-from prunus.layers import find_layers
 from prunus.report import plot_compression, progress
 from prunus.run import stages
 from prunus.run.compress import prunus_info
@@ -82,7 +81,7 @@ def _retrain(
         report = stages.retrain(
             model,
             streamed.masks,
-            find_layers(model),
+            stages.pruned_views(model, streamed.masks, recipe),
             tokens,
             asked,
             precision=stages.precision_of(recipe, stages.device_of(recipe)),

@@ -268,6 +268,12 @@ class _LazyScores(Mapping[str, Tensor]):
         return len(self.views)
 
 
+def pruned_views(model: nn.Module, masks: Masks, recipe: Recipe) -> list[View]:
+    """The layers of `model` that the recipe pruned: those that an adapter adapts."""
+    found = find_layers(model, include=recipe.prune.include, exclude=recipe.prune.exclude)
+    return [view for view in found if view.parameter in masks]
+
+
 def retrain(
     model: nn.Module,
     masks: Masks,
