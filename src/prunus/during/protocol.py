@@ -1,6 +1,6 @@
 """How a method takes part in training: the hooks that `train` calls, and the masks such methods share.
 
-    attach ─▶ [ before_step ─▶ weights, loss + penalty, backward, gradients, optimizer, follow ─▶ after_step ]* ─▶ finish
+    attach ─▶ [ before_step ─▶ weights, loss + penalty, backward, gradients, optimizer, follow ─▶ after_step ] ─▶ finish
                    host                                inside the step                                host
 
 The hooks inside the step are recorded once when the step is captured as a CUDA graph, and replayed: no branch there
