@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from prunus.run import compare as module
+from prunus.run import bench
 from prunus.run.compare import compare
 from prunus.run.grid import Grid, final_members, load_grid, tuning_members
 from prunus.run.recipe import parse
@@ -82,7 +82,7 @@ def test_a_grid_runs_and_a_second_call_repeats_nothing(
     def refuse(*_: object) -> None:
         raise AssertionError("a finished member was repeated")
 
-    monkeypatch.setattr(module._Bench, "run", refuse)
+    monkeypatch.setattr(bench.Bench, "run", refuse)
     assert compare(asked) == json.loads(json.dumps(rows))
 
 

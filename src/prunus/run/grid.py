@@ -1,13 +1,14 @@
-"""A grid of compression recipes: which members it has, in which order, and which value each tuned cell gets.
+"""A grid of recipes: which members it has, in which order, and which value each tuned cell gets.
 
-    base: {...}                                   a compress recipe
+    base: {...}                                   a compression or a classifier recipe
     axes: {criterion: {wanda: {prune.criterion: wanda}, ...}, pattern: {...}, method: {...}}
-    tune: {text: validation, axis: method,
+    tune: {text: validation, axis: method,        or by: accuracy, for classifiers
            cells: {norms: {key: retrain.lr, values: [1e-4, 1e-3], at: {criterion: wanda}}}}
     seeds: [0]; more_seeds: {seeds: [1, 2], where: {pattern: ["50 %"]}}
 
-Tuned values are chosen by the perplexity on `text` in the cells named by `at`, with the first seed, and used
-by every other cell that differs from them only along the axes of `at`. Nothing here runs anything.
+Tuned values are chosen by the perplexity on `text`, or by the accuracy on validation images, in the cells named by
+`at`, with the first seed, and used by every other cell that differs from them only along the axes of `at`. Without
+`key` each value is a mapping of keys, so that several are chosen together. Nothing here runs anything.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from prunus.run.recipe import Recipe, Strict, digest, merge, parse, read_yaml
+from prunus.run.kinds import Kind, kind_of
+from prunus.run.recipe import Strict, digest, merge, parse, read_yaml
 
 __all__ = ["Grid", "Member", "load_grid"]
 
@@ -28,19 +30,45 @@ Labels = dict[str, str]
 
 
 class Tried(Strict):
-    """One dotted recipe key and the values tried for it, in the cells that have the labels `at`."""
+    """One dotted recipe key and the values tried for it, in the cells that have the labels `at`.
 
-    key: str
+    Without `key` each value is a mapping of dotted keys to values.
+    """
+
+    key: str | None = None
     values: list[Any] = Field(min_length=1)
     at: Labels = Field(default_factory=dict)
 
+    @model_validator(mode="after")
+    def _check(self) -> Tried:
+        if self.key is None and not all(isinstance(value, dict) for value in self.values):
+            raise ValueError("give the key that the values belong to, or mappings of keys as values")
+        return self
+
+    def overrides(self) -> list[dict[str, Any]]:
+        """What each try sets: dotted keys and their values."""
+        return [dict(value) if self.key is None else {self.key: value} for value in self.values]
+
 
 class Tune(Strict):
-    """What is tuned for each label along `axis`, by the perplexity on `text`."""
+    """What is tuned for each label along `axis`, by the perplexity on `text` or by accuracy on validation images."""
 
-    text: str
+    text: str | None = None
+    by: Literal["accuracy"] | None = None
     axis: str
     cells: dict[str, Tried]
+
+
+class Show(Strict):
+    """How tables and pictures are laid out.
+
+    across: the axis whose labels are a table's columns and a picture's abscissa; lines: the axis with a line for each
+    label; columns: further numbers of each cell, as a classifier's result names them (dotted), such as speedup.
+    """
+
+    across: str | None = None
+    lines: str | None = None
+    columns: list[str] = Field(default_factory=list[str])
 
 
 class MoreSeeds(Strict):
@@ -58,35 +86,51 @@ class Grid(Strict):
     tune: Tune | None = None
     seeds: list[int] = Field(default=[0], min_length=1)
     more_seeds: MoreSeeds | None = None
+    show: Show = Show()
     out: str = "runs/compare"
 
     @model_validator(mode="after")
     def _check(self) -> Grid:
         named = [*(self.more_seeds.where if self.more_seeds else {})]
+        named += [axis for axis in (self.show.across, self.show.lines) if axis is not None]
         if self.tune is not None:
             named += [self.tune.axis, *(axis for tried in self.tune.cells.values() for axis in tried.at)]
         strange = [axis for axis in named if axis not in self.axes]
         if strange:
             raise ValueError(f"{strange[0]!r} is not an axis; axes are {', '.join(self.axes)}")
+        self._check_labels()
+        self.kind.check(self)
         for labels in self.cells():
             self.recipe(labels, self.seeds[0], {})
+        tuning_members(self)
         return self
+
+    def _check_labels(self) -> None:
+        named = [(axis, label) for axis, labels in (self.more_seeds.where if self.more_seeds else {}).items()
+                 for label in labels]  # fmt: skip
+        if self.tune is not None:
+            named += [(self.tune.axis, label) for label in self.tune.cells]
+            named += [pair for tried in self.tune.cells.values() for pair in tried.at.items()]
+        for axis, label in named:
+            if label not in self.axes[axis]:
+                raise ValueError(f"{label!r} is not a label of {axis}; there are {', '.join(self.axes[axis])}")
+
+    @property
+    def kind(self) -> Kind:
+        """What its recipes are."""
+        return kind_of(self.base)
 
     def cells(self) -> Iterator[Labels]:
         """Every combination of one label per axis."""
         for combination in itertools.product(*(options for options in self.axes.values())):
             yield dict(zip(self.axes, combination, strict=True))
 
-    def recipe(self, labels: Mapping[str, str], seed: int, tuned: Mapping[str, Any]) -> Recipe:
-        """The recipe of one member."""
+    def recipe(self, labels: Mapping[str, str], seed: int, tuned: Mapping[str, Any], *, tuning: bool = False) -> Any:
+        """The recipe of one member; tuning: of one that chooses a value."""
         raw = self.base
         for axis, label in labels.items():
             raw = merge(raw, self.axes[axis][label])
-        raw = merge(raw, dict(tuned) | {"save": False})
-        for section in ("retrain", "reconstruct"):
-            if raw.get(section) is not None:
-                raw = merge(raw, {f"{section}.seed": seed})
-        return parse(raw, Recipe, " / ".join(labels.values()))
+        return self.kind.recipe(merge(raw, dict(tuned)), seed, tuning=tuning, where=" / ".join(labels.values()))
 
     def tuned(self, labels: Mapping[str, str]) -> Tried | None:
         """What is tried for a cell, or None when nothing is tuned there."""
@@ -107,7 +151,7 @@ class Member:
     labels: Labels
     seed: int
     tuned: dict[str, Any]
-    recipe: Recipe
+    recipe: Any
 
     @property
     def key(self) -> str:
@@ -121,7 +165,7 @@ def tuning_members(grid: Grid) -> list[Member]:
     for labels in grid.cells():
         tried = grid.tuned(labels)
         if tried is not None and {**labels, **tried.at} == labels:
-            members += [_member(grid, labels, grid.seeds[0], {tried.key: value}) for value in tried.values]
+            members += [_trial(grid, labels, overrides) for overrides in tried.overrides()]
     return members
 
 
@@ -143,27 +187,30 @@ def final_members(grid: Grid, results: Mapping[str, Mapping[str, Any]], *, parti
 
 
 def _chosen(grid: Grid, labels: Labels, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The tuned key with the best value tried, nothing for a cell that is not tuned, None when no try is finished."""
+    """The best of the tried values, nothing for a cell that is not tuned, None when no try is finished."""
     tried = grid.tuned(labels)
     if tried is None or grid.tune is None:
         return {}
     anchor = {**labels, **tried.at}
-    scores: dict[int, float] = {}
-    for i, value in enumerate(tried.values):
-        key = _member(grid, anchor, grid.seeds[0], {tried.key: value}).key
+    losses: dict[int, float] = {}
+    for i, overrides in enumerate(tried.overrides()):
+        key = _trial(grid, anchor, overrides).key
         if key in results:
-            scores[i] = float(results[key]["perplexity"][grid.tune.text])
-    return {tried.key: tried.values[min(scores, key=lambda i: scores[i])]} if scores else None
+            losses[i] = grid.kind.loss(results[key], grid.tune)
+    return tried.overrides()[min(losses, key=lambda i: losses[i])] if losses else None
 
 
 def _random(grid: Grid, labels: Labels) -> bool:
     """Whether a cell's result depends on the seed: pruning alone does not."""
-    recipe = grid.recipe(labels, 0, {})
-    return recipe.retrain is not None or recipe.reconstruct is not None
+    return grid.kind.seeded(grid.recipe(labels, 0, {}))
 
 
 def _member(grid: Grid, labels: Labels, seed: int, tuned: dict[str, Any]) -> Member:
     return Member(dict(labels), seed, tuned, grid.recipe(labels, seed, tuned))
+
+
+def _trial(grid: Grid, labels: Labels, tuned: dict[str, Any]) -> Member:
+    return Member(dict(labels), grid.seeds[0], tuned, grid.recipe(labels, grid.seeds[0], tuned, tuning=True))
 
 
 def load_grid(path: Path, out: Path | None = None) -> Grid:

@@ -10,8 +10,9 @@ from rich.console import Console
 
 from prunus.export.card import SIZE_NOTE
 from prunus.report import print_table
+from prunus.report.table import format_value
 from prunus.run.inspect import Inspection
-from prunus.run.tables import spread
+from prunus.run.spread import spread
 
 __all__ = ["show_evaluation", "show_grid", "show_inspection", "show_result"]
 
@@ -83,7 +84,7 @@ def show_grid(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
 
 
 def _tuned(row: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={value:g}" for key, value in row["tuned"].items())
+    return ", ".join(f"{key}={format_value(value)}" for key, value in row["tuned"].items())
 
 
 def _note(text: str) -> None:

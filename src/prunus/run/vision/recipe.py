@@ -1,0 +1,296 @@
+"""What a classifier run is asked to do: images, model, training, pruning and retraining, checked before any work.
+
+    images ─▶ train (dense, or during a method) ─▶ prune ─▶ retrain, `prune.phases` times ─▶ measure
+
+A recipe with the key `images` is a classifier recipe; lengths are in epochs of the training images.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from prunus import patterns
+from prunus.run.recipe import Share, Strict, digest, looks_local, merge, parse, read_yaml
+
+__all__ = [
+    "Augmentation",
+    "ClassifierRecipe",
+    "ImageSource",
+    "Pruning",
+    "Retraining",
+    "Training",
+    "dense_key",
+    "dense_of",
+    "load_classifier",
+    "methods",
+]
+
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+WORDS = ("constant", "linear", "cosine")
+OPTIONS = {"multistep": "milestones in epochs", "exponential": "a factor an epoch", "one_cycle": "the peak's share"}
+
+
+class ImageSource(Strict):
+    """Where the images come from, and what is measured on.
+
+    source: "digits", a folder or file (.parquet, .npz, .safetensors), or a Hugging Face data set.
+    measure_on: "validation" holds out the share `validation` of the training images, without augmentation, and never
+    reads the test images; "test" trains on all training images.
+    """
+
+    source: str
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    measure_on: Literal["test", "validation"] = "test"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
+    @field_validator("source")
+    @classmethod
+    def _there(cls, value: str) -> str:
+        local = looks_local(value) or value.endswith(".npz")
+        if local and not Path(value).expanduser().exists():
+            raise ValueError(f"no file or folder (seen from {os.getcwd()}); give a path, a data set name or digits")
+        return value
+
+
+class Augmentation(Strict):
+    """crop: pixels of padding before a random crop; flip: left and right at random; cutout: side of a blank square."""
+
+    crop: Annotated[int, Field(ge=0)] = 0
+    flip: bool = False
+    cutout: Annotated[int, Field(ge=0)] = 0
+
+
+def _schedule(value: Any) -> Any:
+    """One of the words, or a mapping of one name to its argument."""
+    if value in WORDS:
+        return value
+    known = f"use {', '.join(WORDS)}, or one of " + ", ".join(f"{{{k}: {what}}}" for k, what in OPTIONS.items())
+    if not isinstance(value, dict) or len(value) != 1 or next(iter(value)) not in OPTIONS:
+        raise ValueError(f"{value!r} is no schedule; {known}")
+    name, argument = next(iter(value.items()))
+    numbers = argument if name == "multistep" else [argument]
+    if not isinstance(numbers, (list, tuple)) or not all(isinstance(x, (int, float)) and x > 0 for x in numbers):
+        raise ValueError(f"{name} takes {OPTIONS[name]}, above 0; got {argument!r}")
+    return {name: argument}
+
+
+class Training(Strict):
+    """How the network is trained, by SGD; `warmup`, milestones and `snapshots` are in epochs.
+
+    clip: largest norm of the gradient. ema: decay of a running mean of the weights, which then is what is measured.
+    snapshots: epochs after which the weights are kept, for weight rewinding.
+    evaluate_every: epochs between measurements while `prunus train` trains; 0 measures at the end alone.
+    """
+
+    epochs: Count = 30
+    batch_size: Count = 512
+    lr: Positive = 0.4
+    schedule: Annotated[str | dict[str, Any], BeforeValidator(_schedule)] = "linear"
+    warmup: Annotated[float, Field(ge=0)] = 2
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = False
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    augment: Augmentation = Augmentation(crop=4, flip=True)
+    clip: Positive | None = None
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    snapshots: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    evaluate_every: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Training:
+        if self.warmup >= self.epochs:
+            raise ValueError(f"warmup: {self.warmup:g} epochs leave none of the {self.epochs}; set a smaller warmup")
+        if self.warmup and "one_cycle" in self.schedule:
+            raise ValueError("schedule one_cycle rises by itself: set warmup: 0")
+        late = [epoch for epoch in self.snapshots if epoch > self.epochs]
+        if late:
+            raise ValueError(f"snapshots: epoch {late[0]} lies behind the end, epochs: {self.epochs}")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs momentum above 0")
+        return self
+
+
+class Pruning(Strict):
+    """Which weights go: criterion, allocation, pattern, sparsity (share of zeros), in how many phases."""
+
+    sparsity: float = 0.9
+    criterion: Literal["magnitude", "random"] = "magnitude"
+    allocation: Literal["global", "uniform", "uniform_plus", "erk", "lamp"] = "global"
+    pattern: str = "unstructured"
+    phases: Count = 1
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _implied(cls, value: Any) -> Any:
+        """An N:M pattern says its own sparsity, and is the same in every layer."""
+        if isinstance(value, dict) and ":" in str(value.get("pattern", "")):
+            fixed = {"sparsity": patterns.parse(str(value["pattern"])).sparsity, "allocation": "uniform"}
+            return {**fixed, **value}
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Pruning:
+        pattern = patterns.parse(self.pattern)
+        patterns.check_sparsity(pattern, self.sparsity)
+        if pattern.sparsity is not None and (self.allocation != "uniform" or self.phases > 1):
+            raise ValueError(
+                f"pattern {self.pattern!r} fixes the share of zeros in every group: leave out allocation and phases"
+            )
+        return self
+
+
+class Retraining(Strict):
+    """How long and on which schedule the pruned network is trained again, after each phase.
+
+    epochs or share (of the training's epochs): one of them, for each phase or for all together (`of`).
+    warmup: share of a phase's steps, for SLR, CLR, LLR and ALLR. rewind: the epoch whose weights the surviving weights
+    take before retraining; it must be one of train.snapshots. lr: another peak than the training's.
+    """
+
+    schedule: Literal["ft", "lrw", "slr", "clr", "llr", "allr"] = "allr"
+    epochs: Positive | None = None
+    share: Positive | None = None
+    of: Literal["phase", "total"] = "phase"
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    rewind: Annotated[int, Field(ge=0)] | None = None
+    lr: Positive | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Retraining:
+        if (self.epochs is None) == (self.share is None):
+            raise ValueError("give either epochs or share (of the training's epochs), not both or neither")
+        return self
+
+
+def methods() -> dict[str, Any]:
+    """Name in recipes -> class, of every method that prunes during training."""
+    from prunus import during
+
+    found = {name: getattr(during, name) for name in during.__all__}
+    return {
+        name.lower(): each
+        for name, each in found.items()
+        if isinstance(each, type) and issubclass(each, during.During) and each is not during.During
+    }
+
+
+def _during(value: Any) -> Any:
+    """One method by name with the options that its class takes."""
+    value = {value: {}} if isinstance(value, str) else value
+    if value is None:
+        return None
+    known = methods()
+    if not isinstance(value, dict) or len(value) != 1:
+        raise ValueError(f"{value!r} is not one method with its options; methods are {', '.join(known)}")
+    name, options = next(iter(value.items()))
+    if str(name).lower() not in known:
+        close = difflib.get_close_matches(str(name).lower(), known, n=1)
+        raise ValueError(f"no method {name!r}; " + (f"did you mean {close[0]!r}?" if close else ", ".join(known)))
+    options = dict(options or {})
+    takes = list(inspect.signature(known[name.lower()]).parameters)[1:]
+    strange = [option for option in options if option not in takes]
+    if strange:
+        close = difflib.get_close_matches(strange[0], takes, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(takes) or 'none'}"
+        raise ValueError(f"{name} has no option {strange[0]!r}; {hint}")
+    return {name.lower(): options}
+
+
+class ClassifierRecipe(Strict):
+    """A whole classifier run: train, (during a method), prune, retrain, measure.
+
+    model: a name of `models.build_model`, such as resnet18, resnet20, wrn28_10, "timm:NAME", "torchvision:NAME".
+    during: one method that prunes while training, by name, with its options; it reaches prune.sparsity.
+    capture: record the training step as a CUDA graph. recalibrate: share of the training images on which BatchNorm
+    statistics are counted anew after pruning.
+    """
+
+    images: ImageSource
+    model: str = "resnet18"
+    seed: int = 0
+    train: Training = Training()
+    during: Annotated[dict[str, dict[str, Any]] | None, BeforeValidator(_during)] = None
+    prune: Pruning | None = None
+    retrain: Retraining | None = None
+    recalibrate: Share = 1.0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: str = "auto"
+    capture: Literal["auto"] | bool = "auto"
+    channels_last: Literal["auto"] | bool = "auto"
+    out: str = "runs/train"
+
+    @field_validator("device")
+    @classmethod
+    def _device(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|cpu|(cuda|xpu|mps)(:\d+)?", value):
+            raise ValueError("a device is auto, cpu, cuda or one GPU such as cuda:1")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> ClassifierRecipe:
+        if self.prune is None and (self.during is not None or self.retrain is not None):
+            raise ValueError(f"{'during' if self.during else 'retrain'} needs prune.sparsity: give a section prune")
+        if self.during is not None and self.prune is not None:
+            self._check_during(self.prune)
+        rewind = self.retrain.rewind if self.retrain is not None else None
+        if rewind is not None and rewind not in self.train.snapshots:
+            raise ValueError(f"retrain.rewind: epoch {rewind} is not kept; set train.snapshots: [{rewind}]")
+        if Path(self.out).is_file():
+            raise ValueError(f"out: {self.out!r} is a file; give a folder")
+        return self
+
+    def _check_during(self, prune: Pruning) -> None:
+        asked = [key for key in ("phases", "criterion", "allocation", "pattern") if key in prune.model_fields_set]
+        changed = [key for key in asked if getattr(prune, key) != Pruning.model_fields[key].default]
+        if changed:
+            raise ValueError(f"prune.{changed[0]}: a method that prunes during training chooses itself; leave it out")
+        if self.retrain is not None and self.retrain.rewind is not None:
+            raise ValueError("retrain.rewind goes with pruning after training; leave it out beside during")
+        assert self.during is not None
+        name, options = next(iter(self.during.items()))
+        try:
+            methods()[name](prune.sparsity, **options)
+        except TypeError as error:
+            raise ValueError(f"during.{name}: {error}") from None
+
+
+def load_classifier(path: Path | None, overrides: dict[str, Any] | None = None) -> ClassifierRecipe:
+    """The checked classifier recipe of a YAML file with dotted overrides put on top.
+
+    Raises ValueError that lists every wrong key with its value and mend; FileNotFoundError for a missing recipe.
+    """
+    raw = merge({} if path is None else read_yaml(path), overrides or {})
+    if "images" not in raw:
+        raise ValueError(
+            f"{path or 'flags'}: no key 'images', so this is no classifier recipe; add images: {{source: ...}}, "
+            "or run it with `prunus compress`"
+        )
+    return parse(raw, ClassifierRecipe, str(path or "flags"))
+
+
+def dense_of(recipe: ClassifierRecipe) -> ClassifierRecipe:
+    """The recipe of the dense training that a pruned network starts from."""
+    plain = {"during": None, "prune": None, "retrain": None, "recalibrate": 1.0}
+    return recipe.model_copy(update=plain)
+
+
+def dense_key(recipe: ClassifierRecipe) -> str:
+    """Hash of what decides the dense training: recipes that agree on it share the run."""
+    plain: dict[str, Any] = dense_of(recipe).model_dump(mode="json", exclude={"out"})
+    del plain["train"]["evaluate_every"]
+    return digest(plain)[:24]
