@@ -1,4 +1,4 @@
-"""Allocations: integer counts, exact totals, and OWL against its formula."""
+"""Allocations: integer counts, exact totals under every pattern, and OWL against its formula."""
 
 import pytest
 import torch
@@ -6,12 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prunus import allocations
-from prunus.allocations import Allocation, global_, owl, uniform
-from prunus.patterns import Unstructured, kept_of
+from prunus import allocations, patterns
+from prunus.allocations import Allocation, counts_under, erk, global_, lamp, owl, uniform, uniform_plus
+from prunus.patterns import NM, Block, Pattern, Rows, Unstructured, kept_of
 
-FACTORIES: dict[str, Allocation] = {"owl": owl()}
-NAMES = [name for name in allocations.__all__ if name != "Allocation"]
 SHAPES = {
     "model.layers.0.fc1": (6, 8),
     "model.layers.0.fc2": (8, 7),
@@ -22,6 +20,13 @@ SHAPES = {
     "model.layers.10.fc1": (4, 4),
     "head": (3, 11),
 }
+FACTORIES: dict[str, Allocation] = {
+    "owl": owl(),
+    "erk": erk(SHAPES),
+    "uniform_plus": uniform_plus("model.layers.1.experts.up[0]", "head"),
+}
+NAMES = [name for name in allocations.__all__ if name not in ("Allocation", "counts_under")]
+PATTERNS: list[Pattern] = [Unstructured("layer"), Unstructured("row"), Block(2, 3), Block(1, 4), Rows(), NM(2, 4)]
 
 
 def make(name: str) -> Allocation:
@@ -54,7 +59,93 @@ def test_a_sparsity_outside_zero_to_one_is_refused(name: str, sparsity: float):
         make(name)(draw_scores(0), sparsity)
 
 
-@pytest.mark.parametrize("allocation", [global_, owl()], ids=["global_", "owl"])
+def test_every_pattern_is_here():
+    classes = {name for name in patterns.__all__ if isinstance(getattr(patterns, name), type)} - {"Pattern"}
+    assert {type(pattern).__name__ for pattern in PATTERNS} == classes
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 99), sparsity=st.floats(0.1, 0.85))
+def test_masks_have_exactly_the_sparsity_under_every_pattern(name: str, pattern: Pattern, seed: int, sparsity: float):
+    shapes = {"a.0.fc": (8, 12), "a.1.fc": (4, 24), "a.2.fc": (6, 36), "a.3.fc": (2, 12), "a.4.fc": (12, 12)}
+    made = {"erk": erk(shapes), "uniform_plus": uniform_plus("a.3.fc", "a.4.fc")}
+    generator = torch.Generator().manual_seed(seed)
+    scores = {layer: torch.randn(shape, generator=generator).abs() for layer, shape in shapes.items()}
+    fixed = pattern.sparsity is not None
+    counts = counts_under(pattern, scores, None if fixed else sparsity, None if fixed else made.get(name) or make(name))
+    total = sum(score.numel() for score in scores.values())
+    units = [pattern.unit(shape) for shape in shapes.values()]
+    if fixed:
+        assert sum(counts.values()) == total // 2
+    elif name == "uniform":
+        exact = [kept_of(score.numel(), sparsity) for score in scores.values()]
+        assert all(abs(count - k) < unit for count, k, unit in zip(counts.values(), exact, units, strict=True))
+        assert abs(sum(counts.values()) - sum(exact)) <= max(units) / 2
+    else:
+        assert abs(sum(counts.values()) - kept_of(total, sparsity)) <= (max(units) / 2 if max(units) > 1 else 0)
+    for (layer, score), unit in zip(scores.items(), units, strict=True):
+        assert counts[layer] % unit == 0
+        assert int(pattern.mask(score, counts[layer]).sum()) == counts[layer]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("pattern", [Unstructured("layer"), Block(2, 3), Rows()], ids=repr)
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 99))
+def test_what_was_pruned_before_stays_pruned(name: str, pattern: Pattern, seed: int):
+    shapes = {"a.0.fc": (8, 12), "a.1.fc": (4, 24), "a.2.fc": (6, 36), "a.3.fc": (2, 12)}
+    made = {"erk": erk(shapes), "uniform_plus": uniform_plus("a.3.fc", "a.2.fc")}
+    allocation = made.get(name) or make(name)
+    generator = torch.Generator().manual_seed(seed)
+    scores = {layer: torch.randn(shape, generator=generator).abs() for layer, shape in shapes.items()}
+    before = counts_under(pattern, scores, 0.5, global_)  # not what the allocation would have left
+    for layer, score in scores.items():
+        score.masked_fill_(~pattern.mask(score, before[layer]), -torch.inf)
+    counts = counts_under(pattern, scores, 0.7, allocation)
+    assert all(counts[layer] <= before[layer] for layer in counts)
+    total = sum(score.numel() for score in scores.values())
+    aim = sum(kept_of(score.numel(), 0.7) for score in scores.values()) if name == "uniform" else kept_of(total, 0.7)
+    units = [pattern.unit(shape) for shape in shapes.values()]
+    assert abs(sum(counts.values()) - aim) <= (max(units) / 2 if max(units) > 1 else 0)
+
+
+def test_global_counts_of_tiles_are_those_of_one_ranking_of_tiles():
+    generator = torch.Generator().manual_seed(0)
+    scores = {name: torch.rand(shape, generator=generator) for name, shape in {"a": (4, 6), "b": (8, 3)}.items()}
+    tiles = {name: score.unfold(0, 2, 2).unfold(1, 3, 3).mean((2, 3)).flatten() for name, score in scores.items()}
+    best = torch.cat([*tiles.values()]).topk(3).values.min()
+    counts = counts_under(Block(2, 3), scores, 0.625)  # keeps 3 of 8 tiles
+    assert counts == {name: 6 * int((tile >= best).sum()) for name, tile in tiles.items()}
+    assert sum(counts.values()) == 18
+
+
+def test_rows_of_several_lengths_fill_the_budget_of_entries():
+    scores = {"long": torch.tensor([[5.0] * 6, [1.0] * 6]), "short": torch.tensor([[4.0, 4.0], [3.0, 3.0]])}
+    assert counts_under(Rows(), scores, 0.5) == {"long": 6, "short": 2}
+
+
+def test_an_allocation_for_a_pattern_that_fixes_the_counts_is_refused():
+    with pytest.raises(ValueError, match="2:4 fixes how many entries every layer keeps"):
+        counts_under(NM(2, 4), {"a": torch.ones(2, 4)}, None, uniform)
+
+
+def test_a_sparsity_below_that_of_earlier_masks_is_refused():
+    scores = {"a": torch.tensor([[1.0, -torch.inf, -torch.inf, -torch.inf]])}
+    with pytest.raises(ValueError, match="2 entries should stay, but earlier masks left only 1"):
+        counts_under(Unstructured("layer"), scores, 0.5)
+
+
+def test_missing_layers_are_named():
+    with pytest.raises(ValueError, match="erk needs the shape of 'a'"):
+        erk({"b": (2, 2)})({"a": torch.ones(2, 2)}, 0.5)
+    for spared in (uniform_plus("b"), uniform_plus("a", "b")):
+        with pytest.raises(ValueError, match="uniform_plus spares 'b', which is none of the 1 layers"):
+            spared({"a": torch.ones(2, 2)}, 0.5)
+
+
+@pytest.mark.parametrize("allocation", [global_, lamp, owl()], ids=["global_", "lamp", "owl"])
 def test_scores_with_nan_are_refused_by_name(allocation: Allocation):
     scores = draw_scores(0)
     scores["head"][0, 0] = float("nan")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from prunus import patterns, selection
-from prunus.patterns import NM, Unstructured, check_sparsity, kept_of, parse
+from prunus.patterns import NM, Block, Rows, Unstructured, check_sparsity, kept_of, parse
 from prunus.selection import keep_largest, kth_largest, select_global, select_global_share
 
 INF = float("inf")
@@ -75,7 +75,53 @@ def test_nm_equals_a_stable_sort_of_each_group(data: st.DataObject, nm: tuple[in
         assert true_indices(keep) == first_best(group.tolist(), nm[0])
 
 
-@pytest.mark.parametrize("pattern", [Unstructured("layer"), Unstructured("row"), NM(2, 4)])
+@quick
+@given(data=st.data(), tile=st.sampled_from([(1, 2), (2, 1), (2, 3), (1, 1)]), share=st.floats(0, 1))
+def test_blocks_equal_a_stable_sort_of_their_tiles(data: st.DataObject, tile: tuple[int, int], share: float):
+    rows, columns = (data.draw(st.integers(1, 3)) * size for size in tile)
+    numbers = st.lists(st.sampled_from([0.0, 1.0, 2.0, -INF]), min_size=rows * columns, max_size=rows * columns)
+    score = torch.tensor(data.draw(numbers)).view(rows, columns)
+    places = [(i, j) for i in range(0, rows, tile[0]) for j in range(0, columns, tile[1])]
+    kept = round(share * len(places))
+    mask = Block(*tile).mask(score, kept * tile[0] * tile[1])
+    sums = [score[i : i + tile[0], j : j + tile[1]].sum().item() for i, j in places]
+    best = first_best(sums, kept)
+    for place, (i, j) in enumerate(places):
+        assert mask[i : i + tile[0], j : j + tile[1]].tolist() == [[place in best] * tile[1]] * tile[0]
+    assert torch.equal(Block(1, columns).mask(score, columns), Rows().mask(score, columns))
+
+
+@pytest.mark.parametrize("pattern", [Block(2, 4), Rows()], ids=str)
+def test_a_tile_pruned_in_part_ranks_as_pruned(pattern: patterns.Pattern):
+    score = torch.full((4, 8), 5.0)
+    score[0, 0], score[2:] = -INF, 1.0
+    assert pattern.pool(score)[0, :4].tolist() == [-INF] * 4
+    assert not pattern.mask(score, pattern.unit((4, 8)))[0, 0]
+    score[0, 1] = INF
+    assert pattern.pool(score)[0, :4].tolist() == [-INF] * 4
+
+
+def test_tiles_name_the_layer_that_they_do_not_cover():
+    with pytest.raises(ValueError, match=r"block 4x4 needs rows .* by 4; 'conv1' is 16x27. .*exclude=\[\"conv1\"\]"):
+        Block(4, 4).counts((16, 27), 0.5, name="conv1")
+    with pytest.raises(ValueError, match="block 2x2 keeps multiples of 4 entries of 'fc1', not 3"):
+        Block(2, 2).mask(torch.ones(2, 4), 3, name="fc1")
+    with pytest.raises(ValueError, match="filters keeps multiples of 4 entries of this layer, not 3"):
+        Rows().mask(torch.ones(2, 4), 3)
+    with pytest.raises(ValueError, match="at least 1 row and 1 column; got 0x4"):
+        Block(0, 4)
+
+
+def test_tiles_are_split_between_blocks_of_columns_or_refused():
+    assert Block(2, 2).split((4, 8), 12, [0, 4, 8]) == [8, 4]
+    with pytest.raises(ValueError, match="cannot be chosen in steps of 3 columns; 2 must divide them"):
+        Block(2, 2).split((4, 8), 12, [0, 3, 8])
+    assert Rows().split((4, 8), 16, [0, 8]) == [16]
+    with pytest.raises(ValueError, match="set the blocksize to 8 or more"):
+        Rows().split((4, 8), 16, [0, 4, 8])
+
+
+@pytest.mark.parametrize("pattern", [Unstructured("layer"), Unstructured("row"), Block(1, 4), Rows(), NM(2, 4)])
 @pytest.mark.usefixtures("chunk")
 @pytest.mark.parametrize("levels", [1, 3, 1000])
 def test_chunks_change_nothing(pattern: patterns.Pattern, levels: int):
@@ -91,13 +137,13 @@ def test_chunks_change_nothing(pattern: patterns.Pattern, levels: int):
         assert pattern != Unstructured("row") or true_indices(mask[i]) == first_best(row.tolist(), 3 + (i < 1))
 
 
-@pytest.mark.parametrize("pattern", [Unstructured("layer"), Unstructured("row"), NM(2, 4)])
+@pytest.mark.parametrize("pattern", [Unstructured("layer"), Unstructured("row"), Block(2, 4), Rows(), NM(2, 4)])
 def test_a_constant_score_prunes_no_more_than_asked(pattern: patterns.Pattern):
     kept = pattern.counts((6, 8), 0.5)
     assert int(pattern.mask(torch.ones(6, 8), kept).sum()) == kept == 24
 
 
-@pytest.mark.parametrize("pattern", [Unstructured("layer"), Unstructured("row"), NM(1, 4)])
+@pytest.mark.parametrize("pattern", [Unstructured("layer"), Unstructured("row"), Block(2, 4), Rows(), NM(1, 4)])
 def test_masks_are_idempotent_and_follow_transposed_storage(pattern: patterns.Pattern):
     score = torch.rand(8, 8, generator=torch.Generator().manual_seed(1)) + 0.1
     kept = pattern.counts((8, 8), 0.75)
@@ -106,7 +152,7 @@ def test_masks_are_idempotent_and_follow_transposed_storage(pattern: patterns.Pa
     assert torch.equal(pattern.mask(score.T.contiguous().T, kept), mask)
 
 
-@pytest.mark.parametrize("pattern", [Unstructured("layer"), Unstructured("row"), NM(2, 4)])
+@pytest.mark.parametrize("pattern", [Unstructured("layer"), Unstructured("row"), Block(1, 4), Rows(), NM(2, 4)])
 def test_masks_follow_a_permutation_of_rows(pattern: patterns.Pattern):
     generator = torch.Generator().manual_seed(2)
     score, order = torch.rand(6, 8, generator=generator), torch.randperm(6, generator=generator)
@@ -114,7 +160,7 @@ def test_masks_follow_a_permutation_of_rows(pattern: patterns.Pattern):
     assert torch.equal(pattern.mask(score[order], kept), pattern.mask(score, kept)[order])
 
 
-@pytest.mark.parametrize("pattern", [Unstructured("layer"), Unstructured("row"), NM(2, 4)])
+@pytest.mark.parametrize("pattern", [Unstructured("layer"), Unstructured("row"), Block(2, 4), Rows(), NM(2, 4)])
 @pytest.mark.parametrize("bad", [float("nan"), None])
 def test_nan_and_integers_are_refused(pattern: patterns.Pattern, bad: float | None):
     score = torch.ones(2, 4) if bad else torch.ones(2, 4, dtype=torch.int64)
@@ -199,6 +245,8 @@ def test_parse_reads_back_what_patterns_print():
     assert parse("2:4") == NM(2, 4)
     assert parse(str(NM(4, 8))) == NM(4, 8)
     assert parse("unstructured", per="layer") == Unstructured("layer")
+    assert parse(str(Block(4, 16))) == Block(4, 16)
+    assert parse(str(Rows())) == Rows()
     for text in ("2:3:4", "4:2", "0:4", "4:4", "-1:4", "2:", "dense", ""):
         with pytest.raises(ValueError, match=f"Pattern '{text}'"):
             parse(text)

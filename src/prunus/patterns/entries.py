@@ -1,61 +1,19 @@
-"""Where zeros may lie in a matrix (out, in), and the exact mask for a score under each pattern.
-
-    Unstructured("layer")   any `kept` entries of the matrix
-    Unstructured("row")     the same number in every output row (the first rows take the remainder)
-    NM(n, m)                at most n nonzeros in m consecutive weights along the input dimension: 2:4 keeps 2 of 4.
-                            Others count the zeros; for 2:4 that is the same, for 1:4 it is not.
-
-A new pattern is one frozen dataclass with these methods. How the largest scores are found is in `selection.py`, how
-many entries each layer keeps in `allocations.py`.
-"""
+"""Patterns that choose single entries: anywhere in a matrix or a row, or some of every few columns."""
 
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, Protocol
+from typing import Literal
 
 from torch import Tensor
 
-from prunus.selection import check_scores, keep_largest, keep_largest_of_group, keep_largest_of_row, kept_of
+from prunus.patterns.protocol import check_score, check_sparsity, cumulative, excluded, quoted
+from prunus.selection import keep_largest, keep_largest_of_group, keep_largest_of_row, kept_of
 
-__all__ = ["NM", "Pattern", "Unstructured", "check_sparsity", "kept_of", "parse"]
-
-
-class Pattern(Protocol):
-    """What `counts`, `mask` and `split` promise; shapes are (out, in), masks are bool, True is kept."""
-
-    @property
-    def width(self) -> int | None:
-        """How many columns are chosen together, from the left (4 for 2:4); None when all are."""
-        ...
-
-    @property
-    def sparsity(self) -> float | None:
-        """The share of zeros that the pattern fixes; None when it is free."""
-        ...
-
-    def counts(self, shape: tuple[int, int], sparsity: float | None, *, name: str = "this layer") -> int:
-        """How many entries a matrix keeps. Raises ValueError when shape or sparsity does not fit, naming `name`."""
-        ...
-
-    def mask(self, score: Tensor, kept: int, *, name: str = "this layer") -> Tensor:
-        """The mask (out, in) of the best `kept` entries. Raises ValueError for NaN or a count that does not fit."""
-        ...
-
-    def choose(self, score: Tensor, kept: int) -> Tensor:
-        """`mask` without its checks, for inner loops: does not wait for the device."""
-        ...
-
-    def split(self, shape: tuple[int, int], kept: int, edges: Sequence[int], *, name: str = "this layer") -> list[int]:
-        """How many entries each block of columns edges[i]..edges[i+1] keeps; the sum is exactly `kept`.
-
-        edges: from 0 to in; each a multiple of `width` where the pattern has one.
-        """
-        ...
+__all__ = ["NM", "Unstructured"]
 
 
 @dataclass(frozen=True)
@@ -96,7 +54,7 @@ class Unstructured:
 
         score: (out, in) floating, higher is kept. Raises ValueError for NaN, or kept outside 0..out*in.
         """
-        _check(score, kept, name)
+        check_score(score, kept, name)
         return self.choose(score, kept)
 
     def choose(self, score: Tensor, kept: int) -> Tensor:
@@ -117,15 +75,23 @@ class Unstructured:
         """
         rows, columns = shape
         if self.per == "layer":
-            return _cumulative(kept, columns, edges)
+            return cumulative(kept, columns, edges)
         each, extra = divmod(kept, max(1, rows))
-        shares = _cumulative(each, columns, edges)
+        shares = cumulative(each, columns, edges)
         counts = [rows * share for share in shares]
         if extra:
             widths = [stop - start for start, stop in pairwise(edges)]
             roomy = next(i for i, (share, width) in enumerate(zip(shares, widths, strict=True)) if share < width)
             counts[roomy] += extra
         return counts
+
+    def unit(self, shape: tuple[int, int], *, name: str = "this layer") -> int:
+        """1: every entry by itself."""
+        return 1
+
+    def pool(self, score: Tensor) -> Tensor:
+        """The score itself."""
+        return score
 
 
 @dataclass(frozen=True)
@@ -171,7 +137,7 @@ class NM:
         score: (out, in) floating, higher is kept. Raises ValueError for NaN, columns that m does not divide, or a
         count that is not n/m of the entries.
         """
-        _check(score, kept, name)
+        check_score(score, kept, name)
         self._check_count((score.shape[0], score.shape[1]), kept, name)
         return self.choose(score, kept)
 
@@ -187,12 +153,19 @@ class NM:
         widths = [stop - start for start, stop in pairwise(edges)]
         return [shape[0] * width // self.m * self.n for width in widths]
 
+    def unit(self, shape: tuple[int, int], *, name: str = "this layer") -> int:
+        """1: within a group, every entry by itself."""
+        return 1
+
+    def pool(self, score: Tensor) -> Tensor:
+        """The score itself."""
+        return score
+
     def _check_columns(self, columns: int, name: str) -> None:
         if columns % self.m:
-            skip = "its name" if name == "this layer" else f'"{name}"'
             raise ValueError(
-                f"{self} needs columns divisible by {self.m}; {_quoted(name)} has {columns}. "
-                f"Skip it with exclude=[{skip}]."
+                f"{self} needs columns divisible by {self.m}; {quoted(name)} has {columns}. "
+                f"Skip it with exclude=[{excluded(name)}]."
             )
 
     def _check_count(self, shape: tuple[int, int], kept: int, name: str) -> None:
@@ -200,66 +173,6 @@ class NM:
         exact = shape[0] * shape[1] // self.m * self.n
         if kept != exact:
             raise ValueError(
-                f"{self} keeps exactly {exact} of {shape[0] * shape[1]} entries of {_quoted(name)}, not {kept}: "
+                f"{self} keeps exactly {exact} of {shape[0] * shape[1]} entries of {quoted(name)}, not {kept}: "
                 "it goes with the uniform allocation only"
             )
-
-
-def parse(text: str, per: Literal["row", "layer"] = "row") -> Pattern:
-    """The pattern that a word of a recipe names: "unstructured" (compared per row or per layer) or "N:M".
-
-    Raises ValueError for anything else.
-
-    >>> parse("2:4")
-    NM(n=2, m=4)
-    """
-    if text == "unstructured":
-        return Unstructured(per)
-    match = re.fullmatch(r"(\d+):(\d+)", text)
-    if match is None:
-        raise ValueError(f"Pattern {text!r} is not N:M (2:4 keeps 2 of 4 consecutive weights) and not 'unstructured'")
-    n, m = int(match[1]), int(match[2])
-    if not 0 < n < m:
-        raise ValueError(f"Pattern {text!r} must keep N of M weights with 0 < N < M, as 2:4 does")
-    return NM(n, m)
-
-
-def check_sparsity(pattern: Pattern, sparsity: float | None) -> float:
-    """The sparsity that will result: the given one, or the one that the pattern fixes.
-
-    Raises ValueError for a sparsity outside [0, 1), one that contradicts the pattern by more than 0.001 (so that
-    0.667 goes with 1:3), or a missing one where the pattern fixes none.
-
-    >>> check_sparsity(NM(2, 4), None)
-    0.5
-    """
-    if sparsity is not None:
-        kept_of(0, sparsity)
-    fixed = pattern.sparsity
-    if fixed is None:
-        if sparsity is None:
-            raise ValueError(f"{pattern} needs a sparsity, the share of zeros in [0, 1)")
-        return sparsity
-    if sparsity is not None and abs(sparsity - fixed) > 1e-3:
-        raise ValueError(
-            f"{pattern} fixes the sparsity at {fixed:g}; got {sparsity:g}. Leave sparsity out, or set it to {fixed:g}"
-        )
-    return fixed
-
-
-def _check(score: Tensor, kept: int, name: str) -> None:
-    if score.ndim != 2:
-        raise ValueError(f"a score is a matrix (out, in); that of {_quoted(name)} has shape {tuple(score.shape)}")
-    if not 0 <= operator.index(kept) <= score.numel():
-        raise ValueError(f"cannot keep {kept} of the {score.numel()} entries of {_quoted(name)}")
-    check_scores(score, f"the score of {_quoted(name)}")
-
-
-def _quoted(name: str) -> str:
-    return name if name == "this layer" else f"'{name}'"
-
-
-def _cumulative(kept: int, columns: int, edges: Sequence[int]) -> list[int]:
-    """Shares of `kept` proportional to block widths, whose partial sums are the rounded exact ones."""
-    sums = [(2 * kept * edge + columns) // (2 * columns) for edge in edges]
-    return [stop - start for start, stop in pairwise(sums)]
