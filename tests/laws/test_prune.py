@@ -1,0 +1,164 @@
+"""One-shot pruning in memory: exact, nested, blind to storage, and nothing changes when it fails."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from prunus import patterns
+from prunus.allocations import uniform
+from prunus.layers import find_layers
+from prunus.masks import Masks
+from prunus.patterns import NM, Block, Rows, Unstructured
+from prunus.prune import ALLOCATIONS, named_allocation, prune
+from prunus.scores import random_score, wanda
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(2, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Conv2d(4, 8, 3, padding=1, stride=2),
+            nn.Flatten(),
+            nn.Linear(8 * 4, 16),
+            nn.Linear(16, 10),
+        )
+
+
+def copy_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_masks_are_applied_and_exact_and_leave_the_rest_alone():
+    model = network()
+    before = copy_of(model)
+    masks = prune(model, sparsity=0.9)
+    weights = {name: before[name].abs().flatten() for name in ("0.weight", "3.weight", "5.weight", "6.weight")}
+    joined = torch.cat([*weights.values()])
+    smallest = joined.topk(len(joined) - round(0.9 * len(joined))).values.min()
+    assert set(masks) == set(weights)
+    for name, value in model.state_dict().items():
+        expected = before[name] * (before[name].abs() >= smallest) if name in masks else before[name]
+        assert torch.equal(value, expected)
+        assert not name.endswith("weight") or not (value[value == 0].signbit()).any()
+
+
+@pytest.mark.parametrize("pattern", [Unstructured("layer"), Unstructured("row"), Block(2, 2), Rows()], ids=repr)
+@pytest.mark.parametrize("name", ALLOCATIONS)
+def test_phases_are_nested_and_end_as_one_shot(name: str, pattern: patterns.Pattern):
+    model = network()
+    allocation = named_allocation(name, model, find_layers(model))
+    whole = prune(network(), pattern=pattern, sparsity=0.8, allocation=allocation)
+    masks = None
+    for sparsity in (0.3, 0.6, 0.8):
+        chosen = prune(model, pattern=pattern, sparsity=sparsity, allocation=allocation, within=masks)
+        chosen.check(model)
+        assert masks is None or not any((chosen[each] & ~masks[each]).any() for each in masks)
+        masks = chosen
+    total = sum(mask.numel() for mask in whole.values())
+    if name in ("global", "lamp", "erk") and pattern == Unstructured("layer"):
+        assert round(masks.sparsity * total) == round(0.8 * total)
+    # LAMP's scores are relative to what is left, and rows compared apart keep less than the best of all.
+    if name != "lamp" and (name, pattern) != ("global", Unstructured("row")):
+        assert masks == whole
+
+
+@pytest.mark.parametrize("name", ["uniform", "global"])
+def test_within_limits_what_another_allocation_may_keep(name: str):
+    model = network()
+    first = prune(model, sparsity=0.5)
+    allocation = named_allocation(name, model, find_layers(model))
+    second = prune(model, sparsity=0.6, allocation=allocation, within=first)
+    assert not any((second[each] & ~first[each]).any() for each in first)
+    total = sum(mask.numel() for mask in second.values())
+    assert abs(round(second.sparsity * total) - 0.6 * total) <= 2  # uniform rounds in every layer
+
+
+def test_within_may_name_few_parameters():
+    model = network()
+    earlier = Masks({"6.weight": torch.zeros(10, 16, dtype=torch.bool)})
+    masks = prune(model, sparsity=0.5, within=earlier)
+    assert masks.table()["6.weight"] == (0, 160)
+    assert sum(kept for kept, _ in masks.table().values()) == round(0.5 * sum(n for _, n in masks.table().values()))
+
+
+def test_a_random_score_is_drawn_once():
+    masks = prune(network(), random_score(torch.Generator().manual_seed(0)), sparsity=0.7)
+    again = prune(network(), random_score(torch.Generator().manual_seed(0)), sparsity=0.7)
+    assert masks == again
+    assert masks != prune(network(), random_score(torch.Generator().manual_seed(1)), sparsity=0.7)
+
+
+def test_storage_does_not_matter():
+    plain, last = network(), network().to(memory_format=torch.channels_last)
+    assert prune(plain, sparsity=0.8) == prune(last, sparsity=0.8)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), last.parameters(), strict=True))
+
+
+def test_wanda_sees_the_inputs_of_linear_and_convolutions_in_eval_mode():
+    model, generator = network(), torch.Generator().manual_seed(0)
+    x = torch.randn(6, 2, 6, 6, generator=generator) * torch.tensor([1.0, 0.0])[:, None, None]
+    statistics = copy_of(model)["1.running_mean"]
+    batches = [x[:3], (x[3:], torch.zeros(3))]
+    masks = prune(model, wanda, Unstructured("row"), 0.5, allocation=uniform, batches=batches)
+    assert masks["0.weight"][:, 0].all()  # the second channel is zero: its inputs have norm 0
+    assert not masks["0.weight"][:, 1].any()
+    assert model.training
+    assert torch.equal(model[1].running_mean, statistics)
+
+
+def test_include_and_exclude_are_the_views():
+    model = network()
+    assert set(prune(model, sparsity=0.5, views=find_layers(model, exclude=["0", "6"]))) == {"3.weight", "5.weight"}
+
+
+def test_named_allocations_read_the_model():
+    model = network()
+    views = find_layers(model)
+    scores = {view.name: torch.rand(view.shape) for view in views}
+    spared = named_allocation("uniform_plus", model, views)(scores, 0.85)
+    assert spared["0"] == 72
+    assert spared["6"] == 32  # a fifth of the last linear layer
+    kept = named_allocation("erk", model, views)(scores, 0.9)
+    assert kept["3"] / kept["5"] == pytest.approx((4 + 8 + 3 + 3) / (32 + 16), abs=0.03)
+    with pytest.raises(ValueError, match="no allocation 'gem'; there are global, uniform"):
+        named_allocation("gem", model, views)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (partial(prune, sparsity=1.0), r"in \[0, 1\); got 1.0"),
+        (prune, "unstructured needs a sparsity"),
+        (partial(prune, pattern=NM(2, 4)), r"2:4 needs columns divisible by 4; '0' has 18.*exclude"),
+        (partial(prune, pattern=Block(4, 4), sparsity=0.5), "block 4x4 needs rows divisible by 4"),
+        (partial(prune, score=wanda, sparsity=0.5), "wanda needs the inputs of '0'"),
+        (partial(prune, sparsity=0.5, views=[]), "nothing to prune"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_and_changes_nothing(call, message: str):
+    model = network()
+    before = copy_of(model)
+    with pytest.raises(ValueError, match=message):
+        call(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_earlier_masks_that_the_pattern_cannot_keep_within_are_refused():
+    model = network()
+    views = find_layers(model, include=["5", "6"])
+    first = prune(model, sparsity=0.9, views=views)
+    with pytest.raises(ValueError, match="2:4 cannot keep 256 entries of '5' within the earlier masks"):
+        prune(model, pattern=NM(2, 4), views=views, within=first)
+    with pytest.raises(ValueError, match="earlier masks left only"):
+        prune(model, sparsity=0.5, views=views, within=first)
+
+
+def test_nm_prunes_without_a_sparsity():
+    model = network()
+    masks = prune(model, pattern=NM(2, 4), views=find_layers(model, include=["5", "6"]))
+    assert masks.sparsity == 0.5
