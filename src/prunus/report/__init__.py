@@ -1,6 +1,7 @@
 """Results for people: tables and progress in the terminal, pictures, and the numbers line by line in a file."""
 
 from prunus.report.bars import Advance, progress
+from prunus.report.curves import plot_accuracy, plot_run
 from prunus.report.metrics import append_metrics, read_metrics
 from prunus.report.plots import plot_compression, plot_grid
 from prunus.report.table import markdown_table, print_table
@@ -9,8 +10,10 @@ __all__ = [
     "Advance",
     "append_metrics",
     "markdown_table",
+    "plot_accuracy",
     "plot_compression",
     "plot_grid",
+    "plot_run",
     "print_table",
     "progress",
     "read_metrics",

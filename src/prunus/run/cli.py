@@ -131,14 +131,67 @@ def inspect(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
-    sparsity: Annotated[float, typer.Option(help="Share of zeros, in [0, 1).")] = 0.6,
+    what: Annotated[str, typer.Argument(help="language or vision.")] = "language",
+    out: Annotated[Path | None, typer.Option(help="Run folder.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Share of zeros, in [0, 1); 0.6, and 0.95 for vision.")] = None,
 ) -> None:
-    """Prune the embedded model, retrain biases and norms, then MaskLoRA; about two minutes on two cores, offline."""
+    """Show what Prunus does, offline: on a small language model (two minutes), or on handwritten digits (one)."""
+    _alone("demo")
+    if what == "vision":
+        from prunus.run.vision.demo import demo as run_vision
+
+        run_vision(out or Path("runs/demo-vision"), 0.95 if sparsity is None else sparsity)
+        return
+    if what != "language":
+        raise ValueError(f"demo: there is none of {what!r}; use language or vision")
     from prunus.run.demo import demo as run
 
-    _alone("demo")
-    run(out, sparsity)
+    run(out or Path("runs/demo"), 0.6 if sparsity is None else sparsity)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe with the key `images`.")],
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1.")] = None,
+    out: Annotated[str | None, typer.Option(help="Run folder.")] = None,
+    assign: SetOption = None,
+) -> None:
+    """Train an image classifier; prune and retrain it if the recipe says so. A killed run goes on."""
+    from prunus.run.show import show_run
+    from prunus.run.vision.recipe import load_classifier
+    from prunus.run.vision.train import train_run
+
+    _alone("train")
+    flags = {"device": device, "out": out}
+    checked = load_classifier(recipe, _assignments(assign) | {k: v for k, v in flags.items() if v is not None})
+    show_run(train_run(checked), Path(checked.out))
+
+
+@app.command()
+def prune(
+    run: Annotated[Path, typer.Argument(help="Run folder that `prunus train` left.")],
+    sparsity: Annotated[float | None, typer.Option(help="Share of zeros, in [0, 1).")] = None,
+    schedule: Annotated[str | None, typer.Option(help="Of retraining: ft, lrw, slr, clr, llr, allr.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Epochs of retraining; without it there is none.")] = None,
+    phases: Annotated[int | None, typer.Option(help="Prune and retrain that many times.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="unstructured, N:M, 'block RxC' or filters.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; RUN/pruned if left out.")] = None,
+    assign: SetOption = None,
+) -> None:
+    """Prune and retrain the dense classifier of a finished run."""
+    from prunus.run.show import show_run
+    from prunus.run.vision.train import prune_run, pruning_of
+
+    _alone("prune")
+    flags = {
+        "prune.sparsity": sparsity,
+        "retrain.schedule": schedule,
+        "retrain.epochs": epochs,
+        "prune.phases": phases,
+        "prune.pattern": pattern,
+    }
+    checked = pruning_of(run, _assignments(assign) | {k: v for k, v in flags.items() if v is not None}, out)
+    show_run(prune_run(checked, run), Path(checked.out))
 
 
 @app.command()
@@ -151,6 +204,12 @@ def compare(
             help="Members run at once, a process each, GPUs in turn; 0 only makes the tables of what is done."
         ),
     ] = 1,
+    together: Annotated[
+        int, typer.Option(help="Classifiers trained at once in each process, in threads; small ones fill a GPU so.")
+    ] = 1,
+    minutes: Annotated[
+        float | None, typer.Option(help="Begin no member later than this; then make the tables of what is done.")
+    ] = None,
 ) -> None:
     """Run a grid of recipes; a killed grid goes on and repeats nothing that is finished."""
     from prunus.run.compare import compare as run
@@ -160,7 +219,7 @@ def compare(
     _alone("compare")
     grid = load_grid(recipe, out)
     try:
-        rows = run(grid, workers=workers)
+        rows = run(grid, workers=workers, together=together, minutes=minutes)
     except RuntimeError as error:  # members failed; the others are finished and in the tables
         typer.echo(f"prunus: {error}", err=True)
         raise typer.Exit(1) from None
@@ -190,9 +249,12 @@ def show(recipe: RecipeArg = None, assign: SetOption = None) -> None:
     """Print a recipe with every default filled in, after checking it."""
     import yaml
 
-    from prunus.run.recipe import load_recipe
+    from prunus.run.recipe import load_recipe, merge, read_yaml
+    from prunus.run.vision.recipe import load_classifier
 
-    checked = load_recipe(recipe, _assignments(assign))
+    overrides = _assignments(assign)
+    raw = merge({} if recipe is None else read_yaml(recipe), overrides)
+    checked = (load_classifier if "images" in raw else load_recipe)(recipe, overrides)
     typer.echo(yaml.safe_dump(checked.model_dump(mode="json"), sort_keys=False), nl=False)
 
 

@@ -14,7 +14,7 @@ from prunus.report.table import format_value
 from prunus.run.inspect import Inspection
 from prunus.run.spread import spread
 
-__all__ = ["show_evaluation", "show_grid", "show_inspection", "show_result"]
+__all__ = ["show_evaluation", "show_grid", "show_inspection", "show_result", "show_run"]
 
 
 def show_result(result: Mapping[str, Any], out: Path) -> None:
@@ -71,14 +71,45 @@ def show_inspection(path: Path, found: Inspection) -> None:
     )
 
 
+def show_run(result: Mapping[str, Any], out: Path) -> None:
+    """The table of one classifier run: a row a stage, and where everything was written."""
+    zeros = f"{100 * result['sparsity']:.2f} %"
+    rows = [
+        {
+            "stage": stage,
+            "accuracy": f"{100 * found['top1']:.2f} %",
+            "loss": found["loss"],
+            "calibration error": found["calibration_error"],
+            "zeros": "0 %" if stage == "dense" else zeros,
+        }
+        for stage, found in result["stages"].items()
+    ]
+    print_table(rows, title=f"{result['model']}, {result['measured_on']} images")
+    speed = f"{result['images_per_second']:,.0f} images/s"
+    _note(f"{result['epochs']:.4g} epochs, {result['seconds']:.0f} s on {result['device']}, {speed}.")
+    if "speedup" in result:
+        _note(f"{result['speedup']:.2f} times fewer multiplications in theory; the file is no smaller.")
+    _note(f"Network: {out / 'model.safetensors'}; numbers: {out / 'result.json'}; picture: {out / 'report.png'}")
+
+
 def show_grid(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
     """The table of a grid: one row a cell."""
-    texts = [key for key, value in rows[0].items() if isinstance(value, Mapping) and "mean" in value]
+    if not rows:
+        _note(f"Nothing is finished yet; the same command goes on. Folder: {out}")
+        return
+    measured = [key for row in rows for key, value in row.items() if isinstance(value, Mapping) and "mean" in value]
+    texts = list(dict.fromkeys(measured))
     axes = [key for key, value in rows[0].items() if isinstance(value, str)]
     shown = [
-        {**{axis: row[axis] for axis in axes}, **{text: spread(row[text]) for text in texts}, "chosen": _tuned(row)}
+        {
+            **{axis: row[axis] for axis in axes},
+            **{text: spread(row[text]) if text in row else None for text in texts},
+            "chosen": _tuned(row) or None,
+        }
         for row in rows
     ]
+    if not any(row["chosen"] for row in shown):
+        shown = [{key: value for key, value in row.items() if key != "chosen"} for row in shown]
     print_table(shown, title=str(out))
     _note(f"Tables: {out / 'table.json'}, {out / 'table.md'}; pictures: {out}/grid*.png")
 

@@ -1,0 +1,106 @@
+"""Pictures of classifiers as PNG: accuracy of methods with error bars, and one run's training and stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prunus.report.plots import _CYCLE, _STAGES, BLACK, BLUE, VERMILION, _figure, _save, _style, _wrapped
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Point", "plot_accuracy", "plot_run"]
+
+Point = tuple[str, float, float | None]  # label on the abscissa, mean, deviation
+_COLUMNS = 3  # panels side by side
+
+
+def plot_accuracy(
+    panels: Mapping[str, Mapping[str, Sequence[Point]]],
+    path: str | Path,
+    *,
+    xlabel: str,
+    ylabel: str = "accuracy, %",
+    dense: float | None = None,
+    title: str = "",
+) -> None:
+    """Write a PNG with a panel for each key, a line for each method, deviations as bars.
+
+    panels: panel title -> method -> points. The labels on the abscissa stand at equal distances, in the order in which
+    they come. dense: a dashed line. Raises ValueError without points.
+
+    >>> plot_accuracy({"": {"ALLR": [("90 %", 94.1, 0.1), ("95 %", 93.2, None)]}}, "grid.png", xlabel="sparsity")
+    """
+    labels = list(dict.fromkeys(point[0] for lines in panels.values() for row in lines.values() for point in row))
+    if not labels:
+        raise ValueError("there are no points to draw")
+    across = min(_COLUMNS, len(panels))
+    down = -(-len(panels) // across)
+    figure = _figure(1.6 + 3.4 * across, 0.6 + 3.2 * down)
+    axes = list(figure.subplots(down, across, squeeze=False, sharex=True).flat)
+    order = {name: i for i, name in enumerate(dict.fromkeys(name for lines in panels.values() for name in lines))}
+    for axis, (name, lines) in zip(axes, panels.items(), strict=False):
+        _draw_lines(axis, lines, labels, order)
+        if dense is not None:
+            axis.axhline(dense, color=BLACK, linestyle="--", linewidth=1, label=f"dense, {dense:.2f}")
+        axis.set_title(name, loc="left", fontsize=10)
+        axis.set_xlabel(xlabel)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    axes[0].set_ylabel(ylabel)
+    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, loc="outside right upper")
+    if title:
+        figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    _save(figure, path)
+
+
+def plot_run(
+    losses: Sequence[float], stages: Mapping[str, float], path: str | Path, *, rates: Sequence[float] = (), title: str
+) -> None:
+    """Write a PNG of one run: left the training loss of each epoch and the learning rate, right accuracy by stage.
+
+    losses: the mean of each epoch; rates: learning rates at equal distances over the same time; stages: name ->
+    accuracy in %. Raises ValueError when there is neither a loss nor a stage.
+    """
+    if not losses and not stages:
+        raise ValueError("there is neither a loss nor a stage to draw")
+    figure = _figure(10, 3.8)
+    left, right = figure.subplots(1, 2)
+    left.plot([epoch + 1 for epoch in range(len(losses))], losses, color=BLUE, linewidth=1.4, label="loss")
+    left.set_xlabel("epoch")
+    left.set_title("Training loss" + (" and learning rate (dashed)" if rates else ""), loc="left", fontsize=10)
+    if rates:
+        other = left.twinx()
+        places = [len(losses) * (i + 0.5) / len(rates) for i in range(len(rates))]
+        other.plot(places, rates, color=VERMILION, linestyle="--", linewidth=1)
+        other.set_ylim(0, None)
+    for i, (name, value) in enumerate(stages.items()):
+        right.bar(i, value, color=_STAGES.get(name, _CYCLE[i % len(_CYCLE)]))
+        right.annotate(f"{value:.2f}", (i, value), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=8)
+    right.set_xticks(range(len(stages)), [_wrapped(name) for name in stages])
+    right.set_ylim(0, 108)
+    right.set_title("Accuracy, %", loc="left", fontsize=10)
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    _save(figure, path)
+
+
+def _draw_lines(
+    axis: Axes, lines: Mapping[str, Sequence[Point]], labels: Sequence[str], order: Mapping[str, int]
+) -> None:
+    """Lines stand a little aside of each other, so that their bars can be told apart."""
+    aside = min(0.06, 0.5 / max(1, len(order)))
+    for name, points in lines.items():
+        shift = (order[name] - (len(order) - 1) / 2) * aside
+        style: dict[str, Any] = {**_style(order[name]), "markersize": 4, "linewidth": 1.2, "capsize": 2}
+        axis.errorbar(
+            [labels.index(label) + shift for label, _, _ in points],
+            [mean for _, mean, _ in points],
+            yerr=[std or 0.0 for _, _, std in points],
+            label=name,
+            **style,
+        )
+    axis.set_xticks(range(len(labels)), labels)
+    axis.set_xlim(-0.5, len(labels) - 0.5)

@@ -1,0 +1,162 @@
+"""The dense training that pruned networks start from: one folder, complete or absent, shared by all that need it.
+
+model.safetensors   the network       epoch-N.safetensors   as it was after epoch N, for weight rewinding
+trace.json          learning rates as (value, steps) runs, warm-up, mean loss of each epoch
+metrics.json        what was measured, and how long it took
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from prunus.during import During, Plan
+from prunus.files import write_json
+from prunus.lr import Original
+from prunus.run.vision import stages
+from prunus.run.vision.recipe import dense_key
+from prunus.run.vision.setting import Setting
+from prunus.train import Trace
+
+__all__ = ["Dense", "Snapshots", "dense", "losses_by_epoch", "read_dense", "write_state"]
+
+_KEPT = 6  # dense networks in memory
+_lock = threading.RLock()
+_read: OrderedDict[str, Dense] = OrderedDict()
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A finished dense training: its state dict on the CPU, what its learning rate did, and what was measured."""
+
+    folder: Path
+    state: Mapping[str, Tensor]
+    original: Original
+    metrics: Mapping[str, Any]
+
+    def snapshot(self, epoch: int) -> dict[str, Tensor]:
+        """The state dict after that epoch."""
+        return load_file(self.folder / f"epoch-{epoch}.safetensors")
+
+
+def dense(
+    setting: Setting,
+    folder: Path,
+    *,
+    checkpoint: Path | None = None,
+    on_step: stages.OnStep | None = None,
+    watch: Callable[[nn.Module], list[During]] = lambda _model: [],
+) -> Dense:
+    """The dense training of a setting's recipe, read from `folder` if it is finished there, else done and written.
+
+    checkpoint: a file from which a killed training goes on. watch: network -> what else looks at it while it trains.
+    Raises ValueError for a folder that holds another training.
+    """
+    key = dense_key(setting.recipe)
+    found = read_dense(folder)
+    if found is not None:
+        if found.metrics["key"] != key:
+            raise ValueError(f"{folder} holds another dense training; give another folder, or delete it")
+        return found
+    partial = folder.with_name(f"{folder.name}.partial" if checkpoint else f"{folder.name}.partial{os.getpid()}")
+    if checkpoint is None:
+        shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True, exist_ok=True)
+    model = setting.new_model()
+    multiplier, warmup = stages.schedule(setting)
+    steps = setting.steps(setting.recipe.train.epochs)
+    snapshots = Snapshots(model, partial, setting)
+    trace = stages.fit(
+        model,
+        setting,
+        multiplier,
+        steps=steps,
+        part=0,
+        during=[snapshots, *watch(model)],
+        checkpoint=checkpoint,
+        on_step=on_step,
+    )
+    _write(partial, model, setting, trace, warmup, key)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+    made = read_dense(folder)
+    assert made is not None
+    return made
+
+
+def read_dense(folder: Path) -> Dense | None:
+    """The finished dense training in a folder, or None."""
+    with _lock:
+        if not (folder / "metrics.json").exists():
+            return None
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        name = f"{folder.resolve()}:{metrics['key']}"
+        if name not in _read:
+            trace = json.loads((folder / "trace.json").read_text(encoding="utf-8"))
+            original = Original.from_runs(trace["lrs"], trace["warmup"])
+            _read[name] = Dense(folder, load_file(folder / "model.safetensors"), original, metrics)
+        _read.move_to_end(name)
+        while len(_read) > _KEPT:
+            _read.popitem(last=False)
+        return _read[name]
+
+
+def losses_by_epoch(losses: Sequence[float], epoch_steps: int) -> list[float]:
+    """The mean loss of each epoch."""
+    parts = [losses[start : start + epoch_steps] for start in range(0, len(losses), epoch_steps)]
+    return [sum(part) / len(part) for part in parts]
+
+
+def write_state(path: Path, model: nn.Module) -> None:
+    """Write the state dict, contiguous and on the CPU; the file is complete or absent."""
+    state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial{os.getpid()}")
+    save_file(state, partial)
+    os.replace(partial, path)
+
+
+class Snapshots(During):
+    """Keeps the network as it is after the epochs of `train.snapshots`; 0 is before the training."""
+
+    def __init__(self, model: nn.Module, folder: Path, setting: Setting) -> None:
+        super().__init__()
+        self.network = [model]  # a list, so that its parameters do not become this module's
+        self.folder = folder
+        asked = setting.recipe.train.snapshots
+        self.steps_of = {epoch * setting.epoch_steps - 1: epoch for epoch in asked}
+
+    def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
+        """Keep the beginning, if that is asked for."""
+        self.after_step(-1)
+
+    def after_step(self, step: int) -> None:
+        """Keep what is asked for."""
+        epoch = self.steps_of.get(step)
+        path = self.folder / f"epoch-{epoch}.safetensors"
+        if epoch is not None and not path.exists():
+            write_state(path, self.network[0])
+
+
+def _write(folder: Path, model: nn.Module, setting: Setting, trace: Trace, warmup: int, key: str) -> None:
+    write_state(folder / "model.safetensors", model)
+    original = Original.of(trace.lrs, warmup)
+    by_epoch = losses_by_epoch(trace.losses, setting.epoch_steps)
+    write_json(folder / "trace.json", {"lrs": original.runs(), "warmup": warmup, "losses": by_epoch})
+    metrics = {"key": key, **stages.measure(model, setting)}
+    images = len(trace.losses) * setting.recipe.train.batch_size
+    metrics |= {"epochs": setting.recipe.train.epochs, "steps": len(trace.losses), "seconds": trace.seconds}
+    write_json(folder / "metrics.json", metrics | {"images_per_second": images / max(trace.seconds, 1e-9)})

@@ -1,0 +1,287 @@
+"""One classifier run from end to end: dense or during a method, pruned, retrained, measured at every turn.
+
+    dense ─▶ [ prune ─▶ retrain ] * phases ─▶ measure           a method during training takes the place of the first
+
+A killed run with a work folder goes on: the training from its checkpoint, the phases from the last finished one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from prunus.during import During
+from prunus.evaluate.cost import weight_change
+from prunus.files import write_json
+from prunus.lr import Original, retraining
+from prunus.masks import Masks
+from prunus.retrain import Phase, imp, phase_sparsities, split_steps
+from prunus.run.vision import stages
+from prunus.run.vision.dense import Dense, dense
+from prunus.run.vision.recipe import ClassifierRecipe, Pruning, Retraining, methods
+from prunus.run.vision.setting import Setting
+from prunus.train import Trace
+
+__all__ = ["Outcome", "budgets", "experiment"]
+
+Bar = Callable[[str, int], AbstractContextManager[Any]]
+Watch = Callable[[nn.Module, During | None], list[During]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run: the network, its masks (None when dense), and its numbers."""
+
+    model: nn.Module
+    masks: Masks | None
+    result: dict[str, Any]
+
+
+def experiment(
+    setting: Setting,
+    dense_folder: Path,
+    *,
+    work: Path | None = None,
+    bar: Bar = lambda _name, _steps: nullcontext(),
+    watch: Watch = lambda _model, _method: [],
+) -> Outcome:
+    """Run a recipe; its dense training is read from `dense_folder`, or done and written there.
+
+    work: a folder in which a killed run goes on. bar: (what, steps) -> a context that shows how far it is.
+    watch: (network, method) -> what else looks at the network while it is trained.
+    """
+    notes = _Notes.read(work / "notes.json" if work is not None else None)
+    return _Experiment(setting, dense_folder, work, bar, watch, notes).run()
+
+
+def budgets(asked: Retraining | None, phases: int, dense_steps: int, epoch_steps: int) -> list[int]:
+    """The retraining steps of each phase. Raises ValueError for a total that leaves a phase none."""
+    if asked is None:
+        return [0] * phases
+    whole = asked.share * dense_steps if asked.share is not None else (asked.epochs or 0) * epoch_steps
+    steps = max(1, round(whole))
+    return [steps] * phases if asked.of == "phase" else split_steps(steps, phases)
+
+
+@dataclass
+class _Experiment:
+    setting: Setting
+    dense_folder: Path
+    work: Path | None
+    bar: Bar
+    watch: Watch
+    notes: _Notes
+
+    @property
+    def recipe(self) -> ClassifierRecipe:
+        return self.setting.recipe
+
+    def run(self) -> Outcome:
+        started = time.perf_counter()
+        before: Mapping[str, Tensor] | None = None
+        masks: Masks | None = None
+        if self.recipe.during is not None:
+            model, masks, original = self._during(self.recipe.during)
+            if self.recipe.retrain is not None:
+                self._retrain_under(model, masks, original, self.recipe.retrain)
+        else:
+            found = self._dense()
+            model, before = self.setting.new_model(), found.state
+            model.load_state_dict(dict(found.state))
+            if self.recipe.prune is not None:
+                masks = self._phases(model, found, self.recipe.prune)
+        result = self._result(model, masks, before)
+        return Outcome(model, masks, result | {"seconds": time.perf_counter() - started})
+
+    def _dense(self) -> Dense:
+        steps = self.setting.steps(self.recipe.train.epochs)
+        with self.bar("train", steps) as advance:
+            found = dense(
+                self.setting,
+                self.dense_folder,
+                checkpoint=self._checkpoint("dense"),
+                on_step=_reports(advance),
+                watch=lambda model: self.watch(model, None),
+            )
+        self.notes.stage("dense", {k: v for k, v in found.metrics.items() if k not in ("key", "seconds")})
+        self.notes.count("dense", int(found.metrics["steps"]), float(found.metrics["seconds"]))
+        return found
+
+    def _during(self, asked: Mapping[str, Mapping[str, Any]]) -> tuple[nn.Module, Masks, Original]:
+        """A network trained while a method prunes it."""
+        setting, prune = self.setting, self.recipe.prune
+        assert prune is not None
+        name, options = next(iter(asked.items()))
+        method = _method(name, options, prune.sparsity, self.recipe.seed)
+        model = setting.new_model()
+        multiplier, warmup = stages.schedule(setting)
+        steps = setting.steps(self.recipe.train.epochs)
+        with self.bar(name, steps) as advance:
+            trace = stages.fit(
+                model,
+                setting,
+                multiplier,
+                steps=steps,
+                part=0,
+                during=[method, *self.watch(model, method)],
+                views=stages.views_of(model, prune),
+                checkpoint=self._checkpoint(name),
+                on_step=_reports(advance),
+            )
+        self.notes.count(name, len(trace.losses), trace.seconds)
+        masks = method.finish()
+        if masks is None:
+            raise ValueError(f"during.{name}: this method leaves no masks, so nothing was pruned")
+        masks.check(model)
+        self._measure_pruned(model)
+        return model, masks, Original.of(trace.lrs, warmup)
+
+    def _phases(self, model: nn.Module, found: Dense, asked: Pruning) -> Masks:
+        """Prune and retrain, phase by phase."""
+        retrain = self.recipe.retrain
+        steps = budgets(retrain, asked.phases, found.original.steps, self.setting.epoch_steps)
+        rewind = found.snapshot(retrain.rewind) if retrain is not None and retrain.rewind is not None else None
+
+        def retrained(phase: Phase) -> Trace:
+            if phase.index + 1 == phase.count:
+                self._measure_pruned(model)
+            if retrain is None:
+                self.notes.phase(phase, {})
+                return Trace()
+            return self._retrain(model, phase, found.original, retrain, steps[phase.index])
+
+        seeds = {target: index for index, target in enumerate(phase_sparsities(asked.sparsity, asked.phases))}
+        masks = imp(
+            model,
+            sparsity=asked.sparsity,
+            phases=asked.phases,
+            select=lambda network, sparsity, within: stages.select(
+                network, sparsity, within, asked, self.recipe.seed + 7919 * seeds[sparsity]
+            ),
+            retrain=retrained,
+            rewind=rewind,
+            folder=self.work / "phases" if self.work is not None and retrain is not None else None,
+        )
+        if retrain is not None:
+            self.notes.stage("retrained", stages.measure(model, self.setting))
+        return masks
+
+    def _retrain(self, model: nn.Module, phase: Phase, original: Original, asked: Retraining, steps: int) -> Trace:
+        signals = phase.signals(steps, original)
+        multiplier = retraining(
+            asked.schedule, original, steps, distance=signals.distance, share=signals.share, warmup=asked.warmup
+        )
+        peak = asked.lr or original.peak
+        with self.bar(f"retrain {phase.index + 1}/{phase.count}", steps) as advance:
+            trace = stages.fit(
+                model,
+                self.setting,
+                multiplier,
+                steps=steps,
+                part=phase.index + 1,
+                lr=peak,
+                masks=phase.masks,
+                checkpoint=self._checkpoint(f"phase-{phase.index}"),
+                on_step=_reports(advance),
+            )
+        self.notes.count(f"phase-{phase.index}", len(trace.losses), trace.seconds)
+        begun = {"initial_lr": signals.start * peak if asked.schedule == "allr" else max(trace.lrs)}
+        self.notes.phase(
+            phase, {"share": signals.share, **begun, "steps": steps, "epochs": steps / self.setting.epoch_steps}
+        )
+        return trace
+
+    def _retrain_under(self, model: nn.Module, masks: Masks, original: Original, asked: Retraining) -> None:
+        """Retrain what a method left, under its masks."""
+        assert self.recipe.prune is not None
+        phase = Phase(0, 1, self.recipe.prune.sparsity, masks, 0.0)
+        steps = budgets(asked, 1, original.steps, self.setting.epoch_steps)[0]
+        self._retrain(model, phase, original, asked, steps)
+        self.notes.stage("retrained", stages.measure(model, self.setting))
+
+    def _measure_pruned(self, model: nn.Module) -> None:
+        """Measure as it is, then with BatchNorm statistics counted anew; those stay in the network."""
+        self.notes.stage("pruned", stages.measure(model, self.setting))
+        if self.recipe.recalibrate and stages.has_batchnorm(model):
+            stages.recalibrate(model, self.setting)
+            self.notes.stage("recalibrated", stages.measure(model, self.setting))
+
+    def _checkpoint(self, name: str) -> Path | None:
+        return None if self.work is None else self.work / f"{name}.pt"
+
+    def _result(self, model: nn.Module, masks: Masks | None, before: Mapping[str, Tensor] | None) -> dict[str, Any]:
+        notes = self.notes
+        last = next(notes.stages[name] for name in reversed(_STAGES) if name in notes.stages)
+        steps, seconds = sum(s for s, _ in notes.trained.values()), sum(s for _, s in notes.trained.values())
+        result: dict[str, Any] = {"accuracy": last["top1"], **{k: last[k] for k in last if k in _KEPT}}
+        result |= {
+            "measured_on": self.recipe.images.measure_on,
+            "stages": notes.stages,
+            "phases": list(notes.phases.values()),
+        }
+        result |= {"sparsity": 0.0 if masks is None else masks.sparsity}
+        result |= {"epochs": steps / self.setting.epoch_steps, "steps": steps, "train_seconds": seconds}
+        result["images_per_second"] = steps * self.recipe.train.batch_size / max(seconds, 1e-9)
+        if masks is not None:
+            result["by_layer"] = {name: 1 - kept / total for name, (kept, total) in masks.table().items()}
+            if before is not None:
+                after = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
+                result["weight_change"] = weight_change({name: before[name] for name in after}, after)
+        return result
+
+
+_STAGES = ("dense", "pruned", "recalibrated", "retrained")
+_KEPT = ("top5", "loss", "calibration_error", "maximum_calibration_error", "worst_class", "images")
+
+
+@dataclass
+class _Notes:
+    """What was measured so far, in a file that a resumed run reads."""
+
+    path: Path | None
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    phases: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    trained: dict[str, tuple[int, float]] = field(default_factory=dict[str, tuple[int, float]])  # steps, seconds
+
+    @classmethod
+    def read(cls, path: Path | None) -> _Notes:
+        if path is None or not path.exists():
+            return cls(path)
+        return cls(path, **json.loads(path.read_text(encoding="utf-8")))
+
+    def write(self) -> None:
+        if self.path is not None:
+            write_json(self.path, {"stages": self.stages, "phases": self.phases, "trained": self.trained})
+
+    def stage(self, name: str, found: Mapping[str, Any]) -> None:
+        self.stages[name] = dict(found)
+        self.write()
+
+    def phase(self, phase: Phase, more: Mapping[str, Any]) -> None:
+        row = {"phase": phase.index + 1, "sparsity": phase.masks.sparsity, "distance": phase.distance}
+        self.phases[str(phase.index)] = row | dict(more)
+        self.write()
+
+    def count(self, name: str, steps: int, seconds: float) -> None:
+        self.trained[name] = (steps, seconds)
+        self.write()
+
+
+def _method(name: str, options: Mapping[str, Any], sparsity: float, seed: int) -> During:
+    """The method, with the run's seed if it takes one."""
+    made = methods()[name]
+    takes = inspect.signature(made).parameters
+    own = {"seed": seed} if "seed" in takes else {}
+    return made(sparsity, **{**own, **options})
+
+
+def _reports(advance: Any) -> stages.OnStep | None:
+    return None if advance is None else lambda done, _loss: advance.to(done)

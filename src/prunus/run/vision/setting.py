@@ -1,0 +1,160 @@
+"""Where a classifier recipe runs: device, precision, and the images, which a process reads and moves once.
+
+The split into training and validation images is the same for every seed and every recipe of a source.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunus.images import Augment, ImageBatches, Images, plain_batches, read_images
+from prunus.models import build_model
+from prunus.precision import Precision
+from prunus.run.vision.recipe import ClassifierRecipe, ImageSource
+
+__all__ = ["ImageSets", "Setting"]
+
+SPLIT_SEED = 0
+_EVALUATED = 1000  # images at a time
+_lock = threading.RLock()  # reading, and the global generator, are one thread's at a time
+_read: dict[tuple[Any, ...], Images] = {}
+_sets: dict[tuple[Any, ...], ImageSets] = {}
+
+
+@dataclass(frozen=True)
+class ImageSets:
+    """What is trained on and what is measured on, on the device; mean and std (C,) of the former's pixels / 255."""
+
+    train: Images
+    measured: Images
+    mean: Tensor
+    std: Tensor
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A recipe with its device, its precision and its images."""
+
+    recipe: ClassifierRecipe
+    device: torch.device
+    precision: Precision
+    capture: bool
+    channels_last: bool
+    sets: ImageSets
+
+    @classmethod
+    def of(cls, recipe: ClassifierRecipe) -> Setting:
+        """The setting of a recipe; "auto" is the first GPU with bf16, CUDA graphs and channels-last, else the CPU.
+
+        Raises ValueError for a GPU that is not there, and for images that cannot be read or are fewer than a batch.
+        """
+        device = _device(recipe.device)
+        cuda = device.type == "cuda"
+        if cuda:
+            torch.backends.cudnn.benchmark = True
+        sets = _image_sets(recipe.images, device)
+        if len(sets.train) < recipe.train.batch_size:
+            raise ValueError(
+                f"train.batch_size: {recipe.train.batch_size} is more than the {len(sets.train)} training images"
+            )
+        precision: Precision = ("bf16" if cuda else "fp32") if recipe.precision == "auto" else recipe.precision
+        capture = cuda if recipe.capture == "auto" else recipe.capture
+        channels_last = cuda if recipe.channels_last == "auto" else recipe.channels_last
+        return cls(recipe, device, precision, capture, channels_last, sets)
+
+    @property
+    def name(self) -> str:
+        """The device in words."""
+        cuda = self.device.type == "cuda"
+        return torch.cuda.get_device_name(self.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+
+    @property
+    def epoch_steps(self) -> int:
+        """Steps of an epoch: the ragged rest of the images is left out."""
+        return len(self.sets.train) // self.recipe.train.batch_size
+
+    def steps(self, epochs: float) -> int:
+        """How many steps that many epochs are, at least one."""
+        return max(1, round(epochs * self.epoch_steps))
+
+    def new_model(self) -> nn.Module:
+        """The untrained network of the recipe's seed, on the device.
+
+        Raises ValueError for a name that is none, ImportError for one whose package is not installed.
+        """
+        channels = self.sets.train.pixels.shape[1]
+        with _lock, torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.recipe.seed)  # a GPU's may be in use by another thread
+            model = build_model(self.recipe.model, classes=self.sets.train.classes, channels=channels)
+        model = model.to(self.device)
+        return model.to(memory_format=torch.channels_last) if self.channels_last else model
+
+    def batches(self, part: int) -> ImageBatches:
+        """Augmented training batches; part: 0 for the training, j for the retraining of phase j, each in its order."""
+        asked = self.recipe.train
+        return ImageBatches(
+            self.sets.train,
+            batch_size=asked.batch_size,
+            seed=self.recipe.seed + 1_000_003 * part,
+            augment=Augment(crop=asked.augment.crop, flip=asked.augment.flip, cutout=asked.augment.cutout),
+            mean=self.sets.mean,
+            std=self.sets.std,
+            channels_last=self.channels_last,
+        )
+
+    def measured(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches that are measured on, in order and without augmentation."""
+        return self._plain(self.sets.measured)
+
+    def training(self, share: float) -> Iterator[tuple[Tensor, Tensor]]:
+        """A share of the training images, without augmentation: the first ones, as the source orders them."""
+        images = self.sets.train
+        count = max(1, round(share * len(images)))
+        return self._plain(images.take(torch.arange(count, device=images.pixels.device)) if share < 1 else images)
+
+    def _plain(self, images: Images) -> Iterator[tuple[Tensor, Tensor]]:
+        return plain_batches(
+            images,
+            batch_size=_EVALUATED,
+            mean=self.sets.mean,
+            std=self.sets.std,
+            channels_last=self.channels_last,
+        )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {name!r} asked for, but torch sees no GPU; use device: auto or cpu")
+    return device
+
+
+def _image_sets(asked: ImageSource, device: torch.device) -> ImageSets:
+    held_out = asked.validation if asked.measure_on == "validation" else None
+    key = (asked.source, held_out, str(device))
+    with _lock:
+        if key not in _sets:
+            train = _images(asked.source, "train")
+            if held_out is None:
+                measured = _images(asked.source, "test")
+            else:
+                train, measured = train.split(held_out, SPLIT_SEED)
+            mean, std = train.statistics()
+            _sets[key] = ImageSets(train.to(device), measured.to(device), mean.to(device), std.to(device))
+            if device.type == "cuda":  # other threads read them on streams of their own
+                torch.cuda.synchronize(device)
+        return _sets[key]
+
+
+def _images(source: str, split: str) -> Images:
+    if (source, split) not in _read:
+        _read[source, split] = read_images(source, split)
+    return _read[source, split]

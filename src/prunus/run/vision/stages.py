@@ -1,0 +1,152 @@
+"""The stages of a classifier run as functions of a setting: fit, measure, choose masks, count BatchNorm anew.
+
+`experiment` strings them together. Lengths are steps here, epochs in recipes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunus import patterns, scores
+from prunus.allocations import Allocation, erk, global_, lamp, uniform, uniform_plus
+from prunus.batchnorm import recalibrate_
+from prunus.during import During
+from prunus.ema import Ema
+from prunus.evaluate.accuracy import accuracy
+from prunus.layers import View, find_layers
+from prunus.lr import Multiplier, constant, cosine, exponential, linear, multistep, one_cycle
+from prunus.masks import Masks
+from prunus.prune import prune
+from prunus.run.vision.recipe import Pruning
+from prunus.run.vision.setting import Setting
+from prunus.train import Trace, classification_loss, train
+
+__all__ = ["OnStep", "fit", "has_batchnorm", "measure", "recalibrate", "schedule", "select", "views_of"]
+
+OnStep = Callable[[int, float], None]
+
+
+def schedule(setting: Setting) -> tuple[Multiplier, int]:
+    """The schedule of ordinary training as the recipe says it, and its steps of warm-up."""
+    asked = setting.recipe.train
+    steps = setting.steps(asked.epochs)
+    warmup = round(asked.warmup * setting.epoch_steps)
+    if isinstance(asked.schedule, str):
+        made = {"constant": constant, "linear": linear, "cosine": cosine}[asked.schedule]
+        return made(steps, warmup=warmup), warmup
+    name, argument = next(iter(asked.schedule.items()))
+    if name == "multistep":
+        milestones = [setting.steps(epoch) for epoch in argument]
+        return multistep(steps, milestones, warmup=warmup), warmup
+    if name == "exponential":
+        return exponential(steps, argument ** (1 / setting.epoch_steps), warmup=warmup), warmup
+    return one_cycle(steps, argument), int(argument * steps)
+
+
+def fit(
+    model: nn.Module,
+    setting: Setting,
+    multiplier: Multiplier,
+    *,
+    steps: int,
+    part: int,
+    lr: float | None = None,
+    masks: Masks | None = None,
+    during: Sequence[During] = (),
+    views: Sequence[View] | None = None,
+    checkpoint: Path | None = None,
+    on_step: OnStep | None = None,
+) -> Trace:
+    """Train in place by SGD; part as in `Setting.batches`. A running mean, if asked for, ends up in the model."""
+    asked = setting.recipe.train
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=lr or asked.lr,
+        momentum=asked.momentum,
+        nesterov=asked.nesterov,
+        weight_decay=asked.weight_decay,
+        fused=setting.device.type == "cuda",
+    )
+    mean = [Ema(asked.ema)] if asked.ema is not None else []
+    trace = train(
+        model,
+        setting.batches(part),
+        optimizer,
+        multiplier,
+        steps=steps,
+        loss=classification_loss(asked.label_smoothing),
+        masks=masks,
+        during=[*during, *mean],
+        epoch_steps=setting.epoch_steps,
+        views=views,
+        precision=setting.precision,
+        clip=asked.clip,
+        capture=setting.capture,
+        checkpoint=checkpoint,
+        save_every=5 * setting.epoch_steps,
+        on_step=on_step,
+        shared=False,
+    )
+    for each in mean:  # before a method's own finish, which writes the final zeros
+        each.finish()
+    return trace
+
+
+def measure(model: nn.Module, setting: Setting) -> dict[str, Any]:
+    """Accuracy and its companions (shares in [0, 1]) on what the recipe measures on."""
+    return asdict(accuracy(model, setting.measured(), precision=setting.precision))
+
+
+def recalibrate(model: nn.Module, setting: Setting) -> None:
+    """Count the BatchNorm statistics anew on the recipe's share of the training images."""
+    recalibrate_(model, setting.training(setting.recipe.recalibrate))
+
+
+def has_batchnorm(model: nn.Module) -> bool:
+    """Whether there are statistics to count."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+def views_of(model: nn.Module, asked: Pruning) -> list[View]:
+    """The prunable layers. Raises ValueError for a glob that matches none."""
+    return find_layers(model, include=asked.include, exclude=asked.exclude)
+
+
+def select(model: nn.Module, sparsity: float, within: Masks | None, asked: Pruning, seed: int) -> Masks:
+    """Masks of a model as the recipe asks for them, chosen and applied; what `within` prunes stays pruned."""
+    views = views_of(model, asked)
+    generator = torch.Generator().manual_seed(seed)
+    pattern = patterns.parse(asked.pattern, per="layer")
+    return prune(
+        model,
+        scores.magnitude if asked.criterion == "magnitude" else scores.random_score(generator),
+        pattern,
+        None if pattern.sparsity is not None else sparsity,
+        allocation=None if pattern.sparsity is not None else _allocation(asked.allocation, model, views),
+        views=views,
+        within=within,
+    )
+
+
+def _allocation(name: str, model: nn.Module, views: Sequence[View]) -> Allocation:
+    if name == "uniform_plus":
+        return uniform_plus(*_ends(model, views))
+    if name == "erk":
+        parameters = dict(model.named_parameters())
+        return erk({view.name: parameters[view.parameter].shape for view in views})
+    return {"global": global_, "uniform": uniform, "lamp": lamp}[name]
+
+
+def _ends(model: nn.Module, views: Sequence[View]) -> tuple[str, str | None]:
+    """The first convolution, and the last linear layer if it is not that."""
+    modules = dict(model.named_modules())
+    linears = [view.name for view in views if isinstance(modules.get(view.name), nn.Linear)]
+    first = next((view.name for view in views if view.name not in linears), views[0].name)
+    last = linears[-1] if linears else None
+    return first, None if last == first else last

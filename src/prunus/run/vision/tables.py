@@ -1,0 +1,136 @@
+"""What a grid of classifiers found: rows of means and deviations over seeds, in percent, as tables and pictures."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prunus.files import write_text
+from prunus.report import markdown_table, plot_accuracy
+from prunus.run.kinds import Result
+from prunus.run.spread import mean_and_std, spread
+
+if TYPE_CHECKING:
+    from prunus.run.grid import Grid
+
+__all__ = ["METRICS", "across", "row", "write"]
+
+PERCENT = ("accuracy", "top5", "worst_class", "calibration_error", "maximum_calibration_error", "sparsity")
+STAGES = ("dense", "pruned", "recalibrated", "retrained")
+NUMBERS = ("loss", "speedup", "nonzero", "weight_change", "epochs", "steps", "seconds", "images_per_second")
+LAST_PHASE = ("distance", "share", "initial_lr")
+METRICS = (*PERCENT, *STAGES, *NUMBERS, *LAST_PHASE)
+
+
+def row(results: Sequence[Result]) -> dict[str, Any]:
+    """One cell: accuracy and the accuracies of the stages before, and every other number under `metrics`."""
+    found = {name: _spread([_value(result, name) for result in results]) for name in METRICS}
+    known = {name: value for name, value in found.items() if value is not None}
+    shown = ("accuracy", "dense", "pruned")
+    return {**{name: known[name] for name in shown if name in known}, "metrics": known}
+
+
+def write(grid: Grid, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write table.md, and a picture for each axis whose labels are numbers."""
+    write_text(Path(grid.out) / "table.md", _markdown(grid, rows) if rows else "Nothing is finished yet.\n")
+    numeric = [axis for axis in grid.axes if _is_numeric(grid.axes[axis])]
+    axes = [grid.show.across] if grid.show.across else numeric or [across(grid)]
+    for axis in axes if rows else []:
+        _plot(grid, rows, axis, "grid.png" if len(axes) == 1 else f"grid-{axis}.png")
+
+
+def across(grid: Grid) -> str:
+    """The axis along which a table's columns stand: the one asked for, the first of numbers, or the last of all."""
+    if grid.show.across is not None:
+        return grid.show.across
+    return next((axis for axis, labels in grid.axes.items() if _is_numeric(labels)), list(grid.axes)[-1])
+
+
+def _value(result: Result, name: str) -> float | None:
+    """A number of a result, in percent where it is a share that people read so."""
+    if name in STAGES:
+        value = result["stages"].get(name, {}).get("top1")
+    elif name in LAST_PHASE:
+        value = result["phases"][-1].get(name) if result["phases"] else None
+    else:
+        value = result.get(name)
+    if value is None:
+        return None
+    return 100 * float(value) if name in PERCENT or name in STAGES else float(value)
+
+
+def _spread(values: Sequence[float | None]) -> dict[str, float | None] | None:
+    known = [value for value in values if value is not None]
+    return mean_and_std(known) if len(known) == len(values) else None
+
+
+def _markdown(grid: Grid, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Accuracy with a column for each label of one axis; then, if asked for, a line a cell with further numbers."""
+    axis = across(grid)
+    down = [name for name in grid.axes if name != axis]
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for found in rows:
+        place = {name: str(found[name]) for name in down}
+        line = lines.setdefault(tuple(place.values()), dict(place))
+        line[str(found[axis])] = spread(found["accuracy"])
+    columns = [*down, *grid.axes[axis]]
+    shown = [{column: line.get(column) for column in columns} for line in lines.values()]
+    seeds = sorted({len(found["seeds"]) for found in rows})
+    counted = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    text = f"### Accuracy, % (mean ± deviation over {counted} seeds{_reference(rows)})\n\n"
+    text += markdown_table(shown, columns)
+    return text + ("\n" + _details(grid, rows) if grid.show.columns else "")
+
+
+def _details(grid: Grid, rows: Sequence[Mapping[str, Any]]) -> str:
+    shown: list[dict[str, Any]] = []
+    for found in rows:
+        line: dict[str, Any] = {axis: found[axis] for axis in grid.axes}
+        for name in ("accuracy", *grid.show.columns):
+            number = found["metrics"].get(name)
+            column = f"{name}, measured" if name in grid.axes else name
+            line[column] = None if number is None else spread(number) if name in (*PERCENT, *STAGES) else number["mean"]
+        shown.append(line)
+    return f"### All cells\n\n{markdown_table(shown)}"
+
+
+def _reference(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The dense accuracy, where all cells that have one agree within a tenth of a point."""
+    dense = _dense(rows)
+    return f"; dense: {dense:.2f}" if dense is not None else ""
+
+
+def _dense(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    found = [float(row["dense"]["mean"]) for row in rows if "dense" in row]
+    return statistics.fmean(found) if found and max(found) - min(found) < 1 else None
+
+
+def _is_numeric(labels: Mapping[str, Any]) -> bool:
+    return len(labels) > 1 and all(re.match(r"\d", label) for label in labels)
+
+
+def _plot(grid: Grid, rows: Sequence[Mapping[str, Any]], axis: str, name: str) -> None:
+    """Accuracy along one axis; a line for each label of another, a panel for each combination of the rest."""
+    others = [other for other in grid.axes if other != axis]
+    words = [other for other in others if not _is_numeric(grid.axes[other])]
+    line = grid.show.lines if grid.show.lines in others else (words or others or [None])[-1]
+    rest = [other for other in others if other != line]
+    panels: dict[str, dict[str, list[tuple[str, float, float | None]]]] = {}
+    for labels in itertools.product(*(grid.axes[other] for other in rest)):
+        for found in _along(rows, axis, grid):
+            if all(found[other] == label for other, label in zip(rest, labels, strict=True)):
+                lines = panels.setdefault(", ".join(labels), {})
+                number = found["accuracy"]
+                point = (str(found[axis]), float(number["mean"]), number["std"])
+                lines.setdefault(str(found[line]) if line else "", []).append(point)
+    if panels:
+        plot_accuracy(panels, Path(grid.out) / name, xlabel=axis, dense=_dense(rows))
+
+
+def _along(rows: Sequence[Mapping[str, Any]], axis: str, grid: Grid) -> list[Mapping[str, Any]]:
+    places = {label: place for place, label in enumerate(grid.axes[axis])}
+    return sorted(rows, key=lambda found: places[found[axis]])

@@ -1,0 +1,168 @@
+"""`prunus train` and `prunus prune`: a classifier run in a folder that resumes, with its network, numbers and picture.
+
+    out/recipe.yaml      the resolved recipe          out/metrics.jsonl      what was measured, also while it trained
+    out/result.json      what the table shows         out/model.safetensors  the network; masks.safetensors, prunus.json
+    out/dense/           the dense training           out/report.png         loss, learning rate, accuracy by stage
+
+A killed run goes on from out/work, which is gone when the run is done.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from torch.optim import Optimizer
+
+from prunus import __version__
+from prunus.during import During, Plan
+from prunus.evaluate.cost import Energy
+from prunus.files import write_json, write_text
+from prunus.report import append_metrics, plot_run, progress, read_metrics
+from prunus.run.recipe import digest, merge, parse, read_yaml
+from prunus.run.vision import stages
+from prunus.run.vision.dense import read_dense, write_state
+from prunus.run.vision.experiment import Outcome, experiment
+from prunus.run.vision.recipe import ClassifierRecipe, dense_key
+from prunus.run.vision.setting import Setting
+
+__all__ = ["prune_run", "pruning_of", "train_run"]
+
+_RATES = 400  # learning rates in a picture
+
+
+def train_run(recipe: ClassifierRecipe, *, dense: Path | None = None) -> dict[str, Any]:
+    """The result of a run (the content of `out/result.json`); a finished run is read, a killed one goes on.
+
+    dense: a folder with a finished dense training to start from; `out/dense` if left out.
+    Raises ValueError when `out` holds another recipe's run, and for images or a device that are not there.
+    """
+    out, key = Path(recipe.out), digest(recipe.model_dump(mode="json", exclude={"out"}))
+    finished = out / "result.json"
+    if finished.exists():
+        found = json.loads(finished.read_text(encoding="utf-8"))
+        if found.get("key") != key:
+            raise ValueError(f"out: {out} holds the result of another recipe; give another folder, or delete it")
+        return found
+    _check_work(out, key)
+    setting = Setting.of(recipe)
+    setting.new_model()  # a wrong name is refused before anything is written
+    write_text(out / "work" / "key", key)
+    write_text(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    with Energy() as energy:
+        outcome = experiment(
+            setting,
+            dense or out / "dense",
+            work=out / "work",
+            bar=progress,
+            watch=lambda model, method: _watchers(model, method, setting, out / "metrics.jsonl"),
+        )
+    result = {"key": key, "model": recipe.model, "device": setting.name, **outcome.result, "joules": energy.joules}
+    _write(out, recipe, outcome, result, dense or out / "dense")
+    return result
+
+
+def pruning_of(run: Path, overrides: Mapping[str, Any], out: Path | None = None) -> ClassifierRecipe:
+    """The recipe that prunes and retrains the dense network of a finished run, from dotted overrides of that run's.
+
+    Raises FileNotFoundError for a folder without a run; ValueError for a run without a dense network, and for
+    overrides that would change how it was trained.
+    """
+    if not (run / "recipe.yaml").exists():
+        raise FileNotFoundError(f"{run} holds no run of `prunus train`: there is no recipe.yaml; train one first")
+    raw = read_yaml(run / "recipe.yaml")
+    found = read_dense(run / "dense")
+    if found is None or raw.get("during"):
+        why = "its network was pruned while it was trained" if raw.get("during") else "its training is not finished"
+        raise ValueError(f"{run} holds no dense network: {why}; give the folder of a finished dense training")
+    raw = merge({**raw, "out": str(out or run / "pruned")}, dict(overrides))
+    recipe = parse(raw, ClassifierRecipe, str(run))
+    if recipe.prune is None:
+        raise ValueError("nothing would be pruned: give --sparsity")
+    if dense_key(recipe) != found.metrics["key"]:
+        raise ValueError(f"{run} was trained otherwise: only prune, retrain, recalibrate and out can be set here")
+    return recipe
+
+
+def prune_run(recipe: ClassifierRecipe, run: Path) -> dict[str, Any]:
+    """The result of pruning and retraining the dense network of `run`, as `pruning_of` made the recipe."""
+    return train_run(recipe, dense=run / "dense")
+
+
+def _check_work(out: Path, key: str) -> None:
+    begun = out / "work" / "key"
+    if begun.exists() and begun.read_text(encoding="utf-8") != key:
+        raise ValueError(f"out: {out} holds an unfinished run of another recipe; give another folder, or delete it")
+
+
+def _watchers(model: nn.Module, method: During | None, setting: Setting, log: Path) -> list[During]:
+    every = setting.recipe.train.evaluate_every
+    return [_Watch(model, method, setting, log)] if every else []
+
+
+class _Watch(During):
+    """Measures the network every so many epochs while it is trained, with the weights that a method gives it."""
+
+    def __init__(self, model: nn.Module, method: During | None, setting: Setting, log: Path) -> None:
+        super().__init__()
+        self.seen = (model, method)  # a tuple, so that they do not become parts of this module
+        self.setting, self.log = setting, log
+        self.done = {row["epoch"] for row in read_metrics(log) if "epoch" in row} if log.exists() else set[int]()
+        self.every = setting.recipe.train.evaluate_every * setting.epoch_steps
+
+    def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
+        """Nothing is needed."""
+
+    def after_step(self, step: int) -> None:
+        """Measure after the last step of every `evaluate_every`-th epoch."""
+        epoch = (step + 1) // self.setting.epoch_steps
+        if (step + 1) % self.every or epoch in self.done:
+            return
+        model, method = self.seen
+        with torch.no_grad():
+            weights = {} if method is None else method.weights()
+            found = stages.measure(_Effective(model, weights) if weights else model, self.setting)
+        append_metrics(self.log, {"stage": "train", "epoch": epoch, **found})
+
+
+class _Effective(nn.Module):
+    """A model with other weights than its own."""
+
+    def __init__(self, model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.model, self.weights = model, dict(weights)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The model's outputs."""
+        return torch.func.functional_call(self.model, self.weights, (x,))
+
+
+def _write(out: Path, recipe: ClassifierRecipe, outcome: Outcome, result: dict[str, Any], dense: Path) -> None:
+    """The network, its masks, its description, the picture; the result last, because it says that all is there."""
+    for stage, found in result["stages"].items():
+        append_metrics(out / "metrics.jsonl", {"stage": stage, **found})
+    for found in result["phases"]:
+        append_metrics(out / "metrics.jsonl", {"stage": "phase", **found})
+    write_state(out / "model.safetensors", outcome.model)
+    if outcome.masks is not None:
+        outcome.masks.save(out / "masks.safetensors")
+    numbers = {key: value for key, value in result.items() if key not in ("key", "by_layer")}
+    versions = {"prunus": __version__, "torch": torch.__version__}
+    info = {"recipe": recipe.model_dump(mode="json"), "metrics": numbers, "versions": versions}
+    write_json(out / "prunus.json", info | {"sparsity": {"layers": result.get("by_layer", {})}})
+    trace = json.loads((dense / "trace.json").read_text(encoding="utf-8")) if (dense / "trace.json").exists() else {}
+    shown = {name: 100 * found["top1"] for name, found in result["stages"].items()}
+    plot_run(trace.get("losses", []), shown, out / "report.png", rates=_rates(trace), title=recipe.model)
+    write_json(out / "result.json", result)
+    shutil.rmtree(out / "work", ignore_errors=True)
+
+
+def _rates(trace: Mapping[str, Any]) -> list[float]:
+    whole = [value for value, length in trace.get("lrs", []) for _ in range(int(length))]
+    return whole[:: max(1, len(whole) // _RATES)]
