@@ -3,6 +3,16 @@
 A new method is one file with one class, and one entry here.
 """
 
+from prunus.during.cs import CS
+from prunus.during.dnw import DNW
+from prunus.during.dpf import DPF
+from prunus.during.dst import DST
+from prunus.during.gmp import GMP
+from prunus.during.gsm import GSM
+from prunus.during.lc import LC
 from prunus.during.protocol import During, Plan
+from prunus.during.rigl import RigL
+from prunus.during.set_ import SET
+from prunus.during.soft_threshold import STR
 
-__all__ = ["During", "Plan"]
+__all__ = ["CS", "DNW", "DPF", "DST", "GMP", "GSM", "LC", "SET", "STR", "During", "Plan", "RigL"]

@@ -72,12 +72,19 @@ class During(nn.Module):
     def hold_masks(self, model: nn.Module, optimizer: Optimizer, views: tuple[View, ...]) -> None:
         """Register a mask that keeps everything for each prunable parameter; called by `attach`.
 
-        Raises ValueError when nothing is prunable.
+        Raises ValueError when nothing is prunable, or only some experts of a stacked parameter are.
         """
         parameters = dict(model.named_parameters())
         names = list(dict.fromkeys(view.parameter for view in views))
         if not names:
             raise ValueError(f"{type(self).__name__} found no prunable layer; check include and exclude")
+        for name in names:
+            seen = sum(view.shape[0] * view.shape[1] for view in views if view.parameter == name)
+            if seen != parameters[name].numel():
+                raise ValueError(
+                    f"'{name}' is prunable in part ({seen} of {parameters[name].numel()} entries); "
+                    f"{type(self).__name__} takes whole parameters: include or exclude all experts of the stack"
+                )
         # Plain containers: the model's parameters must not become this module's.
         self.pruned_parameters = {name: parameters[name] for name in names}
         self.optimizer = optimizer
@@ -103,12 +110,32 @@ class During(nn.Module):
     def enforce_(self) -> None:
         """Zero pruned weights and the optimizer's state there (momentum, Adam's moments), without waiting for them."""
         for name, mask in self.held().items():
-            parameter = self.pruned_parameters[name]
             pruned = ~mask
-            parameter.masked_fill_(pruned, 0.0)
-            for value in self.optimizer.state.get(parameter, {}).values():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    value.masked_fill_(pruned, 0.0)
+            self.pruned_parameters[name].masked_fill_(pruned, 0.0)
+            self._clear_(name, pruned)
+
+    @torch.no_grad()
+    def clear_state_(self) -> None:
+        """Zero the optimizer's state of pruned weights, but not the weights."""
+        for name, mask in self.held().items():
+            self._clear_(name, ~mask)
+
+    def _clear_(self, name: str, pruned: Tensor) -> None:
+        parameter = self.pruned_parameters[name]
+        for value in self.optimizer.state.get(parameter, {}).values():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                value.masked_fill_(pruned, 0.0)
+
+    def gradients_of(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Parameter name -> (weight, gradient), both without history, of those prunable parameters that got one."""
+        parameters = self.pruned_parameters.items()
+        return {name: (each.detach(), each.grad) for name, each in parameters if each.grad is not None}
+
+    def prune_by_magnitude_(self, sparsity: float) -> Masks:
+        """Keep the largest |w| of all layers, zero the others, and return the masks: the end of many methods."""
+        self.set_masks_(masks_by_magnitude(self.pruned_parameters, sparsity))
+        self.enforce_()
+        return self.masks()
 
 
 @torch.no_grad()

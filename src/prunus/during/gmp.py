@@ -1,0 +1,94 @@
+"""GMP: gradual magnitude pruning, a little more after every interval (Zhu & Gupta 2017)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from prunus.allocations import Allocation
+from prunus.during.choose import keep_allocated, magnitudes
+from prunus.during.protocol import During, Plan
+from prunus.during.schedule import cubic
+from prunus.masks import Masks
+from prunus.prune import named_allocation
+from prunus.selection import kept_of
+
+__all__ = ["GMP"]
+
+
+class GMP(During):
+    """Gradual magnitude pruning: at n moments of the training the smallest weights go, up to `sparsity`.
+
+        s_k = S - S * (1 - k / n)^3    (Zhu & Gupta 2017, "To prune, or not to prune", Eq. 1, initial sparsity 0)
+
+    every, start, stop: shares of the training; the k-th pruning follows step (start + k * every) * steps.
+    variant: "hard", what is pruned stays zero; "recover", pruned weights keep their stored value, get no gradient (but
+    weight decay) and may come back at the next pruning, as in the paper's code. Momentum of pruned weights is zeroed.
+    allocation: a function, or the name of one of `prune.ALLOCATIONS`. The paper prunes every layer to the same sparsity
+    ("uniform"); the default compares all layers ("global").
+    Raises ValueError for a sparsity outside [0, 1), an unknown variant, or (in `attach`) an unknown allocation, or
+    shares that allow no pruning.
+
+    >>> gmp = GMP(0.9, every=0.05, stop=0.75)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    >>> trace = train(model, batches, optimizer, lambda step: 1.0, steps=20, during=[gmp])
+    >>> masks = gmp.finish()
+    """
+
+    def __init__(
+        self,
+        sparsity: float,
+        *,
+        every: float = 0.1,
+        start: float = 0.0,
+        stop: float = 0.9,
+        variant: Literal["hard", "recover"] = "hard",
+        allocation: str | Allocation = "global",
+    ) -> None:
+        super().__init__()
+        kept_of(0, sparsity)
+        if variant not in ("hard", "recover"):
+            raise ValueError(f"GMP's variant is 'hard' or 'recover'; got {variant!r}")
+        self.sparsity, self.variant, self.asked = sparsity, variant, allocation
+        self.every, self.start, self.stop = every, start, stop
+
+    def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
+        """Hold masks that keep everything."""
+        self.hold_masks(model, optimizer, plan.views)
+        self.views = plan.views
+        asked = self.asked
+        self.allocation = named_allocation(asked, model, plan.views) if isinstance(asked, str) else asked
+        self.events = cubic(self.sparsity, plan.steps, every=self.every, start=self.start, stop=self.stop)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Masked weights when they may recover: the model's own keep their values."""
+        if self.variant == "hard":
+            return {}
+        return {name: self.pruned_parameters[name] * mask for name, mask in self.held().items()}
+
+    def follow(self) -> None:
+        """Hold pruned weights at zero when they may not recover."""
+        if self.variant == "hard":
+            self.enforce_()
+
+    def after_step(self, step: int) -> None:
+        """Prune, if this is one of the moments."""
+        if step + 1 in self.events:
+            self.set_masks_(self._choose(self.events[step + 1]))
+            self.enforce_() if self.variant == "hard" else self.clear_state_()
+
+    def finish(self) -> Masks:
+        """Zero what is pruned."""
+        self.enforce_()
+        return self.masks()
+
+    def _choose(self, sparsity: float) -> Masks:
+        held, weights = self.held(), magnitudes(self.pruned_parameters)
+        if self.variant == "hard":
+            weights = {name: weight.masked_fill_(~held[name], -torch.inf) for name, weight in weights.items()}
+        scores = {view.name: view.matrix(weights[view.parameter]) for view in self.views}
+        chosen = keep_allocated(scores, sparsity, self.allocation)
+        return Masks.of(self.views, chosen, {name: mask.shape for name, mask in held.items()})

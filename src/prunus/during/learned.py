@@ -1,0 +1,54 @@
+"""What methods share whose sparsity is learnt: a parameter group of their own, and an end at the sparsity asked for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from prunus.during.choose import keep_global
+from prunus.during.protocol import During
+from prunus.masks import Masks
+from prunus.selection import kept_of
+
+__all__ = ["finish_learned_", "train_with_"]
+
+_logger = logging.getLogger(__name__)
+
+
+def train_with_(
+    optimizer: Optimizer, parameters: Iterable[nn.Parameter], *, lr: float | None, weight_decay: float | None
+) -> None:
+    """Give the optimizer a group of these parameters; None is what its first group has."""
+    first = optimizer.param_groups[0]
+    optimizer.add_param_group(
+        {
+            "params": list(parameters),
+            "lr": float(first["lr"]) if lr is None else lr,
+            "weight_decay": first.get("weight_decay", 0.0) if weight_decay is None else weight_decay,
+        }
+    )
+
+
+@torch.no_grad()
+def finish_learned_(
+    method: During, effective: Mapping[str, Tensor], scores: Mapping[str, Tensor], sparsity: float | None
+) -> Masks:
+    """Write the effective weights into the model under the final masks, which are returned.
+
+    scores: positive where the method itself keeps a weight. sparsity: keep the largest scores of all layers, exactly so
+    many; None keeps what the method keeps. The share that the method itself prunes goes to its buffer `reached`.
+    """
+    learned = {name: score > 0 for name, score in scores.items()}
+    total = sum(score.numel() for score in scores.values())
+    reached = 1 - sum(int(mask.sum()) for mask in learned.values()) / total
+    _logger.info("%s reached a sparsity of %.4f by itself, asked for %s", type(method).__name__, reached, sparsity)
+    method.get_buffer("reached").fill_(reached)
+    for name, weight in effective.items():
+        method.pruned_parameters[name].copy_(weight)
+    method.set_masks_(learned if sparsity is None else keep_global(scores, kept_of(total, sparsity)))
+    method.enforce_()
+    return method.masks()

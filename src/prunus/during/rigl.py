@@ -1,0 +1,112 @@
+"""RigL: rigging the lottery, sparse throughout, connections grow where the gradient is largest (Evci et al. 2020)."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from prunus.during.protocol import During, Plan
+from prunus.during.topology import exchange, random_topology
+from prunus.masks import Masks
+from prunus.prune import named_allocation
+from prunus.selection import kept_of
+
+__all__ = ["RigL"]
+
+
+class RigL(During):
+    """Rigged lottery: a random sparse network whose smallest weights make room where the gradient is largest.
+
+        every `delta` steps, until `stop` of all T steps, in each layer:
+        drop the f(t) * active smallest |w|, grow as many of the largest |dL/dw| among all not kept, at weight 0
+        f(t) = alpha / 2 * (1 + cos(pi * t / (stop * T)))     (Evci et al. 2020, "Rigging the Lottery", Algorithm 1)
+
+    topology: how the zeros are shared out at the start and so ever after: "erk" (Erdos-Renyi-Kernel) or "uniform".
+    The gradient at pruned weights comes from the ordinary backward pass (they are in the forward pass, as zeros).
+    Deviations: the step at which connections change is an ordinary training step too, where the paper omits it; the
+    paper's "uniform" leaves the first layer dense, this one does not; clipping counts the gradient at pruned weights.
+    A connection that is dropped and grown at once keeps its weight, as in the authors' code.
+    Raises ValueError for a sparsity outside [0, 1), alpha or stop outside (0, 1], delta < 1, an unknown topology, or
+    (in `attach`) when training is too short for one exchange.
+
+    >>> rigl = RigL(0.9, delta=5)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    >>> trace = train(model, batches, optimizer, lambda step: 1.0, steps=20, during=[rigl])
+    >>> masks = rigl.finish()
+    """
+
+    def __init__(
+        self,
+        sparsity: float,
+        *,
+        topology: Literal["erk", "uniform"] = "erk",
+        alpha: float = 0.3,
+        delta: int = 100,
+        stop: float = 0.75,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        kept_of(0, sparsity)
+        if not (0 < alpha <= 1 and 0 < stop <= 1 and delta >= 1):
+            raise ValueError(f"RigL needs alpha and stop in (0, 1] and delta >= 1; got {alpha=}, {stop=}, {delta=}")
+        if topology not in ("erk", "uniform"):
+            raise ValueError(f"RigL's topology is 'erk' or 'uniform'; got {topology!r}")
+        self.sparsity, self.topology, self.seed = sparsity, topology, seed
+        self.alpha, self.delta, self.stop = alpha, delta, stop
+
+    def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
+        """Choose the random topology; the weights are masked before the first step."""
+        self.views, self.end = plan.views, self.stop * plan.steps
+        if self.delta >= self.end:
+            raise ValueError(
+                f"RigL with delta={self.delta} changes nothing before step {self.end:g}: make delta smaller"
+            )
+        self.hold_masks(model, optimizer, plan.views)
+        allocation = named_allocation(self.topology, model, plan.views)
+        self.set_masks_(random_topology(model, plan.views, self.sparsity, allocation, self.seed))
+        self.seen = (
+            nn.Module()
+        )  # the last gradients: written in every step before they are read, so no part of the state
+        for place, parameter in enumerate(self.pruned_parameters.values()):
+            self.seen.register_buffer(f"gradient{place}", torch.zeros_like(parameter), persistent=False)
+
+    def before_step(self, step: int) -> None:
+        """Start from the sparse network."""
+        if step == 0:
+            self.enforce_()
+
+    @torch.no_grad()
+    def gradients(self) -> None:
+        """Remember the dense gradients, then mask them."""
+        stored, held, pairs = (
+            dict(zip(self.pruned_parameters, self.seen.buffers(), strict=True)),
+            self.held(),
+            self.gradients_of(),
+        )
+        grads = [grad for _, grad in pairs.values()]
+        torch._foreach_copy_([stored[name] for name in pairs], grads)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_mul_(grads, [held[name] for name in pairs])  # pyright: ignore[reportPrivateImportUsage]
+
+    def follow(self) -> None:
+        """Hold pruned weights at zero."""
+        self.enforce_()
+
+    def after_step(self, step: int) -> None:
+        """Exchange connections, when it is time."""
+        done = step + 1
+        if done % self.delta or done >= self.end:
+            return
+        fraction = self.alpha / 2 * (1 + math.cos(math.pi * done / self.end))
+        stored = dict(zip(self.pruned_parameters, self.seen.buffers(), strict=True))
+        growth = {view.name: view.matrix(stored[view.parameter]).abs() for view in self.views}
+        self.set_masks_(exchange(self.views, self.pruned_parameters, self.held(), growth, fraction))
+        self.enforce_()
+
+    def finish(self) -> Masks:
+        """The masks of the last topology."""
+        self.enforce_()
+        return self.masks()

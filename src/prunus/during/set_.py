@@ -1,0 +1,88 @@
+"""SET: sparse evolutionary training, sparse throughout, connections grow at random (Mocanu et al. 2018)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+from torch.optim import Optimizer
+
+from prunus.during.protocol import During, Plan
+from prunus.during.topology import exchange, random_scores, random_topology
+from prunus.masks import Masks
+from prunus.prune import named_allocation
+from prunus.selection import kept_of
+
+__all__ = ["SET"]
+
+
+class SET(During):
+    """Sparse evolutionary training: a random sparse network, of which the smallest weights are replaced by random ones.
+
+        every `delta` steps (None: every epoch) but the last, in each layer:
+        drop the zeta * active smallest |w|, grow as many others at random, at weight 0
+
+    Mocanu et al. 2018 ("Scalable training of artificial neural networks with adaptive sparse connectivity", Algorithm
+    1, zeta = 0.3). topology: how the zeros are shared out, "erk" (the paper's Erdos-Renyi, for convolutions too) or
+    "uniform".
+    Deviations: new weights start at 0 as in RigL, where the paper draws them; dropped are the smallest |w|, where the
+    paper takes a share of the positive and of the negative ones; chance may grow again what was just dropped.
+    Raises ValueError for a sparsity outside [0, 1), zeta outside (0, 1], delta < 1, an unknown topology, or (in
+    `attach`) when training is too short for one exchange.
+
+    >>> method = SET(0.9, delta=5)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    >>> trace = train(model, batches, optimizer, lambda step: 1.0, steps=20, during=[method])
+    >>> masks = method.finish()
+    """
+
+    def __init__(
+        self,
+        sparsity: float,
+        *,
+        topology: Literal["erk", "uniform"] = "erk",
+        zeta: float = 0.3,
+        delta: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        kept_of(0, sparsity)
+        if not 0 < zeta <= 1 or (delta is not None and delta < 1):
+            raise ValueError(f"SET needs zeta in (0, 1] and delta >= 1; got {zeta=}, {delta=}")
+        if topology not in ("erk", "uniform"):
+            raise ValueError(f"SET's topology is 'erk' or 'uniform'; got {topology!r}")
+        self.sparsity, self.topology, self.zeta, self.delta, self.seed = sparsity, topology, zeta, delta, seed
+
+    def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
+        """Choose the random topology; the weights are masked before the first step."""
+        self.views, self.steps, self.every = plan.views, plan.steps, self.delta or plan.epoch_steps
+        if self.every >= plan.steps:
+            raise ValueError(
+                f"SET changes connections every {self.every} steps, and training has {plan.steps}: make delta smaller, "
+                "or say how long an epoch is (epoch_steps)"
+            )
+        self.hold_masks(model, optimizer, plan.views)
+        allocation = named_allocation(self.topology, model, plan.views)
+        self.set_masks_(random_topology(model, plan.views, self.sparsity, allocation, self.seed))
+
+    def before_step(self, step: int) -> None:
+        """Start from the sparse network."""
+        if step == 0:
+            self.enforce_()
+
+    def follow(self) -> None:
+        """Hold pruned weights at zero."""
+        self.enforce_()
+
+    def after_step(self, step: int) -> None:
+        """Exchange connections, when it is time."""
+        done = step + 1
+        if done % self.every == 0 and done < self.steps:
+            growth = random_scores(self.views, [self.seed, done])
+            self.set_masks_(exchange(self.views, self.pruned_parameters, self.held(), growth, self.zeta))
+            self.enforce_()
+
+    def finish(self) -> Masks:
+        """The masks of the last topology."""
+        self.enforce_()
+        return self.masks()

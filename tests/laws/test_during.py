@@ -1,0 +1,475 @@
+"""Laws of every method that prunes while training, found through `during.__all__`.
+
+Exact sparsity, clean zeros, bits that survive a kill, steps that can be recorded as a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import doctest
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
+
+from prunus import during
+from prunus.allocations import uniform
+from prunus.during.choose import keep_allocated, keep_global
+from prunus.during.protocol import During, Plan, masks_by_magnitude
+from prunus.during.schedule import cubic, sparsity_after
+from prunus.layers import find_layers
+from prunus.masks import Masks
+from prunus.prune import ALLOCATIONS
+from prunus.selection import kept_of
+from prunus.train import classification_loss, train
+
+METHODS = [name for name in during.__all__ if name not in ("During", "Plan")]
+STEPS = 20
+QUICK: dict[str, dict[str, Any]] = {  # what the defaults would not show in so few steps
+    "RigL": {"delta": 4},
+    "SET": {"delta": 6},
+    "DPF": {"refresh": 3},
+    "STR": {"init": -3.0},
+    "CS": {"penalty": 1e-3},
+    "DST": {"penalty": 1e-2},
+}
+OPTIMIZERS = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-3, nesterov=True),
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01, weight_decay=5e-3),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=5e-3),
+}
+loss = classification_loss()
+
+
+def make_method(name: str, sparsity: float = 0.75, **changes: Any) -> During:
+    return getattr(during, name)(sparsity, **(QUICK.get(name, {}) | changes))
+
+
+def make_model(seed: int = 0) -> nn.Sequential:
+    """285 prunable weights: a convolution, a transposed and an ordinary linear layer."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Conv2d(1, 5, 3),
+            nn.BatchNorm2d(5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            Conv1D(12, 5),
+            nn.Linear(12, 15),
+        )
+        nn.init.normal_(model[5].weight, std=0.3)
+        return model
+
+
+def batches(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(8, 1, 4, 4, generator=generator), torch.randint(3, (8,), generator=generator)
+
+
+def run(model: nn.Module, method: During, optimizer: str = "sgd", steps: int = STEPS, served=batches, **options: Any):
+    made = OPTIMIZERS[optimizer](model.parameters())
+    options = {"epoch_steps": 6, "loss": loss, "lr": lambda step: 1 - step / steps} | options
+    train(model, served, made, steps=steps, during=[method], **options)
+    return made
+
+
+def prunable(model: nn.Module) -> dict[str, torch.Tensor]:
+    names = dict.fromkeys(view.parameter for view in find_layers(model))
+    return {name: model.get_parameter(name).detach() for name in names}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", METHODS)
+def test_the_end_has_exactly_the_sparsity_asked_for(name, optimizer):
+    for sparsity in (0.0, 0.37, 0.75):
+        model, method = make_model(), make_method(name, sparsity)
+        keys = list(model.state_dict())
+        made = run(model, method, optimizer)
+        masks = method.finish()
+        weights = prunable(model)
+        assert masks.keys() == weights.keys()
+        total = sum(weight.numel() for weight in weights.values())
+        assert sum(kept for kept, _ in masks.table().values()) == kept_of(total, sparsity)
+        assert list(model.state_dict()) == keys
+        for key, mask in masks.items():
+            pruned = weights[key][~mask]
+            assert not pruned.any(), f"{key} is not zero where its mask prunes"
+            assert not pruned.signbit().any(), f"{key} has a negative zero"
+            for value in made.state[model.get_parameter(key)].values():
+                assert value.ndim == 0 or not value[~mask].any(), f"{key} has optimizer state where its mask prunes"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_training_goes_on_as_ever(name):
+    """A method that prunes almost nothing learns what can be learnt: one batch by heart."""
+    model = make_model()
+    with torch.no_grad():
+        before = loss(model, batches(0)).item()
+    method = make_method(name, 0.01)
+    run(model, method, steps=40, served=lambda step: batches(0), lr=lambda step: 1.0)
+    method.finish()
+    assert loss(model, batches(0)).item() < 0.5 * before
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_killed_run_ends_with_the_same_bits(name, tmp_path):
+    def broken(step: int):
+        if step == 13:
+            raise KeyboardInterrupt
+        return batches(step)
+
+    whole, method = make_model(), make_method(name)
+    run(whole, method)
+    masks = method.finish()
+    with pytest.raises(KeyboardInterrupt):
+        run(make_model(), make_method(name), served=broken, checkpoint=tmp_path / "c.pt", save_every=5)
+    resumed, again = make_model(seed=3), make_method(name)
+    run(resumed, again, checkpoint=tmp_path / "c.pt")
+    assert again.finish() == masks
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_finished_run_can_be_finished_again(name, tmp_path):
+    model, method = make_model(), make_method(name)
+    run(model, method, checkpoint=tmp_path / "c.pt")
+    masks = method.finish()
+    again, later = make_model(seed=4), make_method(name)
+    run(again, later, checkpoint=tmp_path / "c.pt", served=lambda step: pytest.fail("no batch is needed"))
+    assert later.finish() == masks
+    for key, value in prunable(model).items():
+        assert torch.equal(value, prunable(again)[key]), key
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_same_run_twice_is_the_same(name):
+    models = [make_model(), make_model()]
+    for model in models:
+        method = make_method(name)
+        run(model, method)
+        method.finish()
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+class Record(TorchDispatchMode):
+    """Writes operations down with the shapes and numbers they are given; refuses those that wait for a device."""
+
+    WAITS = (
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "equal",
+        "bincount",
+        "_unique",
+        "lift_fresh",
+        "is_nonzero",
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::").split(".")[0]
+        assert not name.startswith(self.WAITS), f"{name} waits for the device"
+        if name in ("index", "index_put", "index_put_"):
+            assert all(each is None or each.dtype == torch.int64 for each in args[1]), (
+                "a bool index waits for the device"
+            )
+        self.seen.append(f"{name}{self._plain(args)}{self._plain(kwargs or {})}")
+        return func(*args, **(kwargs or {}))
+
+    def _plain(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return tuple(value.shape)
+        if isinstance(value, dict):
+            return {key: self._plain(each) for key, each in value.items()}
+        return [self._plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def inside(model: nn.Module, method: During, optimizer: torch.optim.Optimizer, step: int, record: Record) -> None:
+    """A step as `train` does it, its inner hooks and the backward pass watched."""
+    x, y = batches(step)
+    method.before_step(step)
+    with record:
+        weights = method.weights()
+    value = nn.functional.cross_entropy(torch.func.functional_call(model, weights, (x,)), y)
+    with record:
+        penalty = method.penalty()
+    value = value if penalty is None else value + penalty
+    with record:
+        value.backward()
+        method.gradients()
+    optimizer.step()
+    with record:
+        method.follow()
+    optimizer.zero_grad()
+    method.after_step(step)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_can_be_recorded(name, optimizer):
+    """Inside it nothing waits for the device, and every step does the same operations on the same plain numbers."""
+    model, method = make_model(), make_method(name)
+    made = OPTIMIZERS[optimizer](model.parameters())
+    method.attach(model, made, Plan(STEPS, 6, tuple(find_layers(model))))
+    records = []
+    for step in range(STEPS):
+        records.append(Record())
+        inside(model, method, made, step, records[-1])
+    assert records[1].seen
+    for step in range(2, STEPS):
+        assert records[step].seen == records[1].seen, f"step {step} is another than step 1"
+
+
+@pytest.mark.parametrize(
+    "waiting",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: bool((x > 0).any()),
+        lambda x: torch.equal(x, x),
+        lambda x: x.masked_select(x > 0),
+        lambda x: x + torch.tensor(2.0),
+    ],
+)
+def test_waiting_is_noticed(waiting):
+    x = torch.randn(5)
+    with pytest.raises(AssertionError, match="waits for the device"), Record():
+        waiting(x)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_owns_its_parameters_alone(name):
+    model, method = make_model(), make_method(name)
+    made = OPTIMIZERS["sgd"](model.parameters())
+    method.attach(model, made, Plan(STEPS, 6, tuple(find_layers(model))))
+    mine, theirs = {id(each) for each in method.parameters()}, {id(each) for each in model.parameters()}
+    assert not mine & theirs
+    trained = {id(each) for group in made.param_groups for each in group["params"]}
+    assert trained == mine | theirs
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_makes_no_sense_is_refused(name):
+    for sparsity in (1.0, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="sparsity"):
+            make_method(name, sparsity)
+    with pytest.raises(ValueError, match=f"{name} found no prunable layer"):
+        run(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16)), make_method(name), views=[])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_example_runs(name):
+    names = {
+        "torch": torch,
+        name: getattr(during, name),
+        "train": lambda *args, **options: train(*args, loss=loss, **options),
+        "model": make_model(),
+        "batches": batches,
+    }
+    heard: list[str] = []
+    example = doctest.DocTestParser().get_doctest(getattr(during, name).__doc__ or "", names, name, None, 0)
+    assert example.examples
+    doctest.DocTestRunner(verbose=False).run(example, out=heard.append)
+    assert not heard, "".join(heard)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", METHODS)
+def test_a_captured_run_is_the_plain_one(name):
+    """On the device, recorded and replayed: the same masks, and weights as near as two plain runs are."""
+    found = []
+    for capture in (False, True):
+        model, method = make_model().cuda(), make_method(name)
+        made = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-3, nesterov=True, fused=True)
+        options = {"steps": STEPS, "loss": loss, "epoch_steps": 6, "during": [method], "capture": capture}
+        train(model, batches, made, lambda step: 1 - step / STEPS, **options)
+        found.append((method.finish(), prunable(model)))
+    (plain, weights), (captured, others) = found
+    differing = sum(int((plain[key] != captured[key]).sum()) for key in plain)
+    assert differing <= 4
+    for key, weight in weights.items():
+        both = plain[key] & captured[key]
+        torch.testing.assert_close(weight[both], others[key][both], rtol=1e-3, atol=1e-4)
+
+
+# What some methods have of their own.
+
+
+def test_the_cubic_schedule():
+    events = cubic(0.9, 100, every=0.1, start=0.0, stop=0.9)
+    assert list(events) == [10, 20, 30, 40, 50, 60, 70, 80, 90]
+    assert events[10] == pytest.approx(0.9 - 0.9 * (8 / 9) ** 3)
+    assert round(events[10], 4) == 0.2679
+    assert events[90] == 0.9
+    crowded = cubic(0.5, 3, every=0.05)  # several fall on one step: the last of them counts, k = 9 and 16 (or 17) of 20
+    assert list(crowded) == [1, 2, 3]
+    assert crowded[1] == pytest.approx(0.5 - 0.5 * (11 / 20) ** 3)
+    assert crowded[3] == 0.5
+    for shares in ({"every": 0.0}, {"every": 0.6, "stop": 0.5}, {"every": 0.1, "start": 0.5, "stop": 0.5}):
+        with pytest.raises(ValueError, match="every"):
+            cubic(0.9, 100, **shares)
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@pytest.mark.parametrize("variant", ["hard", "recover"])
+def test_gradual_pruning_under_every_allocation(variant, allocation):
+    model, method = make_model(), make_method("GMP", 0.6, variant=variant, allocation=allocation, every=0.05)
+    totals, earlier = [], []
+    after_step = method.after_step
+
+    def watch(step: int) -> None:
+        after_step(step)
+        masks = method.masks()
+        totals.append(sum(kept for kept, _ in masks.table().values()))
+        earlier.append(masks)
+
+    method.after_step = watch
+    run(model, method)
+    assert len(method.events) == 18
+    assert totals == [kept_of(180 + 45 + 60, sparsity_after(method.events, step + 1)) for step in range(STEPS)]
+    if variant == "hard":
+        for before, after in pairwise(earlier):
+            assert not any((after[name] & ~before[name]).any() for name in after)
+
+
+def test_pruned_weights_can_recover():
+    back = 0
+    for name in ("GMP", "DPF"):
+        method = make_method(name, 0.6, every=0.05, **({"variant": "recover"} if name == "GMP" else {}))
+        seen = []
+        after_step = method.after_step
+        method.after_step = lambda step, of=after_step, method=method, seen=seen: (
+            of(step),
+            seen.append(method.masks()),
+        )
+        run(make_model(), method)
+        back += any((b[key] & ~a[key]).any() for a, b in pairwise(seen) for key in a)
+    assert back == 2
+
+
+def test_counts_are_mended_to_the_total():
+    scores = {name: torch.rand(3, 5, generator=torch.Generator().manual_seed(i)) for i, name in enumerate("abcd")}
+    masks = keep_allocated(scores, 0.5, uniform)  # 15 - round(7.5) = 7 in each are 28, and 30 are due
+    assert sum(int(mask.sum()) for mask in masks.values()) == 30
+    scores["a"][:, 1:] = -torch.inf
+    masks = keep_allocated(scores, 0.5, uniform)
+    assert int(masks["a"].sum()) == 3
+    assert sum(int(mask.sum()) for mask in masks.values()) == 30
+
+
+def test_the_choice_on_the_device_is_the_choice_in_chunks():
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        "a": torch.randn(4, 5, generator=generator).round(),
+        "b": torch.randn(3, 2, 3, generator=generator).round(),
+    }
+    for sparsity in (0.0, 0.3, 0.5, 0.97):
+        kept = kept_of(38, sparsity)
+        masks = keep_global({name: weight.abs() for name, weight in weights.items()}, kept)
+        assert masks_by_magnitude(weights, sparsity) == Masks(masks)
+
+
+@pytest.mark.parametrize("name", ["RigL", "SET"])
+def test_exchanges_keep_every_layers_count(name):
+    method = make_method(name, 0.7)
+    tables, connections = [], []
+    after_step = method.after_step
+
+    def watch(step: int) -> None:
+        tables.append(method.masks().table())
+        connections.append(method.masks())
+        after_step(step)
+
+    method.after_step = watch
+    run(make_model(), method)
+    assert all(table == tables[0] for table in tables)
+    changes = [step for step in range(1, STEPS) if connections[step] != connections[step - 1]]
+    assert changes == ([4, 8, 12] if name == "RigL" else [6, 12, 18])
+
+
+@pytest.mark.parametrize("name", ["RigL", "SET"])
+def test_topologies(name):
+    for topology, shares in (("uniform", (0.4, 0.4, 0.4)), ("erk", None)):
+        method, model = make_method(name, 0.6, topology=topology), make_model()
+        made = OPTIMIZERS["sgd"](model.parameters())
+        method.attach(model, made, Plan(STEPS, 6, tuple(find_layers(model))))
+        table = method.masks().table()
+        if shares is not None:
+            assert [kept / total for kept, total in table.values()] == pytest.approx(shares, abs=0.03)
+        else:  # 12 entries a filter of 45 (5 + 1 + 3 + 3), 17 of 60, 27 of 180: in proportion, or all
+            assert table["0.weight"][0] / 12 == pytest.approx(table["6.weight"][0] / 27, abs=0.1)
+        other = make_method(name, 0.6, topology=topology, seed=1)
+        other.attach(model, made, Plan(STEPS, 6, tuple(find_layers(model))))
+        assert other.masks() != method.masks()
+    with pytest.raises(ValueError, match="topology"):
+        make_method(name, topology="ring")
+    with pytest.raises(ValueError, match="smaller"):
+        run(make_model(), make_method(name, delta=20))
+
+
+@pytest.mark.parametrize("name", ["STR", "CS", "DST"])
+def test_what_is_learnt_is_reported(name):
+    method = make_method(name, 0.75, exact=False)
+    run(make_model(), method)
+    masks = method.finish()
+    assert float(method.reached) == pytest.approx(masks.sparsity)
+    assert 0 < masks.sparsity < 1
+    exact = make_method(name, 0.75)
+    run(make_model(), exact)
+    assert exact.finish().sparsity != masks.sparsity
+    assert float(exact.reached) == pytest.approx(masks.sparsity)
+
+
+def test_an_empty_layer_starts_anew():
+    model, method = make_model(), make_method("DST")
+    made = OPTIMIZERS["sgd"](model.parameters())
+    method.attach(model, made, Plan(STEPS, 6, tuple(find_layers(model))))
+    assert method.t.shape == (5 + 12 + 15,)
+    with torch.no_grad():
+        method.t.fill_(0.01)
+        method.t[5:17] = 100.0  # the transposed layer keeps nothing
+    method.follow()
+    assert method.t.tolist() == pytest.approx([0.01] * 5 + [0.0] * 12 + [0.01] * 15)
+
+
+def test_thresholds_belong_to_output_rows():
+    model, method = make_model(), make_method("DST")
+    made = OPTIMIZERS["sgd"](model.parameters())
+    method.attach(model, made, Plan(STEPS, 6, tuple(find_layers(model))))
+    with torch.no_grad():
+        method.t[5 + 3] = 100.0  # the fourth output of the transposed layer, stored (in, out)
+        method.t[2] = 100.0  # the third filter
+    weights = method.weights()
+    assert not weights["5.weight"][:, 3].any()
+    assert not weights["0.weight"][2].any()
+    assert sum(int((weight == 0).sum()) for weight in weights.values()) == 5 + 9
+
+
+def test_part_of_a_stack_is_refused():
+    class Stack(nn.Module):
+        is_transposed = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.Parameter(torch.randn(3, 4, 5))
+
+    with pytest.raises(ValueError, match=r"'experts' is prunable in part \(40 of 60"):
+        run(Stack(), make_method("GSM"), views=find_layers(Stack())[:2])
+
+
+def test_decay_that_is_not_there_is_refused():
+    model = make_model()
+    plan = Plan(STEPS, 6, tuple(find_layers(model)))
+    with pytest.raises(ValueError, match="give the optimizer one, or LC a mu"):
+        make_method("LC").attach(model, torch.optim.SGD(model.parameters(), lr=0.1), plan)
+    make_method("LC", mu=0.1).attach(model, torch.optim.SGD(model.parameters(), lr=0.1), plan)
