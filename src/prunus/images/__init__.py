@@ -1,0 +1,10 @@
+"""Labelled images of one size, whole in memory or on the device, and the batches that are made of them there.
+
+read_images -> Images -> ImageBatches(step) | plain_batches          a user's DataLoader -> LoaderBatches(step)
+"""
+
+from prunus.images.batches import Augment, ImageBatches, LoaderBatches, plain_batches
+from prunus.images.read import read_images
+from prunus.images.sets import Images
+
+__all__ = ["Augment", "ImageBatches", "Images", "LoaderBatches", "plain_batches", "read_images"]

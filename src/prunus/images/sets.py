@@ -1,0 +1,80 @@
+"""Labelled images of one size, as bytes: a value that is moved, taken from and split, not yet a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Images", "generator_of", "mixed"]
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Images and their labels. pixels: (N, C, H, W) uint8; labels: (N,) int64 in [0, classes).
+
+    Raises ValueError for other shapes, dtypes or (on the CPU) labels.
+
+    >>> len(Images(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 1]), 2))
+    3
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    classes: int
+
+    def __post_init__(self) -> None:
+        pixels, labels = self.pixels, self.labels
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or not pixels.numel():
+            raise ValueError(f"pixels must be (N, C, H, W) uint8, N > 0; got {tuple(pixels.shape)} {pixels.dtype}")
+        if labels.dtype != torch.int64 or labels.shape != pixels.shape[:1]:
+            raise ValueError(f"labels must be ({len(pixels)},) int64; got {tuple(labels.shape)} {labels.dtype}")
+        if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < self.classes:
+            raise ValueError(f"labels go from {labels.min()} to {labels.max()}; {self.classes} classes are 0 and up")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> Images:
+        """The same images on `device`."""
+        return Images(self.pixels.to(device), self.labels.to(device), self.classes)
+
+    def take(self, index: Tensor) -> Images:
+        """The images at `index` (n,) int64, in that order."""
+        index = index.to(self.pixels.device)
+        return Images(self.pixels[index], self.labels[index], self.classes)
+
+    def split(self, share: float, seed: int) -> tuple[Images, Images]:
+        """(the rest, round(share * N) held out), chosen by `seed`; both keep the order of the images.
+
+        Raises ValueError when either would be empty.
+        """
+        held = round(share * len(self))
+        if not 0 < held < len(self):
+            raise ValueError(f"a share of {share} of {len(self)} images leaves {held} and {len(self) - held}")
+        order = torch.randperm(len(self), generator=generator_of(seed, 0))
+        return self.take(order[held:].sort().values), self.take(order[:held].sort().values)
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each channel of pixels / 255, (C,) float32 on the CPU, summed exactly."""
+        values = torch.arange(256, dtype=torch.float64) / 255
+        counts = torch.stack([torch.bincount(each.flatten().int(), minlength=256) for each in self.pixels.unbind(1)])
+        shares = counts.cpu().double() / (self.pixels.numel() // self.pixels.shape[1])  # (C, 256)
+        mean = shares @ values
+        variance = (shares * (values - mean[:, None]).square()).sum(1)
+        return mean.float(), variance.sqrt().float()
+
+
+def mixed(seed: int, epoch: int) -> int:
+    """One seed of two numbers; (seed, epoch) and (seed + 1, epoch - 1) do not coincide.
+
+    >>> mixed(0, 3)
+    3
+    """
+    return (seed * 0x9E3779B97F4A7C15 + epoch) % 2**63
+
+
+def generator_of(seed: int, epoch: int) -> torch.Generator:
+    """The CPU generator from which an epoch of a seed is drawn."""
+    return torch.Generator().manual_seed(mixed(seed, epoch))
