@@ -175,8 +175,10 @@ def imp(
     Raises ValueError for a sparsity outside [0, 1), phases < 1, a rewind that does not fit the model, a folder of
     another job, masks that give pruned weights back, and a retraining that moved pruned weights.
 
-    >>> select = lambda model, sparsity, within: prune(model, sparsity=sparsity, within=within)
-    >>> imp(model, sparsity=0.9, phases=3, select=select, retrain=lambda phase: train(model, ..., masks=phase.masks))
+    >>> from prunus.train import Trace
+    >>> model, select = nn.Linear(8, 4), lambda model, s, within: prune(model, sparsity=s, within=within)
+    >>> imp(model, sparsity=0.75, phases=2, select=select, retrain=lambda phase: Trace())  # put train(...) there
+    Masks(1 parameters, sparsity 0.7500)
     """
     targets = phase_sparsities(sparsity, phases)
     _check_rewind(model, rewind or {})

@@ -204,6 +204,13 @@ def test_owl_spares_the_block_with_outliers():
     assert owl(c=5, lam=0.1)({"h.0.fc": calm, "h.1.fc": wild}, 0.5) == {"h.0.fc": 40, "h.1.fc": 60}
 
 
+def test_owl_counts_earlier_zeros_as_zeros():
+    zeroed, marked = draw_scores(0, heavy=3.0), draw_scores(0, heavy=3.0)
+    for name in ("head", "model.layers.0.fc1"):
+        zeroed[name][:2], marked[name][:2] = 0.0, -torch.inf
+    assert owl()(marked, 0.6) == owl()(zeroed, 0.6)
+
+
 def test_owl_without_outliers_is_uniform():
     scores = {"h.0.fc": torch.ones(5, 4), "h.1.fc": torch.ones(3, 4), "h.2.fc": torch.ones(1, 3)}
     assert owl()(scores, 0.5) == {"h.0.fc": 10, "h.1.fc": 6, "h.2.fc": 1}

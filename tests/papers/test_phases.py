@@ -84,8 +84,8 @@ def test_gaussian_weights_follow_their_formula(share: float):
 
 
 def test_distance_counts_what_a_phase_removes_of_what_was_left():
-    """Left: 3, 4, 12 (energy 169); the phase removes 3 of them: (3 / 13) / sqrt(1 / 3)."""
-    before = {"a": torch.tensor([3.0, 4.0, 0.0]), "b": torch.tensor([12.0, 0.0]), "bias": torch.tensor([100.0])}
+    """Left: 3, 4, 12 (energy 169), not the 7 and 8; the phase removes 3: (3 / 13) / sqrt(1 / 3)."""
+    before = {"a": torch.tensor([3.0, 4.0, 7.0]), "b": torch.tensor([12.0, 8.0]), "bias": torch.tensor([100.0])}
     within = Masks({"a": torch.tensor([True, True, False]), "b": torch.tensor([True, False])})
     masks = Masks({"a": torch.tensor([False, True, False]), "b": torch.tensor([True, False])})
     assert distance(before, masks, within) == pytest.approx(3 / 13 * math.sqrt(3))

@@ -10,7 +10,7 @@ from torch import nn
 from prunus.lr import Original, retraining
 from prunus.masks import Masks
 from prunus.prune import prune
-from prunus.retrain import Phase, imp, phase_sparsities
+from prunus.retrain import Phase, distance, imp, phase_sparsities
 from prunus.scores import random_score
 from prunus.train import Trace, train
 
@@ -55,13 +55,19 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def test_phases_reach_their_sparsities_and_pruned_weights_stay_pruned():
-    model, seen = network(), []
+    model, seen, distances = network(), [], []
+
+    def measured(model: nn.Module, sparsity: float, within: Masks | None) -> Masks:
+        before = state(model)
+        masks = select(model, sparsity, within)
+        distances.append(distance(before, masks, within))
+        return masks
 
     def watch(phase: Phase, trace: Trace) -> None:
         phase.masks.check(model)
         seen.append((phase, trace))
 
-    masks = imp(model, sparsity=0.9, phases=3, select=select, retrain=retrainer(model), on_phase=watch)
+    masks = imp(model, sparsity=0.9, phases=3, select=measured, retrain=retrainer(model), on_phase=watch)
     total = 36 + 192
     assert [phase.index for phase, _ in seen] == [0, 1, 2]
     assert [round(phase.masks.sparsity * total) for phase, _ in seen] == [
@@ -71,6 +77,7 @@ def test_phases_reach_their_sparsities_and_pruned_weights_stay_pruned():
         assert not any((later.masks[name] & ~earlier.masks[name]).any() for name in masks)
     assert masks == seen[-1][0].masks
     masks.check(model)
+    assert [phase.distance for phase, _ in seen] == distances
     for phase, trace in seen:
         assert 0 < phase.distance < 1
         assert max(trace.lrs) == pytest.approx(0.1 * max(phase.distance, STEPS / 40))
