@@ -29,8 +29,10 @@ OPTIONS = {
     "compress": "recipe --model --criterion --pattern --sparsity --train --steps --lr --device --out --set",
     "evaluate": "model --data --split --window --batch-size --device --task --out",
     "inspect": "path --out",
-    "demo": "--out --sparsity",
-    "compare": "recipe --out --workers",
+    "demo": "what --out --sparsity",
+    "train": "recipe --device --out --set",
+    "prune": "run --sparsity --schedule --epochs --phases --pattern --out --set",
+    "compare": "recipe --out --workers --together --minutes",
     "pretrain": "recipe --out",
     "show": "recipe --set",
 }
@@ -101,6 +103,19 @@ MISTAKES = [
     (["pretrain", "{f}/books.yaml"], "unknown key 'model.layer'", "did you mean 'layers'"),
     (["demo", "--sparsity", "2"], "2.0", "[0, 1)"),
     (["show", "--set", "prunes=1"], "unknown key 'prunes'", "did you mean 'prune'"),
+    (["show", "--set", "images=digits", "--set", "modle=resnet8"], "unknown key 'modle'", "did you mean 'model'"),
+    (["demo", "sound"], "'sound'", "use language or vision"),
+    (["demo", "vision", "--sparsity", "1"], "1.0", "[0, 1)"),
+    (["train", "{f}/nowhere.yaml"], "no recipe", "see recipes/"),
+    (["train", "{f}/unknown.yaml"], "no key 'images'", "prunus compress"),
+    (["train", "{f}/digits.yaml", "--set", "train.batch=64"], "unknown key 'train.batch'", "'batch_size'"),
+    (["train", "{f}/digits.yaml", "--set", "model=resnet9"], "no model 'resnet9'", "known are"),
+    (["train", "{f}/digits.yaml", "--set", "train.batch_size=5000"], "5000", "1438 training images"),
+    (["train", "{f}/digits.yaml", "--set", "images.source=owner/name"], "'owner/name'", "prunus[datasets]"),
+    (["prune", "{f}/nowhere", "--sparsity", "0.5"], "no run of `prunus train`", "train one first"),
+    (["compare", "{f}/classifiers.yaml"], "tune", "by: accuracy"),
+    (["compare", "{f}/small.yaml", "--together", "2"], "together", "use workers"),
+    (["compare", "{f}/small.yaml", "--minutes=-1"], "minutes=-1", "at least 0"),
 ]
 
 
@@ -117,6 +132,9 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "grid.yaml": "base: {}\naxis: {}\naxes: {a: {b: {}}}\n",
         "books.yaml": f"data: x.txt\nheld_out: {held_out}\nmodel: {{layer: 2}}\n",
         "pickled/pytorch_model.bin": "never opened",
+        "digits.yaml": "images: digits\nmodel: resnet8",
+        "small.yaml": "base: {}\naxes: {a: {b: {}}}\n",
+        "classifiers.yaml": "base: {images: digits}\naxes: {a: {b: {}}}\ntune: {text: x, axis: a, cells: {}}\n",
     }
     for name, text in texts.items():
         (folder / name).parent.mkdir(exist_ok=True)
@@ -214,9 +232,29 @@ def test_without_arguments_the_embedded_model_is_compressed(call, tmp_path: Path
     assert (tmp_path / "runs" / "compress" / "model" / "model.safetensors").exists()
 
 
+def test_a_classifier_is_trained_pruned_and_compared(call, tmp_path: Path) -> None:
+    base = {"images": "digits", "model": "resnet8", "device": "cpu"}
+    base["train"] = {"epochs": 1, "batch_size": 256, "warmup": 0}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(base))
+    out = ["--out", tmp_path / "run"]
+    status, shown, err = call("train", tmp_path / "recipe.yaml", *out)
+    assert status == 0, err
+    assert "dense" in shown
+    status, shown, err = call("prune", tmp_path / "run", "--sparsity", 0.5, "--epochs", 1, "--schedule", "slr")
+    assert status == 0, err
+    assert all(word in shown for word in ("dense", "recalibrated", "retrained", "50.0", "pruned/report.png"))
+    labels = {"dense": {}, "pruned": {"prune.sparsity": 0.5}}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump({"base": base, "axes": {"method": labels}}))
+    status, shown, err = call("compare", tmp_path / "grid.yaml", "--out", tmp_path / "grid")
+    assert status == 0, err
+    assert all(word in shown for word in ("accuracy", "dense", "pruned", "table.md"))
+    status, shown, _ = call("show", tmp_path / "recipe.yaml", "--set", "prune.sparsity=0.9")
+    assert yaml_value(shown, "")["prune"]["allocation"] == "global"
+
+
 def test_only_compress_takes_several_processes(call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for command in (["demo"], ["compare", "x"], ["pretrain", "x"], ["evaluate", "embedded"]):
+    for command in (["demo"], ["compare", "x"], ["train", "x"], ["prune", "x"], ["pretrain", "x"], ["evaluate", "x"]):
         assert f"{command[0]} runs in one process, not in 2" in refused(call, *command)
 
 

@@ -25,9 +25,11 @@ def compare(grid: Grid, *, workers: int = 1, together: int = 1, minutes: float |
     workers: processes that share the members; 0 runs nothing and makes the tables of what is finished.
     together: members at once in each process, in threads with CUDA streams of their own.
     minutes: no member begins later than this after the call; those that run are finished, and the tables are made.
-    Raises ValueError for a grid whose members cannot run together; RuntimeError at the end, after every other member
-    ran, when members failed.
+    Raises ValueError for numbers that make no sense, and a grid whose members cannot run together; RuntimeError at the
+    end, after every other member ran, when members failed.
     """
+    if workers < 0 or together < 1 or (minutes is not None and minutes < 0):
+        raise ValueError(f"workers and minutes are at least 0, together 1; got {workers=}, {together=}, {minutes=}")
     if together > 1 and not grid.kind.together:
         raise ValueError("together: only members of a classifier grid run in threads of one process; use workers")
     out = Path(grid.out)

@@ -89,7 +89,16 @@ def _process(grid: Grid, jobs: Sequence[Job], place: int, workers: int, together
     devices = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
     os.environ["CUDA_VISIBLE_DEVICES"] = devices[place % len(devices)]
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _threads(grid, jobs, together, deadline, None)
+
+
+def _end_with_parent() -> None:
+    """A killed grid must not go on in its workers: the next call would run the same members beside them."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _threads(grid: Grid, jobs: Sequence[Job], together: int, deadline: float | None, advance: Any) -> None:

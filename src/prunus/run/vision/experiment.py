@@ -79,6 +79,7 @@ class _Experiment:
     bar: Bar
     watch: Watch
     notes: _Notes
+    reached: float | None = None
 
     @property
     def recipe(self) -> ClassifierRecipe:
@@ -141,6 +142,8 @@ class _Experiment:
         if masks is None:
             raise ValueError(f"during.{name}: this method leaves no masks, so nothing was pruned")
         masks.check(model)
+        alone = dict(method.named_buffers()).get("reached")
+        self.reached = None if alone is None else float(alone)
         self._measure_pruned(model)
         return model, masks, Original.of(trace.lrs, warmup)
 
@@ -230,6 +233,8 @@ class _Experiment:
         result |= {"sparsity": 0.0 if masks is None else masks.sparsity}
         result |= {"epochs": steps / self.setting.epoch_steps, "steps": steps, "train_seconds": seconds}
         result["images_per_second"] = steps * self.recipe.train.batch_size / max(seconds, 1e-9)
+        if self.reached is not None:  # by the method itself, before it was brought to the sparsity asked for
+            result["reached"] = self.reached
         if masks is not None:
             result["by_layer"] = {name: 1 - kept / total for name, (kept, total) in masks.table().items()}
             if before is not None:

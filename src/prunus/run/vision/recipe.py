@@ -11,9 +11,11 @@ import difflib
 import inspect
 import os
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from prunus import patterns
@@ -250,6 +252,7 @@ class ClassifierRecipe(Strict):
         rewind = self.retrain.rewind if self.retrain is not None else None
         if rewind is not None and rewind not in self.train.snapshots:
             raise ValueError(f"retrain.rewind: epoch {rewind} is not kept; set train.snapshots: [{rewind}]")
+        _check_model(self.model)
         if Path(self.out).is_file():
             raise ValueError(f"out: {self.out!r} is a file; give a folder")
         return self
@@ -267,6 +270,15 @@ class ClassifierRecipe(Strict):
             methods()[name](prune.sparsity, **options)
         except TypeError as error:
             raise ValueError(f"during.{name}: {error}") from None
+
+
+@lru_cache
+def _check_model(name: str) -> None:
+    """Refuse a name that is no model, without making its weights."""
+    from prunus.models import build_model
+
+    with torch.device("meta"):
+        build_model(name, classes=10)
 
 
 def load_classifier(path: Path | None, overrides: dict[str, Any] | None = None) -> ClassifierRecipe:
