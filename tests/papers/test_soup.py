@@ -1,0 +1,139 @@
+"""Soups by hand: barycentres, angles, barriers and planes whose numbers are known; a prediction ensemble of two."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from prunus.geometry import distances, loss_line, loss_plane, weight_names
+from prunus.soup import average
+
+
+def states(count, seed=0, spread=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {"a": torch.randn(5, 7, generator=generator) * spread, "b": torch.randn(3, generator=generator) * spread}
+        for _ in range(count)
+    ]
+
+
+def flat(state):
+    return torch.cat([state["a"].flatten(), state["b"]]).double()
+
+
+def test_two_members_are_half_their_distance_from_the_barycentre():
+    found = distances(states(2))
+    np.testing.assert_allclose(found.barycentre, found.l2[0, 1] / 2, rtol=1e-12)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 10])
+def test_distances_to_the_barycentre_are_those_of_the_pairs(count):
+    """sum_i ||t_i - mean||^2 = (1/m) sum_{i<j} ||t_i - t_j||^2."""
+    found = distances(states(count))
+    pairs = found.l2[np.triu_indices(count, 1)]
+    assert np.square(found.barycentre).sum() == pytest.approx(np.square(pairs).sum() / count, rel=1e-12)
+
+
+def test_distances_and_angles_are_those_of_the_flat_vectors():
+    members = states(4)
+    found, vectors = distances(members), [flat(state) for state in members]
+    for i, u in enumerate(vectors):
+        assert found.norm[i] == pytest.approx(float(u.norm()))
+        for j, v in enumerate(vectors):
+            assert found.l2[i, j] == pytest.approx(float((u - v).norm()), abs=1e-12)
+            cosine = float(u @ v / (u.norm() * v.norm()))
+            assert found.angle[i, j] == pytest.approx(math.degrees(math.acos(min(1.0, cosine))), abs=1e-5)
+    mean = flat({name: tensor.double() for name, tensor in average(members).items()})
+    np.testing.assert_allclose(found.barycentre, [float((u - mean).norm()) for u in vectors], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("v", "degrees"), [((0.0, 2.0), 90), ((3.0, 3.0), 45), ((-2.0, 0.0), 180), ((5.0, 0.0), 0)])
+def test_angles_by_hand(v, degrees):
+    found = distances([{"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor(v)}])
+    assert found.angle[0, 1] == pytest.approx(degrees, abs=1e-9)
+
+
+def test_a_small_angle_keeps_its_digits():
+    """acos of the cosine is 0 here: 1 - 5e-19 is 1 in float64."""
+    found = distances([{"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor([1.0, 1e-9])}])
+    assert found.angle[0, 1] == pytest.approx(math.degrees(1e-9), rel=1e-6)
+    assert found.angle[0, 0] == 0
+
+
+def test_a_zero_vector_has_no_angle():
+    found = distances([{"w": torch.zeros(2)}, {"w": torch.ones(2)}])
+    assert np.isnan(found.angle[0]).all()
+    assert found.angle[1, 1] == 0
+
+
+def test_statistics_of_batchnorm_do_not_count_unless_named():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    one, other = ({name: tensor.clone() for name, tensor in model.state_dict().items()} for _ in range(2))
+    other["1.running_var"] += 3
+    assert weight_names(one) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert distances([one, other]).l2[0, 1] == 0
+    assert distances([one, other], ["1.running_var"]).l2[0, 1] == pytest.approx(3 * math.sqrt(2))
+    with pytest.raises(ValueError, match="no tensor 'x'"):
+        distances([one, other], ["x"])
+
+
+def test_the_summary_is_of_pairs_and_members():
+    members = [{"w": torch.tensor([value, 1.0])} for value in (0.0, 1.0, 5.0)]
+    found = distances(members).summary()
+    assert (found["l2_min"], found["l2_mean"], found["l2_max"]) == pytest.approx((1, 10 / 3, 5))
+    assert (found["barycentre_min"], found["barycentre_max"]) == pytest.approx((1, 3))
+    assert found["angle_min"] == pytest.approx(math.degrees(math.atan2(5, 1)) - 45)
+
+
+def double_well(state):
+    """(x^2 - 1)^2 + y^2: two basins at x = -1 and 1, a barrier of 1 at 0."""
+    x, y = state["w"].tolist()
+    return (x * x - 1) ** 2 + y * y
+
+
+def test_the_line_of_a_double_well_has_its_barrier():
+    a, b = {"w": torch.tensor([-1.0, 0.0])}, {"w": torch.tensor([1.0, 0.0])}
+    line = loss_line(a, b, double_well, np.linspace(0, 1, 5))
+    np.testing.assert_allclose(line.values, [0, 9 / 16, 1, 9 / 16, 0])
+    assert line.barrier() == 1
+    same = loss_line(a, {"w": torch.tensor([-0.5, 0.0])}, double_well, [-1, 0, 0.5, 1])
+    assert same.barrier() == 0
+    with pytest.raises(ValueError, match="shares 0 and 1"):
+        loss_line(a, b, double_well, [0.25, 0.5]).barrier()
+
+
+def test_the_plane_is_one_in_the_weights():
+    """The score reads its coordinates off the weights: they must be the grid's, by Gram-Schmidt done again."""
+    members = states(3)
+    a, b, c = (flat(state) for state in members)
+    u = (b - a) / (b - a).norm()
+    v = (c - a) - ((c - a) @ u) * u
+    v /= v.norm()
+    seen = []
+
+    def score(state):
+        away = flat(state) - a
+        seen.append((float(away @ u), float(away @ v)))
+        assert float((away - (away @ u) * u - (away @ v) * v).norm()) < 1e-5
+        return seen[-1][0] + 10 * seen[-1][1]
+
+    plane = loss_plane(*members, score, points=(4, 3), margin=0.5)
+    assert plane.values.shape == (3, 4)
+    np.testing.assert_allclose(seen, [(x, y) for y in plane.y for x in plane.x], atol=1e-5)
+    np.testing.assert_allclose(plane.values, plane.x[None] + 10 * plane.y[:, None], atol=1e-4)
+    expected = [[0, 0], [float((b - a).norm()), 0], [float((c - a) @ u), float((c - a) @ v)]]
+    np.testing.assert_allclose(plane.members, expected, atol=1e-9)
+    width = plane.members[:, 0].max() - plane.members[:, 0].min()
+    assert (plane.x[0], plane.y[0]) == pytest.approx(
+        (plane.members[:, 0].min() - 0.5 * width, -0.5 * plane.members[2, 1])
+    )
+
+
+def test_members_on_one_line_span_no_plane():
+    a, b = states(2)
+    c = {name: 0.3 * a[name] + 0.7 * b[name] for name in a}
+    for three in ((a, b, c), (a, a, b), (a, b, b)):
+        with pytest.raises(ValueError, match="lie on one line"):
+            loss_plane(*three, lambda _: 0.0)
