@@ -27,8 +27,8 @@ class Augment:
     """Random changes of training images. crop: pixels of border (of value 0 after normalising) before a crop of the
     image's own size; flip: left to right, half of them; cutout: side of a square of zeros around a random pixel.
 
-    Sources: He et al. 2016, Sec. 4.2 (crop, flip); DeVries & Taylor 2017 (cutout: the square may reach out of the image,
-    so fewer pixels may be hidden).
+    Sources: He et al. 2016, Sec. 4.2 (crop, flip); DeVries & Taylor 2017 (cutout: the square may reach out of the
+    image, so fewer pixels may be hidden).
 
     >>> Augment(crop=4, flip=True)
     Augment(crop=4, flip=True, cutout=0)
@@ -119,12 +119,12 @@ class ImageBatches:
         middle, centre = (torch.randint(side, (count,), generator=generator) for side in (height, width))
         if self.augment.flip:
             left = left + (2 * self.augment.crop + 1) * flip
-        draws = torch.stack([order * height * width, top, left, middle, centre])[
-            :, : self.epoch_steps * self.batch_size
-        ]
+        used = self.epoch_steps * self.batch_size
+        draws = torch.stack([order * height * width, top, left, middle, centre])[:, :used].contiguous()
+        order = order[:used]
         device = self.images.pixels.device
         if device.type == "cuda":  # pinned, the copy needs no waiting
-            draws, order = draws.contiguous().pin_memory(), order.pin_memory()
+            draws, order = draws.pin_memory(), order.pin_memory()
         order = order.to(device, non_blocking=True)
         return draws.to(device, non_blocking=True), self.images.labels.index_select(0, order)
 
