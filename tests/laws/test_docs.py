@@ -67,10 +67,11 @@ def touch_files_named_in(text):
 
 
 def check_recipe(text):
-    """The text is a recipe of one of our three kinds."""
+    """The text is a recipe of one of our four kinds."""
     from prunus.run.grid import load_grid
     from prunus.run.pretrain import read_recipe
     from prunus.run.recipe import load_recipe
+    from prunus.run.vision.recipe import load_classifier
 
     touch_files_named_in(text)
     path, raw = Path("checked.yaml"), yaml.safe_load(text)
@@ -79,6 +80,8 @@ def check_recipe(text):
         assert len(list(load_grid(path, None).cells())) > 1
     elif "held_out" in raw:
         assert read_recipe(path).held_out.test
+    elif "images" in raw:
+        assert load_classifier(path).out == raw.get("out", "runs/train")
     else:
         assert load_recipe(path, {}).out == raw.get("out", "runs/compress")
 
@@ -159,12 +162,21 @@ def words_of(annotation):
         ("`retrain`", "Retrain"),
         ("`evaluate`", "Evaluate"),
         ("Texts", "Data"),
+        ("The classifier recipe", "ClassifierRecipe"),
+        ("Classifier `images`", "ImageSource"),
+        ("Classifier `train`", "Training"),
+        ("Classifier `augment`", "Augmentation"),
+        ("Classifier `prune`", "Pruning"),
+        ("Classifier `retrain`", "Retraining"),
+        ("Grids", "Grid"),
     ],
 )
 def test_the_reference_of_keys_is_complete_and_true(heading, section):
-    from prunus.run import recipe
+    from prunus.run import grid, recipe
+    from prunus.run.vision import recipe as classifier
 
-    fields = getattr(recipe, section).model_fields
+    where = next(module for module in (recipe, classifier, grid) if hasattr(module, section))
+    fields = getattr(where, section).model_fields
     rows = table_under(heading)
     assert [row[0].strip("`") for row in rows] == list(fields)
     for (key, cell, meaning), field in zip(rows, fields.values(), strict=True):
