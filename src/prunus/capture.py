@@ -8,16 +8,30 @@ Learning rates are tensors on the device while a step is captured, because a num
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CapturedStep", "check_capture", "set_rates_"]
+__all__ = ["CapturedStep", "alone", "check_capture", "set_rates_"]
 
 _WARM = 3  # steps that run as they are: cuDNN chooses its algorithms, the optimizer makes its state
-_RECORDING = threading.Lock()  # recording begins with a device-wide wait, which another recording would forbid
+# Two things wait for the whole device, which no thread may do while another records: the beginning of a recording, and
+# cuDNN when it tries its algorithms, as it does the first time that it meets a shape.
+_ALONE = threading.RLock()
+
+
+@contextmanager
+def alone() -> Generator[None]:
+    """Context for work on a GPU that meets new shapes (an evaluation, say) while other threads may record their steps.
+
+    >>> with alone():
+    ...     found = accuracy(model, batches)
+    """
+    with _ALONE:
+        yield
 
 
 class CapturedStep:
@@ -59,7 +73,7 @@ class CapturedStep:
         # On the stream that will record: lazily made workspaces belong to a stream.
         here = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(here)
-        with torch.cuda.stream(self.stream):
+        with alone(), torch.cuda.stream(self.stream):
             loss = self.step(parts)
         here.wait_stream(self.stream)
         return loss
@@ -67,7 +81,7 @@ class CapturedStep:
     def _record(self, parts: list[Any]) -> None:
         self.static = [_cloned(part) for part in parts]
         graph = torch.cuda.CUDAGraph()
-        with _RECORDING, torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+        with alone(), torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             self.loss = self.step(self.static)
         self.graph = graph
 
@@ -81,8 +95,8 @@ def check_capture(model: nn.Module, optimizer: torch.optim.Optimizer, *, shared:
         raise ValueError("capture=True goes with one process and with bf16 or fp32; use capture=False.")
     if not all(group.get("fused") or group.get("capturable") for group in optimizer.param_groups):
         raise ValueError(
-            f"capture=True needs an optimizer that reads its learning rate on the device: make it with fused=True (SGD) "
-            f"or capturable=True (Adam), not {type(optimizer).__name__} as it is; or use capture=False."
+            f"capture=True needs an optimizer that reads its learning rate on the device: make it with fused=True "
+            f"(SGD) or capturable=True (Adam), not {type(optimizer).__name__} as it is; or use capture=False."
         )
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from prunus import patterns, scores
 from prunus.allocations import Allocation, erk, global_, lamp, uniform, uniform_plus
 from prunus.batchnorm import recalibrate_
+from prunus.capture import alone
 from prunus.during import During
 from prunus.ema import Ema
 from prunus.evaluate.accuracy import accuracy
@@ -100,12 +101,14 @@ def fit(
 
 def measure(model: nn.Module, setting: Setting) -> dict[str, Any]:
     """Accuracy and its companions (shares in [0, 1]) on what the recipe measures on."""
-    return asdict(accuracy(model, setting.measured(), precision=setting.precision))
+    with alone():
+        return asdict(accuracy(model, setting.measured(), precision=setting.precision))
 
 
 def recalibrate(model: nn.Module, setting: Setting) -> None:
     """Count the BatchNorm statistics anew on the recipe's share of the training images."""
-    recalibrate_(model, setting.training(setting.recipe.recalibrate))
+    with alone():
+        recalibrate_(model, setting.training(setting.recipe.recalibrate))
 
 
 def has_batchnorm(model: nn.Module) -> bool:

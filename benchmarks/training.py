@@ -1,0 +1,152 @@
+"""Images per second of training: the textbook loop, ours, ours captured as a CUDA graph, and several members at once.
+
+    python benchmarks/training.py --model resnet18 --batch-size 512 --steps 200 --together 1 2 4
+    python benchmarks/training.py --model resnet8 --batch-size 32 --steps 5 --device cpu       # scales down
+
+Random 32x32 images, so only speed is measured: augmentation (crop, flip) on the device, SGD with momentum and weight
+decay, bf16 and channels-last on a GPU. The textbook loop is written out below. All in one process; each measurement
+follows an unmeasured warm-up; the members of "together" are threads with a CUDA stream each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from prunus.images import Augment, ImageBatches, Images
+from prunus.masks import Masks
+from prunus.models import build_model
+from prunus.train import classification_loss, train
+
+
+def make(arguments: argparse.Namespace, seed: int) -> tuple[nn.Module, ImageBatches, torch.optim.Optimizer]:
+    """A member: network, batches on the device, optimizer."""
+    device = torch.device(arguments.device)
+    torch.manual_seed(seed)
+    model = build_model(arguments.model, classes=10).to(device)
+    cuda = device.type == "cuda"
+    channels_last = cuda and not arguments.channels_first
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(256, (arguments.images, 3, 32, 32), generator=generator, dtype=torch.uint8).to(device)
+    labels = torch.randint(10, (arguments.images,), generator=generator).to(device)
+    batches = ImageBatches(
+        Images(pixels, labels, 10),
+        batch_size=arguments.batch_size,
+        seed=seed,
+        augment=Augment(crop=4, flip=True),
+        channels_last=channels_last,
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, fused=cuda)
+    return model, batches, optimizer
+
+
+def textbook(model: nn.Module, batches: ImageBatches, optimizer: torch.optim.Optimizer, steps: int, cuda: bool) -> None:
+    """The loop that everybody writes."""
+    model.train()
+    for step in range(steps):
+        x, y = batches(step)
+        optimizer.zero_grad()
+        with torch.autocast("cuda" if cuda else "cpu", dtype=torch.bfloat16, enabled=cuda):
+            loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+
+
+def ours(
+    model: nn.Module, batches: ImageBatches, optimizer: torch.optim.Optimizer, steps: int, cuda: bool, **options: object
+) -> None:
+    """The same steps by `train`."""
+    options = {"precision": "bf16" if cuda else "fp32", "report_every": 10**9, **options}
+    train(model, batches, optimizer, lambda _: 1.0, steps=steps, loss=classification_loss(), **options)  # type: ignore[arg-type]
+
+
+def masks_of(model: nn.Module) -> Masks:
+    """Random masks of nine tenths of the convolutions."""
+    weights = {name: p for name, p in model.named_parameters() if p.dim() == 4}
+    return Masks({name: torch.rand_like(p) > 0.9 for name, p in weights.items()})
+
+
+def seconds(work: Callable[[], None], cuda: bool) -> float:
+    """Wall time of the work, the device's included."""
+    if cuda:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    work()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def at_once(arguments: argparse.Namespace, count: int, cuda: bool, steps: int) -> float:
+    """Seconds for `count` captured members of `steps` steps each, a thread and a stream for each."""
+    members = [make(arguments, seed) for seed in range(count)]
+
+    def work(member: tuple[nn.Module, ImageBatches, torch.optim.Optimizer], steps: int) -> None:
+        if not cuda:
+            ours(*member, steps, cuda)
+            return
+        with torch.cuda.stream(torch.cuda.Stream()):
+            ours(*member, steps, cuda, capture=True)
+            torch.cuda.current_stream().synchronize()
+
+    def all_at_once(steps: int) -> None:
+        with ThreadPoolExecutor(count) as pool:
+            for future in [pool.submit(work, member, steps) for member in members]:
+                future.result()
+
+    all_at_once(5)
+    # Recording is part of a run; twice the steps less once the steps leaves it out.
+    once, twice = seconds(lambda: all_at_once(steps), cuda), seconds(lambda: all_at_once(2 * steps), cuda)
+    return twice - once
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--batch-size", type=int, default=512)
+    parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--together", type=int, nargs="*", default=[1, 2, 4])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--channels-first", action="store_true")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    cuda = torch.device(arguments.device).type == "cuda"
+    torch.backends.cudnn.benchmark = True
+    rate = arguments.batch_size * arguments.steps
+    found: dict[str, float] = {}
+    runs: dict[str, Callable[..., None]] = {"textbook": textbook, "ours": ours}
+    if cuda:
+        runs["ours, captured"] = lambda *member: ours(*member, capture=True)
+        runs["ours, captured, masked"] = lambda *member: ours(*member, capture=True, masks=masks_of(member[0]))
+    for name, run in runs.items():
+        member = make(arguments, 0)
+        run(*member, 10, cuda)
+        once = seconds(lambda run=run, member=member: run(*member, arguments.steps, cuda), cuda)
+        twice = seconds(lambda run=run, member=member: run(*member, 2 * arguments.steps, cuda), cuda)
+        found[name] = rate / (twice - once)
+    for count in arguments.together:
+        found[f"{count} at once"] = count * rate / at_once(arguments, count, cuda, arguments.steps)
+    device = torch.cuda.get_device_name() if cuda else "cpu"
+    sys.stdout.write(f"{arguments.model}, batch {arguments.batch_size}, {device}, torch {torch.__version__}\n")
+    for name, value in found.items():
+        sys.stdout.write(f"  {name:<24}{value:>12,.0f} images/s   {value / found['textbook']:.2f} x textbook\n")
+    if arguments.out is not None:
+        settings = {"model": arguments.model, "batch_size": arguments.batch_size, "device": device}
+        with arguments.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**settings, "torch": torch.__version__, "images_per_second": found}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
