@@ -15,12 +15,15 @@ from prunus.report import (
     append_metrics,
     bars,
     markdown_table,
+    plot_accuracy,
     plot_compression,
     plot_grid,
+    plot_run,
     print_table,
     progress,
     read_metrics,
 )
+from prunus.report.curves import _limits
 from prunus.report.plots import _place, _share
 from prunus.report.table import format_value
 
@@ -160,7 +163,26 @@ def test_grid_picture_is_drawn(tmp_path):
     assert imread(tmp_path / "grid.png").std() > 0.02
 
 
+def test_accuracy_picture_is_drawn(tmp_path):
+    lines = {name: [("90 %", 94.0, 0.1), ("95 %", 92.0, None)] for name in "ab"}
+    panels = {"5 %": lines, "10 %": {**lines, "FT": [("90 %", 11.0, 0.3)]}}
+    plot_accuracy(panels, tmp_path / "grid.png", xlabel="sparsity", dense=95.0, title="grid")
+    assert imread(tmp_path / "grid.png").std() > 0.02
+    plot_run([2.0, 1.0], {"dense": 95.0, "pruned": 10.0}, tmp_path / "run.png", rates=[0.1, 0.05], title="run")
+    assert imread(tmp_path / "run.png").std() > 0.02
+
+
+def test_outliers_do_not_squeeze_the_rest():
+    assert _limits([94.0, 93.0, 11.0], 95.0) == (95.0, 80.0)
+    assert _limits([94.0, 93.0, 81.0], None) == (94.0, None)
+    assert _limits([94.0, 20.0, 11.0], 95.0) == (95.0, None)
+
+
 def test_empty_pictures_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no points"):
+        plot_accuracy({"": {}}, tmp_path / "a.png", xlabel="x")
+    with pytest.raises(ValueError, match="neither a loss"):
+        plot_run([], {}, tmp_path / "a.png", title="x")
     with pytest.raises(ValueError, match="nothing to draw"):
         plot_compression({}, tmp_path / "a.png")
     with pytest.raises(ValueError, match="nothing to draw"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ __all__ = ["Point", "plot_accuracy", "plot_run"]
 
 Point = tuple[str, float, float | None]  # label on the abscissa, mean, deviation
 _COLUMNS = 3  # panels side by side
+_CROWDED, _SHOWN = 10.0, 15.0  # points
 
 
 def plot_accuracy(
@@ -29,7 +31,8 @@ def plot_accuracy(
     """Write a PNG with a panel for each key, a line for each method, deviations as bars.
 
     panels: panel title -> method -> points. The labels on the abscissa stand at equal distances, in the order in which
-    they come. dense: a dashed line. Raises ValueError without points.
+    they come. dense: a dashed line. When most values lie within ten points of the best, what is more than fifteen below
+    it is left out, and the axis says so. Raises ValueError without points.
 
     >>> plot_accuracy({"": {"ALLR": [("90 %", 94.1, 0.1), ("95 %", 93.2, None)]}}, "grid.png", xlabel="sparsity")
     """
@@ -39,7 +42,7 @@ def plot_accuracy(
     across = min(_COLUMNS, len(panels))
     down = -(-len(panels) // across)
     figure = _figure(1.6 + 3.4 * across, 0.6 + 3.2 * down)
-    axes = list(figure.subplots(down, across, squeeze=False, sharex=True).flat)
+    axes = list(figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flat)
     order = {name: i for i, name in enumerate(dict.fromkeys(name for lines in panels.values() for name in lines))}
     for axis, (name, lines) in zip(axes, panels.items(), strict=False):
         _draw_lines(axis, lines, labels, order)
@@ -49,7 +52,12 @@ def plot_accuracy(
         axis.set_xlabel(xlabel)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    axes[0].set_ylabel(ylabel)
+    best, bottom = _limits([point[1] for lines in panels.values() for row in lines.values() for point in row], dense)
+    if bottom is not None:
+        axes[0].set_ylim(bottom, best + 0.5)
+        ylabel = f"{ylabel} (less than {bottom:.0f} not shown)"
+    for place in range(0, len(panels), across):
+        axes[place].set_ylabel(ylabel)
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, loc="outside right upper")
     if title:
@@ -69,7 +77,7 @@ def plot_run(
         raise ValueError("there is neither a loss nor a stage to draw")
     figure = _figure(10, 3.8)
     left, right = figure.subplots(1, 2)
-    left.plot([epoch + 1 for epoch in range(len(losses))], losses, color=BLUE, linewidth=1.4, label="loss")
+    left.plot([epoch + 0.5 for epoch in range(len(losses))], losses, color=BLUE, linewidth=1.4, label="loss")
     left.set_xlabel("epoch")
     left.set_title("Training loss" + (" and learning rate (dashed)" if rates else ""), loc="left", fontsize=10)
     if rates:
@@ -85,6 +93,13 @@ def plot_run(
     right.set_title("Accuracy, %", loc="left", fontsize=10)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     _save(figure, path)
+
+
+def _limits(values: Sequence[float], dense: float | None) -> tuple[float, float | None]:
+    """The best value, and where the axis begins if a few far below would squeeze the rest."""
+    best = max([*values, dense] if dense is not None else values)
+    crowded = statistics.median(values) > best - _CROWDED and min(values) < best - _SHOWN
+    return best, best - _SHOWN if crowded else None
 
 
 def _draw_lines(
