@@ -32,6 +32,7 @@ __all__ = [
     "greedy",
     "greedy_members",
     "learn_weights",
+    "mean_tensor",
     "mix",
 ]
 
@@ -56,7 +57,7 @@ def average(
     check_alike(states)
     if masks is not None:
         check_masks(states, masks)
-    return {name: _mean(name, [state[name] for state in states], shares) for name in states[0]}
+    return {name: mean_tensor(name, [state[name] for state in states], shares) for name in states[0]}
 
 
 @torch.no_grad()
@@ -216,6 +217,27 @@ def mix(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return total.add_(0.0).to(tensors[0].dtype)  # -0.0 + 0.0 is +0.0
 
 
+def mean_tensor(name: str, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The mean of one tensor, or of the same piece of it, over the members: `mix` if it is floating.
+
+    Integer tensors have no mean: they must be equal, or be BatchNorm's counters `num_batches_tracked`, and the first is
+    copied. Raises ValueError naming the tensor.
+
+    >>> mean_tensor("codes", [torch.tensor([3]), torch.tensor([3])], [0.5, 0.5])
+    tensor([3])
+    """
+    first = tensors[0]
+    if first.is_floating_point() or first.is_complex():
+        return mix(tensors, weights)
+    for place, tensor in enumerate(tensors):
+        if not name.endswith("num_batches_tracked") and not torch.equal(first, tensor.to(first.device)):
+            raise ValueError(
+                f"{name!r} is stored as {first.dtype} and differs between members 0 and {place}: integers have no "
+                "mean. Average before quantising"
+            )
+    return first.clone()
+
+
 def check_weights(weights: Sequence[float] | None, members: int) -> tuple[float, ...]:
     """The weights of a mean of `members` networks, checked; equal ones for None. Raises ValueError.
 
@@ -277,19 +299,6 @@ def check_masks(states: Sequence[State], masks: Sequence[Masks]) -> None:
 
 
 _ANYWAY = "average members of one pruned network, or prune their mean again (average_and_reprune)"
-
-
-def _mean(name: str, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    first = tensors[0]
-    if first.is_floating_point() or first.is_complex():
-        return mix(tensors, weights)
-    for place, tensor in enumerate(tensors):
-        if not name.endswith("num_batches_tracked") and not torch.equal(first, tensor.to(first.device)):
-            raise ValueError(
-                f"{name!r} is stored as {first.dtype} and differs between members 0 and {place}: integers have no "
-                "mean. Average before quantising"
-            )
-    return first.clone()
 
 
 def _check_count(states: Sequence[State], masks: Sequence[Masks]) -> None:

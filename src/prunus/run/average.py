@@ -1,0 +1,95 @@
+"""`prunus average`: one checkpoint from several on disk, all of them or those that a greedy soup takes.
+
+    checkpoints ─ uniform, weighted ─────────────────────────────▶ out
+    checkpoints ─ each scored ─ best first ─ out.trial scored ───▶ out     (greedy)
+
+What a score is belongs to the caller: anything that reads a folder, such as an evaluation recipe on validation data.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from prunus.export.average import average_folders
+from prunus.export.folder import SavedModel, load_info
+from prunus.soup import Greedy, check_weights, greedy_members
+
+__all__ = ["average_checkpoints", "average_greedily"]
+
+log = logging.getLogger(__name__)
+
+
+def average_checkpoints(
+    checkpoints: Sequence[str | Path],
+    out: str | Path,
+    weights: Sequence[float] | None = None,
+    *,
+    max_shard_bytes: float = 4e9,
+) -> list[dict[str, Any]]:
+    """The average of all checkpoints, written to `out`; returns a row for each member and one for the mean, to print.
+
+    Arguments and errors are those of `export.average.average_folders`.
+
+    >>> print_table(average_checkpoints(["runs/a/model", "runs/b/model"], "runs/mean"))
+    """
+    saved = average_folders(checkpoints, out, weights, max_shard_bytes=max_shard_bytes)
+    shares = check_weights(weights, len(checkpoints))
+    return _rows(saved, [{"weight": share} for share in shares])
+
+
+def average_greedily(
+    checkpoints: Sequence[str | Path],
+    out: str | Path,
+    score: Callable[[Path], float],
+    *,
+    max_shard_bytes: float = 4e9,
+) -> list[dict[str, Any]]:
+    """The average of the checkpoints that a greedy soup takes, written to `out`; returns the rows to print.
+
+    score: a checkpoint (a member's own path, or `<out>.trial`) -> how good it is, higher is better, on validation data.
+    It is called 2 * (number of checkpoints) - 1 times; each trial is a checkpoint on disk, which is gone afterwards.
+    Raises as `average_checkpoints`, and what `score` raises.
+
+    >>> average_greedily(["runs/a/model", "runs/b/model"], "runs/soup", lambda folder: -perplexity_of(folder))
+    """
+    trial = Path(out).with_name(Path(out).name + ".trial")
+    members = [Path(path) for path in checkpoints]
+
+    def score_of(chosen: tuple[int, ...]) -> float:
+        if len(chosen) == 1:
+            value = score(members[chosen[0]])
+        else:
+            average_folders([members[place] for place in chosen], trial, max_shard_bytes=max_shard_bytes)
+            value = score(trial)
+        log.info("members %s score %.6g", ", ".join(str(place + 1) for place in chosen), value)
+        return value
+
+    try:
+        soup = greedy_members(len(members), score_of)
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
+    saved = average_folders([members[place] for place in soup.members], out, max_shard_bytes=max_shard_bytes)
+    return _greedy_rows(saved, soup, members)
+
+
+def _greedy_rows(saved: SavedModel, soup: Greedy, members: Sequence[Path]) -> list[dict[str, Any]]:
+    taken = _rows(saved, [{"weight": 1 / len(soup.members), "score": soup.singles[place]} for place in soup.members])
+    left = [
+        {"checkpoint": str(path), "zeros": None, "weight": 0.0, "score": soup.singles[place]}
+        for place, path in enumerate(members)
+        if place not in soup.members
+    ]
+    return [*taken[:-1], *left, {**taken[-1], "score": soup.score}]
+
+
+def _rows(saved: SavedModel, extra: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    average = load_info(saved.folder)["average"]
+    rows = [
+        {"checkpoint": member["path"], "zeros": member["zeros"], **more}
+        for member, more in zip(average["members"], extra, strict=True)
+    ]
+    return [*rows, {"checkpoint": str(saved.folder), "zeros": average["zeros"], "weight": None}]
