@@ -32,6 +32,8 @@ __all__ = ["Masks", "infer_masks"]
 
 _FORMAT = "prunus.masks"
 _VERSION = "1"
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of an element -> its bits
+_LARGE = 1 << 22  # entries: a kernel of that many takes longer than its launch
 
 
 class Masks(Mapping[str, Tensor]):
@@ -116,12 +118,12 @@ class Masks(Mapping[str, Tensor]):
         Raises ValueError, before anything changes, for a parameter that is missing, on meta, or of another shape.
         """
         for parameter, pruned in self._pairs(model):
-            parameter.masked_fill_(pruned.to(parameter.device), 0.0)
+            _local(parameter).masked_fill_(pruned, 0.0)
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError naming the first parameter of `model` that is nonzero where its mask prunes."""
         for name, (parameter, pruned) in zip(self, self._pairs(model), strict=True):
-            wrong = int((parameter.detach()[pruned.to(parameter.device)] != 0).sum())
+            wrong = int(((_local(parameter.detach()) != 0) & pruned).sum())
             if wrong:
                 raise ValueError(
                     f"'{name}' has {wrong} nonzero weights under its mask: something changed them after pruning. "
@@ -132,18 +134,22 @@ class Masks(Mapping[str, Tensor]):
         """Keep pruned entries of `model` at +0.0: after every step of `optimizer` they and its state are zeroed there.
 
         State is every tensor of the parameter's shape (momentum, Adam's moments). Masking gradients instead leaks:
-        momentum and weight decay move pruned weights. Wrappers (accelerate) need their inner torch optimizer here.
+        momentum and weight decay move pruned weights. NaN and infinities vanish under the mask too. Nothing waits for
+        the device, and the work of a step is recorded by a CUDA graph.
+        `model` may be compiled, replicated (DistributedDataParallel) or sharded (fully_shard, done before this call):
+        masks keep the ordinary names. Wrapped optimizers (accelerate) need their inner torch optimizer here.
         Returns a handle whose `remove()` lets go. Applies the masks once at once. Raises as `apply_`.
         """
-        pairs = [(parameter, pruned.to(parameter.device)) for parameter, pruned in self._pairs(model)]
+        parameters: dict[int, Tensor] = {}
+        pruned: dict[int, Tensor] = {}
+        for parameter, gone in self._pairs(model):  # a tied parameter may have masks under several names
+            key = id(parameter)
+            parameters[key], pruned[key] = parameter, pruned[key] | gone if key in pruned else gone
+        held = [_Held(parameter, pruned[key]) for key, parameter in parameters.items()]
 
         @torch.no_grad()
         def reapply(stepped: Optimizer, *_: Any) -> None:
-            for parameter, pruned in pairs:
-                parameter.masked_fill_(pruned, 0.0)
-                for value in stepped.state.get(parameter, {}).values():
-                    if isinstance(value, Tensor) and value.shape == parameter.shape:
-                        value.masked_fill_(pruned, 0.0)
+            _zero_pruned_(held, stepped)
 
         reapply(optimizer)
         return optimizer.register_step_post_hook(reapply)
@@ -179,19 +185,60 @@ class Masks(Mapping[str, Tensor]):
             raise ValueError(f"{path} is not a complete safetensors file of masks ({error})") from error
 
     def _pairs(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-        """Each masked parameter with the bool tensor of its pruned entries, checked."""
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+        """Each masked parameter with the bool tensor of its pruned entries (of this rank's part), checked."""
+        parameters = _parameters(model)
+        found = {name: parameters.get(name, parameters.get(_own_name(name))) for name in self}
+        pairs: list[tuple[Tensor, Tensor]] = []
         for name, mask in self.items():
-            if name not in parameters:
+            parameter = found[name]
+            if parameter is None:
                 raise ValueError(f"the model has no parameter '{name}', which the masks name{_close(name, parameters)}")
-            if parameters[name].is_meta:
+            if parameter.is_meta:
                 raise ValueError(f"'{name}' is on the meta device: load its weights before masking them")
-            if parameters[name].shape != mask.shape:
+            if parameter.shape != mask.shape:
                 raise ValueError(
-                    f"'{name}' has shape {_shape(parameters[name])}, its mask {_shape(mask)}: "
+                    f"'{name}' has shape {_shape(parameter)}, its mask {_shape(mask)}: "
                     "the masks belong to another model"
                 )
-        return [(parameters[name], ~mask) for name, mask in self.items()]
+            pairs.append((parameter, ~_as_placed(mask, parameter)))
+        return pairs
+
+
+class _Held:
+    """A parameter whose pruned entries are kept at zero, with the mask in the form that is fastest to apply.
+
+    The bits of a float, times the integer 0, are +0.0 whatever it was, NaN and -0.0 too; times 1 they stay; and one
+    kernel multiplies many tensors. Large parameters are filled one by one: a launch is nothing to them, but a mask of 4
+    bytes an entry is.
+    """
+
+    def __init__(self, parameter: Tensor, pruned: Tensor) -> None:
+        self.parameter, self.pruned = parameter, pruned
+        local = _local(parameter.detach())
+        self.integer = _INTEGERS.get(local.element_size()) if local.numel() <= _LARGE else None
+        kept = None if self.integer is None else torch.empty_like(local, dtype=self.integer).copy_(~pruned)
+        self.kept = kept  # in the parameter's memory format
+
+    def tensors(self, optimizer: Optimizer) -> list[Tensor]:
+        """This rank's part of the parameter and of the optimizer's state of its shape."""
+        state = optimizer.state.get(self.parameter, {}).values()
+        alike = [each for each in state if isinstance(each, Tensor) and each.shape == self.parameter.shape]
+        return [_local(each) for each in (self.parameter, *alike)]
+
+
+def _zero_pruned_(held: Sequence[_Held], optimizer: Optimizer) -> None:
+    groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+    for each in held:
+        for tensor in each.tensors(optimizer):
+            plain = type(tensor) in (Tensor, nn.Parameter)
+            if each.kept is not None and plain and tensor.element_size() == each.kept.element_size():
+                values, kept = groups.setdefault((tensor.device, each.kept.dtype), ([], []))
+                values.append(tensor.view(each.kept.dtype))
+                kept.append(each.kept)
+            else:
+                tensor.masked_fill_(each.pruned, 0.0)
+    for values, kept in groups.values():
+        torch._foreach_mul_(values, kept)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def infer_masks(state: Mapping[str, Tensor]) -> Masks:
@@ -204,6 +251,46 @@ def infer_masks(state: Mapping[str, Tensor]) -> Masks:
     [False, True]
     """
     return Masks({name: weight != 0 for name, weight in state.items()})
+
+
+def _parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter under its name in `model` and under its name in the ordinary module that `model` wraps."""
+    named = dict[str, Tensor](model.named_parameters(remove_duplicate=False))
+    inner = model
+    while wrapped := _inside(inner):
+        inner = wrapped
+    return {_own_name(name): each for name, each in inner.named_parameters(remove_duplicate=False)} | named
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return model.module
+    return model._modules.get("_orig_mod")  # torch.compile's
+
+
+def _own_name(name: str) -> str:
+    """The name without what torch.compile of a submodule put into it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that this rank has; an ordinary tensor itself."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        return tensor
+    from torch.distributed.tensor import DTensor  # slow to import, and loaded where there is one
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _as_placed(mask: Tensor, parameter: Tensor) -> Tensor:
+    """The mask's entries for this rank's part of the parameter, on its device. Nothing is sent: all ranks have it."""
+    if type(parameter) not in (Tensor, nn.Parameter):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        if isinstance(parameter, DTensor):
+            mask = mask.to(parameter.device)
+            return distribute_tensor(mask, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+    return mask.to(parameter.device)
 
 
 def _pack(mask: Tensor) -> np.ndarray:
