@@ -1,0 +1,119 @@
+"""Many constrained tensors as few stacks: tensors of one size, each in a set of its own, are handled at once.
+
+    tensors ──gather──▶ parts (problems, rows, columns) float32 ──▶ ... ──scatter_──▶ tensors
+
+A joint constraint is one problem of many parts; what is seen entry by entry is then one long vector.
+"""
+
+# pyright: reportPrivateImportUsage=false
+# (torch's own optimizers are made of its _foreach functions, which it does not export)
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from prunus.sets.ball import Ball
+from prunus.sets.group import Entries
+
+__all__ = ["Part", "Problems", "joint_problem", "separate_problems"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which tensors (by place in a list) make one part, as what matrix each: stacked, or joined into one vector."""
+
+    places: tuple[int, ...]
+    key: tuple[int, int]
+    joined: bool = False
+
+
+@dataclass(frozen=True)
+class Problems:
+    """Equal problems. ball: of radius 1; radius, half: (problems,) their radii, and half their L2 diameters."""
+
+    ball: Ball
+    parts: tuple[Part, ...]
+    radius: Tensor
+    half: Tensor
+
+    def gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Copies of the tensors as parts, (problems, rows, columns) each, in float32 (or float64)."""
+        found: list[Tensor] = []
+        for part in self.parts:
+            chosen = [tensors[place] for place in part.places]
+            if part.joined:
+                stack = torch.cat([tensor.reshape(-1) for tensor in chosen])[None, None]
+            else:
+                stack = torch.stack([tensor.reshape(part.key) for tensor in chosen])
+            found.append(stack.to(self.radius.dtype))
+        return found
+
+    def scatter_(self, tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+        """Write parts back into the tensors."""
+        targets = [tensors[place] for part in self.parts for place in part.places]
+        values: list[Tensor] = []
+        for part, stack in zip(self.parts, parts, strict=True):
+            chosen = [tensors[place] for place in part.places]
+            pieces = stack[0, 0].split([t.numel() for t in chosen]) if part.joined else stack.unbind()
+            values += [piece.reshape(tensor.shape) for piece, tensor in zip(pieces, chosen, strict=True)]
+        torch._foreach_copy_(targets, values)
+
+    def vertices(self, moments: Sequence[Tensor], bases: Sequence[Tensor] | None, iterations: int) -> list[Tensor]:
+        """The points of the sets with the least inner product with the moments; bases change in place."""
+        found = self.ball.extreme(moments, bases, iterations)
+        return [part.mul_(-self.radius[:, None, None]) for part in found]
+
+    def widths(self) -> list[int] | None:
+        """How many singular vectors of each part are followed; None if none are."""
+        return self.ball.widths([part.key for part in self.parts])
+
+    def balls(self, tensors: Sequence[Tensor]) -> list[tuple[Ball, list[Tensor]]]:
+        """Each problem by itself: its ball, with its radius, and its tensors. Waits for the device."""
+        radii = self.radius.tolist()
+        if len(radii) == 1:
+            whole = [tensors[place] for part in self.parts for place in part.places]
+            return [(replace(self.ball, radius=radii[0]), whole)]
+        (part,) = self.parts
+        return [
+            (replace(self.ball, radius=radius), [tensors[place]])
+            for radius, place in zip(radii, part.places, strict=True)
+        ]
+
+
+def joint_problem(ball: Ball, tensors: Sequence[Tensor]) -> Problems:
+    """One problem: all tensors together are a point of the ball."""
+    keys = [ball.seen.key(tuple(tensor.shape)) for tensor in tensors]
+    if isinstance(ball.seen, Entries):
+        parts = (Part(tuple(range(len(tensors))), (1, sum(key[1] for key in keys)), joined=True),)
+    else:
+        parts = tuple(Part((place,), key) for place, key in enumerate(keys))
+    return _problems([ball], parts, [[tuple(tensor.shape) for tensor in tensors]], tensors[0])
+
+
+def separate_problems(balls: Sequence[Ball], tensors: Sequence[Tensor]) -> list[Problems]:
+    """Each tensor is a point of its own ball; those of one size, kind of set, device and dtype are put together."""
+    found: dict[object, list[int]] = {}
+    for place, (ball, tensor) in enumerate(zip(balls, tensors, strict=True)):
+        key = ball.seen.key(tuple(tensor.shape))
+        found.setdefault((replace(ball, radius=1.0), key, tensor.device, tensor.dtype), []).append(place)
+    problems: list[Problems] = []
+    for places in found.values():
+        chosen = [balls[place] for place in places]
+        shapes = [[tuple(tensors[place].shape)] for place in places]
+        first = tensors[places[0]]
+        parts = (Part(tuple(places), chosen[0].seen.key(tuple(first.shape))),)
+        problems.append(_problems(chosen, parts, shapes, first))
+    return problems
+
+
+def _problems(
+    balls: Sequence[Ball], parts: tuple[Part, ...], shapes: Sequence[Sequence[tuple[int, ...]]], like: Tensor
+) -> Problems:
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    halves = [ball.diameter(*each) / 2 for ball, each in zip(balls, shapes, strict=True)]
+    radius = torch.tensor([ball.radius for ball in balls], dtype=dtype, device=like.device)
+    return Problems(replace(balls[0], radius=1.0), parts, radius, torch.tensor(halves, dtype=dtype, device=like.device))
