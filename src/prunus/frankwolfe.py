@@ -1,0 +1,393 @@
+"""Stochastic Frank-Wolfe: an optimizer that keeps parameters inside feasible sets without ever projecting.
+
+    m <- beta m + (1 - d) g        momentum; at the first step m = g
+    v  = argmin over the set of <m, v>                        `sets.Ball.lmo`
+    x <- x + s (v - x),  s = clamp(factor * lr, 0, 1)         (Pokutta, Spiegel, Zimmer 2020)
+
+    rescale  none 1   diameter 1/D   gradient ||m|| / ||x - v||   fast_gradient ||m|| / (D/2)        D: L2 diameter
+
+A convex combination of two points of a convex set is in it, so what starts inside stays inside. In most sets v has norm
+D/2, and then fast_gradient is an SGD step of length lr ||m|| towards v with weight decay 2 ||m|| / D; for the L2 ball
+it is exactly x <- (1 - 2 lr ||m|| / D) x - lr m. Published code leaves d = 0 (m adds up gradients, and grows to up to
+1/(1 - beta) of one); d = beta averages them. With the gradient rescalings the two differ by that factor in the
+learning rate.
+
+The feasible sets are in `sets/`; pruned weights are held as everywhere (`masks.hold`), best with `KeptGradients`.
+"""
+
+# pyright: reportPrivateImportUsage=false
+# (torch's own optimizers are made of its _foreach functions, which it does not export)
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from prunus.during.protocol import During, Plan
+from prunus.masks import Masks
+from prunus.sets.ball import Ball, lp
+from prunus.sets.group import Entries
+from prunus.sets.problems import Problems, joint_problem, separate_problems
+from prunus.sets.radius import Size, expected_norm, measured_norm
+from prunus.sets.subspace import COLD, make_basis
+
+__all__ = ["SFW", "KeptGradients", "Rescale", "constrained_groups"]
+
+Rescale = Literal["none", "diameter", "gradient", "fast_gradient"]
+_TINY = 1e-30
+
+
+class SFW(Optimizer):
+    """Stochastic Frank-Wolfe for groups with a `constraint`, SGD for groups without (None).
+
+    params: parameters or groups, as for any torch optimizer. Options, all of which a group may set for itself:
+    constraint: a `Ball` for each parameter by itself, a list of balls (one a parameter, in order), or None;
+    joint: the group's parameters are one point of the one ball; rescale, momentum, dampening: see the module;
+    iterations: of the subspace iteration that follows leading singular vectors, for spectral sets;
+    weight_decay (added to the gradient, as in SGD) and decoupled_decay (x <- (1 - lr * decay) x, as in AdamW; the
+    papers' released code leaves lr out), both for unconstrained groups only;
+    capturable: lets `train(capture=True)` record the step. The learning rate may be a number or a tensor either way.
+
+    Parameters without a gradient stay as they are; under a joint constraint the others move as if these did not exist.
+    Equal sizes are handled at once, nothing waits for the device, and singular vectors are state. State dicts do not
+    hold the constraints: those of the optimizer that loads one stay. Raises ValueError for options out of range, balls
+    that do not fit the parameters, weight decay with a constraint, sparse gradients.
+
+    >>> optimizer = SFW(model.parameters(), lr=0.1, constraint=k_support(0.3, radius=10.0), rescale="fast_gradient")
+    >>> optimizer.start_()
+    >>> trace = train(model, batches, optimizer, linear_warmup_decay(10), steps=10)
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor,
+        *,
+        constraint: Ball | Sequence[Ball] | None = None,
+        joint: bool = False,
+        rescale: Rescale = "none",
+        momentum: float = 0.9,
+        dampening: float = 0.0,
+        iterations: int = 1,
+        weight_decay: float = 0.0,
+        decoupled_decay: float = 0.0,
+        capturable: bool = False,
+    ) -> None:
+        self._plans: dict[int, _Plan] = {}
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "constraint": constraint,
+            "joint": joint,
+            "rescale": rescale,
+            "momentum": momentum,
+            "dampening": dampening,
+            "iterations": iterations,
+            "weight_decay": weight_decay,
+            "decoupled_decay": decoupled_decay,
+            "capturable": capturable,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As for any torch optimizer; checks the group's options."""
+        _check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if group["constraint"] is not None:
+            _problems_of(group, range(len(group["params"])))  # refuses sets that do not fit
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step of every group; returns the closure's loss, if one is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for number, group in enumerate(self.param_groups):
+            places = _with_gradients(group)
+            if not places:
+                continue
+            present = [group["params"][place] for place in places]
+            directions = self._directions(group, present)
+            if group["constraint"] is None:
+                _descend_(present, directions, group["lr"], group["decoupled_decay"])
+                continue
+            for problems in self._problems(number, places):
+                points, moments = problems.gather(present), problems.gather(directions)
+                vertices = self._vertices(problems, present, moments, group["iterations"])
+                share = _share(problems, group["rescale"], group["lr"], points, moments, vertices)
+                problems.scatter_(present, [x.lerp_(v, share) for x, v in zip(points, vertices, strict=True)])
+        return loss
+
+    @torch.no_grad()
+    def start_(self) -> None:
+        """Scale those parameters of constrained groups that are outside their sets down to the border."""
+        for number, group in enumerate(self.param_groups):
+            if group["constraint"] is None:
+                continue
+            for problems in self._problems(number, tuple(range(len(group["params"])))):
+                for ball, tensors in problems.balls(group["params"]):
+                    torch._foreach_copy_(tensors, list(ball.start(tensors)))
+
+    @torch.no_grad()
+    def gaps(self) -> list[Tensor]:
+        """The Frank-Wolfe gap <m, x - v> of each constrained group, with exact v: scalars, on the groups' devices.
+
+        m: the momentum as the last step left it. At least 0 for feasible x, and 0 where x is stationary. For reports:
+        v is computed anew, for spectral sets by full singular value decompositions.
+        """
+        found: list[Tensor] = []
+        for number, group in enumerate(self.param_groups):
+            places = _with_gradients(group)
+            if group["constraint"] is None or not places:
+                continue
+            present = [group["params"][place] for place in places]
+            known = [self.state[parameter].get("momentum_buffer", parameter.grad) for parameter in present]
+            total = torch.zeros((), device=present[0].device)
+            for problems in self._problems(number, places):
+                points, moments = problems.gather(present), problems.gather(known)
+                vertices = problems.vertices(moments, None, 1)
+                total = total + _dot(moments, [x - v for x, v in zip(points, vertices, strict=True)]).sum()
+            found.append(total)
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """As for any torch optimizer, without the constraints."""
+        packed = super().state_dict()
+        for group in packed["param_groups"]:
+            group.pop("constraint")
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As for any torch optimizer; the constraints are those that this optimizer has."""
+        own = [group["constraint"] for group in self.param_groups]
+        saved = state_dict["param_groups"]
+        if len(own) != len(saved):
+            raise ValueError(f"This optimizer has {len(own)} groups, the state dict {len(saved)}: it is another's")
+        groups = [{**group, "constraint": constraint} for group, constraint in zip(saved, own, strict=True)]
+        super().load_state_dict({**state_dict, "param_groups": groups})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plans = {}
+
+    def _directions(self, group: dict[str, Any], present: list[Tensor]) -> list[Tensor]:
+        """The momentum buffers, moved on; or the gradients if there is no momentum."""
+        gradients: list[Tensor] = [parameter.grad for parameter in present]  # pyright: ignore[reportAssignmentType]
+        if any(gradient.is_sparse for gradient in gradients):
+            raise ValueError("SFW takes dense gradients; make the embedding with sparse=False")
+        if group["weight_decay"]:
+            gradients = list(torch._foreach_add(gradients, present, alpha=group["weight_decay"]))
+        if not group["momentum"]:
+            return gradients
+        pairs = zip(present, gradients, strict=True)
+        old = [(self.state[x]["momentum_buffer"], g) for x, g in pairs if "momentum_buffer" in self.state[x]]
+        if old:
+            moved = [buffer for buffer, _ in old]
+            torch._foreach_mul_(moved, group["momentum"])
+            torch._foreach_add_(moved, [gradient for _, gradient in old], alpha=1 - group["dampening"])
+        if len(old) < len(present):
+            for parameter, gradient in zip(present, gradients, strict=True):
+                if "momentum_buffer" not in self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = gradient.clone()
+        return [self.state[parameter]["momentum_buffer"] for parameter in present]
+
+    def _problems(self, number: int, places: tuple[int, ...]) -> list[Problems]:
+        """How a group's parameters are put together; kept until others have gradients or the constraint is another."""
+        group, known = self.param_groups[number], self._plans.get(number)
+        if known is None or known.constraint is not group["constraint"] or known.places != places:
+            known = _Plan(group["constraint"], places, _problems_of(group, places))
+            self._plans[number] = known
+        return known.problems
+
+    def _vertices(
+        self, problems: Problems, present: Sequence[Tensor], moments: Sequence[Tensor], iterations: int
+    ) -> list[Tensor]:
+        """The vertices, with the singular vectors of the last step to start from if the set needs some."""
+        widths = problems.widths()
+        if widths is None:
+            return problems.vertices(moments, None, 1)
+        for part, width in zip(problems.parts, widths, strict=True):
+            for seed, place in enumerate(part.places):
+                if "basis" not in self.state[present[place]]:
+                    # Three dimensions: never of the shape of a matrix, whose masks would be applied to it.
+                    fresh = make_basis(1, *part.key, width, device=present[place].device, seed=seed)
+                    self.state[present[place]]["basis"] = fresh
+                    iterations = COLD
+        kept = [[self.state[present[place]]["basis"] for place in part.places] for part in problems.parts]
+        stacks = [torch.cat(each).to(moments[0].dtype) for each in kept]
+        found = problems.vertices(moments, stacks, iterations)
+        for each, stack in zip(kept, stacks, strict=True):
+            torch._foreach_copy_(each, list(stack.split(1)))
+        return found
+
+
+class KeptGradients(During):
+    """Zeroes the gradients of pruned weights, so that a linear minimiser spends nothing on them.
+
+    `masks.hold` alone would zero what it spent afterwards. Sets of entries or groups then never choose a pruned weight;
+    singular vectors of a pruned matrix are not zero there, so spectral sets rely on `masks.hold`.
+
+    >>> kept = KeptGradients(Masks({"weight": torch.tensor([[True, False]])}))
+    """
+
+    def __init__(self, masks: Masks) -> None:
+        super().__init__()
+        self.given = masks
+
+    def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
+        """Find the parameters; raises ValueError for a mask without one."""
+        parameters = dict(model.named_parameters())
+        missing = [name for name in self.given if name not in parameters]
+        if missing:
+            raise ValueError(f"the model has no parameter '{missing[0]}', which the masks name")
+        self.pairs = [(parameters[name], ~mask.to(parameters[name].device)) for name, mask in self.given.items()]
+
+    @torch.no_grad()
+    def gradients(self) -> None:
+        """Zero them."""
+        for parameter, pruned in self.pairs:
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(pruned, 0.0)
+
+
+def constrained_groups(
+    model: nn.Module,
+    ball: Ball,
+    size: Size,
+    *,
+    joint: bool = False,
+    rest: Literal["l2", "free"] = "l2",
+    norms: Literal["expected", "measured"] = "expected",
+) -> list[dict[str, Any]]:
+    """Parameter groups for `SFW`: which parameters are in which set, of which radius, as the papers have it.
+
+    Sets of entries constrain every parameter that requires gradients; sets of groups and spectral ones the weights of
+    Linear and convolution layers, and then rest: "l2" puts every other parameter into an L2 ball of the same size,
+    "free" into a group without constraint. size: `Radius`, `Diameter` or `Initial`; joint: one set over all. norms:
+    "expected", what torch's own initialisation of each layer makes on average, whatever this model's was; or
+    "measured", the norms now. Raises ValueError for an expected norm without closed form.
+
+    >>> groups = constrained_groups(nn.Linear(8, 4), group_k_support(0.5), Initial(3.0))
+    >>> [(len(group["params"]), round(group["constraint"][0].radius, 3)) for group in groups]
+    [(1, 3.464), (1, 1.225)]
+    """
+    chosen: list[tuple[Tensor, float]] = []
+    others: list[tuple[Tensor, float]] = []
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad or any(parameter is known for known, _ in chosen + others):
+                continue
+            whole = isinstance(ball.seen, Entries) or (name == "weight" and isinstance(module, _LAYERS))
+            if not whole and rest == "free":
+                others.append((parameter, 1.0))
+                continue
+            norm = expected_norm(module, name) if norms == "expected" else measured_norm(parameter)
+            (chosen if whole else others).append((parameter, norm))
+    if not chosen:
+        raise ValueError("The model has no Linear or convolution weight that requires gradients: nothing to constrain")
+    groups = [_group(chosen, ball, size, joint)]
+    if others and rest == "l2":
+        groups.append(_group(others, lp(2), size, joint))
+    elif others:
+        groups.append({"params": [parameter for parameter, _ in others], "constraint": None})
+    return groups
+
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The problems of a group, for one constraint and the parameters (by place) that have gradients."""
+
+    constraint: Ball | Sequence[Ball]
+    places: tuple[int, ...]
+    problems: list[Problems]
+
+
+def _group(members: list[tuple[Tensor, float]], ball: Ball, size: Size, joint: bool) -> dict[str, Any]:
+    parameters, shapes = [parameter for parameter, _ in members], [tuple(each.shape) for each, _ in members]
+    if joint:
+        return {
+            "params": parameters,
+            "joint": True,
+            "constraint": size.fit(ball, shapes, [norm for _, norm in members]),
+        }
+    balls = [size.fit(ball, [shape], [norm]) for shape, (_, norm) in zip(shapes, members, strict=True)]
+    return {"params": parameters, "constraint": balls}
+
+
+def _with_gradients(group: dict[str, Any]) -> tuple[int, ...]:
+    return tuple(place for place, parameter in enumerate(group["params"]) if parameter.grad is not None)
+
+
+def _problems_of(group: dict[str, Any], places: Iterable[int]) -> list[Problems]:
+    chosen = list(places)
+    tensors, constraint = [group["params"][place] for place in chosen], group["constraint"]
+    if group["joint"]:
+        return [joint_problem(constraint, tensors)]
+    if isinstance(constraint, Ball):
+        return separate_problems([constraint] * len(chosen), tensors)
+    if len(constraint) != len(group["params"]):
+        raise ValueError(
+            f"{len(constraint)} balls for {len(group['params'])} parameters: give one for each, or one Ball"
+        )
+    return separate_problems([constraint[place] for place in chosen], tensors)
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    if group["rescale"] not in get_args(Rescale):
+        raise ValueError(f"rescale is one of {', '.join(get_args(Rescale))}; got {group['rescale']!r}")
+    if not (0 <= group["momentum"] < 1 and 0 <= group["dampening"] <= 1):
+        raise ValueError(
+            f"momentum lies in [0, 1) and dampening in [0, 1]; got {group['momentum']} and {group['dampening']}"
+        )
+    if group["iterations"] < 1:
+        raise ValueError(f"iterations of the subspace iteration are at least 1; got {group['iterations']}")
+    if group["constraint"] is not None and (group["weight_decay"] or group["decoupled_decay"]):
+        raise ValueError("A constrained group shrinks by its set and takes no weight decay: set its decay to 0")
+    if group["joint"] and not isinstance(group["constraint"], Ball):
+        raise ValueError(f"joint=True needs one Ball for the whole group; got {type(group['constraint']).__name__}")
+
+
+def _share(
+    problems: Problems,
+    rescale: Rescale,
+    lr: float | Tensor,
+    points: Sequence[Tensor],
+    moments: Sequence[Tensor],
+    vertices: Sequence[Tensor],
+) -> Tensor:
+    """How far each problem moves towards its vertex, (problems, 1, 1) in [0, 1]."""
+    factor = torch.ones_like(problems.half)
+    if rescale == "diameter":
+        factor = 0.5 / problems.half
+    elif rescale == "fast_gradient":
+        factor = _dot(moments, moments).sqrt() / problems.half
+    elif rescale == "gradient":
+        apart = [x - v for x, v in zip(points, vertices, strict=True)]
+        factor = _dot(moments, moments).sqrt() / _dot(apart, apart).sqrt().clamp_min(_TINY)
+    return (factor * lr).clamp(0, 1)[:, None, None]
+
+
+def _dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
+    """The inner product of each problem, (problems,)."""
+    products = [torch.linalg.vecdot(a.flatten(1), b.flatten(1)) for a, b in zip(one, other, strict=True)]
+    return products[0] if len(products) == 1 else torch.stack(products).sum(0)
+
+
+def _descend_(parameters: list[Tensor], directions: list[Tensor], lr: float | Tensor, decay: float) -> None:
+    """An SGD step; the learning rate may be a tensor on the device."""
+    if decay:
+        torch._foreach_mul_(parameters, 1 - lr * decay)
+    torch._foreach_sub_(parameters, torch._foreach_mul(directions, lr))
