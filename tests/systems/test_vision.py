@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from prunus.evaluate.accuracy import accuracy
+from prunus.evaluate.cost import cost
 from prunus.masks import Masks
 from prunus.report import read_metrics
 from prunus.run.compare import compare
@@ -48,6 +50,7 @@ class Tiny(nn.Sequential):
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Recipes build the tiny network, whatever they name."""
     monkeypatch.setattr(settings, "build_model", lambda name, *, classes, channels: Tiny())
+    monkeypatch.setattr(stages, "_operations", {})
 
 
 def raw(out: Path, **changes: Any) -> dict[str, Any]:
@@ -145,6 +148,9 @@ def test_a_run_leaves_what_it_says(tmp_path: Path) -> None:
     masks.check(model)
     assert masks.sparsity == result["sparsity"] == pytest.approx(0.8, abs=1e-3)
     assert accuracy(model, setting.measured()).top1 == result["accuracy"]
+    counted = asdict(cost(model, next(setting.measured())[0][:1], masks))
+    assert counted["speedup"] > 2
+    assert {name: result[name] for name in counted} == counted
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["stage"] for row in rows] == ["train", "train", *result["stages"], "phase"]
     assert rows[1]["top1"] == result["stages"]["dense"]["top1"] > 0.5

@@ -41,7 +41,7 @@ def plot_accuracy(
         raise ValueError("there are no points to draw")
     across = min(_COLUMNS, len(panels))
     down = -(-len(panels) // across)
-    figure = _figure(1.6 + 3.4 * across, 0.6 + 3.2 * down)
+    figure = _figure(1.6 + max(3.4, 0.6 * len(labels)) * across, 0.6 + 3.2 * down)
     axes = list(figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flat)
     order = {name: i for i, name in enumerate(dict.fromkeys(name for lines in panels.values() for name in lines))}
     for axis, (name, lines) in zip(axes, panels.items(), strict=False):
@@ -59,7 +59,8 @@ def plot_accuracy(
     for place in range(0, len(panels), across):
         axes[place].set_ylabel(ylabel)
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, loc="outside right upper")
+    if handles:
+        figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, loc="outside right upper")
     if title:
         figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     _save(figure, path)
@@ -105,7 +106,7 @@ def _limits(values: Sequence[float], dense: float | None) -> tuple[float, float 
 def _draw_lines(
     axis: Axes, lines: Mapping[str, Sequence[Point]], labels: Sequence[str], order: Mapping[str, int]
 ) -> None:
-    """Lines stand a little aside of each other, so that their bars can be told apart."""
+    """Lines stand a little aside of each other, so that their bars can be told apart; one without a name is points."""
     aside = min(0.06, 0.5 / max(1, len(order)))
     for name, points in lines.items():
         shift = (order[name] - (len(order) - 1) / 2) * aside
@@ -114,7 +115,8 @@ def _draw_lines(
             [labels.index(label) + shift for label, _, _ in points],
             [mean for _, mean, _ in points],
             yerr=[std or 0.0 for _, _, std in points],
-            label=name,
+            label=name or None,
+            linestyle="-" if name else "none",
             **style,
         )
     axis.set_xticks(range(len(labels)), labels)

@@ -61,6 +61,10 @@ class Kind(Protocol):
         """Members of one seed run in this order."""
         ...
 
+    def prepare(self, members: Sequence[Member]) -> None:
+        """Called once in each process, before any thread runs members. Raises for inputs that are not there."""
+        ...
+
     def bench(self, out: Path) -> Bench:
         """What runs the members of one thread; `out` is the grid's folder."""
         ...

@@ -92,7 +92,7 @@ def show_run(result: Mapping[str, Any], out: Path) -> None:
     _note(f"Network: {out / 'model.safetensors'}; numbers: {out / 'result.json'}; picture: {out / 'report.png'}")
 
 
-def show_grid(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
+def show_grid(rows: Sequence[Mapping[str, Any]], out: Path, *, title: str = "") -> None:
     """The table of a grid: one row a cell."""
     if not rows:
         _note(f"Nothing is finished yet; the same command goes on. Folder: {out}")
@@ -110,7 +110,7 @@ def show_grid(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
     ]
     if not any(row["chosen"] for row in shown):
         shown = [{key: value for key, value in row.items() if key != "chosen"} for row in shown]
-    print_table(shown, title=str(out))
+    print_table(shown, title=title or str(out))
     _note(f"Tables: {out / 'table.json'}, {out / 'table.md'}; pictures: {out}/grid*.png")
 
 

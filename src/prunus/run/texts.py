@@ -68,6 +68,9 @@ class _Texts:
 
         return member.recipe.reconstruct is not None, prune_key(member.recipe)
 
+    def prepare(self, members: Sequence[Member]) -> None:
+        pass
+
     def bench(self, out: Path) -> Bench:
         from prunus.run.bench import Bench
 

@@ -102,6 +102,7 @@ def _end_with_parent() -> None:
 
 
 def _threads(grid: Grid, jobs: Sequence[Job], together: int, deadline: float | None, advance: Any) -> None:
+    grid.kind.prepare([job.member for job in jobs])
     if together == 1:
         _work(grid, jobs, deadline, advance, nullcontext())
         return

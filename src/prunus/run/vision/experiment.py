@@ -236,6 +236,7 @@ class _Experiment:
         if self.reached is not None:  # by the method itself, before it was brought to the sparsity asked for
             result["reached"] = self.reached
         if masks is not None:
+            result |= stages.cost_of(model, masks, self.setting)
             result["by_layer"] = {name: 1 - kept / total for name, (kept, total) in masks.table().items()}
             if before is not None:
                 after = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}

@@ -72,6 +72,15 @@ class _Classifiers:
         """Those that choose values first, then the longest, so that the last ones to finish are short."""
         return member.recipe.images.measure_on != "validation", -_epochs(member.recipe)
 
+    def prepare(self, members: Sequence[Member]) -> None:
+        """Read the images and count the operations of each network."""
+        from prunus.run.vision.setting import Setting
+        from prunus.run.vision.stages import operations
+
+        recipes = {(str(m.recipe.images), m.recipe.model, m.recipe.device): m.recipe for m in members}
+        for recipe in recipes.values():
+            operations(Setting.of(recipe))
+
     def bench(self, out: Path) -> Bench:
         return _Bench(out)
 

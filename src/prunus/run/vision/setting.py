@@ -93,7 +93,9 @@ class Setting:
             torch.default_generator.manual_seed(self.recipe.seed)  # a GPU's may be in use by another thread
             model = build_model(self.recipe.model, classes=self.sets.train.classes, channels=channels)
         model = model.to(self.device)
-        return model.to(memory_format=torch.channels_last) if self.channels_last else model
+        if self.channels_last:
+            model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's stub lacks it
+        return model
 
     def batches(self, part: int) -> ImageBatches:
         """Augmented training batches; part: 0 for the training, j for the retraining of phase j, each in its order."""

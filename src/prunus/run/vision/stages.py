@@ -20,6 +20,7 @@ from prunus.capture import alone
 from prunus.during import During
 from prunus.ema import Ema
 from prunus.evaluate.accuracy import accuracy
+from prunus.evaluate.cost import Cost, _own_flops
 from prunus.layers import View, find_layers
 from prunus.lr import Multiplier, constant, cosine, exponential, linear, multistep, one_cycle
 from prunus.masks import Masks
@@ -28,7 +29,18 @@ from prunus.run.vision.recipe import Pruning
 from prunus.run.vision.setting import Setting
 from prunus.train import Trace, classification_loss, train
 
-__all__ = ["OnStep", "fit", "has_batchnorm", "measure", "recalibrate", "schedule", "select", "views_of"]
+__all__ = [
+    "OnStep",
+    "cost_of",
+    "fit",
+    "has_batchnorm",
+    "measure",
+    "operations",
+    "recalibrate",
+    "schedule",
+    "select",
+    "views_of",
+]
 
 OnStep = Callable[[int, float], None]
 
@@ -108,12 +120,40 @@ def measure(model: nn.Module, setting: Setting) -> dict[str, Any]:
 def recalibrate(model: nn.Module, setting: Setting) -> None:
     """Count the BatchNorm statistics anew on the recipe's share of the training images."""
     with alone():
-        recalibrate_(model, setting.training(setting.recipe.recalibrate))
+        recalibrate_(model, setting.training(setting.recipe.recalibrate), precision=setting.precision)
 
 
 def has_batchnorm(model: nn.Module) -> bool:
     """Whether there are statistics to count."""
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+_operations: dict[tuple[Any, ...], dict[str, int]] = {}
+
+
+def operations(setting: Setting) -> dict[str, int]:
+    """Module name -> floating-point operations of one image, counted once a process for each network.
+
+    torch's counter hooks every module of the process, so it must not run beside a thread that trains.
+    """
+    shape = tuple(setting.sets.train.pixels.shape[1:])
+    key = (setting.recipe.model, setting.sets.train.classes, shape)
+    if key not in _operations:
+        model = setting.new_model().to("cpu")
+        _operations[key] = _own_flops(model, torch.zeros(1, *shape))
+    return _operations[key]
+
+
+def cost_of(model: nn.Module, masks: Masks, setting: Setting) -> dict[str, Any]:
+    """What `evaluate.cost.cost` says of one image, from the operations counted before."""
+    dense = operations(setting)
+    sparse = float(sum(dense.values()))
+    for name, (kept, total) in masks.table().items():
+        sparse -= dense.get(name.rpartition(".")[0], 0) * (1 - kept / total)
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    pruned = sum(total - kept for kept, total in masks.table().values())
+    found = Cost(sum(dense.values()), round(sparse), sum(dense.values()) / max(sparse, 1.0), whole, whole - pruned)
+    return asdict(found)
 
 
 def views_of(model: nn.Module, asked: Pruning) -> list[View]:
