@@ -5,9 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 from torch import nn
 
+from prunus.evaluate.ensemble import Ensemble, ensemble_accuracy
 from prunus.geometry import distances, loss_line, loss_plane, weight_names
+from prunus.report.landscape import plot_lines, plot_plane
 from prunus.soup import average
 
 
@@ -137,3 +140,71 @@ def test_members_on_one_line_span_no_plane():
     for three in ((a, b, c), (a, a, b), (a, b, b)):
         with pytest.raises(ValueError, match="lie on one line"):
             loss_plane(*three, lambda _: 0.0)
+
+
+class Fixed(nn.Module):
+    """Gives the probabilities it holds, as logits (up to a constant, which softmax does not see)."""
+
+    def __init__(self, probabilities, shift=0.0):
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor(probabilities).log() + shift)
+
+    def forward(self, x):
+        return self.logits[x]
+
+
+def test_an_ensemble_is_the_mean_of_probabilities_scored_against_the_truth():
+    """Neither the members' agreement nor the mean of logits: both would give other numbers here."""
+    one = Fixed([[0.98, 0.01, 0.01], [0.20, 0.35, 0.45]])
+    other = Fixed([[0.30, 0.60, 0.10], [0.15, 0.60, 0.25]], shift=5.0)
+    x = torch.tensor([0, 1])
+    mean = torch.tensor([[0.64, 0.305, 0.055], [0.175, 0.475, 0.35]])
+    torch.testing.assert_close(Ensemble([one, other])(x).exp(), mean)
+    assert ((one(x).softmax(1) * other(x).softmax(1)).argmax(1)).tolist() == [0, 1]
+    found = ensemble_accuracy([one, other], [(x, torch.tensor([0, 2]))])
+    assert (found.top1, found.images) == (0.5, 2)
+    assert found.loss == pytest.approx(-(math.log(0.64) + math.log(0.35)) / 2, rel=1e-5)
+    # Confidences .64 (right) and .475 (wrong) lie in bins of their own.
+    assert found.calibration_error == pytest.approx((0.36 + 0.475) / 2, rel=1e-5)
+
+
+def test_an_ensemble_of_one_or_of_copies_is_the_network():
+    model = Fixed([[0.7, 0.2, 0.1]])
+    x = torch.tensor([0])
+    for members in ([model], [model, Fixed([[0.7, 0.2, 0.1]])]):
+        torch.testing.assert_close(Ensemble(members)(x), model(x).log_softmax(1))
+    copies = Ensemble.of(model, [model.state_dict(), {"logits": torch.zeros(1, 3)}])
+    torch.testing.assert_close(copies(x).exp(), torch.tensor([[0.7 + 1 / 3, 0.2 + 1 / 3, 0.1 + 1 / 3]]) / 2)
+    assert model.logits.data_ptr() not in {p.data_ptr() for p in copies.parameters()}
+    with pytest.raises(ValueError, match="at least one member"):
+        Ensemble([])
+
+
+def test_an_ensemble_is_measured_in_evaluation_mode_and_modes_stay():
+    members = [nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.9)).train(way) for way in (True, False)]
+    batches = [(torch.ones(4, 2), torch.tensor([0, 1, 2, 0]))]
+    assert ensemble_accuracy(members, batches) == ensemble_accuracy(members, batches)
+    assert [member.training for member in members] == [True, False]
+
+
+def test_confident_members_that_disagree_keep_finite_logits():
+    one, other = Fixed([[1.0, 1e-30]]), Fixed([[1e-30, 1.0]])
+    assert Ensemble([one, other])(torch.tensor([0])).exp().tolist() == [pytest.approx([0.5, 0.5])]
+
+
+def test_lines_and_planes_are_drawn(tmp_path):
+    members = [{"w": torch.tensor(v)} for v in ([-1.0, 0.0], [1.0, 0.0], [0.0, 1.0])]
+    line = loss_line(members[0], members[1], double_well, np.linspace(0, 1, 5))
+    plot_lines({"1 to 2": line, "again": line}, tmp_path / "lines.png", title="lines")
+    plane = loss_plane(*members, lambda state: double_well(state) if state["w"][1] < 1 else float("nan"), points=(5, 5))
+    plot_plane(plane, tmp_path / "plane.png", title="plane")
+    for name in ("lines", "plane"):
+        picture = imread(tmp_path / f"{name}.png")
+        assert len(np.unique(picture.reshape(-1, picture.shape[-1]), axis=0)) > 10
+    with pytest.raises(ValueError, match="no line"):
+        plot_lines({}, tmp_path / "none.png")
+    with pytest.raises(ValueError, match="no finite value"):
+        plot_plane(loss_plane(*members, lambda _: float("nan"), points=(2, 2)), tmp_path / "none.png")
+    with pytest.raises(ValueError, match="got 2 labels"):
+        plot_plane(plane, tmp_path / "none.png", labels=("a", "b"))
+    assert not (tmp_path / "none.png").exists()
