@@ -4,8 +4,8 @@
     python benchmarks/training.py --model resnet8 --batch-size 32 --steps 5 --device cpu       # scales down
 
 Random 32x32 images, so only speed is measured: augmentation (crop, flip) on the device, SGD with momentum and weight
-decay, bf16 and channels-last on a GPU. The textbook loop is written out below. All in one process; each measurement
-follows an unmeasured warm-up; the members of "together" are threads with a CUDA stream each.
+decay, bf16 and channels-last on a GPU. The textbook loop is written out below. All in one process; the first 10 steps
+are not timed; the members of "together" are threads with a CUDA stream each, captured.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from prunus.during import During
 from prunus.images import Augment, ImageBatches, Images
 from prunus.masks import Masks
 from prunus.models import build_model
@@ -50,10 +54,21 @@ def make(arguments: argparse.Namespace, seed: int) -> tuple[nn.Module, ImageBatc
     return model, batches, optimizer
 
 
-def textbook(model: nn.Module, batches: ImageBatches, optimizer: torch.optim.Optimizer, steps: int, cuda: bool) -> None:
+def textbook(
+    model: nn.Module,
+    batches: ImageBatches,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    cuda: bool,
+    barrier: threading.Barrier,
+) -> None:
     """The loop that everybody writes."""
     model.train()
     for step in range(steps):
+        if step == 10:
+            if cuda:
+                torch.cuda.current_stream().synchronize()
+            barrier.wait()
         x, y = batches(step)
         optimizer.zero_grad()
         with torch.autocast("cuda" if cuda else "cpu", dtype=torch.bfloat16, enabled=cuda):
@@ -63,11 +78,33 @@ def textbook(model: nn.Module, batches: ImageBatches, optimizer: torch.optim.Opt
 
 
 def ours(
-    model: nn.Module, batches: ImageBatches, optimizer: torch.optim.Optimizer, steps: int, cuda: bool, **options: object
+    model: nn.Module,
+    batches: ImageBatches,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    cuda: bool,
+    barrier: threading.Barrier,
+    **options: object,
 ) -> None:
     """The same steps by `train`."""
     options = {"precision": "bf16" if cuda else "fp32", "report_every": 10**9, **options}
-    train(model, batches, optimizer, lambda _: 1.0, steps=steps, loss=classification_loss(), **options)  # type: ignore[arg-type]
+    during = [Start(barrier, cuda)]
+    train(model, batches, optimizer, lambda _: 1.0, steps=steps, loss=classification_loss(), during=during, **options)  # type: ignore[arg-type]
+
+
+class Start(During):
+    """After 10 steps, waits for the device and for the other members: from there on it is timed."""
+
+    def __init__(self, barrier: threading.Barrier, cuda: bool) -> None:
+        super().__init__()
+        self.barrier, self.cuda = barrier, cuda
+
+    def after_step(self, step: int) -> None:
+        """Wait, once."""
+        if step == 9:
+            if self.cuda:
+                torch.cuda.current_stream().synchronize()
+            self.barrier.wait()
 
 
 def masks_of(model: nn.Module) -> Masks:
@@ -76,38 +113,23 @@ def masks_of(model: nn.Module) -> Masks:
     return Masks({name: torch.rand_like(p) > 0.9 for name, p in weights.items()})
 
 
-def seconds(work: Callable[[], None], cuda: bool) -> float:
-    """Wall time of the work, the device's included."""
-    if cuda:
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    work()
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def at_once(arguments: argparse.Namespace, count: int, cuda: bool, steps: int) -> float:
-    """Seconds for `count` captured members of `steps` steps each, a thread and a stream for each."""
+def rate_of(arguments: argparse.Namespace, run: Callable[..., None], count: int, cuda: bool) -> float:
+    """Images per second of `count` members at once, a thread and a stream each, after 10 steps that are not counted."""
     members = [make(arguments, seed) for seed in range(count)]
+    started: list[float] = []
+    barrier = threading.Barrier(count, action=lambda: started.append(time.perf_counter()))
 
-    def work(member: tuple[nn.Module, ImageBatches, torch.optim.Optimizer], steps: int) -> None:
-        if not cuda:
-            ours(*member, steps, cuda)
-            return
-        with torch.cuda.stream(torch.cuda.Stream()):
-            ours(*member, steps, cuda, capture=True)
-            torch.cuda.current_stream().synchronize()
+    def work(member: tuple[nn.Module, ImageBatches, torch.optim.Optimizer]) -> None:
+        stream = torch.cuda.stream(torch.cuda.Stream()) if cuda else nullcontext()
+        with stream:
+            run(*member, 10 + arguments.steps, cuda, barrier)
+            if cuda:
+                torch.cuda.current_stream().synchronize()
 
-    def all_at_once(steps: int) -> None:
-        with ThreadPoolExecutor(count) as pool:
-            for future in [pool.submit(work, member, steps) for member in members]:
-                future.result()
-
-    all_at_once(5)
-    # Recording is part of a run; twice the steps less once the steps leaves it out.
-    once, twice = seconds(lambda: all_at_once(steps), cuda), seconds(lambda: all_at_once(2 * steps), cuda)
-    return twice - once
+    with ThreadPoolExecutor(count) as pool:
+        for future in [pool.submit(work, member) for member in members]:
+            future.result()
+    return count * arguments.steps * arguments.batch_size / (time.perf_counter() - started[0])
 
 
 def main() -> None:
@@ -117,27 +139,20 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--together", type=int, nargs="*", default=[1, 2, 4])
+    parser.add_argument("--together", type=int, nargs="*", default=[2, 4])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--channels-first", action="store_true")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     cuda = torch.device(arguments.device).type == "cuda"
     torch.backends.cudnn.benchmark = True
-    rate = arguments.batch_size * arguments.steps
-    found: dict[str, float] = {}
     runs: dict[str, Callable[..., None]] = {"textbook": textbook, "ours": ours}
+    captured = partial(ours, capture=True) if cuda else ours
     if cuda:
-        runs["ours, captured"] = lambda *member: ours(*member, capture=True)
-        runs["ours, captured, masked"] = lambda *member: ours(*member, capture=True, masks=masks_of(member[0]))
-    for name, run in runs.items():
-        member = make(arguments, 0)
-        run(*member, 10, cuda)
-        once = seconds(lambda run=run, member=member: run(*member, arguments.steps, cuda), cuda)
-        twice = seconds(lambda run=run, member=member: run(*member, 2 * arguments.steps, cuda), cuda)
-        found[name] = rate / (twice - once)
-    for count in arguments.together:
-        found[f"{count} at once"] = count * rate / at_once(arguments, count, cuda, arguments.steps)
+        runs["ours, captured"] = captured
+        runs["ours, captured, masked"] = lambda *member: captured(*member, masks=masks_of(member[0]))
+    found = {name: rate_of(arguments, run, 1, cuda) for name, run in runs.items()}
+    found |= {f"{count} at once": rate_of(arguments, captured, count, cuda) for count in arguments.together}
     device = torch.cuda.get_device_name() if cuda else "cpu"
     sys.stdout.write(f"{arguments.model}, batch {arguments.batch_size}, {device}, torch {torch.__version__}\n")
     for name, value in found.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -19,11 +20,23 @@ if TYPE_CHECKING:
 
 __all__ = ["make_accelerator", "prepared"]
 
+_MAKING = threading.Lock()  # accelerate's singletons are half made for a moment
+
 
 def make_accelerator(precision: Precision, accumulate: int, device: torch.device) -> Accelerator:
     """An Accelerator of this precision and kind of device, although an earlier one of the process had others."""
     if precision not in ("fp32", "bf16", "fp16"):
         raise ValueError(f"precision is fp32, bf16 or fp16; got {precision!r}.")
+    with _MAKING:
+        accelerator = _make(precision, accumulate, device)
+    if precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("precision='fp16' scales gradients on an accelerator, and this is a CPU; use bf16 or fp32.")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    return accelerator
+
+
+def _make(precision: Precision, accumulate: int, device: torch.device) -> Accelerator:
     mixed = "no" if precision == "fp32" else precision
     # Precision and device are kept in process-wide singletons that refuse to change; a process group stays.
     state, alone = AcceleratorState._shared_state, ranks.count() == 1
@@ -31,17 +44,12 @@ def make_accelerator(precision: Precision, accumulate: int, device: torch.device
         AcceleratorState._reset_state(reset_partial_state=True)
     elif state and state.get("_mixed_precision", mixed) != mixed:
         AcceleratorState._reset_state()
-    accelerator = Accelerator(
+    return Accelerator(
         mixed_precision=mixed,
         gradient_accumulation_steps=accumulate,
         cpu=alone and device.type == "cpu",
         device_placement=not alone,
     )
-    if precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("precision='fp16' scales gradients on an accelerator, and this is a CPU; use bf16 or fp32.")
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    return accelerator
 
 
 @contextmanager

@@ -1,7 +1,10 @@
 """Laws of the training loop and of learning-rate schedules."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from prunus.lr import linear_warmup_decay
@@ -174,6 +177,17 @@ def test_precisions_follow_each_other_in_one_process():
         assert "forward" not in model.__dict__
         assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert inner == [torch.float32, torch.bfloat16, torch.float32]
+
+
+def test_threads_train_at_once_and_find_what_they_find_alone():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    alone = [Net(dropout=0.0, seed=seed) for seed in range(4)]
+    at_once = [Net(dropout=0.0, seed=seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, at_once))
+    for one, other in zip(alone, at_once, strict=True):
+        run(one)
+        assert equal(one, other)
 
 
 def test_a_model_trained_again_is_in_its_new_precision():
