@@ -4,7 +4,7 @@
     axes: {criterion: {wanda: {prune.criterion: wanda}, ...}, pattern: {...}, method: {...}}
     tune: {text: validation, axis: method,        or by: accuracy, for classifiers
            cells: {norms: {key: retrain.lr, values: [1e-4, 1e-3], at: {criterion: wanda}}}}
-    seeds: [0]; more_seeds: {seeds: [1, 2], where: {pattern: ["50 %"]}}
+    seeds: [0]; more_seeds: {seeds: [1, 2], where: {pattern: ["50 %"]}}; skip: [{pattern: ["70 %"], method: [full]}]
 
 Tuned values are chosen by the perplexity on `text`, or by the accuracy on validation images, in the cells named by
 `at`, with the first seed, and used by every other cell that differs from them only along the axes of `at`. Without
@@ -86,12 +86,13 @@ class Grid(Strict):
     tune: Tune | None = None
     seeds: list[int] = Field(default=[0], min_length=1)
     more_seeds: MoreSeeds | None = None
+    skip: list[dict[str, list[str]]] = Field(default_factory=list)
     show: Show = Show()
     out: str = "runs/compare"
 
     @model_validator(mode="after")
     def _check(self) -> Grid:
-        named = [*(self.more_seeds.where if self.more_seeds else {})]
+        named = [axis for where in self._wheres() for axis in where]
         named += [axis for axis in (self.show.across, self.show.lines) if axis is not None]
         if self.tune is not None:
             named += [self.tune.axis, *(axis for tried in self.tune.cells.values() for axis in tried.at)]
@@ -106,8 +107,7 @@ class Grid(Strict):
         return self
 
     def _check_labels(self) -> None:
-        named = [(axis, label) for axis, labels in (self.more_seeds.where if self.more_seeds else {}).items()
-                 for label in labels]  # fmt: skip
+        named = [(axis, label) for where in self._wheres() for axis, labels in where.items() for label in labels]
         if self.tune is not None:
             named += [(self.tune.axis, label) for label in self.tune.cells]
             named += [pair for tried in self.tune.cells.values() for pair in tried.at.items()]
@@ -115,15 +115,20 @@ class Grid(Strict):
             if label not in self.axes[axis]:
                 raise ValueError(f"{label!r} is not a label of {axis}; there are {', '.join(self.axes[axis])}")
 
+    def _wheres(self) -> list[dict[str, list[str]]]:
+        return [*self.skip, *([self.more_seeds.where] if self.more_seeds else [])]
+
     @property
     def kind(self) -> Kind:
         """What its recipes are."""
         return kind_of(self.base)
 
     def cells(self) -> Iterator[Labels]:
-        """Every combination of one label per axis."""
+        """Every combination of one label per axis, but those that an entry of `skip` names in all its axes."""
         for combination in itertools.product(*(options for options in self.axes.values())):
-            yield dict(zip(self.axes, combination, strict=True))
+            labels = dict(zip(self.axes, combination, strict=True))
+            if not any(_named(labels, where) for where in self.skip):
+                yield labels
 
     def recipe(self, labels: Mapping[str, str], seed: int, tuned: Mapping[str, Any], *, tuning: bool = False) -> Any:
         """The recipe of one member; tuning: of one that chooses a value."""
@@ -139,9 +144,13 @@ class Grid(Strict):
     def cell_seeds(self, labels: Mapping[str, str]) -> list[int]:
         """The seeds of a cell."""
         more = self.more_seeds
-        if more is not None and all(labels[axis] in options for axis, options in more.where.items()):
+        if more is not None and _named(labels, more.where):
             return [*self.seeds, *more.seeds]
         return self.seeds
+
+
+def _named(labels: Mapping[str, str], where: Mapping[str, list[str]]) -> bool:
+    return all(labels[axis] in options for axis, options in where.items())
 
 
 @dataclass(frozen=True)
