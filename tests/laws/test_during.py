@@ -20,7 +20,8 @@ from prunus.allocations import uniform
 from prunus.during.choose import keep_allocated, keep_global
 from prunus.during.protocol import During, Plan, masks_by_magnitude
 from prunus.during.schedule import cubic, sparsity_after
-from prunus.layers import find_layers
+from prunus.during.topology import exchange
+from prunus.layers import View, find_layers
 from prunus.masks import Masks
 from prunus.prune import ALLOCATIONS
 from prunus.selection import kept_of
@@ -315,6 +316,7 @@ def test_the_cubic_schedule():
     assert list(crowded) == [1, 2, 3]
     assert crowded[1] == pytest.approx(0.5 - 0.5 * (11 / 20) ** 3)
     assert crowded[3] == 0.5
+    assert len(cubic(0.9, 100, every=0.1, stop=0.7)) == 7  # although 0.7 / 0.1 is less than 7
     for shares in ({"every": 0.0}, {"every": 0.6, "stop": 0.5}, {"every": 0.1, "start": 0.5, "stop": 0.5}):
         with pytest.raises(ValueError, match="every"):
             cubic(0.9, 100, **shares)
@@ -340,6 +342,16 @@ def test_gradual_pruning_under_every_allocation(variant, allocation):
     if variant == "hard":
         for before, after in pairwise(earlier):
             assert not any((after[name] & ~before[name]).any() for name in after)
+
+
+def test_what_is_pruned_for_good_does_not_win_a_tie():
+    model, method = nn.Linear(4, 1), make_method("GMP", 0.5, every=0.5)
+    method.attach(model, OPTIMIZERS["sgd"](model.parameters()), Plan(2, 1, tuple(find_layers(model))))
+    method.set_masks_({"weight": torch.tensor([[False, True, True, True]])})
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[0.0, 0.0, 0.0, 5.0]]))
+    method.after_step(0)
+    assert method.masks()["weight"].tolist() == [[False, True, False, True]]
 
 
 def test_pruned_weights_can_recover():
@@ -395,6 +407,51 @@ def test_exchanges_keep_every_layers_count(name):
     assert all(table == tables[0] for table in tables)
     changes = [step for step in range(1, STEPS) if connections[step] != connections[step - 1]]
     assert changes == ([4, 8, 12] if name == "RigL" else [6, 12, 18])
+
+
+def test_exchanges_end():
+    method = make_method("RigL", 0.7, alpha=1.0, delta=4, stop=0.5)
+    seen = []
+    after_step = method.after_step
+    method.after_step = lambda step: (after_step(step), seen.append(method.masks()))
+    run(make_model(), method)
+    assert [step + 1 for step in range(1, STEPS) if seen[step] != seen[step - 1]] == [4, 8]
+
+
+def test_an_exchange_does_not_take_pruned_weights_for_small_ones():
+    """Connections that were grown a moment ago are zero too."""
+    views = [View("a", "a", None, False, (1, 4))]
+    weights, mask = {"a": torch.tensor([[0.0, 0.0, 0.0, 5.0]])}, {"a": torch.tensor([[False, True, True, True]])}
+    found = exchange(views, weights, mask, {"a": torch.tensor([[1.0, 1.0, 2.0, 0.0]])}, 0.34)
+    assert found["a"].tolist() == [[False, True, True, True]]
+
+
+class Drift(torch.optim.Optimizer):
+    """Moves every weight, whatever its gradient."""
+
+    def __init__(self, parameters) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(group["lr"])
+
+
+@pytest.mark.parametrize("name", ["GMP", "RigL", "SET"])
+def test_zeros_are_held_whatever_the_optimizer_does(name):
+    model, method = make_model(), make_method(name, 0.7)
+    after_step = method.after_step
+
+    def watch(step: int) -> None:
+        weights = prunable(model)
+        assert not any(weights[key][~mask].any() for key, mask in method.masks().items())
+        after_step(step)
+
+    method.after_step = watch
+    options = {"steps": STEPS, "loss": loss, "epoch_steps": 6, "during": [method]}
+    train(model, batches, Drift(model.parameters()), lambda step: 1.0, **options)
 
 
 @pytest.mark.parametrize("name", ["RigL", "SET"])

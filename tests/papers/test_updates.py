@@ -16,6 +16,8 @@ from torch import nn
 from prunus.during import CS, DNW, DPF, DST, GMP, GSM, LC, SET, STR, During, RigL
 from prunus.during import rigl as rigl_file
 from prunus.during import set_ as set_file
+from prunus.during.protocol import Plan
+from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.train import train
 
@@ -75,6 +77,14 @@ def test_what_gmp_stores_decays():
     assert final == near(1.64225, 0.0)
 
 
+def test_gmp_forgets_the_momentum_of_what_it_masks():
+    # step 1: (2.4, 1.5) with momenta (1, -1), of which the second is zeroed with the mask
+    # step 2: 2.4 - 0.5 (0.5 * 1 + 1) = 1.65, 1.5 - 0.5 * 0
+    method = GMP(0.5, every=0.5, stop=0.5, variant="recover")
+    stored, _, _ = learn(method, [2.9, 1.0], [1.0, -1.0], steps=2, lr=0.5, momentum=0.5)
+    assert stored == near(1.65, 1.5)
+
+
 def test_dpf_feeds_back_what_the_mask_hides():
     # step 1, dense: (2, 1) - 0.5 (1, -0.5) = (1.5, 1.25); the mask keeps the first
     # step 2: y = 1.5 alone, but both move: (1.0, 1.5); the mask, chosen after each step, keeps the second
@@ -116,6 +126,12 @@ def test_gsm_gives_a_gradient_to_the_most_important():
     assert masks["weight"].tolist() == [[True, False]]
 
 
+def test_gsm_looks_at_magnitudes():
+    # w g = (3, -4): the second is active; z = (0.1 * 3, 0.1 - 4), w = (3 - 0.03, 1 + 0.39)
+    stored, _, _ = learn(GSM(0.5), [3.0, 1.0], [1.0, -4.0], steps=1, lr=0.1, decay=0.1)
+    assert stored == near(2.97, 1.39)
+
+
 def test_lc_lets_only_the_small_decay():
     # step 1, mu = 0.1:  3 - 0.1 * 1 = 2.9,  1 - 0.1 (1 + 0.1 * 1) = 0.89
     # step 2, mu = 0.2:  2.9 - 0.1 = 2.8,    0.89 - 0.1 (1 + 0.2 * 0.89) = 0.7722
@@ -129,6 +145,24 @@ def test_lc_with_a_mu_of_its_own():
     for decay in (0.0, 0.1):
         stored, _, _ = learn(LC(0.5, mu=0.5), [3.0, 1.0], [1.0, 1.0], steps=1, lr=0.1, decay=decay)
         assert stored == near(2.9, 0.85)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "expected"),
+    [
+        (torch.optim.Adam, (1 - 0.1 * 3, 1 + 0.1 * 1 - 0.1 * 1)),  # Adam will add 0.1 w to both
+        (torch.optim.AdamW, (1, 1 + 0.1 * 1)),  # AdamW decays beside the gradient, which cannot be taken back
+    ],
+)
+def test_lc_under_both_kinds_of_decay(optimizer, expected):
+    model, method = nn.Linear(2, 1, bias=False), LC(0.5)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[3.0, 1.0]]))
+    made = optimizer(model.parameters(), weight_decay=0.1)
+    method.attach(model, made, Plan(1, 1, tuple(find_layers(model))))
+    model(torch.ones(1, 2)).sum().backward()
+    method.gradients()
+    assert model.weight.grad[0].tolist() == near(*expected)
 
 
 def test_str_shrinks_and_learns_its_threshold():
@@ -146,10 +180,11 @@ def test_str_shrinks_and_learns_its_threshold():
 
 def test_the_threshold_of_str_decays_to_zero():
     # both weights are far below sigmoid(4) = 0.98, so that decay alone moves s: 4 - 0.1 * 0.5 * 4 = 3.8
-    method = STR(0.5, init=4.0, weight_decay=0.5)
-    stored, masks, (final, _) = learn(method, [0.1, -0.2], [1.0, 1.0], steps=1, lr=0.1)
-    assert method.s.tolist() == near(3.8)
-    assert stored == near(0.1, -0.2)
+    for lr, end in ((None, 3.8), (0.2, 3.6)):
+        method = STR(0.5, init=4.0, weight_decay=0.5, lr=lr)
+        stored, masks, (final, _) = learn(method, [0.1, -0.2], [1.0, 1.0], steps=1, lr=0.1)
+        assert method.s.tolist() == near(end)
+        assert stored == near(0.1, -0.2)
     assert final == [0.0, 0.0]  # too many zeros; the mask keeps the one nearest to its threshold
     assert masks["weight"].tolist() == [[False, True]]
     assert float(method.reached) == 1.0
@@ -178,6 +213,14 @@ def test_the_gates_of_cs_grow_steeper_and_do_not_decay():
     assert losses[1] == pytest.approx(2 * 1.88 * sigmoid(-0.41) - 4 * 3.17 * sigmoid(1.19), abs=1e-5)
 
 
+def test_the_gates_of_cs_feel_no_decay():
+    # without inputs nothing but decay moves: w = 2 - 0.1 * 0.5 * 2 = 1.9, q stays
+    method = CS(0.5, penalty=0.0, init=-1.0)
+    stored, _, _ = learn(method, [2.0, 2.0], [0.0, 0.0], steps=1, lr=0.1, decay=0.5)
+    assert stored == near(1.9, 1.9)
+    assert method.gates[0][0].tolist() == near(-1.0, -1.0)
+
+
 def test_cs_that_prunes_too_much_is_filled_up_by_the_gates():
     # w (4, 1), x (1, 1): q = -0.1 * 0.5 * (4, 1) = (-0.2, -0.05): all gates fall, the second the least
     method = CS(0.5, penalty=0.0)
@@ -202,18 +245,31 @@ def test_dst_learns_thresholds_through_the_step():
     assert float(method.reached) == 0.5
 
 
+def with_threshold(method: DST, threshold: float) -> DST:
+    attach = method.attach
+
+    def attached(*args: Any) -> None:
+        attach(*args)
+        with torch.no_grad():
+            method.t.fill_(threshold)
+
+    method.attach = attached
+    return method
+
+
+def test_dst_that_prunes_too_much_is_filled_up_by_the_nearest():
+    # without inputs nothing moves; t = 0.9 leaves the last of four, and two are to stay: 0.2 is nearest to 0.9
+    method = with_threshold(DST(0.5, penalty=0.0), 0.9)
+    _, masks, (final, _) = learn(method, [0.1, -0.2, 0.05, 2.0], [0.0] * 4, steps=1, lr=0.1)
+    assert masks["weight"].tolist() == [[False, True, False, True]]
+    assert final == [0.0, 0.0, 0.0, 2.0]
+    assert float(method.reached) == 0.75
+
+
 def test_dst_masks_what_is_below_and_far_from_its_threshold():
     # t = 0.9: in use (2, 0); |w| - t is 1.1, beyond the estimator, and -0.7: slope 0.4
     #   w: 1 + 0 = 1,  0 + 3 * (-0.2) * 0.4 * (-1) = 0.24;   t: -(0 + 3 * (-0.2) * 0.4) = 0.24
-    method = DST(0.5, penalty=0.0)
-    attach = method.attach
-
-    def with_threshold(*args: Any) -> None:
-        attach(*args)
-        with torch.no_grad():
-            method.t.fill_(0.9)
-
-    method.attach = with_threshold
+    method = with_threshold(DST(0.5, penalty=0.0), 0.9)
     stored, _, (_, losses) = learn(method, [2.0, -0.2], [1.0, 3.0], steps=1, lr=0.1)
     assert losses == near(2.0)
     assert stored == near(1.9, -0.2 - 0.024)

@@ -66,7 +66,7 @@ class LC(During):
     def before_step(self, step: int) -> None:
         """Raise mu at the start of a stage."""
         stage = self.stages * step // self.steps
-        if step == 0 or stage != self.stages * (step - 1) // self.steps:
+        if stage != self.stages * (step - 1) // self.steps:
             self.factor.fill_(self.growth**stage)
 
     @torch.no_grad()

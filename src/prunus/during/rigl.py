@@ -6,7 +6,7 @@ import math
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prunus.during.protocol import During, Plan
@@ -81,15 +81,11 @@ class RigL(During):
 
     @torch.no_grad()
     def gradients(self) -> None:
-        """Remember the dense gradients, then mask them."""
-        stored, held, pairs = (
-            dict(zip(self.pruned_parameters, self.seen.buffers(), strict=True)),
-            self.held(),
-            self.gradients_of(),
+        """Remember the gradients, those at pruned weights too."""
+        stored, pairs = self._stored(), self.gradients_of()
+        torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
+            [stored[name] for name in pairs], [grad for _, grad in pairs.values()]
         )
-        grads = [grad for _, grad in pairs.values()]
-        torch._foreach_copy_([stored[name] for name in pairs], grads)  # pyright: ignore[reportPrivateImportUsage]
-        torch._foreach_mul_(grads, [held[name] for name in pairs])  # pyright: ignore[reportPrivateImportUsage]
 
     def follow(self) -> None:
         """Hold pruned weights at zero."""
@@ -101,7 +97,7 @@ class RigL(During):
         if done % self.delta or done >= self.end:
             return
         fraction = self.alpha / 2 * (1 + math.cos(math.pi * done / self.end))
-        stored = dict(zip(self.pruned_parameters, self.seen.buffers(), strict=True))
+        stored = self._stored()
         growth = {view.name: view.matrix(stored[view.parameter]).abs() for view in self.views}
         self.set_masks_(exchange(self.views, self.pruned_parameters, self.held(), growth, fraction))
         self.enforce_()
@@ -110,3 +106,6 @@ class RigL(During):
         """The masks of the last topology."""
         self.enforce_()
         return self.masks()
+
+    def _stored(self) -> dict[str, Tensor]:
+        return dict(zip(self.pruned_parameters, self.seen.buffers(), strict=True))

@@ -49,14 +49,14 @@ def exchange(
     """Masks in which each layer lost the share `fraction` of its connections and grew as many others.
 
     weights, masks: by parameter name. growth: layer name -> scores (out, in). Lost are the smallest |w|; grown are the
-    largest growth scores among all that are not kept, those just lost included. A layer without zeros stays dense.
+    largest growth scores among all that are not kept, those just lost included: a layer without zeros stays dense.
     """
     matrices = {view.name: view.matrix(masks[view.parameter]) for view in views}
     counts = torch.stack([matrix.sum() for matrix in matrices.values()]).tolist()
     changed: dict[str, Tensor] = {}
     for view, active in zip(views, counts, strict=True):
         mask, count = matrices[view.name], int(fraction * active)
-        if active == mask.numel() or count == 0:
+        if count == 0:
             continue
         weight = view.matrix(weights[view.parameter]).detach().float().abs()
         stays = keep_largest(weight.masked_fill(~mask, -1.0), active - count)
