@@ -175,6 +175,8 @@ class SFW(Optimizer):
             raise ValueError(f"This optimizer has {len(own)} groups, the state dict {len(saved)}: it is another's")
         groups = [{**group, "constraint": constraint} for group, constraint in zip(saved, own, strict=True)]
         super().load_state_dict({**state_dict, "param_groups": groups})
+        for group, constraint in zip(self.param_groups, own, strict=True):
+            group["constraint"] = constraint  # not the copy that torch made
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -222,7 +224,7 @@ class SFW(Optimizer):
                     # Three dimensions: never of the shape of a matrix, whose masks would be applied to it.
                     fresh = make_basis(1, *part.key, width, device=present[place].device, seed=seed)
                     self.state[present[place]]["basis"] = fresh
-                    iterations = COLD
+                    iterations = max(iterations, COLD)
         kept = [[self.state[present[place]]["basis"] for place in part.places] for part in problems.parts]
         stacks = [torch.cat(each).to(moments[0].dtype) for each in kept]
         found = problems.vertices(moments, stacks, iterations)
