@@ -1,0 +1,141 @@
+"""Laws of proximal SGD and of the penalties."""
+
+import doctest
+
+import pytest
+import torch
+from torch import nn
+
+from prunus import proximal
+from prunus.proximal import GroupLasso, NuclearNorm, ProximalSGD, shrink_groups, shrink_singular_values
+from prunus.sets import Ball, Groups, Lp, Spectrum
+from prunus.train import classification_loss, train
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("shrink", "ball"),
+    [(shrink_singular_values, Ball(Lp(1), Spectrum())), (shrink_groups, Ball(Lp(1), Groups()))],
+)
+def test_proximal_steps_are_certified_by_duality(shrink, ball):
+    """p = prox_t(x) iff x - p has dual norm at most t and <x - p, p> = t norm(p)."""
+    x = random(5, 7)
+    for t in (0.3, 1.5, 100.0):
+        p = shrink(x, t)
+        dual = -float(((x - p) * ball.lmo(x - p)).sum())
+        assert dual <= t * (1 + 1e-5)
+        assert float(((x - p) * p).sum()) == pytest.approx(t * float(ball.norm(p)), rel=1e-4, abs=1e-4)
+    assert not shrink(x, 100.0).any()
+    assert torch.allclose(shrink(x, 0.0), x, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["nuclear", "groups"])
+def test_a_step_is_that_of_sgd_and_then_the_proximal_one(kind):
+    shapes = [(4, 3, 2, 2), (4, 12), (6,), (4, 3, 2, 2)]
+    ours, theirs = ([nn.Parameter(random(*shape, seed=i)) for i, shape in enumerate(shapes)] for _ in range(2))
+    prox = ProximalSGD(ours, 0.1, proximal=kind, strength=0.5, momentum=0.9, weight_decay=0.01)
+    sgd = torch.optim.SGD(theirs, 0.1, momentum=0.9, weight_decay=0.01)
+    shrink = shrink_singular_values if kind == "nuclear" else shrink_groups
+    for step in range(4):
+        for parameters in (ours, theirs):
+            for place, parameter in enumerate(parameters):
+                parameter.grad = random(*parameter.shape, seed=100 * step + place)
+        prox.step()
+        sgd.step()
+        with torch.no_grad():
+            for parameter in theirs:
+                if parameter.ndim > 1:
+                    parameter.copy_(shrink(parameter.flatten(1), 0.1 * 0.5).view(parameter.shape))
+        assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(ours, theirs, strict=True))
+
+
+def test_the_rate_may_be_a_tensor_and_gradients_may_be_missing():
+    ours, theirs = ([nn.Parameter(random(4, 3)), nn.Parameter(random(3))] for _ in range(2))
+    for parameters, lr in ((ours, 0.1), (theirs, torch.tensor(0.1))):
+        parameters[0].grad = random(4, 3, seed=1)
+        ProximalSGD(parameters, lr, proximal="groups", strength=0.5, capturable=True).step()
+    assert torch.equal(ours[0], theirs[0])
+    assert torch.equal(ours[1], random(3))
+
+
+def make_model():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(1, 12, 3), nn.ReLU(), nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 2)
+        )
+
+
+def batches(step):
+    x = random(32, 1, 6, 6, seed=step)
+    return x, (x.mean((1, 2, 3)) > 0).long()
+
+
+def run(model, optimizer=None, steps=80, **options):
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), 0.1)
+    return train(model, batches, optimizer, lambda _: 1.0, steps=steps, loss=classification_loss(), **options)
+
+
+def test_structure_appears():
+    """Exact zeros by proximal steps, small norms by penalties."""
+    model = make_model()
+    run(model, ProximalSGD(model.parameters(), 0.1, proximal="groups", strength=0.1))
+    assert (model[3].weight == 0).all(1).any()
+    assert not (model[3].weight == 0).all()
+    model = make_model()
+    run(model, ProximalSGD(model.parameters(), 0.1, proximal="nuclear", strength=0.1))
+    assert int(torch.linalg.matrix_rank(model[3].weight)) < 8
+    plain = make_model()
+    run(plain)
+    for penalty, ball in ((GroupLasso(0.02), Ball(Lp(1), Groups())), (NuclearNorm(0.02), Ball(Lp(1), Spectrum()))):
+        model = make_model()
+        run(model, during=[penalty])
+        assert ball.norm(model[3].weight.detach()) < 0.8 * ball.norm(plain[3].weight.detach())
+
+
+def test_penalties_are_the_norms_of_the_prunable_weights_and_their_gradients_those():
+    model = make_model()
+    weights = [model[0].weight, model[3].weight, model[5].weight]
+    for method, ball in ((GroupLasso(0.5), Ball(Lp(1), Groups())), (NuclearNorm(0.5), Ball(Lp(1), Spectrum()))):
+        run(model, during=[method], steps=1)
+        seen = [weight for _, weight in method.weighed]
+        assert [id(weight) for weight in seen] == [id(weight) for weight in weights[: len(seen)]]
+        value = method.penalty()
+        assert float(value.detach()) == pytest.approx(0.5 * sum(float(ball.norm(w.detach())) for w in seen), rel=1e-5)
+        model.zero_grad()
+        value.backward()
+        u, _, vt = torch.linalg.svd(weights[0].detach().flatten(1), full_matrices=False)
+        flat = weights[0].detach().flatten(1)
+        expected = 0.5 * (u @ vt if isinstance(method, NuclearNorm) else flat / flat.norm(dim=1, keepdim=True))
+        assert torch.allclose(weights[0].grad.flatten(1), expected, atol=1e-4)
+        with torch.no_grad():
+            weights[0][0] = 0
+        model.zero_grad()
+        method.penalty().backward()
+        assert torch.isfinite(weights[0].grad).all()
+
+
+def test_what_is_out_of_range_is_refused():
+    with pytest.raises(ValueError, match="nuclear or groups"):
+        ProximalSGD([nn.Parameter(torch.ones(1))], 0.1, proximal="l1", strength=1.0)
+    with pytest.raises(ValueError, match="strength is at least 0"):
+        ProximalSGD([nn.Parameter(torch.ones(1))], 0.1, proximal="groups", strength=-1.0)
+    with pytest.raises(ValueError, match="cannot be captured"):
+        ProximalSGD([nn.Parameter(torch.ones(1))], 0.1, proximal="nuclear", strength=1.0, capturable=True)
+    with pytest.raises(ValueError, match="strength is at least 0; got -1"):
+        GroupLasso(-1)
+    with pytest.raises(ValueError, match="found no prunable layer"):
+        run(make_model(), during=[NuclearNorm(1.0)], views=())
+
+
+@pytest.mark.parametrize("name", ["shrink_groups", "shrink_singular_values"])
+def test_examples_are_true(name):
+    names = vars(proximal) | {"torch": torch}
+    example = doctest.DocTestParser().get_doctest(getattr(proximal, name).__doc__, names, name, None, 0)
+    heard = []
+    doctest.DocTestRunner(verbose=False).run(example, out=heard.append)
+    assert example.examples
+    assert not heard, "".join(heard)
