@@ -188,7 +188,8 @@ def test_the_reference_of_keys_is_complete_and_true(heading, section):
             assert field.is_required()
         else:
             shown = yaml.safe_load(cell.strip("`"))
-            default = list(field.default) if isinstance(field.default, tuple) else field.default
+            default = field.get_default(call_default_factory=True)
+            default = list(default) if isinstance(default, tuple) else default
             assert (None if shown == "none" else shown) == default, f"{heading}, {key}"
 
 

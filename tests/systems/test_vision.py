@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -21,9 +23,11 @@ from prunus.evaluate.accuracy import accuracy
 from prunus.evaluate.cost import cost
 from prunus.masks import Masks
 from prunus.report import read_metrics
+from prunus.run import workers
 from prunus.run.compare import compare
 from prunus.run.grid import Grid, final_members, tuning_members
 from prunus.run.recipe import parse
+from prunus.run.vision import demo as showing
 from prunus.run.vision import setting as settings
 from prunus.run.vision import stages
 from prunus.run.vision.experiment import budgets
@@ -376,6 +380,37 @@ def test_after_the_minutes_nothing_begins(tmp_path: Path) -> None:
     assert "Nothing is finished" in (tmp_path / "table.md").read_text()
 
 
+@pytest.mark.usefixtures("tiny")
+def test_the_demo_shows_a_table_and_leaves_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(showing, "EPOCHS", 4)
+    monkeypatch.setattr(showing, "RETRAINED", 1)
+    made = showing.recipe(0.9, tmp_path)
+    monkeypatch.setattr(showing, "recipe", lambda *_: made | {"seeds": [0]})
+    rows = showing.demo(tmp_path, 0.9)
+    assert [row["method"] for row in rows] == ["dense", "pruned", "FT", "LLR", "ALLR", "BIMP", "GMP"]
+    assert {row["metrics"]["epochs"]["mean"] for row in rows[2:]} == {5.0}
+    assert {round(row["metrics"]["sparsity"]["mean"], 1) for row in rows[1:]} == {90.0}
+    shown = capsys.readouterr().out
+    assert all(row["method"] in shown for row in rows)
+    assert {"table.json", "table.md", "grid.png", "members.jsonl"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_member_of_a_dead_process_is_waited_for_by_nobody(tmp_path: Path) -> None:
+    (tmp_path / "members").mkdir()
+    assert workers._pending(tmp_path, "x")  # not begun
+    assert workers._claim(tmp_path, "x")
+    assert not workers._claim(tmp_path, "x")
+    assert workers._pending(tmp_path, "x")  # this process has it, and is alive
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    (tmp_path / "members" / "x.claim").write_text(str(process.pid))
+    assert not workers._pending(tmp_path, "x")
+    workers.clear(tmp_path)
+    assert workers._claim(tmp_path, "x")
+
+
 def test_wrong_grids_of_classifiers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="by: accuracy"):
         grid(tmp_path, tune={"text": "x", "axis": "method", "cells": {}})
@@ -383,6 +418,8 @@ def test_wrong_grids_of_classifiers_are_refused(tmp_path: Path) -> None:
         grid(tmp_path, show={"columns": ["speed_up"]})
     with pytest.raises(ValueError, match="'LLLR' is not a label of method"):
         grid(tmp_path, tune={"by": "accuracy", "axis": "method", "cells": {"LLLR": {"values": [{}]}}})
+    with pytest.raises(ValueError, match="80 % / LLR is skipped, and LLR is tuned there"):
+        grid(tmp_path, skip=[{"sparsity": ["80 %"], "method": ["LLR"]}])
     with pytest.raises(ValueError, match="give the key"):
         grid(tmp_path, tune={"by": "accuracy", "axis": "method", "cells": {"LLR": {"values": [1]}}})
     with pytest.raises(ValueError, match="together 1"):

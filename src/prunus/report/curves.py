@@ -53,7 +53,7 @@ def plot_accuracy(
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     best, bottom = _limits([point[1] for lines in panels.values() for row in lines.values() for point in row], dense)
-    if bottom is not None:
+    if bottom is not None and len(order) > 1:
         axes[0].set_ylim(bottom, best + 0.5)
         ylabel = f"{ylabel} (less than {bottom:.0f} not shown)"
     for place in range(0, len(panels), across):

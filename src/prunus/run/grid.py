@@ -100,6 +100,7 @@ class Grid(Strict):
         if strange:
             raise ValueError(f"{strange[0]!r} is not an axis; axes are {', '.join(self.axes)}")
         self._check_labels()
+        self._check_anchors()
         self.kind.check(self)
         for labels in self.cells():
             self.recipe(labels, self.seeds[0], {})
@@ -114,6 +115,17 @@ class Grid(Strict):
         for axis, label in named:
             if label not in self.axes[axis]:
                 raise ValueError(f"{label!r} is not a label of {axis}; there are {', '.join(self.axes[axis])}")
+
+    def _check_anchors(self) -> None:
+        cells = list(self.cells())
+        for labels in cells:
+            tried = self.tuned(labels)
+            anchor = {**labels, **(tried.at if tried is not None else {})}
+            if tried is not None and self.tune is not None and anchor not in cells:
+                name = labels[self.tune.axis]
+                raise ValueError(
+                    f"{' / '.join(anchor.values())} is skipped, and {name} is tuned there; change its `at`"
+                )
 
     def _wheres(self) -> list[dict[str, list[str]]]:
         return [*self.skip, *([self.more_seeds.where] if self.more_seeds else [])]

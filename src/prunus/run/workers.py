@@ -47,7 +47,7 @@ def run(
     grid: Grid, jobs: Sequence[Job], phase: str, *, workers: int, together: int = 1, deadline: float | None = None
 ) -> None:
     """Run the jobs, in this order where nothing waits; no new one begins after `deadline` (seconds since 1970)."""
-    if not jobs:
+    if not jobs or (deadline is not None and time.time() >= deadline):
         return
     with progress(phase, len(jobs)) as advance:
         if workers == 1:

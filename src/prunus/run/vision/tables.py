@@ -81,7 +81,8 @@ def _markdown(grid: Grid, rows: Sequence[Mapping[str, Any]]) -> str:
     shown = [{column: line.get(column) for column in columns} for line in lines.values()]
     seeds = sorted({len(found["seeds"]) for found in rows})
     counted = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    text = f"### Accuracy, % (mean ± deviation over {counted} seeds{_reference(rows)})\n\n"
+    over = "one seed" if seeds == [1] else f"mean ± deviation over {counted} seeds"
+    text = f"### Accuracy, % ({over}{_reference(rows)})\n\n"
     text += markdown_table(shown, columns)
     return text + ("\n" + _details(grid, rows) if grid.show.columns else "")
 
