@@ -58,6 +58,12 @@ def test_many_images_against_a_loop():
     assert found.loss == pytest.approx(-sum(math.log(row[t]) for row, t in zip(rows, y, strict=True)) / 500, rel=1e-5)
 
 
+@pytest.mark.parametrize(("classes", "top5"), [(2, None), (5, None), (6, 5 / 6)])
+def test_top5_needs_six_classes(classes, top5):
+    logits = torch.arange(float(classes)).expand(classes, classes)
+    assert accuracy(nn.Identity(), [(logits, torch.arange(classes))]).top5 == pytest.approx(top5)
+
+
 def test_batches_do_not_matter():
     generator = torch.Generator().manual_seed(0)
     logits, y = torch.randn(30, 7, generator=generator), torch.arange(30) % 7

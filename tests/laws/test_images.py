@@ -57,9 +57,9 @@ def same(one, other):
 )
 def test_a_folder_of_parquet_gives_back_every_pixel_in_order(tmp_path, form, channels, columns, plain):
     written = [noise(count, channels, seed=count) for count in (3, 300)]  # more than one thread's share
-    (tmp_path / "b").mkdir()
+    (tmp_path / "z").mkdir()
     write_parquet(tmp_path / "train-1.parquet", written[1], form=form, columns=columns, plain=plain)
-    write_parquet(tmp_path / "b" / "train-0.parquet", written[0], form=form, columns=columns, plain=plain)
+    write_parquet(tmp_path / "z" / "train-0.parquet", written[0], form=form, columns=columns, plain=plain)
     write_parquet(tmp_path / "training.parquet", noise(1, channels), columns=columns)  # another split
     found = read_images(str(tmp_path), "train")
     assert torch.equal(found.pixels, torch.cat([each.pixels for each in written]))
@@ -367,3 +367,23 @@ def test_loaders_without_a_length_are_refused():
         LoaderBatches(DataLoader(Endless()))
     with pytest.raises(ValueError, match="no batch"):
         LoaderBatches(DataLoader(range(2), batch_size=3, drop_last=True))
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_sees_the_batches_of_the_cpu_and_is_not_waited_for():
+    images = noise(600, 3, 16, 12)
+    options = {"batch_size": 256, "seed": 3, "augment": Augment(2, True, 4), "channels_last": True}
+    here, there = ImageBatches(images, **options), ImageBatches(images.to("cuda"), **options)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = [there(step) for step in range(5)]  # three epochs
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for step, (x, y) in enumerate(found):
+        expected = here(step)
+        torch.testing.assert_close(x.cpu(), expected[0], atol=2e-6, rtol=0)
+        assert torch.equal(y.cpu(), expected[1])

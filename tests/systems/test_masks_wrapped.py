@@ -236,7 +236,9 @@ def rank(wrapper: str, folder: Path) -> None:
         for layer in (inner[3], inner):
             fully_shard(layer, mesh=mesh)
     else:
-        model = DistributedDataParallel(torch.compile(inner, backend="eager") if "compiled" in wrapper else inner)
+        compiled = "compiled" in wrapper
+        model = DistributedDataParallel(torch.compile(inner, backend="eager") if compiled else inner)
+        model = torch.compile(model, backend="eager") if compiled else model
     optimizer = torch.optim.SGD(model.parameters(), **NESTEROV)
     masks.hold(model, optimizer)
     share = 4 * dist.get_rank()
