@@ -215,6 +215,36 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytes
     assert not (tmp_path / "killed" / "work").exists()
 
 
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("method", ["gmp", "str", "rigl"])
+def test_a_method_killed_in_training_ends_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    options = {"rigl": {"delta": 5}}.get(method, {})
+    changes: dict[str, Any] = {"during": {method: options}, "prune": {"sparsity": 0.8}}
+    whole = train_run(checked(tmp_path / "whole", **changes))
+    train = stages.train
+
+    def dying(model: Any, batches: Any, *args: Any, **kwargs: Any) -> Any:
+        def until_killed(step: int) -> Any:
+            if step == 50:
+                raise Killed
+            return batches(step)
+
+        return train(model, until_killed, *args, **{**kwargs, "save_every": 20})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "train", dying)
+        with pytest.raises(Killed):
+            train_run(checked(tmp_path / "killed", **changes))
+    monkeypatch.setattr(
+        settings.ImageBatches, "__call__", _counting(steps := Counter(), settings.ImageBatches.__call__)
+    )
+    assert train_run(checked(tmp_path / "killed", **changes))["stages"] == whole["stages"]
+    assert min(steps) == 40
+    assert same_bits(tmp_path / "whole", tmp_path / "killed")
+
+
 def _counting(steps: Counter[int], call: Any) -> Any:
     def counted(self: Any, step: int) -> Any:
         steps[step] += 1
