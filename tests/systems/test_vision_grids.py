@@ -1,0 +1,225 @@
+"""Grids of classifiers on handwritten digits: tuning, shared dense trainings, threads, failures, kills, the demo."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from prunus.run import workers
+from prunus.run.compare import compare
+from prunus.run.grid import Grid, final_members, tuning_members
+from prunus.run.recipe import parse
+from prunus.run.vision import demo as showing
+from prunus.run.vision import stages
+from prunus.run.vision.setting import Setting
+from prunus.run.vision.train import train_run
+from tests.systems.test_cli import start
+from tests.systems.test_vision import raw, tiny
+
+__all__ = ["tiny"]
+
+
+def grid(out: Path, **changes: Any) -> Grid:
+    base = raw(out, prune={"sparsity": 0.8})
+    del base["out"]
+    asked: dict[str, Any] = {
+        "base": base,
+        "axes": {
+            "sparsity": {"80 %": {}, "90 %": {"prune.sparsity": 0.9}},
+            "method": {
+                "pruned": {},
+                "LLR": {"retrain": {"schedule": "llr", "epochs": 1}},
+                "BIMP": {"train.epochs": 1, "prune.phases": 2, "retrain": {"epochs": 2, "of": "total"}},
+                "GMP": {"during": "gmp"},
+            },
+        },
+        "tune": {
+            "by": "accuracy",
+            "axis": "method",
+            "cells": {
+                "LLR": {"key": "retrain.lr", "values": [1e-6, 0.1], "at": {"sparsity": "80 %"}},
+                "GMP": {"values": [{"train.lr": 1e-6}, {"train.lr": 0.1, "during.gmp.every": 0.2}]},
+            },
+        },
+        "more_seeds": {"seeds": [1], "where": {"sparsity": ["90 %"]}},
+        "show": {"columns": ["pruned", "sparsity", "initial_lr"]},
+        "out": str(out),
+    }
+    return parse(asked | changes, Grid, "grid.yaml")
+
+
+SMALL: dict[str, Any] = {
+    "axes": {"method": {"dense": {"prune": None}, "LLR": {"retrain": {"schedule": "llr", "epochs": 1}}}},
+    "tune": None,
+    "more_seeds": None,
+    "seeds": [0, 1],
+}
+
+
+def test_members_that_choose_values_never_see_the_test_images(tmp_path: Path) -> None:
+    asked = grid(tmp_path)
+    tuning = tuning_members(asked)
+    assert len(tuning) == 2 + 2 * 2
+    assert {member.recipe.images.measure_on for member in tuning} == {"validation"}
+    results = {m.key: {"accuracy": m.recipe.train.lr + 10 * (m.tuned.get("retrain.lr") or 0)} for m in tuning}
+    final = final_members(asked, results)
+    assert {member.recipe.images.measure_on for member in final} == {"test"}
+    assert len(final) == 4 + 4 * 2
+    chosen = {m.labels["method"]: m.tuned for m in final}
+    assert chosen["LLR"] == {"retrain.lr": 0.1}
+    assert chosen["GMP"] == {"train.lr": 0.1, "during.gmp.every": 0.2}
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_grid_trains_each_dense_network_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: list[tuple[int, int, bool]] = []
+    fit = stages.fit
+
+    def counted(model: Any, setting: Setting, *args: Any, **kwargs: Any) -> Any:
+        dense = kwargs["part"] == 0 and setting.recipe.during is None
+        parts.append((setting.recipe.seed, setting.recipe.train.epochs, dense))
+        return fit(model, setting, *args, **kwargs)
+
+    monkeypatch.setattr(stages, "fit", counted)
+    asked = grid(tmp_path)
+    rows = compare(asked)
+    assert len(rows) == 8
+    dense = Counter(part for part in parts if part[2])
+    # Two seeds of the long and of the short training, and the one that the tuning of LLR starts from.
+    assert dense == {(0, 2, True): 2, (1, 2, True): 1, (0, 1, True): 1, (1, 1, True): 1}
+    assert len(list((tmp_path / "dense").iterdir())) == 5
+    found = {(row["sparsity"], row["method"]): row for row in rows}
+    assert found["90 %", "LLR"]["seeds"] == [0, 1]
+    assert found["90 %", "LLR"]["tuned"] == {"retrain.lr": 0.1}
+    assert found["80 %", "GMP"]["tuned"] == {"train.lr": 0.1, "during.gmp.every": 0.2}
+    assert found["80 %", "LLR"]["accuracy"]["mean"] > found["80 %", "pruned"]["pruned"]["mean"]
+    assert not list(tmp_path.glob("members/*.safetensors"))
+    table = (tmp_path / "table.md").read_text()
+    assert "| method | 80 % | 90 % |" in table
+    assert "| sparsity | method | accuracy | pruned | sparsity, measured | initial_lr |" in table
+    assert (tmp_path / "grid.png").stat().st_size > 1000
+
+    parts.clear()
+    assert compare(asked) == json.loads(json.dumps(rows))
+    shutil.rmtree(tmp_path / "members")
+    shutil.rmtree(tmp_path / "dense")
+    assert compare(asked) == json.loads(json.dumps(rows))  # from members.jsonl alone
+    assert parts == []
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_member_is_the_same_alone_beside_others_and_in_prunus_train(tmp_path: Path) -> None:
+    one = compare(grid(tmp_path / "one", **SMALL))
+    beside = compare(grid(tmp_path / "beside", **SMALL), together=3)
+    assert [row["accuracy"] for row in one] == [row["accuracy"] for row in beside]
+    asked = grid(tmp_path / "one", **SMALL)
+    alone = [train_run(asked.recipe({"method": "LLR"}, seed, {"out": str(tmp_path / str(seed))})) for seed in (0, 1)]
+    assert 50 * sum(result["accuracy"] for result in alone) == pytest.approx(one[1]["accuracy"]["mean"])
+
+
+@pytest.mark.usefixtures("tiny")
+def test_what_starts_from_a_failed_training_fails_with_it_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = stages.fit
+
+    def failing(model: Any, setting: Setting, *args: Any, **kwargs: Any) -> Any:
+        if setting.recipe.seed == 1 and kwargs["part"] == 0:
+            raise RuntimeError("out of memory")
+        return fit(model, setting, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "fit", failing)
+        with pytest.raises(RuntimeError, match="2 members failed"):
+            compare(grid(tmp_path, **SMALL))
+    errors = sorted(path.read_text() for path in tmp_path.glob("members/*.error.txt"))
+    assert sum("out of memory" in error for error in errors) == 1
+    assert sum("what it starts from failed" in error for error in errors) == 1
+    assert [row["seeds"] for row in json.loads((tmp_path / "table.json").read_text())] == [[0], [0]]
+    assert [row["seeds"] for row in compare(grid(tmp_path, **SMALL))] == [[0, 1], [0, 1]]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_after_the_minutes_nothing_begins(tmp_path: Path) -> None:
+    assert compare(grid(tmp_path), minutes=0) == []
+    assert not list(tmp_path.glob("members/*.json"))
+    assert "Nothing is finished" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_demo_shows_a_table_and_leaves_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(showing, "EPOCHS", 4)
+    monkeypatch.setattr(showing, "RETRAINED", 1)
+    made = showing.recipe(0.9, tmp_path)
+    monkeypatch.setattr(showing, "recipe", lambda *_: made | {"seeds": [0]})
+    rows = showing.demo(tmp_path, 0.9)
+    assert [row["method"] for row in rows] == ["dense", "pruned", "FT", "LLR", "ALLR", "BIMP", "GMP"]
+    assert {row["metrics"]["epochs"]["mean"] for row in rows[2:]} == {5.0}
+    assert {round(row["metrics"]["sparsity"]["mean"], 1) for row in rows[1:]} == {90.0}
+    shown = capsys.readouterr().out
+    assert all(row["method"] in shown for row in rows)
+    assert {"table.json", "table.md", "grid.png", "members.jsonl"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_member_of_a_dead_process_is_waited_for_by_nobody(tmp_path: Path) -> None:
+    (tmp_path / "members").mkdir()
+    assert workers._pending(tmp_path, "x")  # not begun
+    assert workers._claim(tmp_path, "x")
+    assert not workers._claim(tmp_path, "x")
+    assert workers._pending(tmp_path, "x")  # this process has it, and is alive
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    (tmp_path / "members" / "x.claim").write_text(str(process.pid))
+    assert not workers._pending(tmp_path, "x")
+    workers.clear(tmp_path)
+    assert workers._claim(tmp_path, "x")
+
+
+def test_wrong_grids_of_classifiers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="by: accuracy"):
+        grid(tmp_path, tune={"text": "x", "axis": "method", "cells": {}})
+    with pytest.raises(ValueError, match="did you mean 'speedup'"):
+        grid(tmp_path, show={"columns": ["speed_up"]})
+    with pytest.raises(ValueError, match="'LLLR' is not a label of method"):
+        grid(tmp_path, tune={"by": "accuracy", "axis": "method", "cells": {"LLLR": {"values": [{}]}}})
+    with pytest.raises(ValueError, match="80 % / LLR is skipped, and LLR is tuned there"):
+        grid(tmp_path, skip=[{"sparsity": ["80 %"], "method": ["LLR"]}])
+    with pytest.raises(ValueError, match="give the key"):
+        grid(tmp_path, tune={"by": "accuracy", "axis": "method", "cells": {"LLR": {"values": [1]}}})
+    with pytest.raises(ValueError, match="together 1"):
+        compare(grid(tmp_path), together=0)
+
+
+@pytest.mark.slow
+def test_a_grid_killed_for_good_repeats_nothing_finished(tmp_path: Path) -> None:
+    def asked(out: Path) -> dict[str, Any]:
+        made = grid(out, **SMALL).model_dump(mode="json")
+        made["base"]["train"]["epochs"] = 1
+        return made
+
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(asked(tmp_path / "killed")))
+    process = start("compare", tmp_path / "grid.yaml", "--workers", "2")
+    deadline = time.monotonic() + 120
+    while not (done := list((tmp_path / "killed").glob("dense/*/metrics.json"))):
+        assert process.poll() is None, "the grid ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    times = {path: path.stat().st_mtime_ns for path in done}
+    resumed = compare(parse(asked(tmp_path / "killed"), Grid, "killed"))
+    whole = compare(parse(asked(tmp_path / "whole"), Grid, "whole"))
+    assert [row["accuracy"] for row in resumed] == [row["accuracy"] for row in whole]
+    assert {path: path.stat().st_mtime_ns for path in done} == times
