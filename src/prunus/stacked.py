@@ -121,9 +121,12 @@ def _stacked(tensors: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 @torch.no_grad()
 def _write_back_(own: Sequence[Mapping[str, Tensor]], stacked: Mapping[str, Tensor]) -> None:
     """Buffers that the forward changed (BatchNorm's statistics) to the members they belong to."""
-    for name, values in stacked.items():
-        for place, buffers in enumerate(own):
-            buffers[name].copy_(values[place])
+    pairs = [(each[name], value) for name, values in stacked.items() for each, value in zip(own, values, strict=True)]
+    for dtype in {buffer.dtype for buffer, _ in pairs} - {torch.bool}:  # boolean ones are masks, and fixed
+        alike = [(buffer, value) for buffer, value in pairs if buffer.dtype == dtype]
+        torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
+            [buffer for buffer, _ in alike], [value for _, value in alike]
+        )
 
 
 def _zipped(batches: Sequence[Any]) -> Any:

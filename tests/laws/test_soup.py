@@ -219,6 +219,13 @@ def test_greedy_takes_what_does_not_harm_and_calls_little():
     assert calls == [(0,), (1,), (2,), (0, 1), (0, 1, 2)]
 
 
+def test_the_state_is_that_of_the_members_taken_on_ties_too():
+    states = members(3)
+    chosen, state = greedy(states, lambda _: 0.5)
+    assert chosen.members == (0, 1, 2)
+    assert torch.equal(state["0.weight"], average(states)["0.weight"])
+
+
 def test_a_score_that_is_nan_is_the_worst():
     found = greedy_members(3, lambda chosen: float("nan") if 0 in chosen else 0.1 * chosen[0])
     assert (found.members, found.score) == ((2, 1), 0.2)
