@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CapturedStep", "alone", "check_capture", "set_rates_"]
+__all__ = ["CapturedStep", "alone", "check_capture", "set_rates_", "settled"]
 
 _WARM = 3  # steps that run as they are: cuDNN chooses its algorithms, the optimizer makes its state
 # Two things wait for the whole device, which no thread may do while another records: the beginning of a recording, and
 # cuDNN when it tries its algorithms, as it does the first time that it meets a shape.
 _ALONE = threading.RLock()
+# A replay looks at torch's generator, which says that a recording is going on, whosever it is.
+_RECORDING = threading.Lock()
 
 
 @contextmanager
@@ -32,6 +34,20 @@ def alone() -> Generator[None]:
     """
     with _ALONE:
         yield
+
+
+@contextmanager
+def settled(device: torch.device | None) -> Generator[None]:
+    """Context that ends, also by an exception, when the device has done what this thread gave it; None: at once.
+
+    A graph's memory is free for other threads when the graph is dropped, whether or not it still runs.
+    """
+    try:
+        yield
+    finally:
+        if device is not None:
+            with suppress(RuntimeError):  # of a device that failed: the first error says more
+                torch.cuda.current_stream(device).synchronize()
 
 
 class CapturedStep:
@@ -66,7 +82,8 @@ class CapturedStep:
                 old.copy_(new, non_blocking=True)
         assert self.graph is not None
         assert self.loss is not None
-        self.graph.replay()
+        with _RECORDING:
+            self.graph.replay()
         return self.loss.clone()
 
     def _plain(self, parts: list[Any]) -> Tensor:
@@ -81,7 +98,7 @@ class CapturedStep:
     def _record(self, parts: list[Any]) -> None:
         self.static = [_cloned(part) for part in parts]
         graph = torch.cuda.CUDAGraph()
-        with alone(), torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+        with alone(), _RECORDING, torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             self.loss = self.step(self.static)
         self.graph = graph
 

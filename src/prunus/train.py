@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device, slice_tensors
 from torch import Tensor, nn
 
-from prunus.capture import CapturedStep, check_capture, set_rates_
+from prunus.capture import CapturedStep, check_capture, set_rates_, settled
 from prunus.checkpoint import Checkpoint
 from prunus.during.protocol import During, Plan
 from prunus.layers import View, find_layers
@@ -143,7 +143,8 @@ def train(
         _check_own_parameters(during, shared)
     started = time.perf_counter()
     rates = [float(group["lr"]) for group in optimizer.param_groups]
-    with prepared(model, optimizer, accelerator, masks, shared) as (wrapped, stepper):
+    wrap = prepared(model, optimizer, accelerator, masks, shared)
+    with wrap as (wrapped, stepper), settled(device if capture else None):
         plan = {"steps": steps, "accumulate": accumulate, "base_lrs": rates}
         saved = Checkpoint(checkpoint, plan, accelerator, model, optimizer, during, shared)
         first, past = saved.load()

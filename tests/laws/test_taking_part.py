@@ -1,5 +1,7 @@
 """Laws of methods that take part in training: when each hook is called, what it may change, and that runs resume."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -243,3 +245,24 @@ def test_capture_refuses_what_it_would_get_wrong():
     ragged = lambda step: tuple(part[: 16 if step < 5 else 7] for part in batches(step))  # noqa: E731
     with pytest.raises(ValueError, match="ragged last batch"):
         train(model, ragged, optimizer, lambda _: 1.0, steps=8, loss=classification_loss(), capture=True)
+
+
+@gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_captured_runs_in_threads_do_not_disturb_each_other():
+    def work(seed: int) -> list[float]:
+        losses: list[float] = []
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for again in range(6):  # recordings of some threads fall into the replays of others
+                model = make_model(seed + again).cuda()
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
+                loss, steps = classification_loss(), 40 + 7 * seed
+                trace = train(model, batches, optimizer, lambda _: 1.0, steps=steps, loss=loss, capture=True)
+                losses += trace.losses[:40]
+        return losses
+
+    alone = [work(seed) for seed in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        at_once = list(pool.map(work, range(6)))
+    for one, other in zip(alone, at_once, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
