@@ -212,6 +212,38 @@ def test_parameters_without_gradients_stay_and_do_not_shift_the_others(ball):
     assert torch.allclose(whole[2], missing[2], atol=1e-5)
 
 
+def test_tensors_of_one_size_may_be_in_different_sets():
+    """Each list of balls, of several kinds, does what an optimizer for each parameter does."""
+    balls = [k_support(3, 1.5), k_sparse(3, 0.5), lp(2, 1.5), k_support(2, 1.5)]
+    ours, theirs = ([nn.Parameter(random) for random in torch.randn(4, 12, generator=seed)] for seed in seeds(2))
+    optimizers = [SFW([x], 0.1, constraint=ball) for x, ball in zip(theirs, balls, strict=True)]
+    optimizers.append(SFW(ours, 0.1, constraint=balls))
+    for step in range(3):
+        gradients_(ours, step)
+        gradients_(theirs, step)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+def seeds(count):
+    return [torch.Generator().manual_seed(0) for _ in range(count)]
+
+
+def test_singular_vectors_are_followed_from_step_to_step():
+    """One iteration a step comes to the exact vertex while the gradient stays, which none from the start would."""
+    x = nn.Parameter(torch.zeros(40, 90))
+    gradient = torch.randn(40, 90, generator=torch.Generator().manual_seed(0))
+    optimizer, worth = SFW([x], 1.0, constraint=nuclear(), momentum=0.0), []
+    for _ in range(60):
+        x.grad = gradient
+        optimizer.step()  # at rate 1, x is the vertex
+        worth.append(-float((gradient * x.detach()).sum()))
+    exact = float(torch.linalg.svdvals(gradient)[0])
+    assert worth[0] < 0.995 * exact
+    assert worth[-1] > 0.999 * exact
+
+
 def test_nothing_happens_without_gradients():
     parameters = tensors()
     optimizer = SFW(parameters, 0.1, constraint=k_support(2))
@@ -362,6 +394,12 @@ def test_masks_hold_and_nothing_is_spent_on_what_is_pruned(ball):
     masks.check(model)
     buffer = optimizer.state[model[4].weight]["momentum_buffer"]
     assert not buffer[~masks["4.weight"]].any()
+    weight = model[4].weight
+    weight.grad = torch.where(masks["4.weight"], 1e-3, 1e3)
+    kept = KeptGradients(masks)
+    kept.attach(model, optimizer, None)
+    kept.gradients()
+    assert torch.equal(weight.grad, masks["4.weight"] * torch.tensor(1e-3))
     with pytest.raises(ValueError, match="no parameter 'x'"):
         run(model, optimizer, during=[KeptGradients(Masks({"x": torch.ones(1, dtype=torch.bool)}))])
 

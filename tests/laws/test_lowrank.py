@@ -198,6 +198,24 @@ def test_a_budget_is_spent_about_as_well_as_by_trying_everything():
     assert used(ranks, layers)[1] > 0.97 * best
 
 
+def test_the_scale_of_a_layer_does_not_count():
+    """Under normalisation it means nothing: equal layers get equal ranks, but for the odd one."""
+    layers = [seeded(lambda: nn.Linear(30, 30)) for _ in range(2)]
+    with torch.no_grad():
+        layers[1].weight.mul_(100)
+    ranks = ranks_by_budget(nn.Sequential(*layers), 0.5)
+    assert sorted(ranks.values()) == [7, 8]
+
+
+def test_small_layers_take_what_large_ones_cannot():
+    """Left after rank 1 in both: less than a rank of the large layer, several of the small one, whose worth is less."""
+    large, small = seeded(lambda: nn.Linear(100, 100)), seeded(lambda: nn.Linear(10, 10))
+    with torch.no_grad():
+        small.weight.copy_(torch.diag(torch.tensor([1e3] + [1.0] * 9)))
+    ranks = ranks_by_budget(nn.Sequential(large, small), 1 - (200 + 20 + 150) / 10100)
+    assert ranks == {"0": 1}  # the small one whole
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="'9' is no Linear or convolution layer"):
         decompose(model(), {"9": 1})
