@@ -106,7 +106,7 @@ class Line:
         inside = (self.shares >= 0) & (self.shares <= 1)
         t, values = self.shares[inside], self.values[inside]
         chord = (1 - t) * values[t == 0][0] + t * values[t == 1][0]
-        return max(0.0, float(np.max(values - chord)))
+        return float(np.max(values - chord))  # 0 at the ends, so never less
 
 
 def loss_line(a: State, b: State, score: Callable[[dict[str, Tensor]], float], shares: Sequence[float]) -> Line:

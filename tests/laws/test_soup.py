@@ -296,3 +296,9 @@ def test_learned_weights_find_the_good_member():
 def test_mixing_extrapolates():
     a, b = torch.tensor([1.0, 0.0, 4.0]), torch.tensor([3.0, 0.0, 4.0])
     assert mix([a, b], [2.0, -1.0]).tolist() == [-1.0, 0.0, 4.0]
+
+
+def test_a_large_member_of_small_weight_drowns_nobody():
+    """Sums are taken about the heaviest member: about the first, 1e8 - 1e8 would leave a multiple of 8."""
+    found = mix([torch.tensor([1e8]), torch.tensor([1.0])], [1e-8, 1 - 1e-8])
+    assert float(found) == pytest.approx(2, rel=1e-6)

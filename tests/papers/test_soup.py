@@ -69,6 +69,9 @@ def test_a_zero_vector_has_no_angle():
     found = distances([{"w": torch.zeros(2)}, {"w": torch.ones(2)}])
     assert np.isnan(found.angle[0]).all()
     assert found.angle[1, 1] == 0
+    found = distances([{"w": torch.zeros(999)}, *({"w": torch.linspace(-1, 1, 999) * i} for i in range(1, 9))])
+    assert np.isnan(found.angle[0]).all()
+    assert not np.isnan(found.angle[1:, 1:]).any()
 
 
 def test_statistics_of_batchnorm_do_not_count_unless_named():
@@ -101,6 +104,8 @@ def test_the_line_of_a_double_well_has_its_barrier():
     line = loss_line(a, b, double_well, np.linspace(0, 1, 5))
     np.testing.assert_allclose(line.values, [0, 9 / 16, 1, 9 / 16, 0])
     assert line.barrier() == 1
+    first = loss_line(a, b, lambda state: float(state["w"][0]), [0, 0.25, 2])
+    assert first.values.tolist() == [-1, -0.5, 3]
     same = loss_line(a, {"w": torch.tensor([-0.5, 0.0])}, double_well, [-1, 0, 0.5, 1])
     assert same.barrier() == 0
     with pytest.raises(ValueError, match="shares 0 and 1"):
