@@ -4,5 +4,5 @@
 set -eu
 cd "$(dirname "$0")"
 . scripts/environment.sh
-if [ "${1:-}" = vision ]; then environment vision; else environment; fi
+if [ "${1:-}" = vision ]; then environment images; else environment; fi
 exec prunus demo "$@"

@@ -21,8 +21,10 @@ _WARM = 3  # steps that run as they are: cuDNN chooses its algorithms, the optim
 # Two things wait for the whole device, which no thread may do while another records: the beginning of a recording, and
 # cuDNN when it tries its algorithms, as it does the first time that it meets a shape.
 _ALONE = threading.RLock()
-# A replay looks at torch's generator, which says that a recording is going on, whosever it is.
-_RECORDING = threading.Lock()
+# One stream a device warms up and records for all threads, one at a time. It has a priority of its own because torch
+# deals streams out of a pool for each priority, in turns: the 33rd is the first again, and may be the one on which
+# another thread works.
+_STREAMS: dict[int, torch.cuda.Stream] = {}
 
 
 @contextmanager
@@ -59,7 +61,7 @@ class CapturedStep:
 
     def __init__(self, step: Callable[[list[Any]], Tensor], device: torch.device) -> None:
         self.step = step
-        self.stream = torch.cuda.Stream(device)
+        self.device = device
         self.graph: torch.cuda.CUDAGraph | None = None
         self.static: list[Any] = []
         self.loss: Tensor | None = None
@@ -82,25 +84,35 @@ class CapturedStep:
                 old.copy_(new, non_blocking=True)
         assert self.graph is not None
         assert self.loss is not None
-        with _RECORDING:
-            self.graph.replay()
+        self.graph.replay()
         return self.loss.clone()
 
     def _plain(self, parts: list[Any]) -> Tensor:
         # On the stream that will record: lazily made workspaces belong to a stream.
-        here = torch.cuda.current_stream(self.stream.device)
-        self.stream.wait_stream(here)
-        with alone(), torch.cuda.stream(self.stream):
-            loss = self.step(parts)
-        here.wait_stream(self.stream)
+        here = torch.cuda.current_stream(self.device)
+        with alone():
+            stream = _stream(self.device)
+            stream.wait_stream(here)
+            with torch.cuda.stream(stream):
+                loss = self.step(parts)
+            here.wait_stream(stream)
         return loss
 
     def _record(self, parts: list[Any]) -> None:
         self.static = [_cloned(part) for part in parts]
         graph = torch.cuda.CUDAGraph()
-        with alone(), _RECORDING, torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+        with alone(), torch.cuda.graph(graph, stream=_stream(self.device), capture_error_mode="thread_local"):
             self.loss = self.step(self.static)
         self.graph = graph
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream that warms up and records; only for who is `alone`."""
+    with torch.cuda.device(device):  # which may be "cuda", without a number
+        place = torch.cuda.current_device()
+        if place not in _STREAMS:
+            _STREAMS[place] = torch.cuda.Stream(priority=-1)
+    return _STREAMS[place]
 
 
 def check_capture(model: nn.Module, optimizer: torch.optim.Optimizer, *, shared: bool, scaled: bool) -> None:
