@@ -16,46 +16,67 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prunus.adapt import adapt
-    from prunus.allocations import global_, owl, uniform
+    from prunus.allocations import erk, global_, lamp, owl, uniform, uniform_plus
+    from prunus.batchnorm import recalibrate_
     from prunus.biases import add_biases
     from prunus.blocks import find_blocks
     from prunus.data import PackedTokens, calibration, read_texts, tokenize
+    from prunus.ema import Ema
+    from prunus.evaluate.accuracy import accuracy
     from prunus.evaluate.perplexity import perplexity
     from prunus.export import load_info, save_model
+    from prunus.images import Augment, ImageBatches, Images, LoaderBatches, read_images
     from prunus.layers import Inputs, Layer, View, find_layers
-    from prunus.lr import linear_warmup_decay
+    from prunus.lr import Original, linear_warmup_decay
     from prunus.masks import Masks, infer_masks
-    from prunus.patterns import NM, Unstructured
+    from prunus.models import build_model
+    from prunus.patterns import NM, Block, Rows, Unstructured
+    from prunus.prune import prune
     from prunus.reconstruct import Fit
+    from prunus.retrain import imp
     from prunus.run.compress import compress
     from prunus.run.inspect import inspect_model
     from prunus.run.recipe import load_recipe
     from prunus.scores import magnitude, random_score, ria, wanda
     from prunus.solvers import by_score, sparsegpt
     from prunus.stream import stream, survey
-    from prunus.train import next_token_loss, train
+    from prunus.train import classification_loss, next_token_loss, train
 
 __version__ = "0.1.0"
 
 __all__ = [
     "NM",
+    "Augment",
+    "Block",
+    "Ema",
     "Fit",
+    "ImageBatches",
+    "Images",
     "Inputs",
     "Layer",
+    "LoaderBatches",
     "Masks",
+    "Original",
     "PackedTokens",
+    "Rows",
     "Unstructured",
     "View",
+    "accuracy",
     "adapt",
     "add_biases",
+    "build_model",
     "by_score",
     "calibration",
+    "classification_loss",
     "compress",
+    "erk",
     "find_blocks",
     "find_layers",
     "global_",
+    "imp",
     "infer_masks",
     "inspect_model",
+    "lamp",
     "linear_warmup_decay",
     "load_info",
     "load_recipe",
@@ -63,8 +84,11 @@ __all__ = [
     "next_token_loss",
     "owl",
     "perplexity",
+    "prune",
     "random_score",
+    "read_images",
     "read_texts",
+    "recalibrate_",
     "ria",
     "save_model",
     "sparsegpt",
@@ -73,29 +97,37 @@ __all__ = [
     "tokenize",
     "train",
     "uniform",
+    "uniform_plus",
     "wanda",
 ]
 
 _HOMES = {
     "adapt": ("adapt",),
-    "allocations": ("global_", "owl", "uniform"),
+    "allocations": ("erk", "global_", "lamp", "owl", "uniform", "uniform_plus"),
+    "batchnorm": ("recalibrate_",),
     "biases": ("add_biases",),
     "blocks": ("find_blocks",),
     "data": ("PackedTokens", "calibration", "read_texts", "tokenize"),
+    "ema": ("Ema",),
+    "evaluate.accuracy": ("accuracy",),
     "evaluate.perplexity": ("perplexity",),
     "export": ("load_info", "save_model"),
+    "images": ("Augment", "ImageBatches", "Images", "LoaderBatches", "read_images"),
     "layers": ("Inputs", "Layer", "View", "find_layers"),
-    "lr": ("linear_warmup_decay",),
+    "lr": ("linear_warmup_decay", "Original"),
     "masks": ("Masks", "infer_masks"),
-    "patterns": ("NM", "Unstructured"),
+    "models": ("build_model",),
+    "patterns": ("Block", "NM", "Rows", "Unstructured"),
+    "prune": ("prune",),
     "reconstruct": ("Fit",),
+    "retrain": ("imp",),
     "run.compress": ("compress",),
     "run.inspect": ("inspect_model",),
     "run.recipe": ("load_recipe",),
     "scores": ("magnitude", "random_score", "ria", "wanda"),
     "solvers": ("by_score", "sparsegpt"),
     "stream": ("stream", "survey"),
-    "train": ("next_token_loss", "train"),
+    "train": ("classification_loss", "next_token_loss", "train"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -20,8 +20,8 @@ class Ema(During):
     decay: share of the old mean that stays in each step, in (0, 1). It starts at the weights after the first step.
     Entries that a mask holds at zero from the start are zero in the mean. Raises ValueError for another decay.
 
-    >>> ema = Ema(0.999)
-    >>> train(model, batches, optimizer, lr, steps=100, during=[ema])
+    >>> ema, optimizer = Ema(0.999), torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> trace = train(model, batches, optimizer, linear_warmup_decay(100), steps=100, during=[ema])
     >>> ema.finish()
     """
 
