@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from prunus import patterns, scores
 from prunus.adapt import adapt
-from prunus.allocations import global_, owl
+from prunus.allocations import counts_under, global_, owl
 from prunus.biases import add_biases
 from prunus.data import ASSETS, PackedTokens, calibration, read_texts, tokenize
 from prunus.evaluate.perplexity import perplexity
@@ -183,7 +183,8 @@ def prune(
             v for v in find_layers(loaded.model, include=chosen.include, exclude=chosen.exclude) if v.name in inputs
         ]
         allocate = owl() if chosen.allocation == "owl" else global_
-        counts = allocate(_LazyScores(loaded, views, inputs, metric, device), chosen.sparsity)
+        seen = _LazyScores(loaded, views, inputs, metric, device)
+        counts = counts_under(pattern, seen, chosen.sparsity, allocate)
     solver = _solver(chosen, score)
     fit = None
     if recipe.reconstruct is not None:
