@@ -192,6 +192,18 @@ def test_a_method_resumes_with_its_state(tmp_path):
         assert torch.equal(one, other), name
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at that of substituted weights
+@pytest.mark.parametrize("during", [Halved, Decay, None])
+def test_a_compiled_model_trains_as_the_plain_one(during):
+    plain, inner = make_model(), make_model()
+    mask = torch.rand(8, 6, generator=torch.Generator().manual_seed(0)) > 0.5
+    for model in (plain, torch.compile(inner, backend="eager")):
+        run(model, [during()] if during else [], masks=Masks({"0.weight": mask}))
+    for (name, one), other in zip(plain.state_dict().items(), inner.state_dict().values(), strict=True):
+        assert torch.allclose(one.float(), other.float(), atol=1e-6), name
+    assert bool((inner[0].weight[~mask] == 0).all())
+
+
 def test_what_cannot_take_part_is_refused():
     with pytest.raises(ValueError, match=r"decay lies in \(0, 1\); got 1"):
         Ema(1.0)

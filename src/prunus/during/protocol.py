@@ -26,7 +26,10 @@ __all__ = ["During", "Plan", "masks_by_magnitude"]
 
 @dataclass(frozen=True)
 class Plan:
-    """What a method may know of the run: its steps, the steps of an epoch, and which layers are prunable."""
+    """What a method may know of the run: its steps, the steps of an epoch, and which layers are prunable.
+
+    Epochs need no hook of their own: `before_step(step)` begins one where step % epoch_steps == 0.
+    """
 
     steps: int
     epoch_steps: int
