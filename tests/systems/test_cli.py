@@ -33,6 +33,7 @@ OPTIONS = {
     "train": "recipe --device --out --set",
     "prune": "run --sparsity --schedule --epochs --phases --pattern --out --set",
     "compare": "recipe --out --workers --together --minutes",
+    "average": "checkpoints --out --weights --greedy",
     "pretrain": "recipe --out",
     "show": "recipe --set",
 }

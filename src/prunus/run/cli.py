@@ -227,6 +227,33 @@ def compare(
 
 
 @app.command()
+def average(
+    checkpoints: Annotated[list[Path], typer.Argument(help="Folders or .safetensors files that share one mask.")],
+    out: Annotated[Path, typer.Option(help="Folder of the average.")],
+    weights: Annotated[str | None, typer.Option(help="Their weights, as in 0.5,0.25,0.25; equal if left out.")] = None,
+    greedy: Annotated[
+        Path | None,
+        typer.Option(help="Recipe that scores on validation data: only members that help are averaged."),
+    ] = None,
+) -> None:
+    """Average checkpoints on disk, a tensor at a time; zeros stay zero, and members of other masks are refused."""
+    from prunus.report import print_table
+    from prunus.run.average import average_checkpoints, average_greedily
+    from prunus.run.scored import scorer
+
+    _alone("average")
+    if greedy is not None and weights is not None:
+        raise ValueError("--weights and --greedy contradict each other: a greedy soup weighs its members alike")
+    if greedy is None:
+        rows = average_checkpoints(checkpoints, out, _numbers(weights, "--weights"))
+    else:
+        by = scorer(greedy)
+        rows = average_greedily(checkpoints, out, by.score)
+        by.settle_(out)
+    print_table(rows, title=str(out))
+
+
+@app.command()
 def pretrain(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe of the training; see recipes/embedded/pretrain.yaml.")],
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/pretrain"),
@@ -280,6 +307,13 @@ def _alone(command: str) -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
         raise ValueError(f"{command} runs in one process, not in {processes}; launch `prunus compress` on several GPUs")
+
+
+def _numbers(text: str | None, flag: str) -> list[float] | None:
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{flag} {text!r} is not numbers with commas, as in 0.5,0.25,0.25") from None
 
 
 def _assignments(items: list[str] | None) -> dict[str, Any]:

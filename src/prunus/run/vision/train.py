@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from prunus import __version__
 from prunus.during import During, Plan
 from prunus.evaluate.cost import Energy
+from prunus.export.folder import FORMAT, INFO_NAME, MASKS_NAME
 from prunus.files import write_json, write_text
 from prunus.report import append_metrics, plot_run, progress, read_metrics
 from prunus.run.recipe import digest, merge, parse, read_yaml
@@ -151,11 +152,12 @@ def _write(out: Path, recipe: ClassifierRecipe, outcome: Outcome, result: dict[s
         append_metrics(out / "metrics.jsonl", {"stage": "phase", **found})
     write_state(out / "model.safetensors", outcome.model)
     if outcome.masks is not None:
-        outcome.masks.save(out / "masks.safetensors")
+        outcome.masks.save(out / MASKS_NAME)
     numbers = {key: value for key, value in result.items() if key not in ("key", "by_layer")}
     versions = {"prunus": __version__, "torch": torch.__version__}
-    info = {"recipe": recipe.model_dump(mode="json"), "metrics": numbers, "versions": versions}
-    write_json(out / "prunus.json", info | {"sparsity": {"layers": result.get("by_layer", {})}})
+    info = {"format": FORMAT, "recipe": recipe.model_dump(mode="json"), "metrics": numbers, "versions": versions}
+    kept = {"masks": MASKS_NAME if outcome.masks is not None else None}
+    write_json(out / INFO_NAME, info | kept | {"sparsity": {"layers": result.get("by_layer", {})}})
     trace = json.loads((dense / "trace.json").read_text(encoding="utf-8")) if (dense / "trace.json").exists() else {}
     shown = {name: 100 * found["top1"] for name, found in result["stages"].items()}
     plot_run(trace.get("losses", []), shown, out / "report.png", rates=_rates(trace), title=recipe.model)
