@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from prunus import patterns, subsets
 
 __all__ = [
     "Calibrate",
     "Data",
+    "Device",
     "Evaluate",
     "Prune",
     "Recipe",
@@ -46,6 +47,15 @@ def looks_local(text: str) -> bool:
     """Whether a source is meant as a path, not as a hub name."""
     endings = (".txt", ".gz", ".parquet", ".jsonl", ".gguf", ".safetensors", ".tsv")
     return text.startswith((".", "/", "~")) or text.endswith(endings) or text.count("/") > 1
+
+
+def _device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|(cuda|xpu|mps)(:\d+)?", value):
+        raise ValueError("a device is auto, cpu, cuda or one GPU such as cuda:1")
+    return value
+
+
+Device = Annotated[str, AfterValidator(_device)]
 
 
 class Strict(BaseModel):
@@ -216,7 +226,7 @@ class Recipe(Strict):
 
     model: str = "embedded"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: str = "auto"
+    device: Device = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     streaming: bool = False
     prune: Prune = Prune()
@@ -226,13 +236,6 @@ class Recipe(Strict):
     evaluate: Evaluate = Evaluate()
     out: str = "runs/compress"
     save: bool = True
-
-    @field_validator("device")
-    @classmethod
-    def _device(cls, value: str) -> str:
-        if not re.fullmatch(r"auto|cpu|(cuda|xpu|mps)(:\d+)?", value):
-            raise ValueError("a device is auto, cpu, cuda or one GPU such as cuda:1")
-        return value
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
-import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +18,7 @@ import torch
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from prunus import patterns
-from prunus.run.recipe import Share, Strict, digest, looks_local, merge, parse, read_yaml
+from prunus.run.recipe import Device, Share, Strict, digest, looks_local, merge, parse, read_yaml
 
 __all__ = [
     "Augmentation",
@@ -231,17 +230,10 @@ class ClassifierRecipe(Strict):
     retrain: Retraining | None = None
     recalibrate: Share = 1.0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    device: str = "auto"
+    device: Device = "auto"
     capture: Literal["auto"] | bool = "auto"
     channels_last: Literal["auto"] | bool = "auto"
     out: str = "runs/train"
-
-    @field_validator("device")
-    @classmethod
-    def _device(cls, value: str) -> str:
-        if not re.fullmatch(r"auto|cpu|(cuda|xpu|mps)(:\d+)?", value):
-            raise ValueError("a device is auto, cpu, cuda or one GPU such as cuda:1")
-        return value
 
     @model_validator(mode="after")
     def _check(self) -> ClassifierRecipe:
