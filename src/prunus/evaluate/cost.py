@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from prunus.compiled import uncompiled
 from prunus.masks import Masks
 
 __all__ = ["Cost", "Energy", "cost", "weight_change"]
@@ -120,8 +121,8 @@ def _own_flops(model: nn.Module, x: Tensor) -> dict[str, int]:
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        with FlopCounterMode(display=False) as counter:
-            model(x)
+        with uncompiled(model) as plain, FlopCounterMode(display=False) as counter:
+            plain(x)
     finally:
         for module, mode in modes.items():
             module.training = mode
