@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from prunus.run import workers
-from prunus.run.compare import compare
+from prunus.run.agenda import Agenda
+from prunus.run.compare import compare, compare_all, load_grids
 from prunus.run.grid import Grid, final_members, tuning_members
 from prunus.run.recipe import parse
 from prunus.run.vision import demo as showing
@@ -147,6 +148,52 @@ def test_what_starts_from_a_failed_training_fails_with_it_and_no_other(
     assert sum("what it starts from failed" in error for error in errors) == 1
     assert [row["seeds"] for row in json.loads((tmp_path / "table.json").read_text())] == [[0], [0]]
     assert [row["seeds"] for row in compare(grid(tmp_path, **SMALL))] == [[0, 1], [0, 1]]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_grids_run_side_by_side_as_each_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = {**SMALL, "axes": {"method": {"FT": {"retrain": {"schedule": "ft", "epochs": 1}}}}}
+    alone = [compare(grid(tmp_path / "alone", **SMALL)), compare(grid(tmp_path / "other", **other))]
+    begun: list[str] = []
+    claim = workers._claim
+    monkeypatch.setattr(workers, "_claim", lambda out, name: claim(out, name) and (begun.append(out.name) or True))
+    paths = []
+    for name, changes in (("b", SMALL), ("a", other)):
+        paths.append(tmp_path / f"{name}.yaml")
+        paths[-1].write_text(yaml.safe_dump(grid(tmp_path, **changes).model_dump(mode="json"), sort_keys=False))
+    together = compare_all(load_grids(paths, tmp_path / "both"), together=2)
+    assert [[row["accuracy"] for row in rows] for rows in together] == [
+        [row["accuracy"] for row in rows] for rows in alone
+    ]
+    assert begun == sorted(begun, reverse=True)  # the first grid's members before the second's
+    with pytest.raises(ValueError, match="two grids would be written to"):
+        compare_all([grid(tmp_path), grid(tmp_path)])
+
+
+def test_a_tuned_cell_joins_when_all_its_tries_have_ended_and_waits_for_no_other(tmp_path: Path) -> None:
+    asked = grid(tmp_path)
+    (tmp_path / "members").mkdir()
+    agenda = Agenda(asked)
+
+    def final() -> dict[str, set[Any]]:
+        """Method -> learning rates of retraining that its members on test images got."""
+        found: dict[str, set[Any]] = {}
+        for job in agenda.look():
+            if job.member.recipe.images.measure_on == "test" and (job.after or job.member.recipe.during):
+                found.setdefault(job.member.labels["method"], set()).add(job.member.tuned.get("retrain.lr"))
+        return found
+
+    assert final() == {"pruned": {None}, "BIMP": {None}}
+    # 4 + 4 * 2 members, 6 tries, and the dense trainings: of two seeds and two lengths, and of the tries of LLR
+    assert agenda.total() == 12 + 6 + 2 * 2 + 1
+    tries = [job.name for job in agenda.look() if "retrain.lr" in job.member.tuned]
+    assert len(tries) == 2
+    (tmp_path / "members" / f"{tries[0]}.json").write_text('{"accuracy": 0.5}')
+    assert final() == {"pruned": {None}, "BIMP": {None}}
+    assert tries[1] in agenda.undecided
+    (tmp_path / "members" / f"{tries[1]}.error.txt").write_text("out of memory")
+    assert final() == {"pruned": {None}, "BIMP": {None}, "LLR": {1e-6}}  # the only try that ended well
+    assert not agenda.undecided & set(tries)
 
 
 @pytest.mark.usefixtures("tiny")
