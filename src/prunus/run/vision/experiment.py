@@ -25,7 +25,7 @@ from prunus.lr import Original, retraining
 from prunus.masks import Masks
 from prunus.retrain import Phase, imp, phase_sparsities, split_steps
 from prunus.run.vision import stages
-from prunus.run.vision.dense import Dense, dense
+from prunus.run.vision.dense import Dense, dense, losses_by_epoch
 from prunus.run.vision.recipe import ClassifierRecipe, Pruning, Retraining, methods
 from prunus.run.vision.setting import Setting
 from prunus.train import Trace
@@ -38,11 +38,16 @@ Watch = Callable[[nn.Module, During | None], list[During]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run: the network, its masks (None when dense), and its numbers."""
+    """A finished run: the network, its masks (None when dense), its numbers.
+
+    trace: learning rates as runs and losses by epoch of a training during which a method pruned; a dense training
+    leaves them in its folder.
+    """
 
     model: nn.Module
     masks: Masks | None
     result: dict[str, Any]
+    trace: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 def experiment(
@@ -80,6 +85,7 @@ class _Experiment:
     watch: Watch
     notes: _Notes
     reached: float | None = None
+    trace: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def recipe(self) -> ClassifierRecipe:
@@ -100,7 +106,7 @@ class _Experiment:
             if self.recipe.prune is not None:
                 masks = self._phases(model, found, self.recipe.prune)
         result = self._result(model, masks, before)
-        return Outcome(model, masks, result | {"seconds": time.perf_counter() - started})
+        return Outcome(model, masks, result | {"seconds": time.perf_counter() - started}, self.trace)
 
     def _dense(self) -> Dense:
         steps = self.setting.steps(self.recipe.train.epochs)
@@ -145,7 +151,9 @@ class _Experiment:
         alone = dict(method.named_buffers()).get("reached")
         self.reached = None if alone is None else float(alone)
         self._measure_pruned(model)
-        return model, masks, Original.of(trace.lrs, warmup)
+        original = Original.of(trace.lrs, warmup)
+        self.trace = {"lrs": original.runs(), "losses": losses_by_epoch(trace.losses, setting.epoch_steps)}
+        return model, masks, original
 
     def _phases(self, model: nn.Module, found: Dense, asked: Pruning) -> Masks:
         """Prune and retrain, phase by phase."""
