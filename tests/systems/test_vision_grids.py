@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -226,12 +227,36 @@ def test_a_member_of_a_dead_process_is_waited_for_by_nobody(tmp_path: Path) -> N
     assert workers._claim(tmp_path, "x")
     assert not workers._claim(tmp_path, "x")
     assert workers._pending(tmp_path, "x")  # this process has it, and is alive
+    claim = tmp_path / "members" / "x.claim"
+    assert not workers._take_over(tmp_path, "x")
+    number, started = claim.read_text().split()
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    (tmp_path / "members" / "x.claim").write_text(str(process.pid))
+    # an earlier process that had the same number, and one that is no more
+    for dead in (f"{number} {float(started) - 100}", f"{process.pid} {started}"):
+        claim.write_text(dead)
+        assert workers._pending(tmp_path, "x")  # a second try is left
+        assert workers._take_over(tmp_path, "x")
+        assert not workers._take_over(tmp_path, "x")  # this process lives
+    claim.write_text(f"{process.pid} {started} again")
     assert not workers._pending(tmp_path, "x")
+    assert not workers._take_over(tmp_path, "x")
     workers.clear(tmp_path)
     assert workers._claim(tmp_path, "x")
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_second_call_shares_what_a_living_process_has_begun(tmp_path: Path) -> None:
+    asked = grid(tmp_path, **SMALL)
+    name = next(job.name for job in Agenda(asked).look() if job.after is None)
+    claim = tmp_path / "members" / f"{name}.claim"
+    claim.parent.mkdir()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        claim.write_text(f"{other.pid} {psutil.Process(other.pid).create_time()}")
+        assert len(compare(asked, minutes=0.02)) <= 2  # it waits for that one, and would go on waiting
+        assert claim.read_text().startswith(f"{other.pid} ")
+        assert not (tmp_path / "members" / f"{name}.json").exists()
+    assert [row["seeds"] for row in compare(asked)] == [[0, 1], [0, 1]]
 
 
 def test_wrong_grids_of_classifiers_are_refused(tmp_path: Path) -> None:

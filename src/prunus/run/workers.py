@@ -2,11 +2,13 @@
 
     members/KEY.claim      taken, by the process named inside      members/KEY.error.txt   failed, and how
 
-A member that needs what another leaves waits for it; one whose predecessor failed fails as well.
+A member that needs what another leaves waits for it; one whose predecessor failed fails as well. A second call on the
+same folder leaves alone what a living process has taken, and shares the rest. What a dead one took is tried once more.
 """
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import multiprocessing
 import os
@@ -18,6 +20,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from prunus.files import write_json
@@ -30,6 +33,8 @@ __all__ = ["clear", "failures", "run"]
 
 log = logging.getLogger(__name__)
 _WAIT = 0.2  # seconds between two looks
+_AGAIN = " again"
+_WRITING = 60.0  # seconds that a claim may be empty
 
 
 def run(grids: Sequence[Grid], *, workers: int, together: int = 1, deadline: float | None = None) -> None:
@@ -63,10 +68,17 @@ def run(grids: Sequence[Grid], *, workers: int, together: int = 1, deadline: flo
 
 
 def clear(out: Path) -> None:
-    """Forget claims and errors of an earlier call: what is not finished is tried again."""
+    """Forget claims and errors of earlier calls, so that what is not finished is tried again; not those of other living
+    processes."""
     (out / "members").mkdir(parents=True, exist_ok=True)
-    for left in [*(out / "members").glob("*.claim"), *(out / "members").glob("*.error.txt")]:
-        left.unlink()
+    for claim in (out / "members").glob("*.claim"):
+        owner = _owner(claim)
+        if owner is None or owner == os.getpid():
+            claim.unlink(missing_ok=True)
+            error_file(out, claim.stem).unlink(missing_ok=True)
+    for error in failures(out):
+        if not (out / "members" / error.name.replace(".error.txt", ".claim")).exists():
+            error.unlink(missing_ok=True)
 
 
 def failures(out: Path) -> list[Path]:
@@ -149,14 +161,18 @@ def _work(agendas: Sequence[Agenda], deadline: float | None, advance: Any, aroun
 
 
 def _take(agendas: Sequence[Agenda], deadline: float | None) -> Job | None:
-    """The next job that nobody has taken and that waits for nothing; waits for one, None when none is left."""
+    """The next job that nobody has taken and that waits for nothing; waits for one, None when none can come."""
     while deadline is None or time.time() < deadline:
         waiting = False
         for agenda in agendas:
             for job in agenda.look():
-                if _claimed(agenda.out, job.name):
+                if has_ended(agenda.out, job.name):
                     continue
-                if _waits(job) and job.after is not None and _pending(agenda.out, job.after.key):
+                if _claimed(agenda.out, job.name):
+                    if _take_over(agenda.out, job.name):
+                        return job
+                    waiting = waiting or _pending(agenda.out, job.name)
+                elif _waits(job) and job.after is not None and _pending(agenda.out, job.after.key):
                     waiting = True
                 elif _claim(agenda.out, job.name):
                     return job
@@ -184,30 +200,56 @@ def _lost(out: Path) -> list[str]:
 
 def _pending(out: Path, name: str) -> bool:
     """Whether a member may still end well: it has not failed, and its process is alive if it was begun."""
-    if error_file(out, name).exists():
-        return False
-    claim = out / "members" / f"{name}.claim"
+    claim = _claim_file(out, name)
+    return not error_file(out, name).exists() and (not claim.exists() or _owner(claim) is not None or _once(claim))
+
+
+def _owner(claim: Path) -> int | None:
+    """The process that has taken a member, if it is still alive; a later one with the same number is another."""
     try:
-        owner = int(claim.read_text() or 0)
-        if owner:
-            os.kill(owner, 0)
-    except ProcessLookupError:
-        return False
-    except (FileNotFoundError, PermissionError):  # not begun, or another user's process
+        number, started = [*claim.read_text(encoding="utf-8").split(), "", ""][:2]
+        if not started:  # somebody is just writing it, or was killed there
+            return -1 if time.time() - claim.stat().st_mtime < _WRITING else None
+        return int(number) if abs(psutil.Process(int(number)).create_time() - float(started)) < 1 else None
+    except (FileNotFoundError, psutil.NoSuchProcess):
+        return None
+
+
+def _once(claim: Path) -> bool:
+    """Whether it was taken once only, so that another try is left."""
+    try:
+        return not claim.read_text(encoding="utf-8").endswith(_AGAIN)
+    except FileNotFoundError:
         return True
-    return True
 
 
-def _claim(out: Path, name: str) -> bool:
+def _claim(out: Path, name: str, again: str = "") -> bool:
     """Whether this thread is the first to take the member of that name."""
     try:
-        file = os.open(out / "members" / f"{name}.claim", os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        file = os.open(_claim_file(out, name), os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except FileExistsError:
         return False
-    os.write(file, str(os.getpid()).encode())
+    os.write(file, f"{os.getpid()} {psutil.Process().create_time()}{again}".encode())
     os.close(file)
     return True
 
 
+def _take_over(out: Path, name: str) -> bool:
+    """Whether this thread got a member whose process died over its first try: a second may have better luck."""
+    claim = _claim_file(out, name)
+    if _owner(claim) is not None or not _once(claim):
+        return False
+    with (out / "members" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if _owner(claim) is not None or not _once(claim) or has_ended(out, name):
+            return False
+        claim.unlink(missing_ok=True)
+        return _claim(out, name, _AGAIN)
+
+
+def _claim_file(out: Path, name: str) -> Path:
+    return out / "members" / f"{name}.claim"
+
+
 def _claimed(out: Path, name: str) -> bool:
-    return (out / "members" / f"{name}.claim").exists()
+    return _claim_file(out, name).exists()
