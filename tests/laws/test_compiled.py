@@ -31,7 +31,7 @@ def batches(step):
 
 
 def network(seed=0):
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build_model("resnet14", classes=10)
 

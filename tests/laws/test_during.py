@@ -51,7 +51,7 @@ def make_method(name: str, sparsity: float = 0.75, **changes: Any) -> During:
 
 def make_model(seed: int = 0) -> nn.Sequential:
     """285 prunable weights: a convolution, a transposed and an ordinary linear layer."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = nn.Sequential(
             nn.Conv2d(1, 5, 3),

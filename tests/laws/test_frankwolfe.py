@@ -333,7 +333,7 @@ def test_what_does_not_fit_is_refused(options, message):
 
 
 def make_model():
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return nn.Sequential(
             nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 6), nn.Linear(6, 2)

@@ -13,7 +13,7 @@ from prunus.lowrank import decompose, ranks_by_budget, ranks_by_energy, ranks_by
 
 
 def seeded(make):
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return make()
 

@@ -62,7 +62,7 @@ def test_the_rate_may_be_a_tensor_and_gradients_may_be_missing():
 
 
 def make_model():
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return nn.Sequential(
             nn.Conv2d(1, 12, 3), nn.ReLU(), nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 2)

@@ -16,7 +16,7 @@ from prunus.scores import random_score, wanda
 
 
 def network(seed: int = 0) -> nn.Sequential:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Sequential(
             nn.Conv2d(2, 4, 3),

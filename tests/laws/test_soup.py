@@ -245,7 +245,7 @@ def test_what_the_score_recalibrated_stays_in_the_soup():
 
 
 def make_model(seed):
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
 

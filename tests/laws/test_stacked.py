@@ -27,7 +27,7 @@ class Residual(nn.Module):
 
 
 def make_member(seed=0):
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Residual()
 

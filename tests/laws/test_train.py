@@ -17,7 +17,7 @@ class Net(nn.Module):
 
     def __init__(self, dropout: float = 0.5, seed: int = 0) -> None:
         super().__init__()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 2)
         self.norm, self.dropout = nn.BatchNorm1d(8) if dropout else nn.Identity(), nn.Dropout(dropout)

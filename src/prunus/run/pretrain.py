@@ -198,7 +198,7 @@ def _build(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerFast) -> OPTFor
         bos_token_id=SPECIALS.index("</s>"),
         eos_token_id=SPECIALS.index("</s>"),
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         return OPTForCausalLM(config)
 
