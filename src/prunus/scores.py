@@ -4,8 +4,8 @@
     wanda       S_ij = |W_ij| * ||X_j||_2
     ria         S_ij = (|W_ij| / sum_k |W_kj| + |W_ij| / sum_k |W_ik|) * ||X_j||_2^(1/2)
 
-A new criterion is one function and one `__all__` entry. Which scores are compared with which is the pattern's affair
-(`patterns.py`), how many are kept the allocation's (`allocations.py`).
+A new criterion is one function and one `__all__` entry; recipes have a list of names of their own. Which scores are
+compared with which is the pattern's affair (`patterns.py`), how many are kept the allocation's (`allocations.py`).
 """
 
 from __future__ import annotations

@@ -47,6 +47,16 @@ def test_scores_are_finite_float32_and_leave_the_layer_alone(name: str, dtype: t
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_scores_of_zero_weights_and_silent_inputs_are_finite(name: str):
+    """What a model pruned before has, and what stands behind a dead ReLU: 0 / 0 in a score that normalises."""
+    inputs = Inputs(4)
+    inputs.add_(torch.tensor([[1.0, 2.0, 0.0, 3.0], [4.0, 1.0, 0.0, 1.0]]))
+    weight = torch.arange(1.0, 17.0).view(4, 4)
+    weight[1], weight[:, 3] = 0, 0
+    assert bool(make(name)(Layer("fc", weight, inputs)).isfinite().all())
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_scores_do_not_depend_on_storage(name: str):
     layer = make_layer()
     turned = Layer(layer.name, layer.weight.T.contiguous().T, layer.inputs)
