@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from prunus.frankwolfe import SFW, KeptGradients, constrained_groups
+from prunus.constrained import KeptGradients, constrained_groups
+from prunus.frankwolfe import SFW
 from prunus.masks import Masks
 from prunus.sets import (
     Groups,

@@ -19,6 +19,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from prunus import patterns
 from prunus.run.recipe import Device, Share, Strict, digest, looks_local, merge, parse, read_yaml
+from prunus.run.vision.optimizers import Decay, OptimizerChoice, Pull
 
 __all__ = [
     "Augmentation",
@@ -88,8 +89,9 @@ def _schedule(value: Any) -> Any:
 
 
 class Training(Strict):
-    """How the network is trained, by SGD; `warmup`, milestones and `snapshots` are in epochs.
+    """How the network is trained, by SGD or another `optimizer`; `warmup`, milestones and `snapshots` are in epochs.
 
+    penalty: what is added to the loss of the first training, not of retraining.
     clip: largest norm of the gradient. ema: decay of a running mean of the weights, which then is what is measured.
     snapshots: epochs after which the weights are kept, for weight rewinding.
     evaluate_every: epochs between measurements while `prunus train` trains; 0 measures at the end alone.
@@ -103,6 +105,8 @@ class Training(Strict):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    optimizer: OptimizerChoice | None = None
+    penalty: Pull | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     augment: Augmentation = Augmentation(crop=4, flip=True)
     clip: Positive | None = None
@@ -121,7 +125,15 @@ class Training(Strict):
             raise ValueError(f"snapshots: epoch {late[0]} lies behind the end, epochs: {self.epochs}")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs momentum above 0")
+        if self.nesterov and self.optimizer is not None and self.optimizer != OptimizerChoice(sgd=Decay()):
+            raise ValueError("nesterov is a form of plain SGD: leave out nesterov or optimizer")
         return self
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can record the step: singular value decompositions make the host wait."""
+        prox = self.optimizer.prox if self.optimizer is not None else None
+        return not any(pull is not None and pull.nuclear for pull in (prox, self.penalty))
 
 
 class Pruning(Strict):
@@ -244,6 +256,8 @@ class ClassifierRecipe(Strict):
         rewind = self.retrain.rewind if self.retrain is not None else None
         if rewind is not None and rewind not in self.train.snapshots:
             raise ValueError(f"retrain.rewind: epoch {rewind} is not kept; set train.snapshots: [{rewind}]")
+        if self.capture is True and not self.train.capturable:
+            raise ValueError("capture: true cannot record a nuclear step or penalty, which decompose; leave it out")
         _check_model(self.model)
         if Path(self.out).is_file():
             raise ValueError(f"out: {self.out!r} is a file; give a folder")
