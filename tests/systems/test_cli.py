@@ -32,6 +32,7 @@ OPTIONS = {
     "demo": "what --out --sparsity",
     "train": "recipe --device --out --set",
     "prune": "run --sparsity --schedule --epochs --phases --pattern --out --set",
+    "sweep": "source --recipe --kinds --rates --schedule --epochs --images --out --set",
     "compare": "recipe --out --workers --together --minutes",
     "average": "checkpoints --out --weights --greedy",
     "pretrain": "recipe --out",

@@ -14,7 +14,7 @@ from prunus.report.table import format_value
 from prunus.run.inspect import Inspection
 from prunus.run.spread import spread
 
-__all__ = ["show_evaluation", "show_grid", "show_inspection", "show_result", "show_run"]
+__all__ = ["show_evaluation", "show_grid", "show_inspection", "show_result", "show_run", "show_sweep"]
 
 
 def show_result(result: Mapping[str, Any], out: Path) -> None:
@@ -90,6 +90,21 @@ def show_run(result: Mapping[str, Any], out: Path) -> None:
     if "speedup" in result:
         _note(f"{result['speedup']:.2f} times fewer multiplications in theory; the file is no smaller.")
     _note(f"Network: {out / 'model.safetensors'}; numbers: {out / 'result.json'}; picture: {out / 'report.png'}")
+
+
+def show_sweep(result: Mapping[str, Any], out: Path) -> None:
+    """The table of a sweep: a row a point, below it what was left alone and where everything was written."""
+    from prunus.run.vision.sweep import rows_of
+
+    print_table(rows_of(result), title=f"{result['model']}, {result['measured_on']} images, accuracy in %")
+    _note(
+        f"Latency: {result['timed_images']} images, measured on {result['device']}. Zeros alone save no time there; "
+        "their operations are counted in theory."
+    )
+    alone = {name: why for point in result["points"] for name, why in point["left_alone"].items()}
+    for name, why in alone.items():
+        _note(f"Left alone: {name}, {why}")
+    _note(f"Numbers: {out / 'sweep.json'}; table: {out / 'table.md'}; picture: {out / 'sweep.png'}")
 
 
 def show_grid(rows: Sequence[Mapping[str, Any]], out: Path, *, title: str = "") -> None:

@@ -36,6 +36,7 @@ __all__ = [
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Kind = Literal["zeros"]
 WORDS = ("constant", "linear", "cosine")
 OPTIONS = {"multistep": "milestones in epochs", "exponential": "a factor an epoch", "one_cycle": "the peak's share"}
 
@@ -140,6 +141,7 @@ class Pruning(Strict):
     """Which weights go: criterion, allocation, pattern, sparsity (share of zeros), in how many phases."""
 
     sparsity: float = 0.9
+    kind: Kind = "zeros"
     criterion: Literal["magnitude", "random"] = "magnitude"
     allocation: Literal["global", "uniform", "uniform_plus", "erk", "lamp"] = "global"
     pattern: str = "unstructured"
