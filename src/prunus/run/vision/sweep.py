@@ -122,8 +122,8 @@ def sweep(asked: Sweep) -> dict[str, Any]:
 def rows_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of the table: the dense network, then every point. Accuracies in percent, latencies in milliseconds."""
     stages_seen = list(dict.fromkeys(name for point in result["points"] for name in point["stages"] if name != "dense"))
-    dense = {"kind": "dense", "rate": 0.0, **result["dense"]}
-    dense["stages"] = {"pruned": dense["stages"]["dense"]}
+    shown = {"pruned": result["dense"]["stages"]["dense"]}
+    dense = {**result["dense"], "kind": "dense", "rate": 0.0, "stages": shown}
     return [_row(found, stages_seen) for found in (dense, *result["points"])]
 
 
