@@ -25,9 +25,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prunus.layers import matches
+from prunus.lowrank import _empty_pair, _replaced
 from prunus.selection import keep_largest, kept_of
 
-__all__ = ["Channels", "choose_filters", "filter_norms", "find_channels", "mask_filters", "remove_filters"]
+__all__ = [
+    "Channels",
+    "choose_filters",
+    "filter_norms",
+    "find_channels",
+    "mask_filters",
+    "remove_filters",
+    "resized",
+]
 
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -164,6 +173,34 @@ def remove_filters(model: nn.Module, example: Tensor, gone: Mapping[str, Tensor]
     return small
 
 
+@torch.no_grad()
+def resized(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the model whose layers have the sizes of a state dict, loaded with it.
+
+    state: of what `remove_filters` or `lowrank.decompose` made of such a model; names say which layers are two.
+    Raises ValueError for a state dict that is of no such network.
+
+    >>> model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+    >>> small = remove_filters(model, torch.zeros(1, 8), {"0": torch.tensor([1, 4])})
+    >>> resized(model, small.state_dict())[0]
+    Linear(in_features=8, out_features=4, bias=True)
+    """
+    copied = copy.deepcopy(model)
+    for name, module in list(copied.named_modules()):
+        prefix = f"{name}." if name else ""
+        pair = f"{prefix}0.weight" in state and f"{prefix}1.weight" in state
+        if pair and isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
+            two = _empty_pair(module, state[f"{prefix}0.weight"].shape[0])
+            copied = _replaced(copied, name, nn.Sequential(*two).train(module.training))
+        elif _makes(module) or isinstance(module, _BatchNorm):
+            _shape_(module, {part: state[prefix + part] for part in module.state_dict() if prefix + part in state})
+    try:
+        copied.load_state_dict(dict(state))
+    except RuntimeError as error:
+        raise ValueError(f"the state dict is not of a smaller {type(model).__name__}: {error}") from None
+    return copied
+
+
 @dataclass(frozen=True)
 class _Cut:
     """Which outputs and which inputs of a module go."""
@@ -298,6 +335,20 @@ def _cut_(module: nn.Module, cut: _Cut) -> None:
         module.out_features, module.in_features = len(outputs), len(inputs)
     else:
         module.out_channels, module.in_channels = len(outputs), len(inputs)
+
+
+def _shape_(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Cut a layer or a BatchNorm down to the shapes of `state`, in place, wherever: other values will be loaded."""
+    known = state.get("weight", state.get("running_mean"))
+    if known is None:
+        return
+    into = set[int]()
+    if not isinstance(module, _BatchNorm) and not _is_depthwise(module):
+        weight, groups = module.get_parameter("weight"), getattr(module, "groups", 1)
+        width = weight.shape[1]
+        into = {width * group + place for group in range(groups) for place in range(known.shape[1], width)}
+    size = module.num_features if isinstance(module, _BatchNorm) else _width(module)
+    _cut_(module, _Cut(set(range(known.shape[0], size)), into))
 
 
 def _left(size: int, gone: set[int]) -> Tensor:

@@ -11,8 +11,17 @@ from torch import nn
 
 from prunus import shrink
 from prunus.batchnorm import recalibrate_
+from prunus.lowrank import decompose, ranks_by_share
 from prunus.models import build_model
-from prunus.shrink import Channels, choose_filters, filter_norms, find_channels, mask_filters, remove_filters
+from prunus.shrink import (
+    Channels,
+    choose_filters,
+    filter_norms,
+    find_channels,
+    mask_filters,
+    remove_filters,
+    resized,
+)
 
 
 class Parts(nn.Module):
@@ -243,6 +252,19 @@ def test_global_choices_do_not_depend_on_a_layers_scale():
     scaled = {"a": scores["a"] * 100, "b": scores["b"]}
     found = [choose_filters(each, channels, 0.25, allocation="global") for each in (scores, scaled)]
     assert [{name: places.tolist() for name, places in each.items()} for each in found] == [{"a": [0, 1], "b": []}] * 2
+
+
+@pytest.mark.parametrize("name", ["parts", "resnet8", "vgg16_bn"])
+def test_a_smaller_network_is_made_again_from_its_state(name):
+    model, x = made(name)
+    small = remove_filters(model, x[:1], random_choice(model, x, 0.5))
+    again = resized(model, small.state_dict())
+    assert torch.equal(again(x), small(x))
+    assert str(again) == str(small)  # every size that a layer knows of itself
+    thin, _ = decompose(model, ranks_by_share(model, 0.6))
+    assert torch.equal(resized(model, thin.state_dict())(x), thin(x))
+    with pytest.raises(ValueError, match="is not of a smaller"):
+        resized(model, {"nothing.weight": torch.zeros(1)})
 
 
 @pytest.mark.parametrize("name", shrink.__all__)

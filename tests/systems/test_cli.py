@@ -31,7 +31,7 @@ OPTIONS = {
     "inspect": "path --out",
     "demo": "what --out --sparsity",
     "train": "recipe --device --out --set",
-    "prune": "run --sparsity --schedule --epochs --phases --pattern --out --set",
+    "prune": "run --sparsity --schedule --epochs --phases --pattern --kind --out --set",
     "sweep": "source --recipe --kinds --rates --schedule --epochs --images --out --set",
     "compare": "recipe --out --workers --together --minutes",
     "average": "checkpoints --out --weights --greedy",

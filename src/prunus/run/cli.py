@@ -175,6 +175,7 @@ def prune(
     epochs: Annotated[float | None, typer.Option(help="Epochs of retraining; without it there is none.")] = None,
     phases: Annotated[int | None, typer.Option(help="Prune and retrain that many times.")] = None,
     pattern: Annotated[str | None, typer.Option(help="unstructured, N:M, 'block RxC' or filters.")] = None,
+    kind: Annotated[str | None, typer.Option(help="zeros, or a smaller network: filters, low_rank.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; RUN/pruned if left out.")] = None,
     assign: SetOption = None,
 ) -> None:
@@ -189,6 +190,7 @@ def prune(
         "retrain.epochs": epochs,
         "prune.phases": phases,
         "prune.pattern": pattern,
+        "prune.kind": kind,
     }
     checked = pruning_of(run, _assignments(assign) | {k: v for k, v in flags.items() if v is not None}, out)
     show_run(prune_run(checked, run), Path(checked.out))

@@ -88,7 +88,8 @@ def show_run(result: Mapping[str, Any], out: Path) -> None:
     speed = f"{result['images_per_second']:,.0f} images/s"
     _note(f"{result['epochs']:.4g} epochs, {result['seconds']:.0f} s on {result['device']}, {speed}.")
     if "speedup" in result:
-        _note(f"{result['speedup']:.2f} times fewer multiplications in theory; the file is no smaller.")
+        smaller = "and the file is smaller" if "left_alone" in result else "in theory; the file is no smaller"
+        _note(f"{result['speedup']:.2f} times fewer multiplications {smaller}.")
     _note(f"Network: {out / 'model.safetensors'}; numbers: {out / 'result.json'}; picture: {out / 'report.png'}")
 
 
@@ -101,9 +102,12 @@ def show_sweep(result: Mapping[str, Any], out: Path) -> None:
         f"Latency: {result['timed_images']} images, measured on {result['device']}. Zeros alone save no time there; "
         "their operations are counted in theory."
     )
-    alone = {name: why for point in result["points"] for name, why in point["left_alone"].items()}
-    for name, why in alone.items():
-        _note(f"Left alone: {name}, {why}")
+    for kind in dict.fromkeys(point["kind"] for point in result["points"]):
+        alone = [set[str](point["left_alone"]) for point in result["points"] if point["kind"] == kind]
+        always, ever = sorted(set.intersection(*alone)), set.union(*alone)
+        if ever:
+            some = f"; {len(ever) - len(always)} more at some rates" if len(ever) > len(always) else ""
+            _note(f"{kind}: {', '.join(always) or 'no layer'} left alone at every rate{some}. Reasons: sweep.json")
     _note(f"Numbers: {out / 'sweep.json'}; table: {out / 'table.md'}; picture: {out / 'sweep.png'}")
 
 

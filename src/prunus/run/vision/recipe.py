@@ -36,7 +36,7 @@ __all__ = [
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
-Kind = Literal["zeros"]
+Kind = Literal["zeros", "filters", "low_rank"]
 WORDS = ("constant", "linear", "cosine")
 OPTIONS = {"multistep": "milestones in epochs", "exponential": "a factor an epoch", "one_cycle": "the peak's share"}
 
@@ -138,7 +138,12 @@ class Training(Strict):
 
 
 class Pruning(Strict):
-    """Which weights go: criterion, allocation, pattern, sparsity (share of zeros), in how many phases."""
+    """Which weights go: criterion, allocation, pattern, sparsity, in how many phases.
+
+    kind: "zeros" leaves a network of the same size, sparsity being the share of zeros; "filters" removes that share of
+    the filters, of each layer (allocation uniform) or of all (global); "low_rank" decomposes layers, dropping that
+    share of the ranks of each (uniform) or of the weights of all (global).
+    """
 
     sparsity: float = 0.9
     kind: Kind = "zeros"
@@ -152,7 +157,9 @@ class Pruning(Strict):
     @model_validator(mode="before")
     @classmethod
     def _implied(cls, value: Any) -> Any:
-        """An N:M pattern says its own sparsity, and is the same in every layer."""
+        """An N:M pattern says its own sparsity, and is the same in every layer; smaller networks are, too."""
+        if isinstance(value, dict) and value.get("kind", "zeros") != "zeros":
+            return {"allocation": "uniform", **value}
         if isinstance(value, dict) and ":" in str(value.get("pattern", "")):
             fixed = {"sparsity": patterns.parse(str(value["pattern"])).sparsity, "allocation": "uniform"}
             return {**fixed, **value}
@@ -162,11 +169,22 @@ class Pruning(Strict):
     def _check(self) -> Pruning:
         pattern = patterns.parse(self.pattern)
         patterns.check_sparsity(pattern, self.sparsity)
+        if self.kind != "zeros":
+            self._check_smaller()
         if pattern.sparsity is not None and (self.allocation != "uniform" or self.phases > 1):
             raise ValueError(
                 f"pattern {self.pattern!r} fixes the share of zeros in every group: leave out allocation and phases"
             )
         return self
+
+    def _check_smaller(self) -> None:
+        fixed = {"pattern": "unstructured", "phases": 1}
+        fixed |= {"criterion": "magnitude"} if self.kind == "low_rank" else {}
+        strange = [key for key, value in fixed.items() if getattr(self, key) != value]
+        if strange:
+            raise ValueError(f"kind {self.kind} makes the network smaller at once: leave out {strange[0]}")
+        if self.allocation not in ("uniform", "global"):
+            raise ValueError(f"kind {self.kind} knows the allocations uniform and global; got {self.allocation!r}")
 
 
 class Retraining(Strict):
@@ -258,6 +276,8 @@ class ClassifierRecipe(Strict):
         rewind = self.retrain.rewind if self.retrain is not None else None
         if rewind is not None and rewind not in self.train.snapshots:
             raise ValueError(f"retrain.rewind: epoch {rewind} is not kept; set train.snapshots: [{rewind}]")
+        if rewind is not None and self.prune is not None and self.prune.kind != "zeros":
+            raise ValueError("retrain.rewind: a network that became smaller has no earlier weights; leave it out")
         if self.capture is True and not self.train.capturable:
             raise ValueError("capture: true cannot record a nuclear step or penalty, which decompose; leave it out")
         _check_model(self.model)
@@ -266,7 +286,8 @@ class ClassifierRecipe(Strict):
         return self
 
     def _check_during(self, prune: Pruning) -> None:
-        asked = [key for key in ("phases", "criterion", "allocation", "pattern") if key in prune.model_fields_set]
+        own = ("kind", "phases", "criterion", "allocation", "pattern")
+        asked = [key for key in own if key in prune.model_fields_set]
         changed = [key for key in asked if getattr(prune, key) != Pruning.model_fields[key].default]
         if changed:
             raise ValueError(f"prune.{changed[0]}: a method that prunes during training chooses itself; leave it out")
