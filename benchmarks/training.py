@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from prunus.compiled import compile_blocks_
 from prunus.during import During
 from prunus.images import Augment, ImageBatches, Images
 from prunus.masks import Masks
@@ -40,6 +41,8 @@ def make(arguments: argparse.Namespace, seed: int) -> tuple[nn.Module, ImageBatc
     channels_last = cuda and not arguments.channels_first
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
+    if arguments.compile:
+        compile_blocks_(model)
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(256, (arguments.images, 3, 32, 32), generator=generator, dtype=torch.uint8).to(device)
     labels = torch.randint(10, (arguments.images,), generator=generator).to(device)
@@ -142,11 +145,14 @@ def main() -> None:
     parser.add_argument("--together", type=int, nargs="*", default=[2, 4])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--channels-first", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="blocks compiled by torch.compile, in every run")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     cuda = torch.device(arguments.device).type == "cuda"
     torch.backends.cudnn.benchmark = True
     runs: dict[str, Callable[..., None]] = {"textbook": textbook, "ours": ours}
+    if arguments.compile:  # once, before threads share the programs
+        rate_of(arguments, ours, 1, cuda)
     captured = partial(ours, capture=True) if cuda else ours
     if cuda:
         runs["ours, captured"] = captured
@@ -159,6 +165,7 @@ def main() -> None:
         sys.stdout.write(f"  {name:<24}{value:>12,.0f} images/s   {value / found['textbook']:.2f} x textbook\n")
     if arguments.out is not None:
         settings = {"model": arguments.model, "batch_size": arguments.batch_size, "device": device}
+        settings["compiled"] = arguments.compile
         with arguments.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**settings, "torch": torch.__version__, "images_per_second": found}) + "\n")
 

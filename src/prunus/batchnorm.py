@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from prunus.compiled import uncompiled
 from prunus.precision import Precision, autocast
 
 __all__ = ["recalibrate_"]
@@ -44,10 +45,10 @@ def recalibrate_(model: nn.Module, batches: Iterable[Any], *, precision: Precisi
     if not norms:
         return 0
     device, images, seen = _device(norms), 0, 0
-    with _counting(model, norms) as pooled, autocast(device, precision):
+    with _counting(model, norms) as pooled, uncompiled(model) as plain, autocast(device, precision):
         for batch in batches:
             x: Tensor = batch[0] if isinstance(batch, (tuple, list)) else batch
-            model(x.to(device))
+            plain(x.to(device))
             images, seen = images + len(x), seen + 1
     if not seen:
         raise ValueError("BatchNorm cannot be recalibrated from no batch; give at least one (a share above 0)")

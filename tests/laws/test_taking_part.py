@@ -1,5 +1,6 @@
 """Laws of methods that take part in training: when each hook is called, what it may change, and that runs resume."""
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -262,17 +263,21 @@ def test_capture_refuses_what_it_would_get_wrong():
 @gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_captured_runs_in_threads_do_not_disturb_each_other():
+    begin = [make_model(seed).state_dict() for seed in range(12)]  # the global generator is no thread's own
+
     def work(seed: int) -> list[float]:
         losses: list[float] = []
         with torch.cuda.stream(torch.cuda.Stream()):
             for again in range(6):  # recordings of some threads fall into the replays of others
-                model = make_model(seed + again).cuda()
+                model = copy.deepcopy(plain).cuda()
+                model.load_state_dict(begin[seed + again])
                 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
                 loss, steps = classification_loss(), 40 + 7 * seed
                 trace = train(model, batches, optimizer, lambda _: 1.0, steps=steps, loss=loss, capture=True)
                 losses += trace.losses[:40]
         return losses
 
+    plain = make_model()
     alone = [work(seed) for seed in range(6)]
     with ThreadPoolExecutor(6) as pool:
         at_once = list(pool.map(work, range(6)))

@@ -33,7 +33,7 @@ OPTIONS = {
     "train": "recipe --device --out --set",
     "prune": "run --sparsity --schedule --epochs --phases --pattern --kind --out --set",
     "sweep": "source --recipe --kinds --rates --schedule --epochs --images --out --set",
-    "compare": "recipe --out --workers --together --minutes",
+    "compare": "recipes --out --workers --together --minutes",
     "average": "checkpoints --out --weights --greedy",
     "pretrain": "recipe --out",
     "show": "recipe --set",

@@ -20,6 +20,7 @@ from prunus.report import read_metrics
 from prunus.run.recipe import parse
 from prunus.run.vision import setting as settings
 from prunus.run.vision import stages
+from prunus.run.vision import train as running
 from prunus.run.vision.experiment import budgets
 from prunus.run.vision.recipe import ClassifierRecipe, Retraining, dense_key
 from prunus.run.vision.setting import Setting
@@ -240,6 +241,16 @@ def _counting(steps: Counter[int], call: Any) -> Any:
         return call(self, step)
 
     return counted
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_training_of_a_method_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(running, "plot_run", lambda losses, stages, path, **more: drawn.update(losses=losses, **more))
+    train_run(checked(tmp_path, during={"gmp": {"every": 0.25}}, prune={"sparsity": 0.8}))
+    assert len(drawn["losses"]) == TRAIN["epochs"]
+    assert 0 < drawn["losses"][1] < drawn["losses"][0]
+    assert max(drawn["rates"]) == TRAIN["lr"]
 
 
 @pytest.mark.usefixtures("tiny")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from prunus.compiled import uncompiled
 from prunus.precision import Precision, autocast
 
 __all__ = ["Accuracy", "accuracy"]
@@ -59,12 +60,13 @@ def accuracy(
     classes = 0
     try:
         model.eval()
-        for x, y in batches:
-            device = next(model.parameters(), x).device
-            with autocast(device, precision):
-                logits: Tensor = model(x.to(device))
-            classes = logits.shape[1]
-            parts.append(_seen(logits.float(), y.to(device)))
+        with uncompiled(model) as plain:  # a program for each shape of a last batch would cost more than it saves
+            for x, y in batches:
+                device = next(model.parameters(), x).device
+                with autocast(device, precision):
+                    logits: Tensor = plain(x.to(device))
+                classes = logits.shape[1]
+                parts.append(_seen(logits.float(), y.to(device)))
     finally:
         for module, mode in modes.items():
             module.training = mode

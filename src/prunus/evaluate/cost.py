@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from prunus.compiled import uncompiled
 from prunus.masks import Masks
 
 __all__ = ["Cost", "Energy", "cost", "flops_of", "weight_change"]
@@ -153,8 +154,8 @@ def _own_flops(model: nn.Module, x: Tensor) -> dict[str, int]:
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        with FlopCounterMode(display=False) as counter:
-            model(x)
+        with uncompiled(model) as plain, FlopCounterMode(display=False) as counter:
+            plain(x)
     finally:
         for module, mode in modes.items():
             module.training = mode

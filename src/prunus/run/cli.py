@@ -229,8 +229,8 @@ def sweep(
 
 @app.command()
 def compare(
-    recipe: Annotated[Path, typer.Argument(help="YAML grid: a base recipe and the axes that vary.")],
-    out: Annotated[Path | None, typer.Option(help="Folder of the grid.")] = None,
+    recipes: Annotated[list[Path], typer.Argument(help="YAML grids: a base recipe and the axes that vary.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the grid; of several, that of their folders.")] = None,
     workers: Annotated[
         int,
         typer.Option(
@@ -244,19 +244,19 @@ def compare(
         float | None, typer.Option(help="Begin no member later than this; then make the tables of what is done.")
     ] = None,
 ) -> None:
-    """Run a grid of recipes; a killed grid goes on and repeats nothing that is finished."""
-    from prunus.run.compare import compare as run
-    from prunus.run.compare import load_grid
+    """Run grids of recipes, side by side; a killed grid goes on and repeats nothing that is finished."""
+    from prunus.run.compare import compare_all, load_grids
     from prunus.run.show import show_grid
 
     _alone("compare")
-    grid = load_grid(recipe, out)
+    grids = load_grids(recipes, out)
     try:
-        rows = run(grid, workers=workers, together=together, minutes=minutes)
+        found = compare_all(grids, workers=workers, together=together, minutes=minutes)
     except RuntimeError as error:  # members failed; the others are finished and in the tables
         typer.echo(f"prunus: {error}", err=True)
         raise typer.Exit(1) from None
-    show_grid(rows, Path(grid.out))
+    for grid, rows in zip(grids, found, strict=True):
+        show_grid(rows, Path(grid.out))
 
 
 @app.command()

@@ -14,7 +14,7 @@ Tuned values are chosen by the perplexity on `text`, or by the accuracy on valid
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -190,35 +190,64 @@ def tuning_members(grid: Grid) -> list[Member]:
     return members
 
 
-def final_members(grid: Grid, results: Mapping[str, Mapping[str, Any]], *, partial: bool = False) -> list[Member]:
+def final_members(
+    grid: Grid,
+    results: Mapping[str, Mapping[str, Any]],
+    *,
+    partial: bool = False,
+    ended: Collection[str] | None = None,
+) -> list[Member]:
     """Every cell and seed with its chosen value; `results` (member key -> result) must hold the tuning members.
 
     partial: leave out cells whose value cannot be chosen yet. Raises ValueError for such a cell otherwise.
+    ended: keys of tuning members; a cell with a try that is not among them is left out, whatever results it has.
     """
     members: list[Member] = []
     for labels in grid.cells():
-        tuned = _chosen(grid, labels, results)
+        tries = _tries(grid, labels)
+        if ended is not None and not all(key in ended for key, _ in tries):
+            continue
+        tuned = _chosen(grid, tries, results)
         if tuned is None:
             if partial:
                 continue
             raise ValueError(f"no tuning member of {' / '.join(labels.values())} finished; see the *.error.txt files")
-        seeds = grid.cell_seeds(labels) if _random(grid, labels) else grid.seeds[:1]
-        members += [_member(grid, labels, seed, tuned) for seed in seeds]
+        members += _seeded(grid, labels, tuned)
     return members
 
 
-def _chosen(grid: Grid, labels: Labels, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The best of the tried values, nothing for a cell that is not tuned, None when no try is finished."""
+def likely_members(grid: Grid, results: Mapping[str, Mapping[str, Any]]) -> list[Member]:
+    """Every cell and seed, with the best value known so far, or the first that will be tried."""
+    members: list[Member] = []
+    for labels in grid.cells():
+        tries = _tries(grid, labels)
+        tuned = _chosen(grid, tries, results)
+        members += _seeded(grid, labels, tries[0][1] if tuned is None else tuned)
+    return members
+
+
+def _seeded(grid: Grid, labels: Labels, tuned: dict[str, Any]) -> list[Member]:
+    seeds = grid.cell_seeds(labels) if _random(grid, labels) else grid.seeds[:1]
+    return [_member(grid, labels, seed, tuned) for seed in seeds]
+
+
+def _tries(grid: Grid, labels: Labels) -> list[tuple[str, dict[str, Any]]]:
+    """Key and values of each member that chooses for a cell; none for a cell that is not tuned."""
     tried = grid.tuned(labels)
-    if tried is None or grid.tune is None:
-        return {}
+    if tried is None:
+        return []
     anchor = {**labels, **tried.at}
-    losses: dict[int, float] = {}
-    for i, overrides in enumerate(tried.overrides()):
-        key = _trial(grid, anchor, overrides).key
-        if key in results:
-            losses[i] = grid.kind.loss(results[key], grid.tune)
-    return tried.overrides()[min(losses, key=lambda i: losses[i])] if losses else None
+    return [(_trial(grid, anchor, overrides).key, overrides) for overrides in tried.overrides()]
+
+
+def _chosen(
+    grid: Grid, tries: Sequence[tuple[str, dict[str, Any]]], results: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """The best of the tried values, nothing for a cell that is not tuned, None when no try is finished."""
+    if not tries or grid.tune is None:
+        return {}
+    losses = {i: grid.kind.loss(results[key], grid.tune) for i, (key, _) in enumerate(tries) if key in results}
+    return tries[min(losses, key=lambda i: losses[i])][1] if losses else None
 
 
 def _random(grid: Grid, labels: Labels) -> bool:

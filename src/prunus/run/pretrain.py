@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
+from prunus.compiled import compile_blocks_
 from prunus.data import SPLITS, PackedTokens, read_texts, tokenize_documents
 from prunus.evaluate.ngram import count_ngrams, fit_weights, trigram_perplexity, unigram_perplexity
 from prunus.evaluate.perplexity import perplexity
@@ -248,8 +249,7 @@ def _ready(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerFast) -> OPTFor
     model = _build(recipe, tokenizer)
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # pyright: ignore[reportArgumentType]
     if recipe.compile:
-        for block in model.model.decoder.layers:
-            block.compile()
+        compile_blocks_(model)
     return model
 
 

@@ -26,7 +26,7 @@ from prunus.lr import Original, retraining
 from prunus.masks import Masks
 from prunus.retrain import Phase, imp, phase_sparsities, split_steps
 from prunus.run.vision import stages
-from prunus.run.vision.dense import Dense, dense
+from prunus.run.vision.dense import Dense, dense, losses_by_epoch
 from prunus.run.vision.recipe import ClassifierRecipe, Pruning, Retraining, methods
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.smaller import Smaller, smaller
@@ -40,11 +40,16 @@ Watch = Callable[[nn.Module, During | None], list[During]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run: the network, its masks (None when dense), and its numbers."""
+    """A finished run: the network, its masks (None when dense), its numbers.
+
+    trace: learning rates as runs and losses by epoch of a training during which a method pruned; a dense training
+    leaves them in its folder.
+    """
 
     model: nn.Module
     masks: Masks | None
     result: dict[str, Any]
+    trace: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 def experiment(
@@ -83,6 +88,7 @@ class _Experiment:
     notes: _Notes
     reached: float | None = None
     small: Smaller | None = None
+    trace: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def recipe(self) -> ClassifierRecipe:
@@ -107,7 +113,7 @@ class _Experiment:
                 model = self.small.model
                 self._retrain_smaller(self.small, found.original, self.recipe.retrain)
         result = self._result(model, masks, before)
-        return Outcome(model, masks, result | {"seconds": time.perf_counter() - started})
+        return Outcome(model, masks, result | {"seconds": time.perf_counter() - started}, self.trace)
 
     def _dense(self) -> Dense:
         steps = self.setting.steps(self.recipe.train.epochs)
@@ -152,7 +158,9 @@ class _Experiment:
         alone = dict(method.named_buffers()).get("reached")
         self.reached = None if alone is None else float(alone)
         self._measure_pruned(model)
-        return model, masks, Original.of(trace.lrs, warmup)
+        original = Original.of(trace.lrs, warmup)
+        self.trace = {"lrs": original.runs(), "losses": losses_by_epoch(trace.losses, setting.epoch_steps)}
+        return model, masks, original
 
     def _phases(self, model: nn.Module, found: Dense, asked: Pruning) -> Masks:
         """Prune and retrain, phase by phase."""

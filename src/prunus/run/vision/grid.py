@@ -1,11 +1,13 @@
 """Grids of classifier recipes: seeds, tuning by validation accuracy, shared dense trainings, the bench of a member.
 
 out/dense/KEY/    a dense training, done once for all members that start from it (see `dense`)
+out/work/KEY/     a member that is being run, or was killed: it goes on from there
 """
 
 from __future__ import annotations
 
 import difflib
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,8 +111,9 @@ class _Bench:
         from prunus.run.vision.experiment import experiment
         from prunus.run.vision.setting import Setting
 
-        setting = Setting.of(member.recipe)
-        found = experiment(setting, _dense_folder(self.out, member.recipe)).result
+        setting, work = Setting.of(member.recipe), self.out / "work" / member.key
+        found = experiment(setting, _dense_folder(self.out, member.recipe), work=work).result
+        shutil.rmtree(work, ignore_errors=True)
         head: dict[str, Any] = {"labels": member.labels, "seed": member.seed, "tuned": member.tuned}
         return {**head, **found, "device": setting.name, "recipe": member.recipe.model_dump(mode="json")}
 

@@ -249,8 +249,8 @@ class ClassifierRecipe(Strict):
 
     model: a name of `models.build_model`, such as resnet18, resnet20, wrn28_10, "timm:NAME", "torchvision:NAME".
     during: one method that prunes while training, by name, with its options; it reaches prune.sparsity.
-    capture: record the training step as a CUDA graph. recalibrate: share of the training images on which BatchNorm
-    statistics are counted anew after pruning.
+    capture: record the training step as a CUDA graph. compile: the network's repeated blocks, by torch.compile.
+    recalibrate: share of the training images on which BatchNorm statistics are counted anew after pruning.
     """
 
     images: ImageSource
@@ -264,6 +264,7 @@ class ClassifierRecipe(Strict):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: Device = "auto"
     capture: Literal["auto"] | bool = "auto"
+    compile: bool = False
     channels_last: Literal["auto"] | bool = "auto"
     out: str = "runs/train"
 

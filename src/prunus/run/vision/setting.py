@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunus.compiled import compile_blocks_
 from prunus.images import Augment, ImageBatches, Images, plain_batches, read_images
 from prunus.models import build_model
 from prunus.precision import Precision
@@ -95,6 +96,8 @@ class Setting:
         model = model.to(self.device)
         if self.channels_last:
             model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's stub lacks it
+        if self.recipe.compile:
+            compile_blocks_(model)
         return model
 
     def batches(self, part: int) -> ImageBatches:

@@ -158,11 +158,16 @@ def _write(out: Path, recipe: ClassifierRecipe, outcome: Outcome, result: dict[s
     info = {"format": FORMAT, "recipe": recipe.model_dump(mode="json"), "metrics": numbers, "versions": versions}
     kept = {"masks": MASKS_NAME if outcome.masks is not None else None}
     write_json(out / INFO_NAME, info | kept | {"sparsity": {"layers": result.get("by_layer", {})}})
-    trace = json.loads((dense / "trace.json").read_text(encoding="utf-8")) if (dense / "trace.json").exists() else {}
+    trace = outcome.trace or _trace(dense)
     shown = {name: 100 * found["top1"] for name, found in result["stages"].items()}
     plot_run(trace.get("losses", []), shown, out / "report.png", rates=_rates(trace), title=recipe.model)
     write_json(out / "result.json", result)
     shutil.rmtree(out / "work", ignore_errors=True)
+
+
+def _trace(dense: Path) -> dict[str, Any]:
+    path = dense / "trace.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _rates(trace: Mapping[str, Any]) -> list[float]:
