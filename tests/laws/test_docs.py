@@ -9,6 +9,7 @@ from typing import Literal, get_args, get_origin
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -165,6 +166,7 @@ def words_of(annotation):
         ("The classifier recipe", "ClassifierRecipe"),
         ("Classifier `images`", "ImageSource"),
         ("Classifier `train`", "Training"),
+        ("Classifier `optimizer`", "FrankWolfe"),
         ("Classifier `augment`", "Augmentation"),
         ("Classifier `prune`", "Pruning"),
         ("Classifier `retrain`", "Retraining"),
@@ -173,9 +175,10 @@ def words_of(annotation):
 )
 def test_the_reference_of_keys_is_complete_and_true(heading, section):
     from prunus.run import grid, recipe
+    from prunus.run.vision import optimizers
     from prunus.run.vision import recipe as classifier
 
-    where = next(module for module in (recipe, classifier, grid) if hasattr(module, section))
+    where = next(module for module in (recipe, classifier, optimizers, grid) if hasattr(module, section))
     fields = getattr(where, section).model_fields
     rows = table_under(heading)
     assert [row[0].strip("`") for row in rows] == list(fields)
@@ -189,6 +192,7 @@ def test_the_reference_of_keys_is_complete_and_true(heading, section):
         else:
             shown = yaml.safe_load(cell.strip("`"))
             default = field.get_default(call_default_factory=True)
+            default = default.model_dump(exclude_none=True) if isinstance(default, BaseModel) else default
             default = list(default) if isinstance(default, tuple) else default
             assert (None if shown == "none" else shown) == default, f"{heading}, {key}"
 

@@ -175,6 +175,7 @@ def prune(
     epochs: Annotated[float | None, typer.Option(help="Epochs of retraining; without it there is none.")] = None,
     phases: Annotated[int | None, typer.Option(help="Prune and retrain that many times.")] = None,
     pattern: Annotated[str | None, typer.Option(help="unstructured, N:M, 'block RxC' or filters.")] = None,
+    kind: Annotated[str | None, typer.Option(help="zeros, or a smaller network: filters, low_rank.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; RUN/pruned if left out.")] = None,
     assign: SetOption = None,
 ) -> None:
@@ -189,9 +190,41 @@ def prune(
         "retrain.epochs": epochs,
         "prune.phases": phases,
         "prune.pattern": pattern,
+        "prune.kind": kind,
     }
     checked = pruning_of(run, _assignments(assign) | {k: v for k, v in flags.items() if v is not None}, out)
     show_run(prune_run(checked, run), Path(checked.out))
+
+
+@app.command()
+def sweep(
+    source: Annotated[Path, typer.Argument(help="Run folder that `prunus train` left, or a file with a state dict.")],
+    recipe: Annotated[Path | None, typer.Option(help="Of a state dict: the YAML recipe of its network.")] = None,
+    kinds: Annotated[str, typer.Option(help="What becomes of the network, with commas; all if left out.")] = "all",
+    rates: Annotated[str | None, typer.Option(help="Shares that go, as in 0.5,0.9; 0 to 0.99 if left out.")] = None,
+    schedule: Annotated[str, typer.Option(help="Of retraining: ft, lrw, slr, clr, llr, allr.")] = "allr",
+    epochs: Annotated[float | None, typer.Option(help="Epochs of retraining; without it there is none.")] = None,
+    images: Annotated[int, typer.Option(help="Images in the batch whose forward pass is timed.")] = 128,
+    out: Annotated[Path | None, typer.Option(help="Folder of the sweep; RUN/sweep if left out.")] = None,
+    assign: SetOption = None,
+) -> None:
+    """Compress one dense classifier at many rates, in several ways, without retraining. A killed sweep goes on."""
+    from prunus.run.show import show_sweep
+    from prunus.run.vision.sweep import KINDS, RATES, sweep_of
+    from prunus.run.vision.sweep import sweep as run
+
+    _alone("sweep")
+    asked = sweep_of(
+        source,
+        recipe=recipe,
+        kinds=KINDS if kinds == "all" else kinds.split(","),
+        rates=_numbers(rates, "--rates") or RATES,
+        retrain=None if epochs is None else {"schedule": schedule, "epochs": epochs},
+        overrides=_assignments(assign),
+        out=out,
+        timed=images,
+    )
+    show_sweep(run(asked), asked.out)
 
 
 @app.command()

@@ -14,7 +14,7 @@ from prunus.report.table import format_value
 from prunus.run.inspect import Inspection
 from prunus.run.spread import spread
 
-__all__ = ["show_evaluation", "show_grid", "show_inspection", "show_result", "show_run"]
+__all__ = ["show_evaluation", "show_grid", "show_inspection", "show_result", "show_run", "show_sweep"]
 
 
 def show_result(result: Mapping[str, Any], out: Path) -> None:
@@ -88,8 +88,27 @@ def show_run(result: Mapping[str, Any], out: Path) -> None:
     speed = f"{result['images_per_second']:,.0f} images/s"
     _note(f"{result['epochs']:.4g} epochs, {result['seconds']:.0f} s on {result['device']}, {speed}.")
     if "speedup" in result:
-        _note(f"{result['speedup']:.2f} times fewer multiplications in theory; the file is no smaller.")
+        smaller = "and the file is smaller" if "left_alone" in result else "in theory; the file is no smaller"
+        _note(f"{result['speedup']:.2f} times fewer multiplications {smaller}.")
     _note(f"Network: {out / 'model.safetensors'}; numbers: {out / 'result.json'}; picture: {out / 'report.png'}")
+
+
+def show_sweep(result: Mapping[str, Any], out: Path) -> None:
+    """The table of a sweep: a row a point, below it what was left alone and where everything was written."""
+    from prunus.run.vision.sweep import rows_of
+
+    print_table(rows_of(result), title=f"{result['model']}, {result['measured_on']} images, accuracy in %")
+    _note(
+        f"Latency: {result['timed_images']} images, measured on {result['device']}. Zeros alone save no time there; "
+        "their operations are counted in theory."
+    )
+    for kind in dict.fromkeys(point["kind"] for point in result["points"]):
+        alone = [set[str](point["left_alone"]) for point in result["points"] if point["kind"] == kind]
+        always, ever = sorted(set.intersection(*alone)), set.union(*alone)
+        if ever:
+            some = f"; {len(ever) - len(always)} more at some rates" if len(ever) > len(always) else ""
+            _note(f"{kind}: {', '.join(always) or 'no layer'} left alone at every rate{some}. Reasons: sweep.json")
+    _note(f"Numbers: {out / 'sweep.json'}; table: {out / 'table.md'}; picture: {out / 'sweep.png'}")
 
 
 def show_grid(rows: Sequence[Mapping[str, Any]], out: Path, *, title: str = "") -> None:

@@ -19,6 +19,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from prunus import patterns
 from prunus.run.recipe import Device, Share, Strict, digest, looks_local, merge, parse, read_yaml
+from prunus.run.vision.optimizers import Decay, OptimizerChoice, Pull
 
 __all__ = [
     "Augmentation",
@@ -35,6 +36,7 @@ __all__ = [
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Kind = Literal["zeros", "filters", "low_rank"]
 WORDS = ("constant", "linear", "cosine")
 OPTIONS = {"multistep": "milestones in epochs", "exponential": "a factor an epoch", "one_cycle": "the peak's share"}
 
@@ -88,8 +90,9 @@ def _schedule(value: Any) -> Any:
 
 
 class Training(Strict):
-    """How the network is trained, by SGD; `warmup`, milestones and `snapshots` are in epochs.
+    """How the network is trained, by SGD or another `optimizer`; `warmup`, milestones and `snapshots` are in epochs.
 
+    penalty: what is added to the loss of the first training, not of retraining.
     clip: largest norm of the gradient. ema: decay of a running mean of the weights, which then is what is measured.
     snapshots: epochs after which the weights are kept, for weight rewinding.
     evaluate_every: epochs between measurements while `prunus train` trains; 0 measures at the end alone.
@@ -103,6 +106,8 @@ class Training(Strict):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    optimizer: OptimizerChoice | None = None
+    penalty: Pull | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     augment: Augmentation = Augmentation(crop=4, flip=True)
     clip: Positive | None = None
@@ -121,13 +126,27 @@ class Training(Strict):
             raise ValueError(f"snapshots: epoch {late[0]} lies behind the end, epochs: {self.epochs}")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs momentum above 0")
+        if self.nesterov and self.optimizer is not None and self.optimizer != OptimizerChoice(sgd=Decay()):
+            raise ValueError("nesterov is a form of plain SGD: leave out nesterov or optimizer")
         return self
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can record the step: singular value decompositions make the host wait."""
+        prox = self.optimizer.prox if self.optimizer is not None else None
+        return not any(pull is not None and pull.nuclear for pull in (prox, self.penalty))
 
 
 class Pruning(Strict):
-    """Which weights go: criterion, allocation, pattern, sparsity (share of zeros), in how many phases."""
+    """Which weights go: criterion, allocation, pattern, sparsity, in how many phases.
+
+    kind: "zeros" leaves a network of the same size, sparsity being the share of zeros; "filters" removes that share of
+    the filters, of each layer (allocation uniform) or of all (global); "low_rank" decomposes layers, dropping that
+    share of the ranks of each (uniform) or of the weights of all (global).
+    """
 
     sparsity: float = 0.9
+    kind: Kind = "zeros"
     criterion: Literal["magnitude", "random"] = "magnitude"
     allocation: Literal["global", "uniform", "uniform_plus", "erk", "lamp"] = "global"
     pattern: str = "unstructured"
@@ -138,7 +157,9 @@ class Pruning(Strict):
     @model_validator(mode="before")
     @classmethod
     def _implied(cls, value: Any) -> Any:
-        """An N:M pattern says its own sparsity, and is the same in every layer."""
+        """An N:M pattern says its own sparsity, and is the same in every layer; smaller networks are, too."""
+        if isinstance(value, dict) and value.get("kind", "zeros") != "zeros":
+            return {"allocation": "uniform", **value}
         if isinstance(value, dict) and ":" in str(value.get("pattern", "")):
             fixed = {"sparsity": patterns.parse(str(value["pattern"])).sparsity, "allocation": "uniform"}
             return {**fixed, **value}
@@ -148,11 +169,22 @@ class Pruning(Strict):
     def _check(self) -> Pruning:
         pattern = patterns.parse(self.pattern)
         patterns.check_sparsity(pattern, self.sparsity)
+        if self.kind != "zeros":
+            self._check_smaller()
         if pattern.sparsity is not None and (self.allocation != "uniform" or self.phases > 1):
             raise ValueError(
                 f"pattern {self.pattern!r} fixes the share of zeros in every group: leave out allocation and phases"
             )
         return self
+
+    def _check_smaller(self) -> None:
+        fixed = {"pattern": "unstructured", "phases": 1}
+        fixed |= {"criterion": "magnitude"} if self.kind == "low_rank" else {}
+        strange = [key for key, value in fixed.items() if getattr(self, key) != value]
+        if strange:
+            raise ValueError(f"kind {self.kind} makes the network smaller at once: leave out {strange[0]}")
+        if self.allocation not in ("uniform", "global"):
+            raise ValueError(f"kind {self.kind} knows the allocations uniform and global; got {self.allocation!r}")
 
 
 class Retraining(Strict):
@@ -245,13 +277,18 @@ class ClassifierRecipe(Strict):
         rewind = self.retrain.rewind if self.retrain is not None else None
         if rewind is not None and rewind not in self.train.snapshots:
             raise ValueError(f"retrain.rewind: epoch {rewind} is not kept; set train.snapshots: [{rewind}]")
+        if rewind is not None and self.prune is not None and self.prune.kind != "zeros":
+            raise ValueError("retrain.rewind: a network that became smaller has no earlier weights; leave it out")
+        if self.capture is True and not self.train.capturable:
+            raise ValueError("capture: true cannot record a nuclear step or penalty, which decompose; leave it out")
         _check_model(self.model)
         if Path(self.out).is_file():
             raise ValueError(f"out: {self.out!r} is a file; give a folder")
         return self
 
     def _check_during(self, prune: Pruning) -> None:
-        asked = [key for key in ("phases", "criterion", "allocation", "pattern") if key in prune.model_fields_set]
+        own = ("kind", "phases", "criterion", "allocation", "pattern")
+        asked = [key for key in own if key in prune.model_fields_set]
         changed = [key for key in asked if getattr(prune, key) != Pruning.model_fields[key].default]
         if changed:
             raise ValueError(f"prune.{changed[0]}: a method that prunes during training chooses itself; leave it out")

@@ -65,7 +65,7 @@ class Setting:
                 f"train.batch_size: {recipe.train.batch_size} is more than the {len(sets.train)} training images"
             )
         precision: Precision = ("bf16" if cuda else "fp32") if recipe.precision == "auto" else recipe.precision
-        capture = cuda if recipe.capture == "auto" else recipe.capture
+        capture = cuda and recipe.train.capturable if recipe.capture == "auto" else recipe.capture
         channels_last = cuda if recipe.channels_last == "auto" else recipe.channels_last
         return cls(recipe, device, precision, capture, channels_last, sets)
 

@@ -17,6 +17,7 @@ from prunus import patterns, scores
 from prunus.allocations import Allocation, erk, global_, lamp, uniform, uniform_plus
 from prunus.batchnorm import recalibrate_
 from prunus.capture import alone
+from prunus.constrained import KeptGradients
 from prunus.during import During
 from prunus.ema import Ema
 from prunus.evaluate.accuracy import accuracy
@@ -25,6 +26,7 @@ from prunus.layers import View, find_layers
 from prunus.lr import Multiplier, constant, cosine, exponential, linear, multistep, one_cycle
 from prunus.masks import Masks
 from prunus.prune import prune
+from prunus.run.vision.optimizers import make_optimizer, make_penalty
 from prunus.run.vision.recipe import Pruning
 from prunus.run.vision.setting import Setting
 from prunus.train import Trace, classification_loss, train
@@ -76,15 +78,25 @@ def fit(
     checkpoint: Path | None = None,
     on_step: OnStep | None = None,
 ) -> Trace:
-    """Train in place by SGD; part as in `Setting.batches`. A running mean, if asked for, ends up in the model."""
+    """Train in place; part as in `Setting.batches`. A running mean, if asked for, ends up in the model.
+
+    Retraining (part > 0) stays in the feasible sets of Frank-Wolfe, but is without proximal steps and penalty: what
+    they were to bring about is there. A network that has become smaller (no masks) no longer fits those sets.
+    """
     asked = setting.recipe.train
-    optimizer = torch.optim.SGD(
-        model.parameters(),
+    choice, methods = asked.optimizer, [*during, *(make_penalty(model, asked.penalty) if part == 0 else [])]
+    if part > 0 and choice is not None and (choice.prox is not None or (choice.sfw is not None and masks is None)):
+        choice = None
+    if masks is not None and choice is not None and choice.sfw is not None:
+        methods.append(KeptGradients(masks))
+    optimizer = make_optimizer(
+        model,
+        choice,
         lr=lr or asked.lr,
         momentum=asked.momentum,
         nesterov=asked.nesterov,
         weight_decay=asked.weight_decay,
-        fused=setting.device.type == "cuda",
+        reference=setting.new_model,
     )
     mean = [Ema(asked.ema)] if asked.ema is not None else []
     trace = train(
@@ -95,7 +107,7 @@ def fit(
         steps=steps,
         loss=classification_loss(asked.label_smoothing),
         masks=masks,
-        during=[*during, *mean],
+        during=[*methods, *mean],
         epoch_steps=setting.epoch_steps,
         views=views,
         precision=setting.precision,

@@ -21,7 +21,8 @@ __all__ = ["METRICS", "across", "row", "write"]
 
 PERCENT = ("accuracy", "top5", "worst_class", "calibration_error", "maximum_calibration_error", "sparsity", "reached")
 STAGES = ("dense", "pruned", "recalibrated", "retrained")
-NUMBERS = ("loss", "speedup", "nonzero", "weight_change", "epochs", "steps", "seconds", "images_per_second")
+COSTS = ("speedup", "parameters", "nonzero")
+NUMBERS = ("loss", *COSTS, "weight_change", "epochs", "steps", "seconds", "images_per_second")
 LAST_PHASE = ("distance", "share", "initial_lr")
 METRICS = (*PERCENT, *STAGES, *NUMBERS, *LAST_PHASE)
 
