@@ -1,0 +1,53 @@
+"""What a pool trains at a time: one branch, or several with the same rates as one vectorised network (stacked)."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from prunus.masks import Masks
+from prunus.run.vision.soups.branches import Branch, Grown, State, Store, grow
+
+__all__ = ["Unit", "claimed", "grow_unit", "name_of", "train_unit"]
+
+Unit = tuple[Branch, ...]
+
+
+def name_of(unit: Unit) -> str:
+    """A unit's name: the keys of its branches."""
+    return " ".join(branch.key for branch in unit)
+
+
+def train_unit(unit: Unit, store: Store) -> None:
+    """Train and store those branches of a unit that are not there; for who has `claimed` them."""
+    missing = tuple(branch for branch in unit if not store.finished(branch))
+    if missing:
+        grown = grow_unit(missing, *store.start(missing[0].start), store.path(missing[0], ".pt"))
+        for branch, each in zip(missing, grown, strict=True):
+            store.put(branch, each)
+
+
+def grow_unit(unit: Unit, state: State, masks: Masks | None, checkpoint: Path | None = None) -> list[Grown]:
+    """The trained branches of a unit, from their start; nothing is stored but the checkpoint."""
+    return [grow(branch, state, masks, checkpoint) for branch in unit]
+
+
+@contextmanager
+def claimed(unit: Unit, store: Store, *, patient: bool) -> Generator[bool]:
+    """Whether these branches are this thread's to train; patient: wait until they are.
+
+    A claim is a lock on a file, which is free again when its process is gone, however that ended.
+    """
+    with ExitStack() as stack:
+        try:
+            for branch in sorted(unit, key=lambda branch: branch.key):  # in one order, so that nobody waits in a ring
+                path = store.path(branch, ".lock")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FileLock(path, blocking=patient))
+        except Timeout:
+            yield False
+            return
+        yield True
