@@ -494,3 +494,104 @@ def _original() -> Any:
     from prunus.lr import Original
 
     return Original.of([0.1] * 5 + [0.01] * 5)
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("during", [{"gmp": {"stop": 0.5, "every": 0.1}}, {"dpf": {"stop": 0.5, "refresh": 4}}])
+def test_members_fork_when_a_method_s_mask_is_final(tmp_path: Path, during: dict[str, Any]) -> None:
+    recipe = asked(tmp_path, {"baselines": ["imp", "longer", "reprune", "dense", "swa"]}, **DURING, during=during)
+    result = soup_run(recipe, together=2)
+    names = ["soup", "mean_member", "best_member", "ensemble", "imp", "longer", "swa"]
+    assert [each["name"] for each in result["rows"]] == names
+    assert row(result, "imp")["row"] == next(iter(during))
+    epochs = {each["name"]: each["epochs"] for each in result["rows"]}
+    assert epochs["imp"] == epochs["mean_member"] == 4  # forked after 2 of 4 epochs
+    assert epochs["soup"] == epochs["longer"] == 2 + 3 * 2
+    assert all(each["sparsity"] == pytest.approx(0.9, abs=1e-3) for each in result["rows"])
+    assert list(result["stages"]) == ["pruned", "retrained"]
+    assert result["accuracy"] > 0.4
+
+
+# Clipped, because DPF's dense weights outgrow all others behind a filter that is wholly masked.
+DURING: dict[str, Any] = {
+    "train": {"epochs": 4, "batch_size": 32, "lr": 0.1, "warmup": 0, "augment": {"crop": 1}, "clip": 1.0},
+    "prune": {"sparsity": 0.9},
+    "retrain": None,
+}
+
+
+@pytest.mark.usefixtures("tiny")
+def test_one_forked_member_of_the_recipe_s_seed_keeps_the_rates_of_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[list[float]] = []
+    fit = stages.fit
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        trace = fit(*args, **kwargs)
+        rates.append(trace.lrs)
+        return trace
+
+    monkeypatch.setattr(stages, "fit", watched)
+    soup_run(asked(tmp_path, {"members": 2, "baselines": ["longer"]}, **DURING, during={"gmp": {"stop": 0.5}}))
+    trunk, first, second, longer = rates
+    setting = Setting.of(asked(tmp_path, **DURING, during="gmp"))
+    whole = [0.1 * stages.schedule(setting)[0](step) for step in range(setting.steps(4))]
+    assert trunk + first == trunk + second == whole
+    assert longer[::2] == longer[1::2] == first
+
+
+@pytest.mark.usefixtures("tiny")
+def test_members_may_be_retrainings_of_what_a_method_left(tmp_path: Path) -> None:
+    changes = {**DURING, "during": "gmp", "retrain": {"schedule": "llr", "epochs": 1}}
+    result = soup_run(asked(tmp_path / "soup", {"baselines": ["imp"]}, **changes))
+    alone = train_run(parse(raw(tmp_path / "alone", **changes), _plain(), "alone"))
+    assert row(result, "imp")["loss"] == alone["loss"]
+    assert result["stages"]["pruned"] == alone["stages"]["pruned"]
+    assert row(result, "soup")["epochs"] == 4 + 3
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_mask_that_is_final_only_at_the_end_leaves_nothing_to_members(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"set during\.gmp\.stop below 1"):
+        soup_run(asked(tmp_path, **DURING, during={"gmp": {"stop": 1.0}}))
+    with pytest.raises(ValueError, match="give a section retrain"):
+        asked(tmp_path, **DURING, during="rigl")
+    with pytest.raises(ValueError, match="leave out lr, schedule and epochs"):
+        asked(tmp_path, {"vary": {"lr": [0.1, 0.2, 0.3]}}, **DURING, during="gmp")
+
+
+@pytest.mark.usefixtures("tiny")
+def test_bimp_is_a_soup_of_phases_in_one_budget(tmp_path: Path) -> None:
+    result = soup_run(asked(tmp_path, retrain={"schedule": "llr", "epochs": 2, "of": "total"}))
+    assert [phase["epochs"] for phase in result["phases"]] == [1, 1]
+    assert row(result, "soup")["epochs"] == 2 + 2 * 3
+
+
+def test_a_part_of_a_training_prunes_when_the_whole_does() -> None:
+    from prunus.during import GMP, During
+    from prunus.during.part import Part
+    from prunus.lr import linear
+    from prunus.train import classification_loss, train
+
+    def run(method: During, steps: int) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model, seen = nn.Linear(16, 10), list[torch.Tensor]()
+
+        class Watch(During):
+            def after_step(self, step: int) -> None:
+                seen.append(model.weight.detach().clone())
+
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        generator = torch.Generator().manual_seed(1)
+        batch = (torch.randn(8, 16, generator=generator), torch.arange(8))
+        loss = classification_loss()
+        train(model, lambda step: batch, optimizer, linear(20), steps=steps, loss=loss, during=[method, Watch()])
+        method.finish()
+        return seen
+
+    whole, part = run(GMP(0.75, stop=0.5), 20), run(Part(GMP(0.75, stop=0.5), 20), 10)
+    assert all(torch.equal(a, b) for a, b in zip(whole, part, strict=False))
+    assert int((part[-1] == 0).sum()) == 120
+    with pytest.raises(ValueError, match="longer than the whole"):
+        run(Part(GMP(0.75), 10), 20)

@@ -52,6 +52,11 @@ class ImageSource(Strict):
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
     measure_on: Literal["test", "validation", "both"] = "test"
 
+    @property
+    def measured(self) -> str:
+        """Which images are measured on: test or validation."""
+        return "validation" if self.measure_on == "validation" else "test"
+
     @model_validator(mode="before")
     @classmethod
     def _short(cls, value: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prunus.geometry import Line, Plane, distances, loss_line, loss_plane
 from prunus.run.vision import stages
-from prunus.run.vision.soups.chains import Begin
+from prunus.run.vision.soups.begin import Begin
 from prunus.run.vision.soups.mixing import settle_
 
 __all__ = ["Between", "between"]

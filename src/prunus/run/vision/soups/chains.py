@@ -10,58 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from prunus.lr import Original
 from prunus.masks import Masks
 from prunus.retrain import Distance, distance, phase_sparsities
 from prunus.run.recipe import digest
 from prunus.run.vision import stages
 from prunus.run.vision.experiment import budgets
-from prunus.run.vision.setting import Setting
-from prunus.run.vision.soups.branches import Branch, Rates, Store, plain_state
+from prunus.run.vision.soups.begin import Begin
+from prunus.run.vision.soups.branches import Branch, Rates, Rest, plain_state
 from prunus.run.vision.soups.follow import Chain, abreast
-from prunus.run.vision.soups.mixing import Mixed, Mixer, settle_
-from prunus.run.vision.soups.recipe import SoupRecipe, member_of, order_of
+from prunus.run.vision.soups.mixing import Mixed, Mixer
+from prunus.run.vision.soups.recipe import member_of, order_of
 from prunus.soup import average, average_and_reprune
 
-__all__ = ["Begin", "Cooked", "Phase", "dense_soup", "reprune", "souped"]
+__all__ = ["Cooked", "Phase", "dense_soup", "reprune", "souped"]
 
 State = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Begin:
-    """Where all chains of a soup begin: the setting, the store, a network to measure with, and the dense training.
-
-    model: of the setting's shape, on its device; chains put weights into it as they need it.
-    """
-
-    setting: Setting
-    recipe: SoupRecipe
-    store: Store
-    model: nn.Module
-    key: str
-    state: State
-    original: Original
-    steps: int  # of the dense training
-
-    def put(self, state: State) -> nn.Module:
-        """The network with these weights."""
-        self.model.load_state_dict(dict(state))
-        return self.model
-
-    def measure(self, state: State) -> dict[str, Any]:
-        """What is measured of these weights."""
-        return stages.measure(self.put(state), self.setting)
-
-    def settled(self, state: State) -> State:
-        """The weights with BatchNorm statistics counted anew on the recipe's share of the training images."""
-        settle_(state, self.setting, self.model)
-        return plain_state(self.model)
 
 
 @dataclass(frozen=True)
@@ -101,14 +68,18 @@ def souped(
 ) -> Chain[Cooked]:
     """The loop. places: the members of each phase; [None] is one run as the recipe itself says it, which is imp.
 
-    slower: how many times as long each retraining lasts. swa: as `Branch` takes it, in the last phase.
+    slower: how many times as long each retraining lasts. swa: as `Branch` takes it, in the last phase. What a method
+    pruned is not pruned again: one phase, under its masks.
     """
     asked = begin.recipe.prune
     assert asked is not None
     state, key, masks, phases = begin.state, begin.key, None, list[Phase]()
     for index, target in enumerate(phase_sparsities(asked.sparsity, asked.phases)):
-        start, pruned, chosen, lost = _prune(begin, state, key, target, masks, index)
-        begin.store.put_start(start, pruned, chosen)
+        if begin.masks is None:
+            start, pruned, chosen, lost = _prune(begin, state, key, target, masks, index)
+            begin.store.put_start(start, pruned, chosen)
+        else:
+            start, chosen, lost = key, begin.masks, 0.0
         last = index + 1 == asked.phases
         branches = [
             _branch(begin, place, start, index, lost, slower=slower, swa=swa if last else None) for place in places
@@ -189,8 +160,10 @@ def _branch(
     """The retraining of a member in a phase; whole: as long as in all phases together."""
     own = member_of(begin.recipe, place)
     asked, prune = own.retrain, own.prune
-    assert asked is not None
     assert prune is not None
+    if asked is None:  # members do the rest of the training
+        steps, rest = slower * (begin.original.steps - begin.steps), Rest(begin.steps, slower)
+        return Branch(own, start, 1, steps, own.train.lr, rest, order_of(begin.recipe, place), swa)
     each = budgets(asked, prune.phases, begin.original.steps, begin.setting.epoch_steps)
     steps = slower * (sum(each) if whole else each[index])
     signals = Distance(lost, min(1.0, steps / begin.original.steps))

@@ -64,7 +64,7 @@ def _bar(name: str, steps: int | None) -> Generator[Any]:
 def _write(out: Path, recipe: SoupRecipe, outcome: SoupOutcome, result: dict[str, Any]) -> None:
     """The network, its description, the pictures; the result last, because it says that all is there."""
     describe(out, recipe, outcome.model, outcome.masks, result)
-    dense = 100 * result["stages"]["dense"]["top1"]
+    dense = 100 * result["stages"]["dense"]["top1"] if "dense" in result["stages"] else None
     title = f"{recipe.model}, {recipe.soup.members} members"
     plot_accuracy(
         {"": _by_phase(result)}, out / "accuracy.png", xlabel="sparsity after the phase", dense=dense, title=title

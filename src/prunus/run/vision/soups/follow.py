@@ -47,6 +47,8 @@ def follow(
         if not wanted:
             break
         missing = {b.key: b for each in wanted.values() for b in each if b.key not in lost and not store.finished(b)}
+        if not missing:  # another thread or process has just finished the last of them
+            continue
         for unit, failure in pool.some(units(list(missing.values()))):
             if failure is None:
                 on_done(len(unit))

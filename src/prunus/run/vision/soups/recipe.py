@@ -108,6 +108,10 @@ class SoupRecipe(ClassifierRecipe):
 
     def _check_members(self) -> None:
         vary = self.soup.vary
+        if self.retrain is None and self.train.ema is not None:
+            raise ValueError(
+                "train.ema: members forked within a training cannot go on with its running mean; leave it out"
+            )
         if self.retrain is None and (vary.epochs or vary.schedule or vary.lr):
             raise ValueError("soup.vary: members forked within a training end it: leave out lr, schedule and epochs")
         seen: dict[str, int] = {}
