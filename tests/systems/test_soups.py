@@ -595,3 +595,38 @@ def test_a_part_of_a_training_prunes_when_the_whole_does() -> None:
     assert int((part[-1] == 0).sum()) == 120
     with pytest.raises(ValueError, match="longer than the whole"):
         run(Part(GMP(0.75), 10), 20)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_stacked_members_are_those_trained_alone_up_to_rounding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vary = {"weight_decay": [1e-4, 5e-4, 1e-3], "augment": [{"crop": 1}, {"crop": 2}], "lr": [0.1, 0.05, 0.08]}
+    stacked = asked(tmp_path / "stacked", {"vary": vary, "stacked": True}, prune={"sparsity": 0.9})
+    alone = asked(tmp_path / "alone", {"vary": vary}, prune={"sparsity": 0.9})
+    one, together = soup_run(alone), soup_run(stacked)
+    with monkeypatch.context() as patch:
+        patch.setattr(units, "grow", None)  # whatever is trained now is trained stacked
+        soup_run(stacked.model_copy(update={"out": str(tmp_path / "again")}))
+    for path in (tmp_path / "alone" / "members" / "branches").glob("*.safetensors"):
+        state, other = load_file(path), load_file(tmp_path / "stacked" / "members" / "branches" / path.name)
+        for name, value in state.items():
+            torch.testing.assert_close(other[name], value, rtol=2e-3, atol=2e-3, msg=name)
+    assert together["accuracy"] == pytest.approx(one["accuracy"], abs=0.01)
+    assert [row(each, "soup")["epochs"] for each in (one, together)] == [5, 5]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_only_members_alike_are_stacked(tmp_path: Path) -> None:
+    from prunus.run.vision.soups.together import bundles
+
+    rates = branches.Rates("llr", _original(), 10, 0.5, 0.1, 0.1)
+    base = branches.Branch(asked(tmp_path), "start", 1, 10, 0.1, rates)
+    decayed = asked(tmp_path, train={**raw(tmp_path)["train"], "weight_decay": 0.0})
+    alike = [base, replace(base, peak=0.2), replace(base, recipe=decayed), replace(base, order=3)]
+    apart = [replace(base, steps=20), replace(base, rates=replace(rates, schedule="clr")), replace(base, start="other")]
+    assert [len(unit) for unit in bundles(True)([*alike, *apart])] == [4, 1, 1, 1]
+    assert [len(unit) for unit in bundles(True)([base, replace(base, swa=0.5)])] == [1, 1]
+    assert [len(unit) for unit in bundles(False)(alike)] == [1] * 4
+    with pytest.raises(ValueError, match=r"soup.stacked: train.clip would be over all members"):
+        asked(tmp_path, {"stacked": True}, train={**raw(tmp_path)["train"], "clip": 1.0})

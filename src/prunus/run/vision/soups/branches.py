@@ -156,7 +156,6 @@ class Store:
         if grown.mean is not None:
             _write(self.path(branch, ".swa.safetensors"), grown.mean)
         write_json(self.path(branch, ".json"), grown.numbers)
-        self.path(branch, ".pt").unlink(missing_ok=True)
 
     def path(self, branch: Branch, suffix: str) -> Path:
         """Where a branch keeps something."""

@@ -14,7 +14,18 @@ from pydantic import BeforeValidator, Field, model_validator
 from prunus.run.recipe import Strict, merge, parse, read_yaml
 from prunus.run.vision.recipe import Augmentation, ClassifierRecipe, Count, Positive
 
-__all__ = ["BASELINES", "FORKING", "SoupRecipe", "Souping", "Vary", "class_of", "load_soup", "member_of", "order_of"]
+__all__ = [
+    "BASELINES",
+    "FORKING",
+    "SoupRecipe",
+    "Souping",
+    "Vary",
+    "class_of",
+    "load_soup",
+    "member_of",
+    "obstacle",
+    "order_of",
+]
 
 Schedule = Literal["ft", "lrw", "slr", "clr", "llr", "allr"]
 Baseline = Literal["imp", "longer", "reprune", "dense", "swa"]
@@ -103,6 +114,8 @@ class SoupRecipe(ClassifierRecipe):
                 f"soup: {choosing[0]} averages are chosen by held-out images: set images.measure_on: both (the test "
                 "images measure), or validation"
             )
+        if self.soup.stacked is True and (why := obstacle(self)):
+            raise ValueError(f"soup.stacked: {why}; leave it out, or set stacked: false")
         self._check_members()
         return self
 
@@ -148,6 +161,15 @@ def member_of(recipe: SoupRecipe, place: int | None) -> SoupRecipe:
 def order_of(recipe: SoupRecipe, place: int | None) -> int | None:
     """The seed of the images' order where that alone differs."""
     return None if place is None or recipe.soup.vary.seed != "order" else recipe.seed + _APART * place
+
+
+def obstacle(recipe: ClassifierRecipe) -> str:
+    """Why the members of a recipe cannot be trained stacked, as one vectorised network; empty when they can."""
+    if recipe.train.clip is not None:
+        return "train.clip would be over all members together"
+    if recipe.train.ema is not None:
+        return "train.ema follows one network"
+    return ""
 
 
 def class_of(raw: dict[str, Any]) -> type[ClassifierRecipe]:

@@ -9,7 +9,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from prunus.masks import Masks
+from prunus.run.recipe import digest
 from prunus.run.vision.soups.branches import Branch, Grown, State, Store, grow
+from prunus.run.vision.soups.together import grow_stacked
 
 __all__ = ["Unit", "claimed", "grow_unit", "name_of", "train_unit"]
 
@@ -25,14 +27,19 @@ def train_unit(unit: Unit, store: Store) -> None:
     """Train and store those branches of a unit that are not there; for who has `claimed` them."""
     missing = tuple(branch for branch in unit if not store.finished(branch))
     if missing:
-        grown = grow_unit(missing, *store.start(missing[0].start), store.path(missing[0], ".pt"))
+        # A checkpoint of a stack fits no other: it is named for all of its members.
+        checkpoint = store.path(missing[0], ".pt" if len(missing) == 1 else f".{digest(name_of(missing))[:8]}.pt")
+        grown = grow_unit(missing, *store.start(missing[0].start), checkpoint)
         for branch, each in zip(missing, grown, strict=True):
             store.put(branch, each)
+        checkpoint.unlink(missing_ok=True)
 
 
 def grow_unit(unit: Unit, state: State, masks: Masks | None, checkpoint: Path | None = None) -> list[Grown]:
     """The trained branches of a unit, from their start; nothing is stored but the checkpoint."""
-    return [grow(branch, state, masks, checkpoint) for branch in unit]
+    if len(unit) == 1:
+        return [grow(unit[0], state, masks, checkpoint)]
+    return grow_stacked(unit, state, masks, checkpoint)
 
 
 @contextmanager
