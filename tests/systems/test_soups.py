@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import signal
+import threading
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +34,13 @@ from prunus.run.vision import stages
 from prunus.run.vision.dense import read_dense
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.soups import branches, units
+from prunus.run.vision.soups.begin import begin_at
 from prunus.run.vision.soups.branches import Store
+from prunus.run.vision.soups.chains import souped
 from prunus.run.vision.soups.command import soup_run
+from prunus.run.vision.soups.follow import follow
+from prunus.run.vision.soups.mixing import mixer
+from prunus.run.vision.soups.pools import Processes, opened
 from prunus.run.vision.soups.recipe import SoupRecipe, member_of, order_of
 from prunus.run.vision.train import train_run
 from prunus.sms import sms
@@ -630,3 +637,45 @@ def test_only_members_alike_are_stacked(tmp_path: Path) -> None:
     assert [len(unit) for unit in bundles(False)(alike)] == [1] * 4
     with pytest.raises(ValueError, match=r"soup.stacked: train.clip would be over all members"):
         asked(tmp_path, {"stacked": True}, train={**raw(tmp_path)["train"], "clip": 1.0})
+
+
+@pytest.mark.slow
+def test_a_ray_run_on_local_workers_is_the_sequential_one(tmp_path: Path) -> None:
+    """The network is resnet8: Ray's workers are other processes, which know nothing of the tiny one."""
+    pytest.importorskip("ray")
+    done = {}
+    for name, flags in (("one", ()), ("ray", ("--ray", "local"))):
+        made = asked(tmp_path / name, {"baselines": ["longer", "swa"], "plane": 0}).model_dump(mode="json")
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(made))
+        process = start("soup", tmp_path / f"{name}.yaml", *flags)
+        assert process.wait(timeout=280) == 0
+        done[name] = json.loads((tmp_path / name / "result.json").read_text())
+    assert [each["loss"] for each in done["ray"]["rows"]] == [each["loss"] for each in done["one"]["rows"]]
+    assert done["ray"]["between"] == done["one"]["between"]
+
+
+@pytest.mark.slow
+def test_a_worker_process_that_is_killed_is_replaced(tmp_path: Path) -> None:
+    recipe = asked(tmp_path, {"members": 3}, prune={"sparsity": 0.9})
+    setting, store = Setting.of(recipe), Store(tmp_path / "members")
+    begin = begin_at(setting, recipe, tmp_path / "dense", store, None, lambda _name, _steps: nullcontext())
+    chain = souped(begin, [0, 1, 2], mixer("uniform", setting, begin.model))
+    with opened(store, workers=2) as pool:
+        assert isinstance(pool, Processes)
+        first = pool.running[0].process
+        killed = threading.Timer(0.5, first.kill)  # long before it has trained anything
+        killed.start()
+        found = follow({"soup": chain}, store, pool, retries=1)
+        killed.join()
+        assert first.exitcode == -signal.SIGKILL
+        second = pool.running[1].process
+        second.kill()  # idle, and then given something to do
+        second.join()
+        branch = replace(found["soup"].members[0], part=9)
+        follow({"one": (yielded for yielded in [[branch]])}, store, pool, retries=1)
+    assert len(found["soup"].members) == 3
+    assert store.finished(branch)
+    assert (
+        begin.measure(found["soup"].state)["top1"]
+        == soup_run(asked(tmp_path / "x", prune={"sparsity": 0.9}))["accuracy"]
+    )

@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
@@ -141,12 +141,8 @@ class Processes:
 
     def some(self, wanted: Sequence[Unit]) -> list[tuple[Unit, Failure | None]]:
         """See `Pool`. The units of a process that died have failed, and are worth another try."""
-        for unit in wanted:
-            free = min(self.running, key=lambda each: len(each.units))
-            if not any(name_of(unit) in each.units for each in self.running) and len(free.units) < self.together:
-                free.units[name_of(unit)] = unit
-                free.connection.send(unit)
         while True:
+            self._deal(wanted)
             ready = wait([each.connection for each in self.running], timeout=_WAIT)
             found = [pair for each in self.running if each.connection in ready for pair in self._read(each)]
             if found:
@@ -159,6 +155,16 @@ class Processes:
         for each in self.running:
             each.process.join()
             each.connection.close()
+
+    def _deal(self, wanted: Sequence[Unit]) -> None:
+        """Give every worker that has room a unit that nobody has."""
+        for unit in wanted:
+            free = min(self.running, key=lambda each: len(each.units))
+            if any(name_of(unit) in each.units for each in self.running) or len(free.units) >= self.together:
+                continue
+            with suppress(OSError):  # of a worker that died: its connection is read next
+                free.connection.send(unit)
+            free.units[name_of(unit)] = unit
 
     def _start(self, place: int) -> _Worker:
         here, there = self.context.Pipe()
