@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import signal
 import threading
 import time
@@ -30,6 +31,7 @@ from prunus.run.cli import app
 from prunus.run.compare import compare
 from prunus.run.grid import Grid
 from prunus.run.recipe import parse
+from prunus.run.vision import setting as settings
 from prunus.run.vision import stages
 from prunus.run.vision.dense import read_dense
 from prunus.run.vision.setting import Setting
@@ -679,3 +681,23 @@ def test_a_worker_process_that_is_killed_is_replaced(tmp_path: Path) -> None:
         begin.measure(found["soup"].state)["top1"]
         == soup_run(asked(tmp_path / "x", prune={"sparsity": 0.9}))["accuracy"]
     )
+
+
+def test_dropout_draws_the_same_whatever_was_drawn_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dropping(Tiny):
+        def __init__(self) -> None:
+            super().__init__()
+            self.insert(8, nn.Dropout(0.2))
+
+    monkeypatch.setattr(settings, "build_model", lambda name, *, classes, channels: Dropping())
+    monkeypatch.setattr(stages, "_operations", {})
+    losses = []
+    for name in ("one", "other"):
+        torch.manual_seed(len(name))
+        before = torch.get_rng_state()
+        folder = tmp_path / name
+        if name == "other":  # the dense training is another's to repeat
+            shutil.copytree(tmp_path / "one" / "dense", folder / "dense")
+        losses.append(soup_run(asked(folder, prune={"sparsity": 0.8}))["loss"])
+        assert name == "one" or torch.equal(before, torch.get_rng_state())
+    assert losses[0] == losses[1]

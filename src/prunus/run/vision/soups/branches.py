@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +35,19 @@ from prunus.run.vision.recipe import ClassifierRecipe
 from prunus.run.vision.setting import Setting
 from prunus.swa import Swa
 
-__all__ = ["Branch", "Grown", "Rates", "Rest", "State", "Store", "grow", "measured", "plain_state", "setting_of"]
+__all__ = [
+    "Branch",
+    "Grown",
+    "Rates",
+    "Rest",
+    "State",
+    "Store",
+    "drawing",
+    "grow",
+    "measured",
+    "plain_state",
+    "setting_of",
+]
 
 State = dict[str, Tensor]
 
@@ -168,11 +181,7 @@ def setting_of(branch: Branch) -> Setting:
 
 
 def grow(branch: Branch, state: Mapping[str, Tensor], masks: Masks | None, checkpoint: Path | None = None) -> Grown:
-    """Train a branch from its start, and measure it; a killed training goes on from its checkpoint.
-
-    Nothing else must train in this process meanwhile if the network draws numbers (dropout) that shall be the same in
-    every call: torch's generators are the process's. They are as before afterwards.
-    """
+    """Train a branch from its start, and measure it; a killed training goes on from its checkpoint."""
     setting = setting_of(branch)
     model = setting.new_model()
     model.load_state_dict(dict(state))
@@ -196,6 +205,17 @@ def grow(branch: Branch, state: Mapping[str, Tensor], masks: Masks | None, check
         swa.finish()
         mean = plain_state(model)
     return Grown(own, mean, numbers)
+
+
+@contextmanager
+def drawing(key: str, device: torch.device) -> Generator[None]:
+    """Context in which torch's generators (dropout) begin at a place of this key's own; they are as before afterwards.
+
+    The generators are the process's, so this is for who trains alone in it.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(key[:12], 16))
+        yield
 
 
 def measured(model: torch.nn.Module, setting: Setting) -> dict[str, Any]:

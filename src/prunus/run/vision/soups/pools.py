@@ -83,7 +83,8 @@ class OneByOne:
             for unit in wanted:
                 with claimed(unit, self.store, patient=False) as mine:
                     if mine:
-                        return [(unit, _tried(unit, self.store))]
+                        alone = threading.current_thread() is threading.main_thread()  # others are a grid's
+                        return [(unit, _tried(unit, self.store, alone))]
             time.sleep(_WAIT)
 
     def close(self) -> None:
@@ -127,7 +128,7 @@ class Threads:
         with lanes.own_stream():
             while (unit := self.jobs.get()) is not None:
                 with claimed(unit, self.store, patient=True):
-                    failure = _tried(unit, self.store)
+                    failure = _tried(unit, self.store, self.together == 1)
                 self.done.put((unit, failure))
 
 
@@ -210,9 +211,9 @@ def _answer(connection: Connection, get: Callable[[], tuple[Unit, Failure | None
         connection.send((name_of(unit), failure))
 
 
-def _tried(unit: Unit, store: Store) -> Failure | None:
+def _tried(unit: Unit, store: Store, alone: bool) -> Failure | None:
     try:
-        train_unit(unit, store)
+        train_unit(unit, store, alone=alone)
     except Exception as error:  # a member that dies must not take the others with it; `follow` raises at the end
         log.info("training %s failed", name_of(unit), exc_info=True)
         return Failure.of(error)

@@ -76,4 +76,4 @@ class Rays:
 
 def _grown(unit: Unit, start: tuple[State, Masks | None]) -> list[Grown]:
     """What a task does, on a machine of the cluster."""
-    return grow_unit(unit, *start)
+    return grow_unit(unit, *start, alone=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from prunus.masks import Masks
 from prunus.run.recipe import digest
-from prunus.run.vision.soups.branches import Branch, Grown, State, Store, grow
+from prunus.run.vision.soups.branches import Branch, Grown, State, Store, drawing, grow, setting_of
 from prunus.run.vision.soups.together import grow_stacked
 
 __all__ = ["Unit", "claimed", "grow_unit", "name_of", "train_unit"]
@@ -23,23 +23,32 @@ def name_of(unit: Unit) -> str:
     return " ".join(branch.key for branch in unit)
 
 
-def train_unit(unit: Unit, store: Store) -> None:
-    """Train and store those branches of a unit that are not there; for who has `claimed` them."""
+def train_unit(unit: Unit, store: Store, *, alone: bool) -> None:
+    """Train and store those branches of a unit that are not there; for who has `claimed` them.
+
+    alone: whether nothing else is trained in this process meanwhile, as `grow_unit` takes it.
+    """
     missing = tuple(branch for branch in unit if not store.finished(branch))
     if missing:
         # A checkpoint of a stack fits no other: it is named for all of its members.
         checkpoint = store.path(missing[0], ".pt" if len(missing) == 1 else f".{digest(name_of(missing))[:8]}.pt")
-        grown = grow_unit(missing, *store.start(missing[0].start), checkpoint)
+        grown = grow_unit(missing, *store.start(missing[0].start), checkpoint, alone=alone)
         for branch, each in zip(missing, grown, strict=True):
             store.put(branch, each)
         checkpoint.unlink(missing_ok=True)
 
 
-def grow_unit(unit: Unit, state: State, masks: Masks | None, checkpoint: Path | None = None) -> list[Grown]:
-    """The trained branches of a unit, from their start; nothing is stored but the checkpoint."""
-    if len(unit) == 1:
-        return [grow(unit[0], state, masks, checkpoint)]
-    return grow_stacked(unit, state, masks, checkpoint)
+def grow_unit(
+    unit: Unit, state: State, masks: Masks | None, checkpoint: Path | None = None, *, alone: bool
+) -> list[Grown]:
+    """The trained branches of a unit, from their start; nothing is stored but the checkpoint.
+
+    alone: then what the networks draw (dropout) is the same in every call.
+    """
+    with drawing(unit[0].key, setting_of(unit[0]).device) if alone else nullcontext():
+        if len(unit) == 1:
+            return [grow(unit[0], state, masks, checkpoint)]
+        return grow_stacked(unit, state, masks, checkpoint)
 
 
 @contextmanager
