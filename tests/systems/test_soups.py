@@ -701,3 +701,32 @@ def test_dropout_draws_the_same_whatever_was_drawn_before(tmp_path: Path, monkey
         losses.append(soup_run(asked(folder, prune={"sparsity": 0.8}))["loss"])
         assert name == "one" or torch.equal(before, torch.get_rng_state())
     assert losses[0] == losses[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_soups_on_a_gpu_are_alike_one_by_one_in_threads_and_stacked(tmp_path: Path) -> None:
+    """Captured steps, bf16; kernels that add in another order make a difference of an image or two."""
+    ways: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+        "one": ({}, {}),
+        "threads": ({}, {"together": 3}),
+        "stacked": ({"stacked": True}, {}),
+    }
+    found = {}
+    for name, (soup, flags) in ways.items():
+        section = {"baselines": ["imp", "longer", "swa", "reprune", "dense"], **soup}
+        train = {**raw(tmp_path)["train"], "epochs": 8}
+        recipe = asked(tmp_path / name, section, device="cuda", train=train, prune={"sparsity": 0.8, "phases": 2})
+        found[name] = soup_run(recipe, **flags)
+    for name in ("threads", "stacked"):
+        for one, other in zip(found["one"]["rows"], found[name]["rows"], strict=True):
+            if one["name"] != "dense_soup_pruned":  # pruned and not retrained: a few weights decide much
+                assert other["accuracy"] == pytest.approx(one["accuracy"], abs=0.05), (name, one["row"])
+    assert found["one"]["accuracy"] > 0.9
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_worker_processes_train_on_the_gpu(tmp_path: Path) -> None:
+    recipe = asked(tmp_path, device="cuda", prune={"sparsity": 0.8})
+    assert soup_run(recipe, workers=2, together=2)["accuracy"] > 0.5
