@@ -68,11 +68,12 @@ def touch_files_named_in(text):
 
 
 def check_recipe(text):
-    """The text is a recipe of one of our four kinds."""
+    """The text is a recipe of one of our five kinds."""
     from prunus.run.grid import load_grid
     from prunus.run.pretrain import read_recipe
     from prunus.run.recipe import load_recipe
     from prunus.run.vision.recipe import load_classifier
+    from prunus.run.vision.soups.recipe import load_soup
 
     touch_files_named_in(text)
     path, raw = Path("checked.yaml"), yaml.safe_load(text)
@@ -81,6 +82,8 @@ def check_recipe(text):
         assert len(list(load_grid(path, None).cells())) > 1
     elif "held_out" in raw:
         assert read_recipe(path).held_out.test
+    elif "soup" in raw:
+        assert load_soup(path).out == raw.get("out", "runs/soup")
     elif "images" in raw:
         assert load_classifier(path).out == raw.get("out", "runs/train")
     else:
@@ -170,6 +173,8 @@ def words_of(annotation):
         ("Classifier `augment`", "Augmentation"),
         ("Classifier `prune`", "Pruning"),
         ("Classifier `retrain`", "Retraining"),
+        ("Classifier `soup`", "Souping"),
+        ("Soup `vary`", "Vary"),
         ("Grids", "Grid"),
     ],
 )
@@ -177,8 +182,9 @@ def test_the_reference_of_keys_is_complete_and_true(heading, section):
     from prunus.run import grid, recipe
     from prunus.run.vision import optimizers
     from prunus.run.vision import recipe as classifier
+    from prunus.run.vision.soups import recipe as soup
 
-    where = next(module for module in (recipe, classifier, optimizers, grid) if hasattr(module, section))
+    where = next(module for module in (recipe, classifier, optimizers, soup, grid) if hasattr(module, section))
     fields = getattr(where, section).model_fields
     rows = table_under(heading)
     assert [row[0].strip("`") for row in rows] == list(fields)

@@ -260,6 +260,32 @@ def compare(
 
 
 @app.command()
+def soup(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe of a classifier with the section `soup`.")],
+    out: Annotated[str | None, typer.Option(help="Run folder.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes that train members, GPUs in turn.")] = 1,
+    together: Annotated[int, typer.Option(help="Members trained at once in each process, in threads.")] = 1,
+    ray: Annotated[
+        str | None, typer.Option(help="Train members as tasks of this Ray cluster; 'local' starts one here.")
+    ] = None,
+    assign: SetOption = None,
+) -> None:
+    """Average retrained copies of one pruned classifier, phase by phase, beside baselines. A killed run goes on."""
+    from prunus.run.show import show_soup
+    from prunus.run.vision.soups.command import soup_run
+    from prunus.run.vision.soups.recipe import load_soup
+
+    _alone("soup")
+    checked = load_soup(recipe, _assignments(assign) | ({"out": out} if out is not None else {}))
+    try:
+        result = soup_run(checked, workers=workers, together=together, ray=ray)
+    except RuntimeError as error:  # members failed for good; the others are kept
+        typer.echo(f"prunus: {error}", err=True)
+        raise typer.Exit(1) from None
+    show_soup(result, Path(checked.out))
+
+
+@app.command()
 def average(
     checkpoints: Annotated[list[Path], typer.Argument(help="Folders or .safetensors files that share one mask.")],
     out: Annotated[Path, typer.Option(help="Folder of the average.")],
@@ -309,12 +335,12 @@ def show(recipe: RecipeArg = None, assign: SetOption = None) -> None:
     """Print a recipe with every default filled in, after checking it."""
     import yaml
 
-    from prunus.run.recipe import load_recipe, merge, read_yaml
-    from prunus.run.vision.recipe import load_classifier
+    from prunus.run.recipe import load_recipe, merge, parse, read_yaml
+    from prunus.run.vision.soups.recipe import class_of
 
     overrides = _assignments(assign)
     raw = merge({} if recipe is None else read_yaml(recipe), overrides)
-    checked = (load_classifier if "images" in raw else load_recipe)(recipe, overrides)
+    checked = parse(raw, class_of(raw), str(recipe or "flags")) if "images" in raw else load_recipe(recipe, overrides)
     typer.echo(yaml.safe_dump(checked.model_dump(mode="json"), sort_keys=False), nl=False)
 
 

@@ -14,7 +14,7 @@ from prunus.report.table import format_value
 from prunus.run.inspect import Inspection
 from prunus.run.spread import spread
 
-__all__ = ["show_evaluation", "show_grid", "show_inspection", "show_result", "show_run", "show_sweep"]
+__all__ = ["show_evaluation", "show_grid", "show_inspection", "show_result", "show_run", "show_soup", "show_sweep"]
 
 
 def show_result(result: Mapping[str, Any], out: Path) -> None:
@@ -109,6 +109,25 @@ def show_sweep(result: Mapping[str, Any], out: Path) -> None:
             some = f"; {len(ever) - len(always)} more at some rates" if len(ever) > len(always) else ""
             _note(f"{kind}: {', '.join(always) or 'no layer'} left alone at every rate{some}. Reasons: sweep.json")
     _note(f"Numbers: {out / 'sweep.json'}; table: {out / 'table.md'}; picture: {out / 'sweep.png'}")
+
+
+def show_soup(result: Mapping[str, Any], out: Path) -> None:
+    """The table of one soup: a row for it and for each that it is compared with, and what all of them cost."""
+    rows = [
+        {
+            "run": row["row"],
+            "accuracy": f"{100 * row['accuracy']:.2f} %",
+            "loss": row["loss"],
+            "zeros": f"{100 * row['sparsity']:.1f} %",
+            "epochs": row["epochs"],
+            "inference": f"{100 * row['inference']:.1f} %",
+        }
+        for row in result["rows"]
+    ]
+    print_table(rows, title=f"{result['model']}, {result['measured_on']} images")
+    _note("epochs: of all training that a row takes, the dense one included. inference: operations, of the dense ones.")
+    _note(f"{result['seconds']:.0f} s on {result['device']}. Pictures: {out}/*.png; numbers: {out / 'result.json'}")
+    _note(f"Network: {out / 'model.safetensors'}; its members are in {out / 'members'}, which may be deleted.")
 
 
 def show_grid(rows: Sequence[Mapping[str, Any]], out: Path, *, title: str = "") -> None:

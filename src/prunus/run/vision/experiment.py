@@ -252,7 +252,7 @@ class _Experiment:
         steps, seconds = sum(s for s, _ in notes.trained.values()), sum(s for _, s in notes.trained.values())
         result: dict[str, Any] = {"accuracy": last["top1"], **{k: last[k] for k in last if k in _KEPT}}
         result |= {
-            "measured_on": self.recipe.images.measure_on,
+            "measured_on": self.recipe.images.measured,
             "stages": notes.stages,
             "phases": list(notes.phases.values()),
         }

@@ -46,12 +46,18 @@ class ImageSource(Strict):
 
     source: "digits", a folder or file (.parquet, .npz, .safetensors), or a Hugging Face data set.
     measure_on: "validation" holds out the share `validation` of the training images, without augmentation, and never
-    reads the test images; "test" trains on all training images.
+    reads the test images; "test" trains on all training images; "both" holds out the same share for what is chosen by
+    images (greedy and learned soups), and measures on the test images.
     """
 
     source: str
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    measure_on: Literal["test", "validation"] = "test"
+    measure_on: Literal["test", "validation", "both"] = "test"
+
+    @property
+    def measured(self) -> str:
+        """Which images are measured on: test or validation."""
+        return "validation" if self.measure_on == "validation" else "test"
 
     @model_validator(mode="before")
     @classmethod
@@ -328,7 +334,8 @@ def load_classifier(path: Path | None, overrides: dict[str, Any] | None = None) 
 def dense_of(recipe: ClassifierRecipe) -> ClassifierRecipe:
     """The recipe of the dense training that a pruned network starts from."""
     plain = {"during": None, "prune": None, "retrain": None, "recalibrate": 1.0}
-    return recipe.model_copy(update=plain)
+    own = {name: getattr(recipe, name) for name in ClassifierRecipe.model_fields}  # a soup's recipe has more
+    return ClassifierRecipe.model_construct(None, **(own | plain))
 
 
 def dense_key(recipe: ClassifierRecipe) -> str:

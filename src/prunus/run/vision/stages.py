@@ -37,6 +37,7 @@ __all__ = [
     "fit",
     "has_batchnorm",
     "measure",
+    "measure_held",
     "operations",
     "recalibrate",
     "schedule",
@@ -127,6 +128,12 @@ def measure(model: nn.Module, setting: Setting) -> dict[str, Any]:
     """Accuracy and its companions (shares in [0, 1]) on what the recipe measures on."""
     with alone():
         return asdict(accuracy(model, setting.measured(), precision=setting.precision))
+
+
+def measure_held(model: nn.Module, setting: Setting) -> dict[str, Any]:
+    """The same on the images that the recipe holds out, by which soups are chosen."""
+    with alone():
+        return asdict(accuracy(model, setting.held(), precision=setting.precision))
 
 
 def recalibrate(model: nn.Module, setting: Setting) -> None:

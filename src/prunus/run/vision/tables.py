@@ -24,7 +24,13 @@ STAGES = ("dense", "pruned", "recalibrated", "retrained")
 COSTS = ("speedup", "parameters", "nonzero")
 NUMBERS = ("loss", *COSTS, "weight_change", "epochs", "steps", "seconds", "images_per_second")
 LAST_PHASE = ("distance", "share", "initial_lr")
-METRICS = (*PERCENT, *STAGES, *NUMBERS, *LAST_PHASE)
+# What stands beside a soup, by the names of its rows.
+SOUPS = (
+    *("mean_member", "best_member", "ensemble", "uniform", "greedy", "learned", "imp", "longer", "swa", "reprune"),
+    *("dense_soup", "dense_soup_pruned", "dense_soup_retrained"),
+)
+SHARES = (*PERCENT, *STAGES, *SOUPS)
+METRICS = (*PERCENT, *STAGES, *NUMBERS, *LAST_PHASE, *SOUPS)
 
 
 def row(results: Sequence[Result]) -> dict[str, Any]:
@@ -55,13 +61,15 @@ def _value(result: Result, name: str) -> float | None:
     """A number of a result, in percent where it is a share that people read so."""
     if name in STAGES:
         value = result["stages"].get(name, {}).get("top1")
+    elif name in SOUPS:
+        value = result.get("soup", {}).get(name)
     elif name in LAST_PHASE:
         value = result["phases"][-1].get(name) if result["phases"] else None
     else:
         value = result.get(name)
     if value is None:
         return None
-    return 100 * float(value) if name in PERCENT or name in STAGES else float(value)
+    return 100 * float(value) if name in SHARES else float(value)
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, float | None] | None:
@@ -95,7 +103,7 @@ def _details(grid: Grid, rows: Sequence[Mapping[str, Any]]) -> str:
         for name in ("accuracy", *grid.show.columns):
             number = found["metrics"].get(name)
             column = f"{name}, measured" if name in grid.axes else name
-            line[column] = None if number is None else spread(number) if name in (*PERCENT, *STAGES) else number["mean"]
+            line[column] = None if number is None else spread(number) if name in SHARES else number["mean"]
         shown.append(line)
     return f"### All cells\n\n{markdown_table(shown)}"
 
