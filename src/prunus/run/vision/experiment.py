@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from prunus.during import During
 from prunus.evaluate.cost import weight_change
 from prunus.files import write_json
+from prunus.images import CORRUPTIONS
 from prunus.lr import Original, retraining
 from prunus.masks import Masks
 from prunus.retrain import Phase, imp, phase_sparsities, split_steps
@@ -99,7 +100,7 @@ class _Experiment:
             model.load_state_dict(dict(found.state))
             if self.recipe.prune is not None:
                 masks = self._phases(model, found, self.recipe.prune)
-        result = self._result(model, masks, before)
+        result = self._result(model, masks, before) | self._corrupted(model)
         return Outcome(model, masks, result | {"seconds": time.perf_counter() - started})
 
     def _dense(self) -> Dense:
@@ -216,6 +217,13 @@ class _Experiment:
         if self.recipe.recalibrate and stages.has_batchnorm(model):
             stages.recalibrate(model, self.setting)
             self.notes.stage("recalibrated", stages.measure(model, self.setting))
+
+    def _corrupted(self, model: nn.Module) -> dict[str, Any]:
+        asked = self.recipe.corruptions
+        if asked is None:
+            return {}
+        with self.bar("corruptions", len(asked.names or CORRUPTIONS) * len(asked.severities)) as advance:
+            return {"corrupted": stages.corrupted(model, self.setting, asked, advance)}
 
     def _checkpoint(self, name: str) -> Path | None:
         return None if self.work is None else self.work / f"{name}.pt"

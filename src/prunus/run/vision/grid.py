@@ -41,7 +41,7 @@ class _Classifiers:
         if isinstance(raw.get("images"), str):
             changes["images.source"] = raw["images"]
         if tuning:
-            changes["images.measure_on"] = "validation"
+            changes |= {"images.measure_on": "validation", "corruptions": None}
         return parse(merge(dict(raw), changes), ClassifierRecipe, where)
 
     def seeded(self, recipe: ClassifierRecipe) -> bool:
