@@ -168,6 +168,7 @@ def words_of(annotation):
         ("Classifier `augment`", "Augmentation"),
         ("Classifier `prune`", "Pruning"),
         ("Classifier `retrain`", "Retraining"),
+        ("Classifier `corruptions`", "Corruptions"),
         ("Grids", "Grid"),
     ],
 )
