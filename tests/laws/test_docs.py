@@ -160,6 +160,7 @@ def words_of(annotation):
         ("`calibrate`", "Calibrate"),
         ("`reconstruct`", "Reconstruct"),
         ("`retrain`", "Retrain"),
+        ("`soup`", "Soup"),
         ("`evaluate`", "Evaluate"),
         ("Texts", "Data"),
         ("The classifier recipe", "ClassifierRecipe"),

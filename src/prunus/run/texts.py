@@ -83,7 +83,7 @@ class _Texts:
             for text in results[0]["perplexity"]
         }
         if all("soup" in result for result in results):
-            row["soup"] = _soup(results)
+            row["beside"] = _soup(results)
         for part in ("retraining", "zero_shot", "pruning"):
             if part in results[0]:
                 row[part] = {k: v for k, v in results[0][part].items() if k not in ("losses", "merge")}
@@ -145,11 +145,11 @@ def _soups(grid: Grid, rows: Sequence[Mapping[str, Any]], text: str) -> list[str
     shown = [
         {
             **{axis: row[axis] for axis in grid.axes},
-            SOUP: spread(row[text]),
-            **{name: spread(value) for name, value in row["soup"][text].items()},
+            "the soup": spread(row[text]),  # an axis may well be called soup
+            **{name: spread(value) for name, value in row["beside"][text].items()},
         }
         for row in rows
-        if "soup" in row
+        if "beside" in row
     ]
     columns = list(dict.fromkeys(column for line in shown for column in line))
     return [f"### Soups, {text}\n\n{markdown_table(shown, columns)}"] if shown else []
@@ -165,14 +165,14 @@ def _plot(grid: Grid, rows: Sequence[Mapping[str, Any]], out: Path, dense: Mappi
         return
     text = texts[min(1, len(texts) - 1)]
     others = [axis for axis in grid.axes if axis != across]
-    lines = {tuple(row[axis] for axis in others): 1 + len(row.get("soup", {}).get(text, {})) for row in rows}
+    lines = {tuple(row[axis] for axis in others): 1 + len(row.get("beside", {}).get(text, {})) for row in rows}
     split = sum(lines.values()) > _MOST_LINES
     pictures: dict[str, dict[str, dict[str, float]]] = {}
     for row in rows:
         names = [str(row[axis]) for axis in others]
         picture, line = (names[0], names[1:]) if split else ("", names)
         table = pictures.setdefault(picture, {})
-        beside = {name: found["mean"] for name, found in row["soup"][text].items()} if "soup" in row else {}
+        beside = {name: found["mean"] for name, found in row["beside"][text].items()} if "beside" in row else {}
         own = [*line, SOUP] if beside else line
         for drawn, value in [(own, row[text]["mean"]), *(([*line, name], value) for name, value in beside.items())]:
             table.setdefault(", ".join(drawn), {})[str(row[across])] = float(value)
