@@ -164,6 +164,7 @@ def words_of(annotation):
         ("`calibrate`", "Calibrate"),
         ("`reconstruct`", "Reconstruct"),
         ("`retrain`", "Retrain"),
+        ("`soup`", "Soup"),
         ("`evaluate`", "Evaluate"),
         ("Texts", "Data"),
         ("The classifier recipe", "ClassifierRecipe"),
@@ -175,6 +176,7 @@ def words_of(annotation):
         ("Classifier `retrain`", "Retraining"),
         ("Classifier `soup`", "Souping"),
         ("Soup `vary`", "Vary"),
+        ("Classifier `corruptions`", "Corruptions"),
         ("Grids", "Grid"),
     ],
 )

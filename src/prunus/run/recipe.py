@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
+import pydantic
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -28,6 +29,7 @@ __all__ = [
     "Recipe",
     "Reconstruct",
     "Retrain",
+    "Soup",
     "Strict",
     "digest",
     "load_recipe",
@@ -176,6 +178,37 @@ class Retrain(Strict):
         return self
 
 
+class Soup(Strict):
+    """Several retrainings of the one pruned model, and their average.
+
+    vary: key of `retrain` -> its value in each member; members differ in their seed, seed + 1000 * place, unless it
+    names seed. average: "uniform", or a weight for each. longer: also train one member as long as all together.
+    """
+
+    members: Annotated[int, Field(ge=2)] = 3
+    vary: dict[Literal["seed", "lr", "steps", "warmup"], list[Any]] = {}
+    average: Literal["uniform"] | list[Annotated[float, Field(ge=0, le=1)]] = "uniform"
+    longer: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> Soup:
+        weights = {} if self.average == "uniform" else {"average": self.average}
+        for key, values in {**self.vary, **weights}.items():
+            if len(values) != self.members:
+                raise ValueError(f"{key} has {len(values)} values for {self.members} members; give one each")
+        if self.average != "uniform" and abs(sum(self.average) - 1) > 1e-6:
+            raise ValueError(f"average: weights add up to 1; these to {sum(self.average):g}")
+        return self
+
+    def each(self, retrain: Retrain) -> list[Retrain]:
+        """The retraining of every member."""
+        plain = retrain.model_dump()
+        seeds = [retrain.seed + 1000 * place for place in range(self.members)]
+        vary = {"seed": seeds, **self.vary}
+        changes = [{key: values[place] for key, values in vary.items()} for place in range(self.members)]
+        return [Retrain.model_validate({**plain, **change}) for change in changes]
+
+
 class Reconstruct(Strict):
     """Fit each pruned block to its dense outputs, right after it is pruned."""
 
@@ -233,12 +266,22 @@ class Recipe(Strict):
     calibrate: Calibrate = Calibrate()
     reconstruct: Reconstruct | None = None
     retrain: Retrain | None = None
+    soup: Soup | None = None
     evaluate: Evaluate = Evaluate()
     out: str = "runs/compress"
     save: bool = True
 
+    @pydantic.model_serializer(mode="wrap")
+    def _lean(self, handler: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `soup` where there is none, so that recipes older than the key keep their hashes."""
+        return {key: value for key, value in handler(self).items() if key != "soup" or value is not None}
+
     @model_validator(mode="after")
     def _check(self) -> Recipe:
+        if self.soup is not None:
+            if self.retrain is None:
+                raise ValueError("soup: its members are retrained as `retrain` says; give a section retrain")
+            self.soup.each(self.retrain)
         if looks_local(self.model) and not Path(self.model).exists():
             raise ValueError(f"model: no file or folder {self.model!r} (seen from {os.getcwd()})")
         if self.retrain is not None and "lora" in self.retrain.train and self.prune.sparsity > 0:

@@ -85,6 +85,7 @@ def show_run(result: Mapping[str, Any], out: Path) -> None:
         for stage, found in result["stages"].items()
     ]
     print_table(rows, title=f"{result['model']}, {result['measured_on']} images")
+    _show_corrupted(result.get("corrupted", {}))
     speed = f"{result['images_per_second']:,.0f} images/s"
     _note(f"{result['epochs']:.4g} epochs, {result['seconds']:.0f} s on {result['device']}, {speed}.")
     if "speedup" in result:
@@ -128,6 +129,25 @@ def show_soup(result: Mapping[str, Any], out: Path) -> None:
     _note("epochs: of all training that a row takes, the dense one included. inference: operations, of the dense ones.")
     _note(f"{result['seconds']:.0f} s on {result['device']}. Pictures: {out}/*.png; numbers: {out / 'result.json'}")
     _note(f"Network: {out / 'model.safetensors'}; its members are in {out / 'members'}, which may be deleted.")
+
+
+def _show_corrupted(found: Mapping[str, Any]) -> None:
+    """A row a corruption and one a severity, each a mean over the sets it has, and the mean of all."""
+    if not found:
+        return
+    rows = {**found["by_name"], **{f"severity {k}": row for k, row in found["by_severity"].items()}}
+    shown = [
+        {
+            "corruption": name,
+            "accuracy": f"{100 * row['top1']:.2f} %",
+            "loss": row["loss"],
+            "calibration error": row["calibration_error"],
+            "its maximum": row["maximum_calibration_error"],
+            "worst class": f"{100 * row['worst_class']:.2f} %",
+        }
+        for name, row in {**rows, "mean": found["mean"]}.items()
+    ]
+    print_table(shown, title="corrupted images")
 
 
 def show_grid(rows: Sequence[Mapping[str, Any]], out: Path, *, title: str = "") -> None:

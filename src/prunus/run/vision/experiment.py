@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from prunus.during import During
 from prunus.evaluate.cost import weight_change
 from prunus.files import write_json
+from prunus.images import CORRUPTIONS
 from prunus.lr import Original, retraining
 from prunus.masks import Masks
 from prunus.retrain import Phase, imp, phase_sparsities, split_steps
@@ -112,7 +113,7 @@ class _Experiment:
                 self.small = smaller(model, self.setting, self.recipe.prune, self.recipe.seed)
                 model = self.small.model
                 self._retrain_smaller(self.small, found.original, self.recipe.retrain)
-        result = self._result(model, masks, before)
+        result = self._result(model, masks, before) | self._corrupted(model)
         return Outcome(model, masks, result | {"seconds": time.perf_counter() - started}, self.trace)
 
     def _dense(self) -> Dense:
@@ -242,6 +243,13 @@ class _Experiment:
         if self.recipe.recalibrate and stages.has_batchnorm(model):
             stages.recalibrate(model, self.setting)
             self.notes.stage("recalibrated", stages.measure(model, self.setting))
+
+    def _corrupted(self, model: nn.Module) -> dict[str, Any]:
+        asked = self.recipe.corruptions
+        if asked is None:
+            return {}
+        with self.bar("corruptions", len(asked.names or CORRUPTIONS) * len(asked.severities)) as advance:
+            return {"corrupted": stages.corrupted(model, self.setting, asked, advance)}
 
     def _checkpoint(self, name: str) -> Path | None:
         return None if self.work is None else self.work / f"{name}.pt"

@@ -46,7 +46,7 @@ class _Classifiers:
         if isinstance(raw.get("images"), str):
             changes["images.source"] = raw["images"]
         if tuning:
-            changes["images.measure_on"] = "validation"
+            changes |= {"images.measure_on": "validation", "corruptions": None}
         merged = merge(dict(raw), changes)
         return parse(merged, class_of(merged), where)
 

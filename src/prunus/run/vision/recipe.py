@@ -15,15 +15,26 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from prunus import patterns
+from prunus.images import CORRUPTIONS
+from prunus.images.corruptions import Strengths
 from prunus.run.recipe import Device, Share, Strict, digest, looks_local, merge, parse, read_yaml
 from prunus.run.vision.optimizers import Decay, OptimizerChoice, Pull
 
 __all__ = [
     "Augmentation",
     "ClassifierRecipe",
+    "Corruptions",
     "ImageSource",
     "Pruning",
     "Retraining",
@@ -216,6 +227,27 @@ class Retraining(Strict):
         return self
 
 
+def _corruption(name: str) -> str:
+    if name not in CORRUPTIONS:
+        close = difflib.get_close_matches(name, CORRUPTIONS, n=1)
+        raise ValueError("no such corruption; " + (f"did you mean {close[0]!r}?" if close else ", ".join(CORRUPTIONS)))
+    return name
+
+
+class Corruptions(Strict):
+    """On which corruptions of the images that are measured on the final network is measured as well.
+
+    names: all of them if empty. strengths: those of CIFAR-10-C or of ImageNet-C. folder: where corrupted sets are kept
+    for other runs, or one that holds CIFAR-10-C; None makes them anew.
+    """
+
+    names: tuple[Annotated[str, AfterValidator(_corruption)], ...] = ()
+    severities: tuple[Annotated[int, Field(ge=1, le=5)], ...] = Field(default=(1, 2, 3, 4, 5), min_length=1)
+    strengths: Strengths = "cifar"
+    folder: str | None = None
+    seed: int = 0
+
+
 def methods() -> dict[str, Any]:
     """Name in recipes -> class, of every method that prunes during training."""
     from prunus import during
@@ -267,12 +299,19 @@ class ClassifierRecipe(Strict):
     prune: Pruning | None = None
     retrain: Retraining | None = None
     recalibrate: Share = 1.0
+    corruptions: Corruptions | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: Device = "auto"
     capture: Literal["auto"] | bool = "auto"
     compile: bool = False
     channels_last: Literal["auto"] | bool = "auto"
     out: str = "runs/train"
+
+    @model_serializer(mode="wrap")
+    def _lean(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `corruptions` where there are none, so that recipes older than the key keep their hashes."""
+        whole = handler(self)
+        return {key: value for key, value in whole.items() if key != "corruptions" or value is not None}
 
     @model_validator(mode="after")
     def _check(self) -> ClassifierRecipe:
@@ -333,7 +372,7 @@ def load_classifier(path: Path | None, overrides: dict[str, Any] | None = None) 
 
 def dense_of(recipe: ClassifierRecipe) -> ClassifierRecipe:
     """The recipe of the dense training that a pruned network starts from."""
-    plain = {"during": None, "prune": None, "retrain": None, "recalibrate": 1.0}
+    plain = {"during": None, "prune": None, "retrain": None, "recalibrate": 1.0, "corruptions": None}
     own = {name: getattr(recipe, name) for name in ClassifierRecipe.model_fields}  # a soup's recipe has more
     return ClassifierRecipe.model_construct(None, **(own | plain))
 

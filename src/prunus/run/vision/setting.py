@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from prunus.compiled import compile_blocks_
-from prunus.images import Augment, ImageBatches, Images, plain_batches, read_images
+from prunus.images import (
+    CORRUPTIONS,
+    Augment,
+    ImageBatches,
+    Images,
+    check_corruptions,
+    plain_batches,
+    read_images,
+)
 from prunus.models import build_model
 from prunus.precision import Precision
 from prunus.run.vision.recipe import ClassifierRecipe, ImageSource
@@ -58,7 +66,8 @@ class Setting:
     def of(cls, recipe: ClassifierRecipe) -> Setting:
         """The setting of a recipe; "auto" is the first GPU with bf16, CUDA graphs and channels-last, else the CPU.
 
-        Raises ValueError for a GPU that is not there, and for images that cannot be read or are fewer than a batch.
+        Raises ValueError for a GPU that is not there, and for images that cannot be read, corrupted as asked for, or
+        are fewer than a batch; ImportError for a package that corruptions need.
         """
         device = _device(recipe.device)
         cuda = device.type == "cuda"
@@ -69,6 +78,10 @@ class Setting:
             raise ValueError(
                 f"train.batch_size: {recipe.train.batch_size} is more than the {len(sets.train)} training images"
             )
+        asked = recipe.corruptions
+        if asked is not None:
+            size = tuple(sets.measured.pixels.shape[1:])
+            check_corruptions(asked.names or CORRUPTIONS, asked.severities, strengths=asked.strengths, size=size)
         precision: Precision = ("bf16" if cuda else "fp32") if recipe.precision == "auto" else recipe.precision
         capture = cuda and recipe.train.capturable if recipe.capture == "auto" else recipe.capture
         channels_last = cuda if recipe.channels_last == "auto" else recipe.channels_last

@@ -20,19 +20,22 @@ from prunus.capture import alone
 from prunus.constrained import KeptGradients
 from prunus.during import During
 from prunus.ema import Ema
-from prunus.evaluate.accuracy import accuracy
+from prunus.evaluate.accuracy import Accuracy, accuracy
+from prunus.evaluate.corruptions import corrupted_accuracy
 from prunus.evaluate.cost import Cost, _own_flops
+from prunus.images import CORRUPTIONS, Images
 from prunus.layers import View, find_layers
 from prunus.lr import Multiplier, constant, cosine, exponential, linear, multistep, one_cycle
 from prunus.masks import Masks
 from prunus.prune import prune
 from prunus.run.vision.optimizers import make_optimizer, make_penalty
-from prunus.run.vision.recipe import Pruning
+from prunus.run.vision.recipe import Corruptions, Pruning
 from prunus.run.vision.setting import Setting
 from prunus.train import Trace, classification_loss, train
 
 __all__ = [
     "OnStep",
+    "corrupted",
     "cost_of",
     "fit",
     "has_batchnorm",
@@ -134,6 +137,33 @@ def measure_held(model: nn.Module, setting: Setting) -> dict[str, Any]:
     """The same on the images that the recipe holds out, by which soups are chosen."""
     with alone():
         return asdict(accuracy(model, setting.held(), precision=setting.precision))
+
+
+def corrupted(
+    model: nn.Module, setting: Setting, asked: Corruptions, on_set: Callable[[], None] | None = None
+) -> dict[str, Any]:
+    """Means of what `measure` finds over all corrupted sets, by severity and by corruption, and each set's own."""
+
+    def measured(images: Images) -> Accuracy:
+        with alone():
+            return accuracy(model, setting._plain(images), precision=setting.precision)
+
+    found = corrupted_accuracy(
+        setting.sets.measured,
+        measured,
+        asked.names or CORRUPTIONS,
+        asked.severities,
+        seed=asked.seed,
+        strengths=asked.strengths,
+        folder=Path(asked.folder).expanduser() if asked.folder is not None else None,
+        on_set=on_set,
+    )
+    return {
+        "mean": found.mean(),
+        "by_severity": {str(severity): found.mean(severity=severity) for severity in asked.severities},
+        "by_name": {name: found.mean(name=name) for name in found.sets},
+        "sets": {name: {str(k): asdict(each) for k, each in row.items()} for name, row in found.sets.items()},
+    }
 
 
 def recalibrate(model: nn.Module, setting: Setting) -> None:

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prunus.evaluate.corruptions import MEASURES
 from prunus.files import write_text
+from prunus.images import CORRUPTIONS
 from prunus.report import markdown_table, plot_accuracy
 from prunus.run.kinds import Result
 from prunus.run.spread import mean_and_std, spread
@@ -29,8 +31,13 @@ SOUPS = (
     *("mean_member", "best_member", "ensemble", "uniform", "greedy", "learned", "imp", "longer", "swa", "reprune"),
     *("dense_soup", "dense_soup_pruned", "dense_soup_retrained"),
 )
-SHARES = (*PERCENT, *STAGES, *SOUPS)
-METRICS = (*PERCENT, *STAGES, *NUMBERS, *LAST_PHASE, *SOUPS)
+CORRUPTED = {  # column -> where it stands under `corrupted` in a result
+    **{f"corrupted.{'accuracy' if name == 'top1' else name}": ("mean", name) for name in MEASURES},
+    **{f"corrupted.severity_{severity}": ("by_severity", str(severity), "top1") for severity in range(1, 6)},
+    **{f"corrupted.{name}": ("by_name", name, "top1") for name in CORRUPTIONS},
+}
+METRICS = (*PERCENT, *STAGES, *NUMBERS, *LAST_PHASE, *SOUPS, *CORRUPTED)
+SHARES = {*PERCENT, *STAGES, *SOUPS, *CORRUPTED} - {"corrupted.loss"}
 
 
 def row(results: Sequence[Result]) -> dict[str, Any]:
@@ -65,6 +72,10 @@ def _value(result: Result, name: str) -> float | None:
         value = result.get("soup", {}).get(name)
     elif name in LAST_PHASE:
         value = result["phases"][-1].get(name) if result["phases"] else None
+    elif name in CORRUPTED:
+        value = result.get("corrupted")
+        for key in CORRUPTED[name]:
+            value = None if value is None else value.get(key)
     else:
         value = result.get(name)
     if value is None:

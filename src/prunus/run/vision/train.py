@@ -166,6 +166,8 @@ def _write(out: Path, recipe: ClassifierRecipe, outcome: Outcome, result: dict[s
     """The network, its masks, its description, the picture; the result last, because it says that all is there."""
     for stage, found in result["stages"].items():
         append_metrics(out / "metrics.jsonl", {"stage": stage, **found})
+    if "corrupted" in result:
+        append_metrics(out / "metrics.jsonl", {"stage": "corrupted", **result["corrupted"]["mean"]})
     for found in result["phases"]:
         append_metrics(out / "metrics.jsonl", {"stage": "phase", **found})
     describe(out, recipe, outcome.model, outcome.masks, result)
