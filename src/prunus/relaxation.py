@@ -68,6 +68,8 @@ def frank_wolfe(iterations: int = 30, swaps: int = 100, concave: tuple[float, fl
         if layer.inputs.tokens == 0:
             warn_unseen(layer, "frank_wolfe")
             return by_score(magnitude)(layer, pattern, kept)
+        if not bool(layer.weight.isfinite().all()):
+            raise ValueError(f"weight of '{layer.name}' holds NaN or Inf: the checkpoint is damaged")
         start = pattern.mask(wanda(layer), kept, name=layer.name)
         gram = _scaled_gram(layer, layer.inputs)
         weight = layer.weight.float().contiguous()
