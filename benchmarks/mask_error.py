@@ -4,7 +4,8 @@
     python benchmarks/mask_error.py --model SmolLM2-135M-Instruct.Q4_1.gguf --data c4.txt --include "layers.14.*"
 
 Every layer sees the inputs of the dense model. Shown is ||(W - W') X||^2 as a share of Wanda's, the geometric mean over
-layers, and the seconds for all of them, in one process. SparseGPT moves the weights that stay; "its mask alone" is its
+layers (but those where Wanda loses nothing, because more inputs are always zero than weights pruned), and the seconds
+for all of them, in one process. SparseGPT moves the weights that stay; "its mask alone" is its
 mask on the weights as they were. All else is masks on the weights as they were.
 """
 
@@ -26,6 +27,7 @@ from torch import Tensor
 import prunus
 from prunus.layers import Layer
 from prunus.patterns import Pattern
+from prunus.report import print_table
 from prunus.run import stages
 from prunus.run.fitted import fitted
 from prunus.run.recipe import load_recipe
@@ -90,7 +92,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         line: dict[str, Any] = {"solver": name}
         for label in PATTERNS:
             mine = [row for row in rows if row["solver"] == name and row["pattern"] == label]
-            logs = [math.log(row["error"] / base[row["layer"], label]) for row in mine]
+            logs = [math.log(row["error"] / base[row["layer"], label]) for row in mine if base[row["layer"], label]]
             line[label] = round(math.exp(statistics.fmean(logs)), 4)
             line[f"{label}, seconds"] = round(sum(row["seconds"] for row in mine), 2)
         table.append(line)
@@ -98,7 +100,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure, print the table as Markdown, and write both table and single numbers."""
+    """Measure, show the table, and write it with the single numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--data", default=None, help="calibration text; the embedded one without it")
@@ -123,12 +125,9 @@ def main() -> None:
         tokens=windows,
         include=asked.include,
         device=asked.device,
-        on_block=lambda report: print(report.name, f"{report.seconds:.0f} s", flush=True),
     )
     table = summary(rows)
-    print("| " + " | ".join(table[0]) + " |\n|" + " --- |" * len(table[0]))
-    for line in table:
-        print("| " + " | ".join(map(str, line.values())) + " |")
+    print_table(table, title=f"{asked.model}, {len({row['layer'] for row in rows})} layers")
     if asked.out is not None:
         gpu = torch.cuda.get_device_name() if asked.device.startswith("cuda") else None
         where = {"device": gpu or f"CPU, {torch.get_num_threads()} threads", "torch": torch.__version__}

@@ -6,8 +6,8 @@ loses much when it is rounded. So a concave term that is zero at every mask grow
 
     F_c(m) = d G d^T + c sum_j q_j (m_j - m_j^2),   q_j = w_j^2 G_jj,   gradient = -2 w * (d G) + c q * (1 - 2 m)
 
-F_0 = f. F_1(m) is the expected error of a mask whose entries are drawn independently with the probabilities m: it is
-linear in each entry, and rounding to a mask that is no worse than average loses nothing.
+F_0 = f. F_1(m) is the expected error of a mask whose entries are drawn independently with the probabilities m (its count
+is right on average only): unlike f it promises between masks nothing that masks do not keep.
 
     Wanda's mask ─▶ m <- m + s (v - m), v the pattern's best mask for -gradient, s by exact line search ─▶ rounded
                  ─▶ swaps (`swaps.py`) ─▶ compared with Wanda's, row by row where the pattern chooses by row
@@ -17,6 +17,7 @@ The weights that are kept stay as they are; `reconstruct` or a retraining may mo
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import TYPE_CHECKING
 
@@ -87,12 +88,15 @@ def frank_wolfe(iterations: int = 30, swaps: int = 100, concave: tuple[float, fl
 
 
 def _scaled_gram(layer: Layer, inputs: Inputs) -> Tensor:
-    """The Gram matrix with mean diagonal 1, on the weight's device; a scale changes no mask."""
+    """The Gram matrix with mean diagonal near 1, on the weight's device.
+
+    A power of two as scale loses no bit, and changes no mask.
+    """
     assert inputs.gram is not None
     if not bool(inputs.gram.isfinite().all()):
         raise ValueError(f"the Gram matrix of '{layer.name}' holds NaN or Inf: calibrate in bfloat16 or float32")
-    mean = float(inputs.gram.diagonal().mean(dtype=torch.float64)) or 1.0
-    return (inputs.gram / mean).to(layer.weight.device)
+    mean = float(inputs.gram.diagonal().mean(dtype=torch.float64))
+    return (inputs.gram * 2.0 ** min(-math.frexp(mean)[1], 126)).to(layer.weight.device)
 
 
 def _relax(

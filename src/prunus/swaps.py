@@ -64,7 +64,7 @@ def _swap_chunk_(mask: Tensor, weight: Tensor, gram: Tensor, most: int, width: i
     rows = _Rows(place, weight, mask.clone(), product, alone, (lost * product).sum(1))
     for _ in range(most):
         out, back, change = _best_in_row(rows, gram) if width is None else _best_in_group(rows, gram, width)
-        better = change < -_LEAST * rows.error
+        better = change < -_LEAST * rows.error.abs()  # where all cancels, rounding can make it negative
         if not bool(better.all()):
             mask[rows.place] = rows.mask
             rows, out, back, change = rows.only(better), out[better], back[better], change[better]
@@ -103,7 +103,7 @@ def _pair(cost: Tensor, partner: Tensor, weight: Tensor, gram: Tensor) -> tuple[
 
 
 def _best_in_group(rows: _Rows, gram: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_best_in_row`, of all pairs within groups of `width` columns; one entry of each group to restore at a time."""
+    """As `_best_in_row`, of all pairs in groups of `width` columns; one entry of each group to restore at a time."""
     count, columns = rows.weight.shape
     groups = columns // width
     prune, restore = (each.view(count, groups, width) for each in _costs(rows))

@@ -157,6 +157,7 @@ def words_of(annotation):
     [
         ("The recipe", "Recipe"),
         ("`prune`", "Prune"),
+        ("`prune.frank_wolfe`", "FrankWolfe"),
         ("`calibrate`", "Calibrate"),
         ("`reconstruct`", "Reconstruct"),
         ("`retrain`", "Retrain"),

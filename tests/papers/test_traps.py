@@ -18,10 +18,10 @@ from prunus.layers import Inputs, Layer, find_layers
 from prunus.masks import Masks
 from prunus.patterns import NM, Unstructured
 from prunus.reconstruct import Fit
+from prunus.relaxation import frank_wolfe
 from prunus.run.compress import compress
 from prunus.run.recipe import Recipe, parse
 from prunus.scores import magnitude, ria, wanda
-from prunus.relaxation import frank_wolfe
 from prunus.solvers import Solver, by_score, sparsegpt
 from prunus.stream import stream
 from prunus.subsets import find_subset
