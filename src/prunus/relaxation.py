@@ -6,8 +6,8 @@ loses much when it is rounded. So a concave term that is zero at every mask grow
 
     F_c(m) = d G d^T + c sum_j q_j (m_j - m_j^2),   q_j = w_j^2 G_jj,   gradient = -2 w * (d G) + c q * (1 - 2 m)
 
-F_0 = f. F_1(m) is the expected error of a mask whose entries are drawn independently with the probabilities m (its count
-is right on average only): unlike f it promises between masks nothing that masks do not keep.
+F_0 = f. F_1(m) is the expected error of a mask whose entries are drawn independently with the probabilities m (its
+count is right on average only): unlike f it promises between masks nothing that masks do not keep.
 
     Wanda's mask ─▶ m <- m + s (v - m), v the pattern's best mask for -gradient, s by exact line search ─▶ rounded
                  ─▶ swaps (`swaps.py`) ─▶ compared with Wanda's, row by row where the pattern chooses by row
