@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from prunus.patterns import NM, Block, Rows, Unstructured
     from prunus.prune import prune
     from prunus.reconstruct import Fit
+    from prunus.relaxation import frank_wolfe
     from prunus.retrain import imp
     from prunus.run.compress import compress
     from prunus.run.inspect import inspect_model
@@ -72,6 +73,7 @@ __all__ = [
     "erk",
     "find_blocks",
     "find_layers",
+    "frank_wolfe",
     "global_",
     "imp",
     "infer_masks",
@@ -120,6 +122,7 @@ _HOMES = {
     "patterns": ("Block", "NM", "Rows", "Unstructured"),
     "prune": ("prune",),
     "reconstruct": ("Fit",),
+    "relaxation": ("frank_wolfe",),
     "retrain": ("imp",),
     "run.compress": ("compress",),
     "run.inspect": ("inspect_model",),

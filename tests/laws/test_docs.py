@@ -161,6 +161,7 @@ def words_of(annotation):
     [
         ("The recipe", "Recipe"),
         ("`prune`", "Prune"),
+        ("`prune.frank_wolfe`", "FrankWolfe"),
         ("`calibrate`", "Calibrate"),
         ("`reconstruct`", "Reconstruct"),
         ("`retrain`", "Retrain"),

@@ -7,6 +7,7 @@ from torch import Tensor
 from prunus import scores
 from prunus.layers import Inputs, Layer
 from prunus.patterns import NM, Pattern, Unstructured
+from prunus.relaxation import frank_wolfe
 from prunus.scores import Score, magnitude, ria, wanda
 from prunus.solvers import Solver, by_score, sparsegpt
 
@@ -113,7 +114,10 @@ def test_scores_that_need_inputs_say_so(score: Score):
         score(Layer("fc7", torch.ones(2, 4), broken))
 
 
-@pytest.mark.parametrize("solver", [by_score(wanda), by_score(ria), sparsegpt()], ids=["wanda", "ria", "sparsegpt"])
+SOLVERS = {"wanda": by_score(wanda), "ria": by_score(ria), "sparsegpt": sparsegpt(), "frank_wolfe": frank_wolfe()}
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 @pytest.mark.parametrize("gram", [False, True])
 def test_a_layer_that_saw_no_token_falls_back_to_magnitude(solver: Solver, gram: bool):
     layer = make_layer(tokens=0, gram=gram)

@@ -14,6 +14,7 @@ from prunus.allocations import global_, owl
 from prunus.layers import Layer, find_layers
 from prunus.patterns import NM, Unstructured
 from prunus.reconstruct import Fit
+from prunus.relaxation import frank_wolfe
 from prunus.scores import magnitude, wanda
 from prunus.solvers import by_score, sparsegpt
 from prunus.sources import Shards
@@ -182,6 +183,18 @@ def test_sparsegpt_beats_wanda_beats_magnitude_on_the_output_of_a_block() -> Non
         reports = stream(model, solver, Unstructured("layer"), 0.5, tokens=TOKENS, gram=gram, fit=fit).reports
         errors.append(reports[0].error_before)
     assert errors == sorted(errors)
+
+
+def test_masks_by_frank_wolfe_serve_a_block_better_and_are_fitted_like_others() -> None:
+    fit = Fit(steps=20, lr=3e-3, train=("full",))
+    found = {}
+    for name, solver in (("wanda", WANDA), ("frank_wolfe", frank_wolfe())):
+        model = tiny_llama()
+        streamed = stream(model, solver, NM(2, 4), 0.5, tokens=TOKENS, fit=fit)
+        streamed.masks.check(model)
+        found[name] = streamed.reports[0]
+    assert found["frank_wolfe"].error_before < 0.98 * found["wanda"].error_before
+    assert found["frank_wolfe"].error_after < found["frank_wolfe"].error_before
 
 
 @pytest.mark.parametrize("allocate", [global_, owl(c=2.0, lam=0.1)])

@@ -45,6 +45,11 @@ class Unstructured:
         """None: any sparsity is possible."""
         return None
 
+    @property
+    def by_row(self) -> bool:
+        """Whether weights are compared within rows."""
+        return self.per == "row"
+
     def counts(self, shape: tuple[int, int], sparsity: float | None, *, name: str = "this layer") -> int:
         """How many entries a (out, in) matrix keeps: `kept_of(out * in, sparsity)`."""
         return kept_of(shape[0] * shape[1], check_sparsity(self, sparsity))
@@ -121,6 +126,11 @@ class NM:
     def sparsity(self) -> float | None:
         """1 - N/M."""
         return 1 - self.n / self.m
+
+    @property
+    def by_row(self) -> bool:
+        """True: a group lies in one row."""
+        return True
 
     def counts(self, shape: tuple[int, int], sparsity: float | None = None, *, name: str = "this layer") -> int:
         """How many entries a (out, in) matrix keeps: n/m of them.

@@ -27,6 +27,11 @@ class Pattern(Protocol):
         """The share of zeros that the pattern fixes; None when it is free."""
         ...
 
+    @property
+    def by_row(self) -> bool:
+        """Whether each row's mask depends on that row's scores alone, so that rows of two masks can be mixed."""
+        ...
+
     def counts(self, shape: tuple[int, int], sparsity: float | None, *, name: str = "this layer") -> int:
         """How many entries a matrix keeps. Raises ValueError when shape or sparsity does not fit, naming `name`."""
         ...

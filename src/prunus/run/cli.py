@@ -34,7 +34,9 @@ SetOption = Annotated[
 def compress(
     recipe: RecipeArg = None,
     model: Annotated[str | None, typer.Option(help="Hugging Face name or folder, .gguf file, or 'embedded'.")] = None,
-    criterion: Annotated[str | None, typer.Option(help="magnitude, random, wanda, ria or sparsegpt.")] = None,
+    criterion: Annotated[
+        str | None, typer.Option(help="magnitude, random, wanda, ria, sparsegpt or frank_wolfe.")
+    ] = None,
     pattern: Annotated[
         str | None, typer.Option(help="'unstructured' or N:M, at most N nonzeros of M, such as 2:4.")
     ] = None,

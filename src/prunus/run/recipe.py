@@ -16,7 +16,17 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import pydantic
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from prunus import patterns, subsets
 
@@ -39,7 +49,7 @@ __all__ = [
     "yaml_value",
 ]
 
-Criterion = Literal["magnitude", "random", "wanda", "ria", "sparsegpt"]
+Criterion = Literal["magnitude", "random", "wanda", "ria", "sparsegpt", "frank_wolfe"]
 Init = Literal["kaiming", "gaussian"]
 Section = TypeVar("Section", bound=BaseModel)
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -114,6 +124,14 @@ class Calibrate(Strict):
     seed: int = 0
 
 
+class FrankWolfe(Strict):
+    """How criterion `frank_wolfe` chooses its masks."""
+
+    iterations: Annotated[int, Field(ge=0)] = 30
+    swaps: Annotated[int, Field(ge=0)] = 100
+    concave: tuple[Annotated[float, Field(ge=0, le=2)], Annotated[float, Field(ge=0, le=2)]] = (0.5, 1.0)
+
+
 class Prune(Strict):
     """Which weights go: a criterion, a pattern and a sparsity (the share of zeros, in [0, 1))."""
 
@@ -125,6 +143,7 @@ class Prune(Strict):
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
+    frank_wolfe: FrankWolfe | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -143,11 +162,20 @@ class Prune(Strict):
             raise ValueError(
                 f"pattern {self.pattern!r} fixes the share of zeros in every group: leave out scope and allocation"
             )
-        if self.scope == "model" and self.criterion == "sparsegpt":
-            raise ValueError("sparsegpt chooses inside one layer: scope 'model' needs magnitude, random, wanda or ria")
+        if self.scope == "model" and self.criterion in ("sparsegpt", "frank_wolfe"):
+            raise ValueError(
+                f"{self.criterion} chooses inside one layer: scope 'model' needs magnitude, random, wanda or ria"
+            )
+        if self.frank_wolfe is not None and self.criterion != "frank_wolfe":
+            raise ValueError(f"frank_wolfe: set, but the criterion is {self.criterion}: leave it out, or choose it")
         if self.scope == "model" and self.allocation != "uniform":
             raise ValueError("scope 'model' is an allocation already: leave out allocation")
         return self
+
+    @model_serializer(mode="wrap")
+    def _plain(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `frank_wolfe` when it is not set: recipes written before it was there keep their hashes."""
+        return {key: value for key, value in inner(self).items() if key != "frank_wolfe" or value is not None}
 
 
 class Retrain(Strict):

@@ -31,7 +31,8 @@ from prunus.lr import linear_warmup_decay
 from prunus.masks import Masks
 from prunus.precision import Precision, autocast
 from prunus.reconstruct import Fit
-from prunus.run.recipe import Data, Prune, Recipe, Retrain
+from prunus.relaxation import frank_wolfe
+from prunus.run.recipe import Data, FrankWolfe, Prune, Recipe, Retrain
 from prunus.solvers import Solver, by_score, sparsegpt
 from prunus.sources import Shards, Source
 from prunus.stream import BlockReport, Streamed, stream, survey
@@ -189,7 +190,7 @@ def prune(
     fit = None
     if recipe.reconstruct is not None:
         fit = Fit(**recipe.reconstruct.model_dump(), precision=precision_of(recipe, device))
-    gram = chosen.criterion == "sparsegpt"
+    gram = chosen.criterion in ("sparsegpt", "frank_wolfe")
     return stream(
         loaded.model,
         solver,
@@ -205,17 +206,17 @@ def prune(
 
 
 def _scope(chosen: Prune) -> str:
-    """Wanda compares within an output row, as its authors do; the other criteria within a layer."""
+    """Wanda, and what starts from it, compares within an output row, as its authors do; the others within a layer."""
     if chosen.scope is not None:
         return chosen.scope
-    return "row" if chosen.criterion == "wanda" and chosen.allocation == "uniform" else "layer"
+    return "row" if chosen.criterion in ("wanda", "frank_wolfe") and chosen.allocation == "uniform" else "layer"
 
 
 def _score(chosen: Prune, seed: int) -> Callable[[Layer], Tensor]:
     if chosen.criterion == "random":
         # Drawn anew from (seed, layer) at each look: a resumed run and a second reading see the same scores.
         return lambda layer: scores.random_score(_generator(seed, layer.name))(layer)
-    return getattr(scores, chosen.criterion) if chosen.criterion != "sparsegpt" else scores.wanda
+    return getattr(scores, chosen.criterion) if chosen.criterion not in ("sparsegpt", "frank_wolfe") else scores.wanda
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
@@ -223,6 +224,8 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 
 def _solver(chosen: Prune, score: Callable[[Layer], Tensor]) -> Solver:
+    if chosen.criterion == "frank_wolfe":
+        return frank_wolfe(**(chosen.frank_wolfe or FrankWolfe()).model_dump())
     return sparsegpt(damping=chosen.damping) if chosen.criterion == "sparsegpt" else by_score(score)
 
 
