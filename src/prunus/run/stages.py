@@ -32,7 +32,7 @@ from prunus.masks import Masks
 from prunus.precision import Precision, autocast
 from prunus.reconstruct import Fit
 from prunus.run.recipe import Data, Prune, Recipe, Retrain
-from prunus.solvers import Solver, by_score, sparsegpt
+from prunus.solvers import Solver, by_magnitude, by_score, by_wanda, sparsegpt
 from prunus.sources import Shards, Source
 from prunus.stream import BlockReport, Streamed, stream, survey
 from prunus.subsets import ADAPTERS, find_subset
@@ -223,7 +223,10 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 
 def _solver(chosen: Prune, score: Callable[[Layer], Tensor]) -> Solver:
-    return sparsegpt(damping=chosen.damping) if chosen.criterion == "sparsegpt" else by_score(score)
+    if chosen.criterion == "sparsegpt":
+        return sparsegpt(damping=chosen.damping)
+    unwritten = {"magnitude": by_magnitude, "wanda": by_wanda}  # the same bits, without the scores' memory
+    return unwritten[chosen.criterion]() if chosen.criterion in unwritten else by_score(score)
 
 
 def summary(streamed: Streamed) -> dict[str, Any]:
