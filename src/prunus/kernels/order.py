@@ -15,13 +15,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["is_nan", "read_keys", "read_scores"]
+__all__ = ["is_nan", "read_keys", "read_scores", "widen"]
+
+
+@triton.jit
+def widen(x):
+    """The same numbers in float32; bfloat16 by its bits, because Triton's interpreter loses denormal ones."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
 
 
 @triton.jit
 def read_scores(X, S, place, column, live, ABSOLUTE: tl.constexpr, SCALED: tl.constexpr):
     """The float32 scores at X + place: as they are, |x|, or |x| * S[column]; 0 where not live."""
-    x = tl.load(X + place, mask=live, other=0.0).to(tl.float32)
+    x = widen(tl.load(X + place, mask=live, other=0.0))
     if ABSOLUTE:
         x = tl.abs(x)
     if SCALED:
@@ -34,7 +43,9 @@ def read_keys(X, S, place, column, live, ABSOLUTE: tl.constexpr, SCALED: tl.cons
     """The keys of `read_scores`, int32; the least int32, which is below every number's key, where not live."""
     x = read_scores(X, S, place, column, live, ABSOLUTE, SCALED)
     bits = x.to(tl.int32, bitcast=True)
-    if not ABSOLUTE:
+    if ABSOLUTE:
+        bits = bits & 0x7FFFFFFF  # inf * 0 is a NaN of either sign
+    else:
         bits = tl.where((bits & 0x7FFFFFFF) == 0, 0, bits)
         bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return tl.where(live, bits, -2147483648)

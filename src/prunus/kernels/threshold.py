@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from prunus.kernels.order import widen
+
 __all__ = ["count_of", "keep_first", "kth_of", "sample_of"]
 
 _STRIDE = 1021  # a prime: matrices have widths that 1024 divides, and every column should be seen
@@ -118,7 +120,8 @@ def _nearby(score: Tensor, device: torch.device) -> Iterable[Tensor]:
 def _read(X, numel, BLOCK: tl.constexpr):
     """The float32 scores of this program's block, NaN (which equals nothing) past the end; their places."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    return tl.load(X + place, mask=place < numel, other=float("nan")).to(tl.float32), place
+    x = widen(tl.load(X + place, mask=place < numel, other=0.0))
+    return tl.where(place < numel, x, float("nan")), place
 
 
 @triton.jit

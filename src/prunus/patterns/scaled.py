@@ -55,11 +55,11 @@ def _(pattern: NM, weight: Tensor, scale: Tensor | None, kept: int, *, name: str
 
 @mask_scaled.register
 def _(pattern: Unstructured, weight: Tensor, scale: Tensor | None, kept: int, *, name: str = "this layer") -> Tensor:
+    check_count(weight, kept, name)
     if pattern.per == "row" and goes_to_kernels(weight):
         from prunus.kernels.rows import keep_of_rows, takes_rows
 
         if takes_rows(weight):
-            check_count(weight, kept, name)
             each, extra = divmod(kept, max(1, weight.shape[0]))
             return _checked(keep_of_rows(weight, each, extra, absolute=True, scale=scale), name)
     return pattern.mask(scaled(weight, scale), kept, name=name)
