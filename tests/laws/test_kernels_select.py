@@ -21,9 +21,9 @@ from prunus.solvers import by_magnitude, by_score, by_wanda
 
 pytest.importorskip("triton")
 
-from prunus.kernels import threshold  # noqa: E402
-from prunus.kernels.groups import keep_of_groups  # noqa: E402
-from prunus.kernels.rows import keep_of_rows  # noqa: E402
+from prunus.kernels import threshold
+from prunus.kernels.groups import keep_of_groups
+from prunus.kernels.rows import keep_of_rows
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:(overflow|invalid value) encountered:RuntimeWarning"
