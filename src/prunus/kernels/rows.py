@@ -90,8 +90,8 @@ def _keep(
         tl.store(M + column, keep.to(tl.uint8), mask=live)
     else:
         left = wanted - from_high  # equals that may stay
-        for start in range(0, columns, PART):
-            place = start + tl.arange(0, PART)
+        for part in range(BLOCK // PART):
+            place = part * PART + tl.arange(0, PART)
             inside = place < columns
             again = read_keys(X, S, place, place, inside, ABSOLUTE, SCALED)  # from the cache: registers are dear
             equal = again == low
