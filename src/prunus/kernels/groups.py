@@ -41,20 +41,22 @@ def keep_of_groups(
     flags = {"N": n, "ABSOLUTE": absolute, "SCALED": scale is not None}
     if not mask.numel():
         return mask, nans
-    if m == 4 and x.stride(1) == 1:
-        block = min(2 * _TILE, triton.next_power_of_2(columns))
-        parts = triton.cdiv(columns, block)
-        words = mask.view(torch.int32)  # (out, in / 4)
-        _keep_of_four[(rows * parts,)](
-            x, factors, words, nans, columns, x.stride(0), parts, **flags, BLOCK=block, num_warps=max(1, block // 512)
-        )
-        return mask, nans
-    high, wide = _tile(x)
-    parts = triton.cdiv(columns, wide)
-    _keep_of_any[(triton.cdiv(rows, high) * parts,)](
-        x, factors, mask.view(torch.uint8), nans, rows, columns, x.stride(0), x.stride(1), parts,
-        **flags, M_=m, HIGH=high, WIDE=wide, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # programs start on the current device
+        if m == 4 and x.stride(1) == 1:
+            block = min(2 * _TILE, triton.next_power_of_2(columns))
+            parts = triton.cdiv(columns, block)
+            words = mask.view(torch.int32)  # (out, in / 4)
+            _keep_of_four[(rows * parts,)](
+                x, factors, words, nans, columns, x.stride(0), parts,
+                **flags, BLOCK=block, num_warps=max(1, block // 512),
+            )  # fmt: skip
+        else:
+            high, wide = _tile(x)
+            parts = triton.cdiv(columns, wide)
+            _keep_of_any[(triton.cdiv(rows, high) * parts,)](
+                x, factors, mask.view(torch.uint8), nans, rows, columns, x.stride(0), x.stride(1), parts,
+                **flags, M_=m, HIGH=high, WIDE=wide, num_warps=4,
+            )  # fmt: skip
     return mask, nans
 
 

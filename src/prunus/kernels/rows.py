@@ -47,7 +47,9 @@ def keep_of_rows(
     x = score if score.stride(1) == 1 else score.contiguous()  # rows are read in whole lines
     block = triton.next_power_of_2(columns)
     warps = min(32, max(1, block // (32 * _KEYS)))
-    if rows:
+    if not rows:
+        return mask, nans
+    with torch.cuda.device_of(x):  # programs start on the current device
         _keep[(rows,)](
             x, nans if scale is None else scale.contiguous(), mask.view(torch.uint8), nans, columns, x.stride(0),
             kept, extra, ABSOLUTE=absolute, SCALED=scale is not None, BLOCK=block,

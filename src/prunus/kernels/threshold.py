@@ -53,10 +53,11 @@ def kth_of(scores: Iterable[Tensor], sample: Tensor, k: int, total: int) -> Tens
             blocks = triton.cdiv(part.numel(), _BLOCK)
             outside = torch.empty(3, blocks, dtype=torch.int32, device=sample.device)
             if blocks:
-                _collect[(blocks,)](
-                    part, ends, outside, counts[3:], found, part.numel(), blocks, found.numel(),
-                    BLOCK=_BLOCK, num_warps=4,
-                )  # fmt: skip
+                with torch.cuda.device_of(part):  # programs start on the current device
+                    _collect[(blocks,)](
+                        part, ends, outside, counts[3:], found, part.numel(), blocks, found.numel(),
+                        BLOCK=_BLOCK, num_warps=4,
+                    )  # fmt: skip
             counts[:3] += outside.sum(1)
     above, on_high, on_low, inside = counts.tolist()
     if above < k <= above + on_high:
@@ -77,7 +78,8 @@ def count_of(score: Tensor, threshold: Tensor) -> Tensor:
     blocks = triton.cdiv(flat.numel(), _BLOCK)
     counts = torch.empty(2, blocks, dtype=torch.int32, device=flat.device)
     if blocks:
-        _count[(blocks,)](flat, threshold, counts, flat.numel(), blocks, BLOCK=_BLOCK, num_warps=4)
+        with torch.cuda.device_of(flat):
+            _count[(blocks,)](flat, threshold, counts, flat.numel(), blocks, BLOCK=_BLOCK, num_warps=4)
     return counts
 
 
@@ -92,9 +94,10 @@ def keep_first(score: Tensor, threshold: Tensor, kept: int) -> Tensor:
     above, equal = counts[0], counts[1]
     left = kept - above.sum() - (equal.cumsum(0) - equal)  # equals that may stay from this block on
     if len(left):
-        _keep[(len(left),)](
-            flat, threshold, left, equal, mask.view(torch.uint8), flat.numel(), BLOCK=_BLOCK, num_warps=4
-        )
+        with torch.cuda.device_of(flat):
+            _keep[(len(left),)](
+                flat, threshold, left, equal, mask.view(torch.uint8), flat.numel(), BLOCK=_BLOCK, num_warps=4
+            )
     return mask.view(score.shape)
 
 
