@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from prunus.run.inspect import inspect_model
     from prunus.run.recipe import load_recipe
     from prunus.scores import magnitude, random_score, ria, wanda
-    from prunus.solvers import by_score, sparsegpt
+    from prunus.solvers import by_magnitude, by_score, by_wanda, sparsegpt
     from prunus.stream import stream, survey
     from prunus.train import classification_loss, next_token_loss, train
 
@@ -66,7 +66,9 @@ __all__ = [
     "adapt",
     "add_biases",
     "build_model",
+    "by_magnitude",
     "by_score",
+    "by_wanda",
     "calibration",
     "classification_loss",
     "compress",
@@ -128,7 +130,7 @@ _HOMES = {
     "run.inspect": ("inspect_model",),
     "run.recipe": ("load_recipe",),
     "scores": ("magnitude", "random_score", "ria", "wanda"),
-    "solvers": ("by_score", "sparsegpt"),
+    "solvers": ("by_magnitude", "by_score", "by_wanda", "sparsegpt"),
     "stream": ("stream", "survey"),
     "train": ("classification_loss", "next_token_loss", "train"),
 }

@@ -33,7 +33,7 @@ from prunus.precision import Precision, autocast
 from prunus.reconstruct import Fit
 from prunus.relaxation import frank_wolfe
 from prunus.run.recipe import Data, FrankWolfe, Prune, Recipe, Retrain
-from prunus.solvers import Solver, by_score, sparsegpt
+from prunus.solvers import Solver, by_magnitude, by_score, by_wanda, sparsegpt
 from prunus.sources import Shards, Source
 from prunus.stream import BlockReport, Streamed, stream, survey
 from prunus.subsets import ADAPTERS, find_subset
@@ -226,7 +226,10 @@ def _generator(seed: int, name: str) -> torch.Generator:
 def _solver(chosen: Prune, score: Callable[[Layer], Tensor]) -> Solver:
     if chosen.criterion == "frank_wolfe":
         return frank_wolfe(**(chosen.frank_wolfe or FrankWolfe()).model_dump())
-    return sparsegpt(damping=chosen.damping) if chosen.criterion == "sparsegpt" else by_score(score)
+    if chosen.criterion == "sparsegpt":
+        return sparsegpt(damping=chosen.damping)
+    unwritten = {"magnitude": by_magnitude, "wanda": by_wanda}  # the same bits, without the scores' memory
+    return unwritten[chosen.criterion]() if chosen.criterion in unwritten else by_score(score)
 
 
 def summary(streamed: Streamed) -> dict[str, Any]:
