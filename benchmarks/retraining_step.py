@@ -6,7 +6,8 @@
 Eight blocks of OPT-6.7B's shape (random weights, bfloat16, pruned 2:4), 2 x 2,048 tokens a step, activation
 checkpointing, AdamW on float32 trainables. Ours is `adapt` and `train` as `prunus compress` calls them. The textbook
 loop is written out below: mixed precision by autocast, logits and their loss in full, the adapter's published
-expression in place of every linear layer of a block. Each row is a step; the note has tokens per second.
+expression in place of every linear layer of a block. Each row is a step; the note has tokens per second. "Without
+autocast": all in the model's bfloat16 (`precision: fp32`); "kept weights": `keep_effective: true`.
 
 Published MaskLoRA frees what it built in the forward pass and raises under checkpointing in torch today; its
 expression is timed instead, without that. The floor counts the products alone: 2 operations a weight and token in the
@@ -30,38 +31,58 @@ from prunus.adapt import adapt
 from prunus.layers import View, find_layers
 from prunus.masks import Masks
 from prunus.patterns import NM
+from prunus.precision import Precision
 from prunus.train import train
 
 STEPS, RANK, ALPHA = 5, 16, 32.0
+CASES = {  # row -> what is trained, precision, whether effective weights are kept for a step
+    "biases and norms": (["biases", "norms"], "bf16", False),
+    "biases and norms, without autocast": (["biases", "norms"], "fp32", False),
+    "LoRA-Prune": (["lora_prune"], "bf16", False),
+    "MaskLoRA": (["mask_lora"], "bf16", False),
+    "MaskLoRA, without autocast, kept weights": (["mask_lora"], "fp32", True),
+    "everything": (["full"], "bf16", False),
+}
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
     """Biases and norms, MaskLoRA, LoRA-Prune, everything: ours and the textbook loop."""
     torch.manual_seed(args.seed)
     config = _config(args)
-    rows = 2
-    ids = torch.randint(config.vocab_size, (rows, sized(2048, args)), device=args.device)
+    ids = torch.randint(config.vocab_size, (2, sized(2048, args)), device=args.device)
     with torch.device(args.device):
         model = OPTForCausalLM(config).bfloat16()
     views = find_layers(model)
     masks = _prune_(model, views)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    found: dict[str, tuple[Cost, Cost]] = {}
-    for train_ in (["biases", "norms"], ["mask_lora"], ["lora_prune"], ["full"]):
-        ours = _ours(args, model, masks, views, train_, ids)
-        found[train_[-1]] = ours, _textbook(args, model, masks, views, train_, ids)
-    return [_row(args, config, ids, name, *pair, found["lora_prune"][1]) for name, pair in found.items()]
+    textbook: dict[str, Cost] = {}
+    rows: list[Row] = []
+    for row, (names, precision, keep) in CASES.items():
+        if names[0] not in textbook:
+            textbook[names[0]] = _textbook(args, model, masks, views, names, ids)
+        ours = _ours(args, model, masks, views, names, ids, precision, keep)
+        rows.append(_row(args, config, ids, row, names[0], ours, textbook))
+    return rows
 
 
 def _ours(
-    args: argparse.Namespace, model: nn.Module, masks: Masks, views: list[View], names: list[str], ids: Tensor
+    args: argparse.Namespace,
+    model: nn.Module,
+    masks: Masks,
+    views: list[View],
+    names: list[str],
+    ids: Tensor,
+    precision: Precision,
+    keep: bool,
 ) -> Cost:
     adaptation = adapt(model, names, masks=masks, views=views, rank=RANK, alpha=ALPHA)
+    if keep:
+        adaptation.keep_effective()
     optimizer = torch.optim.AdamW(adaptation.param_groups(1e-6), weight_decay=0.0)
     held = masks if "full" in names else None
 
     def steps() -> None:
-        train(model, lambda _: ids, optimizer, lambda _: 1.0, steps=STEPS, masks=held, precision="bf16")
+        train(model, lambda _: ids, optimizer, lambda _: 1.0, steps=STEPS, masks=held, precision=precision)
 
     try:
         return _each(cost(steps, args, repeats=3))
@@ -129,7 +150,7 @@ def _published(model: nn.Module, masks: Masks, views: list[View], names: list[st
             setattr(model.get_submodule(parent), child, new)
         trained = [p for name, p in model.named_parameters() if name.endswith((".A", ".B"))]
     else:
-        small = [p for p, _ in before.values() if p.ndim == 1]  # biases, and norms with theirs
+        small = [p for p, _ in before.values() if p.ndim == 1]  # biases and norms
         trained = small if names != ["full"] else [p for p, _ in before.values()]
         for parameter in trained:
             parameter.data = parameter.data.float()
@@ -145,23 +166,30 @@ def _published(model: nn.Module, masks: Masks, views: list[View], names: list[st
 
 
 def _row(
-    args: argparse.Namespace, config: OPTConfig, ids: Tensor, name: str, ours: Cost, textbook: Cost, lora: Cost
+    args: argparse.Namespace,
+    config: OPTConfig,
+    ids: Tensor,
+    row: str,
+    name: str,
+    ours: Cost,
+    textbook: dict[str, Cost],
 ) -> Row:
     tokens = ids.numel()
     matrices = config.num_hidden_layers * (4 * config.hidden_size**2 + 2 * config.hidden_size * config.ffn_dim)
     head = config.hidden_size * config.vocab_size
     products = 4 if name in ("mask_lora", "full") else 3
     floor = floor_ms(args, operations=2 * tokens * (products * matrices + (3 if name == "full" else 2) * head))
-    reference, against = (lora, "LoRA-Prune's textbook loop") if name == "mask_lora" else (textbook, "textbook loop")
-    rates = f"{tokens / ours.ms * 1e3:,.0f} tokens/s, textbook {tokens / reference.ms * 1e3:,.0f}"
+    reference, against = textbook[name], "textbook loop"
     if name == "mask_lora":
-        rates += f", MaskLoRA's published expression {tokens / textbook.ms * 1e3:,.0f}"
-    names = {"norms": "biases and norms", "mask_lora": "MaskLoRA", "lora_prune": "LoRA-Prune", "full": "everything"}
-    target = {"norms": 1.15, "mask_lora": 1.5}.get(name)
+        reference, against = textbook["lora_prune"], "LoRA-Prune's textbook loop"
+    note = f"{tokens / ours.ms * 1e3:,.0f} tokens/s, textbook {tokens / reference.ms * 1e3:,.0f}"
+    if name == "mask_lora":
+        note += f", MaskLoRA's published expression {tokens / textbook[name].ms * 1e3:,.0f}"
+    target = {"biases": 1.15, "mask_lora": 1.5}.get(name)
     shape = f"{config.num_hidden_layers} blocks of {config.hidden_size}, {ids.shape[0]} x {ids.shape[1]} tokens"
     return Row(
-        f"retraining step, {names[name]}", shape, against, ours.ms, reference.ms, floor,
-        ours.extra_bytes, reference.extra_bytes, target, rates,
+        f"retraining step, {row}", shape, against, ours.ms, reference.ms, floor,
+        ours.extra_bytes, reference.extra_bytes, target, note,
     )  # fmt: skip
 
 

@@ -124,6 +124,8 @@ class Factors(nn.Module):
 
     A matrix's mask is packed, a stack's is bool. It is no buffer: data-parallel training would send it to every process
     at every step. It follows the module from device to device all the same.
+
+    `keep`: hold the effective weight from one step's first forward pass to its end, at the price of its memory.
     """
 
     def __init__(self, A: Tensor, B: Tensor, *, scale: float | None, mask: Tensor | None) -> None:
@@ -132,6 +134,20 @@ class Factors(nn.Module):
         self.B = nn.Parameter(B)
         self.scale = scale
         self.mask = mask
+        self.keep = False
+        self._built: tuple[tuple[Any, ...], Tensor] = ((), A)
+
+    @torch.no_grad()
+    def built(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The effective weight in `dtype`; the same tensor until A, B or the weight are changed in place."""
+        parts = (weight, self.A, self.B)
+        state = (dtype, *((part.data_ptr(), part._version) for part in parts))
+        if self._built[0] != state:
+            self._built = ((), weight)  # frees the old one first
+            with no_autocast(weight):
+                new = effective_weight(weight, self.A, self.B, mask=self.mask, scale=self.scale, dtype=dtype)
+            self._built = (state, new)
+        return self._built[1]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Factors:
         super()._apply(fn, recurse)
@@ -166,7 +182,8 @@ class EffectiveLinear(_AdaptedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         f = self.factors
-        return _linear(x, self.matrix(), f.mask, f.A, f.B, self.bias, f.scale)
+        keep = f.keep and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        return _linear(x, self.matrix(), f.mask, f.A, f.B, self.bias, f.scale, f.built if keep else None)
 
 
 class LowRankLinear(_AdaptedLinear):
@@ -224,27 +241,23 @@ class AdaptedWeight(nn.Module):
             self._built = None
 
 
-class Cast(nn.Module):
-    """The parametrization that shows a float32 trainable to its module in the dtype it had."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-
-    def forward(self, stored: Tensor) -> Tensor:
-        """The same values, rounded."""
-        return stored.to(self.dtype)
-
-
 def _linear(
-    x: Tensor, weight: Tensor, mask: Tensor | None, A: Tensor, B: Tensor, bias: Tensor | None, scale: float | None
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    scale: float | None,
+    built: Callable[[Tensor, torch.dtype], Tensor] | None = None,
 ) -> Tensor:
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     if torch.is_autocast_enabled(device):
         x = x.to(dtype)
     flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
-    y = _Linear.apply(flat, weight, mask, A, B, bias, scale, dtype)  # (tokens, out)
+    effective = None if built is None else built(weight, dtype)
+    y = _Linear.apply(flat, weight, mask, A, B, bias, scale, dtype, effective)  # (tokens, out)
     return y.view(*x.shape[:-1], weight.shape[0])  # a view made inside the function could not be changed in place
 
 
@@ -266,11 +279,15 @@ class _Linear(torch.autograd.Function):
         bias: Tensor | None,
         scale: float | None,
         dtype: torch.dtype,
+        effective: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, mask, A, B)
         ctx.scale, ctx.dtype, ctx.bias_dtype = scale, dtype, None if bias is None else bias.dtype
+        ctx.effective = effective  # lives anyway
         with no_autocast(x):
-            W = effective_weight(weight, A, B, mask=mask, scale=scale, dtype=dtype)
+            W = effective
+            if W is None:
+                W = effective_weight(weight, A, B, mask=mask, scale=scale, dtype=dtype)
             return F.linear(x, W, None if bias is None else bias.to(dtype))
 
     @staticmethod
@@ -284,14 +301,16 @@ class _Linear(torch.autograd.Function):
         dx = dA = dB = dbias = None
         with no_autocast(x):
             if needs_x:
-                W = effective_weight(weight, A, B, mask=mask, scale=ctx.scale, dtype=ctx.dtype)
+                W, ctx.effective = ctx.effective, None
+                if W is None:
+                    W = effective_weight(weight, A, B, mask=mask, scale=ctx.scale, dtype=ctx.dtype)
                 dx = g @ W
                 del W
             if needs_A or needs_B:
                 dA, dB = _gradients(g, x, weight, mask, A, B, ctx.scale)
             if needs_bias:
                 dbias = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32)).to(ctx.bias_dtype)
-        return dx, None, None, dA, dB, dbias, None, None
+        return dx, None, None, dA, dB, dbias, None, None, None
 
 
 class _Weight(torch.autograd.Function):
@@ -324,21 +343,12 @@ def _in_kernels(weight: Tensor, A: Tensor) -> bool:
 def _gradients(
     g: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None, A: Tensor, B: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    """dL/dA and dL/dB where G = g^T x: in kernels, or plainly. bfloat16 G is rounded as a weight's gradient is."""
+    """dL/dA and dL/dB where G = g^T x."""
     if not _in_kernels(weight, A):
         return _reduce(_products(g, x, A.dtype), weight, mask, A, B, scale)
     from prunus.kernels.effective import reduce
 
-    dtype = torch.bfloat16 if g.dtype == torch.bfloat16 else torch.float32  # float16 could overflow or vanish
-    products = None if g.dtype == dtype else _products(g, x, dtype)
-
-    def write(rows: slice, to: Tensor) -> None:
-        if products is None:
-            torch.mm(g[:, rows].t(), x, out=to)
-        else:
-            to.copy_(products(rows))
-
-    dA, dB = reduce(write, dtype, weight, A, B, mask, product=scale is None)
+    dA, dB = reduce(g, x, weight, A, B, mask, product=scale is None)
     return (dA, dB) if scale is None else (dA.mul_(scale), dB.mul_(scale))
 
 

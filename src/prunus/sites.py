@@ -49,6 +49,18 @@ class Owner:
     slots: tuple[tuple[nn.Module, str], ...]
 
 
+class Cast(nn.Module):
+    """The parametrization that shows a float32 trainable to its module in the dtype it had."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, stored: Tensor) -> Tensor:
+        """The same values, rounded."""
+        return stored.to(self.dtype)
+
+
 @dataclass(frozen=True)
 class Parametrization:
     """A parametrization of ours on a module's parameter, and the order its parameters had."""

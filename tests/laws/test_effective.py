@@ -113,7 +113,9 @@ def test_a_stack_a_wide_rank_and_float64_take_plain_operations() -> None:
     assert not adapters._in_kernels(weight, torch.ones(4, 8))
 
 
-def _losses(device: str, dtype: torch.dtype, steps: int, recompute: bool = False) -> list[float]:
+def _losses(
+    device: str, dtype: torch.dtype, steps: int, *, recompute: bool = False, keep: bool = False, accumulate: int = 1
+) -> list[float]:
     """Of MaskLoRA and norms on two pruned layers, fitting random outputs."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 40), nn.LayerNorm(40), nn.ReLU(), nn.Linear(40, 24)).to(device, dtype)
@@ -123,14 +125,17 @@ def _losses(device: str, dtype: torch.dtype, steps: int, recompute: bool = False
     masks = Masks.of(views, matrices, {name: p.shape for name, p in model.named_parameters()})
     masks.apply_(model)
     adaptation = adapt(model, ["mask_lora", "norms"], masks=masks, views=views, rank=4)
+    if keep:
+        adaptation.keep_effective()
     optimizer = torch.optim.AdamW(adaptation.param_groups(5e-3), weight_decay=0.0)
     x, y = torch.randn(32, 24, device=device, dtype=dtype), torch.randn(32, 24, device=device)
     losses: list[float] = []
     for _ in range(steps):
         optimizer.zero_grad()
-        output = checkpoint(model, x, use_reentrant=False) if recompute else model(x)
-        loss = (output.float() - y).square().mean()  # type: ignore[union-attr]
-        loss.backward()
+        for _ in range(accumulate):
+            output = checkpoint(model, x, use_reentrant=False) if recompute else model(x)
+            loss = (output.float() - y).square().mean()  # type: ignore[union-attr]
+            loss.backward()
         optimizer.step()
         losses.append(loss.item())
     adaptation.merge_()
@@ -159,6 +164,18 @@ def test_losses_with_programs_and_without_agree_to_rounding(device: str) -> None
 def test_checkpointing_changes_nothing(device: str) -> None:
     with kernels(True):
         assert _losses(device, torch.float32, 3, recompute=True) == _losses(device, torch.float32, 3)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_kept_effective_weight_is_built_once_a_step(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two layers, three steps of two micro batches: 2 x 3 builds, and 2 to check the merging; the same losses."""
+    build, calls = adapters.effective_weight, []
+    monkeypatch.setattr(adapters, "effective_weight", lambda *a, **k: calls.append(1) or build(*a, **k))
+    kept = _losses("cpu", torch.float32, 3, recompute=recompute, keep=True, accumulate=2)
+    assert len(calls) == 8
+    calls.clear()
+    assert _losses("cpu", torch.float32, 3, recompute=recompute, accumulate=2) == kept
+    assert len(calls) > 20
 
 
 @settings(deadline=None, max_examples=40)

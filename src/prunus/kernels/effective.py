@@ -15,8 +15,6 @@ and stay in the cache. That is 7.4 ms; full fine-tuning of the layer was measure
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
@@ -48,21 +46,16 @@ def build_(out: Tensor, weight: Tensor, A: Tensor, B: Tensor, mask: Tensor | Non
 
 
 def reduce(
-    write: Callable[[slice, Tensor], None],
-    dtype: torch.dtype,
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    mask: Tensor | None,
-    *,
-    product: bool,
+    g: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, *, product: bool
 ) -> tuple[Tensor, Tensor]:
-    """dA (r, in) and dB (out, r), float32, without the scale, from row tiles of G that are dropped as soon as used.
+    """dA (r, in) and dB (out, r), float32, without the scale, from row tiles of G = g^T x, dropped as soon as used.
 
-    write(rows, to): writes the rows of G into `to` (rows, in), which has `dtype`: bfloat16 or float32.
-    weight, A, B, mask: as in `build_`; A and B without the scale.
+    g: (tokens, out), x: (tokens, in), of one dtype. weight, A, B, mask: as in `build_`; A and B without the scale.
+    G is rounded to bfloat16 where all are bfloat16, as the weight's own gradient would be; else it is float32, because
+    float16 could overflow or vanish.
     """
     rows, columns = weight.shape
+    dtype = torch.bfloat16 if g.dtype == weight.dtype == torch.bfloat16 else torch.float32
     rank, step = _rank(A), _tile_rows(rows, columns)
     halves = dtype == torch.bfloat16 and not product
     a, a_low, b, b_low = _factors(A, B, halves=halves)
@@ -76,7 +69,7 @@ def reduce(
     for start in range(0, rows, step):
         inside = slice(start, min(rows, start + step))
         count = inside.stop - start
-        write(inside, G[:count])
+        _multiply(g[:, inside].t(), x, G[:count])
         _reduce[(across, _over(count, _DEPTH))](
             G, weight[inside], a, a_low, b[inside], b_low[inside], stored[inside], dA, dB, count, columns,
             *weight.stride(), *stored.stride(), dA.stride(0), dB.stride(0),
@@ -85,6 +78,16 @@ def reduce(
         )  # fmt: skip
         torch.sum(dB[:, :count], 0, out=result[inside])
     return dA.sum(0)[: len(A)], result[:, : len(A)].contiguous()
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """The product of two matrices of one dtype, into a matrix of that dtype or float32."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda:  # products of 16-bit numbers are exact in float32
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
 def _tile_rows(rows: int, columns: int) -> int:
@@ -164,7 +167,7 @@ def _build(
     else:
         kept = _kept(M, row, tl.program_id(0) * COLUMNS, rows, columns, m_row, m_column, KIND, ROWS, COLUMNS)
         w = w + tl.where(kept, update, 0.0)
-    rounded = w.to(W.dtype.element_ty).to(OUT.dtype.element_ty)
+    rounded = w.to(W.dtype.element_ty).to(tl.float32).to(OUT.dtype.element_ty)
     tl.store(OUT + row[:, None] * o_row + column[None, :] * o_column, rounded, mask=live)
 
 
