@@ -285,10 +285,9 @@ class _Linear(torch.autograd.Function):
         ctx.scale, ctx.dtype, ctx.bias_dtype = scale, dtype, None if bias is None else bias.dtype
         ctx.effective = effective  # lives anyway
         with no_autocast(x):
-            W = effective
-            if W is None:
-                W = effective_weight(weight, A, B, mask=mask, scale=scale, dtype=dtype)
-            return F.linear(x, W, None if bias is None else bias.to(dtype))
+            if effective is None:
+                effective = effective_weight(weight, A, B, mask=mask, scale=scale, dtype=dtype)
+            return F.linear(x, effective, None if bias is None else bias.to(dtype))
 
     @staticmethod
     @once_differentiable
@@ -301,11 +300,11 @@ class _Linear(torch.autograd.Function):
         dx = dA = dB = dbias = None
         with no_autocast(x):
             if needs_x:
-                W, ctx.effective = ctx.effective, None
-                if W is None:
-                    W = effective_weight(weight, A, B, mask=mask, scale=ctx.scale, dtype=ctx.dtype)
-                dx = g @ W
-                del W
+                effective, ctx.effective = ctx.effective, None
+                if effective is None:
+                    effective = effective_weight(weight, A, B, mask=mask, scale=ctx.scale, dtype=ctx.dtype)
+                dx = g @ effective
+                del effective
             if needs_A or needs_B:
                 dA, dB = _gradients(g, x, weight, mask, A, B, ctx.scale)
             if needs_bias:
