@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # before anything imports Triton: its programs then run in its interpreter
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported, which transformers does
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

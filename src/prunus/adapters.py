@@ -29,7 +29,7 @@ __all__ = ["effective_weight", "mask_lora_linear", "scale_lora_linear"]
 
 Init = Literal["kaiming", "gaussian"]
 
-_RANK = 64  # the largest of an adapter in kernels: more would not fit into registers
+_RANK, _RANK_WIDE = 64, 32  # largest of an adapter in kernels, of float32 weights: more would not fit into registers
 _TILE = 1 << 22  # entries of W_eff and G formed at once: 16 MiB of float32, wide enough to keep a GPU busy
 
 
@@ -335,8 +335,8 @@ class _Weight(torch.autograd.Function):
 
 def _in_kernels(weight: Tensor, A: Tensor) -> bool:
     """Whether programs take the adapter: of a matrix, not of a stack, and of a rank that fits into registers."""
-    narrow = A.dtype == torch.float32 and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return A.ndim == 2 and len(A) <= _RANK and narrow and uses_kernels(weight)
+    most = {torch.bfloat16: _RANK, torch.float16: _RANK, torch.float32: _RANK_WIDE}.get(weight.dtype, 0)
+    return A.ndim == 2 and len(A) <= most and A.dtype == torch.float32 and uses_kernels(weight)
 
 
 def _gradients(

@@ -106,8 +106,9 @@ def test_gradients_in_several_tiles(device: str, monkeypatch: pytest.MonkeyPatch
 def test_a_stack_a_wide_rank_and_float64_take_plain_operations() -> None:
     weight = torch.ones(8, 8)
     with kernels(True):
-        assert adapters._in_kernels(weight, torch.ones(64, 8))
-        assert not adapters._in_kernels(weight, torch.ones(65, 8))
+        for dtype, most in ((torch.float32, 32), (torch.bfloat16, 64), (torch.float16, 64)):
+            assert adapters._in_kernels(weight.to(dtype), torch.ones(most, 8))
+            assert not adapters._in_kernels(weight.to(dtype), torch.ones(most + 1, 8))
         assert not adapters._in_kernels(torch.ones(2, 8, 8), torch.ones(2, 4, 8))
         assert not adapters._in_kernels(weight.double(), torch.ones(4, 8).double())
     assert not adapters._in_kernels(weight, torch.ones(4, 8))

@@ -1,4 +1,5 @@
-# pyright: basic, reportCallIssue=false
+# pyright: basic, reportMissingImports=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
 """The effective weight of a masked low-rank adapter, and what its gradient G = dL/dW_eff leaves in A and B, by tiles.
 
     W_eff = W + M*(BA)   or   W * (BA)                                                   (scale already in B)

@@ -1,4 +1,5 @@
-# pyright: basic, reportCallIssue=false
+# pyright: basic, reportMissingImports=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
 """SparseGPT's walk through a block of columns in one launch.
 
     for each column j:   e = (1 - M_j) W_j / U_jj,   W_k -= e U_jk for every k >= j of the block
