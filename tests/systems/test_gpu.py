@@ -56,14 +56,26 @@ def test_a_killed_run_ends_with_the_same_bits(
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+@pytest.mark.parametrize("columns", [64, 2500])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_gram_of_16_bit_inputs_is_exact_to_float32_sums(dtype: torch.dtype) -> None:
-    x = torch.randn(3, 500, 64, device="cuda").to(dtype)
-    inputs = Inputs(64, gram=True, device="cuda")
-    inputs.add_(x)
+def test_gram_of_16_bit_inputs_is_exact_to_float32_sums(dtype: torch.dtype, columns: int) -> None:
+    x = torch.randn(3, 500, columns, device="cuda").to(dtype)
+    inputs = Inputs(columns, gram=True, device="cuda")
+    for part in x:
+        inputs.add_(part)
     rows = x.double().flatten(0, 1)
     assert inputs.gram is not None
     torch.testing.assert_close(inputs.gram.double(), rows.T @ rows, rtol=1e-5, atol=1e-3)
+
+
+def test_gram_of_16_bit_inputs_takes_no_second_matrix() -> None:
+    inputs, x = Inputs(4096, gram=True, device="cuda"), torch.randn(512, 4096, device="cuda").bfloat16()
+    inputs.add_(x)  # handles and workspaces
+    torch.cuda.synchronize()
+    start = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    inputs.add_(x)
+    assert torch.cuda.max_memory_allocated() - start < 4 * 4096 * 4096 // 4
 
 
 @pytest.mark.parametrize("train", [("full",), ("mask_lora",), ("scale_lora", "norms")])

@@ -7,7 +7,6 @@ them off.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from collections.abc import Generator
@@ -17,12 +16,14 @@ from torch import Tensor
 
 __all__ = ["kernels", "uses_kernels"]
 
+_AVAILABLE = os.environ.get("PRUNUS_KERNELS", "1") != "0" and importlib.util.find_spec("triton") is not None
+
 _forced: bool | None = None  # a plain global: backward runs in threads that inherit no context
 
 
 def uses_kernels(x: Tensor) -> bool:
     """Whether work on `x` goes to Triton programs."""
-    return (x.is_cuda and _available()) if _forced is None else _forced
+    return (x.is_cuda and _AVAILABLE) if _forced is None else _forced
 
 
 @contextmanager
@@ -41,8 +42,3 @@ def kernels(on: bool) -> Generator[None]:
         yield
     finally:
         _forced = before
-
-
-@functools.cache
-def _available() -> bool:
-    return os.environ.get("PRUNUS_KERNELS", "1") != "0" and importlib.util.find_spec("triton") is not None

@@ -196,6 +196,7 @@ class Retrain(Strict):
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     add_biases: bool = False
     checkpointing: bool = False
+    keep_effective: bool = False
     seed: int = 0
 
     @model_validator(mode="after")
