@@ -18,7 +18,7 @@ from prunus.precision import Precision
 if TYPE_CHECKING:
     from prunus.masks import Masks
 
-__all__ = ["make_accelerator", "prepared"]
+__all__ = ["make_accelerator", "prepared", "recomputed"]
 
 _MAKING = threading.Lock()  # accelerate's singletons are half made for a moment
 
@@ -89,6 +89,27 @@ def prepared(
             group["lr"] = rate
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def recomputed(model: Any) -> Generator[None, None, None]:
+    """Context in which a transformers model keeps only what enters its blocks, and recomputes the rest in backward.
+
+    >>> with recomputed(model):
+    ...     train(model, batches, optimizer, lr, steps=100)
+    """
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers 5.2x; the older name warns there
+        model.activation_checkpointing_enable(options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    try:
+        yield
+    finally:
+        if hasattr(model, "activation_checkpointing_disable"):
+            model.activation_checkpointing_disable()
+        else:
+            model.gradient_checkpointing_disable()
 
 
 def _masks_of(model: nn.Module) -> list[str]:

@@ -27,6 +27,7 @@ from prunus.capture import CapturedStep, check_capture, set_rates_, settled
 from prunus.checkpoint import Checkpoint
 from prunus.during.protocol import During, Plan
 from prunus.layers import View, find_layers
+from prunus.next_token import next_token_loss
 from prunus.precision import Precision
 from prunus.prepared import make_accelerator, prepared
 
@@ -50,16 +51,6 @@ class Trace:
     tokens: int = 0
     seconds: float = 0.0
     peak_bytes: int = 0
-
-
-def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
-    """The mean negative log-likelihood (scalar, float32) of tokens 1.. of every packed row, ids: (batch, length).
-
-    >>> next_token_loss(model, torch.zeros(2, 8, dtype=torch.long)).shape
-    torch.Size([])
-    """
-    logits = model(input_ids=ids, use_cache=False).logits
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
 def classification_loss(smoothing: float = 0.0) -> Callable[[nn.Module, tuple[Tensor, Tensor]], Tensor]:

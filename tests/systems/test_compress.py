@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from prunus import next_token
 from prunus.masks import Masks
 from prunus.run import stages
 from prunus.run.compress import compress
@@ -228,3 +229,14 @@ def test_a_float16_checkpoint_is_computed_in_float32_on_a_cpu_and_saved_in_float
     assert (tmp_path / "run" / "model" / "config.json").read_bytes() == (
         tmp_path / "dense" / "config.json"
     ).read_bytes()
+
+
+def test_checkpointing_and_chunked_logits_change_nothing_but_memory(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = raw(tiny_folder, text_file, tmp_path)
+    plain = compress(recipe(tiny_folder, text_file, tmp_path / "plain", save=False))
+    monkeypatch.setattr(next_token, "_ENTRIES", 2000)  # of 33,280 logits a step
+    retrain = base["retrain"] | {"checkpointing": True}
+    lean = compress(recipe(tiny_folder, text_file, tmp_path / "lean", save=False, retrain=retrain))
+    assert lean["perplexity"]["merged"]["text"] == pytest.approx(plain["perplexity"]["merged"]["text"], rel=1e-4)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +30,7 @@ from prunus.layers import Inputs, Layer, View, find_layers
 from prunus.lr import linear_warmup_decay
 from prunus.masks import Masks
 from prunus.precision import Precision, autocast
+from prunus.prepared import recomputed
 from prunus.reconstruct import Fit
 from prunus.run.recipe import Data, Prune, Recipe, Retrain
 from prunus.solvers import Solver, by_score, sparsegpt
@@ -304,26 +305,23 @@ def retrain(
         init=asked.init,
         generator=generator,
     )
-    if asked.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     packed = PackedTokens(tokens, asked.length)
     optimizer = torch.optim.AdamW(adaptation.param_groups(asked.lr, asked.lrs), weight_decay=0.0)
-    trace = train(
-        model,
-        lambda step: packed.at(step, batch=asked.batch_size, seed=asked.seed),
-        optimizer,
-        linear_warmup_decay(asked.steps, asked.warmup),
-        steps=asked.steps,
-        loss=next_token_loss,
-        masks=masks if "full" in asked.train else None,
-        accumulate=asked.accumulate,
-        precision=precision,
-        clip=asked.clip,
-        checkpoint=checkpoint,
-        on_step=on_step,
-    )
-    if asked.checkpointing:
-        model.gradient_checkpointing_disable()  # type: ignore[operator]
+    with recomputed(model) if asked.checkpointing else nullcontext():
+        trace = train(
+            model,
+            lambda step: packed.at(step, batch=asked.batch_size, seed=asked.seed),
+            optimizer,
+            linear_warmup_decay(asked.steps, asked.warmup),
+            steps=asked.steps,
+            loss=next_token_loss,
+            masks=masks if "full" in asked.train else None,
+            accumulate=asked.accumulate,
+            precision=precision,
+            clip=asked.clip,
+            checkpoint=checkpoint,
+            on_step=on_step,
+        )
     model.eval()
     if before_merge is not None:
         before_merge()
