@@ -26,7 +26,7 @@ from prunus.ahead import Ahead, ahead
 from prunus.blocks import Arguments, embed, find_blocks, finish, run_block
 from prunus.layers import Inputs, View, find_layers
 from prunus.layerwise import add_up_, solve_layers_
-from prunus.masks import Masks
+from prunus.masks import Masks, count_kept
 from prunus.observe import observe
 from prunus.patterns import Pattern, check_sparsity
 from prunus.precision import Precision, autocast
@@ -304,7 +304,7 @@ def _report(
     names = list(dict.fromkeys(view.parameter for view in views))
     return BlockReport(
         name,
-        {name: int(masks[name].sum()) for name in names},
+        {name: count_kept(masks[name]) for name in names},
         {name: masks[name].numel() for name in names},
         time.perf_counter() - started,
         errors[0] if errors else None,
