@@ -19,7 +19,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from prunus import patterns, scores
+from prunus import patterns, ranks, scores
 from prunus.adapt import adapt
 from prunus.allocations import counts_under, global_, owl
 from prunus.biases import add_biases
@@ -97,8 +97,11 @@ def precision_of(recipe: Recipe, device: torch.device) -> Precision:
     return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
 
 
-def load(recipe: Recipe) -> Loaded:
-    """The model and tokenizer a recipe names, on the CPU, or on meta with its shards when streaming."""
+def load(recipe: Recipe, home: torch.device | None = None) -> Loaded:
+    """The model and tokenizer a recipe names, on `home` (default: the CPU), or on meta with its shards when streaming.
+
+    Weights are read straight to `home`: the host holds one shard's pages at a time.
+    """
     path = ASSETS if recipe.model == "embedded" else Path(recipe.model).expanduser()
     dtype = "auto" if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     if path.suffix == ".gguf":
@@ -111,7 +114,8 @@ def load(recipe: Recipe) -> Loaded:
         if folder is None:
             raise ValueError(f"streaming: needs a local folder of safetensors; model is {recipe.model!r}")
         return _load_meta(folder, dtype, tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype)
+    straight: dict[str, Any] = {} if home is None or home.type == "cpu" else {"device_map": {"": home}}
+    model = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype, **straight)
     if path.suffix == ".gguf" and hasattr(model.config, "quantization_config"):
         delattr(model.config, "quantization_config")  # the weights were dequantised; what is saved is an ordinary model
     return Loaded(model.eval(), tokenizer, folder)
@@ -191,6 +195,7 @@ def prune(
     if recipe.reconstruct is not None:
         fit = Fit(**recipe.reconstruct.model_dump(), precision=precision_of(recipe, device))
     gram = chosen.criterion == "sparsegpt"
+    shared = ranks.count() > 1 and fit is None and len(tokens) >= ranks.count()
     return stream(
         loaded.model,
         solver,
@@ -200,6 +205,7 @@ def prune(
         gram=gram,
         fit=fit,
         work=work,
+        shared=shared,
         on_block=on_block,
         **where,
     )
