@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-__all__ = ["Memory", "Shards", "Source"]
+__all__ = ["Memory", "Shards", "Source", "carried"]
 
 
 class Source(Protocol):
@@ -49,7 +49,7 @@ class Memory:
         away = {key: each for key, each in _tensors(block) if not _is_on(each.device, device)}
         self._homes[name] = {key: each.data for key, each in away.items()}
         for each in away.values():
-            each.data = _carried(each.data, device)
+            each.data = carried(each.data, device)
         return block
 
     def release(self, name: str) -> None:
@@ -57,7 +57,7 @@ class Memory:
         homes = self._homes.pop(name, {})
         for key, each in _tensors(self.model.get_submodule(name)):
             if key in homes and homes[key].shape == each.shape and homes[key].dtype == each.dtype:
-                each.data = homes[key].copy_(_carried(each.data, self.home))
+                each.data = homes[key].copy_(carried(each.data, self.home))
             else:
                 each.data = each.data.to(self.home)
 
@@ -105,7 +105,7 @@ class Shards:
             raise ValueError(f"{self.folder} holds no tensor for {name!r}")
         file, key = found
         with safe_open(self.folder / file, framework="pt") as shard:
-            return self._cast(_carried(shard.get_tensor(key), device or torch.device("cpu")))
+            return self._cast(carried(shard.get_tensor(key), device or torch.device("cpu")))
 
     def load(self, name: str, device: torch.device) -> nn.Module:
         """The named submodule with its weights read from disk to `device`."""
@@ -176,6 +176,24 @@ class Shards:
         return None
 
 
+def carried(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`; between host and CUDA through pinned memory, so that the copy does not hold others up.
+
+    To CUDA the copy is only queued on the current stream; from CUDA it is complete when this returns.
+
+    >>> carried(torch.ones(2), torch.device("cpu")).device
+    device(type='cpu')
+    """
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    if tensor.is_cuda and device.type == "cpu":
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        torch.cuda.current_stream(tensor.device).synchronize()
+        return host
+    return tensor.to(device)
+
+
 def _index(folder: Path) -> dict[str, str]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
@@ -225,21 +243,6 @@ def _put(model: nn.Module, name: str, value: Tensor) -> None:
     owner, _, key = name.rpartition(".")
     module = model.get_submodule(owner)
     module._parameters[key] = nn.Parameter(value, requires_grad=module.get_parameter(key).requires_grad)
-
-
-def _carried(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`; between host and CUDA through pinned memory, so that the copy does not hold others up.
-
-    To CUDA the copy is only queued on the current stream; from CUDA it is complete when this returns.
-    """
-    if tensor.device.type == "cpu" and device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    if tensor.is_cuda and device.type == "cpu":
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        host.copy_(tensor, non_blocking=True)
-        torch.cuda.current_stream(tensor.device).synchronize()
-        return host
-    return tensor.to(device)
 
 
 def _move(owner: nn.Module, key: str, device: torch.device) -> None:
