@@ -170,9 +170,9 @@ def main() -> None:
     parser.add_argument("--alone", type=Path, help="the JSON of one process, to compare with")
     args = parser.parse_args()
     device = ranks.join(torch.device(args.device))
-    works = {name: retrained for name in RETRAINED} | {name: pruned for name in ("Wanda 2:4", "SparseGPT 2:4")}
+    works = dict.fromkeys(RETRAINED, retrained) | dict.fromkeys(("Wanda 2:4", "SparseGPT 2:4"), pruned)
     if asked():  # pruning knows no sharding: it is the same with and without
-        works = {name: retrained for name in RETRAINED}
+        works = dict.fromkeys(RETRAINED, retrained)
     rows = [work(name, args, device) for name, work in works.items() if args.only in (None, name)]
     if ranks.is_main():
         alone = None if args.alone is None else [Row(**row) for row in json.loads(args.alone.read_text())]
