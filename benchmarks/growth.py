@@ -93,7 +93,8 @@ def _build(args: argparse.Namespace, width: int, length: int) -> OPTForCausalLM:
     torch.manual_seed(args.seed)
     config = OPTConfig(
         vocab_size=256, hidden_size=width, ffn_dim=4 * width, num_hidden_layers=2,
-        num_attention_heads=width // _head(width), word_embed_proj_dim=width, max_position_embeddings=length, dropout=0.0,
+        num_attention_heads=width // _head(width), word_embed_proj_dim=width, max_position_embeddings=length,
+        dropout=0.0,
     )  # fmt: skip
     dtype = torch.bfloat16 if torch.device(args.device).type == "cuda" else torch.float32
     return OPTForCausalLM(config).to(args.device, dtype).eval()
