@@ -31,7 +31,7 @@ from prunus.files import write_json, write_text
 from prunus.masks import Masks
 from prunus.report import Advance, append_metrics, plot_compression, progress, read_metrics
 from prunus.run import stages
-from prunus.run.fitted import fitted
+from prunus.run.fitted import fitted, home
 from prunus.run.recipe import Recipe, digest
 from prunus.run.soups import blend
 from prunus.sources import Shards
@@ -85,13 +85,14 @@ class _Run:
         self, out: Path, recipe: Recipe, key: str, device: torch.device, stored: torch.dtype | None = None
     ) -> None:
         self.out, self.recipe, self.key, self.device, self.stored = out, recipe, key, device, stored
+        self.home = home(recipe, device)
         self.logged = _logged(out / "metrics.jsonl")
 
     def execute(self) -> dict[str, Any]:
         started = time.perf_counter()
         recipe = self.recipe
         with self._bar("load", None):
-            loaded = stages.load(recipe)
+            loaded = stages.load(recipe, self.home)
         stages.check_trainable(loaded.model, recipe)
         result: dict[str, Any] = {"key": self.key, "model": recipe.model, "device": _device_name(self.device)}
         result |= {"processes": ranks.count(), "perplexity": {}}
@@ -161,7 +162,7 @@ class _Run:
                 before_merge=lambda: perplexities.update(retrained=self._measured("retrained", loaded)),
             )
         perplexities["merged"] = self._measured("merged", loaded)
-        model.to("cpu")
+        model.to(self.home)
         shown = {k: v for k, v in asdict(report).items() if k != "losses"} | {
             "tokens_per_second": report.tokens_per_second
         }
@@ -201,7 +202,7 @@ class _Run:
                 )
         ranks.wait()
         pruned = self.recipe.model_copy(update={"model": str(folder), "streaming": self.recipe.retrain is None})
-        found = stages.load(pruned)
+        found = stages.load(pruned, home(pruned, self.device))
         return stages.Loaded(found.model, found.tokenizer, source.folder, found.source)
 
     def _tensors(self, source: Shards, streamed: Streamed) -> Iterator[tuple[str, torch.Tensor]]:

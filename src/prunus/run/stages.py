@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from prunus import patterns, scores
+from prunus import patterns, ranks, scores
 from prunus.adapt import adapt
 from prunus.allocations import counts_under, global_, owl
 from prunus.biases import add_biases
@@ -30,6 +30,7 @@ from prunus.layers import Inputs, Layer, View, find_layers
 from prunus.lr import linear_warmup_decay
 from prunus.masks import Masks
 from prunus.precision import Precision, autocast
+from prunus.prepared import recomputed
 from prunus.reconstruct import Fit
 from prunus.relaxation import frank_wolfe
 from prunus.run.recipe import Data, FrankWolfe, Prune, Recipe, Retrain
@@ -97,8 +98,11 @@ def precision_of(recipe: Recipe, device: torch.device) -> Precision:
     return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
 
 
-def load(recipe: Recipe) -> Loaded:
-    """The model and tokenizer a recipe names, on the CPU, or on meta with its shards when streaming."""
+def load(recipe: Recipe, home: torch.device | None = None) -> Loaded:
+    """The model and tokenizer a recipe names, on `home` (default: the CPU), or on meta with its shards when streaming.
+
+    Weights are read straight to `home`: the host holds one shard's pages at a time.
+    """
     path = ASSETS if recipe.model == "embedded" else Path(recipe.model).expanduser()
     dtype = "auto" if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     if path.suffix == ".gguf":
@@ -111,7 +115,8 @@ def load(recipe: Recipe) -> Loaded:
         if folder is None:
             raise ValueError(f"streaming: needs a local folder of safetensors; model is {recipe.model!r}")
         return _load_meta(folder, dtype, tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype)
+    straight: dict[str, Any] = {} if home is None or home.type == "cpu" else {"device_map": {"": home}}
+    model = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype, **straight)
     if path.suffix == ".gguf" and hasattr(model.config, "quantization_config"):
         delattr(model.config, "quantization_config")  # the weights were dequantised; what is saved is an ordinary model
     return Loaded(model.eval(), tokenizer, folder)
@@ -191,6 +196,7 @@ def prune(
     if recipe.reconstruct is not None:
         fit = Fit(**recipe.reconstruct.model_dump(), precision=precision_of(recipe, device))
     gram = chosen.criterion in ("sparsegpt", "frank_wolfe")
+    shared = ranks.count() > 1 and fit is None and len(tokens) >= ranks.count()
     return stream(
         loaded.model,
         solver,
@@ -200,6 +206,7 @@ def prune(
         gram=gram,
         fit=fit,
         work=work,
+        shared=shared,
         on_block=on_block,
         **where,
     )
@@ -310,28 +317,25 @@ def retrain(
         init=asked.init,
         generator=generator,
     )
-    if asked.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     if asked.keep_effective:
         adaptation.keep_effective()
     packed = PackedTokens(tokens, asked.length)
     optimizer = torch.optim.AdamW(adaptation.param_groups(asked.lr, asked.lrs), weight_decay=0.0)
-    trace = train(
-        model,
-        lambda step: packed.at(step, batch=asked.batch_size, seed=asked.seed),
-        optimizer,
-        linear_warmup_decay(asked.steps, asked.warmup),
-        steps=asked.steps,
-        loss=next_token_loss,
-        masks=masks if "full" in asked.train else None,
-        accumulate=asked.accumulate,
-        precision=precision,
-        clip=asked.clip,
-        checkpoint=checkpoint,
-        on_step=on_step,
-    )
-    if asked.checkpointing:
-        model.gradient_checkpointing_disable()  # type: ignore[operator]
+    with recomputed(model) if asked.checkpointing else nullcontext():
+        trace = train(
+            model,
+            lambda step: packed.at(step, batch=asked.batch_size, seed=asked.seed),
+            optimizer,
+            linear_warmup_decay(asked.steps, asked.warmup),
+            steps=asked.steps,
+            loss=next_token_loss,
+            masks=masks if "full" in asked.train else None,
+            accumulate=asked.accumulate,
+            precision=precision,
+            clip=asked.clip,
+            checkpoint=checkpoint,
+            on_step=on_step,
+        )
     model.eval()
     if before_merge is not None:
         before_merge()
