@@ -15,6 +15,7 @@ import typer
 
 from prunus import __version__
 from prunus.files import write_json
+from prunus.run.flags import assignments, numbers, pairs
 
 app = typer.Typer(
     name="prunus",
@@ -65,7 +66,7 @@ def compress(
         "device": device,
         "out": out,
     }
-    overrides = _assignments(assign) | {key: value for key, value in flags.items() if value is not None}
+    overrides = assignments(assign) | {key: value for key, value in flags.items() if value is not None}
     checked = load_recipe(recipe, overrides)
     result = run(checked)
     if ranks.is_main():
@@ -97,7 +98,7 @@ def evaluate(
     from prunus.run.show import show_evaluation
 
     _alone("evaluate")
-    tasks = _pairs(task or [], "--task", "name=file")
+    tasks = pairs(task or [], "--task", "name=file")
     asked = {
         "data": {data: {"source": data, "split": split}},
         "window": window,
@@ -165,7 +166,7 @@ def train(
 
     _alone("train")
     flags = {"device": device, "out": out}
-    checked = load_classifier(recipe, _assignments(assign) | {k: v for k, v in flags.items() if v is not None})
+    checked = load_classifier(recipe, assignments(assign) | {k: v for k, v in flags.items() if v is not None})
     show_run(train_run(checked), Path(checked.out))
 
 
@@ -194,7 +195,7 @@ def prune(
         "prune.pattern": pattern,
         "prune.kind": kind,
     }
-    checked = pruning_of(run, _assignments(assign) | {k: v for k, v in flags.items() if v is not None}, out)
+    checked = pruning_of(run, assignments(assign) | {k: v for k, v in flags.items() if v is not None}, out)
     show_run(prune_run(checked, run), Path(checked.out))
 
 
@@ -220,9 +221,9 @@ def sweep(
         source,
         recipe=recipe,
         kinds=KINDS if kinds == "all" else kinds.split(","),
-        rates=_numbers(rates, "--rates") or RATES,
+        rates=numbers(rates, "--rates") or RATES,
         retrain=None if epochs is None else {"schedule": schedule, "epochs": epochs},
-        overrides=_assignments(assign),
+        overrides=assignments(assign),
         out=out,
         timed=images,
     )
@@ -278,7 +279,7 @@ def soup(
     from prunus.run.vision.soups.recipe import load_soup
 
     _alone("soup")
-    checked = load_soup(recipe, _assignments(assign) | ({"out": out} if out is not None else {}))
+    checked = load_soup(recipe, assignments(assign) | ({"out": out} if out is not None else {}))
     try:
         result = soup_run(checked, workers=workers, together=together, ray=ray)
     except RuntimeError as error:  # members failed for good; the others are kept
@@ -306,7 +307,7 @@ def average(
     if greedy is not None and weights is not None:
         raise ValueError("--weights and --greedy contradict each other: a greedy soup weighs its members alike")
     if greedy is None:
-        rows = average_checkpoints(checkpoints, out, _numbers(weights, "--weights"))
+        rows = average_checkpoints(checkpoints, out, numbers(weights, "--weights"))
     else:
         by = scorer(greedy)
         rows = average_greedily(checkpoints, out, by.score)
@@ -340,7 +341,7 @@ def show(recipe: RecipeArg = None, assign: SetOption = None) -> None:
     from prunus.run.recipe import load_recipe, merge, parse, read_yaml
     from prunus.run.vision.soups.recipe import class_of
 
-    overrides = _assignments(assign)
+    overrides = assignments(assign)
     raw = merge({} if recipe is None else read_yaml(recipe), overrides)
     checked = parse(raw, class_of(raw), str(recipe or "flags")) if "images" in raw else load_recipe(recipe, overrides)
     typer.echo(yaml.safe_dump(checked.model_dump(mode="json"), sort_keys=False), nl=False)
@@ -368,28 +369,6 @@ def _alone(command: str) -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
         raise ValueError(f"{command} runs in one process, not in {processes}; launch `prunus compress` on several GPUs")
-
-
-def _numbers(text: str | None, flag: str) -> list[float] | None:
-    try:
-        return None if text is None else [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{flag} {text!r} is not numbers with commas, as in 0.5,0.25,0.25") from None
-
-
-def _assignments(items: list[str] | None) -> dict[str, Any]:
-    from prunus.run.recipe import yaml_value
-
-    pairs = _pairs(items or [], "--set", "key=value")
-    return {key: yaml_value(value, f"--set {key}={value}") for key, value in pairs.items()}
-
-
-def _pairs(items: list[str], flag: str, form: str) -> dict[str, str]:
-    pairs = [item.partition("=") for item in items]
-    wrong = next((item for item, (_, sign, _) in zip(items, pairs, strict=True) if not sign), None)
-    if wrong is not None:
-        raise ValueError(f"{flag} {wrong!r} is not {form}")
-    return {key: value for key, _, value in pairs}
 
 
 def main() -> None:
