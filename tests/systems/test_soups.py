@@ -361,6 +361,7 @@ def test_wrong_soups_end_in_one_line(tmp_path: Path, changes: dict[str, Any], me
 
 @pytest.mark.usefixtures("tiny")
 def test_the_command_shows_a_table_or_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # paths are not broken
     made = asked(tmp_path / "out").model_dump(mode="json")
     (tmp_path / "soup.yaml").write_text(yaml.safe_dump(made))
     done = CliRunner().invoke(app, ["soup", str(tmp_path / "soup.yaml"), "--out", str(tmp_path / "out")])
