@@ -32,6 +32,7 @@ from prunus.layers import View, find_layers
 from prunus.masks import Masks
 from prunus.patterns import NM
 from prunus.precision import Precision
+from prunus.prepared import recomputed
 from prunus.train import train
 
 STEPS, RANK, ALPHA = 5, 16, 32.0
@@ -54,14 +55,14 @@ def measure(args: argparse.Namespace) -> list[Row]:
         model = OPTForCausalLM(config).bfloat16()
     views = find_layers(model)
     masks = _prune_(model, views)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     textbook: dict[str, Cost] = {}
     rows: list[Row] = []
-    for row, (names, precision, keep) in CASES.items():
-        if names[0] not in textbook:
-            textbook[names[0]] = _textbook(args, model, masks, views, names, ids)
-        ours = _ours(args, model, masks, views, names, ids, precision, keep)
-        rows.append(_row(args, config, ids, row, names[0], ours, textbook))
+    with recomputed(model):
+        for row, (names, precision, keep) in CASES.items():
+            if names[0] not in textbook:
+                textbook[names[0]] = _textbook(args, model, masks, views, names, ids)
+            ours = _ours(args, model, masks, views, names, ids, precision, keep)
+            rows.append(_row(args, config, ids, row, names[0], ours, textbook))
     return rows
 
 

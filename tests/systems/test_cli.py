@@ -34,6 +34,7 @@ OPTIONS = {
     "prune": "run --sparsity --schedule --epochs --phases --pattern --kind --out --set",
     "sweep": "source --recipe --kinds --rates --schedule --epochs --images --out --set",
     "compare": "recipes --out --workers --together --minutes",
+    "soup": "recipe --out --workers --together --ray --set",
     "average": "checkpoints --out --weights --greedy",
     "pretrain": "recipe --out",
     "show": "recipe --set",

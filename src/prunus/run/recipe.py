@@ -73,7 +73,7 @@ Device = Annotated[str, AfterValidator(_device)]
 class Strict(BaseModel):
     """A frozen section that refuses keys it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), ser_json_inf_nan="constants")
 
 
 class Data(Strict):
