@@ -33,12 +33,13 @@ if TYPE_CHECKING:
     from prunus.patterns import NM, Block, Rows, Unstructured
     from prunus.prune import prune
     from prunus.reconstruct import Fit
+    from prunus.relaxation import frank_wolfe
     from prunus.retrain import imp
     from prunus.run.compress import compress
     from prunus.run.inspect import inspect_model
     from prunus.run.recipe import load_recipe
     from prunus.scores import magnitude, random_score, ria, wanda
-    from prunus.solvers import by_score, sparsegpt
+    from prunus.solvers import by_magnitude, by_score, by_wanda, sparsegpt
     from prunus.stream import stream, survey
     from prunus.train import classification_loss, next_token_loss, train
 
@@ -65,13 +66,16 @@ __all__ = [
     "adapt",
     "add_biases",
     "build_model",
+    "by_magnitude",
     "by_score",
+    "by_wanda",
     "calibration",
     "classification_loss",
     "compress",
     "erk",
     "find_blocks",
     "find_layers",
+    "frank_wolfe",
     "global_",
     "imp",
     "infer_masks",
@@ -120,12 +124,13 @@ _HOMES = {
     "patterns": ("Block", "NM", "Rows", "Unstructured"),
     "prune": ("prune",),
     "reconstruct": ("Fit",),
+    "relaxation": ("frank_wolfe",),
     "retrain": ("imp",),
     "run.compress": ("compress",),
     "run.inspect": ("inspect_model",),
     "run.recipe": ("load_recipe",),
     "scores": ("magnitude", "random_score", "ria", "wanda"),
-    "solvers": ("by_score", "sparsegpt"),
+    "solvers": ("by_magnitude", "by_score", "by_wanda", "sparsegpt"),
     "stream": ("stream", "survey"),
     "train": ("classification_loss", "next_token_loss", "train"),
 }

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.adapters import Cast, Factors, Init
+from prunus.adapters import Factors, Init
 from prunus.layers import View
-from prunus.sites import LINEAR, Parametrization, Site, find_owners, make_sites
+from prunus.sites import LINEAR, Cast, Parametrization, Site, find_owners, make_sites
 from prunus.subsets import ADAPTERS, SUBSETS, check_subsets, find_subset
 
 __all__ = ["SUBSETS", "Adaptation", "MergeReport", "adapt", "check_subsets"]
@@ -91,6 +91,16 @@ class Adaptation:
             for name, parameters in self.groups.items()
             if parameters
         ]
+
+    def keep_effective(self) -> None:
+        """From now on builds each layer's effective weight once a step, not two or three times a micro batch.
+
+        It is held from the step's first forward pass to the next step, so memory grows by the adapted weights. Values
+        are the same, as long as parameters change in ways that autograd sees (optimizers do; `.data` does not count).
+        Not for steps recorded as CUDA graphs, nor sharded parameters.
+        """
+        for site in self._sites:
+            site.factors.keep = True
 
     @torch.no_grad()
     def merge_(self) -> MergeReport:

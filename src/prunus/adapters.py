@@ -5,8 +5,9 @@
     LoRA       y = x W^T + c (x A^T) B^T    two thin products, nothing of the weight's size
 
 One autograd function serves the first two. It keeps x, A and B (and refers to W and M, which live anyway), rebuilds
-W_eff in backward, and reduces G by row tiles straight into dA and dB. W_eff is rounded exactly as the merged weight
-will be, so merging changes nothing. Which parameters train, and merging, are in `adapt.py`.
+W_eff in backward, and reduces G by row tiles straight into dA and dB; on CUDA by programs (`kernels/effective.py`).
+W_eff is rounded exactly as the merged weight will be, so merging changes nothing. Which parameters train, and merging,
+are in `adapt.py`.
 """
 
 from __future__ import annotations
@@ -21,10 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from prunus.bits import unpack
+from prunus.kernels.switch import uses_kernels
+
 __all__ = ["effective_weight", "mask_lora_linear", "scale_lora_linear"]
 
 Init = Literal["kaiming", "gaussian"]
 
+_RANK, _RANK_WIDE = 64, 32  # largest of an adapter in kernels, of float32 weights: more would not fit into registers
 _TILE = 1 << 22  # entries of W_eff and G formed at once: 16 MiB of float32, wide enough to keep a GPU busy
 
 
@@ -44,9 +49,14 @@ def effective_weight(
     Args:
         weight: (out, in) or (experts, out, in), any float dtype, any strides.
         A, B: (r, in) and (out, r), or with a leading experts dimension; float32.
-        mask: bool, shape of `weight`, True kept; None is all True.
+        mask: bool, shape of `weight`, True kept, or that of a matrix packed by `bits.pack`; None is all True.
     """
     out = torch.empty_like(weight, dtype=dtype or weight.dtype, requires_grad=False)
+    if _in_kernels(weight, A):
+        from prunus.kernels.effective import build_
+
+        build_(out, weight, A, B if scale is None else B * scale, mask, product=scale is None)
+        return out
     for rows in tiles(weight):
         update = (B[rows] if scale is None else B[rows] * scale) @ (A[rows] if A.ndim == 3 else A)
         if scale is None:
@@ -54,7 +64,7 @@ def effective_weight(
         elif mask is None:
             update.add_(weight[rows])
         else:
-            update.mul_(mask[rows]).add_(weight[rows])
+            update.mul_(_kept(mask, rows, weight)).add_(weight[rows])
         out[rows] = update.to(weight.dtype)
     return out
 
@@ -67,7 +77,7 @@ def mask_lora_linear(
     Args:
         x: (..., in) in the weight's dtype; under autocast any float dtype.
         weight: (out, in), gets no gradient.   A: (r, in).   B: (out, r).   bias: (out,) or None.
-        mask: (out, in) bool, True kept; None is all True.
+        mask: (out, in) bool, True kept, or packed by `bits.pack`; None is all True.
     """
     return _linear(x, weight, mask, A, B, bias, scale)
 
@@ -112,8 +122,10 @@ def new_factors(
 class Factors(nn.Module):
     """A and B of one weight with the rule that joins them to it: `scale` (None: product) and `mask` (None: all True).
 
-    The mask is no buffer: data-parallel training would send it to every process at every step. It follows the module
-    from device to device all the same.
+    A matrix's mask is packed, a stack's is bool. It is no buffer: data-parallel training would send it to every process
+    at every step. It follows the module from device to device all the same.
+
+    `keep`: hold the effective weight from one step's first forward pass to its end, at the price of its memory.
     """
 
     def __init__(self, A: Tensor, B: Tensor, *, scale: float | None, mask: Tensor | None) -> None:
@@ -122,6 +134,20 @@ class Factors(nn.Module):
         self.B = nn.Parameter(B)
         self.scale = scale
         self.mask = mask
+        self.keep = False
+        self._built: tuple[tuple[Any, ...], Tensor] = ((), A)
+
+    @torch.no_grad()
+    def built(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The effective weight in `dtype`; the same tensor until A, B or the weight are changed in place."""
+        parts = (weight, self.A, self.B)
+        state = (dtype, *((part.data_ptr(), part._version) for part in parts))
+        if self._built[0] != state:
+            self._built = ((), weight)  # frees the old one first
+            with no_autocast(weight):
+                new = effective_weight(weight, self.A, self.B, mask=self.mask, scale=self.scale, dtype=dtype)
+            self._built = (state, new)
+        return self._built[1]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Factors:
         super()._apply(fn, recurse)
@@ -156,7 +182,8 @@ class EffectiveLinear(_AdaptedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         f = self.factors
-        return _linear(x, self.matrix(), f.mask, f.A, f.B, self.bias, f.scale)
+        keep = f.keep and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        return _linear(x, self.matrix(), f.mask, f.A, f.B, self.bias, f.scale, f.built if keep else None)
 
 
 class LowRankLinear(_AdaptedLinear):
@@ -214,27 +241,23 @@ class AdaptedWeight(nn.Module):
             self._built = None
 
 
-class Cast(nn.Module):
-    """The parametrization that shows a float32 trainable to its module in the dtype it had."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-
-    def forward(self, stored: Tensor) -> Tensor:
-        """The same values, rounded."""
-        return stored.to(self.dtype)
-
-
 def _linear(
-    x: Tensor, weight: Tensor, mask: Tensor | None, A: Tensor, B: Tensor, bias: Tensor | None, scale: float | None
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    scale: float | None,
+    built: Callable[[Tensor, torch.dtype], Tensor] | None = None,
 ) -> Tensor:
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     if torch.is_autocast_enabled(device):
         x = x.to(dtype)
     flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
-    y = _Linear.apply(flat, weight, mask, A, B, bias, scale, dtype)  # (tokens, out)
+    effective = None if built is None else built(weight, dtype)
+    y = _Linear.apply(flat, weight, mask, A, B, bias, scale, dtype, effective)  # (tokens, out)
     return y.view(*x.shape[:-1], weight.shape[0])  # a view made inside the function could not be changed in place
 
 
@@ -256,12 +279,15 @@ class _Linear(torch.autograd.Function):
         bias: Tensor | None,
         scale: float | None,
         dtype: torch.dtype,
+        effective: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, mask, A, B)
         ctx.scale, ctx.dtype, ctx.bias_dtype = scale, dtype, None if bias is None else bias.dtype
+        ctx.effective = effective  # lives anyway
         with no_autocast(x):
-            W = effective_weight(weight, A, B, mask=mask, scale=scale, dtype=dtype)
-            return F.linear(x, W, None if bias is None else bias.to(dtype))
+            if effective is None:
+                effective = effective_weight(weight, A, B, mask=mask, scale=scale, dtype=dtype)
+            return F.linear(x, effective, None if bias is None else bias.to(dtype))
 
     @staticmethod
     @once_differentiable
@@ -274,14 +300,16 @@ class _Linear(torch.autograd.Function):
         dx = dA = dB = dbias = None
         with no_autocast(x):
             if needs_x:
-                W = effective_weight(weight, A, B, mask=mask, scale=ctx.scale, dtype=ctx.dtype)
-                dx = g @ W
-                del W
+                effective, ctx.effective = ctx.effective, None
+                if effective is None:
+                    effective = effective_weight(weight, A, B, mask=mask, scale=ctx.scale, dtype=ctx.dtype)
+                dx = g @ effective
+                del effective
             if needs_A or needs_B:
-                dA, dB = _reduce(_products(g, x, A.dtype), weight, mask, A, B, ctx.scale)
+                dA, dB = _gradients(g, x, weight, mask, A, B, ctx.scale)
             if needs_bias:
                 dbias = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32)).to(ctx.bias_dtype)
-        return dx, None, None, dA, dB, dbias, None, None
+        return dx, None, None, dA, dB, dbias, None, None, None
 
 
 class _Weight(torch.autograd.Function):
@@ -305,6 +333,24 @@ class _Weight(torch.autograd.Function):
         return None, None, dA, dB, None
 
 
+def _in_kernels(weight: Tensor, A: Tensor) -> bool:
+    """Whether programs take the adapter: of a matrix, not of a stack, and of a rank that fits into registers."""
+    most = {torch.bfloat16: _RANK, torch.float16: _RANK, torch.float32: _RANK_WIDE}.get(weight.dtype, 0)
+    return A.ndim == 2 and len(A) <= most and A.dtype == torch.float32 and uses_kernels(weight)
+
+
+def _gradients(
+    g: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None, A: Tensor, B: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """dL/dA and dL/dB where G = g^T x."""
+    if not _in_kernels(weight, A):
+        return _reduce(_products(g, x, A.dtype), weight, mask, A, B, scale)
+    from prunus.kernels.effective import reduce
+
+    dA, dB = reduce(g, x, weight, A, B, mask, product=scale is None)
+    return (dA, dB) if scale is None else (dA.mul_(scale), dB.mul_(scale))
+
+
 def _products(g: Tensor, x: Tensor, dtype: torch.dtype) -> Callable[[slice], Tensor]:
     """Row tiles of G = g^T x in `dtype`; on CUDA 16-bit operands are not widened: float32 holds their products."""
     if g.dtype == dtype:
@@ -325,7 +371,7 @@ def _reduce(
         if scale is None:
             G.mul_(weight[rows])
         elif mask is not None:
-            G.mul_(mask[rows])
+            G.mul_(_kept(mask, rows, weight))
         if A.ndim == 3:
             dB[rows] = G @ A[rows].mT
             dA[rows] = B[rows].mT @ G
@@ -333,6 +379,11 @@ def _reduce(
             dB[rows] = G @ A.t()
             dA += B[rows].t() @ G
     return (dA, dB) if scale is None else (dA.mul_(scale), dB.mul_(scale))
+
+
+def _kept(mask: Tensor, rows: slice, weight: Tensor) -> Tensor:
+    """The rows of a mask as bool."""
+    return unpack(mask[rows], weight.shape[1]) if mask.dtype == torch.uint8 else mask[rows]
 
 
 def tiles(weight: Tensor) -> Iterator[slice]:

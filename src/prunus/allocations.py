@@ -7,9 +7,10 @@
     erk            survivors in proportion to the sum of a layer's dimensions
     owl            less sparsity for blocks whose scores have more outliers
 
-A new allocation is one function and one `__all__` entry. Mappings of scores are read in order and more than once, one
-tensor at a time, so their values may be computed on access. A score of -inf marks what was pruned before. Which entries
-are kept is the pattern's affair; `counts_under` makes an allocation's counts fit a pattern.
+A new allocation is one function and one `__all__` entry; its counts add up to `kept_of(all entries, sparsity)`
+(`_round_to_total`), and recipes have lists of names of their own. Mappings of scores are read in order and more than
+once, one tensor at a time, so their values may be computed on access. A score of -inf marks what was pruned before.
+Which entries are kept is the pattern's affair; `counts_under` makes an allocation's counts fit a pattern.
 """
 
 from __future__ import annotations

@@ -9,19 +9,26 @@ Nothing is named by family: blocks are the repeated modules of the tree, their a
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 from transformers import PreTrainedModel
 
 from prunus.layers import _scan
 from prunus.observe import observe
 
-__all__ = ["Arguments", "capture", "find_blocks", "finish", "observe", "run_block"]
+if TYPE_CHECKING:
+    from prunus.sources import Source
+
+__all__ = ["Arguments", "capture", "embed", "find_blocks", "finish", "observe", "run_block"]
+
+log = logging.getLogger(__name__)
 
 _REST = 0.1  # largest share of the prunable weights that another list of modules may hold
 
@@ -75,6 +82,29 @@ def capture(model: nn.Module, names: Sequence[str], input_ids: Tensor) -> tuple[
     return _record(model, names, input_ids, None).result(model)
 
 
+def embed(
+    model: nn.Module, names: Sequence[str], tokens: Tensor, *, source: Source, device: torch.device, batch_size: int
+) -> tuple[list[Tensor], dict[str, list[Arguments]]]:
+    """Hidden states entering the first block, one (batch, length, d) tensor a batch, and each block's own arguments.
+
+    Windows have one length and no padding, so masks and positions are nearly always the same for every batch of one
+    size: such arguments are kept once. Those that depend on the tokens are kept for their own batch. Hidden states that
+    would take more than half of the device's free memory wait on the host.
+    """
+    hidden: list[Tensor] = []
+    arguments: dict[str, list[Arguments]] = {name: [] for name in names}
+    by_size: dict[int, dict[str, Arguments]] = {}
+    with source.outside(device):
+        for ids in tokens.split(batch_size):
+            entering, captured = capture(model, names, ids.to(device))
+            home = _home_of(entering, -(-len(tokens) // batch_size)) if not hidden else hidden[0].device
+            hidden.append(entering.to(home))
+            first = by_size.setdefault(len(ids), captured)
+            for name in names:
+                arguments[name].append(first[name] if _same(first[name], captured[name]) else captured[name])
+    return hidden, arguments
+
+
 @torch.no_grad()
 def finish(model: nn.Module, names: Sequence[str], input_ids: Tensor, leaving: Tensor) -> Any:
     """The model's output (with logits) as if its blocks had made `leaving` (b, L, d) of these tokens.
@@ -82,6 +112,32 @@ def finish(model: nn.Module, names: Sequence[str], input_ids: Tensor, leaving: T
     Only what lies before and after the blocks runs; block parameters may be on meta. Raises: ValueError as `capture`.
     """
     return _record(model, names, input_ids, leaving).output
+
+
+def _home_of(entering: Tensor, batches: int) -> torch.device:
+    """Where so many tensors like this one wait between blocks."""
+    if not entering.is_cuda:
+        return entering.device
+    unused = torch.cuda.memory_reserved(entering.device) - torch.cuda.memory_allocated(entering.device)
+    free = torch.cuda.mem_get_info(entering.device)[0] + unused
+    if entering.nbytes * batches <= free // 2:
+        return entering.device
+    log.info(
+        "%.1f GB of hidden states wait on the host: %.1f GB are free here", entering.nbytes * batches / 1e9, free / 1e9
+    )
+    return torch.device("cpu")
+
+
+def _same(one: Arguments, other: Arguments) -> bool:
+    """Whether two calls have equal arguments."""
+    if one is other:
+        return True
+    left, left_spec = tree_flatten((one.args, one.kwargs))
+    right, right_spec = tree_flatten((other.args, other.kwargs))
+    return left_spec == right_spec and all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
+        for a, b in zip(left, right, strict=True)
+    )
 
 
 def _record(model: nn.Module, names: Sequence[str], input_ids: Tensor, leaving: Tensor | None) -> _Chain:

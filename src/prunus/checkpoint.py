@@ -16,6 +16,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from prunus.sharded import like, whole
 
 __all__ = ["Checkpoint"]
 
@@ -54,10 +57,10 @@ class Checkpoint:
             )
         with torch.no_grad():
             for name, tensor in tensors.items():
-                tensor.copy_(state["tensors"][name])
+                tensor.copy_(like(state["tensors"][name], tensor))
         for method, stored in zip(self.methods, state["methods"], strict=True):
             method.load_state_dict(stored)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(_placed(state["optimizer"], self.optimizer))
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         _set_random_state(state["random"][self.accelerator.process_index])
@@ -69,14 +72,16 @@ class Checkpoint:
         if self.path is None:
             return
         random = gather_object([_random_state()]) if self.shared else [_random_state()]
+        tensors = {name: whole(tensor.detach()).cpu() for name, tensor in _resumable(self.model).items()}
+        stepped = tree_map_only(Tensor, whole, self.optimizer.state_dict())  # shards are gathered from all ranks
         if self.accelerator.is_main_process:
             state = {
                 "plan": self.plan,
                 "step": step,
                 "trace": trace,
-                "tensors": {name: tensor.detach().cpu() for name, tensor in _resumable(self.model).items()},
+                "tensors": tensors,
                 "methods": [method.state_dict() for method in self.methods],
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": stepped,
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
                 "random": random,
             }
@@ -91,6 +96,18 @@ def _resumable(model: nn.Module) -> dict[str, Tensor]:
     """What training can change: parameters that require gradients, and buffers (boolean ones are masks, and fixed)."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     return trained | {name: buffer for name, buffer in model.named_buffers() if buffer.dtype != torch.bool}
+
+
+def _placed(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's stored state, sharded as the parameters are that it belongs to."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def place(index: int, value: Any) -> Any:
+        fits = isinstance(value, Tensor) and value.shape == parameters[index].shape
+        return like(value, parameters[index]) if fits else value
+
+    stored = {index: {key: place(index, each) for key, each in own.items()} for index, own in state["state"].items()}
+    return {**state, "state": stored}
 
 
 def _random_state() -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ it is exactly x <- (1 - 2 lr ||m|| / D) x - lr m. Published code leaves d = 0 (m
 1/(1 - beta) of one); d = beta averages them. With the gradient rescalings the two differ by that factor in the
 learning rate.
 
-The feasible sets are in `sets/`; pruned weights are held as everywhere (`masks.hold`), best with `KeptGradients`.
+The feasible sets are in `sets/`; which parameters of a network are in which set is said by `constrained`.
 """
 
 # pyright: reportPrivateImportUsage=false
@@ -25,18 +25,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from prunus.during.protocol import During, Plan
-from prunus.masks import Masks
-from prunus.sets.ball import Ball, lp
-from prunus.sets.group import Entries
-from prunus.sets.problems import Problems, joint_problem, separate_problems
-from prunus.sets.radius import Size, expected_norm, measured_norm
-from prunus.sets.subspace import COLD, make_basis
+from prunus.sets.ball import Ball
+from prunus.sets.problems import Part, Problems, joint_problem, separate_problems
+from prunus.sets.subspace import COLD, Triple, follow_all_, make_basis
 
-__all__ = ["SFW", "KeptGradients", "Rescale", "constrained_groups"]
+__all__ = ["SFW", "Rescale"]
 
 Rescale = Literal["none", "diameter", "gradient", "fast_gradient"]
 _TINY = 1e-30
@@ -112,6 +108,7 @@ class SFW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        work: list[_Work] = []
         for number, group in enumerate(self.param_groups):
             places = _with_gradients(group)
             if not places:
@@ -121,11 +118,11 @@ class SFW(Optimizer):
             if group["constraint"] is None:
                 _descend_(present, directions, group["lr"], group["decoupled_decay"])
                 continue
-            for problems in self._problems(number, places):
-                points, moments = problems.gather(present), problems.gather(directions)
-                vertices = self._vertices(problems, present, moments, group["iterations"])
-                share = _share(problems, group["rescale"], group["lr"], points, moments, vertices)
-                problems.scatter_(present, [x.lerp_(v, share) for x, v in zip(points, vertices, strict=True)])
+            problems = self._problems(number, places)
+            work += [_Work(group, each, present, each.gather(directions, present)) for each in problems]
+        for each, leading in zip(work, self._leading(work), strict=True):
+            vertices = each.problems.vertices(each.moments, leading)
+            each.problems.move_(each.present, vertices, _share(each, vertices))
         return loss
 
     @torch.no_grad()
@@ -154,8 +151,8 @@ class SFW(Optimizer):
             known = [self.state[parameter].get("momentum_buffer", parameter.grad) for parameter in present]
             total = torch.zeros((), device=present[0].device)
             for problems in self._problems(number, places):
-                points, moments = problems.gather(present), problems.gather(known)
-                vertices = problems.vertices(moments, None, 1)
+                points, moments = problems.gather(present, present), problems.gather(known, present)
+                vertices = problems.vertices(moments)
                 total = total + _dot(moments, [x - v for x, v in zip(points, vertices, strict=True)]).sum()
             found.append(total)
         return found
@@ -211,101 +208,54 @@ class SFW(Optimizer):
             self._plans[number] = known
         return known.problems
 
-    def _vertices(
-        self, problems: Problems, present: Sequence[Tensor], moments: Sequence[Tensor], iterations: int
-    ) -> list[Tensor]:
-        """The vertices, with the singular vectors of the last step to start from if the set needs some."""
-        widths = problems.widths()
-        if widths is None:
-            return problems.vertices(moments, None, 1)
-        for part, width in zip(problems.parts, widths, strict=True):
-            for seed, place in enumerate(part.places):
-                if "basis" not in self.state[present[place]]:
-                    # Three dimensions: never of the shape of a matrix, whose masks would be applied to it.
-                    fresh = make_basis(1, *part.key, width, device=present[place].device, seed=seed)
-                    self.state[present[place]]["basis"] = fresh
-                    iterations = max(iterations, COLD)
-        kept = [[self.state[present[place]]["basis"] for place in part.places] for part in problems.parts]
-        stacks = [torch.cat(each).to(moments[0].dtype) for each in kept]
-        found = problems.vertices(moments, stacks, iterations)
-        for each, stack in zip(kept, stacks, strict=True):
-            torch._foreach_copy_(each, list(stack.split(1)))
+    def _leading(self, work: Sequence[_Work]) -> list[list[Triple] | None]:
+        """For each work the leading singular vectors of its moments, where its set needs some; None elsewhere.
+
+        They are those of the last step, turned. All are followed in step, because their factorisations are small and
+        there are few kinds of them.
+        """
+        found: list[list[Triple] | None] = [None] * len(work)
+        todo: dict[int, list[tuple[int, list[Tensor], Tensor]]] = {}  # iterations -> place in work, state, moments
+        for place, each in enumerate(work):
+            widths = each.problems.widths()
+            if widths is None:
+                continue
+            found[place] = []
+            for part, width, moment in zip(each.problems.parts, widths, each.moments, strict=True):
+                kept, fresh = self._bases(part, width, each.present)
+                iterations = max(each.group["iterations"], COLD if fresh else 1)
+                todo.setdefault(iterations, []).append((place, kept, moment))
+        for iterations, parts in todo.items():
+            stacks = [torch.cat(kept).to(moment.dtype) for _, kept, moment in parts]
+            triples = follow_all_(stacks, [moment for _, _, moment in parts], iterations)
+            torch._foreach_copy_(
+                [each for _, kept, _ in parts for each in kept], [each for stack in stacks for each in stack.split(1)]
+            )
+            for (place, _, _), triple in zip(parts, triples, strict=True):
+                mine = found[place]
+                assert mine is not None
+                mine.append(triple)
         return found
 
-
-class KeptGradients(During):
-    """Zeroes the gradients of pruned weights, so that a linear minimiser spends nothing on them.
-
-    `masks.hold` alone would zero what it spent afterwards. Sets of entries or groups then never choose a pruned weight;
-    singular vectors of a pruned matrix are not zero there, so spectral sets rely on `masks.hold`.
-
-    >>> kept = KeptGradients(Masks({"weight": torch.tensor([[True, False]])}))
-    """
-
-    def __init__(self, masks: Masks) -> None:
-        super().__init__()
-        self.given = masks
-
-    def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
-        """Find the parameters; raises ValueError for a mask without one."""
-        parameters = dict(model.named_parameters())
-        missing = [name for name in self.given if name not in parameters]
-        if missing:
-            raise ValueError(f"the model has no parameter '{missing[0]}', which the masks name")
-        self.pairs = [(parameters[name], ~mask.to(parameters[name].device)) for name, mask in self.given.items()]
-
-    @torch.no_grad()
-    def gradients(self) -> None:
-        """Zero them."""
-        for parameter, pruned in self.pairs:
-            if parameter.grad is not None:
-                parameter.grad.masked_fill_(pruned, 0.0)
+    def _bases(self, part: Part, width: int, present: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
+        """The singular vectors kept for the tensors of a part, and whether some were made just now."""
+        fresh = False
+        for seed, place in enumerate(part.places):
+            if "basis" not in self.state[present[place]]:
+                # Three dimensions: never of the shape of a matrix, whose masks would be applied to it.
+                made = make_basis(1, *part.key, width, device=present[place].device, seed=seed)
+                self.state[present[place]]["basis"], fresh = made, True
+        return [self.state[present[place]]["basis"] for place in part.places], fresh
 
 
-def constrained_groups(
-    model: nn.Module,
-    ball: Ball,
-    size: Size,
-    *,
-    joint: bool = False,
-    rest: Literal["l2", "free"] = "l2",
-    norms: Literal["expected", "measured"] = "expected",
-) -> list[dict[str, Any]]:
-    """Parameter groups for `SFW`: which parameters are in which set, of which radius, as the papers have it.
+@dataclass(frozen=True)
+class _Work:
+    """What a step does to some parameters of a group: their problems, and their momentum as these see it."""
 
-    Sets of entries constrain every parameter that requires gradients; sets of groups and spectral ones the weights of
-    Linear and convolution layers, and then rest: "l2" puts every other parameter into an L2 ball of the same size,
-    "free" into a group without constraint. size: `Radius`, `Diameter` or `Initial`; joint: one set over all. norms:
-    "expected", what torch's own initialisation of each layer makes on average, whatever this model's was; or
-    "measured", the norms now. Raises ValueError for an expected norm without closed form.
-
-    >>> groups = constrained_groups(nn.Linear(8, 4), group_k_support(0.5), Initial(3.0))
-    >>> [(len(group["params"]), round(group["constraint"][0].radius, 3)) for group in groups]
-    [(1, 3.464), (1, 1.225)]
-    """
-    chosen: list[tuple[Tensor, float]] = []
-    others: list[tuple[Tensor, float]] = []
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad or any(parameter is known for known, _ in chosen + others):
-                continue
-            whole = isinstance(ball.seen, Entries) or (name == "weight" and isinstance(module, _LAYERS))
-            if not whole and rest == "free":
-                others.append((parameter, 1.0))
-                continue
-            norm = expected_norm(module, name) if norms == "expected" else measured_norm(parameter)
-            (chosen if whole else others).append((parameter, norm))
-    if not chosen:
-        raise ValueError("The model has no Linear or convolution weight that requires gradients: nothing to constrain")
-    groups = [_group(chosen, ball, size, joint)]
-    if others and rest == "l2":
-        groups.append(_group(others, lp(2), size, joint))
-    elif others:
-        groups.append({"params": [parameter for parameter, _ in others], "constraint": None})
-    return groups
-
-
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    group: dict[str, Any]
+    problems: Problems
+    present: list[Tensor]
+    moments: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -315,18 +265,6 @@ class _Plan:
     constraint: Ball | Sequence[Ball]
     places: tuple[int, ...]
     problems: list[Problems]
-
-
-def _group(members: list[tuple[Tensor, float]], ball: Ball, size: Size, joint: bool) -> dict[str, Any]:
-    parameters, shapes = [parameter for parameter, _ in members], [tuple(each.shape) for each, _ in members]
-    if joint:
-        return {
-            "params": parameters,
-            "joint": True,
-            "constraint": size.fit(ball, shapes, [norm for _, norm in members]),
-        }
-    balls = [size.fit(ball, [shape], [norm]) for shape, (_, norm) in zip(shapes, members, strict=True)]
-    return {"params": parameters, "constraint": balls}
 
 
 def _with_gradients(group: dict[str, Any]) -> tuple[int, ...]:
@@ -362,24 +300,26 @@ def _check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"joint=True needs one Ball for the whole group; got {type(group['constraint']).__name__}")
 
 
-def _share(
-    problems: Problems,
-    rescale: Rescale,
-    lr: float | Tensor,
-    points: Sequence[Tensor],
-    moments: Sequence[Tensor],
-    vertices: Sequence[Tensor],
-) -> Tensor:
+def _share(work: _Work, vertices: Sequence[Tensor]) -> Tensor:
     """How far each problem moves towards its vertex, (problems, 1, 1) in [0, 1]."""
-    factor = torch.ones_like(problems.half)
-    if rescale == "diameter":
+    problems, rescale, lr = work.problems, work.group["rescale"], work.group["lr"]
+    if rescale == "none":
+        factor = torch.ones_like(problems.half)
+    elif rescale == "diameter":
         factor = 0.5 / problems.half
     elif rescale == "fast_gradient":
-        factor = _dot(moments, moments).sqrt() / problems.half
-    elif rescale == "gradient":
+        factor = _length(work.moments) / problems.half
+    else:
+        points = problems.gather(work.present, work.present)
         apart = [x - v for x, v in zip(points, vertices, strict=True)]
-        factor = _dot(moments, moments).sqrt() / _dot(apart, apart).sqrt().clamp_min(_TINY)
+        factor = _length(work.moments) / _length(apart).clamp_min(_TINY)
     return (factor * lr).clamp(0, 1)[:, None, None]
+
+
+def _length(parts: Sequence[Tensor]) -> Tensor:
+    """The L2 norm of each problem, (problems,)."""
+    norms = [torch.linalg.vector_norm(part.flatten(1), dim=1) for part in parts]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
 
 
 def _dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:

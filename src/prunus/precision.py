@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
 
 import torch
 
-__all__ = ["Precision", "autocast"]
+__all__ = ["Precision", "autocast", "full_products"]
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -26,3 +27,19 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
         raise ValueError(f"precision is fp32, bf16 or fp16; got {precision!r}")
     dtype = dtypes[precision]
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+@contextmanager
+def full_products() -> Generator[None]:
+    """While active, products of float32 matrices on CUDA are float32 too, not TF32, whatever the process has set.
+
+    >>> with full_products():
+    ...     print(torch.backends.cuda.matmul.fp32_precision)
+    ieee
+    """
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

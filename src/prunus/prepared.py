@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,11 +14,12 @@ from torch import nn
 
 from prunus import ranks
 from prunus.precision import Precision
+from prunus.sharded import asked, sharded
 
 if TYPE_CHECKING:
     from prunus.masks import Masks
 
-__all__ = ["make_accelerator", "prepared"]
+__all__ = ["make_accelerator", "prepared", "recomputed"]
 
 _MAKING = threading.Lock()  # accelerate's singletons are half made for a moment
 
@@ -59,14 +60,36 @@ def prepared(
     accelerator: Accelerator,
     masks: Masks | None,
     shared: bool,
+) -> Generator[tuple[nn.Module, nn.Module, torch.optim.Optimizer], None, None]:
+    """What is trained, that as accelerate wraps it, and the optimizer; then all as before, but for the weights.
+
+    What is trained is the model itself, or its sharded twin where the launch asked for FSDP2.
+    """
+    apart = shared and asked()
+    if apart and accelerator.device.type != "cpu":  # replicated models are moved by accelerate
+        model.to(accelerator.device)
+    with ExitStack() as stack:
+        inner = stack.enter_context(sharded(model, optimizer)) if apart else model
+        outer, stepper = stack.enter_context(_wrapped(inner, optimizer, accelerator, masks, shared and not apart))
+        yield inner, outer, stepper
+
+
+@contextmanager
+def _wrapped(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    masks: Masks | None,
+    replicated: bool,
 ) -> Generator[tuple[nn.Module, torch.optim.Optimizer], None, None]:
-    """The model and optimizer as accelerate wraps them; on the way out everything is as before, but for the weights."""
     modes = {module: module.training for module in model.modules()}
     own_forward = model.__dict__.get("forward")
     rates = [group["lr"] for group in optimizer.param_groups]
     # Masks are the same everywhere: sending them with every step would cost more than the gradients.
     model.__dict__["_ddp_params_and_buffers_to_ignore"] = _masks_of(model)
-    wrapped: nn.Module = accelerator.prepare_model(model, evaluation_mode=not shared)  # "evaluation": not in parallel
+    wrapped: nn.Module = accelerator.prepare_model(
+        model, evaluation_mode=not replicated
+    )  # "evaluation": not in parallel
     stepper: Any = accelerator.prepare_optimizer(optimizer)
     held = None
     try:
@@ -89,6 +112,27 @@ def prepared(
             group["lr"] = rate
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def recomputed(model: Any) -> Generator[None, None, None]:
+    """Context in which a transformers model keeps only what enters its blocks, and recomputes the rest in backward.
+
+    >>> with recomputed(model):
+    ...     train(model, batches, optimizer, lr, steps=100)
+    """
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers 5.2x; the older name warns there
+        model.activation_checkpointing_enable(options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    try:
+        yield
+    finally:
+        if hasattr(model, "activation_checkpointing_disable"):
+            model.activation_checkpointing_disable()
+        else:
+            model.gradient_checkpointing_disable()
 
 
 def _masks_of(model: nn.Module) -> list[str]:

@@ -12,7 +12,7 @@ group by its norm alone, without the factor sqrt(size) of some texts. Decoupled 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -143,18 +143,19 @@ class ProximalSGD(Optimizer):
 
 
 class GroupLasso(During):
-    """The penalty strength * sum over layers and filters of ||W_f||_2, on the prunable weights of the run.
+    """The penalty strength * sum over layers and filters of ||W_f||_2, on `views`, or all prunable weights of the run.
 
     >>> trace = train(model, batches, optimizer, lr, steps=10, during=[GroupLasso(1e-4)])
     """
 
-    def __init__(self, strength: float) -> None:
+    def __init__(self, strength: float, views: Sequence[View] | None = None) -> None:
         super().__init__()
         self.strength = _checked(strength, "GroupLasso")
+        self.views = views
 
     def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
         """Find the prunable weights; raises ValueError when there are none."""
-        self.weighed = _weighed(model, plan, "GroupLasso")
+        self.weighed = _weighed(model, plan.views if self.views is None else self.views, "GroupLasso")
 
     def penalty(self) -> Tensor:
         """The penalty, a scalar; its gradient is 0, one of the subgradients, for a filter of zeros."""
@@ -163,20 +164,21 @@ class GroupLasso(During):
 
 
 class NuclearNorm(During):
-    """The penalty strength * sum over layers of ||W||_*, differentiated through singular value decompositions.
+    """The penalty strength * sum over layers (`views`, or all that the run may prune) of ||W||_*, through their SVDs.
 
     They make the host wait for a GPU in every step, so a run with this penalty cannot be captured.
 
     >>> trace = train(model, batches, optimizer, lr, steps=10, during=[NuclearNorm(1e-4)])
     """
 
-    def __init__(self, strength: float) -> None:
+    def __init__(self, strength: float, views: Sequence[View] | None = None) -> None:
         super().__init__()
         self.strength = _checked(strength, "NuclearNorm")
+        self.views = views
 
     def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
         """Find the prunable weights; raises ValueError when there are none."""
-        self.weighed = _weighed(model, plan, "NuclearNorm")
+        self.weighed = _weighed(model, plan.views if self.views is None else self.views, "NuclearNorm")
 
     def penalty(self) -> Tensor:
         """The penalty, a scalar; its gradient is U V^T, which needs no gap between singular values."""
@@ -190,11 +192,11 @@ def _checked(strength: float, name: str) -> float:
     return strength
 
 
-def _weighed(model: nn.Module, plan: Plan, name: str) -> list[tuple[View, Tensor]]:
-    if not plan.views:
+def _weighed(model: nn.Module, views: Sequence[View], name: str) -> list[tuple[View, Tensor]]:
+    if not views:
         raise ValueError(f"{name} found no prunable layer; check include and exclude")
     parameters = dict(model.named_parameters())
-    return [(view, parameters[view.parameter]) for view in plan.views]
+    return [(view, parameters[view.parameter]) for view in views]
 
 
 def _shrink_(group: dict[str, Any], present: list[Tensor]) -> None:

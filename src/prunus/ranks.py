@@ -1,17 +1,20 @@
 """One process or several: which of them writes, where they wait for each other, and whose device is whose.
 
 `accelerate launch` starts the same command several times. Each process computes everything alike, except that training
-shares each batch; files, bars and tables are the main process's.
+and calibration share their data; files, bars and tables are the main process's.
 """
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
+from torch import Tensor
 
-__all__ = ["count", "is_main", "join", "leave", "wait"]
+__all__ = ["agree", "count", "index", "is_main", "join", "leave", "send_", "share", "sum_", "wait"]
 
 
 def count() -> int:
@@ -19,9 +22,24 @@ def count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def index() -> int:
+    """Which of them this process is, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def share(items: int) -> slice:
+    """This process's part of so many items: as equal as can be, in order.
+
+    >>> share(7)  # a single process
+    slice(0, 7, None)
+    """
+    world, rank = count(), index()
+    return slice(rank * items // world, (rank + 1) * items // world)
+
+
 def is_main() -> bool:
     """Whether this process is the one that writes."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return index() == 0
 
 
 def join(device: torch.device) -> torch.device:
@@ -42,6 +60,27 @@ def wait() -> None:
     """Return when every process has come here."""
     if count() > 1:
         PartialState().wait_for_everyone()
+
+
+def sum_(tensor: Tensor) -> None:
+    """The sum over all processes, in place of each one's own contiguous tensor; the same bits everywhere."""
+    if count() > 1:
+        dist.all_reduce(tensor)
+
+
+def send_(tensor: Tensor, sender: int) -> None:
+    """The contiguous tensor of process `sender`, in place of everyone else's."""
+    if count() > 1:
+        dist.broadcast(tensor.view(torch.uint8) if tensor.ndim else tensor, sender)  # bytes: any dtype, any backend
+
+
+def agree(value: Any) -> Any:
+    """The main process's value, anything that can be pickled."""
+    if count() == 1:
+        return value
+    held = [value]
+    dist.broadcast_object_list(held, 0)
+    return held[0]
 
 
 def leave() -> None:

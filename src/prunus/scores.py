@@ -4,8 +4,8 @@
     wanda       S_ij = |W_ij| * ||X_j||_2
     ria         S_ij = (|W_ij| / sum_k |W_kj| + |W_ij| / sum_k |W_ik|) * ||X_j||_2^(1/2)
 
-A new criterion is one function and one `__all__` entry. Which scores are compared with which is the pattern's affair
-(`patterns.py`), how many are kept the allocation's (`allocations.py`).
+A new criterion is one function and one `__all__` entry; recipes have a list of names of their own. Which scores are
+compared with which is the pattern's affair (`patterns.py`), how many are kept the allocation's (`allocations.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from prunus.patterns import scaled
 
 if TYPE_CHECKING:
     from prunus.layers import Layer
@@ -32,7 +34,7 @@ def magnitude(layer: Layer) -> Tensor:
     >>> magnitude(Layer("fc", torch.tensor([[-2.0, 1.0]]))).tolist()
     [[2.0, 1.0]]
     """
-    return layer.weight.float().abs().contiguous()  # sums do not depend on how the weight is stored
+    return scaled(layer.weight, None)
 
 
 @torch.no_grad()
@@ -47,8 +49,7 @@ def wanda(layer: Layer) -> Tensor:
     >>> wanda(Layer("fc", torch.tensor([[-2.0, 1.0]]), inputs)).tolist()
     [[10.0, 1.0]]
     """
-    norms = _norms(layer, "wanda")
-    return magnitude(layer) if norms is None else magnitude(layer).mul_(norms)
+    return scaled(layer.weight, norms_of(layer, "wanda"))
 
 
 @torch.no_grad()
@@ -63,7 +64,7 @@ def ria(layer: Layer) -> Tensor:
     >>> ria(Layer("fc", torch.tensor([[-1.0, 1.0]]), inputs)).tolist()
     [[3.0, 1.5]]
     """
-    norms = _norms(layer, "ria")
+    norms = norms_of(layer, "ria")
     size = magnitude(layer)
     if norms is None:
         return size
@@ -97,7 +98,7 @@ def warn_unseen(layer: Layer, method: str) -> None:
     )
 
 
-def _norms(layer: Layer, method: str) -> Tensor | None:
+def norms_of(layer: Layer, method: str) -> Tensor | None:
     """||X_j||_2 (in,) float32 on the weight's device; None, with a warning, when no token was seen."""
     if layer.inputs is None:
         raise ValueError(f"{method} needs the inputs of '{layer.name}': pass calibration batches, or use magnitude")

@@ -6,30 +6,36 @@ sorting a matrix or a model.
 
     keep = score > t  or  (score == t and this is one of the first `kept - #(score > t)` equals)
 
-What a pattern means is in `patterns.py`.
+On a GPU the same masks come from the Triton programs in `kernels/`. What a pattern means is in `patterns.py`.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
+from prunus.kernels.switch import uses_kernels
+
 __all__ = [
     "check_scores",
+    "goes_to_kernels",
     "keep_largest",
     "keep_largest_of_group",
+    "keep_largest_of_groups",
     "keep_largest_of_row",
     "kept_of",
     "kth_largest",
+    "refuse_nan",
     "select_global",
     "select_global_share",
 ]
 
 _CHUNK = 1 << 22  # entries worked on at once: bounds the temporaries (12 bytes an entry) to about 50 MB
-_TOPK = 1 << 22  # largest CUDA problem given to topk, which allocates its result; above it bits are searched
+_TOPK = 1 << 22  # largest CUDA problem given to topk, which allocates its result
+_WIDTHS = (torch.float32, torch.bfloat16, torch.float16)  # what the programs read; float64 takes the plain path
 
 
 def kept_of(numel: int, sparsity: float) -> int:
@@ -49,11 +55,22 @@ def check_scores(score: Tensor, name: str = "score") -> None:
     """Raise ValueError unless `score` is floating and free of NaN (infinities are ordered and may stay)."""
     if not score.is_floating_point():
         raise ValueError(f"{name} must be floating point, got {score.dtype}; pass score.float()")
-    if bool(score.isnan().any()):
+    if score.numel() and bool(score.amax().isnan()):  # a maximum passes NaN on, and allocates nothing
+        refuse_nan(int(score.isnan().sum()), score.numel(), name)
+
+
+def refuse_nan(count: int, numel: int, name: str = "score") -> None:
+    """Raise ValueError if `count` of `numel` entries are NaN, and that is not none."""
+    if count:
         raise ValueError(
-            f"{name} has {int(score.isnan().sum())} NaN of {score.numel()} entries: they cannot be ordered. "
+            f"{name} has {count} NaN of {numel} entries: they cannot be ordered. "
             "Check the weights and the calibration inputs for NaN and Inf"
         )
+
+
+def goes_to_kernels(score: Tensor) -> bool:
+    """Whether Triton programs select among these scores."""
+    return score.dtype in _WIDTHS and uses_kernels(score)
 
 
 def keep_largest(score: Tensor, kept: int) -> Tensor:
@@ -67,6 +84,10 @@ def keep_largest(score: Tensor, kept: int) -> Tensor:
     if kept <= 0 or kept >= score.numel():
         return torch.full(score.shape, kept > 0, dtype=torch.bool, device=score.device)
     threshold = _kth(score, kept)
+    if goes_to_kernels(score) and score.numel() > _TOPK:
+        from prunus.kernels.threshold import keep_first
+
+        return keep_first(score, threshold.float(), kept)
     mask = torch.empty(score.shape, dtype=torch.bool, device=score.device)
     above = torch.zeros((), dtype=torch.int64, device=score.device)
     ties: list[Tensor] = []
@@ -81,14 +102,22 @@ def keep_largest(score: Tensor, kept: int) -> Tensor:
     return mask
 
 
-def keep_largest_of_row(score: Tensor, kept: int) -> Tensor:
-    """The mask of the `kept` largest entries of every row.
+def keep_largest_of_row(score: Tensor, kept: int, extra: int = 0) -> Tensor:
+    """The mask of the `kept` largest entries of every row, and one more in each of the first `extra` rows.
 
-    score: (rows, columns) floating, no NaN (not checked here); 0 <= kept <= columns. Returns bool, same shape.
+    score: (rows, columns) floating, no NaN (not checked here); 0 <= kept <= columns, less than that where there is an
+    extra one. Returns bool, same shape.
 
     >>> keep_largest_of_row(torch.tensor([[1.0, 2.0, 2.0], [5.0, 0.0, 1.0]]), 1).tolist()
     [[False, True, False], [True, False, False]]
     """
+    if goes_to_kernels(score):
+        from prunus.kernels.rows import keep_of_rows, takes_rows
+
+        if takes_rows(score):
+            return keep_of_rows(score, kept, extra)[0]
+    if extra:
+        return torch.cat([keep_largest_of_row(score[:extra], kept + 1), keep_largest_of_row(score[extra:], kept)])
     columns = score.shape[1]
     if kept <= 0 or kept >= columns:
         return torch.full(score.shape, kept > 0, dtype=torch.bool, device=score.device)
@@ -99,6 +128,23 @@ def keep_largest_of_row(score: Tensor, kept: int) -> Tensor:
         wanted = kept - (part > threshold).sum(1, keepdim=True)
         mask[rows] = _above_or_first(part, threshold, wanted)
     return mask
+
+
+def keep_largest_of_groups(score: Tensor, kept: int, width: int) -> Tensor:
+    """The mask of the `kept` largest of every `width` consecutive entries of a row.
+
+    score: (rows, columns) floating, no NaN (not checked here); `width` divides columns. Returns bool, same shape.
+
+    >>> keep_largest_of_groups(torch.tensor([[1.0, 4.0, 1.0, 0.0]]), 1, 2).tolist()
+    [[False, True, True, False]]
+    """
+    if goes_to_kernels(score):
+        from prunus.kernels.groups import keep_of_groups
+
+        return keep_of_groups(score, kept, width)[0]
+    rows, columns = score.shape
+    groups = score.reshape(rows, columns // width, width)
+    return keep_largest_of_group(groups, kept).view(rows, columns)
 
 
 def keep_largest_of_group(score: Tensor, kept: int) -> Tensor:
@@ -127,13 +173,14 @@ def kth_largest(scores: Mapping[str, Tensor], k: int) -> float:
     """The k-th largest score (k from 1) over all tensors of a mapping, exact, in bounded memory.
 
     scores: name -> float32, bfloat16 or float16 of any shape; read twice in the mapping's order, so values may be
-    computed on access. The order-preserving integer key of a float32 is refined by two histograms of 16 bits; nothing
-    is concatenated. Raises ValueError for NaN, float64, or k outside 1..(number of scores).
+    computed on access. Nothing is concatenated: the order-preserving integer key of a float32 is refined by two
+    histograms of 16 bits, or on a GPU by a sample and what lies near its k-th (a reading or two more where that
+    misleads). Raises ValueError for NaN, float64, or k outside 1..(number of scores).
 
     >>> kth_largest({"a": torch.tensor([1.0, 5.0]), "b": torch.tensor([3.0])}, 2)
     3.0
     """
-    return _refine(scores, k, _high_histogram(scores))
+    return _first_reading(scores)[1](k)
 
 
 def select_global(scores: Mapping[str, Tensor], kept: int) -> dict[str, int]:
@@ -146,7 +193,8 @@ def select_global(scores: Mapping[str, Tensor], kept: int) -> dict[str, int]:
     >>> select_global({"a": torch.tensor([1.0, 5.0]), "b": torch.tensor([3.0])}, 2)
     {'a': 1, 'b': 1}
     """
-    return _select(scores, kept, _high_histogram(scores))
+    total, kth = _first_reading(scores)
+    return _select(scores, kept, total, kth)
 
 
 def select_global_share(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
@@ -156,42 +204,84 @@ def select_global_share(scores: Mapping[str, Tensor], sparsity: float) -> dict[s
     {'a': 1, 'b': 1}
     """
     kept_of(0, sparsity)  # refuse before the readings
-    histogram = _high_histogram(scores)
-    return _select(scores, kept_of(int(histogram.sum()), sparsity), histogram)
+    total, kth = _first_reading(scores)
+    return _select(scores, kept_of(total, sparsity), total, kth)
 
 
-def _select(scores: Mapping[str, Tensor], kept: int, histogram: Tensor) -> dict[str, int]:
-    total = int(histogram.sum())
+def _select(scores: Mapping[str, Tensor], kept: int, total: int, kth: Callable[[int], float]) -> dict[str, int]:
     if not 0 <= operator.index(kept) <= total:
         raise ValueError(f"cannot keep {kept} of {total} entries")
     if kept == 0:
         return dict.fromkeys(scores, 0)
-    threshold = _refine(scores, kept, histogram)
-    above = dict.fromkeys(scores, 0)
-    equal = dict.fromkeys(scores, 0)
-    for name, score in scores.items():
-        for part in _flat_chunks(score):
-            above[name] += int((part > threshold).sum())
-            equal[name] += int((part == threshold).sum())
+    threshold = kth(kept)
+    counts = {name: _count(score, threshold) for name, score in scores.items()}
+    above = {name: int(count[0]) for name, count in counts.items()}
     wanted = kept - sum(above.values())
-    for name, count in equal.items():
-        taken = min(count, wanted)
+    for name, count in counts.items():
+        taken = min(int(count[1]), wanted)
         above[name] += taken
         wanted -= taken
     return above
 
 
+def _count(score: Tensor, threshold: float) -> Tensor:
+    """How many entries are above and how many equal the threshold, (2,) int64."""
+    if goes_to_kernels(score):
+        from prunus.kernels.threshold import count_of
+
+        return count_of(score, torch.full((), threshold, device=score.device)).sum(1)
+    count = torch.zeros(2, dtype=torch.int64, device=score.device)
+    for part in _flat_chunks(score):
+        count += torch.stack([(part > threshold).sum(), (part == threshold).sum()])
+    return count
+
+
+def _first_reading(scores: Mapping[str, Tensor]) -> tuple[int, Callable[[int], float]]:
+    """How many scores there are, and a function that finds the k-th largest of them, by the device of the first."""
+    histogram = torch.zeros(65536, dtype=torch.int64)
+    samples: list[Tensor] = []
+    total, sampled = 0, False
+    for name, score in scores.items():
+        _check_width(score, name)
+        sampled = uses_kernels(score) if not total else sampled
+        total += score.numel()
+        if sampled:
+            from prunus.kernels.threshold import sample_of
+
+            samples.append(sample_of(score).to((samples or [score])[0].device))
+        else:
+            histogram += _high_histogram(score)
+    if sampled:
+        return total, lambda k: _kth_by_sample(scores, k, torch.cat(samples), total)
+    return total, lambda k: _refine(scores, k, histogram)
+
+
+def _check_width(score: Tensor, name: str) -> None:
+    check_scores(score, f"score of '{name}'")
+    if score.dtype == torch.float64:
+        raise ValueError(f"model-wide selection compares float32 scores; '{name}' is float64: pass score.float()")
+
+
 def _kth(score: Tensor, k: int) -> Tensor:
-    """The k-th largest entry of a matrix as a scalar tensor, without host synchronisation."""
+    """The k-th largest entry of a matrix as a scalar tensor; waits for the device only above `_TOPK` entries."""
     flat = score.reshape(-1)
     smaller = flat.numel() - k + 1  # the same entry, counted from below
-    if not flat.is_cuda:
+    if not (flat.is_cuda or goes_to_kernels(flat)):
         return flat.kthvalue(smaller).values
     if flat.numel() > _TOPK:
-        return _kth_by_bits(flat, k)
+        return _kth_of_many(flat, k)
     if k <= smaller:
         return flat.topk(k, sorted=False).values.min()
     return flat.topk(smaller, largest=False, sorted=False).values.max()
+
+
+def _kth_of_many(flat: Tensor, k: int) -> Tensor:
+    found = None
+    if goes_to_kernels(flat):
+        from prunus.kernels.threshold import kth_of, sample_of
+
+        found = kth_of([flat], sample_of(flat), k, flat.numel())
+    return _kth_by_bits(flat, k) if found is None else found
 
 
 def _kth_by_bits(flat: Tensor, k: int) -> Tensor:
@@ -223,23 +313,32 @@ def _unkey(key: Tensor) -> Tensor:
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).view(torch.float32)
 
 
-def _high_histogram(scores: Mapping[str, Tensor]) -> Tensor:
-    """Counts of the upper 16 key bits over all scores, (65536,) int64 on the CPU; refuses NaN by name."""
+def _kth_by_sample(scores: Mapping[str, Tensor], k: int, sample: Tensor, total: int) -> float:
+    from prunus.kernels.threshold import kth_of
+
+    _check_rank(k, total)
+    found = kth_of(scores.values(), sample, k, total)
+    if found is None:
+        return _refine(scores, k, sum((_high_histogram(score) for score in scores.values()), torch.tensor(0)))
+    return float(found)
+
+
+def _high_histogram(score: Tensor) -> Tensor:
+    """Counts of the upper 16 key bits of a tensor, (65536,) int64 on the CPU."""
     histogram = torch.zeros(65536, dtype=torch.int64)
-    for name, score in scores.items():
-        check_scores(score, f"score of '{name}'")
-        if score.dtype == torch.float64:
-            raise ValueError(f"model-wide selection compares float32 scores; '{name}' is float64: pass score.float()")
-        for part in _flat_chunks(score):
-            high = (_keys(part)[0] >> 16) + 32768
-            histogram += torch.bincount(high, minlength=65536).cpu()
+    for part in _flat_chunks(score):
+        high = (_keys(part)[0] >> 16) + 32768
+        histogram += torch.bincount(high, minlength=65536).cpu()
     return histogram
 
 
-def _refine(scores: Mapping[str, Tensor], k: int, histogram: Tensor) -> float:
-    total = int(histogram.sum())
+def _check_rank(k: int, total: int) -> None:
     if not 1 <= operator.index(k) <= total:
         raise ValueError(f"there is no {k}-th largest of {total} entries")
+
+
+def _refine(scores: Mapping[str, Tensor], k: int, histogram: Tensor) -> float:
+    _check_rank(k, int(histogram.sum()))
     high, above = _bin_of(histogram, k)
     low = torch.zeros(65536, dtype=torch.int64)
     for score in scores.values():

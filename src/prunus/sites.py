@@ -30,6 +30,7 @@ from prunus.adapters import (
     no_autocast,
     tiles,
 )
+from prunus.bits import pack
 from prunus.layers import View
 
 __all__ = ["Owner", "Parametrization", "Site", "find_owners", "make_sites"]
@@ -46,6 +47,18 @@ class Owner:
     module: nn.Module
     attribute: str
     slots: tuple[tuple[nn.Module, str], ...]
+
+
+class Cast(nn.Module):
+    """The parametrization that shows a float32 trainable to its module in the dtype it had."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, stored: Tensor) -> Tensor:
+        """The same values, rounded."""
+        return stored.to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -250,11 +263,12 @@ def _site(
     experts = tuple(view.index or 0 for view in views) if stacked else None
     experts = None if experts == tuple(range(weight.shape[0])) else experts
     if mask is not None:
-        mask = matrices(mask.to(weight.device), stacked=stacked, transposed=view.transposed)
+        mask = matrices(mask, stacked=stacked, transposed=view.transposed)
         mask = mask if experts is None else mask[list(experts)]
     shape = (len(views), *view.shape) if stacked else view.shape
     A, B = new_factors(shape, rank, product=scale is None, init=init, generator=generator)
-    trained = mask if kind == "mask_lora" else None
+    trained = mask.to(weight.device) if mask is not None and kind == "mask_lora" else None
+    trained = pack(trained) if trained is not None and not stacked else trained
     factors = Factors(A.to(weight.device), B.to(weight.device), scale=scale, mask=trained)
     name = view.name.rpartition("[")[0] if stacked else view.name
     if len(owners) == 1 and _is_plain_linear(owners[0], view, weight):

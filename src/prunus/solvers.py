@@ -1,6 +1,7 @@
 """How a layer is pruned: a solver turns (layer, pattern, kept) into new weights and their mask.
 
-`by_score(score)` zeroes what scores lowest. `sparsegpt()` also moves the error of every pruned weight onto the weights
+`by_score(score)` zeroes what scores lowest; `by_magnitude()` and `by_wanda()` do so without writing the scores down.
+`sparsegpt()` also moves the error of every pruned weight onto the weights
 to its right, by the optimal-brain-surgeon update in the metric of the layer's inputs:
 
     H = X^T X + lam I,   H^-1 = U^T U with U upper triangular
@@ -12,7 +13,7 @@ Scores are in `scores.py`; where zeros may lie is the pattern's affair (`pattern
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -21,19 +22,24 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from prunus.patterns import Pattern
-from prunus.scores import Score, magnitude, warn_unseen
+from prunus.kernels.switch import uses_kernels
+from prunus.patterns import NM, Pattern, mask_scaled
+from prunus.precision import full_products
+from prunus.scores import Score, magnitude, norms_of, warn_unseen
 
 if TYPE_CHECKING:
     from prunus.layers import Inputs, Layer
 
-__all__ = ["Solver", "by_score", "sparsegpt"]
+__all__ = ["Solver", "by_magnitude", "by_score", "by_wanda", "sparsegpt"]
 
 Solver = Callable[["Layer", Pattern, int], tuple[Tensor, Tensor]]
 
 log = logging.getLogger(__name__)
 
 _INNER = 32  # columns swept before the next ones in the block are brought up to date with one product
+_PANEL = 8  # blocks after which all later columns are brought up to date: one wide product instead of eight thin ones
+_KERNEL_BLOCK = 256  # most columns that a program holds in registers
+_DIRECT = 1024  # columns of a triangular matrix that are inverted by substitution; more are by matrix products
 _REMEMBERED = 2  # factorisations kept: q, k, v, out, up share one in parallel blocks; a hundred experts do not add up
 _MOST_DAMPING = 1.0  # share of the mean diagonal; more would be magnitude pruning under another name
 
@@ -49,7 +55,38 @@ def by_score(score: Score) -> Solver:
     @torch.no_grad()
     def solve(layer: Layer, pattern: Pattern, kept: int) -> tuple[Tensor, Tensor]:
         mask = pattern.mask(score(layer), kept, name=layer.name)
-        return layer.weight.masked_fill(~mask, 0.0), mask
+        return torch.where(mask, layer.weight, 0.0), mask
+
+    return solve
+
+
+def by_magnitude() -> Solver:
+    """`by_score(magnitude)`, bit for bit; on a GPU, for N:M and rows, in one reading and without the scores' memory.
+
+    >>> by_magnitude()(Layer("fc", torch.tensor([[-2.0, 1.0]])), NM(1, 2), 1)[0].tolist()
+    [[-2.0, 0.0]]
+    """
+    return _by_scaled(lambda layer: None)
+
+
+def by_wanda() -> Solver:
+    """`by_score(wanda)`, bit for bit; on a GPU, for N:M and rows, in one reading and without the scores' memory.
+
+    >>> inputs = Inputs(2)
+    >>> inputs.add_(torch.tensor([[1.0, 3.0]]))
+    >>> by_wanda()(Layer("fc", torch.tensor([[-2.0, 1.0]]), inputs), Unstructured("row"), 1)[0].tolist()
+    [[0.0, 1.0]]
+    """
+    return _by_scaled(lambda layer: norms_of(layer, "wanda"))
+
+
+def _by_scaled(scale: Callable[[Layer], Tensor | None]) -> Solver:
+    """A solver that keeps the largest |W_ij| * s_j as they are."""
+
+    @torch.no_grad()
+    def solve(layer: Layer, pattern: Pattern, kept: int) -> tuple[Tensor, Tensor]:
+        mask = mask_scaled(pattern, layer.weight, scale(layer), kept, name=layer.name)
+        return torch.where(mask, layer.weight, 0.0), mask
 
     return solve
 
@@ -59,11 +96,11 @@ def sparsegpt(damping: float = 0.01, blocksize: int = 128) -> Solver:
 
     damping: lam as a share of the mean diagonal of X^T X. When the factorisation fails it grows tenfold, up to 1,
         which is logged; then ValueError.
-    blocksize: columns after which all later columns are brought up to date. An unstructured mask is chosen once a
-        block, by W_ij^2 / U_jj^2 over the block's rows and columns; N:M at the first column of each group.
+    blocksize: columns swept together. An unstructured mask is chosen once a block, by W_ij^2 / U_jj^2 over the block's
+        rows and columns; N:M at the first column of each group.
 
     Inputs that were always zero give their weights away: those become zero, and are pruned first. The blocks' counts
-    are the cumulatively rounded shares of `kept`, so the total is exact. All is float32;
+    are the cumulatively rounded shares of `kept`, so the total is exact. All is float32 (never TF32);
     layers that share one `Inputs` share one factorisation. A layer that saw no token is pruned by magnitude, with a
     warning. The solver raises ValueError for a layer without a Gram matrix, for NaN or Inf, and as `pattern.mask`.
 
@@ -89,12 +126,13 @@ def sparsegpt(damping: float = 0.01, blocksize: int = 128) -> Solver:
             return by_score(magnitude)(layer, pattern, kept)
         if not bool(layer.weight.isfinite().all()):
             raise ValueError(f"weight of '{layer.name}' holds NaN or Inf: the checkpoint is damaged")
-        factor = factors.get(layer.inputs)
-        if factor is None or factor.tokens != layer.inputs.tokens:
-            factor = factors[layer.inputs] = _factorise(layer, layer.inputs, damping)
-            if len(factors) > _REMEMBERED:
-                del factors[next(iter(factors))]
-        weight, mask = _sweep(layer, pattern, kept, factor.to(layer.weight.device), blocksize)
+        with full_products():
+            factor = factors.get(layer.inputs)
+            if factor is None or factor.tokens != layer.inputs.tokens:
+                factor = factors[layer.inputs] = _factorise(layer, layer.inputs, damping)
+                if len(factors) > _REMEMBERED:
+                    del factors[next(iter(factors))]
+            weight, mask = _sweep(layer, pattern, kept, factor.to(layer.weight.device), blocksize)
         if not bool(weight.isfinite().all()):
             raise ValueError(
                 f"sparsegpt's update of '{layer.name}' overflows {weight.dtype}: "
@@ -146,15 +184,44 @@ def _factorise(layer: Layer, inputs: Inputs, damping: float) -> _Factor:
         used = min(max(10 * used, 1e-6), _MOST_DAMPING)
         log.warning("'%s': factorisation failed, damping raised to %g of the mean diagonal", layer.name, used)
     del hessian
-    identity = torch.eye(len(own), dtype=lower.dtype, device=lower.device)
-    upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).contiguous()
-    return _Factor(upper, dead, used, inputs.tokens)
+    _invert_lower_(lower)
+    return _Factor(lower.flip(0, 1).contiguous(), dead, used, inputs.tokens)
+
+
+def _invert_lower_(L: Tensor) -> None:
+    """A lower triangular matrix becomes its inverse: by halves, and for the corner by matrix products.
+
+        [A 0; C B]^-1 = [A^-1 0; -B^-1 C A^-1 B^-1]
+
+    0.19 n^3 multiply-adds, in products of large matrices; substitution with the identity takes 0.5 n^3.
+    """
+    n = len(L)
+    if n <= _DIRECT:
+        identity = torch.eye(n, dtype=L.dtype, device=L.device)
+        L.copy_(torch.linalg.solve_triangular(L, identity, upper=False))
+        return
+    half = n // 2
+    above, below, corner = L[:half, :half], L[half:, half:], L[half:, :half]
+    _invert_lower_(above)
+    _invert_lower_(below)
+    left = torch.empty_like(corner)
+    for start, stop in _parts(half):  # C A^-1, without the zeros above A^-1's diagonal
+        torch.mm(corner[:, start:], above[start:, start:stop], out=left[:, start:stop])
+    for start, stop in _parts(n - half):  # B^-1 (C A^-1), without the zeros beyond B^-1's
+        torch.mm(below[start:stop, :stop], left[:stop], out=corner[start:stop])
+    corner.neg_()
+
+
+def _parts(n: int) -> Iterable[tuple[int, int]]:
+    """An eighth of n at a time, but at least _DIRECT."""
+    return pairwise([*range(0, n, max(_DIRECT, -(-n // 8))), n])
 
 
 def _sweep(layer: Layer, pattern: Pattern, kept: int, factor: _Factor, blocksize: int) -> tuple[Tensor, Tensor]:
     """The new weight (out, in) in the weight's dtype and the mask.
 
-    Works on the transpose, so that a column of W is contiguous. Nothing in here waits for the device.
+    Works on the transpose, so that a column of W is contiguous. After a block the rest of its panel of blocks is
+    brought up to date, after a panel the rest of the matrix. Nothing in here waits for the device.
     """
     rows, columns = layer.weight.shape
     unit = pattern.width or 1
@@ -165,13 +232,38 @@ def _sweep(layer: Layer, pattern: Pattern, kept: int, factor: _Factor, blocksize
     weight = torch.empty((columns, rows), device=layer.weight.device).copy_(layer.weight.T)
     weight.masked_fill_(factor.dead[:, None], 0.0)
     mask = torch.empty((columns, rows), dtype=torch.bool, device=weight.device)
-    errors = torch.empty((min(block, columns), rows), device=weight.device)
+    errors = torch.empty((min(_PANEL * block, columns), rows), device=weight.device)
+    compensate_ = _compensation(weight, pattern, block)
     for (start, stop), count in zip(pairwise(edges), counts, strict=True):
-        inside = slice(start, stop)
-        _sweep_block_(weight[inside], mask[inside], errors, upper[inside, inside], scale[inside], pattern, count)
-        weight[stop:].addmm_(upper[inside, stop:].T, errors[: stop - start], alpha=-1)
+        inside, first = slice(start, stop), start // (_PANEL * block) * _PANEL * block
+        last = min(first + _PANEL * block, columns)
+        own = errors[start - first : stop - first]
+        compensate_(weight[inside], mask[inside], own, upper[inside, inside], scale[inside], pattern, count)
+        weight[stop:last].addmm_(upper[inside, stop:last].T, own, alpha=-1)
+        if stop == last:
+            weight[last:].addmm_(upper[first:last, last:].T, errors[: last - first], alpha=-1)
     weight.masked_fill_(~mask, 0.0)
     return weight.T.to(layer.weight.dtype).contiguous(), mask.T.contiguous()
+
+
+def _compensation(weight: Tensor, pattern: Pattern, block: int) -> Callable[..., None]:
+    """What sweeps a block: one program, or plain operations where none is written for the device or the pattern."""
+    width = pattern.width or 1
+    simple = pattern.width is None or (isinstance(pattern, NM) and width & (width - 1) == 0 and width <= 16)
+    if uses_kernels(weight) and simple and block <= _KERNEL_BLOCK and block * weight.shape[1] < 2**31:
+        return _launch_block_
+    return _sweep_block_
+
+
+def _launch_block_(
+    weight: Tensor, mask: Tensor, errors: Tensor, upper: Tensor, scale: Tensor, pattern: Pattern, kept: int
+) -> None:
+    """`_sweep_block_` in one launch, and the selection before it where the pattern is not N:M."""
+    from prunus.kernels.sweep import sweep_block_
+
+    if not isinstance(pattern, NM):
+        mask.copy_(pattern.choose((weight.abs() * scale).T, kept).T)
+    sweep_block_(weight, mask, errors, upper, scale, (pattern.n, pattern.m) if isinstance(pattern, NM) else None)
 
 
 def _sweep_block_(

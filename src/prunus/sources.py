@@ -1,6 +1,7 @@
 """Where a block's weights come from: the model itself in memory, or safetensors shards of a model built on meta.
 
-A source brings one block to the device and frees it again; it knows nothing of pruning.
+A source brings one block to the device and frees it again; it knows nothing of pruning. What travels between host and
+CUDA goes through pinned memory, so that a thread of `ahead` can do it beside the computing.
 """
 
 from __future__ import annotations
@@ -12,11 +13,10 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from accelerate.utils import set_module_tensor_to_device
 from safetensors import safe_open
 from torch import Tensor, nn
 
-__all__ = ["Memory", "Shards", "Source"]
+__all__ = ["Memory", "Shards", "Source", "carried"]
 
 
 class Source(Protocol):
@@ -36,19 +36,30 @@ class Source(Protocol):
 
 
 class Memory:
-    """A model whose weights are all in memory; blocks travel to the device and back home."""
+    """A model whose weights are all in memory; blocks travel to the device and back into the same memory."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.home = next(model.parameters()).device
+        self._homes: dict[str, dict[str, Tensor]] = {}  # block -> key -> where a tensor that travelled came from
 
     def load(self, name: str, device: torch.device) -> nn.Module:
         """The named submodule, moved to `device`."""
-        return self.model.get_submodule(name).to(device)
+        block = self.model.get_submodule(name)
+        away = {key: each for key, each in _tensors(block) if not _is_on(each.device, device)}
+        self._homes[name] = {key: each.data for key, each in away.items()}
+        for each in away.values():
+            each.data = carried(each.data, device)
+        return block
 
     def release(self, name: str) -> None:
         """Move the submodule back to where the model lives."""
-        self.model.get_submodule(name).to(self.home)
+        homes = self._homes.pop(name, {})
+        for key, each in _tensors(self.model.get_submodule(name)):
+            if key in homes and homes[key].shape == each.shape and homes[key].dtype == each.dtype:
+                each.data = homes[key].copy_(carried(each.data, self.home))
+            else:
+                each.data = each.data.to(self.home)
 
     @contextmanager
     def outside(self, device: torch.device) -> Generator[None]:
@@ -87,14 +98,14 @@ class Shards:
             )
         return self
 
-    def tensor(self, name: str) -> Tensor:
-        """One parameter, read from its shard to the CPU, in the model's dtype."""
+    def tensor(self, name: str, device: torch.device | None = None) -> Tensor:
+        """One parameter, read from its shard to `device` (default: the CPU), in the model's dtype."""
         found = self._file(name)
         if found is None:
             raise ValueError(f"{self.folder} holds no tensor for {name!r}")
         file, key = found
         with safe_open(self.folder / file, framework="pt") as shard:
-            return self._cast(shard.get_tensor(key))
+            return self._cast(carried(shard.get_tensor(key), device or torch.device("cpu")))
 
     def load(self, name: str, device: torch.device) -> nn.Module:
         """The named submodule with its weights read from disk to `device`."""
@@ -106,8 +117,8 @@ class Shards:
 
     def release(self, name: str) -> None:
         """Put the submodule back on meta."""
-        for key, _ in list(self.model.get_submodule(name).named_parameters()):
-            set_module_tensor_to_device(self.model, f"{name}.{key}", "meta")
+        for key, parameter in list(self.model.get_submodule(name).named_parameters()):
+            _put(self.model, f"{name}.{key}", parameter.data.to("meta"))
 
     @contextmanager
     def outside(self, device: torch.device) -> Generator[None]:
@@ -125,7 +136,7 @@ class Shards:
             yield
         finally:
             for name in names:
-                set_module_tensor_to_device(self.model, name, "meta")
+                _put(self.model, name, self.model.get_parameter(name).data.to("meta"))
                 self._retie(name)
 
     def own(self, name: str) -> str | None:
@@ -143,8 +154,13 @@ class Shards:
         return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
 
     def _place(self, name: str, device: torch.device) -> None:
-        value = self.tensor(name)
-        set_module_tensor_to_device(self.model, name, device, value=value, dtype=value.dtype)
+        value, expected = self.tensor(name, device), self.model.get_parameter(name).shape
+        if value.shape != expected:
+            raise ValueError(
+                f"{self.folder}: {name!r} has shape {tuple(value.shape)}, the model of config.json {tuple(expected)}; "
+                "the weights belong to another model"
+            )
+        _put(self.model, name, value)
         self._retie(name)
 
     def _retie(self, name: str) -> None:
@@ -158,6 +174,24 @@ class Shards:
             if key in self.files:
                 return self.files[key], key
         return None
+
+
+def carried(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`; between host and CUDA through pinned memory, so that the copy does not hold others up.
+
+    To CUDA the copy is only queued on the current stream; from CUDA it is complete when this returns.
+
+    >>> carried(torch.ones(2), torch.device("cpu")).device
+    device(type='cpu')
+    """
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    if tensor.is_cuda and device.type == "cpu":
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        torch.cuda.current_stream(tensor.device).synchronize()
+        return host
+    return tensor.to(device)
 
 
 def _index(folder: Path) -> dict[str, str]:
@@ -193,6 +227,22 @@ def _outside(model: nn.Module) -> list[tuple[nn.Module, str]]:
                 (module, key) for key, value in {**module._parameters, **module._buffers}.items() if value is not None
             ]
     return parts
+
+
+def _tensors(block: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from block.named_parameters()
+    yield from block.named_buffers()
+
+
+def _is_on(device: torch.device, wanted: torch.device) -> bool:
+    return device.type == wanted.type and wanted.index in (None, device.index)
+
+
+def _put(model: nn.Module, name: str, value: Tensor) -> None:
+    """Give the model a parameter of this value: data cannot be set across the meta device."""
+    owner, _, key = name.rpartition(".")
+    module = model.get_submodule(owner)
+    module._parameters[key] = nn.Parameter(value, requires_grad=module.get_parameter(key).requires_grad)
 
 
 def _move(owner: nn.Module, key: str, device: torch.device) -> None:

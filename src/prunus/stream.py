@@ -12,19 +12,21 @@ What a block is asked, and how it is run, is in `blocks.py`; the fit of a pruned
 from __future__ import annotations
 
 import copy
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
-from prunus.blocks import Arguments, capture, find_blocks, finish, run_block
-from prunus.layers import Inputs, Layer, View, find_layers
-from prunus.masks import Masks
+from prunus import ranks
+from prunus.ahead import Ahead, ahead
+from prunus.blocks import Arguments, embed, find_blocks, finish, run_block
+from prunus.layers import Inputs, View, find_layers
+from prunus.layerwise import add_up_, solve_layers_
+from prunus.masks import Masks, count_kept
 from prunus.observe import observe
 from prunus.patterns import Pattern, check_sparsity
 from prunus.precision import Precision, autocast
@@ -34,8 +36,6 @@ from prunus.sources import Memory, Source
 from prunus.work import Work
 
 __all__ = ["BlockReport", "Streamed", "stream", "survey"]
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ def stream(
     device: torch.device | str | None = None,
     batch_size: int = 8,
     precision: Precision = "fp32",
+    shared: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     on_block: Callable[[BlockReport], None] | None = None,
@@ -92,7 +93,10 @@ def stream(
     precision: autocast in which blocks run; statistics and solvers are float32 throughout.
     source: where weights come from when `model` is on the meta device.
     work: folder of finished blocks; blocks already there are replayed, not solved again.
+    shared: whether the launched processes share the windows and the layers (each calls this alike, and ends alike);
+        not with a fit.
 
+    The next block is brought, and the last one is saved and freed, while one is solved (`ahead`).
     Raises ValueError for a model whose blocks are not found, a pattern that does not fit a layer, or a sparsity
     that does not fit the pattern, before any work is done.
     """
@@ -105,26 +109,34 @@ def stream(
         view.name: counts[view.name] if counts else pattern.counts(view.shape, sparsity, name=view.name)
         for view in [*(view for group in views.values() for view in group), *outer]
     }
+    if shared:
+        tokens = _own_share(tokens, fit)
+    done = ranks.agree([work is not None and work.has(name) for name in names]) if shared else None
     hidden, arguments = embed(model, names, tokens, source=source, device=device, batch_size=batch_size)
     dense = list(hidden) if fit is not None and fit.inputs == "dense" else None
     masks: dict[str, Tensor] = {}
     reports: list[BlockReport] = []
-    for name in names:
-        step = _Step(model, name, views[name], device, source, precision)
-        if work is not None and work.has(name):
-            report = step.replay_(work, masks, hidden, arguments, dense)
-        else:
-            report = step.solve_(solver, pattern, todo, gram, fit, masks, hidden, arguments, dense)
-            if work is not None:
-                work.save(name, step.block, {v.parameter: masks[v.parameter] for v in views[name]}, report)
-        reports.append(report)
-        source.release(name)
-        if on_block is not None:
-            on_block(report)
+    with ahead(source, names, device) as moving:
+        for index, name in enumerate(names):
+            step = _Step(model, name, views[name], device, moving, precision, shared)
+            saving = None
+            if work is not None and (work.has(name) if done is None else done[index]):
+                report = step.replay_(work, masks, hidden, arguments, dense)
+            else:
+                report = step.solve_(solver, pattern, todo, gram, fit, masks, hidden, arguments, dense)
+                if work is not None:
+                    mine = {v.parameter: masks[v.parameter] for v in views[name]}
+                    saving = partial(work.save, name, step.block, mine, report)
+            reports.append(report)
+            moving.release(name, saving)
+            if on_block is not None:
+                on_block(report)
     if outer:
         batches = list(zip(tokens.split(batch_size), hidden, strict=True))
         with source.outside(device), autocast(device, precision):
-            reports += _solve_outside_(model, names, outer, solver, pattern, todo, gram, batches, masks, work)
+            reports += _solve_outside_(
+                model, names, outer, solver, pattern, todo, gram, batches, masks, work, shared=shared
+            )
     return Streamed(Masks(masks), reports)
 
 
@@ -147,57 +159,32 @@ def survey(
     views, _ = _views_by_block(model, names, include, exclude)
     hidden, arguments = embed(model, names, tokens, source=source, device=device, batch_size=batch_size)
     seen: dict[str, Inputs] = {}
-    for name in names:
-        block = source.load(name, device)
-        with torch.no_grad(), observe(block, views[name], gram=False) as inputs, autocast(device, precision):
-            _advance_(block, hidden, arguments[name])
-        seen.update(inputs)
-        source.release(name)
-        if on_block is not None:
-            on_block(name)
+    with ahead(source, names, device) as moving:
+        for name in names:
+            block = moving.load(name, device)
+            with torch.no_grad(), observe(block, views[name], gram=False) as inputs, autocast(device, precision):
+                _advance_(block, hidden, arguments[name])
+            seen.update(inputs)
+            moving.release(name)
+            if on_block is not None:
+                on_block(name)
     return seen
-
-
-def embed(
-    model: nn.Module, names: Sequence[str], tokens: Tensor, *, source: Source, device: torch.device, batch_size: int
-) -> tuple[list[Tensor], dict[str, list[Arguments]]]:
-    """Hidden states entering the first block, one (batch, length, d) tensor a batch, and each block's own arguments.
-
-    Windows have one length and no padding, so masks and positions are nearly always the same for every batch of one
-    size: such arguments are kept once. Those that depend on the tokens are kept for their own batch.
-    """
-    hidden: list[Tensor] = []
-    arguments: dict[str, list[Arguments]] = {name: [] for name in names}
-    by_size: dict[int, dict[str, Arguments]] = {}
-    with source.outside(device):
-        for ids in tokens.split(batch_size):
-            entering, captured = capture(model, names, ids.to(device))
-            hidden.append(entering)
-            first = by_size.setdefault(len(ids), captured)
-            for name in names:
-                arguments[name].append(first[name] if _same(first[name], captured[name]) else captured[name])
-    return hidden, arguments
-
-
-def _same(one: Arguments, other: Arguments) -> bool:
-    """Whether two calls have equal arguments."""
-    if one is other:
-        return True
-    left, left_spec = tree_flatten((one.args, one.kwargs))
-    right, right_spec = tree_flatten((other.args, other.kwargs))
-    return left_spec == right_spec and all(
-        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
-        for a, b in zip(left, right, strict=True)
-    )
 
 
 class _Step:
     """One block on its way through the device."""
 
     def __init__(
-        self, model: nn.Module, name: str, views: list[View], device: torch.device, source: Source, precision: Precision
+        self,
+        model: nn.Module,
+        name: str,
+        views: list[View],
+        device: torch.device,
+        source: Ahead,
+        precision: Precision,
+        shared: bool,
     ) -> None:
-        self.name, self.views, self.device = name, views, device
+        self.name, self.views, self.device, self.shared = name, views, device, shared
         self.precision: Precision = precision
         self.block = source.load(name, device)
         self.started = time.perf_counter()
@@ -224,7 +211,9 @@ class _Step:
                 if fit is not None and dense is None:  # what the dense block makes of the pruned inputs is the target
                     leaving.append(y.to(x.device))
         parameters = dict(self.block.named_parameters(prefix=self.name))
-        chosen, fallback = _prune_(parameters, self.views, solver, pattern, todo, inputs)
+        if self.shared:
+            add_up_(self.views, inputs)
+        chosen, fallback = solve_layers_(parameters, self.views, solver, pattern, todo, inputs, shared=self.shared)
         masks.update(chosen)
         del inputs
         errors = None
@@ -275,6 +264,8 @@ def _solve_outside_(
     batches: Sequence[tuple[Tensor, Tensor]],
     masks: dict[str, Tensor],
     work: Work | None,
+    *,
+    shared: bool,
 ) -> list[BlockReport]:
     """Prune what was asked for outside the blocks (the head), from what the pruned blocks hand to it.
 
@@ -284,41 +275,22 @@ def _solve_outside_(
     with observe(model, outer, gram=gram) as inputs:
         for ids, leaving in batches:
             finish(model, names, ids.to(device), leaving.to(device))
+    if shared:
+        add_up_(outer, inputs)
     reports: list[BlockReport] = []
     for view in outer:
         module = model.get_submodule(view.name)
-        if work is not None and work.has(view.name):
+        done = work is not None and work.has(view.name)
+        if work is not None and (ranks.agree(done) if shared else done):
             reports.append(work.restore_(view.name, module, masks))
             continue
-        chosen, fallback = _prune_(dict(model.named_parameters()), [view], solver, pattern, todo, inputs)
+        parameters = dict(model.named_parameters())
+        chosen, fallback = solve_layers_(parameters, [view], solver, pattern, todo, inputs, shared=shared)
         masks.update(chosen)
         reports.append(_report(view.name, [view], chosen, started, None, fallback))
         if work is not None:
             work.save(view.name, module, chosen, reports[-1])
     return reports
-
-
-@torch.no_grad()
-def _prune_(
-    parameters: Mapping[str, nn.Parameter],
-    views: Sequence[View],
-    solver: Solver,
-    pattern: Pattern,
-    todo: Mapping[str, int],
-    inputs: Mapping[str, Inputs],
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Parameter name -> mask on the CPU, after the views' weights were solved in place; views that saw no token."""
-    masks: dict[str, Tensor] = {}
-    for view in views:
-        parameter = parameters[view.parameter]
-        layer = Layer(view.name, view.matrix(parameter.data), inputs[view.name])
-        with torch.autocast(parameter.device.type, enabled=False):
-            weight, mask = solver(layer, pattern, todo[view.name])
-        view.write_(parameter.data, weight.masked_fill(~mask, 0.0))
-        whole = masks.setdefault(view.parameter, torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device))
-        view.write_(whole, mask)
-    fallback = [view.name for view in views if inputs[view.name].tokens == 0]
-    return {name: mask.cpu() for name, mask in masks.items()}, fallback
 
 
 def _report(
@@ -332,7 +304,7 @@ def _report(
     names = list(dict.fromkeys(view.parameter for view in views))
     return BlockReport(
         name,
-        {name: int(masks[name].sum()) for name in names},
+        {name: count_kept(masks[name]) for name in names},
         {name: masks[name].numel() for name in names},
         time.perf_counter() - started,
         errors[0] if errors else None,
@@ -361,6 +333,15 @@ def _views_by_block(
             f"{names[0]} .. {names[-1]}"
         )
     return views, [view for view in whole if view.name not in inside]
+
+
+def _own_share(tokens: Tensor, fit: Fit | None) -> Tensor:
+    """This rank's windows."""
+    if fit is not None:
+        raise ValueError("processes do not share the fit of a block: leave out fit, or call stream with shared=False")
+    if len(tokens) < ranks.count():
+        raise ValueError(f"{len(tokens)} windows cannot be shared by {ranks.count()} processes: take at least as many")
+    return tokens[ranks.share(len(tokens))]
 
 
 def _device_of(model: nn.Module) -> torch.device:

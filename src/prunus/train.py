@@ -27,8 +27,10 @@ from prunus.capture import CapturedStep, check_capture, set_rates_, settled
 from prunus.checkpoint import Checkpoint
 from prunus.during.protocol import During, Plan
 from prunus.layers import View, find_layers
+from prunus.next_token import next_token_loss
 from prunus.precision import Precision
 from prunus.prepared import make_accelerator, prepared
+from prunus.sharded import asked
 
 if TYPE_CHECKING:
     from prunus.masks import Masks
@@ -50,16 +52,6 @@ class Trace:
     tokens: int = 0
     seconds: float = 0.0
     peak_bytes: int = 0
-
-
-def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
-    """The mean negative log-likelihood (scalar, float32) of tokens 1.. of every packed row, ids: (batch, length).
-
-    >>> next_token_loss(model, torch.zeros(2, 8, dtype=torch.long)).shape
-    torch.Size([])
-    """
-    logits = model(input_ids=ids, use_cache=False).logits
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
 def classification_loss(smoothing: float = 0.0) -> Callable[[nn.Module, tuple[Tensor, Tensor]], Tensor]:
@@ -137,6 +129,8 @@ def train(
     shared = shared and accelerator.num_processes > 1
     if capture:
         check_capture(model, optimizer, shared=shared, scaled=precision == "fp16")
+    if during and shared and asked():
+        raise ValueError("Methods that take part in training need whole weights: launch without --use_fsdp.")
     if during:
         _check_during(precision)
         _attach(during, model, optimizer, steps, epoch_steps, views)
@@ -144,13 +138,13 @@ def train(
     started = time.perf_counter()
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     wrap = prepared(model, optimizer, accelerator, masks, shared)
-    with wrap as (wrapped, stepper), settled(device if capture else None):
+    with wrap as (inner, wrapped, stepper), settled(device if capture else None):
         plan = {"steps": steps, "accumulate": accumulate, "base_lrs": rates}
-        saved = Checkpoint(checkpoint, plan, accelerator, model, optimizer, during, shared)
+        saved = Checkpoint(checkpoint, plan, accelerator, inner, optimizer, during, shared)
         first, past = saved.load()
-        run = _Run(accelerator, model, wrapped, stepper, loss, clip, accumulate, tuple(during), shared)
+        run = _Run(accelerator, inner, wrapped, stepper, loss, clip, accumulate, tuple(during), shared)
         step_of = CapturedStep(run.step, device) if capture else run.step
-        trace = _Log(Trace(**past), report_every, steps, on_step, started, next(model.parameters()).device)
+        trace = _Log(Trace(**past), report_every, steps, on_step, started, next(inner.parameters()).device)
         for step in range(first, steps):
             multiplier = lr(step)
             set_rates_(optimizer, [rate * multiplier for rate in rates], capture)

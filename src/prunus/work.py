@@ -1,7 +1,7 @@
 """The folder of finished blocks that lets a killed run go on: weights, masks and report of each, written atomically.
 
-A block's file is complete or absent. `key` (a hash of everything that decides the result) guards against mixing the
-blocks of two different jobs in one folder.
+A block's file is complete or absent; its masks are bit-packed. `key` (a hash of everything that decides the result)
+guards against mixing the blocks of two different jobs in one folder.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prunus.files import write_json
+from prunus.masks import _pack, _unpack
 
 if TYPE_CHECKING:
     from prunus.stream import BlockReport
 
 __all__ = ["Work"]
+
+_FORMAT = 2  # of the files; blocks in another one are of another job
 
 
 class Work:
@@ -42,13 +45,13 @@ class Work:
         marker = self.folder / "job.json"
         if marker.exists():
             found = json.loads(marker.read_text())["key"]
-            if found != self.key:
+            if found != self._named():
                 raise ValueError(
                     f"{self.folder} holds unfinished blocks of another job (key {found[:12]}, this one is "
                     f"{self.key[:12]}): delete the folder, or give the run another output folder"
                 )
         elif self.writes:
-            write_json(marker, {"key": self.key})
+            write_json(marker, {"key": self._named()})
         return self
 
     def has(self, name: str) -> bool:
@@ -60,39 +63,38 @@ class Work:
         if not self.writes:
             return
         tensors = {f"weight:{key}": value.detach().cpu().contiguous() for key, value in block.state_dict().items()}
-        tensors |= {f"mask:{key}": mask.to(torch.uint8).contiguous() for key, mask in masks.items()}
+        tensors |= {f"mask:{key}": torch.from_numpy(_pack(mask)) for key, mask in masks.items()}
         path = self._path(name)
         partial = path.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"report": json.dumps(asdict(report))})
+        shapes = {key: list(mask.shape) for key, mask in masks.items()}
+        save_file(tensors, partial, metadata={"report": json.dumps(asdict(report)), "masks": json.dumps(shapes)})
         os.replace(partial, path)
 
     def restore_(self, name: str, block: nn.Module, masks: dict[str, Tensor]) -> BlockReport:
         """The report of a finished block, after its weights went into `block` and its masks into `masks`."""
         from prunus.stream import BlockReport
 
-        state: dict[str, Tensor] = {}
         with safe_open(self._path(name), framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
-                kind, _, rest = key.partition(":")
-                if kind == "weight":
-                    state[rest] = file.get_tensor(key)
-                else:
-                    masks[rest] = file.get_tensor(key).bool()
             report = BlockReport(**json.loads(file.metadata()["report"]))
-        block.load_state_dict(state)
+        masks |= self.masks(name)
+        block.load_state_dict(self.tensors(name))
         return report
 
     def masks(self, name: str) -> dict[str, Tensor]:
         """Parameter name -> mask of a finished block."""
-        with safe_open(self._path(name), framework="pt") as file:
-            keys = [key for key in file.keys() if key.startswith("mask:")]  # noqa: SIM118
-            return {key.removeprefix("mask:"): file.get_tensor(key).bool() for key in keys}
+        path = self._path(name)
+        with safe_open(path, framework="numpy") as file:
+            shapes: dict[str, list[int]] = json.loads(file.metadata()["masks"])
+            return {key: _unpack(file.get_tensor(f"mask:{key}"), shape, str(path)) for key, shape in shapes.items()}
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Parameter and buffer name inside the block -> tensor of a finished block."""
         with safe_open(self._path(name), framework="pt") as file:
             keys = [key for key in file.keys() if key.startswith("weight:")]  # noqa: SIM118
             return {key.removeprefix("weight:"): file.get_tensor(key) for key in keys}
+
+    def _named(self) -> str:
+        return f"{self.key}-{_FORMAT}"
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"

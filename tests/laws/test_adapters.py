@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from prunus import adapters
 from prunus.adapt import Adaptation, adapt
-from prunus.adapters import new_factors
+from prunus.adapters import Factors, new_factors
 from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.patterns import NM, Pattern, Unstructured
@@ -60,6 +60,10 @@ def _pruned(model: nn.Module, pattern: Pattern, seed: int = 0) -> Masks:
     masks = Masks.of(views, matrices, shapes)
     masks.apply_(model)
     return masks
+
+
+def _factors(model: nn.Module) -> list[Factors]:
+    return [module for module in model.modules() if isinstance(module, Factors)]
 
 
 def _train(model: nn.Module, adaptation: Adaptation, x: Tensor, steps: int = 3) -> None:
@@ -123,7 +127,7 @@ def test_nothing_of_the_weights_size_is_saved(kind: str, form: str) -> None:
     masks = _pruned(model, NM(2, 4))
     adapt(model, [kind], masks=masks, views=find_layers(model), rank=2)
     live = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    live |= {mask.untyped_storage().data_ptr() for mask in masks.values()}
+    live |= {factors.mask.untyped_storage().data_ptr() for factors in _factors(model) if factors.mask is not None}
     saved: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:

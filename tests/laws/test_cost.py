@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from prunus.evaluate import cost as cost_module
-from prunus.evaluate.cost import Cost, Energy, cost, weight_change
+from prunus.evaluate.cost import Cost, Energy, cost, flops_of, weight_change
 from prunus.masks import Masks
+from prunus.models import build_model
 
 
 def network():
@@ -29,6 +30,14 @@ def test_a_small_network_by_hand():
     assert (found.dense_flops, found.sparse_flops) == (8832, 1728 + 192)
     assert found.speedup == pytest.approx(8832 / 1920)
     assert found.nonzero == parameters - 54 - 288
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet18", "wrn10_1"])
+def test_operations_are_counted_on_shapes_alone_as_on_values(name):
+    model, x = build_model(name, classes=10), torch.zeros(2, 3, 8, 8)
+    assert flops_of(model, x) == cost(model, x).dense_flops > 1e6
+    assert flops_of(network(), torch.zeros(3, 2, 4, 4)) == 8832
+    assert not next(model.parameters()).is_meta
 
 
 def test_equal_sparsity_saves_most_where_a_weight_is_used_often():

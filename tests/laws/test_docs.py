@@ -9,6 +9,7 @@ from typing import Literal, get_args, get_origin
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -67,11 +68,12 @@ def touch_files_named_in(text):
 
 
 def check_recipe(text):
-    """The text is a recipe of one of our four kinds."""
+    """The text is a recipe of one of our five kinds."""
     from prunus.run.grid import load_grid
     from prunus.run.pretrain import read_recipe
     from prunus.run.recipe import load_recipe
     from prunus.run.vision.recipe import load_classifier
+    from prunus.run.vision.soups.recipe import load_soup
 
     touch_files_named_in(text)
     path, raw = Path("checked.yaml"), yaml.safe_load(text)
@@ -80,6 +82,8 @@ def check_recipe(text):
         assert len(list(load_grid(path, None).cells())) > 1
     elif "held_out" in raw:
         assert read_recipe(path).held_out.test
+    elif "soup" in raw and "images" in raw:
+        assert load_soup(path).out == raw.get("out", "runs/soup")
     elif "images" in raw:
         assert load_classifier(path).out == raw.get("out", "runs/train")
     else:
@@ -157,25 +161,35 @@ def words_of(annotation):
     [
         ("The recipe", "Recipe"),
         ("`prune`", "Prune"),
+        ("`prune.frank_wolfe`", "FrankWolfe"),
         ("`calibrate`", "Calibrate"),
         ("`reconstruct`", "Reconstruct"),
         ("`retrain`", "Retrain"),
+        ("`soup`", "Soup"),
         ("`evaluate`", "Evaluate"),
         ("Texts", "Data"),
         ("The classifier recipe", "ClassifierRecipe"),
         ("Classifier `images`", "ImageSource"),
         ("Classifier `train`", "Training"),
+        ("Classifier `optimizer`", "FrankWolfe"),
         ("Classifier `augment`", "Augmentation"),
         ("Classifier `prune`", "Pruning"),
         ("Classifier `retrain`", "Retraining"),
+        ("Classifier `soup`", "Souping"),
+        ("Soup `vary`", "Vary"),
+        ("Classifier `corruptions`", "Corruptions"),
         ("Grids", "Grid"),
     ],
 )
 def test_the_reference_of_keys_is_complete_and_true(heading, section):
     from prunus.run import grid, recipe
+    from prunus.run.vision import optimizers
     from prunus.run.vision import recipe as classifier
+    from prunus.run.vision.soups import recipe as soup
 
-    where = next(module for module in (recipe, classifier, grid) if hasattr(module, section))
+    of_images = (classifier, optimizers, soup)  # a name may be in both
+    modules = (*of_images, recipe, grid) if "lassifier" in heading else (recipe, *of_images, grid)
+    where = next(module for module in modules if hasattr(module, section))
     fields = getattr(where, section).model_fields
     rows = table_under(heading)
     assert [row[0].strip("`") for row in rows] == list(fields)
@@ -189,6 +203,7 @@ def test_the_reference_of_keys_is_complete_and_true(heading, section):
         else:
             shown = yaml.safe_load(cell.strip("`"))
             default = field.get_default(call_default_factory=True)
+            default = default.model_dump(exclude_none=True) if isinstance(default, BaseModel) else default
             default = list(default) if isinstance(default, tuple) else default
             assert (None if shown == "none" else shown) == default, f"{heading}, {key}"
 

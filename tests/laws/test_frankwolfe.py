@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from prunus.frankwolfe import SFW, KeptGradients, constrained_groups
+from prunus.constrained import KeptGradients, constrained_groups
+from prunus.frankwolfe import SFW
 from prunus.masks import Masks
 from prunus.sets import (
     Groups,
     Initial,
     Radius,
+    Spectrum,
     group_k_support,
     k_sparse,
     k_support,
@@ -242,6 +244,34 @@ def test_singular_vectors_are_followed_from_step_to_step():
     exact = float(torch.linalg.svdvals(gradient)[0])
     assert worth[0] < 0.995 * exact
     assert worth[-1] > 0.999 * exact
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("ball", [*BALLS, *SPECTRAL], ids=lambda ball: f"{ball.gauge}{type(ball.seen).__name__}")
+def test_the_order_in_memory_does_not_matter(ball, joint):
+    """Filters lie channels-last on a GPU; gradients may lie otherwise than their parameters."""
+    layouts = [
+        (torch.contiguous_format,) * 2,
+        (torch.channels_last,) * 2,
+        (torch.channels_last, torch.contiguous_format),
+    ]
+    found = []
+    for weights, gradients in layouts:
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(6, 4, 3, 3), (6, 4, 3, 3), (5, 2, 3, 3)]
+        start = [torch.randn(shape, generator=generator).to(memory_format=weights) for shape in shapes]
+        parameters = [nn.Parameter(each) for each in start]
+        optimizer = SFW(parameters, 0.05, constraint=ball, joint=joint, rescale="gradient", iterations=100)
+        for _ in range(4):
+            for parameter in parameters:
+                # Clear of ties, and of singular values that lie close together.
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(memory_format=gradients)
+            optimizer.step()
+        assert all(each.is_contiguous(memory_format=weights) for each in parameters)
+        found.append([parameter.detach() for parameter in parameters])
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            assert torch.allclose(one, two, atol=1e-2 if isinstance(ball.seen, Spectrum) else 1e-5)
 
 
 def test_nothing_happens_without_gradients():

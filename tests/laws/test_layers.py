@@ -222,6 +222,35 @@ def test_sums_in_pieces_equal_sums_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     assert whole.tokens == pieces.tokens == 50
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_half_of_the_products_completed_when_read(monkeypatch: pytest.MonkeyPatch, in_place: bool) -> None:
+    """What a GPU does with 16-bit inputs, its two products done here in float32: panels of the lower triangle."""
+    addmm, mm, seen = torch.addmm, torch.mm, []
+
+    def wide_addmm(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, out_dtype: object, out: torch.Tensor):
+        seen.append(a.shape[0] * b.shape[1])
+        return addmm(total, a.float(), b.float(), out=out)
+
+    monkeypatch.setattr(torch, "addmm", wide_addmm)
+    monkeypatch.setattr(
+        torch, "mm", lambda a, b, out_dtype: seen.append(a.shape[0] * b.shape[1]) or mm(a.float(), b.float())
+    )
+    monkeypatch.setattr(prunus.layers, "_multiplies_to_float32", lambda x: x.dtype == torch.bfloat16)
+    monkeypatch.setattr(prunus.layers, "_adds_in_place", lambda device: in_place)
+    x = fill(2, 4, 2500, dtype=torch.bfloat16)
+    inputs = Inputs(2500, gram=True)
+    for part in x:
+        inputs.add_(part)
+    rows = x.flatten(0, 1).double()
+    assert sum(seen) < 2 * 0.75 * 2500**2
+    torch.testing.assert_close(inputs.squares.double(), rows.square().sum(0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(inputs.gram.double(), rows.T @ rows, rtol=1e-6, atol=1e-5)
+    inputs.add_(x[0])  # goes on after being read, and with other dtypes in between
+    inputs.add_(x[1].float())
+    torch.testing.assert_close(inputs.gram.double(), 2 * rows.T @ rows, rtol=1e-6, atol=1e-5)
+    assert torch.equal(inputs.gram, inputs.gram.T)
+
+
 def test_small_sixteen_bit_inputs_do_not_vanish() -> None:
     inputs = Inputs(1)
     for _ in range(100):

@@ -44,6 +44,16 @@ def true_indices(mask: Tensor) -> set[int]:
     return set(mask.flatten().nonzero().flatten().tolist())
 
 
+@pytest.mark.parametrize(
+    "pattern", [Unstructured("row"), Unstructured("layer"), NM(2, 4), Block(2, 2), Block(1, 4), Rows()], ids=repr
+)
+def test_by_row_says_whether_other_rows_matter(pattern: patterns.Pattern):
+    score = torch.rand(4, 8, generator=torch.Generator().manual_seed(0))
+    kept = pattern.counts((4, 8), 0.5)
+    masks = [pattern.mask(torch.cat([score[:2], scale * score[2:]]), kept) for scale in (1.0, 100.0)]
+    assert torch.equal(masks[0][:2], masks[1][:2]) == pattern.by_row
+
+
 @quick
 @given(score=scores(), share=st.floats(0, 1))
 def test_layer_scope_equals_a_stable_sort(score: Tensor, share: float):

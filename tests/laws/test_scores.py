@@ -7,6 +7,7 @@ from torch import Tensor
 from prunus import scores
 from prunus.layers import Inputs, Layer
 from prunus.patterns import NM, Pattern, Unstructured
+from prunus.relaxation import frank_wolfe
 from prunus.scores import Score, magnitude, ria, wanda
 from prunus.solvers import Solver, by_score, sparsegpt
 
@@ -44,6 +45,16 @@ def test_scores_are_finite_float32_and_leave_the_layer_alone(name: str, dtype: t
     assert not score.requires_grad
     assert torch.equal(layer.weight, before)
     assert torch.equal(layer.inputs.norms, norms)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_of_zero_weights_and_silent_inputs_are_finite(name: str):
+    """What a model pruned before has, and what stands behind a dead ReLU: 0 / 0 in a score that normalises."""
+    inputs = Inputs(4)
+    inputs.add_(torch.tensor([[1.0, 2.0, 0.0, 3.0], [4.0, 1.0, 0.0, 1.0]]))
+    weight = torch.arange(1.0, 17.0).view(4, 4)
+    weight[1], weight[:, 3] = 0, 0
+    assert bool(make(name)(Layer("fc", weight, inputs)).isfinite().all())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -103,7 +114,10 @@ def test_scores_that_need_inputs_say_so(score: Score):
         score(Layer("fc7", torch.ones(2, 4), broken))
 
 
-@pytest.mark.parametrize("solver", [by_score(wanda), by_score(ria), sparsegpt()], ids=["wanda", "ria", "sparsegpt"])
+SOLVERS = {"wanda": by_score(wanda), "ria": by_score(ria), "sparsegpt": sparsegpt(), "frank_wolfe": frank_wolfe()}
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 @pytest.mark.parametrize("gram", [False, True])
 def test_a_layer_that_saw_no_token_falls_back_to_magnitude(solver: Solver, gram: bool):
     layer = make_layer(tokens=0, gram=gram)

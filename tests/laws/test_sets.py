@@ -315,7 +315,8 @@ def test_examples_are_true(name):
 
 def worth(ball, x, basis, iterations):
     """The share of the exact minimiser's value, and the norm, of the one made of followed vectors."""
-    found, exact = ball.extreme([x[None]], [basis], iterations)[0][0], ball.extreme([x[None]])[0][0]
+    followed = follow_(basis, x[None], iterations)
+    found, exact = ball.extreme([x[None]], [followed])[0][0], ball.extreme([x[None]])[0][0]
     return float((x * found).sum() / (x * exact).sum()), float(ball.norm(found))
 
 
@@ -362,6 +363,6 @@ def test_followed_vectors_are_never_too_long(condition):
 def test_a_basis_recovers_from_a_zero_gradient():
     ball, x = sets.nuclear(), torch.randn(1, 10, 20, generator=torch.Generator().manual_seed(0))
     basis = make_basis(1, 10, 20, 1, device=x.device)
-    ball.extreme([torch.zeros_like(x)], [basis], 1)
+    follow_(basis, torch.zeros_like(x), 1)
     quality, _ = worth(ball, x[0], basis, 30)
     assert quality > 0.99

@@ -18,6 +18,7 @@ from prunus.layers import Inputs, Layer, find_layers
 from prunus.masks import Masks
 from prunus.patterns import NM, Unstructured
 from prunus.reconstruct import Fit
+from prunus.relaxation import frank_wolfe
 from prunus.run.compress import compress
 from prunus.run.recipe import Recipe, parse
 from prunus.scores import magnitude, ria, wanda
@@ -190,7 +191,7 @@ def test_a_failed_factorisation_is_damped_not_replaced(caplog: pytest.LogCapture
 # `score <= threshold` prunes every entry that equals the threshold: a constant row loses all of it.
 
 
-@pytest.mark.parametrize("solver", [by_score(magnitude), by_score(wanda), by_score(ria), sparsegpt()])
+@pytest.mark.parametrize("solver", [by_score(magnitude), by_score(wanda), by_score(ria), sparsegpt(), frank_wolfe()])
 @pytest.mark.parametrize("pattern", [Unstructured("row"), Unstructured("layer"), NM(2, 4)])
 def test_equal_scores_are_not_all_pruned(solver: Solver, pattern: Any) -> None:
     model = tiny_llama()

@@ -10,9 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from prunus import next_token
 from prunus.masks import Masks
 from prunus.run import stages
 from prunus.run.compress import compress
+from prunus.run.fitted import home
 from prunus.run.recipe import Recipe, load_recipe, parse
 from tests.conftest import byte_tokenizer, tiny_llama
 
@@ -143,6 +145,10 @@ WRONG = [
     ({"prune": {"pattern": "2:3:4"}}, "Pattern '2:3:4' is not N:M"),
     ({"prune": {"pattern": "2:4", "sparsity": 0.7}}, "0.7"),
     ({"prune": {"criterion": "sparsegpt", "scope": "model"}}, "sparsegpt chooses inside one layer"),
+    ({"prune": {"criterion": "frank_wolfe", "scope": "model"}}, "frank_wolfe chooses inside one layer"),
+    ({"prune": {"frank_wolfe": {"swaps": 5}}}, "frank_wolfe: set, but the criterion is wanda"),
+    ({"prune": {"criterion": "frank_wolfe", "frank_wolfe": {"iteration": 5}}}, "did you mean 'iterations'"),
+    ({"prune": {"criterion": "frank_wolfe", "frank_wolfe": {"concave": [0, 3]}}}, "prune.frank_wolfe.concave"),
     ({"calibrate": {"data": "./nowhere.txt"}}, "nowhere.txt"),
     ({"retrain": {"train": ["biasses"]}}, "biasses"),
     ({"retrain": {"train": ["full", "mask_lora"]}}, "full"),
@@ -228,3 +234,33 @@ def test_a_float16_checkpoint_is_computed_in_float32_on_a_cpu_and_saved_in_float
     assert (tmp_path / "run" / "model" / "config.json").read_bytes() == (
         tmp_path / "dense" / "config.json"
     ).read_bytes()
+
+
+def test_checkpointing_and_chunked_logits_change_nothing_but_memory(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = raw(tiny_folder, text_file, tmp_path)
+    plain = compress(recipe(tiny_folder, text_file, tmp_path / "plain", save=False))
+    monkeypatch.setattr(next_token, "_ENTRIES", 2000)  # of 33,280 logits a step
+    retrain = base["retrain"] | {"checkpointing": True}
+    lean = compress(recipe(tiny_folder, text_file, tmp_path / "lean", save=False, retrain=retrain))
+    assert lean["perplexity"]["merged"]["text"] == pytest.approx(plain["perplexity"]["merged"]["text"], rel=1e-4)
+
+
+def test_weights_stay_on_a_gpu_that_has_room_for_them_and_the_work(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, gpu, cpu = recipe(tiny_folder, text_file, tmp_path), torch.device("cuda:0"), torch.device("cpu")
+    size = (tiny_folder / "model.safetensors").stat().st_size
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * size, 3 * size))
+    gpt = recipe(tiny_folder, text_file, tmp_path, prune={"criterion": "sparsegpt"})
+    places = [
+        home(asked, gpu),
+        home(gpt, gpu),
+        home(asked, cpu),
+        home(asked.model_copy(update={"streaming": True}), gpu),
+    ]
+    assert places == [gpu, cpu, cpu, cpu]
+    assert home(asked.model_copy(update={"dtype": "float32"}), gpu) == cpu
+    meta = stages.load(asked, torch.device("meta")).model
+    assert all(parameter.is_meta for parameter in meta.parameters()), "read to the home that was asked for"

@@ -17,7 +17,7 @@ from prunus.run import stages
 from prunus.run.compress import compress
 from prunus.run.recipe import Recipe, parse
 from prunus.scores import wanda
-from prunus.solvers import by_score, sparsegpt
+from prunus.solvers import Solver, by_score, sparsegpt
 from prunus.sources import Shards
 from prunus.stream import stream
 from prunus.work import Work
@@ -56,14 +56,26 @@ def test_a_killed_run_ends_with_the_same_bits(
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+@pytest.mark.parametrize("columns", [64, 2500])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_gram_of_16_bit_inputs_is_exact_to_float32_sums(dtype: torch.dtype) -> None:
-    x = torch.randn(3, 500, 64, device="cuda").to(dtype)
-    inputs = Inputs(64, gram=True, device="cuda")
-    inputs.add_(x)
+def test_gram_of_16_bit_inputs_is_exact_to_float32_sums(dtype: torch.dtype, columns: int) -> None:
+    x = torch.randn(3, 500, columns, device="cuda").to(dtype)
+    inputs = Inputs(columns, gram=True, device="cuda")
+    for part in x:
+        inputs.add_(part)
     rows = x.double().flatten(0, 1)
     assert inputs.gram is not None
     torch.testing.assert_close(inputs.gram.double(), rows.T @ rows, rtol=1e-5, atol=1e-3)
+
+
+def test_gram_of_16_bit_inputs_takes_no_second_matrix() -> None:
+    inputs, x = Inputs(4096, gram=True, device="cuda"), torch.randn(512, 4096, device="cuda").bfloat16()
+    inputs.add_(x)  # handles and workspaces
+    torch.cuda.synchronize()
+    start = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    inputs.add_(x)
+    assert torch.cuda.max_memory_allocated() - start < 4 * 4096 * 4096 // 4
 
 
 @pytest.mark.parametrize("train", [("full",), ("mask_lora",), ("scale_lora", "norms")])
@@ -97,5 +109,28 @@ def test_only_one_block_is_on_the_device(tmp_path: Path) -> None:
         model.eval(), by_score(wanda), Unstructured("row"), 0.5, tokens=torch.randint(256, (4, 64)), gram=False,
         source=Shards(model, tmp_path / "model").check(), work=Work(tmp_path / "work", "k").open(), device="cuda",
     )  # fmt: skip
-    # The block, scores and ranks of its largest matrix (1.5 blocks here), activations; never the twelve blocks.
-    assert torch.cuda.max_memory_allocated() - start < 3 * block
+    # The block, those before and after it, scores and ranks of its largest matrix (1.5 blocks here), activations; never
+    # the twelve blocks.
+    assert torch.cuda.max_memory_allocated() - start < 5.5 * block
+
+
+@pytest.mark.parametrize("solver", [by_score(wanda), sparsegpt()])
+def test_blocks_that_travel_beside_the_computing_end_with_the_bits_of_those_that_stay(
+    tmp_path: Path, solver: Solver
+) -> None:
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=256, intermediate_size=1024, num_hidden_layers=10, num_attention_heads=8,
+        num_key_value_heads=8, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    tokens = torch.randint(256, (8, 128), generator=torch.Generator().manual_seed(1))
+    ends: list[dict[str, torch.Tensor]] = []
+    for home in ("cuda", "cpu", "cpu", "cpu"):
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16).to(home)
+        stream(model, solver, Unstructured("row"), 0.5, tokens=tokens, device="cuda", batch_size=2)
+        assert {each.device.type for each in model.parameters()} == {home}
+        ends.append({name: each.cpu() for name, each in model.state_dict().items()})
+    for other in ends[1:]:
+        for name, each in ends[0].items():
+            assert torch.equal(each, other[name]), name

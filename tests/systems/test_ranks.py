@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,13 +24,18 @@ from tests.systems.test_compress import raw
 LAUNCH = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--module", "prunus.run.cli"]
 
 
+FITTED = {"reconstruct": {"steps": 4, "lr": 1e-3}}
+SHARED = {"prune": {"criterion": "sparsegpt", "pattern": "2:4"}}  # calibration and layers are shared, too
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("changes", [FITTED, SHARED], ids=["fitted", "shared"])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_two_processes_make_the_model_of_one(
-    tiny_folder: Path, text_file: Path, tmp_path: Path, streaming: bool
+    tiny_folder: Path, text_file: Path, tmp_path: Path, streaming: bool, changes: dict[str, Any]
 ) -> None:
     for name in ("one", "two"):
-        asked = raw(tiny_folder, text_file, tmp_path / name, streaming=streaming, reconstruct={"steps": 4, "lr": 1e-3})
+        asked = raw(tiny_folder, text_file, tmp_path / name, streaming=streaming, **changes)
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(asked))
     alone = compress(parse(yaml.safe_load((tmp_path / "one.yaml").read_text()), Recipe, "one"))
     done = subprocess.run(

@@ -14,10 +14,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from prunus.evaluate.accuracy import accuracy
+from prunus.evaluate.corruptions import corrupted_images
 from prunus.evaluate.cost import cost
+from prunus.images import plain_batches
 from prunus.masks import Masks
 from prunus.report import read_metrics
 from prunus.run.recipe import parse
+from prunus.run.show import show_run
 from prunus.run.vision import setting as settings
 from prunus.run.vision import stages
 from prunus.run.vision import train as running
@@ -86,6 +89,9 @@ WRONG = [
     ({"prune": {"phases": 2}, "during": "gmp"}, "prune.phases: a method that prunes during training"),
     ({"device": "gpu"}, "a device is auto, cpu"),
     ({"epochs": 3}, "unknown key 'epochs'"),
+    ({"corruptions": {"names": ["fogs"]}}, "did you mean 'fog'?"),
+    ({"corruptions": {"severities": [1, 6]}}, "corruptions.severities.1"),
+    ({"corruptions": {"severities": []}}, "corruptions.severities"),
 ]
 
 
@@ -281,3 +287,38 @@ def test_a_finished_run_is_pruned_again_without_training(tmp_path: Path, monkeyp
             pruning_of(tmp_path / "run", {**({"prune.sparsity": 0.5} if changes else {}), **changes})
     with pytest.raises(FileNotFoundError, match="train one first"):
         pruning_of(tmp_path / "nowhere", {})
+
+
+def test_a_run_is_measured_on_corrupted_images(tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked: dict[str, Any] = {"names": ["fog", "contrast"], "severities": [1, 5], "folder": str(tmp_path / "sets")}
+    plain = train_run(checked(tmp_path / "plain", **PRUNED))
+    found = train_run(checked(tmp_path / "run", **PRUNED, corruptions=asked))
+    assert found["stages"]["retrained"] == plain["stages"]["retrained"]
+    assert "corrupted" not in plain
+    corrupted = found["corrupted"]
+    assert len(list((tmp_path / "sets").rglob("*.safetensors"))) == 4
+    each = [row[severity]["top1"] for row in corrupted["sets"].values() for severity in ("1", "5")]
+    assert corrupted["mean"]["top1"] == pytest.approx(sum(each) / 4)
+    assert corrupted["by_severity"]["5"]["top1"] < corrupted["by_severity"]["1"]["top1"] <= found["accuracy"] + 0.05
+    setting = Setting.of(checked(tmp_path / "run"))
+    model = Tiny()
+    model.load_state_dict(load_file(tmp_path / "run" / "model.safetensors"))
+    images = corrupted_images(setting.sets.measured, "fog", 5)
+    alone = accuracy(model, plain_batches(images, batch_size=359, mean=setting.sets.mean, std=setting.sets.std))
+    assert corrupted["sets"]["fog"]["5"]["top1"] == alone.top1
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-2]["stage"] == "corrupted"
+    show_run(found, tmp_path / "run")
+    assert "severity 5" in capsys.readouterr().out
+
+
+def test_what_images_cannot_take_is_refused_before_training(tiny: None, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="8 x 8 pixels cannot be corrupted"):
+        train_run(checked(tmp_path / "run", corruptions={"strengths": "imagenet"}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_recipes_without_corruptions_keep_their_hash(tmp_path: Path) -> None:
+    assert "corruptions" not in checked(tmp_path).model_dump(mode="json")
+    asked = checked(tmp_path, corruptions={})
+    assert asked.model_dump(mode="json")["corruptions"]["severities"] == [1, 2, 3, 4, 5]
+    assert dense_key(asked) == dense_key(checked(tmp_path))

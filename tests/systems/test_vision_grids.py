@@ -295,3 +295,18 @@ def test_a_grid_killed_for_good_repeats_nothing_finished(tmp_path: Path) -> None
     whole = compare(parse(asked(tmp_path / "whole"), Grid, "whole"))
     assert [row["accuracy"] for row in resumed] == [row["accuracy"] for row in whole]
     assert {path: path.stat().st_mtime_ns for path in done} == times
+
+
+def test_a_grid_shows_what_corruptions_do_and_does_not_choose_by_them(tiny: None, tmp_path: Path) -> None:
+    base = {"prune": {"sparsity": 0.8}, "corruptions": {"names": ["fog"], "severities": [1, 3]}}
+    columns = ["corrupted.accuracy", "corrupted.loss", "corrupted.severity_3", "corrupted.fog"]
+    asked = grid(tmp_path, **{**SMALL, "base": {**raw(tmp_path, **base)}, "seeds": [0], "show": {"columns": columns}})
+    tuned = asked.kind.recipe(asked.base, 0, tuning=True, where="here")
+    assert tuned.corruptions is None
+    rows = compare(asked)
+    for row in rows:
+        assert row["metrics"]["corrupted.fog"]["mean"] == pytest.approx(row["metrics"]["corrupted.accuracy"]["mean"])
+        assert row["metrics"]["corrupted.severity_3"]["mean"] < row["accuracy"]["mean"]
+    table = (tmp_path / "table.md").read_text()
+    assert f"{rows[0]['metrics']['corrupted.severity_3']['mean']:.2f}" in table
+    assert "corrupted.loss" in table

@@ -141,7 +141,7 @@ def test_prune_retrain_save_and_reload(
     assert all(torch.equal(merged[name], dense.state_dict()[name]) for name in untouched)
 
 
-@pytest.mark.parametrize("criterion", ["wanda", "ria", "sparsegpt"])
+@pytest.mark.parametrize("criterion", ["wanda", "ria", "sparsegpt", "frank_wolfe"])
 def test_experts_have_their_own_statistics_and_one_without_tokens_falls_back(
     criterion: str, folders: dict[str, Path], text_file: Path, tmp_path: Path
 ) -> None:
@@ -165,9 +165,9 @@ def test_experts_have_their_own_statistics_and_one_without_tokens_falls_back(
 
 WAYS = [
     (criterion, way)
-    for criterion in ("magnitude", "random", "wanda", "ria", "sparsegpt")
+    for criterion in ("magnitude", "random", "wanda", "ria", "sparsegpt", "frank_wolfe")
     for way in ("row", "layer", "model", "owl", "2:4", "4:8", "1:4")
-    if way != "model" or criterion != "sparsegpt"
+    if way != "model" or criterion not in ("sparsegpt", "frank_wolfe")
 ]
 
 

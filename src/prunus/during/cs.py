@@ -22,7 +22,7 @@ class CS(During):
         forward c * w * sigmoid(beta_t * q)     loss + penalty * sum sigmoid(beta_t * q)
         beta_t = beta^(t / (steps - 1)),  c = 1 / sigmoid(init)
 
-    Savarese et al. 2020 ("Winning the Lottery with Continuous Sparsification", the relaxation of section 3; c is in the
+    Savarese et al. 2020 ("Winning the Lottery with Continuous Sparsification", its relaxation; c is in the
     authors' code). q starts at `init` (lower: sparser), has the learning rate `lr` (None: that of the optimizer's first
     group) and no weight decay. The sparsity follows from init and penalty and cannot be set. With exact=True the end is
     magnitude pruning of the gated weights to `sparsity`: of those with q > 0, and if they are too few, the others by q.

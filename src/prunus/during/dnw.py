@@ -19,7 +19,7 @@ class DNW(During):
 
         forward w * [w among the `kept` largest |w| of all layers]      backward as if all had been used
 
-    Wortsman et al. 2019, section 2.3 and Algorithm 1 with edges read as weights, as in its part on sparse networks. The
+    Wortsman et al. 2019 ("Discovering Neural Wirings"), edges read as weights, as in its part on sparse networks. The
     sparsity is the final one from the first step on.
     Deviations: one selection over all layers, where the paper selects in each; exact counts, ties to the lower index.
     Mind: BatchNorm behind a neuron without weights enlarges their gradients, see `DPF`; clip gradients if need be.

@@ -20,7 +20,7 @@ class DPF(During):
 
         w <- w - lr * g(m * w)    m = the largest |w| over all layers, chosen anew every `refresh` steps
 
-    Lin et al. 2020 ("Dynamic Model Pruning with Feedback", Eq. DPF); the sparsity of m rises as in `GMP`, at the same
+    Lin et al. 2020 ("Dynamic Model Pruning with Feedback"); the sparsity of m rises as in `GMP`, at the same
     moments (every, start, stop: shares of the training). A weight that was pruned by mistake is fed back and returns.
     Deviations: the optimizer's momentum and weight decay act on the dense weights as on any. No copy of the model is
     made: the forward pass multiplies, and the gradient goes straight through.

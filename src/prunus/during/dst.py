@@ -26,7 +26,7 @@ class DST(During):
         forward w_ij * H(|w_ij| - t_i)     loss + penalty * sum exp(-t_i)
         dH/dx taken as 2 - 4|x| for |x| <= 0.4, 0.4 for 0.4 < |x| <= 1, else 0
 
-    Liu et al. 2020 ("Dynamic Sparse Training", section 3: trainable masked layers, long-tailed derivative estimator,
+    Liu et al. 2020 ("Dynamic Sparse Training", trainable masked layers, long-tailed derivative estimator,
     sparse regularisation). t starts at 0; a layer that keeps at most 1 % of its weights has its t set back to 0. A row
     is an output neuron or a filter. The gradient of w is that through w and through the mask.
     The penalty decides the sparsity, which cannot be set. With exact=True the end is magnitude pruning of the masked

@@ -22,7 +22,7 @@ __all__ = ["GMP"]
 class GMP(During):
     """Gradual magnitude pruning: at n moments of the training the smallest weights go, up to `sparsity`.
 
-        s_k = S - S * (1 - k / n)^3    (Zhu & Gupta 2017, "To prune, or not to prune", Eq. 1, initial sparsity 0)
+        s_k = S - S * (1 - k / n)^3    (Zhu & Gupta 2017, "To prune, or not to prune", initial sparsity 0)
 
     every, start, stop: shares of the training; the k-th pruning follows step (start + k * every) * steps.
     variant: "hard", what is pruned stays zero; "recover", pruned weights keep their stored value, get no gradient (but

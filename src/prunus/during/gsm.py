@@ -19,7 +19,7 @@ class GSM(During):
 
         z <- beta z + eta w + B * dL/dw,  w <- w - lr z     B = 1 for the Q largest |w * dL/dw|, else 0
 
-    Ding et al. 2019 ("Global Sparse Momentum SGD for Pruning Very Deep Neural Networks", the update rule of section 3);
+    Ding et al. 2019 ("Global Sparse Momentum SGD for Pruning Very Deep Neural Networks", its update rule);
     Q = weights to keep, eta = the optimizer's weight decay, beta = its momentum, large in the paper (0.98). The rest is
     the optimizer's own step: use SGD with momentum and weight decay, without which nothing fades.
     Deviations: Q is chosen among the prunable weights alone (biases and norms train as ever), anew in every step; the

@@ -55,7 +55,7 @@ class During(nn.Module):
         return None
 
     def gradients(self) -> None:
-        """Inside the step, after the backward pass: edits the gradients in place."""
+        """Inside the step, after the backward pass and clipping: edits the gradients in place."""
 
     def follow(self) -> None:
         """Inside the step, after the optimizer's."""

@@ -23,7 +23,7 @@ class RigL(During):
 
         every `delta` steps, until `stop` of all T steps, in each layer:
         drop the f(t) * active smallest |w|, grow as many of the largest |dL/dw| among all not kept, at weight 0
-        f(t) = alpha / 2 * (1 + cos(pi * t / (stop * T)))     (Evci et al. 2020, "Rigging the Lottery", Algorithm 1)
+        f(t) = alpha / 2 * (1 + cos(pi * t / (stop * T)))     (Evci et al. 2020, "Rigging the Lottery")
 
     topology: how the zeros are shared out at the start and so ever after: "erk" (Erdos-Renyi-Kernel) or "uniform".
     The gradient at pruned weights comes from the ordinary backward pass (they are in the forward pass, as zeros).

@@ -13,7 +13,7 @@ def cubic(sparsity: float, steps: int, *, every: float, start: float = 0.0, stop
         s_k = S - S * (1 - k / n)^3   after the share start + k * every of all steps, k = 1..n
 
     every, start, stop: shares of the training; n = floor((stop - start) / every), so the last is not after `stop`.
-    Source: Zhu & Gupta 2017, Eq. 1, with initial sparsity 0. Raises ValueError for shares that leave no pruning.
+    Source: Zhu & Gupta 2017, with initial sparsity 0. Raises ValueError for shares that leave no pruning.
 
     >>> [round(s, 4) for s in cubic(0.9, 100, every=0.1, stop=0.3).values()]
     [0.6333, 0.8667, 0.9]

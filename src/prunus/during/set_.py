@@ -22,8 +22,8 @@ class SET(During):
         every `delta` steps (None: every epoch) but the last, in each layer:
         drop the zeta * active smallest |w|, grow as many others at random, at weight 0
 
-    Mocanu et al. 2018 ("Scalable training of artificial neural networks with adaptive sparse connectivity", Algorithm
-    1, zeta = 0.3). topology: how the zeros are shared out, "erk" (the paper's Erdos-Renyi, for convolutions too) or
+    Mocanu et al. 2018 ("Scalable training of artificial neural networks with adaptive sparse connectivity",
+    zeta = 0.3). topology: how the zeros are shared out, "erk" (the paper's Erdos-Renyi, for convolutions too) or
     "uniform".
     Deviations: new weights start at 0 as in RigL, where the paper draws them; dropped are the smallest |w|, where the
     paper takes a share of the positive and of the negative ones; chance may grow again what was just dropped.

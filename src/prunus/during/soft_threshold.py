@@ -19,7 +19,7 @@ __all__ = ["STR"]
 class STR(During):
     """Soft threshold weight reparametrisation: the forward pass uses shrunken weights, their threshold is trained.
 
-        S(w, s_l) = sign(w) * relu(|w| - sigmoid(s_l))     one s_l a layer    (Kusupati et al. 2020, section 3)
+        S(w, s_l) = sign(w) * relu(|w| - sigmoid(s_l))     one s_l a layer    (Kusupati et al. 2020)
 
     Weight decay on s_l drives it up to 0, and so the sparsity; that cannot be set, only steered by `init`, the learning
     rate and `weight_decay`. With exact=True the end is magnitude pruning of the shrunken weights to `sparsity`: where

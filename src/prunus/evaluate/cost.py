@@ -5,6 +5,7 @@ The speed-up is theoretical: operations that a machine would save that skips eve
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import math
 from collections.abc import Mapping
@@ -13,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from prunus.compiled import uncompiled
 from prunus.masks import Masks
 
-__all__ = ["Cost", "Energy", "cost", "weight_change"]
+__all__ = ["Cost", "Energy", "cost", "flops_of", "weight_change"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,22 @@ def cost(model: nn.Module, x: Tensor, masks: Masks | None = None) -> Cost:
     return Cost(total, round(sparse), total / sparse if sparse else math.inf, whole, whole - pruned)
 
 
+@torch.no_grad()
+def flops_of(model: nn.Module, x: Tensor) -> int:
+    """The floating-point operations of one forward pass over x, as `cost` counts them, for the model as a whole.
+
+    Counted on shapes alone: nothing is computed, and other threads are not disturbed.
+
+    >>> flops_of(nn.Linear(2, 3), torch.zeros(1, 2))
+    12
+    """
+    shapes = copy.deepcopy(model).to("meta").eval()
+    counter = _Counter()
+    with counter:
+        shapes(x.to("meta"))
+    return counter.total
+
+
 def weight_change(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
     """||after - before||_2 / ||before||_2 over all tensors together, summed in float64; infinite where nothing was.
 
@@ -114,6 +132,21 @@ class Energy:
         now = _joules_so_far()
         if now is not None and self._start is not None:
             self.joules = now - self._start
+
+
+class _Counter(TorchDispatchMode):
+    """Sums up the operations of what torch knows to count; a mode of this thread alone, without module hooks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func.overloadpacket)
+        if count is not None:
+            self.total += int(count(*args, **(kwargs or {}), out_val=out))
+        return out
 
 
 def _own_flops(model: nn.Module, x: Tensor) -> dict[str, int]:

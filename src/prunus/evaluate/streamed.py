@@ -11,12 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from prunus.blocks import find_blocks, finish, run_block
+from prunus.ahead import ahead
+from prunus.blocks import embed, find_blocks, finish, run_block
 from prunus.data import windows
 from prunus.evaluate.perplexity import summed_loss
 from prunus.precision import Precision, autocast
 from prunus.sources import Source
-from prunus.stream import embed
 
 __all__ = ["streamed_perplexity"]
 
@@ -44,12 +44,13 @@ def streamed_perplexity(
     names = find_blocks(model)
     with autocast(device, precision):
         hidden, arguments = embed(model, names, rows, source=source, device=device, batch_size=batch_size)
-        for name in names:
-            block = source.load(name, device)
-            hidden = [run_block(block, x, call) for x, call in zip(hidden, arguments[name], strict=True)]
-            source.release(name)
-            if on_block is not None:
-                on_block(name)
+        with ahead(source, names, device) as moving:
+            for name in names:
+                block = moving.load(name, device)
+                hidden = [run_block(block, x, call) for x, call in zip(hidden, arguments[name], strict=True)]
+                moving.release(name)
+                if on_block is not None:
+                    on_block(name)
         total = torch.zeros((), dtype=torch.float64)
         with source.outside(device):
             for ids, leaving in zip(rows.split(batch_size), hidden, strict=True):

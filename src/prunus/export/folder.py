@@ -225,7 +225,9 @@ def _sparsity(masks: Masks | None) -> dict[str, Any]:
     """Share of zeros of the masked layers, together and one by one."""
     if not masks:
         return {"pruned": None, "layers": {}}
-    return {"pruned": masks.sparsity, "layers": {name: 1 - kept / n for name, (kept, n) in masks.table().items()}}
+    table = masks.table()
+    kept, total = (sum(counts) for counts in zip(*table.values(), strict=True))
+    return {"pruned": (total - kept) / total, "layers": {name: 1 - kept / n for name, (kept, n) in table.items()}}
 
 
 def _versions() -> dict[str, str]:

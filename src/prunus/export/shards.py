@@ -1,9 +1,12 @@
 """Safetensors shards written tensor by tensor, so that a model larger than memory can be saved.
 
-A shard grows in a spool file; when it is full it is laid out as the safetensors library would (largest elements
-first, then by name) and appears under its name in one `os.replace`:
+A shard grows in a spool file that has room for the header; when it is full the header is put in. Tensors whose
+elements grow on the way (16 bits, then 32) would lie askew there: such a shard is laid out anew, as the safetensors
+library would (largest elements first, then by name). It appears under its name in one `os.replace`:
 
-    8 bytes: length of the header | JSON header padded to 8 | raw tensors
+    8 bytes: length of the header | JSON header padded with spaces | raw tensors
+
+What comes from a GPU is written by a thread, while the next tensor is on its way.
 
 Names and dtypes are the caller's; nothing here knows a model.
 """
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +25,7 @@ import torch
 from torch import Tensor
 
 from prunus.files import write_json
+from prunus.sources import carried
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "ShardWriter"]
 
@@ -28,6 +33,7 @@ SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
 _CHUNK = 16 * 2**20
+_ROOM = 1 << 15  # bytes of a spool before its tensors: the header of some 200
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -49,7 +55,7 @@ class _Entry:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    offset: int  # in the spool
+    offset: int  # in the spool, after the room for the header
     bytes: int
 
 
@@ -57,7 +63,7 @@ class ShardWriter:
     """Takes named tensors one after another and writes them as the safetensors shards of a Hugging Face folder.
 
     max_shard_bytes: a shard is closed before it would hold more; a tensor larger than that is a shard of its own.
-    Memory: one tensor. Disk: each shard twice while it is closed. `close` (or leaving the `with` block without an
+    Memory: three tensors. Disk: a shard that is laid out anew, twice. `close` (or leaving the `with` block without an
     error) gives the shards their final names and writes the index, or one `model.safetensors` when a shard was enough.
 
     >>> with ShardWriter(folder) as writer:
@@ -74,9 +80,11 @@ class ShardWriter:
         self._entries: list[_Entry] = []  # of the shard in the spool
         self._filled = 0  # bytes in the spool
         self._spool: BinaryIO | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._pending: list[Future[None]] = []
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Add one tensor (any shape, device and layout); its values are on disk when this returns."""
+        """Add one tensor (any shape, device and layout); it may be changed when this returns."""
         if name in self._names:
             raise ValueError(f"tensor {name!r} was written twice to {self.folder}; pass tied weights once")
         if tensor.dtype not in _DTYPES:
@@ -89,10 +97,12 @@ class ShardWriter:
         if self._spool is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._spool = self._spool_path.open("w+b")
+            self._spool.seek(_ROOM)
         self._entries.append(_Entry(name, tensor.dtype, tuple(tensor.shape), self._filled, size))
         self._names[name] = len(self._parts)
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        self._spool.write(flat.view(torch.uint8).numpy().data)
+        here = carried(tensor.detach().contiguous(), torch.device("cpu"))
+        self._pending.append(self._thread.submit(_append, self._spool, here))
+        self._settle(most=0 if tensor.device.type == "cpu" else 2)  # the caller's own memory may change
         self._filled += size
         self.total_bytes += size
 
@@ -101,6 +111,7 @@ class ShardWriter:
         if not self._names:
             raise ValueError(f"no tensor was written to {self.folder}; a model without weights is not saved")
         self._close_shard()
+        self._thread.shutdown()
         count = len(self._parts)
         files = [SINGLE_NAME] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         for part, file in zip(self._parts, files, strict=True):
@@ -114,6 +125,7 @@ class ShardWriter:
 
     def abort(self) -> None:
         """Delete what was written so far."""
+        self._thread.shutdown()
         if self._spool is not None:
             self._spool.close()
             self._spool = None
@@ -140,23 +152,50 @@ class ShardWriter:
         spool = self._spool
         if spool is None:
             return
+        self._settle(most=0)
         part = self.folder / f"model-{len(self._parts) + 1:05d}.safetensors.part"
+        header = _header(self._entries, _ROOM)
+        sizes = [entry.dtype.itemsize for entry in self._entries]
+        if len(header) == _ROOM and sizes == sorted(sizes, reverse=True):
+            spool.seek(0)
+            spool.write(header)
+            _close(spool)
+            os.replace(self._spool_path, part)
+        else:
+            self._lay_out(spool, part)
+            spool.close()
+            self._spool_path.unlink()
+        self._parts.append(part)
+        self._entries, self._filled, self._spool = [], 0, None
+
+    def _lay_out(self, spool: BinaryIO, part: Path) -> None:
         unfinished = part.with_suffix(".tmp")
         entries = sorted(self._entries, key=lambda e: (-e.dtype.itemsize, e.name))
         with unfinished.open("wb") as file:
             file.write(_header(entries))
             for entry in entries:
                 _copy(spool, file, entry)
-            file.flush()
-            os.fsync(file.fileno())
+            _close(file)
         os.replace(unfinished, part)
-        spool.close()
-        self._spool_path.unlink()
-        self._parts.append(part)
-        self._entries, self._filled, self._spool = [], 0, None
+
+    def _settle(self, *, most: int) -> None:
+        """Wait until at most so many tensors are not written yet; raise what went wrong."""
+        while len(self._pending) > most:
+            self._pending.pop(0).result()
 
 
-def _header(entries: list[_Entry]) -> bytes:
+def _append(spool: BinaryIO, tensor: Tensor) -> None:
+    spool.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _close(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+def _header(entries: list[_Entry], room: int = 0) -> bytes:
+    """Length and header, padded to `room` bytes if it takes no more, else to a multiple of 8."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
     for entry in entries:
@@ -168,12 +207,12 @@ def _header(entries: list[_Entry]) -> bytes:
         }
         start = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * max(room - 8 - len(text), -len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
 def _copy(spool: BinaryIO, file: BinaryIO, entry: _Entry) -> None:
-    spool.seek(entry.offset)
+    spool.seek(_ROOM + entry.offset)
     left = entry.bytes
     while left:
         chunk = spool.read(min(left, _CHUNK))

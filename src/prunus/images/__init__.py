@@ -1,10 +1,22 @@
 """Labelled images of one size, whole in memory or on the device, and the batches that are made of them there.
 
 read_images -> Images -> ImageBatches(step) | plain_batches          a user's DataLoader -> LoaderBatches(step)
+Images -> corrupt -> Images
 """
 
 from prunus.images.batches import Augment, ImageBatches, LoaderBatches, plain_batches
+from prunus.images.corruptions import CORRUPTIONS, check_corruptions, corrupt
 from prunus.images.read import read_images
 from prunus.images.sets import Images
 
-__all__ = ["Augment", "ImageBatches", "Images", "LoaderBatches", "plain_batches", "read_images"]
+__all__ = [
+    "CORRUPTIONS",
+    "Augment",
+    "ImageBatches",
+    "Images",
+    "LoaderBatches",
+    "check_corruptions",
+    "corrupt",
+    "plain_batches",
+    "read_images",
+]

@@ -44,7 +44,8 @@ class ImageBatches:
 
     Each epoch of N // B steps has a permutation and random changes of its own; the ragged rest is left out, so that all
     batches have one shape. mean, std: (C,) of pixels / 255, by default the images' own. On a GPU a call launches some
-    ten kernels and does not wait for them.
+    ten kernels and does not wait for them. order_seed: of the permutations alone: in each epoch every image is then
+    changed as `seed` says, whatever its place.
     Raises ValueError for a batch size outside 1..N, a crop that is negative or reaches the image's size, a negative
     cutout, a channel of standard deviation 0.
 
@@ -60,6 +61,7 @@ class ImageBatches:
         *,
         batch_size: int,
         seed: int = 0,
+        order_seed: int | None = None,
         augment: Augment = Augment(),
         mean: Tensor | None = None,
         std: Tensor | None = None,
@@ -71,7 +73,8 @@ class ImageBatches:
             raise ValueError(f"a batch has 1 to {len(images)} images, as many as there are; got {batch_size}")
         if not 0 <= augment.crop < min(height, width) or augment.cutout < 0:
             raise ValueError(f"{augment} does not fit images of {height} x {width}; keep 0 <= crop < side, cutout >= 0")
-        self.images, self.batch_size, self.seed, self.augment = images, batch_size, seed, augment
+        self.images, self.batch_size, self.augment = images, batch_size, augment
+        self.seed, self.order_seed = seed, order_seed
         self.dtype, self.channels_last = dtype, channels_last
         self.epoch_steps = len(images) // batch_size
         own = images.statistics() if mean is None or std is None else (mean, std)
@@ -119,6 +122,9 @@ class ImageBatches:
         middle, centre = (torch.randint(side, (count,), generator=generator) for side in (height, width))
         if self.augment.flip:
             left = left + (2 * self.augment.crop + 1) * flip
+        if self.order_seed is not None:  # what was drawn belongs to images now, no longer to places
+            order = torch.randperm(count, generator=generator_of(self.order_seed, epoch))
+            top, left, middle, centre = (each[order] for each in (top, left, middle, centre))
         used = self.epoch_steps * self.batch_size
         draws = torch.stack([order * height * width, top, left, middle, centre])[:, :used].contiguous()
         order = order[:used]

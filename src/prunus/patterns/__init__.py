@@ -18,10 +18,22 @@ from typing import Literal
 
 from prunus.patterns.entries import NM, Unstructured
 from prunus.patterns.protocol import Pattern, check_sparsity
+from prunus.patterns.scaled import mask_scaled, scaled
 from prunus.patterns.tiles import Block, Rows
 from prunus.selection import kept_of
 
-__all__ = ["NM", "Block", "Pattern", "Rows", "Unstructured", "check_sparsity", "kept_of", "parse"]
+__all__ = [
+    "NM",
+    "Block",
+    "Pattern",
+    "Rows",
+    "Unstructured",
+    "check_sparsity",
+    "kept_of",
+    "mask_scaled",
+    "parse",
+    "scaled",
+]
 
 
 def parse(text: str, per: Literal["row", "layer"] = "row") -> Pattern:

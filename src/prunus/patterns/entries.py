@@ -11,7 +11,7 @@ from typing import Literal
 from torch import Tensor
 
 from prunus.patterns.protocol import check_score, check_sparsity, cumulative, excluded, quoted
-from prunus.selection import keep_largest, keep_largest_of_group, keep_largest_of_row, kept_of
+from prunus.selection import keep_largest, keep_largest_of_groups, keep_largest_of_row, kept_of
 
 __all__ = ["NM", "Unstructured"]
 
@@ -45,6 +45,11 @@ class Unstructured:
         """None: any sparsity is possible."""
         return None
 
+    @property
+    def by_row(self) -> bool:
+        """Whether weights are compared within rows."""
+        return self.per == "row"
+
     def counts(self, shape: tuple[int, int], sparsity: float | None, *, name: str = "this layer") -> int:
         """How many entries a (out, in) matrix keeps: `kept_of(out * in, sparsity)`."""
         return kept_of(shape[0] * shape[1], check_sparsity(self, sparsity))
@@ -61,11 +66,7 @@ class Unstructured:
         """`mask` without its checks."""
         if self.per == "layer":
             return keep_largest(score, kept)
-        each, extra = divmod(kept, max(1, score.shape[0]))
-        mask = keep_largest_of_row(score, each)
-        if extra:
-            mask[:extra] = keep_largest_of_row(score[:extra], each + 1)
-        return mask
+        return keep_largest_of_row(score, *divmod(kept, max(1, score.shape[0])))
 
     def split(self, shape: tuple[int, int], kept: int, edges: Sequence[int], *, name: str = "this layer") -> list[int]:
         """How many entries each block of columns keeps: shares of the total, rounded cumulatively.
@@ -122,6 +123,11 @@ class NM:
         """1 - N/M."""
         return 1 - self.n / self.m
 
+    @property
+    def by_row(self) -> bool:
+        """True: a group lies in one row."""
+        return True
+
     def counts(self, shape: tuple[int, int], sparsity: float | None = None, *, name: str = "this layer") -> int:
         """How many entries a (out, in) matrix keeps: n/m of them.
 
@@ -138,18 +144,16 @@ class NM:
         count that is not n/m of the entries.
         """
         check_score(score, kept, name)
-        self._check_count((score.shape[0], score.shape[1]), kept, name)
+        self.check_count((score.shape[0], score.shape[1]), kept, name)
         return self.choose(score, kept)
 
     def choose(self, score: Tensor, kept: int) -> Tensor:
         """`mask` without its checks; `kept` is implied."""
-        rows, columns = score.shape
-        groups = score.reshape(rows, columns // self.m, self.m)  # (out, groups, m)
-        return keep_largest_of_group(groups, self.n).view(rows, columns)
+        return keep_largest_of_groups(score, self.n, self.m)
 
     def split(self, shape: tuple[int, int], kept: int, edges: Sequence[int], *, name: str = "this layer") -> list[int]:
         """How many entries each block of columns keeps: n/m of it."""
-        self._check_count(shape, kept, name)
+        self.check_count(shape, kept, name)
         widths = [stop - start for start, stop in pairwise(edges)]
         return [shape[0] * width // self.m * self.n for width in widths]
 
@@ -168,7 +172,8 @@ class NM:
                 f"Skip it with exclude=[{excluded(name)}]."
             )
 
-    def _check_count(self, shape: tuple[int, int], kept: int, name: str) -> None:
+    def check_count(self, shape: tuple[int, int], kept: int, name: str) -> None:
+        """Raise ValueError unless m divides the columns and `kept` is n/m of the entries."""
         self._check_columns(shape[1], name)
         exact = shape[0] * shape[1] // self.m * self.n
         if kept != exact:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prunus.selection import check_scores, kept_of
 
-__all__ = ["Pattern", "check_score", "check_sparsity", "cumulative", "excluded", "quoted"]
+__all__ = ["Pattern", "check_count", "check_score", "check_sparsity", "cumulative", "excluded", "quoted"]
 
 
 class Pattern(Protocol):
@@ -27,6 +27,11 @@ class Pattern(Protocol):
         """The share of zeros that the pattern fixes; None when it is free."""
         ...
 
+    @property
+    def by_row(self) -> bool:
+        """Whether each row's mask depends on that row's scores alone, so that rows of two masks can be mixed."""
+        ...
+
     def counts(self, shape: tuple[int, int], sparsity: float | None, *, name: str = "this layer") -> int:
         """How many entries a matrix keeps. Raises ValueError when shape or sparsity does not fit, naming `name`."""
         ...
@@ -36,7 +41,7 @@ class Pattern(Protocol):
         ...
 
     def choose(self, score: Tensor, kept: int) -> Tensor:
-        """`mask` without its checks, for inner loops: does not wait for the device."""
+        """`mask` without its checks, for inner loops: does not wait for the device, up to 4 million entries."""
         ...
 
     def split(self, shape: tuple[int, int], kept: int, edges: Sequence[int], *, name: str = "this layer") -> list[int]:
@@ -80,11 +85,16 @@ def check_sparsity(pattern: Pattern, sparsity: float | None) -> float:
 
 def check_score(score: Tensor, kept: int, name: str) -> None:
     """Raise ValueError unless the score is a floating matrix without NaN that has `kept` entries to keep."""
+    check_count(score, kept, name)
+    check_scores(score, f"the score of {quoted(name)}")
+
+
+def check_count(score: Tensor, kept: int, name: str) -> None:
+    """Raise ValueError unless the score is a matrix that has `kept` entries to keep."""
     if score.ndim != 2:
         raise ValueError(f"a score is a matrix (out, in); that of {quoted(name)} has shape {tuple(score.shape)}")
     if not 0 <= operator.index(kept) <= score.numel():
         raise ValueError(f"cannot keep {kept} of the {score.numel()} entries of {quoted(name)}")
-    check_scores(score, f"the score of {quoted(name)}")
 
 
 def quoted(name: str) -> str:

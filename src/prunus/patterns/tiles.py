@@ -47,6 +47,11 @@ class Block:
         """None: any sparsity is possible, up to the size of a tile."""
         return None
 
+    @property
+    def by_row(self) -> bool:
+        """False: all tiles of the matrix compete."""
+        return False
+
     def counts(self, shape: tuple[int, int], sparsity: float | None, *, name: str = "this layer") -> int:
         """How many entries a (out, in) matrix keeps: `kept_of(tiles, sparsity)` tiles.
 
@@ -116,6 +121,11 @@ class Rows:
     def sparsity(self) -> float | None:
         """None: any sparsity is possible, up to the size of a row."""
         return None
+
+    @property
+    def by_row(self) -> bool:
+        """False: rows compete."""
+        return False
 
     def counts(self, shape: tuple[int, int], sparsity: float | None, *, name: str = "this layer") -> int:
         """How many entries a (out, in) matrix keeps: `kept_of(out, sparsity)` rows."""

@@ -4,6 +4,7 @@ from prunus.report.bars import Advance, progress
 from prunus.report.curves import plot_accuracy, plot_run
 from prunus.report.metrics import append_metrics, read_metrics
 from prunus.report.plots import plot_compression, plot_grid
+from prunus.report.rates import plot_sweep
 from prunus.report.table import markdown_table, print_table
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "plot_compression",
     "plot_grid",
     "plot_run",
+    "plot_sweep",
     "print_table",
     "progress",
     "read_metrics",

@@ -31,7 +31,10 @@ BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, YELLOW, BLACK = (
 )
 _CYCLE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK)
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_STAGES = {"dense": BLACK, "pruned": VERMILION, "reconstructed": PURPLE, "retrained": SKY, "merged": BLUE}
+_STAGES = {  # by the first word
+    **{"dense": BLACK, "pruned": VERMILION, "reconstructed": PURPLE, "retrained": SKY, "merged": BLUE},
+    **{"mean": SKY, "best": ORANGE, "soup": GREEN, "as": PURPLE},
+}
 
 
 def plot_compression(result: Mapping[str, Any], path: str | Path) -> None:

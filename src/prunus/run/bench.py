@@ -1,6 +1,7 @@
 """Members of a grid of compression recipes: the dense model and the pruned states that they share.
 
     out/pruned/KEY.safetensors   shared pruned states      out/dense.json   perplexities of the unpruned model
+    out/soups/KEY/               members of a soup, until the soup is measured
 
 Members that prune alike share the pruned model, so a grid prunes each (criterion, pattern) once.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import statistics
 import time
 from dataclasses import asdict
@@ -26,6 +28,7 @@ from prunus.run import stages
 from prunus.run.fitted import fitted
 from prunus.run.grid import Member
 from prunus.run.recipe import Recipe, digest
+from prunus.run.soups import SOUP, blend
 
 __all__ = ["Bench", "prune_key"]
 
@@ -51,6 +54,8 @@ class Bench:
             "tuned": member.tuned,
             "pruning": pruning,
         }
+        if recipe.soup is not None:
+            return result | self._soup(member, loaded, model, masks, recipe, device, started)
         if recipe.retrain is not None:
             views = stages.pruned_views(model, masks, recipe)
             tokens = stages.text_tokens(recipe.retrain.data, loaded.tokenizer)
@@ -63,6 +68,28 @@ class Bench:
         if recipe.evaluate.tasks:
             result["zero_shot"] = stages.zero_shot(model, loaded.tokenizer, recipe, device)
         return result | {"seconds": time.perf_counter() - started, "recipe": recipe.model_dump(mode="json")}
+
+    def _soup(
+        self,
+        member: Member,
+        loaded: stages.Loaded,
+        model: Any,
+        masks: Masks,
+        recipe: Recipe,
+        device: torch.device,
+        started: float,
+    ) -> dict[str, Any]:
+        """The numbers of a soup; its members are deleted when it is measured."""
+        folder = self.out / "soups" / member.key
+        pruned = stages.Loaded(model, loaded.tokenizer, loaded.folder)
+        found = blend(pruned, masks, recipe, device, folder, folder / "soup")
+        result: dict[str, Any] = {"sparsity": masks.sparsity, "perplexity": found.perplexity[SOUP]}
+        result["soup"] = {**found.summary, "perplexity": found.perplexity, "retraining": found.retraining}
+        if recipe.evaluate.tasks:
+            result["zero_shot"] = stages.zero_shot(found.loaded.model, loaded.tokenizer, recipe, device)
+        result |= {"seconds": time.perf_counter() - started, "recipe": recipe.model_dump(mode="json")}
+        shutil.rmtree(folder)
+        return result
 
     def measure_dense(self, recipe: Recipe) -> None:
         """Write the perplexities of the unpruned model to `out/dense.json`, once for all workers."""

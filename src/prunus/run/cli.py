@@ -15,6 +15,7 @@ import typer
 
 from prunus import __version__
 from prunus.files import write_json
+from prunus.run.flags import assignments, numbers, pairs
 
 app = typer.Typer(
     name="prunus",
@@ -34,7 +35,9 @@ SetOption = Annotated[
 def compress(
     recipe: RecipeArg = None,
     model: Annotated[str | None, typer.Option(help="Hugging Face name or folder, .gguf file, or 'embedded'.")] = None,
-    criterion: Annotated[str | None, typer.Option(help="magnitude, random, wanda, ria or sparsegpt.")] = None,
+    criterion: Annotated[
+        str | None, typer.Option(help="magnitude, random, wanda, ria, sparsegpt or frank_wolfe.")
+    ] = None,
     pattern: Annotated[
         str | None, typer.Option(help="'unstructured' or N:M, at most N nonzeros of M, such as 2:4.")
     ] = None,
@@ -63,7 +66,7 @@ def compress(
         "device": device,
         "out": out,
     }
-    overrides = _assignments(assign) | {key: value for key, value in flags.items() if value is not None}
+    overrides = assignments(assign) | {key: value for key, value in flags.items() if value is not None}
     checked = load_recipe(recipe, overrides)
     result = run(checked)
     if ranks.is_main():
@@ -95,7 +98,7 @@ def evaluate(
     from prunus.run.show import show_evaluation
 
     _alone("evaluate")
-    tasks = _pairs(task or [], "--task", "name=file")
+    tasks = pairs(task or [], "--task", "name=file")
     asked = {
         "data": {data: {"source": data, "split": split}},
         "window": window,
@@ -163,7 +166,7 @@ def train(
 
     _alone("train")
     flags = {"device": device, "out": out}
-    checked = load_classifier(recipe, _assignments(assign) | {k: v for k, v in flags.items() if v is not None})
+    checked = load_classifier(recipe, assignments(assign) | {k: v for k, v in flags.items() if v is not None})
     show_run(train_run(checked), Path(checked.out))
 
 
@@ -175,6 +178,7 @@ def prune(
     epochs: Annotated[float | None, typer.Option(help="Epochs of retraining; without it there is none.")] = None,
     phases: Annotated[int | None, typer.Option(help="Prune and retrain that many times.")] = None,
     pattern: Annotated[str | None, typer.Option(help="unstructured, N:M, 'block RxC' or filters.")] = None,
+    kind: Annotated[str | None, typer.Option(help="zeros, or a smaller network: filters, low_rank.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; RUN/pruned if left out.")] = None,
     assign: SetOption = None,
 ) -> None:
@@ -189,9 +193,41 @@ def prune(
         "retrain.epochs": epochs,
         "prune.phases": phases,
         "prune.pattern": pattern,
+        "prune.kind": kind,
     }
-    checked = pruning_of(run, _assignments(assign) | {k: v for k, v in flags.items() if v is not None}, out)
+    checked = pruning_of(run, assignments(assign) | {k: v for k, v in flags.items() if v is not None}, out)
     show_run(prune_run(checked, run), Path(checked.out))
+
+
+@app.command()
+def sweep(
+    source: Annotated[Path, typer.Argument(help="Run folder that `prunus train` left, or a file with a state dict.")],
+    recipe: Annotated[Path | None, typer.Option(help="Of a state dict: the YAML recipe of its network.")] = None,
+    kinds: Annotated[str, typer.Option(help="What becomes of the network, with commas; all if left out.")] = "all",
+    rates: Annotated[str | None, typer.Option(help="Shares that go, as in 0.5,0.9; 0 to 0.99 if left out.")] = None,
+    schedule: Annotated[str, typer.Option(help="Of retraining: ft, lrw, slr, clr, llr, allr.")] = "allr",
+    epochs: Annotated[float | None, typer.Option(help="Epochs of retraining; without it there is none.")] = None,
+    images: Annotated[int, typer.Option(help="Images in the batch whose forward pass is timed.")] = 128,
+    out: Annotated[Path | None, typer.Option(help="Folder of the sweep; RUN/sweep if left out.")] = None,
+    assign: SetOption = None,
+) -> None:
+    """Compress one dense classifier at many rates, in several ways, without retraining. A killed sweep goes on."""
+    from prunus.run.show import show_sweep
+    from prunus.run.vision.sweep import KINDS, RATES, sweep_of
+    from prunus.run.vision.sweep import sweep as run
+
+    _alone("sweep")
+    asked = sweep_of(
+        source,
+        recipe=recipe,
+        kinds=KINDS if kinds == "all" else kinds.split(","),
+        rates=numbers(rates, "--rates") or RATES,
+        retrain=None if epochs is None else {"schedule": schedule, "epochs": epochs},
+        overrides=assignments(assign),
+        out=out,
+        timed=images,
+    )
+    show_sweep(run(asked), asked.out)
 
 
 @app.command()
@@ -227,6 +263,32 @@ def compare(
 
 
 @app.command()
+def soup(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe of a classifier with the section `soup`.")],
+    out: Annotated[str | None, typer.Option(help="Run folder.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes that train members, GPUs in turn.")] = 1,
+    together: Annotated[int, typer.Option(help="Members trained at once in each process, in threads.")] = 1,
+    ray: Annotated[
+        str | None, typer.Option(help="Train members as tasks of this Ray cluster; 'local' starts one here.")
+    ] = None,
+    assign: SetOption = None,
+) -> None:
+    """Average retrained copies of one pruned classifier, phase by phase, beside baselines. A killed run goes on."""
+    from prunus.run.show import show_soup
+    from prunus.run.vision.soups.command import soup_run
+    from prunus.run.vision.soups.recipe import load_soup
+
+    _alone("soup")
+    checked = load_soup(recipe, assignments(assign) | ({"out": out} if out is not None else {}))
+    try:
+        result = soup_run(checked, workers=workers, together=together, ray=ray)
+    except RuntimeError as error:  # members failed for good; the others are kept
+        typer.echo(f"prunus: {error}", err=True)
+        raise typer.Exit(1) from None
+    show_soup(result, Path(checked.out))
+
+
+@app.command()
 def average(
     checkpoints: Annotated[list[Path], typer.Argument(help="Folders or .safetensors files that share one mask.")],
     out: Annotated[Path, typer.Option(help="Folder of the average.")],
@@ -245,7 +307,7 @@ def average(
     if greedy is not None and weights is not None:
         raise ValueError("--weights and --greedy contradict each other: a greedy soup weighs its members alike")
     if greedy is None:
-        rows = average_checkpoints(checkpoints, out, _numbers(weights, "--weights"))
+        rows = average_checkpoints(checkpoints, out, numbers(weights, "--weights"))
     else:
         by = scorer(greedy)
         rows = average_greedily(checkpoints, out, by.score)
@@ -276,12 +338,12 @@ def show(recipe: RecipeArg = None, assign: SetOption = None) -> None:
     """Print a recipe with every default filled in, after checking it."""
     import yaml
 
-    from prunus.run.recipe import load_recipe, merge, read_yaml
-    from prunus.run.vision.recipe import load_classifier
+    from prunus.run.recipe import load_recipe, merge, parse, read_yaml
+    from prunus.run.vision.soups.recipe import class_of
 
-    overrides = _assignments(assign)
+    overrides = assignments(assign)
     raw = merge({} if recipe is None else read_yaml(recipe), overrides)
-    checked = (load_classifier if "images" in raw else load_recipe)(recipe, overrides)
+    checked = parse(raw, class_of(raw), str(recipe or "flags")) if "images" in raw else load_recipe(recipe, overrides)
     typer.echo(yaml.safe_dump(checked.model_dump(mode="json"), sort_keys=False), nl=False)
 
 
@@ -307,28 +369,6 @@ def _alone(command: str) -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
         raise ValueError(f"{command} runs in one process, not in {processes}; launch `prunus compress` on several GPUs")
-
-
-def _numbers(text: str | None, flag: str) -> list[float] | None:
-    try:
-        return None if text is None else [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{flag} {text!r} is not numbers with commas, as in 0.5,0.25,0.25") from None
-
-
-def _assignments(items: list[str] | None) -> dict[str, Any]:
-    from prunus.run.recipe import yaml_value
-
-    pairs = _pairs(items or [], "--set", "key=value")
-    return {key: yaml_value(value, f"--set {key}={value}") for key, value in pairs.items()}
-
-
-def _pairs(items: list[str], flag: str, form: str) -> dict[str, str]:
-    pairs = [item.partition("=") for item in items]
-    wrong = next((item for item, (_, sign, _) in zip(items, pairs, strict=True) if not sign), None)
-    if wrong is not None:
-        raise ValueError(f"{flag} {wrong!r} is not {form}")
-    return {key: value for key, _, value in pairs}
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
-"""The main job: load, prune, (reconstruct), (retrain, merge), evaluate, save, in one resumable run folder.
+"""The main job: load, prune, (reconstruct), (retrain, merge, (average)), evaluate, save, in one resumable run folder.
 
 out/recipe.yaml      the resolved recipe          out/metrics.jsonl   every number, as it was measured
 out/result.json      what the table shows         out/report.png      sparsity by layer, perplexity by stage
 out/model/           the compressed model         out/work/           finished blocks, until the run is done
+out/members/         the members of a soup
 
 Launched as several processes, each computes everything alike but for training, which shares each batch; the main
 process writes, and the others take its pruned blocks from the work folder.
@@ -30,8 +31,9 @@ from prunus.files import write_json, write_text
 from prunus.masks import Masks
 from prunus.report import Advance, append_metrics, plot_compression, progress, read_metrics
 from prunus.run import stages
-from prunus.run.fitted import fitted
+from prunus.run.fitted import fitted, home
 from prunus.run.recipe import Recipe, digest
+from prunus.run.soups import blend
 from prunus.sources import Shards
 from prunus.stream import BlockReport, Streamed
 from prunus.work import Work
@@ -61,7 +63,9 @@ def compress(recipe: Recipe) -> dict[str, Any]:
     ranks.wait()
     if ranks.is_main():
         write_json(out / "result.json", result)
-        plot_compression(result, out / "report.png")
+        plot_compression(_drawn(result), out / "report.png")
+        if not recipe.save:
+            shutil.rmtree(out / "members", ignore_errors=True)
         shutil.rmtree(out / "work", ignore_errors=True)
     ranks.wait()
     return result
@@ -81,13 +85,14 @@ class _Run:
         self, out: Path, recipe: Recipe, key: str, device: torch.device, stored: torch.dtype | None = None
     ) -> None:
         self.out, self.recipe, self.key, self.device, self.stored = out, recipe, key, device, stored
+        self.home = home(recipe, device)
         self.logged = _logged(out / "metrics.jsonl")
 
     def execute(self) -> dict[str, Any]:
         started = time.perf_counter()
         recipe = self.recipe
         with self._bar("load", None):
-            loaded = stages.load(recipe)
+            loaded = stages.load(recipe, self.home)
         stages.check_trainable(loaded.model, recipe)
         result: dict[str, Any] = {"key": self.key, "model": recipe.model, "device": _device_name(self.device)}
         result |= {"processes": ranks.count(), "perplexity": {}}
@@ -97,7 +102,9 @@ class _Run:
         if recipe.streaming:
             loaded = self._assembled(loaded, streamed)
         result["perplexity"]["pruned"] = self._measured("pruned", loaded)
-        if recipe.retrain is not None:
+        if recipe.soup is not None:
+            loaded = self._soup(loaded, streamed.masks, result)
+        elif recipe.retrain is not None:
             result["retraining"] = self._retrain(loaded, streamed.masks, result["perplexity"])
         if recipe.evaluate.tasks:
             result["zero_shot"] = stages.zero_shot(loaded.model, loaded.tokenizer, recipe, self.device)
@@ -155,12 +162,22 @@ class _Run:
                 before_merge=lambda: perplexities.update(retrained=self._measured("retrained", loaded)),
             )
         perplexities["merged"] = self._measured("merged", loaded)
-        model.to("cpu")
+        model.to(self.home)
         shown = {k: v for k, v in asdict(report).items() if k != "losses"} | {
             "tokens_per_second": report.tokens_per_second
         }
         self._log({"stage": "retrain", **shown, "losses": report.losses})
         return {**shown, "train": list(asked.train)}
+
+    def _soup(self, loaded: stages.Loaded, masks: Masks, result: dict[str, Any]) -> stages.Loaded:
+        """The average of several retrained copies of the pruned model; what was measured of it goes into `result`."""
+        soup = self.out / "work" / "soup"
+        found = blend(loaded, masks, self.recipe, self.device, self.out / "members", soup, bar=self._bar)
+        for stage, perplexity in found.perplexity.items():
+            self._log({"stage": stage, "perplexity": perplexity})
+        result["perplexity"] |= found.perplexity
+        result |= {"retraining": found.retraining, "soup": found.summary}
+        return found.loaded
 
     def _measured(self, stage: str, loaded: stages.Loaded) -> dict[str, float]:
         with self._bar(f"evaluate {stage}", None):
@@ -185,7 +202,7 @@ class _Run:
                 )
         ranks.wait()
         pruned = self.recipe.model_copy(update={"model": str(folder), "streaming": self.recipe.retrain is None})
-        found = stages.load(pruned)
+        found = stages.load(pruned, home(pruned, self.device))
         return stages.Loaded(found.model, found.tokenizer, source.folder, found.source)
 
     def _tensors(self, source: Shards, streamed: Streamed) -> Iterator[tuple[str, torch.Tensor]]:
@@ -237,11 +254,19 @@ class _Run:
 
 def _check_shares(recipe: Recipe) -> None:
     asked, world = recipe.retrain, ranks.count()
+    if recipe.soup is not None and world > 1:
+        raise ValueError(f"soup: members are trained in one process, not in {world}; start `prunus compress` alone")
     if asked is not None and asked.batch_size % world:
         raise ValueError(
             f"retrain.batch_size: {asked.batch_size} sequences cannot be shared by {world} processes; "
             f"use a multiple of {world}"
         )
+
+
+def _drawn(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What the picture shows: of a soup's members the mean and the best."""
+    shown = {stage: found for stage, found in result["perplexity"].items() if not stage.startswith("member ")}
+    return {**result, "perplexity": shown}
 
 
 def _logged(path: Path) -> set[str]:

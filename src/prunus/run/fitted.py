@@ -12,9 +12,12 @@ from transformers import AutoConfig
 from prunus.data import ASSETS
 from prunus.run.recipe import Recipe
 
-__all__ = ["fitted"]
+__all__ = ["fitted", "home"]
 
 log = logging.getLogger(__name__)
+
+_RESIDENT = {"sparsegpt": 0.4}  # largest share of a GPU's free memory that weights take which stay there:
+_RESIDENT_ELSE = 0.75  # solvers that factorise need several matrices of (in, in) beside them
 
 
 def fitted(recipe: Recipe, device: torch.device) -> Recipe:
@@ -39,6 +42,20 @@ def fitted(recipe: Recipe, device: torch.device) -> Recipe:
         log.warning("float16 products are slow on a CPU: computing in float32; the model is saved in float16")
         changes["dtype"] = "float32"
     return recipe.model_copy(update=changes)
+
+
+def home(recipe: Recipe, device: torch.device) -> torch.device:
+    """Where the weights live from the first stage to the last: on the GPU if they leave room there, else on the CPU.
+
+    Weights on the CPU travel to the device block by block while pruning, and as a whole for the other stages.
+    """
+    folder = Path(recipe.model).expanduser()
+    files = [path for path in folder.glob("*.safetensors") if path.name != "masks.safetensors"]
+    if device.type != "cuda" or recipe.streaming or not files:
+        return torch.device("cpu")
+    size = sum(path.stat().st_size for path in files) * (2 if recipe.dtype == "float32" else 1)
+    free = torch.cuda.mem_get_info(device)[0]
+    return device if size <= free * _RESIDENT.get(recipe.prune.criterion, _RESIDENT_ELSE) else torch.device("cpu")
 
 
 def _check(key: str, value: int, limit: int, model: str) -> None:

@@ -14,10 +14,21 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+import pydantic
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from prunus import patterns, subsets
+from prunus.run.plain import read_yaml, yaml_value
 
 __all__ = [
     "Calibrate",
@@ -28,6 +39,7 @@ __all__ = [
     "Recipe",
     "Reconstruct",
     "Retrain",
+    "Soup",
     "Strict",
     "digest",
     "load_recipe",
@@ -37,7 +49,7 @@ __all__ = [
     "yaml_value",
 ]
 
-Criterion = Literal["magnitude", "random", "wanda", "ria", "sparsegpt"]
+Criterion = Literal["magnitude", "random", "wanda", "ria", "sparsegpt", "frank_wolfe"]
 Init = Literal["kaiming", "gaussian"]
 Section = TypeVar("Section", bound=BaseModel)
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -61,7 +73,7 @@ Device = Annotated[str, AfterValidator(_device)]
 class Strict(BaseModel):
     """A frozen section that refuses keys it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), ser_json_inf_nan="constants")
 
 
 class Data(Strict):
@@ -112,6 +124,14 @@ class Calibrate(Strict):
     seed: int = 0
 
 
+class FrankWolfe(Strict):
+    """How criterion `frank_wolfe` chooses its masks."""
+
+    iterations: Annotated[int, Field(ge=0)] = 30
+    swaps: Annotated[int, Field(ge=0)] = 100
+    concave: tuple[Annotated[float, Field(ge=0, le=2)], Annotated[float, Field(ge=0, le=2)]] = (0.5, 1.0)
+
+
 class Prune(Strict):
     """Which weights go: a criterion, a pattern and a sparsity (the share of zeros, in [0, 1))."""
 
@@ -123,6 +143,7 @@ class Prune(Strict):
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
+    frank_wolfe: FrankWolfe | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -141,11 +162,20 @@ class Prune(Strict):
             raise ValueError(
                 f"pattern {self.pattern!r} fixes the share of zeros in every group: leave out scope and allocation"
             )
-        if self.scope == "model" and self.criterion == "sparsegpt":
-            raise ValueError("sparsegpt chooses inside one layer: scope 'model' needs magnitude, random, wanda or ria")
+        if self.scope == "model" and self.criterion in ("sparsegpt", "frank_wolfe"):
+            raise ValueError(
+                f"{self.criterion} chooses inside one layer: scope 'model' needs magnitude, random, wanda or ria"
+            )
+        if self.frank_wolfe is not None and self.criterion != "frank_wolfe":
+            raise ValueError(f"frank_wolfe: set, but the criterion is {self.criterion}: leave it out, or choose it")
         if self.scope == "model" and self.allocation != "uniform":
             raise ValueError("scope 'model' is an allocation already: leave out allocation")
         return self
+
+    @model_serializer(mode="wrap")
+    def _plain(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `frank_wolfe` when it is not set: recipes written before it was there keep their hashes."""
+        return {key: value for key, value in inner(self).items() if key != "frank_wolfe" or value is not None}
 
 
 class Retrain(Strict):
@@ -166,6 +196,7 @@ class Retrain(Strict):
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     add_biases: bool = False
     checkpointing: bool = False
+    keep_effective: bool = False
     seed: int = 0
 
     @model_validator(mode="after")
@@ -174,6 +205,37 @@ class Retrain(Strict):
         if strange:
             raise ValueError(f"lrs names {strange[0]!r}, which is not in train={list(self.train)}")
         return self
+
+
+class Soup(Strict):
+    """Several retrainings of the one pruned model, and their average.
+
+    vary: key of `retrain` -> its value in each member; members differ in their seed, seed + 1000 * place, unless it
+    names seed. average: "uniform", or a weight for each. longer: also train one member as long as all together.
+    """
+
+    members: Annotated[int, Field(ge=2)] = 3
+    vary: dict[Literal["seed", "lr", "steps", "warmup"], list[Any]] = {}
+    average: Literal["uniform"] | list[Annotated[float, Field(ge=0, le=1)]] = "uniform"
+    longer: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> Soup:
+        weights = {} if self.average == "uniform" else {"average": self.average}
+        for key, values in {**self.vary, **weights}.items():
+            if len(values) != self.members:
+                raise ValueError(f"{key} has {len(values)} values for {self.members} members; give one each")
+        if self.average != "uniform" and abs(sum(self.average) - 1) > 1e-6:
+            raise ValueError(f"average: weights add up to 1; these to {sum(self.average):g}")
+        return self
+
+    def each(self, retrain: Retrain) -> list[Retrain]:
+        """The retraining of every member."""
+        plain = retrain.model_dump()
+        seeds = [retrain.seed + 1000 * place for place in range(self.members)]
+        vary = {"seed": seeds, **self.vary}
+        changes = [{key: values[place] for key, values in vary.items()} for place in range(self.members)]
+        return [Retrain.model_validate({**plain, **change}) for change in changes]
 
 
 class Reconstruct(Strict):
@@ -233,12 +295,22 @@ class Recipe(Strict):
     calibrate: Calibrate = Calibrate()
     reconstruct: Reconstruct | None = None
     retrain: Retrain | None = None
+    soup: Soup | None = None
     evaluate: Evaluate = Evaluate()
     out: str = "runs/compress"
     save: bool = True
 
+    @pydantic.model_serializer(mode="wrap")
+    def _lean(self, handler: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `soup` where there is none, so that recipes older than the key keep their hashes."""
+        return {key: value for key, value in handler(self).items() if key != "soup" or value is not None}
+
     @model_validator(mode="after")
     def _check(self) -> Recipe:
+        if self.soup is not None:
+            if self.retrain is None:
+                raise ValueError("soup: its members are retrained as `retrain` says; give a section retrain")
+            self.soup.each(self.retrain)
         if looks_local(self.model) and not Path(self.model).exists():
             raise ValueError(f"model: no file or folder {self.model!r} (seen from {os.getcwd()})")
         if self.retrain is not None and "lora" in self.retrain.train and self.prune.sparsity > 0:
@@ -260,46 +332,6 @@ def load_recipe(path: Path | None, overrides: dict[str, Any] | None = None) -> R
     """
     raw = {} if path is None else read_yaml(path)
     return parse(merge(raw, overrides or {}), Recipe, str(path or "flags"))
-
-
-class _Yaml(yaml.SafeLoader):
-    """Plain values as in YAML 1.2: in 1.1 the pattern 2:4 is the number 124 (base 60), 1e-3 is text, no is false."""
-
-
-_REPLACED = [f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "timestamp")]
-_Yaml.yaml_implicit_resolvers = {
-    first: [(tag, rule) for tag, rule in rules if tag not in _REPLACED]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Yaml.add_implicit_resolver(_REPLACED[0], re.compile(r"[-+]?(0|[1-9]\d*)$"), list("-+0123456789"))
-_Yaml.add_implicit_resolver(
-    _REPLACED[1],
-    re.compile(r"[-+]?(\.\d+|\d+\.\d*|\d+(?=[eE]))([eE][-+]?\d+)?$|[-+]?\.inf$|\.nan$", re.IGNORECASE),
-    list("-+.0123456789"),
-)
-_Yaml.add_implicit_resolver(_REPLACED[2], re.compile(r"true$|True$|false$|False$"), list("tTfF"))
-
-
-def yaml_value(text: str, where: str) -> Any:
-    """The value of a YAML text, with numbers as in YAML 1.2. Raises ValueError naming the place of a mistake.
-
-    >>> yaml_value("{pattern: 2:4, lr: 1e-3}", "here")
-    {'pattern': '2:4', 'lr': 0.001}
-    """
-    try:
-        return yaml.load(text, _Yaml)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises FileNotFoundError without one, ValueError when it is not a mapping."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no recipe {str(path)!r} (seen from {os.getcwd()}); see recipes/ for examples")
-    raw = yaml_value(path.read_text(encoding="utf-8"), str(path)) or {}
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: a recipe is a mapping of keys to values, not a {type(raw).__name__}")
-    return raw
 
 
 def parse(raw: dict[str, Any], model: type[Section], where: str) -> Section:

@@ -14,7 +14,7 @@ from prunus.report.table import format_value
 from prunus.run.inspect import Inspection
 from prunus.run.spread import spread
 
-__all__ = ["show_evaluation", "show_grid", "show_inspection", "show_result", "show_run"]
+__all__ = ["show_evaluation", "show_grid", "show_inspection", "show_result", "show_run", "show_soup", "show_sweep"]
 
 
 def show_result(result: Mapping[str, Any], out: Path) -> None:
@@ -85,11 +85,69 @@ def show_run(result: Mapping[str, Any], out: Path) -> None:
         for stage, found in result["stages"].items()
     ]
     print_table(rows, title=f"{result['model']}, {result['measured_on']} images")
+    _show_corrupted(result.get("corrupted", {}))
     speed = f"{result['images_per_second']:,.0f} images/s"
     _note(f"{result['epochs']:.4g} epochs, {result['seconds']:.0f} s on {result['device']}, {speed}.")
     if "speedup" in result:
-        _note(f"{result['speedup']:.2f} times fewer multiplications in theory; the file is no smaller.")
+        smaller = "and the file is smaller" if "left_alone" in result else "in theory; the file is no smaller"
+        _note(f"{result['speedup']:.2f} times fewer multiplications {smaller}.")
     _note(f"Network: {out / 'model.safetensors'}; numbers: {out / 'result.json'}; picture: {out / 'report.png'}")
+
+
+def show_sweep(result: Mapping[str, Any], out: Path) -> None:
+    """The table of a sweep: a row a point, below it what was left alone and where everything was written."""
+    from prunus.run.vision.sweep import rows_of
+
+    print_table(rows_of(result), title=f"{result['model']}, {result['measured_on']} images, accuracy in %")
+    _note(
+        f"Latency: {result['timed_images']} images, measured on {result['device']}. Zeros alone save no time there; "
+        "their operations are counted in theory."
+    )
+    for kind in dict.fromkeys(point["kind"] for point in result["points"]):
+        alone = [set[str](point["left_alone"]) for point in result["points"] if point["kind"] == kind]
+        always, ever = sorted(set.intersection(*alone)), set.union(*alone)
+        if ever:
+            some = f"; {len(ever) - len(always)} more at some rates" if len(ever) > len(always) else ""
+            _note(f"{kind}: {', '.join(always) or 'no layer'} left alone at every rate{some}. Reasons: sweep.json")
+    _note(f"Numbers: {out / 'sweep.json'}; table: {out / 'table.md'}; picture: {out / 'sweep.png'}")
+
+
+def show_soup(result: Mapping[str, Any], out: Path) -> None:
+    """The table of one soup: a row for it and for each that it is compared with, and what all of them cost."""
+    rows = [
+        {
+            "run": row["row"],
+            "accuracy": f"{100 * row['accuracy']:.2f} %",
+            "loss": row["loss"],
+            "zeros": f"{100 * row['sparsity']:.1f} %",
+            "epochs": row["epochs"],
+            "inference": f"{100 * row['inference']:.1f} %",
+        }
+        for row in result["rows"]
+    ]
+    print_table(rows, title=f"{result['model']}, {result['measured_on']} images")
+    _note("epochs: of all training that a row takes, the dense one included. inference: operations, of the dense ones.")
+    _note(f"{result['seconds']:.0f} s on {result['device']}. Pictures: {out}/*.png; numbers: {out / 'result.json'}")
+    _note(f"Network: {out / 'model.safetensors'}; its members are in {out / 'members'}, which may be deleted.")
+
+
+def _show_corrupted(found: Mapping[str, Any]) -> None:
+    """A row a corruption and one a severity, each a mean over the sets it has, and the mean of all."""
+    if not found:
+        return
+    rows = {**found["by_name"], **{f"severity {k}": row for k, row in found["by_severity"].items()}}
+    shown = [
+        {
+            "corruption": name,
+            "accuracy": f"{100 * row['top1']:.2f} %",
+            "loss": row["loss"],
+            "calibration error": row["calibration_error"],
+            "its maximum": row["maximum_calibration_error"],
+            "worst class": f"{100 * row['worst_class']:.2f} %",
+        }
+        for name, row in {**rows, "mean": found["mean"]}.items()
+    ]
+    print_table(shown, title="corrupted images")
 
 
 def show_grid(rows: Sequence[Mapping[str, Any]], out: Path, *, title: str = "") -> None:

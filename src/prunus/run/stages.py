@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from prunus import patterns, scores
+from prunus import patterns, ranks, scores
 from prunus.adapt import adapt
 from prunus.allocations import counts_under, global_, owl
 from prunus.biases import add_biases
@@ -30,9 +30,11 @@ from prunus.layers import Inputs, Layer, View, find_layers
 from prunus.lr import linear_warmup_decay
 from prunus.masks import Masks
 from prunus.precision import Precision, autocast
+from prunus.prepared import recomputed
 from prunus.reconstruct import Fit
-from prunus.run.recipe import Data, Prune, Recipe, Retrain
-from prunus.solvers import Solver, by_score, sparsegpt
+from prunus.relaxation import frank_wolfe
+from prunus.run.recipe import Data, FrankWolfe, Prune, Recipe, Retrain
+from prunus.solvers import Solver, by_magnitude, by_score, by_wanda, sparsegpt
 from prunus.sources import Shards, Source
 from prunus.stream import BlockReport, Streamed, stream, survey
 from prunus.subsets import ADAPTERS, find_subset
@@ -96,8 +98,11 @@ def precision_of(recipe: Recipe, device: torch.device) -> Precision:
     return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
 
 
-def load(recipe: Recipe) -> Loaded:
-    """The model and tokenizer a recipe names, on the CPU, or on meta with its shards when streaming."""
+def load(recipe: Recipe, home: torch.device | None = None) -> Loaded:
+    """The model and tokenizer a recipe names, on `home` (default: the CPU), or on meta with its shards when streaming.
+
+    Weights are read straight to `home`: the host holds one shard's pages at a time.
+    """
     path = ASSETS if recipe.model == "embedded" else Path(recipe.model).expanduser()
     dtype = "auto" if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     if path.suffix == ".gguf":
@@ -110,7 +115,8 @@ def load(recipe: Recipe) -> Loaded:
         if folder is None:
             raise ValueError(f"streaming: needs a local folder of safetensors; model is {recipe.model!r}")
         return _load_meta(folder, dtype, tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype)
+    straight: dict[str, Any] = {} if home is None or home.type == "cpu" else {"device_map": {"": home}}
+    model = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype, **straight)
     if path.suffix == ".gguf" and hasattr(model.config, "quantization_config"):
         delattr(model.config, "quantization_config")  # the weights were dequantised; what is saved is an ordinary model
     return Loaded(model.eval(), tokenizer, folder)
@@ -189,7 +195,8 @@ def prune(
     fit = None
     if recipe.reconstruct is not None:
         fit = Fit(**recipe.reconstruct.model_dump(), precision=precision_of(recipe, device))
-    gram = chosen.criterion == "sparsegpt"
+    gram = chosen.criterion in ("sparsegpt", "frank_wolfe")
+    shared = ranks.count() > 1 and fit is None and len(tokens) >= ranks.count()
     return stream(
         loaded.model,
         solver,
@@ -199,23 +206,24 @@ def prune(
         gram=gram,
         fit=fit,
         work=work,
+        shared=shared,
         on_block=on_block,
         **where,
     )
 
 
 def _scope(chosen: Prune) -> str:
-    """Wanda compares within an output row, as its authors do; the other criteria within a layer."""
+    """Wanda, and what starts from it, compares within an output row, as its authors do; the others within a layer."""
     if chosen.scope is not None:
         return chosen.scope
-    return "row" if chosen.criterion == "wanda" and chosen.allocation == "uniform" else "layer"
+    return "row" if chosen.criterion in ("wanda", "frank_wolfe") and chosen.allocation == "uniform" else "layer"
 
 
 def _score(chosen: Prune, seed: int) -> Callable[[Layer], Tensor]:
     if chosen.criterion == "random":
         # Drawn anew from (seed, layer) at each look: a resumed run and a second reading see the same scores.
         return lambda layer: scores.random_score(_generator(seed, layer.name))(layer)
-    return getattr(scores, chosen.criterion) if chosen.criterion != "sparsegpt" else scores.wanda
+    return getattr(scores, chosen.criterion) if chosen.criterion not in ("sparsegpt", "frank_wolfe") else scores.wanda
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
@@ -223,7 +231,12 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 
 def _solver(chosen: Prune, score: Callable[[Layer], Tensor]) -> Solver:
-    return sparsegpt(damping=chosen.damping) if chosen.criterion == "sparsegpt" else by_score(score)
+    if chosen.criterion == "frank_wolfe":
+        return frank_wolfe(**(chosen.frank_wolfe or FrankWolfe()).model_dump())
+    if chosen.criterion == "sparsegpt":
+        return sparsegpt(damping=chosen.damping)
+    unwritten = {"magnitude": by_magnitude, "wanda": by_wanda}  # the same bits, without the scores' memory
+    return unwritten[chosen.criterion]() if chosen.criterion in unwritten else by_score(score)
 
 
 def summary(streamed: Streamed) -> dict[str, Any]:
@@ -304,26 +317,25 @@ def retrain(
         init=asked.init,
         generator=generator,
     )
-    if asked.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    if asked.keep_effective:
+        adaptation.keep_effective()
     packed = PackedTokens(tokens, asked.length)
     optimizer = torch.optim.AdamW(adaptation.param_groups(asked.lr, asked.lrs), weight_decay=0.0)
-    trace = train(
-        model,
-        lambda step: packed.at(step, batch=asked.batch_size, seed=asked.seed),
-        optimizer,
-        linear_warmup_decay(asked.steps, asked.warmup),
-        steps=asked.steps,
-        loss=next_token_loss,
-        masks=masks if "full" in asked.train else None,
-        accumulate=asked.accumulate,
-        precision=precision,
-        clip=asked.clip,
-        checkpoint=checkpoint,
-        on_step=on_step,
-    )
-    if asked.checkpointing:
-        model.gradient_checkpointing_disable()  # type: ignore[operator]
+    with recomputed(model) if asked.checkpointing else nullcontext():
+        trace = train(
+            model,
+            lambda step: packed.at(step, batch=asked.batch_size, seed=asked.seed),
+            optimizer,
+            linear_warmup_decay(asked.steps, asked.warmup),
+            steps=asked.steps,
+            loss=next_token_loss,
+            masks=masks if "full" in asked.train else None,
+            accumulate=asked.accumulate,
+            precision=precision,
+            clip=asked.clip,
+            checkpoint=checkpoint,
+            on_step=on_step,
+        )
     model.eval()
     if before_merge is not None:
         before_merge()

@@ -11,6 +11,7 @@ from prunus.files import write_text
 from prunus.report import markdown_table, plot_grid
 from prunus.run.kinds import Bench, Result
 from prunus.run.recipe import Recipe, merge, parse
+from prunus.run.soups import BEST, LONGER, MEAN, SOUP
 from prunus.run.spread import mean_and_std, spread
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class _Texts:
         found: dict[str, Member] = {}
         for member in members:
             if member.recipe.reconstruct is None and member.recipe.retrain is not None:
-                pruned = member.recipe.model_copy(update={"retrain": None})
+                pruned = member.recipe.model_copy(update={"retrain": None, "soup": None})
                 before = Member(member.labels, member.seed, {}, pruned)
                 found[member.key] = alone.setdefault(prune_key(pruned), before)
         return found
@@ -81,6 +82,8 @@ class _Texts:
             text: mean_and_std([float(result["perplexity"][text]) for result in results])
             for text in results[0]["perplexity"]
         }
+        if all("soup" in result for result in results):
+            row["beside"] = _soup(results)
         for part in ("retraining", "zero_shot", "pruning"):
             if part in results[0]:
                 row[part] = {k: v for k, v in results[0][part].items() if k not in ("losses", "merge")}
@@ -95,6 +98,15 @@ class _Texts:
 
 
 TEXTS = _Texts()
+_BESIDE = (MEAN, BEST, LONGER)  # what a soup stands beside
+
+
+def _soup(results: Sequence[Result]) -> dict[str, Any]:
+    """Text -> name -> mean and deviation over seeds, of what a soup stands beside."""
+    found = [result["soup"]["perplexity"] for result in results]
+    names = [name for name in _BESIDE if name in found[0]]
+    texts = found[0][SOUP]
+    return {text: {n: mean_and_std([float(one[n][text]) for one in found]) for n in names} for text in texts}
 
 
 def _texts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -124,7 +136,23 @@ def _markdown(grid: Grid, rows: Sequence[Mapping[str, Any]], dense: Mapping[str,
         reference = f" (dense: {dense[text]:.2f})" if text in dense else ""
         shown = [{column: line.get(column) for column in columns} for line in lines.values()]
         parts.append(f"### Perplexity, {text}{reference}\n\n{markdown_table(shown, columns)}")
+        parts += _soups(grid, rows, text)
     return "\n".join(parts)
+
+
+def _soups(grid: Grid, rows: Sequence[Mapping[str, Any]], text: str) -> list[str]:
+    """A line a soup: its cell, the soup, its members' mean and best, and the run as long as all of them."""
+    shown = [
+        {
+            **{axis: row[axis] for axis in grid.axes},
+            "the soup": spread(row[text]),  # an axis may well be called soup
+            **{name: spread(value) for name, value in row["beside"][text].items()},
+        }
+        for row in rows
+        if "beside" in row
+    ]
+    columns = list(dict.fromkeys(column for line in shown for column in line))
+    return [f"### Soups, {text}\n\n{markdown_table(shown, columns)}"] if shown else []
 
 
 def _plot(grid: Grid, rows: Sequence[Mapping[str, Any]], out: Path, dense: Mapping[str, float]) -> None:
@@ -137,13 +165,17 @@ def _plot(grid: Grid, rows: Sequence[Mapping[str, Any]], out: Path, dense: Mappi
         return
     text = texts[min(1, len(texts) - 1)]
     others = [axis for axis in grid.axes if axis != across]
-    split = len({tuple(row[axis] for axis in others) for row in rows}) > _MOST_LINES
+    lines = {tuple(row[axis] for axis in others): 1 + len(row.get("beside", {}).get(text, {})) for row in rows}
+    split = sum(lines.values()) > _MOST_LINES
     pictures: dict[str, dict[str, dict[str, float]]] = {}
     for row in rows:
         names = [str(row[axis]) for axis in others]
         picture, line = (names[0], names[1:]) if split else ("", names)
         table = pictures.setdefault(picture, {})
-        table.setdefault(", ".join(line), {})[str(row[across])] = float(row[text]["mean"])
+        beside = {name: found["mean"] for name, found in row["beside"][text].items()} if "beside" in row else {}
+        own = [*line, SOUP] if beside else line
+        for drawn, value in [(own, row[text]["mean"]), *(([*line, name], value) for name, value in beside.items())]:
+            table.setdefault(", ".join(drawn), {})[str(row[across])] = float(value)
     for picture, table in pictures.items():
         path = out / (f"grid-{picture}.png" if picture else "grid.png")
         plot_grid(table, path, dense=dense.get(text), title=f"{picture}, {text}" if picture else text)

@@ -25,6 +25,7 @@ import torch
 
 from prunus.files import write_json
 from prunus.report import progress
+from prunus.run import lanes
 from prunus.run.agenda import Agenda, Job, error_file, has_ended, result_file
 from prunus.run.grid import Grid
 from prunus.run.kinds import Bench
@@ -88,19 +89,8 @@ def failures(out: Path) -> list[Path]:
 
 def _process(grids: Sequence[Grid], place: int, workers: int, together: int, deadline: float | None) -> None:
     """A worker process: the GPUs of the machine are dealt to the workers in turn."""
-    devices = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
-    os.environ["CUDA_VISIBLE_DEVICES"] = devices[place % len(devices)]
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    lanes.begin_worker(place, workers)
     _threads([Agenda(grid) for grid in grids], together, deadline, None)
-
-
-def _end_with_parent() -> None:
-    """A killed grid must not go on in its workers: the next call would run the same members beside them."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _threads(agendas: Sequence[Agenda], together: int, deadline: float | None, advance: Any) -> None:
@@ -111,14 +101,14 @@ def _threads(agendas: Sequence[Agenda], together: int, deadline: float | None, a
         return
     cores = torch.get_num_threads()
     torch.set_num_threads(max(1, cores // together))  # of the threads made below
-    lanes = [_Lane(agendas, deadline, advance) for _ in range(together)]
-    for lane in lanes:
+    running = [_Lane(agendas, deadline, advance) for _ in range(together)]
+    for lane in running:
         lane.start()
-    while any(lane.is_alive() for lane in lanes):  # joined bit by bit, so that Ctrl-C is heard
-        for lane in lanes:
+    while any(lane.is_alive() for lane in running):  # joined bit by bit, so that Ctrl-C is heard
+        for lane in running:
             lane.join(_WAIT)
     torch.set_num_threads(cores)
-    broken = next((lane.error for lane in lanes if lane.error is not None), None)
+    broken = next((lane.error for lane in running if lane.error is not None), None)
     if broken is not None:
         raise broken
 
@@ -133,10 +123,7 @@ class _Lane(threading.Thread):
 
     def run(self) -> None:
         try:
-            stream: AbstractContextManager[Any] = nullcontext()
-            if torch.cuda.is_available():
-                stream = torch.cuda.stream(torch.cuda.Stream())
-            _work(*self.work, stream)
+            _work(*self.work, lanes.own_stream())
         except BaseException as error:  # re-raised by the thread that waits
             self.error = error
 

@@ -27,6 +27,7 @@ from prunus.sets.lp import Lp
 from prunus.sets.protocol import Gauge, Rebuild, Seen
 from prunus.sets.sparse import KSparse, KSupport
 from prunus.sets.spectral import Spectrum
+from prunus.sets.subspace import Triple
 
 __all__ = [
     "Ball",
@@ -107,21 +108,20 @@ class Ball:
 
     # For the optimizer: several problems at once, and singular vectors followed from step to step.
 
-    def extreme(
-        self, parts: Sequence[Tensor], bases: Sequence[Tensor] | None = None, iterations: int = 1
-    ) -> list[Tensor]:
+    def extreme(self, parts: Sequence[Tensor], leading: Sequence[Triple] | None = None) -> list[Tensor]:
         """For each problem the point of norm at most 1 (whatever the radius) with the largest inner product.
 
         parts: float (problems, rows, columns) each, rows and columns as `seen.key` says; the parts of one problem are
-        constrained jointly. bases: for each part the singular vectors to start from, changed in place (see `widths`).
+        constrained jointly. leading: for each part its leading singular values and vectors, in place of a decomposition
+        (see `widths`).
         """
-        profiles, rebuilds = self._split(parts, bases, iterations)
+        profiles, rebuilds = self._split(parts, leading)
         best = self._gauge(parts).best(torch.cat(profiles, 1) if len(profiles) > 1 else profiles[0])
         sizes = [profile.shape[1] for profile in profiles]
         return [rebuild(part) for rebuild, part in zip(rebuilds, best.split(sizes, 1), strict=True)]
 
     def widths(self, keys: Sequence[tuple[int, int]]) -> list[int] | None:
-        """How many singular vectors of each part `extreme` follows; None if it needs none, or all."""
+        """How many leading singular vectors of each part `extreme` needs; None if it needs none, or all."""
         rank = self.gauge.rank(self._count(keys)) if isinstance(self.seen, Spectrum) else None
         return None if rank is None else [min(rank, *key) for key in keys]
 
@@ -133,10 +133,10 @@ class Ball:
         return [tensor.to(exact).reshape(1, *self.seen.key(tuple(tensor.shape))) for tensor in tensors]
 
     def _split(
-        self, parts: Sequence[Tensor], bases: Sequence[Tensor] | None = None, iterations: int = 1
+        self, parts: Sequence[Tensor], leading: Sequence[Triple] | None = None
     ) -> tuple[list[Tensor], list[Rebuild]]:
-        if bases is not None and isinstance(self.seen, Spectrum):
-            found = [self.seen.split_leading(part, basis, iterations) for part, basis in zip(parts, bases, strict=True)]
+        if leading is not None and isinstance(self.seen, Spectrum):
+            found = [self.seen.split_leading(each) for each in leading]
         else:
             found = [self.seen.split(part) for part in parts]
         return [profile for profile, _ in found], [rebuild for _, rebuild in found]

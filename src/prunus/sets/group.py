@@ -26,6 +26,10 @@ class Entries:
     tensor([[3., 4.]])
     """
 
+    @property
+    def free_columns(self) -> bool:
+        return True
+
     def key(self, shape: tuple[int, ...]) -> tuple[int, int]:
         rows, columns = matrix_of(shape)
         return 1, rows * columns
@@ -54,6 +58,10 @@ class Groups:
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ValueError(f"A group has at least 1 of the {self.along}; got size={self.size}")
+
+    @property
+    def free_columns(self) -> bool:
+        return self.along == "rows"
 
     def key(self, shape: tuple[int, ...]) -> tuple[int, int]:
         matrix = matrix_of(shape)
@@ -100,6 +108,10 @@ class Labels:
                 f"{tuple(self.labels.shape)}"
             )
         object.__setattr__(self, "groups", int(self.labels.max()) + 1)
+
+    @property
+    def free_columns(self) -> bool:
+        return False
 
     def key(self, shape: tuple[int, ...]) -> tuple[int, int]:
         flat = Entries().key(shape)

@@ -48,7 +48,7 @@ class Lp:
         if self.p == math.inf:
             return torch.ones_like(a)
         power = 1 / (self.p - 1)  # q - 1
-        scaled = (a / _peak(a)).pow(power)
+        scaled = (a / _peak(a)).pow(power) if power != 1 else a / _peak(a)
         # The p-norm of a^(q-1) is ||a||_q^(q-1), because p (q - 1) = q.
         return scaled / Lp(self.p).norm(scaled)[:, None].clamp_min(torch.finfo(a.dtype).tiny)
 

@@ -1,6 +1,6 @@
 """Many constrained tensors as few stacks: tensors of one size, each in a set of its own, are handled at once.
 
-    tensors ──gather──▶ parts (problems, rows, columns) float32 ──▶ ... ──scatter_──▶ tensors
+    tensors ──gather──▶ parts (problems, rows, columns) float32 ──▶ vertices ──move_──▶ tensors
 
 A joint constraint is one problem of many parts; what is seen entry by entry is then one long vector.
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from prunus.sets.ball import Ball
 from prunus.sets.group import Entries
+from prunus.sets.subspace import Triple
 
 __all__ = ["Part", "Problems", "joint_problem", "separate_problems"]
 
@@ -33,39 +34,56 @@ class Part:
 
 @dataclass(frozen=True)
 class Problems:
-    """Equal problems. ball: of radius 1; radius, half: (problems,) their radii, and half their L2 diameters."""
+    """Equal problems. ball: of radius 1; radius, half: (problems,) their radii, and half their L2 diameters.
+
+    minus: (problems, 1, 1) the negative radii.
+    """
 
     ball: Ball
     parts: tuple[Part, ...]
     radius: Tensor
     half: Tensor
+    minus: Tensor
 
-    def gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Copies of the tensors as parts, (problems, rows, columns) each, in float32 (or float64)."""
+    def gather(self, tensors: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors as parts, (problems, rows, columns) each, in float32 (or float64), to read: copies, or views.
+
+        like: the parameters, whose order in memory decides in which order entries stand where any order will do.
+        """
         found: list[Tensor] = []
         for part in self.parts:
-            chosen = [tensors[place] for place in part.places]
+            chosen = [_matrix(tensors[place], like[place], part, self.ball) for place in part.places]
             if part.joined:
-                stack = torch.cat([tensor.reshape(-1) for tensor in chosen])[None, None]
+                stack = torch.cat([each.reshape(-1) for each in chosen])[None, None]
             else:
-                stack = torch.stack([tensor.reshape(part.key) for tensor in chosen])
+                stack = torch.stack(chosen) if len(chosen) > 1 else chosen[0][None]
             found.append(stack.to(self.radius.dtype))
         return found
 
-    def scatter_(self, tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
-        """Write parts back into the tensors."""
-        targets = [tensors[place] for part in self.parts for place in part.places]
+    def move_(self, tensors: Sequence[Tensor], vertices: Sequence[Tensor], share: Tensor) -> None:
+        """Move the parameters this share of the way, (problems, 1, 1), towards the vertices."""
+        targets: list[Tensor] = []
         values: list[Tensor] = []
-        for part, stack in zip(self.parts, parts, strict=True):
+        for part, stack, vertex in zip(self.parts, self.gather(tensors, tensors), vertices, strict=True):
             chosen = [tensors[place] for place in part.places]
-            pieces = stack[0, 0].split([t.numel() for t in chosen]) if part.joined else stack.unbind()
-            values += [piece.reshape(tensor.shape) for piece, tensor in zip(pieces, chosen, strict=True)]
-        torch._foreach_copy_(targets, values)
+            if len(chosen) == 1 and stack.data_ptr() == chosen[0].data_ptr():  # a view: nothing to write back
+                stack.lerp_(vertex, share)
+                continue
+            moved = torch.lerp(stack, vertex, share)
+            pieces = moved[0, 0].split([each.numel() for each in chosen]) if part.joined else moved.unbind()
+            matrices = [_matrix(each, each, part, self.ball) for each in chosen]
+            fits = [matrix.data_ptr() == each.data_ptr() for matrix, each in zip(matrices, chosen, strict=True)]
+            targets += [matrix if fit else each for matrix, each, fit in zip(matrices, chosen, fits, strict=True)]
+            values += [
+                piece.reshape(matrix.shape if fit else each.shape)
+                for piece, matrix, each, fit in zip(pieces, matrices, chosen, fits, strict=True)
+            ]
+        if targets:
+            torch._foreach_copy_(targets, values)
 
-    def vertices(self, moments: Sequence[Tensor], bases: Sequence[Tensor] | None, iterations: int) -> list[Tensor]:
-        """The points of the sets with the least inner product with the moments; bases change in place."""
-        found = self.ball.extreme(moments, bases, iterations)
-        return [part.mul_(-self.radius[:, None, None]) for part in found]
+    def vertices(self, moments: Sequence[Tensor], leading: Sequence[Triple] | None = None) -> list[Tensor]:
+        """The points of the sets with the least inner product with the moments; leading: see `Ball.extreme`."""
+        return [part.mul_(self.minus) for part in self.ball.extreme(moments, leading)]
 
     def widths(self) -> list[int] | None:
         """How many singular vectors of each part are followed; None if none are."""
@@ -116,4 +134,16 @@ def _problems(
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     halves = [ball.diameter(*each) / 2 for ball, each in zip(balls, shapes, strict=True)]
     radius = torch.tensor([ball.radius for ball in balls], dtype=dtype, device=like.device)
-    return Problems(replace(balls[0], radius=1.0), parts, radius, torch.tensor(halves, dtype=dtype, device=like.device))
+    half = torch.tensor(halves, dtype=dtype, device=like.device)
+    return Problems(replace(balls[0], radius=1.0), parts, radius, half, -radius[:, None, None])
+
+
+def _matrix(tensor: Tensor, like: Tensor, part: Part, ball: Ball) -> Tensor:
+    """The tensor as the part's matrix; in channels-last order where `like` has it and the columns' order is free.
+
+    Then it is a view. Entries, filters and singular values do not change with the order of the columns.
+    """
+    free = like.ndim == 4 and ball.seen.free_columns and not like.is_contiguous()
+    if free and like.is_contiguous(memory_format=torch.channels_last):
+        tensor = tensor.permute(0, 2, 3, 1)
+    return tensor.reshape(-1 if part.joined else part.key)

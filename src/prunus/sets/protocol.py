@@ -54,6 +54,11 @@ class Gauge(Protocol):
 class Seen(Protocol):
     """How a matrix, or any tensor, is seen as a profile."""
 
+    @property
+    def free_columns(self) -> bool:
+        """Whether the columns of the matrix may stand in any order."""
+        ...
+
     def key(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """The matrix (rows, columns) as which a tensor of this shape is handled. Raises ValueError if it cannot be."""
         ...

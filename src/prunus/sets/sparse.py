@@ -103,10 +103,12 @@ class KSupport:
         return (head + tail.square() / (rho + 1)).sqrt()[:, 0].to(a.dtype)
 
     def best(self, a: Tensor) -> Tensor:
-        chosen = a * largest(a, count_of(self.k, a.shape[1]))
-        peak = chosen.amax(1, keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
-        chosen = chosen / peak
-        return chosen / torch.linalg.vector_norm(chosen, dim=1, keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
+        k, tiny = count_of(self.k, a.shape[1]), torch.finfo(a.dtype).tiny
+        top = a.topk(k, dim=1, sorted=False).values
+        peak = top.amax(1, keepdim=True).clamp_min(tiny)
+        # The chosen entries are these values, whichever of equal ones are chosen. 1 / tiny is finite.
+        length = torch.linalg.vector_norm(top / peak, dim=1, keepdim=True).clamp_min(1.0)  # less only for zeros
+        return (a * _mask_of(a, top)).mul_(1 / peak / length)
 
     def project(self, a: Tensor, radius: Tensor) -> Tensor:
         """By bisection on the multiplier m, and within it on b.
@@ -144,12 +146,18 @@ def largest(a: Tensor, k: int) -> Tensor:
     >>> largest(torch.tensor([[1.0, 2.0, 2.0, 2.0]]), 2)
     tensor([[False,  True,  True, False]])
     """
+    return _mask_of(a, a.topk(min(k, a.shape[1]), dim=1, sorted=False).values)
+
+
+def _mask_of(a: Tensor, top: Tensor) -> Tensor:
+    """The mask of the largest entries of each row, whose values are `top`; of equal ones the first."""
+    k = top.shape[1]
     if k >= a.shape[1]:
         return torch.ones_like(a, dtype=torch.bool)
-    threshold = a.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    threshold = top.amin(1, keepdim=True)
     above, equal = a > threshold, a == threshold
     wanted = k - above.sum(1, keepdim=True, dtype=torch.int32)
-    return above | (equal & (equal.cumsum(1, dtype=torch.int32) <= wanted))
+    return torch.where(equal, equal.cumsum(1, dtype=torch.int32) <= wanted, above)
 
 
 def _weights(a: Tensor, m: Tensor, k: int) -> Tensor:

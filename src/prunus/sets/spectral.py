@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prunus.sets.protocol import Rebuild, matrix_of
-from prunus.sets.subspace import follow_
+from prunus.sets.subspace import Triple
 
 __all__ = ["Spectrum"]
 
@@ -18,11 +18,15 @@ class Spectrum:
     """The singular values of the matrix (out, in * kernel).
 
     `split` is a full singular value decomposition, the reference (it makes the host wait for a GPU); `split_leading`
-    follows the K leading ones, for what is done in every step.
+    takes the K leading ones as `subspace` follows them, for what is done in every step.
 
     >>> Spectrum().split(torch.tensor([[[0.0, 2.0], [1.0, 0.0]]]))[0]
     tensor([[2., 1.]])
     """
+
+    @property
+    def free_columns(self) -> bool:
+        return True
 
     def key(self, shape: tuple[int, ...]) -> tuple[int, int]:
         return matrix_of(shape)
@@ -35,7 +39,7 @@ class Spectrum:
         # Vectors of singular value 0 are arbitrary, but orthonormal: any profile may be put in their place.
         return s, lambda new: (u * new[:, None]) @ vt
 
-    def split_leading(self, x: Tensor, basis: Tensor, iterations: int) -> tuple[Tensor, Rebuild]:
-        """As `split`, of the leading singular values only, (problems, k); basis: see `subspace.follow_`."""
-        u, s, v = follow_(basis, x, iterations)
+    def split_leading(self, leading: Triple) -> tuple[Tensor, Rebuild]:
+        """As `split`, of the leading singular values only, (problems, k), which are given with their vectors."""
+        u, s, v = leading
         return s, lambda new: (u * new[:, None]) @ v.mT

@@ -15,10 +15,15 @@ lie close and vectors turn fastest, and 0.95, 0.96, 0.98 there with two iteratio
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["COLD", "follow_", "make_basis"]
+__all__ = ["COLD", "Triple", "follow_", "follow_all_", "make_basis"]
+
+Triple = tuple[Tensor, Tensor, Tensor]  # U, s, V
 
 COLD = 12  # iterations from a random start
 _SHIFT = 1e-5  # of a Gram matrix with unit diagonal: far above float32's rounding of it, for up to 1,000 columns
@@ -34,41 +39,62 @@ def make_basis(problems: int, rows: int, columns: int, k: int, *, device: torch.
     return torch.randn(problems, min(rows, columns), k, generator=generator).to(device)
 
 
-def follow_(basis: Tensor, x: Tensor, iterations: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+def follow_(basis: Tensor, x: Tensor, iterations: int = 1) -> Triple:
     """Turn the basis towards x's leading singular vectors; returns U (.., rows, k), s (.., k), V (.., columns, k).
 
     x: (problems, rows, columns) float; basis: (problems, min(rows, columns), k) float, changed in place.
     Where x has fewer than k singular values, columns of U shrink to zero and their s is 0.
     """
-    tall = x if x.shape[1] >= x.shape[2] else x.mT
-    v = basis
-    u = s = fresh = basis  # assigned in the loop
+    return follow_all_([basis], [x], iterations)[0]
+
+
+def follow_all_(bases: Sequence[Tensor], xs: Sequence[Tensor], iterations: int = 1) -> list[Triple]:
+    """`follow_` of many, in step: factorisations of one width are done at once, for they are small and slow."""
+    talls = [x if x.shape[1] >= x.shape[2] else x.mT for x in xs]
+    largest = [torch.linalg.vector_norm(x, math.inf, (1, 2), keepdim=True) for x in xs]
+    peaks = [each.clamp_min(torch.finfo(each.dtype).tiny) for each in largest]
+    vs, us, zs, fresh = list(bases), list(bases), list(bases), list(bases)  # all but the first assigned in the loop
     for _ in range(max(1, iterations)):
-        u = _orthonormal(tall @ v)
-        z = tall.mT @ u
-        fresh = _orthonormal(z)
-        s = (fresh * z).sum(1).clamp_min(0)
+        # Divided by x's largest entry, so that no square overflows or vanishes.
+        us, _ = _orthonormal([tall @ (v / peak) for tall, v, peak in zip(talls, vs, peaks, strict=True)])
+        zs = [tall.mT @ (u / peak) for tall, u, peak in zip(talls, us, peaks, strict=True)]
+        fresh, lengths = _orthonormal(zs)
         # A column that vanished keeps its old direction, or the iteration would never find it again.
-        v = torch.where(z.abs().amax(1, keepdim=True) > 0, fresh, v)
-    basis.copy_(v)
-    return (u, s, fresh) if tall is x else (fresh, s, u)
+        vs = [torch.where(long > 0, new, old) for long, new, old in zip(lengths, fresh, vs, strict=True)]
+    found: list[Triple] = []
+    for basis, x, tall, peak, u, z, v, new in zip(bases, xs, talls, peaks, us, zs, fresh, vs, strict=True):
+        basis.copy_(new)
+        s = torch.linalg.vecdot(v, z, dim=1).clamp_min(0) * peak[:, 0]
+        found.append((u, s, v) if tall is x else (v, s, u))
+    return found
 
 
-def _orthonormal(y: Tensor) -> Tensor:
-    """Orthonormal columns that span those of y, (problems, n, k), in Gram-Schmidt's order; never longer than 1.
+def _orthonormal(ys: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Orthonormal columns that span those of y, (problems, n, k), in Gram-Schmidt's order, never longer than 1; for
+    each of many. Also how long the columns of y were, (problems, 1, k).
 
     With y^T y + e 1 = L L^T, q = y L^-T has q^T q = 1 - e (L^T L)^-1 <= 1. The second pass takes away what the shift e
     left: directions as weak as 1e-3 of a column come out orthonormal to about 1e-6.
     """
-    tiny = torch.finfo(y.dtype).tiny
-    y = y / y.abs().amax(1, keepdim=True).clamp_min(tiny)
-    q = y / torch.linalg.vector_norm(y, dim=1, keepdim=True).clamp_min(tiny)
-    eye = torch.eye(y.shape[2], dtype=y.dtype, device=y.device)
+    lengths = [torch.linalg.vector_norm(y, dim=1, keepdim=True) for y in ys]
+    qs = [y / length.clamp_min(torch.finfo(y.dtype).tiny) for y, length in zip(ys, lengths, strict=True)]
+    alike: dict[object, list[int]] = {}
+    for place, q in enumerate(qs):
+        alike.setdefault((q.shape[2], q.dtype, q.device), []).append(place)
     for shift in (_SHIFT, _SHIFT / 10):
-        gram = q.mT @ q
-        lower, failed = torch.linalg.cholesky_ex(gram + shift * eye)
-        # If rounding made it indefinite: divide by a bound of the largest singular value, which stays feasible.
-        bound = gram.diagonal(dim1=1, dim2=2).sum(1).sqrt()[:, None, None].clamp_min(1.0) * eye
-        lower = torch.where((failed == 0)[:, None, None], lower, bound)
-        q = torch.linalg.solve_triangular(lower.mT, q, upper=True, left=False)
-    return q
+        grams = [q.mT @ q for q in qs]
+        for places in alike.values():
+            inverse = _inverse(torch.cat([grams[place] for place in places]), shift)
+            for place, part in zip(places, inverse.split([len(grams[place]) for place in places]), strict=True):
+                qs[place] = qs[place] @ part.mT
+    return qs, lengths
+
+
+def _inverse(gram: Tensor, shift: float) -> Tensor:
+    """L^-1 of each Gram matrix (.., k, k) of columns no longer than 1, shifted."""
+    eye = torch.eye(gram.shape[2], dtype=gram.dtype, device=gram.device)
+    lower, failed = torch.linalg.cholesky_ex(gram + shift * eye)
+    # If rounding made it indefinite: divide by a bound of the largest singular value, which stays feasible.
+    bound = eye * (1.0001 * math.sqrt(gram.shape[2]))
+    lower = torch.where((failed == 0)[:, None, None], lower, bound)
+    return torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)

@@ -7,8 +7,10 @@ metrics.json        what was measured, and how long it took
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import pickle
 import shutil
 import threading
 from collections import OrderedDict
@@ -17,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -29,7 +33,7 @@ from prunus.run.vision.recipe import dense_key
 from prunus.run.vision.setting import Setting
 from prunus.train import Trace
 
-__all__ = ["Dense", "Snapshots", "dense", "losses_by_epoch", "read_dense", "write_state"]
+__all__ = ["Dense", "Snapshots", "adopt", "dense", "losses_by_epoch", "read_dense", "write_state"]
 
 _KEPT = 6  # dense networks in memory
 _lock = threading.RLock()
@@ -95,6 +99,53 @@ def dense(
     made = read_dense(folder)
     assert made is not None
     return made
+
+
+def adopt(setting: Setting, weights: Path, folder: Path) -> Dense:
+    """A state dict that was trained elsewhere, written to `folder` as the dense training of the setting's recipe.
+
+    weights: .safetensors, or what torch.save made of a state dict. Its learning rates are taken to be the recipe's.
+    Raises ValueError for a file that is no state dict of the recipe's network, and a folder that holds another one.
+    """
+    model, key = setting.new_model(), dense_key(setting.recipe)
+    _load_(model, weights)
+    known = hashlib.sha256(weights.read_bytes()).hexdigest()
+    found = read_dense(folder)
+    if found is not None:
+        if (found.metrics["key"], found.metrics.get("adopted")) != (key, known):
+            raise ValueError(f"{folder} holds another dense network; give another --out, or delete it")
+        return found
+    write_state(folder / "model.safetensors", model)
+    multiplier, warmup = stages.schedule(setting)
+    epochs = setting.recipe.train.epochs
+    original = Original.of([setting.recipe.train.lr * multiplier(t) for t in range(setting.steps(epochs))], warmup)
+    write_json(folder / "trace.json", {"lrs": original.runs(), "warmup": warmup, "losses": []})
+    metrics = {"key": key, "adopted": known, **stages.measure(model, setting)}
+    write_json(folder / "metrics.json", metrics | {"epochs": 0, "steps": 0, "seconds": 0.0})
+    made = read_dense(folder)
+    assert made is not None
+    return made
+
+
+def _load_(model: nn.Module, weights: Path) -> None:
+    try:
+        if weights.suffix == ".safetensors":
+            state: Any = load_file(weights)
+        else:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{weights} is no state dict that can be read ({type(error).__name__})") from None
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{weights} holds a {type(state).__name__}, not a state dict: name to tensor")
+    own = model.state_dict()
+    wrong = [name for name in own if name not in state or state[name].shape != own[name].shape]
+    wrong += [name for name in state if name not in own]
+    if wrong:
+        raise ValueError(
+            f"{weights} is not of the recipe's network: {len(wrong)} tensors differ in name or shape, first "
+            f"'{wrong[0]}'; give the recipe that it was trained by"
+        )
+    model.load_state_dict(dict(state))
 
 
 def read_dense(folder: Path) -> Dense | None:

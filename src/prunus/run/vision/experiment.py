@@ -1,6 +1,7 @@
 """One classifier run from end to end: dense or during a method, pruned, retrained, measured at every turn.
 
     dense ─▶ [ prune ─▶ retrain ] * phases ─▶ measure           a method during training takes the place of the first
+          ─▶ smaller network ─▶ retrain ─▶ measure              where filters go or ranks fall
 
 A killed run with a work folder goes on: the training from its checkpoint, the phases from the last finished one.
 """
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from prunus.during import During
 from prunus.evaluate.cost import weight_change
 from prunus.files import write_json
+from prunus.images import CORRUPTIONS
 from prunus.lr import Original, retraining
 from prunus.masks import Masks
 from prunus.retrain import Phase, imp, phase_sparsities, split_steps
@@ -28,6 +30,7 @@ from prunus.run.vision import stages
 from prunus.run.vision.dense import Dense, dense, losses_by_epoch
 from prunus.run.vision.recipe import ClassifierRecipe, Pruning, Retraining, methods
 from prunus.run.vision.setting import Setting
+from prunus.run.vision.smaller import Smaller, smaller
 from prunus.train import Trace
 
 __all__ = ["Outcome", "budgets", "experiment"]
@@ -85,6 +88,7 @@ class _Experiment:
     watch: Watch
     notes: _Notes
     reached: float | None = None
+    small: Smaller | None = None
     trace: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
@@ -103,9 +107,13 @@ class _Experiment:
             found = self._dense()
             model, before = self.setting.new_model(), found.state
             model.load_state_dict(dict(found.state))
-            if self.recipe.prune is not None:
+            if self.recipe.prune is not None and self.recipe.prune.kind == "zeros":
                 masks = self._phases(model, found, self.recipe.prune)
-        result = self._result(model, masks, before)
+            elif self.recipe.prune is not None:
+                self.small = smaller(model, self.setting, self.recipe.prune, self.recipe.seed)
+                model = self.small.model
+                self._retrain_smaller(self.small, found.original, self.recipe.retrain)
+        result = self._result(model, masks, before) | self._corrupted(model)
         return Outcome(model, masks, result | {"seconds": time.perf_counter() - started}, self.trace)
 
     def _dense(self) -> Dense:
@@ -199,7 +207,7 @@ class _Experiment:
                 steps=steps,
                 part=phase.index + 1,
                 lr=peak,
-                masks=phase.masks,
+                masks=phase.masks or None,
                 checkpoint=self._checkpoint(f"phase-{phase.index}"),
                 on_step=_reports(advance),
             )
@@ -218,12 +226,30 @@ class _Experiment:
         self._retrain(model, phase, original, asked, steps)
         self.notes.stage("retrained", stages.measure(model, self.setting))
 
+    def _retrain_smaller(self, small: Smaller, original: Original, asked: Retraining | None) -> None:
+        """Measure a network that became smaller, and retrain it: there are no masks to hold."""
+        self._measure_pruned(small.model)
+        phase = Phase(0, 1, small.sparsity, Masks({}), small.distance)
+        if asked is None:
+            self.notes.phase(phase, {})
+            return
+        steps = budgets(asked, 1, original.steps, self.setting.epoch_steps)[0]
+        self._retrain(small.model, phase, original, asked, steps)
+        self.notes.stage("retrained", stages.measure(small.model, self.setting))
+
     def _measure_pruned(self, model: nn.Module) -> None:
         """Measure as it is, then with BatchNorm statistics counted anew; those stay in the network."""
         self.notes.stage("pruned", stages.measure(model, self.setting))
         if self.recipe.recalibrate and stages.has_batchnorm(model):
             stages.recalibrate(model, self.setting)
             self.notes.stage("recalibrated", stages.measure(model, self.setting))
+
+    def _corrupted(self, model: nn.Module) -> dict[str, Any]:
+        asked = self.recipe.corruptions
+        if asked is None:
+            return {}
+        with self.bar("corruptions", len(asked.names or CORRUPTIONS) * len(asked.severities)) as advance:
+            return {"corrupted": stages.corrupted(model, self.setting, asked, advance)}
 
     def _checkpoint(self, name: str) -> Path | None:
         return None if self.work is None else self.work / f"{name}.pt"
@@ -234,7 +260,7 @@ class _Experiment:
         steps, seconds = sum(s for s, _ in notes.trained.values()), sum(s for _, s in notes.trained.values())
         result: dict[str, Any] = {"accuracy": last["top1"], **{k: last[k] for k in last if k in _KEPT}}
         result |= {
-            "measured_on": self.recipe.images.measure_on,
+            "measured_on": self.recipe.images.measured,
             "stages": notes.stages,
             "phases": list(notes.phases.values()),
         }
@@ -243,6 +269,9 @@ class _Experiment:
         result["images_per_second"] = steps * self.recipe.train.batch_size / max(seconds, 1e-9)
         if self.reached is not None:  # by the method itself, before it was brought to the sparsity asked for
             result["reached"] = self.reached
+        if self.small is not None:
+            result |= {**self.small.cost, "sparsity": self.small.sparsity, "by_layer": dict(self.small.by_layer)}
+            result["left_alone"] = dict(self.small.left_alone)
         if masks is not None:
             result |= stages.cost_of(model, masks, self.setting)
             result["by_layer"] = {name: 1 - kept / total for name, (kept, total) in masks.table().items()}
@@ -280,7 +309,8 @@ class _Notes:
         self.write()
 
     def phase(self, phase: Phase, more: Mapping[str, Any]) -> None:
-        row = {"phase": phase.index + 1, "sparsity": phase.masks.sparsity, "distance": phase.distance}
+        sparsity = phase.masks.sparsity if phase.masks else phase.sparsity
+        row = {"phase": phase.index + 1, "sparsity": sparsity, "distance": phase.distance}
         self.phases[str(phase.index)] = row | dict(more)
         self.write()
 

@@ -2,6 +2,7 @@
 
 out/dense/KEY/    a dense training, done once for all members that start from it (see `dense`)
 out/work/KEY/     a member that is being run, or was killed: it goes on from there
+out/soups/        the members of soups, and what they start from, each once for all cells (see `soups.branches`)
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 from prunus.run.kinds import Bench, Result
 from prunus.run.recipe import merge, parse
 from prunus.run.vision.recipe import ClassifierRecipe, dense_key, dense_of
+from prunus.run.vision.soups.recipe import SoupRecipe, class_of
 
 if TYPE_CHECKING:
     from prunus.run.grid import Grid, Member, Tune
+    from prunus.run.vision.setting import Setting
 
 __all__ = ["CLASSIFIERS"]
 
@@ -43,8 +46,9 @@ class _Classifiers:
         if isinstance(raw.get("images"), str):
             changes["images.source"] = raw["images"]
         if tuning:
-            changes["images.measure_on"] = "validation"
-        return parse(merge(dict(raw), changes), ClassifierRecipe, where)
+            changes |= {"images.measure_on": "validation", "corruptions": None}
+        merged = merge(dict(raw), changes)
+        return parse(merged, class_of(merged), where)
 
     def seeded(self, recipe: ClassifierRecipe) -> bool:
         return True
@@ -107,15 +111,26 @@ class _Bench:
         self.out = out
 
     def run(self, member: Member) -> dict[str, Any]:
-        """A member's numbers; no model is written but dense ones."""
+        """A member's numbers; no model is written but dense ones, and what soups share."""
         from prunus.run.vision.experiment import experiment
         from prunus.run.vision.setting import Setting
 
         setting, work = Setting.of(member.recipe), self.out / "work" / member.key
-        found = experiment(setting, _dense_folder(self.out, member.recipe), work=work).result
+        folder = _dense_folder(self.out, member.recipe)
+        of_soup = isinstance(member.recipe, SoupRecipe)
+        found = self._soup(setting, folder) if of_soup else experiment(setting, folder, work=work).result
         shutil.rmtree(work, ignore_errors=True)
         head: dict[str, Any] = {"labels": member.labels, "seed": member.seed, "tuned": member.tuned}
         return {**head, **found, "device": setting.name, "recipe": member.recipe.model_dump(mode="json")}
+
+    def _soup(self, setting: Setting, folder: Path) -> dict[str, Any]:
+        """A soup's numbers; its members are trained once for all soups of the grid, whoever needs one first."""
+        from prunus.run.vision.soups.branches import Store
+        from prunus.run.vision.soups.experiment import soup_experiment
+        from prunus.run.vision.soups.pools import OneByOne
+
+        store = Store(self.out / "soups")
+        return soup_experiment(setting, folder, store, OneByOne(store), picture=False).result
 
 
 def _dense_folder(out: Path, recipe: ClassifierRecipe) -> Path:
@@ -129,4 +144,5 @@ def _epochs(recipe: ClassifierRecipe) -> float:
     if asked is None or recipe.prune is None:
         return own
     budget = asked.epochs or (asked.share or 0) * recipe.train.epochs
-    return own + budget * (recipe.prune.phases if asked.of == "phase" else 1)
+    members = recipe.soup.members if isinstance(recipe, SoupRecipe) else 1
+    return own + members * budget * (recipe.prune.phases if asked.of == "phase" else 1)

@@ -15,14 +15,26 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from prunus import patterns
+from prunus.images import CORRUPTIONS
+from prunus.images.corruptions import Strengths
 from prunus.run.recipe import Device, Share, Strict, digest, looks_local, merge, parse, read_yaml
+from prunus.run.vision.optimizers import Decay, OptimizerChoice, Pull
 
 __all__ = [
     "Augmentation",
     "ClassifierRecipe",
+    "Corruptions",
     "ImageSource",
     "Pruning",
     "Retraining",
@@ -35,6 +47,7 @@ __all__ = [
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Kind = Literal["zeros", "filters", "low_rank"]
 WORDS = ("constant", "linear", "cosine")
 OPTIONS = {"multistep": "milestones in epochs", "exponential": "a factor an epoch", "one_cycle": "the peak's share"}
 
@@ -44,12 +57,18 @@ class ImageSource(Strict):
 
     source: "digits", a folder or file (.parquet, .npz, .safetensors), or a Hugging Face data set.
     measure_on: "validation" holds out the share `validation` of the training images, without augmentation, and never
-    reads the test images; "test" trains on all training images.
+    reads the test images; "test" trains on all training images; "both" holds out the same share for what is chosen by
+    images (greedy and learned soups), and measures on the test images.
     """
 
     source: str
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    measure_on: Literal["test", "validation"] = "test"
+    measure_on: Literal["test", "validation", "both"] = "test"
+
+    @property
+    def measured(self) -> str:
+        """Which images are measured on: test or validation."""
+        return "validation" if self.measure_on == "validation" else "test"
 
     @model_validator(mode="before")
     @classmethod
@@ -88,8 +107,9 @@ def _schedule(value: Any) -> Any:
 
 
 class Training(Strict):
-    """How the network is trained, by SGD; `warmup`, milestones and `snapshots` are in epochs.
+    """How the network is trained, by SGD or another `optimizer`; `warmup`, milestones and `snapshots` are in epochs.
 
+    penalty: what is added to the loss of the first training, not of retraining.
     clip: largest norm of the gradient. ema: decay of a running mean of the weights, which then is what is measured.
     snapshots: epochs after which the weights are kept, for weight rewinding.
     evaluate_every: epochs between measurements while `prunus train` trains; 0 measures at the end alone.
@@ -103,6 +123,8 @@ class Training(Strict):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    optimizer: OptimizerChoice | None = None
+    penalty: Pull | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     augment: Augmentation = Augmentation(crop=4, flip=True)
     clip: Positive | None = None
@@ -121,13 +143,27 @@ class Training(Strict):
             raise ValueError(f"snapshots: epoch {late[0]} lies behind the end, epochs: {self.epochs}")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs momentum above 0")
+        if self.nesterov and self.optimizer is not None and self.optimizer != OptimizerChoice(sgd=Decay()):
+            raise ValueError("nesterov is a form of plain SGD: leave out nesterov or optimizer")
         return self
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can record the step: singular value decompositions make the host wait."""
+        prox = self.optimizer.prox if self.optimizer is not None else None
+        return not any(pull is not None and pull.nuclear for pull in (prox, self.penalty))
 
 
 class Pruning(Strict):
-    """Which weights go: criterion, allocation, pattern, sparsity (share of zeros), in how many phases."""
+    """Which weights go: criterion, allocation, pattern, sparsity, in how many phases.
+
+    kind: "zeros" leaves a network of the same size, sparsity being the share of zeros; "filters" removes that share of
+    the filters, of each layer (allocation uniform) or of all (global); "low_rank" decomposes layers, dropping that
+    share of the ranks of each (uniform) or of the weights of all (global).
+    """
 
     sparsity: float = 0.9
+    kind: Kind = "zeros"
     criterion: Literal["magnitude", "random"] = "magnitude"
     allocation: Literal["global", "uniform", "uniform_plus", "erk", "lamp"] = "global"
     pattern: str = "unstructured"
@@ -138,7 +174,9 @@ class Pruning(Strict):
     @model_validator(mode="before")
     @classmethod
     def _implied(cls, value: Any) -> Any:
-        """An N:M pattern says its own sparsity, and is the same in every layer."""
+        """An N:M pattern says its own sparsity, and is the same in every layer; smaller networks are, too."""
+        if isinstance(value, dict) and value.get("kind", "zeros") != "zeros":
+            return {"allocation": "uniform", **value}
         if isinstance(value, dict) and ":" in str(value.get("pattern", "")):
             fixed = {"sparsity": patterns.parse(str(value["pattern"])).sparsity, "allocation": "uniform"}
             return {**fixed, **value}
@@ -148,11 +186,22 @@ class Pruning(Strict):
     def _check(self) -> Pruning:
         pattern = patterns.parse(self.pattern)
         patterns.check_sparsity(pattern, self.sparsity)
+        if self.kind != "zeros":
+            self._check_smaller()
         if pattern.sparsity is not None and (self.allocation != "uniform" or self.phases > 1):
             raise ValueError(
                 f"pattern {self.pattern!r} fixes the share of zeros in every group: leave out allocation and phases"
             )
         return self
+
+    def _check_smaller(self) -> None:
+        fixed = {"pattern": "unstructured", "phases": 1}
+        fixed |= {"criterion": "magnitude"} if self.kind == "low_rank" else {}
+        strange = [key for key, value in fixed.items() if getattr(self, key) != value]
+        if strange:
+            raise ValueError(f"kind {self.kind} makes the network smaller at once: leave out {strange[0]}")
+        if self.allocation not in ("uniform", "global"):
+            raise ValueError(f"kind {self.kind} knows the allocations uniform and global; got {self.allocation!r}")
 
 
 class Retraining(Strict):
@@ -176,6 +225,27 @@ class Retraining(Strict):
         if (self.epochs is None) == (self.share is None):
             raise ValueError("give either epochs or share (of the training's epochs), not both or neither")
         return self
+
+
+def _corruption(name: str) -> str:
+    if name not in CORRUPTIONS:
+        close = difflib.get_close_matches(name, CORRUPTIONS, n=1)
+        raise ValueError("no such corruption; " + (f"did you mean {close[0]!r}?" if close else ", ".join(CORRUPTIONS)))
+    return name
+
+
+class Corruptions(Strict):
+    """On which corruptions of the images that are measured on the final network is measured as well.
+
+    names: all of them if empty. strengths: those of CIFAR-10-C or of ImageNet-C. folder: where corrupted sets are kept
+    for other runs, or one that holds CIFAR-10-C; None makes them anew.
+    """
+
+    names: tuple[Annotated[str, AfterValidator(_corruption)], ...] = ()
+    severities: tuple[Annotated[int, Field(ge=1, le=5)], ...] = Field(default=(1, 2, 3, 4, 5), min_length=1)
+    strengths: Strengths = "cifar"
+    folder: str | None = None
+    seed: int = 0
 
 
 def methods() -> dict[str, Any]:
@@ -229,12 +299,19 @@ class ClassifierRecipe(Strict):
     prune: Pruning | None = None
     retrain: Retraining | None = None
     recalibrate: Share = 1.0
+    corruptions: Corruptions | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: Device = "auto"
     capture: Literal["auto"] | bool = "auto"
     compile: bool = False
     channels_last: Literal["auto"] | bool = "auto"
     out: str = "runs/train"
+
+    @model_serializer(mode="wrap")
+    def _lean(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `corruptions` where there are none, so that recipes older than the key keep their hashes."""
+        whole = handler(self)
+        return {key: value for key, value in whole.items() if key != "corruptions" or value is not None}
 
     @model_validator(mode="after")
     def _check(self) -> ClassifierRecipe:
@@ -245,13 +322,18 @@ class ClassifierRecipe(Strict):
         rewind = self.retrain.rewind if self.retrain is not None else None
         if rewind is not None and rewind not in self.train.snapshots:
             raise ValueError(f"retrain.rewind: epoch {rewind} is not kept; set train.snapshots: [{rewind}]")
+        if rewind is not None and self.prune is not None and self.prune.kind != "zeros":
+            raise ValueError("retrain.rewind: a network that became smaller has no earlier weights; leave it out")
+        if self.capture is True and not self.train.capturable:
+            raise ValueError("capture: true cannot record a nuclear step or penalty, which decompose; leave it out")
         _check_model(self.model)
         if Path(self.out).is_file():
             raise ValueError(f"out: {self.out!r} is a file; give a folder")
         return self
 
     def _check_during(self, prune: Pruning) -> None:
-        asked = [key for key in ("phases", "criterion", "allocation", "pattern") if key in prune.model_fields_set]
+        own = ("kind", "phases", "criterion", "allocation", "pattern")
+        asked = [key for key in own if key in prune.model_fields_set]
         changed = [key for key in asked if getattr(prune, key) != Pruning.model_fields[key].default]
         if changed:
             raise ValueError(f"prune.{changed[0]}: a method that prunes during training chooses itself; leave it out")
@@ -290,8 +372,9 @@ def load_classifier(path: Path | None, overrides: dict[str, Any] | None = None) 
 
 def dense_of(recipe: ClassifierRecipe) -> ClassifierRecipe:
     """The recipe of the dense training that a pruned network starts from."""
-    plain = {"during": None, "prune": None, "retrain": None, "recalibrate": 1.0}
-    return recipe.model_copy(update=plain)
+    plain = {"during": None, "prune": None, "retrain": None, "recalibrate": 1.0, "corruptions": None}
+    own = {name: getattr(recipe, name) for name in ClassifierRecipe.model_fields}  # a soup's recipe has more
+    return ClassifierRecipe.model_construct(None, **(own | plain))
 
 
 def dense_key(recipe: ClassifierRecipe) -> str:

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from prunus.compiled import compile_blocks_
-from prunus.images import Augment, ImageBatches, Images, plain_batches, read_images
+from prunus.images import (
+    CORRUPTIONS,
+    Augment,
+    ImageBatches,
+    Images,
+    check_corruptions,
+    plain_batches,
+    read_images,
+)
 from prunus.models import build_model
 from prunus.precision import Precision
 from prunus.run.vision.recipe import ClassifierRecipe, ImageSource
@@ -30,17 +38,21 @@ _sets: dict[tuple[Any, ...], ImageSets] = {}
 
 @dataclass(frozen=True)
 class ImageSets:
-    """What is trained on and what is measured on, on the device; mean and std (C,) of the former's pixels / 255."""
+    """What is trained on and what is measured on, on the device; mean and std (C,) of the former's pixels / 255.
+
+    held: training images that were held out, None when all are trained on.
+    """
 
     train: Images
     measured: Images
     mean: Tensor
     std: Tensor
+    held: Images | None = None
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A recipe with its device, its precision and its images."""
+    """A recipe with its device, its precision and its images; order: a seed of the training images' order alone."""
 
     recipe: ClassifierRecipe
     device: torch.device
@@ -48,12 +60,14 @@ class Setting:
     capture: bool
     channels_last: bool
     sets: ImageSets
+    order: int | None = None
 
     @classmethod
     def of(cls, recipe: ClassifierRecipe) -> Setting:
         """The setting of a recipe; "auto" is the first GPU with bf16, CUDA graphs and channels-last, else the CPU.
 
-        Raises ValueError for a GPU that is not there, and for images that cannot be read or are fewer than a batch.
+        Raises ValueError for a GPU that is not there, and for images that cannot be read, corrupted as asked for, or
+        are fewer than a batch; ImportError for a package that corruptions need.
         """
         device = _device(recipe.device)
         cuda = device.type == "cuda"
@@ -64,8 +78,12 @@ class Setting:
             raise ValueError(
                 f"train.batch_size: {recipe.train.batch_size} is more than the {len(sets.train)} training images"
             )
+        asked = recipe.corruptions
+        if asked is not None:
+            size = tuple(sets.measured.pixels.shape[1:])
+            check_corruptions(asked.names or CORRUPTIONS, asked.severities, strengths=asked.strengths, size=size)
         precision: Precision = ("bf16" if cuda else "fp32") if recipe.precision == "auto" else recipe.precision
-        capture = cuda if recipe.capture == "auto" else recipe.capture
+        capture = cuda and recipe.train.capturable if recipe.capture == "auto" else recipe.capture
         channels_last = cuda if recipe.channels_last == "auto" else recipe.channels_last
         return cls(recipe, device, precision, capture, channels_last, sets)
 
@@ -107,6 +125,7 @@ class Setting:
             self.sets.train,
             batch_size=asked.batch_size,
             seed=self.recipe.seed + 1_000_003 * part,
+            order_seed=None if self.order is None else self.order + 1_000_003 * part,
             augment=Augment(crop=asked.augment.crop, flip=asked.augment.flip, cutout=asked.augment.cutout),
             mean=self.sets.mean,
             std=self.sets.std,
@@ -116,6 +135,11 @@ class Setting:
     def measured(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches that are measured on, in order and without augmentation."""
         return self._plain(self.sets.measured)
+
+    def held(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of held-out images, by which soups are chosen, in order and without augmentation."""
+        assert self.sets.held is not None, "the recipe holds no images out"
+        return self._plain(self.sets.held)
 
     def training(self, share: float) -> Iterator[tuple[Tensor, Tensor]]:
         """A share of the training images, without augmentation: the first ones, as the source orders them."""
@@ -143,17 +167,17 @@ def _device(name: str) -> torch.device:
 
 
 def _image_sets(asked: ImageSource, device: torch.device) -> ImageSets:
-    held_out = asked.validation if asked.measure_on == "validation" else None
-    key = (asked.source, held_out, str(device))
+    held_out = asked.validation if asked.measure_on != "test" else None
+    key = (asked.source, held_out, asked.measure_on, str(device))
     with _lock:
         if key not in _sets:
-            train = _images(asked.source, "train")
-            if held_out is None:
-                measured = _images(asked.source, "test")
-            else:
-                train, measured = train.split(held_out, SPLIT_SEED)
+            train, held = _images(asked.source, "train"), None
+            if held_out is not None:
+                train, held = train.split(held_out, SPLIT_SEED)
+            measured = held if held is not None and asked.measure_on == "validation" else _images(asked.source, "test")
             mean, std = train.statistics()
-            _sets[key] = ImageSets(train.to(device), measured.to(device), mean.to(device), std.to(device))
+            moved = (train.to(device), measured.to(device), mean.to(device), std.to(device))
+            _sets[key] = ImageSets(*moved, None if held is None else held.to(device))
             if device.type == "cuda":  # other threads read them on streams of their own
                 torch.cuda.synchronize(device)
         return _sets[key]

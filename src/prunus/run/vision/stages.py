@@ -17,24 +17,30 @@ from prunus import patterns, scores
 from prunus.allocations import Allocation, erk, global_, lamp, uniform, uniform_plus
 from prunus.batchnorm import recalibrate_
 from prunus.capture import alone
+from prunus.constrained import KeptGradients
 from prunus.during import During
 from prunus.ema import Ema
-from prunus.evaluate.accuracy import accuracy
+from prunus.evaluate.accuracy import Accuracy, accuracy
+from prunus.evaluate.corruptions import corrupted_accuracy
 from prunus.evaluate.cost import Cost, _own_flops
+from prunus.images import CORRUPTIONS, Images
 from prunus.layers import View, find_layers
 from prunus.lr import Multiplier, constant, cosine, exponential, linear, multistep, one_cycle
 from prunus.masks import Masks
 from prunus.prune import prune
-from prunus.run.vision.recipe import Pruning
+from prunus.run.vision.optimizers import make_optimizer, make_penalty
+from prunus.run.vision.recipe import Corruptions, Pruning
 from prunus.run.vision.setting import Setting
 from prunus.train import Trace, classification_loss, train
 
 __all__ = [
     "OnStep",
+    "corrupted",
     "cost_of",
     "fit",
     "has_batchnorm",
     "measure",
+    "measure_held",
     "operations",
     "recalibrate",
     "schedule",
@@ -76,15 +82,25 @@ def fit(
     checkpoint: Path | None = None,
     on_step: OnStep | None = None,
 ) -> Trace:
-    """Train in place by SGD; part as in `Setting.batches`. A running mean, if asked for, ends up in the model."""
+    """Train in place; part as in `Setting.batches`. A running mean, if asked for, ends up in the model.
+
+    Retraining (part > 0) stays in the feasible sets of Frank-Wolfe, but is without proximal steps and penalty: what
+    they were to bring about is there. A network that has become smaller (no masks) no longer fits those sets.
+    """
     asked = setting.recipe.train
-    optimizer = torch.optim.SGD(
-        model.parameters(),
+    choice, methods = asked.optimizer, [*during, *(make_penalty(model, asked.penalty) if part == 0 else [])]
+    if part > 0 and choice is not None and (choice.prox is not None or (choice.sfw is not None and masks is None)):
+        choice = None
+    if masks is not None and choice is not None and choice.sfw is not None:
+        methods.append(KeptGradients(masks))
+    optimizer = make_optimizer(
+        model,
+        choice,
         lr=lr or asked.lr,
         momentum=asked.momentum,
         nesterov=asked.nesterov,
         weight_decay=asked.weight_decay,
-        fused=setting.device.type == "cuda",
+        reference=setting.new_model,
     )
     mean = [Ema(asked.ema)] if asked.ema is not None else []
     trace = train(
@@ -95,7 +111,7 @@ def fit(
         steps=steps,
         loss=classification_loss(asked.label_smoothing),
         masks=masks,
-        during=[*during, *mean],
+        during=[*methods, *mean],
         epoch_steps=setting.epoch_steps,
         views=views,
         precision=setting.precision,
@@ -115,6 +131,39 @@ def measure(model: nn.Module, setting: Setting) -> dict[str, Any]:
     """Accuracy and its companions (shares in [0, 1]) on what the recipe measures on."""
     with alone():
         return asdict(accuracy(model, setting.measured(), precision=setting.precision))
+
+
+def measure_held(model: nn.Module, setting: Setting) -> dict[str, Any]:
+    """The same on the images that the recipe holds out, by which soups are chosen."""
+    with alone():
+        return asdict(accuracy(model, setting.held(), precision=setting.precision))
+
+
+def corrupted(
+    model: nn.Module, setting: Setting, asked: Corruptions, on_set: Callable[[], None] | None = None
+) -> dict[str, Any]:
+    """Means of what `measure` finds over all corrupted sets, by severity and by corruption, and each set's own."""
+
+    def measured(images: Images) -> Accuracy:
+        with alone():
+            return accuracy(model, setting._plain(images), precision=setting.precision)
+
+    found = corrupted_accuracy(
+        setting.sets.measured,
+        measured,
+        asked.names or CORRUPTIONS,
+        asked.severities,
+        seed=asked.seed,
+        strengths=asked.strengths,
+        folder=Path(asked.folder).expanduser() if asked.folder is not None else None,
+        on_set=on_set,
+    )
+    return {
+        "mean": found.mean(),
+        "by_severity": {str(severity): found.mean(severity=severity) for severity in asked.severities},
+        "by_name": {name: found.mean(name=name) for name in found.sets},
+        "sets": {name: {str(k): asdict(each) for k, each in row.items()} for name, row in found.sets.items()},
+    }
 
 
 def recalibrate(model: nn.Module, setting: Setting) -> None:

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prunus.evaluate.corruptions import MEASURES
 from prunus.files import write_text
+from prunus.images import CORRUPTIONS
 from prunus.report import markdown_table, plot_accuracy
 from prunus.run.kinds import Result
 from prunus.run.spread import mean_and_std, spread
@@ -21,9 +23,21 @@ __all__ = ["METRICS", "across", "row", "write"]
 
 PERCENT = ("accuracy", "top5", "worst_class", "calibration_error", "maximum_calibration_error", "sparsity", "reached")
 STAGES = ("dense", "pruned", "recalibrated", "retrained")
-NUMBERS = ("loss", "speedup", "nonzero", "weight_change", "epochs", "steps", "seconds", "images_per_second")
+COSTS = ("speedup", "parameters", "nonzero")
+NUMBERS = ("loss", *COSTS, "weight_change", "epochs", "steps", "seconds", "images_per_second")
 LAST_PHASE = ("distance", "share", "initial_lr")
-METRICS = (*PERCENT, *STAGES, *NUMBERS, *LAST_PHASE)
+# What stands beside a soup, by the names of its rows.
+SOUPS = (
+    *("mean_member", "best_member", "ensemble", "uniform", "greedy", "learned", "imp", "longer", "swa", "reprune"),
+    *("dense_soup", "dense_soup_pruned", "dense_soup_retrained"),
+)
+CORRUPTED = {  # column -> where it stands under `corrupted` in a result
+    **{f"corrupted.{'accuracy' if name == 'top1' else name}": ("mean", name) for name in MEASURES},
+    **{f"corrupted.severity_{severity}": ("by_severity", str(severity), "top1") for severity in range(1, 6)},
+    **{f"corrupted.{name}": ("by_name", name, "top1") for name in CORRUPTIONS},
+}
+METRICS = (*PERCENT, *STAGES, *NUMBERS, *LAST_PHASE, *SOUPS, *CORRUPTED)
+SHARES = {*PERCENT, *STAGES, *SOUPS, *CORRUPTED} - {"corrupted.loss"}
 
 
 def row(results: Sequence[Result]) -> dict[str, Any]:
@@ -54,13 +68,19 @@ def _value(result: Result, name: str) -> float | None:
     """A number of a result, in percent where it is a share that people read so."""
     if name in STAGES:
         value = result["stages"].get(name, {}).get("top1")
+    elif name in SOUPS:
+        value = result.get("soup", {}).get(name)
     elif name in LAST_PHASE:
         value = result["phases"][-1].get(name) if result["phases"] else None
+    elif name in CORRUPTED:
+        value = result.get("corrupted")
+        for key in CORRUPTED[name]:
+            value = None if value is None else value.get(key)
     else:
         value = result.get(name)
     if value is None:
         return None
-    return 100 * float(value) if name in PERCENT or name in STAGES else float(value)
+    return 100 * float(value) if name in SHARES else float(value)
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, float | None] | None:
@@ -94,7 +114,7 @@ def _details(grid: Grid, rows: Sequence[Mapping[str, Any]]) -> str:
         for name in ("accuracy", *grid.show.columns):
             number = found["metrics"].get(name)
             column = f"{name}, measured" if name in grid.axes else name
-            line[column] = None if number is None else spread(number) if name in (*PERCENT, *STAGES) else number["mean"]
+            line[column] = None if number is None else spread(number) if name in SHARES else number["mean"]
         shown.append(line)
     return f"### All cells\n\n{markdown_table(shown)}"
 

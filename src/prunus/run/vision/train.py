@@ -25,6 +25,7 @@ from prunus.during import During, Plan
 from prunus.evaluate.cost import Energy
 from prunus.export.folder import FORMAT, INFO_NAME, MASKS_NAME
 from prunus.files import write_json, write_text
+from prunus.masks import Masks
 from prunus.report import append_metrics, plot_run, progress, read_metrics
 from prunus.run.recipe import digest, merge, parse, read_yaml
 from prunus.run.vision import stages
@@ -33,7 +34,7 @@ from prunus.run.vision.experiment import Outcome, experiment
 from prunus.run.vision.recipe import ClassifierRecipe, dense_key
 from prunus.run.vision.setting import Setting
 
-__all__ = ["prune_run", "pruning_of", "train_run"]
+__all__ = ["begin", "begun", "describe", "prune_run", "pruning_of", "train_run"]
 
 _RATES = 400  # learning rates in a picture
 
@@ -44,18 +45,10 @@ def train_run(recipe: ClassifierRecipe, *, dense: Path | None = None) -> dict[st
     dense: a folder with a finished dense training to start from; `out/dense` if left out.
     Raises ValueError when `out` holds another recipe's run, and for images or a device that are not there.
     """
-    out, key = Path(recipe.out), digest(recipe.model_dump(mode="json", exclude={"out"}))
-    finished = out / "result.json"
-    if finished.exists():
-        found = json.loads(finished.read_text(encoding="utf-8"))
-        if found.get("key") != key:
-            raise ValueError(f"out: {out} holds the result of another recipe; give another folder, or delete it")
+    out, key, found = begun(recipe)
+    if found is not None:
         return found
-    _check_work(out, key)
-    setting = Setting.of(recipe)
-    setting.new_model()  # a wrong name is refused before anything is written
-    write_text(out / "work" / "key", key)
-    write_text(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    setting = begin(recipe, key)
     with Energy() as energy:
         outcome = experiment(
             setting,
@@ -67,6 +60,31 @@ def train_run(recipe: ClassifierRecipe, *, dense: Path | None = None) -> dict[st
     result = {"key": key, "model": recipe.model, "device": setting.name, **outcome.result, "joules": energy.joules}
     _write(out, recipe, outcome, result, dense or out / "dense")
     return result
+
+
+def begun(recipe: ClassifierRecipe) -> tuple[Path, str, dict[str, Any] | None]:
+    """The folder of a run, the hash of its recipe, and its result if it is finished.
+
+    Raises ValueError when the folder holds another recipe's run, finished or not.
+    """
+    out, key = Path(recipe.out), digest(recipe.model_dump(mode="json", exclude={"out"}))
+    finished = out / "result.json"
+    if finished.exists():
+        found = json.loads(finished.read_text(encoding="utf-8"))
+        if found.get("key") != key:
+            raise ValueError(f"out: {out} holds the result of another recipe; give another folder, or delete it")
+        return out, key, found
+    _check_work(out, key)
+    return out, key, None
+
+
+def begin(recipe: ClassifierRecipe, key: str) -> Setting:
+    """The setting of a run whose folder is begun: what cannot be run is refused before anything is written."""
+    setting = Setting.of(recipe)
+    setting.new_model()
+    write_text(Path(recipe.out) / "work" / "key", key)
+    write_text(Path(recipe.out) / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    return setting
 
 
 def pruning_of(run: Path, overrides: Mapping[str, Any], out: Path | None = None) -> ClassifierRecipe:
@@ -148,16 +166,11 @@ def _write(out: Path, recipe: ClassifierRecipe, outcome: Outcome, result: dict[s
     """The network, its masks, its description, the picture; the result last, because it says that all is there."""
     for stage, found in result["stages"].items():
         append_metrics(out / "metrics.jsonl", {"stage": stage, **found})
+    if "corrupted" in result:
+        append_metrics(out / "metrics.jsonl", {"stage": "corrupted", **result["corrupted"]["mean"]})
     for found in result["phases"]:
         append_metrics(out / "metrics.jsonl", {"stage": "phase", **found})
-    write_state(out / "model.safetensors", outcome.model)
-    if outcome.masks is not None:
-        outcome.masks.save(out / MASKS_NAME)
-    numbers = {key: value for key, value in result.items() if key not in ("key", "by_layer")}
-    versions = {"prunus": __version__, "torch": torch.__version__}
-    info = {"format": FORMAT, "recipe": recipe.model_dump(mode="json"), "metrics": numbers, "versions": versions}
-    kept = {"masks": MASKS_NAME if outcome.masks is not None else None}
-    write_json(out / INFO_NAME, info | kept | {"sparsity": {"layers": result.get("by_layer", {})}})
+    describe(out, recipe, outcome.model, outcome.masks, result)
     trace = outcome.trace or _trace(dense)
     shown = {name: 100 * found["top1"] for name, found in result["stages"].items()}
     plot_run(trace.get("losses", []), shown, out / "report.png", rates=_rates(trace), title=recipe.model)
@@ -168,6 +181,20 @@ def _write(out: Path, recipe: ClassifierRecipe, outcome: Outcome, result: dict[s
 def _trace(dense: Path) -> dict[str, Any]:
     path = dense / "trace.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def describe(
+    out: Path, recipe: ClassifierRecipe, model: nn.Module, masks: Masks | None, result: Mapping[str, Any]
+) -> None:
+    """Write a network, its masks if it has any, and what it is: model.safetensors, masks.safetensors, prunus.json."""
+    write_state(out / "model.safetensors", model)
+    if masks is not None:
+        masks.save(out / MASKS_NAME)
+    numbers = {key: value for key, value in result.items() if key not in ("key", "by_layer")}
+    versions = {"prunus": __version__, "torch": torch.__version__}
+    info = {"format": FORMAT, "recipe": recipe.model_dump(mode="json"), "metrics": numbers, "versions": versions}
+    kept = {"masks": MASKS_NAME if masks is not None else None}
+    write_json(out / INFO_NAME, info | kept | {"sparsity": {"layers": result.get("by_layer", {})}})
 
 
 def _rates(trace: Mapping[str, Any]) -> list[float]:

@@ -1,0 +1,318 @@
+"""30 billion parameters on one GPU: load, prune, retrain, merge, save; then SparseGPT block by block, resumable.
+
+    python benchmarks/thirty_billion.py --folder /scratch/opt-30b              # OPT-30B's shape, bf16, one 80 GB GPU
+    python benchmarks/thirty_billion.py --folder /tmp/tiny --scale 0.01        # tiny, on a CPU in seconds
+    python benchmarks/thirty_billion.py --folder F --stages load,prune,save     # some stages, of a checkpoint there
+
+The weights are random, drawn on the device and written shard by shard as any checkpoint is; real ones load the same
+way. Stages: make (the checkpoint, kept if it is there), load, prune (Wanda, half of each row, 128 windows), norms
+(biases and norms, 100 steps of 2 windows), masklora (the same, MaskLoRA of rank 16; both end with merging), save;
+sparsegpt (again from the checkpoint, `--blocks` of them, each written to the work folder when it is done, so that a
+repeated call goes on). Windows have 2,048 tokens; activations are recomputed in backward.
+
+The budget of an 80 GB card (85 GB in 10^9 bytes), on paper:
+
+    weights 60.0 | windows between blocks 3.8 | or, when retraining: 2.8 kept for recomputing, 2 for one block,
+    logits of a chunk 0.4, packed masks 3.7, adapters with Adam 1.6
+
+and of the host: one shard's pages while loading, bool masks 29.6, what is being written. What would not fit, and is
+therefore avoided: bool masks on the card (29.6), logits in full (4 x 0.8), a second copy of the model (60).
+A folder's disk must hold the checkpoint (60 GB). If it cannot hold the saved model as well, the checkpoint is deleted
+before saving (`--keep` forbids that); `--work` puts SparseGPT's finished blocks (64 GB) on another disk or in /dev/shm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor
+from transformers import AutoConfig, OPTConfig, OPTForCausalLM
+
+from prunus.adapt import adapt
+from prunus.data import PackedTokens
+from prunus.export import save_tensors
+from prunus.export.shards import ShardWriter
+from prunus.files import write_json
+from prunus.layers import find_layers
+from prunus.lr import linear_warmup_decay
+from prunus.masks import Masks
+from prunus.patterns import Unstructured
+from prunus.prepared import recomputed
+from prunus.scores import wanda
+from prunus.solvers import by_score, sparsegpt
+from prunus.sources import Shards
+from prunus.stream import BlockReport, stream
+from prunus.train import train
+from prunus.work import Work
+
+STAGES = ("make", "load", "prune", "norms", "masklora", "save", "sparsegpt")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the table: wall time and the peaks while it ran; the GPU's is None without one."""
+
+    name: str
+    seconds: float
+    gpu_bytes: int | None
+    host_bytes: int
+    note: str = ""
+
+
+class Meter:
+    """Times stages and takes their peak memory: the GPU's allocator, and this process's own resident pages."""
+
+    def __init__(self, device: torch.device, path: Path | None) -> None:
+        self.device, self.path, self.rows = device, path, list[Stage]()
+
+    @contextmanager
+    def stage(self, name: str) -> Generator[list[str]]:
+        """Context of one stage; what is appended to the list is its note."""
+        cuda, notes = self.device.type == "cuda", list[str]()
+        if cuda:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        with _resident() as host:
+            started = time.perf_counter()
+            yield notes
+            if cuda:
+                torch.cuda.synchronize(self.device)
+            seconds = time.perf_counter() - started
+        gpu = torch.cuda.max_memory_allocated(self.device) if cuda else None
+        self.rows.append(Stage(name, seconds, gpu, host[0], "; ".join(notes)))
+        sys.stdout.write(f"{_line(self.rows[-1])}\n")
+        sys.stdout.flush()
+        if self.path is not None:
+            write_json(self.path, [asdict(row) for row in self.rows])
+
+
+@contextmanager
+def _resident() -> Generator[list[int]]:
+    """The most memory of this process meanwhile, looked at ten times a second; pages of files are the system's."""
+    peak, stop = [_anonymous()], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.1):
+            peak[0] = max(peak[0], _anonymous())
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _anonymous() -> int:
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        sizes = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssShmem"))}
+        return 1024 * sum(sizes.values())
+    except (OSError, ValueError):
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def shape(scale: float) -> OPTConfig:
+    """OPT-30B, every size times `scale` but at least tiny."""
+
+    def sized(number: int, multiple: int) -> int:
+        return max(1, round(number * scale / multiple)) * multiple
+
+    heads = sized(56, 1)
+    width = heads * 128 if scale == 1 else heads * max(8, sized(128, 8))
+    return OPTConfig(
+        vocab_size=sized(50272, 16), hidden_size=width, ffn_dim=4 * width, num_hidden_layers=max(2, sized(48, 1)),
+        num_attention_heads=heads, word_embed_proj_dim=width, max_position_embeddings=max(32, sized(2048, 8)),
+        dtype="bfloat16", dropout=0.0,
+    )  # fmt: skip
+
+
+def build_empty(config: Any) -> OPTForCausalLM:
+    """The model without weights."""
+    with init_empty_weights(include_buffers=False):
+        model = OPTForCausalLM(config).to(torch.bfloat16)
+    model.tie_weights()
+    return model.eval()
+
+
+def make(folder: Path, config: OPTConfig, device: torch.device, seed: int) -> None:
+    """A checkpoint of random weights, drawn on the device one after another and written while the next is drawn."""
+    generator = torch.Generator(device).manual_seed(seed)
+    with ShardWriter(folder) as writer:
+        for name, parameter in build_empty(config).named_parameters():
+            value = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
+            if parameter.ndim > 1:
+                value.normal_(0, config.init_std, generator=generator)
+            else:
+                value.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            writer.write(name, value)
+    config.save_pretrained(folder)
+
+
+def load(folder: Path, device: torch.device) -> OPTForCausalLM:
+    """The checkpoint's model, its weights read straight to the device."""
+    place = {} if device.type == "cpu" else {"device_map": {"": device}}
+    return OPTForCausalLM.from_pretrained(folder, dtype="auto", **place).eval()
+
+
+def retrain(model: OPTForCausalLM, masks: Masks, kinds: list[str], args: argparse.Namespace, notes: list[str]) -> None:
+    """Train the subsets on random tokens with recomputed activations, and merge."""
+    views = [view for view in find_layers(model) if view.parameter in masks]
+    adaptation = adapt(model, kinds, masks=masks, views=views, rank=16)
+    packed = PackedTokens(_tokens(model.config, 64, args.seed + 1).flatten(), model.config.max_position_embeddings)
+    optimizer = torch.optim.AdamW(adaptation.param_groups(1e-4), weight_decay=0.0)
+    with recomputed(model):
+        trace = train(
+            model, lambda step: packed.at(step, batch=2, seed=args.seed), optimizer, linear_warmup_decay(args.steps),
+            steps=args.steps, precision="bf16", clip=1.0,
+        )  # fmt: skip
+    model.eval()
+    adaptation.merge_()
+    masks.check(model)
+    notes.append(f"{adaptation.trainable / 1e6:.1f} M values, {trace.tokens / trace.seconds:,.0f} tokens/s")
+    notes.append(f"loss {trace.losses[0]:.3f} to {trace.losses[-1]:.3f}")
+
+
+def save(model: OPTForCausalLM, masks: Masks, folder: Path, args: argparse.Namespace, notes: list[str]) -> None:
+    """The pruned model as a folder, tensor by tensor from the device."""
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    small = args.folder / "config"
+    small.mkdir(exist_ok=True)
+    shutil.copyfile(args.folder / "model" / "config.json", small / "config.json")
+    needed = size + masks_bytes(masks) + 5e9 * args.scale  # a shard twice while it is closed
+    if shutil.disk_usage(args.folder).free < needed and not args.keep:
+        shutil.rmtree(args.folder / "model")
+        notes.append("checkpoint deleted to make room")
+    saved = save_tensors(_stored(model), None, folder, masks=masks, info={}, source=small)
+    notes.append(f"{saved.weight_bytes / 1e9:.2f} GB of weights")
+
+
+def masks_bytes(masks: Masks) -> int:
+    """What they take, packed."""
+    return sum(mask.numel() for mask in masks.values()) // 8
+
+
+def _stored(model: OPTForCausalLM) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+
+
+def solve(args: argparse.Namespace, device: torch.device, notes: list[str]) -> None:
+    """SparseGPT of the checkpoint's first `--blocks` blocks: read, solved and written one by one."""
+    model = build_empty(AutoConfig.from_pretrained(args.folder / "model"))
+    layers = model.model.decoder.layers
+    if args.blocks is not None and args.blocks < len(layers):
+        del layers[args.blocks :]
+    work = Work(args.work or args.folder / "work", f"sparsegpt-{args.seed}-{args.scale}").open()
+    done = sum(work.has(f"model.decoder.layers.{index}") for index in range(len(layers)))
+    reports = list[BlockReport]()
+    stream(
+        model, sparsegpt(), Unstructured("layer"), 0.5, tokens=_tokens(model.config, args.samples, args.seed),
+        source=Shards(model, args.folder / "model").check(), work=work, device=device, batch_size=args.batch,
+        precision="bf16", on_block=reports.append,
+    )  # fmt: skip
+    solved = [report.seconds for report in reports[done:]]
+    notes.append(f"{len(solved)} blocks solved, {done} found finished")
+    if solved:
+        mean = sum(solved) / len(solved)
+        notes.append(f"{mean:.2f} s a block, {48 * mean:.0f} s for 48" if args.scale == 1 else f"{mean:.2f} s a block")
+
+
+def _tokens(config: Any, samples: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(4, config.vocab_size, (samples, config.max_position_embeddings), generator=generator)
+
+
+def run(args: argparse.Namespace) -> list[Stage]:
+    """All stages that were asked for, in order."""
+    device = torch.device(args.device)
+    checkpoint, pruned = args.folder / "model", args.folder / "pruned"
+    meter = Meter(device, args.json)
+    wanted: Callable[[str], bool] = lambda name: name in args.stages  # noqa: E731
+    args.folder.mkdir(parents=True, exist_ok=True)
+    if wanted("make") and not (checkpoint / "config.json").exists():
+        with meter.stage("make") as notes:
+            make(checkpoint, shape(args.scale), device, args.seed)
+            notes.append(f"{sum(path.stat().st_size for path in checkpoint.glob('*.safetensors')) / 1e9:.2f} GB")
+    if wanted("sparsegpt") and args.first:
+        with meter.stage("sparsegpt") as notes:
+            solve(args, device, notes)
+    if wanted("load"):
+        with meter.stage("load"):
+            model = load(checkpoint, device)
+        if wanted("prune"):
+            with meter.stage("prune") as notes:
+                tokens = _tokens(model.config, args.samples, args.seed)
+                streamed = stream(
+                    model, by_score(wanda), Unstructured("row"), 0.5, tokens=tokens, gram=False, device=device,
+                    batch_size=args.batch, precision="bf16",
+                )  # fmt: skip
+                notes.append(f"sparsity {streamed.masks.sparsity:.4f}, {tokens.numel():,} tokens")
+            for name, kinds in (("norms", ["biases", "norms"]), ("masklora", ["mask_lora"])):
+                if wanted(name):
+                    with meter.stage(name) as notes:
+                        retrain(model, streamed.masks, kinds, args, notes)
+            if wanted("save"):
+                with meter.stage("save") as notes:
+                    save(model, streamed.masks, pruned, args, notes)
+            del streamed
+        del model
+    if wanted("sparsegpt") and not args.first:
+        with meter.stage("sparsegpt") as notes:
+            if (checkpoint / "config.json").exists():
+                solve(args, device, notes)
+            else:
+                notes.append("no checkpoint: it was deleted; give --first or more disk")
+    return meter.rows
+
+
+def _line(row: Stage) -> str:
+    gpu = "" if row.gpu_bytes is None else f"{row.gpu_bytes / 1e9:.2f} GB"
+    return f"| {row.name} | {row.seconds:.1f} s | {gpu} | {row.host_bytes / 1e9:.2f} GB | {row.note} |"
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command's arguments."""
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="where the checkpoint and the pruned model lie")
+    parser.add_argument("--work", type=Path, help="SparseGPT's finished blocks; by default in the folder")
+    parser.add_argument("--stages", default=",".join(STAGES), help="of " + ", ".join(STAGES))
+    parser.add_argument(
+        "--first", action="store_true", help="SparseGPT before the others, while the checkpoint is there"
+    )
+    parser.add_argument("--keep", action="store_true", help="never delete the checkpoint")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--scale", type=float, default=1.0 if cuda else 0.01, help="factor on every size of the model")
+    parser.add_argument("--samples", type=int, default=128, help="calibration windows")
+    parser.add_argument("--batch", type=int, default=4, help="windows that go through a block at once")
+    parser.add_argument("--steps", type=int, default=100, help="of each retraining")
+    parser.add_argument("--blocks", type=int, help="how many SparseGPT solves; all by default")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="file to which the rows are written as well")
+    args = parser.parse_args(argv)
+    args.stages = tuple(args.stages.split(","))
+    strange = [name for name in args.stages if name not in STAGES]
+    if strange:
+        parser.error(f"no stage {strange[0]!r}; they are {', '.join(STAGES)}")
+    return args
+
+
+if __name__ == "__main__":
+    arguments = parse()
+    sys.stdout.write("| stage | time | GPU, peak | host, peak | |\n| --- | --- | --- | --- | --- |\n")
+    times = {row.name: row.seconds for row in run(arguments)}
+    core = sum(seconds for name, seconds in times.items() if name not in ("make", "sparsegpt"))
+    sys.stdout.write(f"| load to save | {core:.1f} s | | | scale {arguments.scale:g} |\n")

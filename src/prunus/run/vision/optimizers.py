@@ -1,0 +1,240 @@
+"""What a classifier recipe may say of its optimizer, and the optimizers and penalties made of it.
+
+    train.optimizer   none: SGD    {sgd: {decoupled_decay: ..}}    {sfw: {set: k_support, k: 0.3, ..}}    {prox: {..}}
+    train.penalty     {groups: strength} or {nuclear: strength}, added to the loss
+
+Momentum and weight decay are those of the section `train`; parameters in a feasible set take no weight decay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, get_args
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+
+from prunus import sets
+from prunus.constrained import constrained_groups
+from prunus.during import During
+from prunus.frankwolfe import SFW
+from prunus.layers import View, find_layers
+from prunus.proximal import GroupLasso, NuclearNorm, ProximalSGD
+from prunus.run.recipe import Strict
+from prunus.sets.protocol import count_of
+
+__all__ = ["Decay", "FrankWolfe", "OptimizerChoice", "Pull", "Size", "make_optimizer", "make_penalty"]
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+WithK = Literal["k_support", "k_sparse", "group_k_support", "spectral_k_support", "spectral_k_sparse"]
+_WITH_K = get_args(WithK)
+_USUAL_K = 0.3
+
+
+class OneOf(Strict):
+    """A section in which exactly one key is given."""
+
+    @model_validator(mode="after")
+    def _check(self) -> OneOf:
+        if len(self.given) != 1:
+            known = ", ".join(type(self).model_fields)
+            raise ValueError(f"give exactly one of {known}; got {', '.join(self.given) or 'none'}")
+        return self
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The keys that are given, and their values."""
+        return {name: value for name, value in self if value is not None}
+
+
+class Size(OneOf):
+    """How large a set is: its `radius`, its L2 `diameter`, or `initial` times the norm of torch's initialisation."""
+
+    radius: Positive | None = None
+    diameter: Positive | None = None
+    initial: Positive | None = None
+
+    def made(self) -> sets.Radius | sets.Diameter | sets.Initial:
+        """The size as `sets` has it."""
+        ((name, value),) = self.given.items()
+        return {"radius": sets.Radius, "diameter": sets.Diameter, "initial": sets.Initial}[name](value)
+
+
+class FrankWolfe(Strict):
+    """Stochastic Frank-Wolfe: which set, how large, which parameters are in it, and what the others get.
+
+    k: a count (an integer) or a share (a float in (0, 1]), for sets with a K. p: of the set lp.
+    include, exclude: globs of layers; with them only the weights of those layers are in the set. Without, sets of
+    entries have every parameter, sets of groups and spectral ones the weights of Linear and convolution layers.
+    rest: the other parameters are in L2 balls of the same size ("l2"), or trained by SGD ("free").
+    norms: `size.initial` multiplies the norm that torch's initialisation has on average, or the one measured before
+    training. joint: one set over all. dampening: of the momentum. iterations: of the singular vectors, each step.
+    """
+
+    set: WithK | Literal["lp", "nuclear"] = "k_support"
+    k: int | float | None = None
+    p: Annotated[float, Field(ge=1)] | None = None
+    size: Size = Size(initial=10.0)
+    rescale: Literal["none", "diameter", "gradient", "fast_gradient"] = "fast_gradient"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    rest: Literal["l2", "free"] = "l2"
+    norms: Literal["expected", "measured"] = "expected"
+    joint: bool = False
+    dampening: Annotated[float, Field(ge=0, le=1)] = 0.0
+    iterations: Annotated[int, Field(ge=1)] = 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _implied(cls, value: Any) -> Any:
+        """K and p have usual values in the sets that take them."""
+        if not isinstance(value, dict):
+            return value
+        name = value.get("set", "k_support")
+        if name in _WITH_K and value.get("k") is None:
+            return {**value, "k": _USUAL_K}
+        return {**value, "p": 2.0} if name == "lp" and value.get("p") is None else value
+
+    @model_validator(mode="after")
+    def _check(self) -> FrankWolfe:
+        if self.k is not None and self.set not in _WITH_K:
+            raise ValueError(f"k: the set {self.set} has no K; leave k out, or use one of {', '.join(_WITH_K)}")
+        if self.p is not None and self.set != "lp":
+            raise ValueError(f"p: the set {self.set} takes no p; leave it out, or use set: lp")
+        if self.k is not None:
+            count_of(self.k, 1)
+        return self
+
+    def ball(self) -> sets.Ball:
+        """The set, of radius 1."""
+        if self.set == "lp":
+            return sets.lp(self.p or 2.0)
+        if self.set == "nuclear":
+            return sets.nuclear()
+        made: dict[str, Callable[[int | float], sets.Ball]] = {name: getattr(sets, name) for name in _WITH_K}
+        return made[self.set](self.k or _USUAL_K)
+
+
+class Pull(Strict):
+    """A pull towards structure, of strength `groups` (filters, neurons) or `nuclear` (low rank), on prunable layers.
+
+    include, exclude: globs of layers, as for pruning.
+    """
+
+    groups: Positive | None = None
+    nuclear: Positive | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Pull:
+        if (self.groups is None) == (self.nuclear is None):
+            raise ValueError("give either groups or nuclear, with its strength")
+        return self
+
+    @property
+    def strength(self) -> float:
+        """The one strength that is given."""
+        return self.groups or self.nuclear or 0.0
+
+    def views(self, model: nn.Module) -> tuple[View, ...]:
+        """The layers that are pulled. Raises ValueError for a glob that matches none."""
+        return tuple(find_layers(model, include=self.include, exclude=self.exclude))
+
+
+class Decay(Strict):
+    """SGD with decoupled weight decay, w <- (1 - lr * decoupled_decay) w, beside or in place of train.weight_decay."""
+
+    decoupled_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+
+
+class OptimizerChoice(OneOf):
+    """One optimizer by name with its options."""
+
+    sgd: Decay | None = None
+    sfw: FrankWolfe | None = None
+    prox: Pull | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        """A name alone takes the options' defaults."""
+        if isinstance(value, str):
+            return {value: {}}
+        alone = isinstance(value, dict) and len(value) == 1
+        return {name: {} if part is None else part for name, part in value.items()} if alone else value
+
+
+def make_optimizer(
+    model: nn.Module,
+    choice: OptimizerChoice | None,
+    *,
+    lr: float,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+    reference: Callable[[], nn.Module],
+) -> torch.optim.Optimizer:
+    """The optimizer of a run, which a captured step may record where its arithmetic allows it.
+
+    reference: makes the untrained network, whose norms size the sets with norms "measured". Parameters outside their
+    sets are scaled down to the border. Raises ValueError for globs that match no layer.
+    """
+    shared: dict[str, Any] = {"lr": lr, "momentum": momentum}
+    cuda = next(model.parameters()).is_cuda
+    if choice is not None and choice.sfw is not None:
+        made = SFW(_groups(model, choice.sfw, weight_decay, reference), capturable=cuda, **_steps(choice.sfw), **shared)
+        made.start_()
+        return made
+    if choice is not None and choice.prox is not None:
+        return ProximalSGD(
+            _pulled(model, choice.prox),
+            proximal="nuclear" if choice.prox.nuclear else "groups",
+            strength=choice.prox.strength,
+            weight_decay=weight_decay,
+            capturable=cuda and not choice.prox.nuclear,
+            **shared,
+        )
+    if choice is not None and choice.sgd is not None and choice.sgd.decoupled_decay:
+        decay = choice.sgd.decoupled_decay
+        return SFW(model.parameters(), weight_decay=weight_decay, decoupled_decay=decay, capturable=cuda, **shared)
+    return torch.optim.SGD(model.parameters(), nesterov=nesterov, weight_decay=weight_decay, fused=cuda, **shared)
+
+
+def make_penalty(model: nn.Module, asked: Pull | None) -> list[During]:
+    """The penalty as a method that takes part in training; nothing if none is asked for."""
+    if asked is None:
+        return []
+    return [(NuclearNorm if asked.nuclear else GroupLasso)(asked.strength, asked.views(model))]
+
+
+def _steps(asked: FrankWolfe) -> dict[str, Any]:
+    return {"rescale": asked.rescale, "dampening": asked.dampening, "iterations": asked.iterations}
+
+
+def _groups(
+    model: nn.Module, asked: FrankWolfe, weight_decay: float, reference: Callable[[], nn.Module]
+) -> list[dict[str, Any]]:
+    """Parameter groups: those in sets, and those without, which alone take weight decay."""
+    only = None
+    if asked.include or asked.exclude:
+        only = {view.parameter for view in find_layers(model, include=asked.include, exclude=asked.exclude)}
+    sized = reference() if asked.norms == "measured" else model
+    groups = constrained_groups(
+        sized, asked.ball(), asked.size.made(), joint=asked.joint, rest=asked.rest, norms=asked.norms, only=only
+    )
+    names = {id(parameter): name for name, parameter in sized.named_parameters()}
+    own = dict(model.named_parameters())
+    for group in groups:
+        group["params"] = [own[names[id(parameter)]] for parameter in group["params"]]
+        group["weight_decay"] = weight_decay if group["constraint"] is None else 0.0
+    return groups
+
+
+def _pulled(model: nn.Module, asked: Pull) -> list[dict[str, Any]]:
+    """Parameter groups: the weights that are pulled, and the others."""
+    chosen = {view.parameter for view in asked.views(model)}
+    inside = [parameter for name, parameter in model.named_parameters() if name in chosen]
+    outside = [parameter for name, parameter in model.named_parameters() if name not in chosen]
+    return [{"params": inside}, *([{"params": outside, "strength": 0.0}] if outside else [])]

@@ -1,0 +1,71 @@
+"""What lies between the members of a soup: distances and angles, the loss along lines and over the plane of three."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from prunus.geometry import Line, Plane, distances, loss_line, loss_plane
+from prunus.run.vision import stages
+from prunus.run.vision.soups.begin import Begin
+from prunus.run.vision.soups.mixing import settle_
+
+__all__ = ["Between", "between"]
+
+log = logging.getLogger(__name__)
+State = Mapping[str, Tensor]
+_LINES = 3  # of those between the first members
+_SETTLED = 5000  # images, because there are a hundred points
+
+
+@dataclass(frozen=True)
+class Between:
+    """Distances between members, lines between the first of them by name, and the plane of three, if asked for."""
+
+    distances: dict[str, float]
+    lines: dict[str, Line]
+    plane: Plane | None
+
+    def numbers(self) -> dict[str, Any]:
+        """The same for result.json."""
+        lines = {
+            name: {"shares": line.shares.tolist(), "loss": line.values.tolist(), "barrier": line.barrier()}
+            for name, line in self.lines.items()
+        }
+        plane = None if self.plane is None else {name: value.tolist() for name, value in vars(self.plane).items()}
+        return {**self.distances, "lines": lines, "plane": plane}
+
+
+def between(begin: Begin, states: Sequence[State], names: Sequence[str], *, picture: bool) -> Between:
+    """What lies between members; names: the tensors that distances are taken over, the prunable ones.
+
+    Losses are those on what the recipe measures on, BatchNorm settled at every point on at most 5,000 images. picture:
+    whether the plane is measured too, which takes the most.
+    """
+    asked = begin.recipe.soup
+    share = min(begin.recipe.recalibrate, _SETTLED / len(begin.setting.sets.train))
+    setting = replace(begin.setting, recipe=begin.recipe.model_copy(update={"recalibrate": share}))
+
+    def loss(state: dict[str, Tensor]) -> float:
+        settle_(state, setting, begin.model)
+        try:
+            return float(stages.measure(begin.model, setting)["loss"])
+        except FloatingPointError:  # beyond the members weights may overflow; such points stay white
+            return float("nan")
+
+    pairs = list(itertools.combinations(range(len(states)), 2))[:_LINES]
+    shares = np.linspace(0, 1, asked.line).tolist()
+    lines = {f"{a + 1} to {b + 1}": loss_line(states[a], states[b], loss, shares) for a, b in pairs if asked.line}
+    plane = None
+    if picture and asked.plane and len(states) > 2:
+        try:
+            plane = loss_plane(states[0], states[1], states[2], loss, points=(asked.plane, asked.plane), names=names)
+        except ValueError as error:  # members on one line span none
+            log.warning("no plane: %s", error)
+    return Between(distances(states, names).summary(), lines, plane)

@@ -1,0 +1,204 @@
+"""`prunus sweep`: one finished dense training, many compression rates, kind by kind, measured right after pruning.
+
+    dense ─▶ kind x rate ─▶ [pruned, BatchNorm counted anew, (retrained)] ─▶ accuracy, parameters, operations, latency
+
+    out/sweep.json    everything      out/table.md, out/sweep.png    for people      out/points/    one file a point
+
+A killed sweep goes on: points that are finished are not repeated.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import nn
+
+from prunus.evaluate.latency import latency
+from prunus.files import write_json, write_text
+from prunus.report import markdown_table, plot_sweep, progress
+from prunus.run.recipe import digest
+from prunus.run.vision import stages
+from prunus.run.vision.dense import adopt
+from prunus.run.vision.experiment import experiment
+from prunus.run.vision.recipe import ClassifierRecipe, Kind, dense_of, load_classifier
+from prunus.run.vision.setting import Setting
+from prunus.run.vision.train import pruning_of
+
+__all__ = ["KINDS", "RATES", "Sweep", "rows_of", "sweep", "sweep_of"]
+
+KINDS: tuple[str, ...] = get_args(Kind)
+RATES = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is swept: a recipe for each point, kind by kind and then rate by rate, the dense folder, the output folder.
+
+    timed: images in a batch whose forward pass is timed.
+    """
+
+    points: tuple[ClassifierRecipe, ...]
+    dense: Path
+    out: Path
+    timed: int = 128
+
+
+def sweep_of(
+    source: Path,
+    *,
+    recipe: Path | None = None,
+    kinds: Sequence[str] = KINDS,
+    rates: Sequence[float] = RATES,
+    retrain: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    out: Path | None = None,
+    timed: int = 128,
+) -> Sweep:
+    """The sweep of a finished run's dense network, or of a state dict in a file, which needs the recipe of its network.
+
+    kinds, rates: what becomes of the network, and how much of it goes. retrain: a section of the recipe; none is done
+    without. overrides: dotted keys of the points' recipes. A state dict is written to `out` as a dense training.
+    Raises FileNotFoundError or ValueError for a source that is none, and for kinds, rates and keys that make no sense.
+    """
+    strange = [kind for kind in kinds if kind not in KINDS]
+    if strange:
+        raise ValueError(f"kinds: there is no {strange[0]!r}; there are {', '.join(KINDS)}")
+    if not kinds or not rates or timed < 1:
+        raise ValueError(f"a sweep needs a kind, a rate and an image to time; got {kinds=}, {rates=}, images={timed}")
+    retrain = retrain or None
+    changes = [
+        {"prune": {"kind": kind, "sparsity": rate}, "retrain": retrain, **(overrides or {})}
+        for kind in kinds
+        for rate in rates
+    ]
+    if source.is_dir():
+        out = out or source / "sweep"
+        points = tuple(pruning_of(source, change, out) for change in changes)
+        return Sweep(points, source / "dense", out, timed)
+    if recipe is None or not source.is_file():
+        found = "needs --recipe, which says what network it is of" if source.is_file() else "is not there"
+        raise ValueError(f"{source} {found}; give the folder of a finished run, or a state dict and its recipe")
+    out = out or source.with_suffix("") / "sweep"
+    points = tuple(load_classifier(recipe, {"during": None, **change, "out": str(out)}) for change in changes)
+    adopt(Setting.of(dense_of(points[0])), source, out / "dense")
+    return Sweep(points, out / "dense", out, timed)
+
+
+def sweep(asked: Sweep) -> dict[str, Any]:
+    """Everything measured, as `out/sweep.json` holds it; tables and pictures are written too.
+
+    Raises ValueError for images or devices that are not there, and for a dense folder of another training.
+    """
+    setting = Setting.of(asked.points[0])
+    reference = _dense(asked, setting)
+    found: list[dict[str, Any]] = []
+    with progress("sweep", len(asked.points)) as advance:
+        for recipe in asked.points:
+            found.append(_point(asked, recipe))
+            advance(1)
+    result = {
+        "model": setting.recipe.model,
+        "measured_on": setting.recipe.images.measure_on,
+        "device": setting.name,
+        "threads": torch.get_num_threads(),
+        "timed_images": asked.timed,
+        "dense": reference,
+        "points": found,
+    }
+    write_json(asked.out / "sweep.json", result)
+    write_text(asked.out / "table.md", markdown_table(rows_of(result)))
+    plot_sweep(result, asked.out / "sweep.png")
+    shutil.rmtree(asked.out / "work", ignore_errors=True)
+    return result
+
+
+def rows_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the table: the dense network, then every point. Accuracies in percent, latencies in milliseconds."""
+    stages_seen = list(dict.fromkeys(name for point in result["points"] for name in point["stages"] if name != "dense"))
+    shown = {"pruned": result["dense"]["stages"]["dense"]}
+    dense = {**result["dense"], "kind": "dense", "rate": 0.0, "stages": shown}
+    return [_row(found, stages_seen) for found in (dense, *result["points"])]
+
+
+def _row(found: Mapping[str, Any], stages_seen: Sequence[str]) -> dict[str, Any]:
+    measured = {name: found["stages"].get(name) for name in stages_seen}
+    return {
+        "kind": found["kind"],
+        "rate": f"{100 * found['rate']:g} %",
+        **{name: None if each is None else f"{100 * each['top1']:.2f}" for name, each in measured.items()},
+        "parameters": found["parameters"],
+        "nonzero": found["nonzero"],
+        "Mflop": found["sparse_flops"] / 1e6,
+        **{f"{device}, ms": 1000 * seconds for device, seconds in found["latency"].items()},
+    }
+
+
+_COUNTED = ("dense_flops", "sparse_flops", "speedup", "parameters", "nonzero", "sparsity")
+
+
+def _dense(asked: Sweep, setting: Setting) -> dict[str, Any]:
+    """The dense network's numbers; measured where `experiment` finds it, timed here."""
+    plain = setting.recipe.model_copy(update={"prune": None, "retrain": None})
+    return _kept(asked, "dense", plain, {})
+
+
+def _point(asked: Sweep, recipe: ClassifierRecipe) -> dict[str, Any]:
+    assert recipe.prune is not None
+    head = {"kind": recipe.prune.kind, "rate": recipe.prune.sparsity}
+    return _kept(asked, f"{recipe.prune.kind}-{recipe.prune.sparsity:g}", recipe, head)
+
+
+def _kept(asked: Sweep, name: str, recipe: ClassifierRecipe, head: Mapping[str, Any]) -> dict[str, Any]:
+    """A point, read where it is finished, else measured and written."""
+    path = asked.out / "points" / f"{name}.json"
+    key = digest([recipe.model_dump(mode="json", exclude={"out"}), asked.timed, _source(asked.dense)])
+    if path.exists():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if known.get("key") == key:
+            return known
+    setting, work = Setting.of(recipe), asked.out / "work" / key[:16]
+    outcome = experiment(setting, asked.dense, work=work)
+    result = outcome.result
+    counted = _whole(outcome.model, setting) | {name: result[name] for name in _COUNTED if name in result}
+    found = {
+        "key": key,
+        **head,
+        "accuracy": result["accuracy"],
+        "stages": {name: {"top1": stage["top1"], "loss": stage["loss"]} for name, stage in result["stages"].items()},
+        **counted,
+        "epochs": 0.0 if recipe.retrain is None else result["phases"][-1]["epochs"],
+        "left_alone": result.get("left_alone", {}),
+        "latency": _latencies(outcome.model, setting, asked.timed),
+    }
+    write_json(path, found)
+    shutil.rmtree(work, ignore_errors=True)
+    return found
+
+
+def _source(dense: Path) -> str:
+    """What tells one dense training from another in the same folder."""
+    metrics = json.loads((dense / "metrics.json").read_text(encoding="utf-8"))
+    return digest(metrics)
+
+
+def _whole(model: nn.Module, setting: Setting) -> dict[str, Any]:
+    """The costs of a dense network."""
+    flops, parameters = sum(stages.operations(setting).values()), sum(p.numel() for p in model.parameters())
+    return {"sparse_flops": flops, "parameters": parameters, "nonzero": parameters}
+
+
+def _latencies(model: nn.Module, setting: Setting, images: int) -> dict[str, float]:
+    """Seconds of a forward pass over a batch, on the CPU in fp32 and, where the run has one, on its GPU."""
+    batch = next(setting.measured())[0]
+    batch = batch.repeat(-(-images // len(batch)), 1, 1, 1)[:images]
+    found = {"CPU": latency(copy.deepcopy(model).cpu(), batch.cpu())}
+    if setting.device.type == "cuda":
+        found["GPU"] = latency(model, batch, precision=setting.precision)
+    return found

@@ -1,0 +1,251 @@
+"""Soups of language models: members, their average, kills, what they are compared with, grids of them."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from prunus.export import load_info
+from prunus.masks import Masks
+from prunus.run import soups, stages
+from prunus.run.compare import compare
+from prunus.run.compress import compress
+from prunus.run.grid import Grid
+from prunus.run.recipe import Recipe, Retrain, Soup, digest, parse
+from prunus.run.show import show_result
+from prunus.run.soups import BEST, LONGER, MEAN, SOUP
+from tests.systems import test_compress
+
+
+def raw(folder: Path, text: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    """Measured on a tenth of the text: soups are measured often."""
+    some = {"data": {"text": {"source": str(text), "part": [0.0, 0.1]}}, "window": 32, "batch_size": 16}
+    return test_compress.raw(folder, text, out, **{"evaluate": some, **changes})
+
+
+def recipe(*args: Any, **changes: Any) -> Recipe:
+    return parse(raw(*args, **changes), Recipe, "test")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_a_soup_is_the_mean_of_its_members_and_keeps_every_zero(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = recipe(tiny_folder, text_file, tmp_path / "run", soup={"members": 3, "vary": {"lr": [1e-2, 2e-2, 5e-3]}})
+    result = compress(asked)
+    found = {stage: value["text"] for stage, value in result["perplexity"].items()}
+    each = [found[f"member {number}"] for number in (1, 2, 3)]
+    assert list(found) == ["dense", "pruned", "member 1", "member 2", "member 3", MEAN, BEST, SOUP, LONGER]
+    assert found[MEAN] == pytest.approx(statistics.fmean(each))
+    assert found[BEST] == min(each) == found[f"member {result['soup']['best']}"]
+    assert len(set(each)) == 3
+    assert found[SOUP] < 0.9 * found["pruned"]
+    members = [weights(tmp_path / "run" / "members" / str(number)) for number in (1, 2, 3)]
+    soup = weights(tmp_path / "run" / "model")
+    masks = Masks.load(tmp_path / "run" / "model" / "masks.safetensors")
+    for name, tensor in soup.items():
+        each_of = torch.stack([member[name].double() for member in members])
+        bound = 2**-22 * each_of.abs().amax(0)  # four roundings to float32 of the largest
+        assert ((tensor.double() - each_of.mean(0)).abs() <= bound).all(), name
+    for name, mask in masks.items():
+        for state in (*members, soup):
+            assert not state[name][~mask].any()
+            assert not state[name][~mask].signbit().any()
+        assert not torch.equal(members[0][name], members[1][name])
+    assert masks.sparsity == result["pruning"]["sparsity"] == 0.5
+    again = stages.load(recipe(tmp_path / "run" / "model", text_file, tmp_path / "x"))
+    assert stages.evaluate(again, asked, torch.device("cpu"))["text"] == found[SOUP]
+    assert load_info(tmp_path / "run" / "model")["soup"]["weights"] == pytest.approx([1 / 3] * 3)
+    assert (tmp_path / "run" / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["soup"] == result["soup"]
+    assert not list((tmp_path / "run" / "members").glob("*.pt"))
+    show_result(result, tmp_path / "run")
+    assert LONGER in capsys.readouterr().out
+
+
+def test_the_first_member_is_the_plain_run_and_the_longer_one_has_all_steps(
+    tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    soup = compress(recipe(tiny_folder, text_file, tmp_path / "soup", soup={"members": 2}, save=False))
+    assert not (tmp_path / "soup" / "members").exists()
+    plain = compress(recipe(tiny_folder, text_file, tmp_path / "plain", save=False))
+    assert soup["perplexity"]["member 1"] == plain["perplexity"]["merged"]
+    asked = raw(tiny_folder, text_file, tmp_path / "longer", save=False)
+    asked["retrain"]["steps"] = soup["soup"]["steps"]
+    assert asked["retrain"]["steps"] == 24
+    longer = compress(parse(asked, Recipe, "test"))
+    assert soup["perplexity"][LONGER] == longer["perplexity"]["merged"]
+
+
+@pytest.mark.parametrize("train", [["norms"], ["scale_lora", "norms"]])
+def test_any_part_may_be_retrained_and_members_weighted(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, train: list[str]
+) -> None:
+    changes: dict[str, Any] = {"soup": {"members": 2, "average": [0.25, 0.75], "longer": False}}
+    changes["retrain"] = {**raw(tiny_folder, text_file, tmp_path)["retrain"], "train": train, "steps": 4}
+    result = compress(recipe(tiny_folder, text_file, tmp_path / "run", **changes))
+    assert LONGER not in result["perplexity"]
+    one, two = (weights(tmp_path / "run" / "members" / number) for number in ("1", "2"))
+    for name, tensor in weights(tmp_path / "run" / "model").items():
+        expected = 0.25 * one[name].double() + 0.75 * two[name].double()
+        assert torch.allclose(tensor.double(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_added_biases_are_averaged_and_saved(text_file: Path, tmp_path: Path) -> None:
+    retrain = {"train": ["biases"], "add_biases": True, "data": str(text_file), "steps": 2, "length": 32, "lr": 1e-2}
+    from tests.conftest import byte_tokenizer, tiny_llama
+
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    for streaming in (False, True):
+        out = tmp_path / f"run-{streaming}"
+        changes: dict[str, Any] = {"retrain": retrain, "soup": {"members": 2, "longer": False}, "streaming": streaming}
+        compress(recipe(tmp_path / "dense", text_file, out, **changes))
+        model = AutoModelForCausalLM.from_pretrained(out / "model")
+        assert model.model.layers[0].self_attn.q_proj.bias.abs().sum() > 0
+    one, other = (weights(tmp_path / f"run-{streaming}" / "model") for streaming in (False, True))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_a_streamed_soup_never_has_the_average_in_memory(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {"soup": {"members": 2, "longer": False}}
+    memory = compress(recipe(tiny_folder, text_file, tmp_path / "memory", **asked))
+    original = stages.AutoModelForCausalLM.from_pretrained
+
+    def load(**options: Any) -> Any:
+        assert not options["pretrained_model_name_or_path"].endswith("soup"), "the average was loaded whole"
+        return original(**options)
+
+    monkeypatch.setattr(stages.AutoModelForCausalLM, "from_pretrained", load)
+    disk = compress(recipe(tiny_folder, text_file, tmp_path / "disk", streaming=True, **asked))
+    assert disk["perplexity"][SOUP]["text"] == pytest.approx(memory["perplexity"][SOUP]["text"], rel=1e-6)
+    one, other = (weights(tmp_path / name / "model") for name in ("memory", "disk"))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def killing(original: Callable[..., Any], at: int, calls: list[int]) -> Callable[..., Any]:
+    """`original`, but the call of that number is killed in the middle of its training."""
+
+    def run(*args: Any, on_step: Any = None, **options: Any) -> Any:
+        calls.append(1)
+
+        def step(done: int, loss: float) -> None:
+            if len(calls) == at and done >= 6:
+                raise KeyboardInterrupt
+            on_step(done, loss)
+
+        return original(*args, on_step=step, **options)
+
+    return run
+
+
+def test_a_killed_soup_goes_on_with_the_finished_members(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: dict[str, Any] = {"soup": {"members": 3}}
+    whole = compress(recipe(tiny_folder, text_file, tmp_path / "whole", **changes))
+    asked = recipe(tiny_folder, text_file, tmp_path / "killed", **changes)
+    first: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "retrain", killing(stages.retrain, 2, first))
+        with pytest.raises(KeyboardInterrupt):
+            compress(asked)
+    assert (tmp_path / "killed" / "members" / "1" / "prunus.json").exists()
+    assert not (tmp_path / "killed" / "members" / "2").exists()
+    before = (tmp_path / "killed" / "members" / "1" / "model.safetensors").stat().st_mtime_ns
+    second: list[int] = []
+    monkeypatch.setattr(stages, "retrain", killing(stages.retrain, 0, second))
+    result = compress(asked)
+    assert (len(first), len(second)) == (2, 3)  # members 2 and 3, and the longer run
+    assert (tmp_path / "killed" / "members" / "1" / "model.safetensors").stat().st_mtime_ns == before
+    assert result["perplexity"] == whole["perplexity"]
+    one, other = (weights(tmp_path / name / "model") for name in ("whole", "killed"))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_members_of_another_recipe_are_trained_anew(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(soups, "average_folders", kill)
+        with pytest.raises(KeyboardInterrupt):
+            compress(recipe(tiny_folder, text_file, tmp_path / "run", soup={"members": 2}))
+    calls: list[int] = []
+    monkeypatch.setattr(stages, "retrain", killing(stages.retrain, 0, calls))
+    compress(recipe(tiny_folder, text_file, tmp_path / "run", soup={"members": 2, "vary": {"lr": [1e-2, 2e-2]}}))
+    assert len(calls) == 1  # member 1 and the longer run are what they were
+
+
+def test_members_differ_in_their_seed_unless_it_is_given() -> None:
+    plain = Retrain(seed=7)
+    assert [each.seed for each in Soup(members=3).each(plain)] == [7, 1007, 2007]
+    varied = Soup(members=2, vary={"seed": [1, 1], "steps": [5, 9]}).each(plain)
+    assert [(each.seed, each.steps) for each in varied] == [(1, 5), (1, 9)]
+
+
+WRONG = [
+    ({"soup": {}}, "soup: its members are retrained as `retrain` says"),
+    ({"retrain": {}, "soup": {"members": 1}}, "soup.members"),
+    ({"retrain": {}, "soup": {"vary": {"lr": [1e-3]}}}, "lr has 1 values for 3 members"),
+    ({"retrain": {}, "soup": {"vary": {"rank": [1, 2, 3]}}}, "soup.vary"),
+    ({"retrain": {}, "soup": {"vary": {"lr": [1, 2, -3]}}}, "-3"),
+    ({"retrain": {}, "soup": {"average": [0.5, 0.5]}}, "average has 2 values for 3 members"),
+    ({"retrain": {}, "soup": {"average": [0.5, 0.2, 0.2]}}, "weights add up to 1; these to 0.9"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG)
+def test_wrong_soups_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        parse(change, Recipe, "recipe.yaml")
+    assert message in str(caught.value)
+
+
+def test_recipes_without_a_soup_keep_their_hash() -> None:
+    asked = parse({"retrain": {}}, Recipe, "")
+    assert "soup" not in asked.model_dump(mode="json")
+    assert digest(parse({"retrain": {}, "soup": {}}, Recipe, "")) != digest(asked)
+
+
+def test_a_grid_of_soups(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    base = raw(tiny_folder, text_file, tmp_path)
+    del base["out"]
+    base["retrain"]["steps"] = 4
+    base["soup"] = {"members": 2}
+    axes = {
+        "pattern": {"50 %": {}, "60 %": {"prune.sparsity": 0.6}},
+        "soup": {"one run": {"soup": None}, "m = 3": {"soup.members": 3}},
+    }
+    asked = parse({"base": base, "axes": axes, "out": str(tmp_path / "grid"), "seeds": [0, 1]}, Grid, "grid.yaml")
+    rows = compare(asked)
+    assert len(rows) == 4
+    cells = {(row["pattern"], row["soup"]): row for row in rows}
+    assert not list((tmp_path / "grid" / "soups").iterdir())
+    alone = compress(recipe(tiny_folder, text_file, tmp_path / "one", save=False, retrain=base["retrain"], soup={}))
+    member = next(
+        json.loads(line)
+        for line in (tmp_path / "grid" / "members.jsonl").read_text().splitlines()
+        if json.loads(line)["labels"] == {"pattern": "50 %", "soup": "m = 3"} and json.loads(line)["seed"] == 0
+    )
+    assert member["perplexity"]["text"] == pytest.approx(alone["perplexity"][SOUP]["text"], rel=1e-6)
+    assert member["soup"]["perplexity"][LONGER]["text"] == pytest.approx(alone["perplexity"][LONGER]["text"], rel=1e-6)
+    assert cells["60 %", "m = 3"]["beside"]["text"][MEAN]["std"] is not None
+    table = (tmp_path / "grid" / "table.md").read_text()
+    assert f"| pattern | soup | the soup | {MEAN} | {BEST} | {LONGER} |" in table
+    assert (tmp_path / "grid" / "grid.png").stat().st_size > 1000

@@ -1,0 +1,59 @@
+"""The benchmarks of growth and of inference, tiny: a power law is fitted, and what cannot run says so."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def tiny(**changes: object) -> argparse.Namespace:
+    return argparse.Namespace(**{"device": "cpu", "scale": 0.03, "repeats": 1, "seed": 0, "json": None} | changes)
+
+
+def test_exponents_are_those_of_power_laws(monkeypatch: pytest.MonkeyPatch) -> None:
+    growth = script("growth", monkeypatch)
+    sizes = [1.0, 2.0, 4.0, 8.0]
+    for power in (0.0, 1.0, 1.5):
+        assert growth.exponent(sizes, [7 * size**power for size in sizes]) == pytest.approx(power, abs=1e-6)
+    monkeypatch.setattr(growth, "cost", lambda run, args, repeats: run() or growth.Cost(1.0, None))
+    rows = growth.measure(tiny())
+    assert len(rows) == 4 * 3
+    assert all("^0.00" in row.note or "^-0.00" in row.note for row in rows), "a constant time does not grow"
+
+
+def test_inference_reports_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    inference = script("inference", monkeypatch)
+    rows = inference.measure(tiny())
+    assert len(rows) == 3 * 2 * 2
+    for row in rows:
+        assert math.isnan(row.ours_ms) == row.note.startswith("not possible here")
+        slower = row.reference_ms is not None and row.ours_ms > row.reference_ms
+        assert slower == ("no gain" in row.note)
+
+
+def test_a_pruned_weight_has_two_zeros_in_every_four(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.tensor([[1.0, -3.0, 2.0, 0.5], [0.1, 0.2, -0.4, 0.3]])
+    found = script("inference", monkeypatch)._semi_structured(weight)
+    assert found.tolist() == [[0, -3, 2, 0], [0, 0, pytest.approx(-0.4), pytest.approx(0.3)]]
+    with pytest.raises(RuntimeError, match="differs by"):
+        script("inference", monkeypatch)._check(found, weight)

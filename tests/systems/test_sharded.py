@@ -1,0 +1,210 @@
+"""Two processes train what one trains: replicated or sharded, biases and norms, MaskLoRA, everything under masks.
+
+Run as a program by `torch.distributed.run`, this file is one rank of the two.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import OPTConfig, OPTForCausalLM
+
+from prunus import next_token, ranks
+from prunus.adapt import adapt
+from prunus.layers import Layer, find_layers
+from prunus.lr import linear_warmup_decay
+from prunus.masks import Masks
+from prunus.next_token import next_token_loss
+from prunus.patterns import NM, Pattern
+from prunus.prepared import recomputed
+from prunus.sharded import asked, sharded
+from prunus.solvers import sparsegpt
+from prunus.stream import stream
+from prunus.train import train
+
+STEPS, KILLED = 12, 7
+KINDS = {"vectors": ["biases", "norms"], "mask_lora": ["mask_lora"], "full": ["full"], "head": ["head", "mask_lora"]}
+ENTRIES = 64 * 10  # of 8 x 64 x 16 logits, or half of them
+
+
+def build(tied: bool = True, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=64, hidden_size=16, ffn_dim=32, num_hidden_layers=3, num_attention_heads=2, word_embed_proj_dim=16,
+        max_position_embeddings=32, dropout=0.0, tie_word_embeddings=tied,
+    )  # fmt: skip
+    model = OPTForCausalLM(config).to(dtype)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn(parameter.shape), alpha=0.1)
+    return model
+
+
+def ids(step: int) -> Tensor:
+    return torch.randint(64, (8, 16), generator=torch.Generator().manual_seed(step))
+
+
+def retrain(kind: str, *, checkpoint: Path | None = None, killed: bool = False, seen: list[Any] | None = None) -> Any:
+    """A pruned model whose parameters of one kind were trained, merged."""
+    model = build(tied=kind != "head")
+    views = find_layers(model)
+    generator = torch.Generator().manual_seed(1)
+    masks = Masks({v.parameter: torch.rand(v.shape, generator=generator) < 0.5 for v in views})
+    masks.apply_(model)
+    adaptation = adapt(model, KINDS[kind], masks=masks, views=views, rank=2)
+    # A key's bias has no gradient but rounding, which Adam's usual epsilon would make a step of.
+    optimizer = torch.optim.AdamW(adaptation.param_groups(1e-2), weight_decay=0.0, eps=1e-4)
+
+    def loss(wrapped: nn.Module, batch: Tensor) -> Tensor:
+        if seen is not None:
+            seen.append((wrapped, [each for each in wrapped.parameters() if isinstance(each, DTensor)]))
+        return next_token_loss(wrapped, batch)
+
+    def batches(step: int) -> Tensor:
+        if killed and step == 2 * KILLED:
+            raise KeyboardInterrupt
+        return ids(step)
+
+    with recomputed(model):
+        train(
+            model, batches, optimizer, linear_warmup_decay(STEPS), steps=STEPS, loss=loss, accumulate=2, clip=0.5,
+            masks=masks if kind == "full" else None, checkpoint=checkpoint, save_every=5,
+        )  # fmt: skip
+    adaptation.merge_()
+    masks.check(model)
+    return model
+
+
+def prune(seen: list[str] | None = None) -> Any:
+    """A model whose blocks were pruned by SparseGPT, the windows and the layers shared."""
+    model = build()
+    solve = sparsegpt()
+
+    def solver(layer: Layer, pattern: Pattern, kept: int) -> tuple[Tensor, Tensor]:
+        if seen is not None:
+            seen.append(layer.name)
+        assert layer.inputs is not None
+        assert layer.inputs.tokens == 6 * 16, "every rank's windows"
+        return solve(layer, pattern, kept)
+
+    tokens = torch.cat([ids(100)[:6]])
+    shared = ranks.count() > 1
+    stream(model, solver, NM(2, 4), 0.5, tokens=tokens, batch_size=2, shared=shared, include=["*"])
+    return model
+
+
+def launch(folder: Path, what: str, *, fsdp: bool) -> dict[str, dict[str, Tensor]]:
+    """The weights that two ranks ended with, by what was done."""
+    own = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+    own |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if fsdp else {}  # as `accelerate launch` says it
+    launched = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, what, str(folder)]
+    done = subprocess.run([sys.executable, "-m", *launched], env=own, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return torch.load(folder / "model.pt")
+
+
+def check_close(found: dict[str, Tensor], model: nn.Module) -> None:
+    assert found.keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-6, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["replicated", "sharded"])
+def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, dict[str, Tensor]]:
+    return launch(tmp_path_factory.mktemp("ranks"), "train", fsdp=request.param)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_train_what_one_trains(trained: dict[str, dict[str, Tensor]], kind: str) -> None:
+    expected = retrain(kind)
+    before = build(tied=kind != "head").state_dict()
+    assert any(not torch.equal(value, before[name]) for name, value in expected.state_dict().items())
+    check_close(trained[kind], expected)
+
+
+@pytest.mark.slow
+def test_two_ranks_prune_what_one_prunes(tmp_path: Path) -> None:
+    found, expected = launch(tmp_path, "prune", fsdp=False)["prune"], prune()
+    for name, value in expected.state_dict().items():
+        assert torch.equal(found[name] == 0, value == 0), name
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_the_first_version_of_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not asked()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="--fsdp_version 2"):
+        asked()
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert asked()
+
+
+def test_an_optimizer_that_has_stepped_is_refused() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="make a new one"), sharded(model, optimizer):
+        pass
+
+
+def rank_trains(kind: str, folder: Path) -> Any:
+    chunks: list[int] = []
+    seen: list[Any] = []
+    checkpoint = folder / f"{kind}.pt"
+    own = next_token._Tail.logits
+
+    def logits(self: Any, rows: Tensor) -> Tensor:
+        chunks.append(len(rows))
+        return own(self, rows)
+
+    next_token._Tail.logits = logits  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        retrain(kind, checkpoint=checkpoint, killed=True)
+    model = retrain(kind, checkpoint=checkpoint, seen=seen)
+    next_token._Tail.logits = own  # type: ignore[method-assign]
+    assert len(seen) == 2 * (STEPS - 5), "resumed from the checkpoint of step 5"
+    assert max(chunks) == 10, "logits in chunks, not in full"
+    wrapped, parts = seen[0]
+    assert bool(parts) == asked()
+    if asked():
+        assert len(parts) == len(list(wrapped.parameters()))
+        held = sum(each.to_local().numel() for each in parts)
+        assert held < 0.6 * sum(each.numel() for each in parts), "this rank holds its half"
+    assert not any(isinstance(each, DTensor) for each in model.parameters())
+    return model
+
+
+def rank_prunes() -> Any:
+    seen: list[str] = []
+    model = prune(seen)
+    everyone: list[Any] = [None, None]
+    dist.all_gather_object(everyone, seen)
+    assert not set(everyone[0]) & set(everyone[1]), "each layer is solved once"
+    assert all(everyone)
+    return model
+
+
+if __name__ == "__main__":
+    ranks.join(torch.device("cpu"))
+    next_token._ENTRIES = ENTRIES
+    target = Path(sys.argv[2])
+    done = {"prune": rank_prunes()} if sys.argv[1] == "prune" else {kind: rank_trains(kind, target) for kind in KINDS}
+    ends = {name: model.state_dict() for name, model in done.items()}
+    everyone: list[Any] = [None, None]
+    dist.all_gather_object(everyone, ends)
+    for name, end in everyone[0].items():
+        assert all(torch.equal(each, everyone[1][name][key]) for key, each in end.items()), "the same on both ranks"
+    if ranks.is_main():
+        torch.save(ends, target / "model.pt")
+    ranks.wait()
+    ranks.leave()

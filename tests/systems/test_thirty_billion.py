@@ -1,0 +1,75 @@
+"""The benchmark of 30 billion parameters, tiny: every stage runs, what is saved is pruned, a killed solve goes on."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from prunus.masks import Masks
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "thirty_billion.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("thirty_billion", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look their annotations up
+    spec.loader.exec_module(module)
+    return module
+
+
+def arguments(script: ModuleType, folder: Path, *more: str) -> object:
+    few = ["--device", "cpu", "--scale", "0.03", "--samples", "4", "--steps", "3", "--json", str(folder / "rows.json")]
+    return script.parse(["--folder", str(folder), *few, *more])
+
+
+def test_the_shape_is_that_of_opt_30b(script: ModuleType) -> None:
+    config = script.shape(1.0)
+    assert (config.hidden_size, config.ffn_dim, config.num_hidden_layers) == (7168, 28672, 48)
+    assert (config.num_attention_heads, config.vocab_size, config.max_position_embeddings) == (56, 50272, 2048)
+    values = sum(parameter.numel() for parameter in script.build_empty(config).parameters())
+    assert values == 29_974_540_288
+
+
+def test_every_stage_runs_and_reports(script: ModuleType, tmp_path: Path) -> None:
+    rows = script.run(arguments(script, tmp_path, "--keep"))
+    assert [row.name for row in rows] == list(script.STAGES)
+    assert [row["name"] for row in json.loads((tmp_path / "rows.json").read_text())] == list(script.STAGES)
+    assert all(row.seconds > 0 and row.host_bytes > 10**7 for row in rows)
+    masks = Masks.load(tmp_path / "pruned" / "masks.safetensors")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", dtype="auto")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
+    masks.check(saved)
+    assert masks.sparsity == 0.5
+    assert len(masks) == 6 * saved.config.num_hidden_layers
+    name = "model.decoder.layers.0.fc1.weight"
+    assert saved.get_parameter(name).dtype == torch.bfloat16
+    kept = masks[name]
+    assert not torch.equal(saved.get_parameter(name)[kept], dense.get_parameter(name)[kept]), "MaskLoRA was merged"
+    again = script.run(arguments(script, tmp_path, "--stages", "sparsegpt"))
+    assert again[0].note.startswith(f"0 blocks solved, {saved.config.num_hidden_layers} found finished")
+
+
+def test_a_disk_without_room_for_two_gives_the_checkpoint_up(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full:
+        free = 0
+
+    monkeypatch.setattr(script.shutil, "disk_usage", lambda folder: Full)
+    rows = script.run(arguments(script, tmp_path, "--first", "--blocks", "1"))
+    assert rows[1].name == "sparsegpt"
+    assert rows[1].note.startswith("1 blocks solved")
+    assert "checkpoint deleted" in rows[-1].note
+    assert not (tmp_path / "model").exists()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").config.num_hidden_layers == 2
