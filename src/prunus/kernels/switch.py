@@ -1,8 +1,8 @@
 """Whether a tensor's work goes to the Triton programs of this folder or to the plain functions beside them.
 
-Programs take CUDA tensors where the package `triton` is installed (torch brings it on Linux); everything else takes the
-plain path. A program that fails raises: nothing falls back by itself. PRUNUS_KERNELS=0 in the environment turns all of
-them off.
+With PRUNUS_KERNELS=1 in the environment, programs take CUDA tensors where the package `triton` is installed (torch brings
+it on Linux); everything else takes the plain path. A program that fails raises: nothing falls back by itself. They are
+off by default because they have run in Triton's interpreter and through its compiler, but not yet on a GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 __all__ = ["kernels", "uses_kernels"]
 
-_AVAILABLE = os.environ.get("PRUNUS_KERNELS", "1") != "0" and importlib.util.find_spec("triton") is not None
+_AVAILABLE = os.environ.get("PRUNUS_KERNELS") == "1" and importlib.util.find_spec("triton") is not None
 
 _forced: bool | None = None  # a plain global: backward runs in threads that inherit no context
 
