@@ -1,8 +1,8 @@
 """Whether a tensor's work goes to the Triton programs of this folder or to the plain functions beside them.
 
-With PRUNUS_KERNELS=1 in the environment, programs take CUDA tensors where the package `triton` is installed (torch brings
-it on Linux); everything else takes the plain path. A program that fails raises: nothing falls back by itself. They are
-off by default because they have run in Triton's interpreter and through its compiler, but not yet on a GPU.
+With PRUNUS_KERNELS=1 in the environment, programs take CUDA tensors where the package `triton` is installed (torch
+brings it on Linux); everything else takes the plain path. A program that fails raises: nothing falls back by itself.
+They are off by default because they have run in Triton's interpreter and through its compiler, but not yet on a GPU.
 """
 
 from __future__ import annotations
