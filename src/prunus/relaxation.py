@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from prunus.patterns import Pattern
-from prunus.scores import magnitude, wanda, warn_unseen
-from prunus.solvers import Solver, by_score
+from prunus.scores import magnitude, wanda
+from prunus.solvers import Solver, by_score, seen_gram
 from prunus.swaps import swap_
 
 if TYPE_CHECKING:
@@ -64,15 +64,11 @@ def frank_wolfe(iterations: int = 30, swaps: int = 100, concave: tuple[float, fl
 
     @torch.no_grad()
     def solve(layer: Layer, pattern: Pattern, kept: int) -> tuple[Tensor, Tensor]:
-        if layer.inputs is None or (layer.inputs.gram is None and layer.inputs.tokens > 0):
-            raise ValueError(f"frank_wolfe needs the Gram matrix of '{layer.name}': calibrate with gram=True")
-        if layer.inputs.tokens == 0:
-            warn_unseen(layer, "frank_wolfe")
+        inputs = seen_gram(layer, "frank_wolfe")
+        if inputs is None:
             return by_score(magnitude)(layer, pattern, kept)
-        if not bool(layer.weight.isfinite().all()):
-            raise ValueError(f"weight of '{layer.name}' holds NaN or Inf: the checkpoint is damaged")
         start = pattern.mask(wanda(layer), kept, name=layer.name)
-        gram = _scaled_gram(layer, layer.inputs)
+        gram = _scaled_gram(layer, inputs)
         weight = layer.weight.float().contiguous()
         mask = start
         if iterations:

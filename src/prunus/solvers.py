@@ -119,17 +119,13 @@ def sparsegpt(damping: float = 0.01, blocksize: int = 128) -> Solver:
 
     @torch.no_grad()
     def solve(layer: Layer, pattern: Pattern, kept: int) -> tuple[Tensor, Tensor]:
-        if layer.inputs is None or (layer.inputs.gram is None and layer.inputs.tokens > 0):
-            raise ValueError(f"sparsegpt needs the Gram matrix of '{layer.name}': calibrate with gram=True")
-        if layer.inputs.tokens == 0:
-            warn_unseen(layer, "sparsegpt")
+        inputs = seen_gram(layer, "sparsegpt")
+        if inputs is None:
             return by_score(magnitude)(layer, pattern, kept)
-        if not bool(layer.weight.isfinite().all()):
-            raise ValueError(f"weight of '{layer.name}' holds NaN or Inf: the checkpoint is damaged")
         with full_products():
-            factor = factors.get(layer.inputs)
-            if factor is None or factor.tokens != layer.inputs.tokens:
-                factor = factors[layer.inputs] = _factorise(layer, layer.inputs, damping)
+            factor = factors.get(inputs)
+            if factor is None or factor.tokens != inputs.tokens:
+                factor = factors[inputs] = _factorise(layer, inputs, damping)
                 if len(factors) > _REMEMBERED:
                     del factors[next(iter(factors))]
             weight, mask = _sweep(layer, pattern, kept, factor.to(layer.weight.device), blocksize)
@@ -154,6 +150,21 @@ class _Factor:
 
     def to(self, device: torch.device) -> _Factor:
         return _Factor(self.upper.to(device), self.dead.to(device), self.damping, self.tokens)
+
+
+def seen_gram(layer: Layer, solver: str) -> Inputs | None:
+    """What a solver of this name knows of the layer's inputs, with their Gram matrix; None after a warning if unseen.
+
+    Raises ValueError for a layer without a Gram matrix, and for a weight that holds NaN or Inf.
+    """
+    if layer.inputs is None or (layer.inputs.gram is None and layer.inputs.tokens > 0):
+        raise ValueError(f"{solver} needs the Gram matrix of '{layer.name}': calibrate with gram=True")
+    if layer.inputs.tokens == 0:
+        warn_unseen(layer, solver)
+        return None
+    if not bool(layer.weight.isfinite().all()):
+        raise ValueError(f"weight of '{layer.name}' holds NaN or Inf: the checkpoint is damaged")
+    return layer.inputs
 
 
 def _factorise(layer: Layer, inputs: Inputs, damping: float) -> _Factor:

@@ -15,7 +15,7 @@ from pathlib import Path
 from prunus.run.grid import Grid, Member, final_members, likely_members, tuning_members
 from prunus.run.tables import read_results
 
-__all__ = ["Agenda", "Job", "error_file", "result_file"]
+__all__ = ["Agenda", "Job", "error_file", "has_ended", "result_file"]
 
 
 @dataclass(frozen=True)

@@ -152,10 +152,7 @@ class _Experiment:
                 on_step=_reports(advance),
             )
         self.notes.count(name, len(trace.losses), trace.seconds)
-        masks = method.finish()
-        if masks is None:
-            raise ValueError(f"during.{name}: this method leaves no masks, so nothing was pruned")
-        masks.check(model)
+        masks = _finished(method, name, model)
         alone = dict(method.named_buffers()).get("reached")
         self.reached = None if alone is None else float(alone)
         self._measure_pruned(model)
@@ -325,6 +322,15 @@ def _method(name: str, options: Mapping[str, Any], sparsity: float, seed: int) -
     takes = inspect.signature(made).parameters
     own = {"seed": seed} if "seed" in takes else {}
     return made(sparsity, **{**own, **options})
+
+
+def _finished(method: During, name: str, model: nn.Module) -> Masks:
+    """The masks that a method leaves after its training, in the weights too."""
+    masks = method.finish()
+    if masks is None:
+        raise ValueError(f"during.{name}: this method leaves no masks, so nothing was pruned")
+    masks.check(model)
+    return masks
 
 
 def _reports(advance: Any) -> stages.OnStep | None:

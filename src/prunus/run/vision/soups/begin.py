@@ -26,7 +26,7 @@ from prunus.masks import Masks
 from prunus.run.recipe import digest
 from prunus.run.vision import stages
 from prunus.run.vision.dense import dense
-from prunus.run.vision.experiment import _method
+from prunus.run.vision.experiment import _finished, _method
 from prunus.run.vision.recipe import dense_key
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.soups.branches import Store, plain_state
@@ -133,10 +133,7 @@ def _train_method(setting: Setting, recipe: SoupRecipe, store: Store, key: str, 
             checkpoint=folder / "checkpoint.pt",
             on_step=_reports(advance),
         )
-    masks = taking.finish()
-    if masks is None:
-        raise ValueError(f"during.{name}: this method leaves no masks, so nothing was pruned")
-    masks.check(model)
+    masks = _finished(taking, name, model)
     measured = {"pruned": stages.measure(model, setting)}
     if recipe.retrain is not None and recipe.recalibrate and stages.has_batchnorm(model):  # as `experiment` does
         stages.recalibrate(model, setting)
