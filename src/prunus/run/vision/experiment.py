@@ -196,6 +196,8 @@ class _Experiment:
             asked.schedule, original, steps, distance=signals.distance, share=signals.share, warmup=asked.warmup
         )
         peak = asked.lr or original.peak
+        if phase.index and (last := self._checkpoint(f"phase-{phase.index - 1}")) is not None:
+            last.unlink(missing_ok=True)  # the file of the phases goes further
         with self.bar(f"retrain {phase.index + 1}/{phase.count}", steps) as advance:
             trace = stages.fit(
                 model,
