@@ -64,7 +64,7 @@ def solve_layers_(
     *,
     shared: bool = False,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Parameter name -> mask on the parameter's device, after the views' weights were solved in place; views that saw no token.
+    """Parameter name -> mask, beside the weights, which were solved in place; views that saw no token.
 
     todo: view name -> entries to keep. shared: whether the ranks share the views; their `inputs` are added up before.
     """
