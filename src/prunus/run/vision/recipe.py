@@ -381,4 +381,6 @@ def dense_key(recipe: ClassifierRecipe) -> str:
     """Hash of what decides the dense training: recipes that agree on it share the run."""
     plain: dict[str, Any] = dense_of(recipe).model_dump(mode="json", exclude={"out"})
     del plain["train"]["evaluate_every"]
+    if plain["images"]["measure_on"] == "both":  # which trains on the images that "validation" trains on
+        plain["images"]["measure_on"] = "validation"
     return digest(plain)[:24]
