@@ -104,12 +104,17 @@ class KSupport:
         return (head + tail.square() / (rho + 1)).sqrt()[:, 0].to(a.dtype)
 
     def best(self, a: Tensor) -> Tensor:
+        mask, scale = self.chosen(a)
+        return (a * mask).mul_(scale)
+
+    def chosen(self, a: Tensor) -> tuple[Tensor, Tensor]:
+        """Which entries `best` takes, (problems, n) bool, and by what they are multiplied, (problems, 1)."""
         k, tiny = count_of(self.k, a.shape[1]), torch.finfo(a.dtype).tiny
         top = a.topk(k, dim=1, sorted=False).values
         peak = top.amax(1, keepdim=True).clamp_min(tiny)
         # The chosen entries are these values, whichever of equal ones are chosen. 1 / tiny is finite.
         length = torch.linalg.vector_norm(top / peak, dim=1, keepdim=True).clamp_min(1.0)  # less only for zeros
-        return (a * _mask_of(a, top)).mul_(1 / peak / length)
+        return _mask_of(a, top), 1 / peak / length
 
     def project(self, a: Tensor, radius: Tensor) -> Tensor:
         """By bisection on the multiplier m, and within it on b.
