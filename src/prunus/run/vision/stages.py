@@ -28,7 +28,7 @@ from prunus.layers import View, find_layers
 from prunus.lr import Multiplier, constant, cosine, exponential, linear, multistep, one_cycle
 from prunus.masks import Masks
 from prunus.prune import prune
-from prunus.run.vision.optimizers import make_optimizer, make_penalty
+from prunus.run.vision.optimizers import make_optimizer, make_pulls
 from prunus.run.vision.recipe import Corruptions, Pruning
 from prunus.run.vision.setting import Setting
 from prunus.train import Trace, classification_loss, train
@@ -88,7 +88,7 @@ def fit(
     they were to bring about is there. A network that has become smaller (no masks) no longer fits those sets.
     """
     asked = setting.recipe.train
-    choice, methods = asked.optimizer, [*during, *(make_penalty(model, asked.penalty) if part == 0 else [])]
+    choice, methods = asked.optimizer, [*during, *(make_pulls(model, asked.optimizer, asked.penalty) if part == 0 else [])]
     if part > 0 and choice is not None and (choice.prox is not None or (choice.sfw is not None and masks is None)):
         choice = None
     if masks is not None and choice is not None and choice.sfw is not None:
