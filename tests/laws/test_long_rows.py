@@ -11,6 +11,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from prunus.kernels.long_rows import largest_of_long_rows
+from prunus.kernels.switch import kernels
+from prunus.sets import k_support
 
 ON_CPU = pytest.param("cpu", marks=pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="compiles"))
 ON_GPU = pytest.param(
@@ -49,12 +51,31 @@ def test_equal_a_stable_sort(device: str, kind: str) -> None:
     score = made(kind)
     n = score.shape[1]
     for kept in sorted({1, 2, n // 3, n // 2, n - 1, n} & set(range(1, n + 1))):
-        found = largest_of_long_rows(score.to(device), kept)
+        found, squares = largest_of_long_rows(score.to(device), kept)
         assert torch.equal(found.cpu(), sorted_out(score, kept)), kept
+        torch.testing.assert_close(squares.cpu(), found.cpu().double().square().sum(1))
 
 
 @each_device
 def test_rows_may_be_slices(device: str) -> None:
     wide = torch.randn(3, 700, generator=torch.Generator().manual_seed(1)).to(device)
-    assert torch.equal(largest_of_long_rows(wide[:, 1:600], 50).cpu(), sorted_out(wide[:, 1:600].cpu(), 50))
-    assert torch.equal(largest_of_long_rows(wide.T, 2).cpu(), sorted_out(wide.T.cpu(), 2))
+    assert torch.equal(largest_of_long_rows(wide[:, 1:600], 50)[0].cpu(), sorted_out(wide[:, 1:600].cpu(), 50))
+    assert torch.equal(largest_of_long_rows(wide.T, 2)[0].cpu(), sorted_out(wide.T.cpu(), 2))
+
+
+@each_device
+def test_absolute_values_keep_their_signs(device: str) -> None:
+    score = made("tied")
+    kept = largest_of_long_rows(score.to(device), 3000, absolute=True)[0].cpu()
+    assert torch.equal(kept.abs(), sorted_out(score.abs(), 3000))
+    assert torch.equal(kept, score * (kept != 0))
+
+
+@each_device
+def test_the_vertex_of_a_k_support_ball_is_that_of_the_plain_path(device: str) -> None:
+    for kind in ("random", "tied", "zeros", "denormal"):
+        gradient = made(kind).to(device)
+        with kernels(False):
+            expected = k_support(0.1).lmo(gradient)
+        with kernels(True):
+            torch.testing.assert_close(k_support(0.1).lmo(gradient), expected)

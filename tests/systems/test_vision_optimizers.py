@@ -151,7 +151,13 @@ def test_frank_wolfe_trains_prunes_and_retrains_inside_its_sets(
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize(
     "optimizer",
-    [SMALL, {"sfw": {"set": "spectral_k_support", "rest": "free"}}, PULLED, NUCLEAR, {"sgd": {"decoupled_decay": 0.01}}],
+    [
+        SMALL,
+        {"sfw": {"set": "spectral_k_support", "rest": "free"}},
+        PULLED,
+        NUCLEAR,
+        {"sgd": {"decoupled_decay": 0.01}},
+    ],
     ids=["entries", "spectral", "proximal", "nuclear", "decay"],
 )
 def test_a_killed_training_ends_with_the_same_bits(

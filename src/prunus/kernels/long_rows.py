@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prunus.kernels.order import read_keys
+from prunus.kernels.order import read_keys, widen
 
 __all__ = ["largest_of_long_rows"]
 
@@ -28,11 +28,12 @@ _STEPS = 4  # of them that a program reads: fewer programs add up counts
 _READINGS = 4
 
 
-def largest_of_long_rows(score: Tensor, kept: int) -> Tensor:
-    """The scores (problems, n), where they are among the `kept` largest of their row; 0 elsewhere.
+def largest_of_long_rows(score: Tensor, kept: int, *, absolute: bool = False) -> tuple[Tensor, Tensor]:
+    """The scores (problems, n) where they are among the `kept` largest of their row, 0 elsewhere; and the sum of squares
+    of what stays in each row, (problems,) float64.
 
-    score: float32, float16 or bfloat16, no NaN; 1 <= kept <= n. Of equal scores the first stay. Does not wait for the
-    device, and leaves the same bits every time.
+    score: float32, float16 or bfloat16, no NaN; 1 <= kept <= n. With `absolute` |score| is compared. Of equal ones the
+    first stay. Does not wait for the device, and leaves the same bits every time.
     """
     x = score if score.stride(1) == 1 else score.contiguous()
     problems, n = x.shape
@@ -41,17 +42,19 @@ def largest_of_long_rows(score: Tensor, kept: int) -> Tensor:
     programs = triton.cdiv(n, _BLOCK * _STEPS)
     blocks = triton.cdiv(n, _BLOCK)
     equal = torch.empty(problems, blocks, dtype=torch.int32, device=x.device)
+    squares = torch.empty(problems, blocks, dtype=torch.float64, device=x.device)
+    flags = {"ABSOLUTE": absolute, "BLOCK": _BLOCK}
     with torch.cuda.device_of(x):  # programs start on the current device
         for reading in range(_READINGS):
             _read[(programs, problems)](
-                x, counts, n, x.stride(0), problems, kept, READING=reading, BLOCK=_BLOCK, STEPS=_STEPS, num_warps=8
+                x, counts, n, x.stride(0), problems, kept, READING=reading, STEPS=_STEPS, **flags, num_warps=8
             )
-        _equals[(blocks, problems)](x, counts, equal, n, x.stride(0), problems, kept, blocks, BLOCK=_BLOCK, num_warps=4)
+        _equals[(blocks, problems)](x, counts, equal, n, x.stride(0), problems, kept, blocks, **flags, num_warps=4)
         before = equal.cumsum(1, dtype=torch.int32) - equal
         _write[(blocks, problems)](
-            x, out, counts, before, n, x.stride(0), problems, kept, blocks, BLOCK=_BLOCK, num_warps=4
+            x, out, squares, counts, before, n, x.stride(0), problems, kept, blocks, **flags, num_warps=4
         )
-    return out
+    return out, squares.sum(1)
 
 
 @triton.jit
@@ -73,14 +76,17 @@ def _found(COUNTS, problem, problems, kept, READINGS: tl.constexpr):
 
 
 @triton.jit
-def _keys(X, place, n):
+def _keys(X, place, n, ABSOLUTE: tl.constexpr):
     """Unsigned keys in the scores' order."""
-    key = read_keys(X, X, place, place, place < n, False, False)
+    key = read_keys(X, X, place, place, place < n, ABSOLUTE, False)
     return key.to(tl.uint32, bitcast=True) ^ 0x80000000
 
 
 @triton.jit(do_not_specialize=["kept", "problems"])
-def _read(X, COUNTS, n, stride, problems, kept, READING: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+def _read(
+    X, COUNTS, n, stride, problems, kept,
+    READING: tl.constexpr, STEPS: tl.constexpr, ABSOLUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     problem = tl.program_id(1)
     prefix, _left, _there = _found(COUNTS, problem, problems, kept, READING)
     X += problem.to(tl.int64) * stride
@@ -88,7 +94,7 @@ def _read(X, COUNTS, n, stride, problems, kept, READING: tl.constexpr, BLOCK: tl
     other = tl.zeros((), tl.int32)  # keys that were counted as byte 0 and do not belong
     for step in range(STEPS):
         place = (tl.program_id(0) * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
-        key = _keys(X, place, n)
+        key = _keys(X, place, n, ABSOLUTE)
         belongs = place < n
         if READING > 0:
             belongs = belongs & ((key >> (32 - 8 * READING)) == prefix)
@@ -101,30 +107,34 @@ def _read(X, COUNTS, n, stride, problems, kept, READING: tl.constexpr, BLOCK: tl
 
 
 @triton.jit(do_not_specialize=["kept", "problems", "blocks"])
-def _equals(X, COUNTS, EQUAL, n, stride, problems, kept, blocks, BLOCK: tl.constexpr):
+def _equals(X, COUNTS, EQUAL, n, stride, problems, kept, blocks, ABSOLUTE: tl.constexpr, BLOCK: tl.constexpr):
     """How many keys of each block equal the k-th; unless all of them stay, when nobody asks."""
     problem = tl.program_id(1)
     kth, left, there = _found(COUNTS, problem, problems, kept, 4)
     count = tl.zeros((), tl.int32)
     if left < there:
         place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        key = _keys(X + problem.to(tl.int64) * stride, place, n)
+        key = _keys(X + problem.to(tl.int64) * stride, place, n, ABSOLUTE)
         count = tl.sum(((key == kth) & (place < n)).to(tl.int32), 0)
     tl.store(EQUAL + problem * blocks + tl.program_id(0), count)
 
 
 @triton.jit(do_not_specialize=["kept", "problems", "blocks"])
-def _write(X, OUT, COUNTS, BEFORE, n, stride, problems, kept, blocks, BLOCK: tl.constexpr):
+def _write(
+    X, OUT, SQUARES, COUNTS, BEFORE, n, stride, problems, kept, blocks, ABSOLUTE: tl.constexpr, BLOCK: tl.constexpr
+):
     problem = tl.program_id(1)
     kth, left, there = _found(COUNTS, problem, problems, kept, 4)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     X += problem.to(tl.int64) * stride
     live = place < n
-    key = _keys(X, place, n)
+    key = _keys(X, place, n, ABSOLUTE)
     stays = key >= kth
     if left < there:
         equal = key == kth
         first = tl.cumsum(equal.to(tl.int32), 0) + tl.load(BEFORE + problem * blocks + tl.program_id(0)) <= left
         stays = (key > kth) | (equal & first)
-    x = tl.load(X + place, mask=live, other=0.0)
-    tl.store(OUT + problem.to(tl.int64) * n + place, tl.where(stays, x, 0.0), mask=live)
+    x = tl.where(stays, tl.load(X + place, mask=live, other=0.0), 0.0)
+    tl.store(OUT + problem.to(tl.int64) * n + place, x, mask=live)
+    exact = widen(x).to(tl.float64)  # whose squares neither overflow nor vanish
+    tl.store(SQUARES + problem * blocks + tl.program_id(0), tl.sum(exact * exact, 0))

@@ -117,9 +117,8 @@ class Ball:
         """
         gauge = self._gauge(parts)
         if isinstance(gauge, KSupport) and isinstance(self.seen, Entries) and len(parts) == 1:
-            # The same as below, without a detour over signs and profiles: two passes in place of five.
-            mask, scale = gauge.chosen(parts[0].abs().flatten(1))
-            return [(parts[0] * mask.view_as(parts[0])).mul_(scale[:, :, None])]
+            # The same as below, without a detour over signs and profiles.
+            return [gauge.signed_best(parts[0].flatten(1)).view_as(parts[0])]
         profiles, rebuilds = self._split(parts, leading)
         best = gauge.best(torch.cat(profiles, 1) if len(profiles) > 1 else profiles[0])
         sizes = [profile.shape[1] for profile in profiles]

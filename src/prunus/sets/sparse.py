@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prunus.selection import goes_to_kernels
 from prunus.sets.protocol import count_of
 
 __all__ = ["KSparse", "KSupport", "largest"]
@@ -104,17 +105,22 @@ class KSupport:
         return (head + tail.square() / (rho + 1)).sqrt()[:, 0].to(a.dtype)
 
     def best(self, a: Tensor) -> Tensor:
-        mask, scale = self.chosen(a)
-        return (a * mask).mul_(scale)
+        return self.signed_best(a)
 
-    def chosen(self, a: Tensor) -> tuple[Tensor, Tensor]:
-        """Which entries `best` takes, (problems, n) bool, and by what they are multiplied, (problems, 1)."""
-        k, tiny = count_of(self.k, a.shape[1]), torch.finfo(a.dtype).tiny
+    def signed_best(self, x: Tensor) -> Tensor:
+        """`best` of |x| with the signs of x, (problems, n): two passes over x, or on a GPU six short readings of it."""
+        k, tiny = count_of(self.k, x.shape[1]), torch.finfo(x.dtype).tiny  # 1 / tiny is finite
+        if goes_to_kernels(x):
+            from prunus.kernels.long_rows import largest_of_long_rows
+
+            kept, squares = largest_of_long_rows(x, k, absolute=True)
+            return kept.mul_(1 / squares.sqrt().to(x.dtype).clamp_min(tiny)[:, None])
+        a = x.abs()
         top = a.topk(k, dim=1, sorted=False).values
         peak = top.amax(1, keepdim=True).clamp_min(tiny)
-        # The chosen entries are these values, whichever of equal ones are chosen. 1 / tiny is finite.
+        # The chosen entries are these values, whichever of equal ones are chosen.
         length = torch.linalg.vector_norm(top / peak, dim=1, keepdim=True).clamp_min(1.0)  # less only for zeros
-        return _mask_of(a, top), 1 / peak / length
+        return (x * _mask_of(a, top)).mul_(1 / peak / length)
 
     def project(self, a: Tensor, radius: Tensor) -> Tensor:
         """By bisection on the multiplier m, and within it on b.
