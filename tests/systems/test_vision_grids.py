@@ -140,7 +140,11 @@ def test_grids_in_one_folder_and_their_tries_share_dense_networks(
         },
         "seeds": [0, 1],
     }
-    tune: dict[str, Any] = {"by": "accuracy", "axis": "lr", "cells": {"tuned": {"key": "train.lr", "values": [0.01, 0.1]}}}
+    tune: dict[str, Any] = {
+        "by": "accuracy",
+        "axis": "lr",
+        "cells": {"tuned": {"key": "train.lr", "values": [0.01, 0.1]}},
+    }
     tune["cells"]["tuned"]["at"] = {"rate": "90 %"}
     for name, more in (("one", {"tune": tune}), ("two", {})):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**asked, **more}))

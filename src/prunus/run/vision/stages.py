@@ -88,7 +88,10 @@ def fit(
     they were to bring about is there. A network that has become smaller (no masks) no longer fits those sets.
     """
     asked = setting.recipe.train
-    choice, methods = asked.optimizer, [*during, *(make_pulls(model, asked.optimizer, asked.penalty) if part == 0 else [])]
+    choice, methods = (
+        asked.optimizer,
+        [*during, *(make_pulls(model, asked.optimizer, asked.penalty) if part == 0 else [])],
+    )
     if part > 0 and choice is not None and (choice.prox is not None or (choice.sfw is not None and masks is None)):
         choice = None
     if masks is not None and choice is not None and choice.sfw is not None:
