@@ -7,8 +7,8 @@ What we aim at on a GPU: at most 1.3 times SGD's step for K-support, 2 times for
 random 32x32 images, bf16 and channels-last on a GPU, SGD fused. Whole steps of `prunus.train`, in rounds in which every
 optimizer runs once, so that a machine that slows down slows all; medians over rounds. `--operations` counts what the
 optimizer's step alone launches, as torch dispatches it (views apart; a foreach call is one), which needs no GPU.
-`--nuclear` adds the nuclear-norm baselines that decompose every layer in every step, eager and a few steps only: proximal
-steps by full singular value decompositions, as published, and by Gram matrices, and the penalty by Gram matrices.
+`--nuclear` adds the nuclear-norm baselines that decompose every layer in every step, eager and a few steps only:
+proximal steps by full singular value decompositions, as published, and by Gram matrices, and the penalty by these.
 """
 
 from __future__ import annotations
@@ -117,9 +117,7 @@ def seconds(arguments: argparse.Namespace, name: str, capture: bool, steps: int,
         channels_last=on_gpu,
     )
     clock, known = Clock(on_gpu, warm), balls(arguments.k)
-    optimizer, taking = (
-        (optimizer_of(model, known[name], arguments), []) if name in known else baselines(model)[name]
-    )
+    optimizer, taking = (optimizer_of(model, known[name], arguments), []) if name in known else baselines(model)[name]
     train(
         model,
         batches,

@@ -206,10 +206,11 @@ class NuclearNorm(During):
 
 
 class NuclearSteps(During):
-    """Proximal steps of the nuclear norm beside any optimizer: after every `every`-th step, that of every * lr * strength.
+    """Proximal steps of the nuclear norm beside any optimizer: that of every * lr * strength, after `every` steps each.
 
-    With every=1 and SGD it is `ProximalSGD`, which is what the paper compares with; a larger `every` saves decompositions.
-    They are outside the step, which can therefore be captured, and are those of the smaller Gram matrix in float64.
+    With every=1 and SGD it is `ProximalSGD`, which is what the paper compares with; a larger `every` saves time.
+    Decompositions are outside the step, which can therefore be captured, and are those of the smaller Gram matrix in
+    float64.
 
     >>> trace = train(model, batches, optimizer, lr, steps=10, during=[NuclearSteps(1e-2, every=5)])
     """

@@ -234,11 +234,22 @@ def test_optimizers_are_an_axis_whose_trainings_are_shared(tmp_path: Path, monke
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.usefixtures("tiny")
-@pytest.mark.parametrize("optimizer", [SMALL, {"sfw": {"set": "spectral_k_support"}}, PULLED, NUCLEAR], ids=str)
-def test_a_captured_training_is_that_step_by_step(tmp_path: Path, optimizer: Any) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": SMALL},
+        {"optimizer": {"sfw": {"set": "spectral_k_support"}}},
+        {"optimizer": PULLED},
+        {"optimizer": NUCLEAR},
+        {"penalty": {"nuclear": 1e-3, "every": 4}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_captured_training_is_that_step_by_step(tmp_path: Path, changes: Any, precision: str) -> None:
     found = [
         train_run(
-            checked(tmp_path / str(way), train=trained_by(optimizer), device="cuda", precision="fp32", capture=way)
+            checked(tmp_path / str(way), train={**TRAIN, **changes}, device="cuda", precision=precision, capture=way)
         )
         for way in (True, False)
     ]

@@ -81,7 +81,7 @@ class MoreSeeds(Strict):
 class Grid(Strict):
     """A checked grid; see the module's docstring.
 
-    dense: the folder of dense trainings of classifiers, which grids that name the same one share; out/dense if left out.
+    dense: the folder of dense trainings of classifiers, which grids that name the same one share; default: out/dense.
     """
 
     base: dict[str, Any]
