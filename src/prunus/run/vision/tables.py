@@ -31,10 +31,12 @@ SOUPS = (
     *("mean_member", "best_member", "ensemble", "uniform", "greedy", "learned", "imp", "longer", "swa", "reprune"),
     *("dense_soup", "dense_soup_pruned", "dense_soup_retrained"),
 )
+CORRUPTED_ROWS = ("mean_member", "best_member", "ensemble", "imp", "longer")
 CORRUPTED = {  # column -> where it stands under `corrupted` in a result
     **{f"corrupted.{'accuracy' if name == 'top1' else name}": ("mean", name) for name in MEASURES},
     **{f"corrupted.severity_{severity}": ("by_severity", str(severity), "top1") for severity in range(1, 6)},
     **{f"corrupted.{name}": ("by_name", name, "top1") for name in CORRUPTIONS},
+    **{f"corrupted.{name}": ("rows", name, "mean", "top1") for name in CORRUPTED_ROWS},
 }
 METRICS = (*PERCENT, *STAGES, *NUMBERS, *LAST_PHASE, *SOUPS, *CORRUPTED)
 SHARES = {*PERCENT, *STAGES, *SOUPS, *CORRUPTED} - {"corrupted.loss"}
