@@ -148,7 +148,7 @@ class Store:
                     masks.save(folder / MASKS_NAME)
                 _write(folder / "model.safetensors", state)
 
-    def once(self, key: str, make: Callable[[], tuple[State, Masks]]) -> tuple[State, Masks]:
+    def once(self, key: str, make: Callable[[], tuple[Mapping[str, Tensor], Masks]]) -> tuple[State, Masks]:
         """A stored start with masks, made if it is not there; others that need the same wait for it."""
         folder = self.folder / "starts" / key
         folder.mkdir(parents=True, exist_ok=True)
