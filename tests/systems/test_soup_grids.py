@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import statistics
 from pathlib import Path
@@ -137,6 +138,58 @@ def test_a_grid_draws_accuracy_by_phase(tmp_path: Path) -> None:
     alone = by_phase([{"phases": two[0]}])
     assert alone["soup"][0][2] is None
     assert alone["mean member"][0][2] == pytest.approx(100 * statistics.stdev(two[0][0]["members"]))
+
+
+def script(name: str) -> Any:
+    """A script of the repository as a module."""
+    path = Path(__file__).parents[2] / "scripts" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.usefixtures("tiny")
+def test_sets_made_ahead_are_those_that_a_run_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corruptions = {"names": ["contrast"], "severities": [2], "images": 30, "folder": str(tmp_path / "sets")}
+    axes = {"sparsity": {"80 %": {}, "90 %": {"corruptions": corruptions}}}
+    made = script("corrupt_images")
+    found = list(made.recipes(grid_of(tmp_path / "grid", axes), "grid"))
+    assert [each.corruptions is None for each in found] == [True, False]
+    made.make(found[1], "contrast", 2)
+    monkeypatch.setattr("prunus.evaluate.corruptions.corrupt", lambda *_, **__: pytest.fail("it is there already"))
+    setting = Setting.of(found[1])
+    whole = stages.corrupted(setting.new_model(), setting, found[1].corruptions)
+    assert whole["sets"]["contrast"]["2"]["images"] == 30
+
+
+def test_a_recipe_without_a_count_of_images_keeps_its_hash(tmp_path: Path) -> None:
+    plain, some = ({"names": ["fog"], **more} for more in ({}, {"images": 10}))
+    keys = [asked(tmp_path, corruptions=each).model_dump(mode="json")["corruptions"] for each in (plain, some)]
+    assert [key.get("images", "left out") for key in keys] == ["left out", 10]
+
+
+def test_the_tables_say_what_the_results_say() -> None:
+    """Two seeds of which the soup wins one."""
+
+    def result(seed: int, soup: float, imp: float) -> dict[str, Any]:
+        rows = [
+            {"row": name, "accuracy": value, "loss": 1.0, "calibration_error": 0.1, "worst_class": 0.2, "epochs": 4.0}
+            | {"inference": 0.25}
+            for name, value in (("soup, uniform", soup), ("imp", imp))
+        ]
+        phase = {"sparsity": 0.9, "soup": soup, "members": [0.5, 0.6], "imp": imp}
+        apart = {"l2_mean": 1.0, "angle_mean": 2.0, "barycentre_mean": 3.0, "lines": {"1 to 2": {"barrier": 0.125}}}
+        found = {"labels": {"sparsity": "90 %", "soup": "m = 3"}, "seed": seed, "soup": {"soup": soup, "imp": imp}}
+        return {**found, "rows": rows, "phases": [phase, phase], "between": apart}
+
+    text = script("soup_tables").text([result(0, 0.9, 0.8), result(1, 0.7, 0.73), {"labels": {}, "seed": 0}])
+    assert "| 90 %, m = 3 | 2 | - | - | +3.50 (1) |" in text
+    assert "| 90 %, m = 3 | 1.00 ± 0.00 | 2.00 ± 0.00 | 3.00 ± 0.00 | 0.1250 |" in text
+    assert "| soup, uniform | 80.00 ± 14.14 |" in text
+    assert "| 90.0 % | 80.00 ± 14.14 | 55.00 ± 0.00 | 60.00 ± 0.00 | 76.50 ± 4.95 | - |" in text
 
 
 @pytest.mark.gpu
