@@ -232,14 +232,20 @@ class Corruptions(Strict):
     """On which corruptions of the images that are measured on the final network is measured as well.
 
     names: all of them if empty. strengths: those of CIFAR-10-C or of ImageNet-C. folder: where corrupted sets are kept
-    for other runs, or one that holds CIFAR-10-C; None makes them anew.
+    for other runs, or one that holds CIFAR-10-C; None makes them anew. images: how many are corrupted, the first ones.
     """
 
     names: tuple[Annotated[str, AfterValidator(_corruption)], ...] = ()
     severities: tuple[Annotated[int, Field(ge=1, le=5)], ...] = Field(default=(1, 2, 3, 4, 5), min_length=1)
     strengths: Strengths = "cifar"
     folder: str | None = None
+    images: Count | None = None
     seed: int = 0
+
+    @model_serializer(mode="wrap")
+    def _lean(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `images` where all are taken, so that recipes older than the key keep their hashes."""
+        return {key: value for key, value in handler(self).items() if key != "images" or value is not None}
 
 
 def methods() -> dict[str, Any]:
