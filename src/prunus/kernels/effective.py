@@ -164,7 +164,7 @@ def _build(
     if PRODUCT:
         w = w * update
     elif KIND == 0:
-        w = w + update
+        w = w + tl.where(live, update, 0.0)  # a bare sum would be started with w, and rounded otherwise than below
     else:
         kept = _kept(M, row, tl.program_id(0) * COLUMNS, rows, columns, m_row, m_column, KIND, ROWS, COLUMNS)
         w = w + tl.where(kept, update, 0.0)
