@@ -16,7 +16,8 @@ from prunus import adapters
 from prunus.adapt import adapt
 from prunus.adapters import effective_weight, mask_lora_linear, scale_lora_linear
 from prunus.bits import pack, unpack
-from prunus.kernels.switch import kernels
+from prunus.kernels import switch
+from prunus.kernels.switch import kernels, uses_kernels
 from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.patterns import NM
@@ -104,14 +105,24 @@ def test_gradients_in_several_tiles(device: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_stack_a_wide_rank_and_float64_take_plain_operations() -> None:
-    weight = torch.ones(8, 8)
+    weight = torch.ones(8, 8, device="cuda" if torch.cuda.is_available() else "cpu")
     with kernels(True):
         for dtype, most in ((torch.float32, 32), (torch.bfloat16, 64), (torch.float16, 64)):
             assert adapters._in_kernels(weight.to(dtype), torch.ones(most, 8))
             assert not adapters._in_kernels(weight.to(dtype), torch.ones(most + 1, 8))
-        assert not adapters._in_kernels(torch.ones(2, 8, 8), torch.ones(2, 4, 8))
+        assert not adapters._in_kernels(weight.expand(2, 8, 8), torch.ones(2, 4, 8))
         assert not adapters._in_kernels(weight.double(), torch.ones(4, 8).double())
-    assert not adapters._in_kernels(weight, torch.ones(4, 8))
+    assert not adapters._in_kernels(weight.cpu(), torch.ones(4, 8))
+
+
+@pytest.mark.parametrize("interpreted", [False, True])
+def test_programs_never_get_what_they_cannot_read(interpreted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of a CPU only in the interpreter, even if programs are forced on."""
+    monkeypatch.setattr(switch, "_INTERPRETED", interpreted)
+    with kernels(True):
+        assert uses_kernels(torch.ones(1)) == interpreted
+    with kernels(False):
+        assert not uses_kernels(torch.ones(1))
 
 
 def _losses(
