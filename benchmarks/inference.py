@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from torch import Tensor
 SHAPES = ((4096, 4096), (7168, 7168), (28672, 7168), (7168, 28672), (11008, 4096))
 
 
-def measure(args: argparse.Namespace) -> list[Row]:
+def measure(args: argparse.Namespace) -> Iterator[Row]:
     """The rows of this device."""
     torch.manual_seed(args.seed)
     rows = _on_gpu if torch.device(args.device).type == "cuda" else _on_cpu

@@ -36,14 +36,14 @@ def test_exponents_are_those_of_power_laws(monkeypatch: pytest.MonkeyPatch) -> N
     for power in (0.0, 1.0, 1.5):
         assert growth.exponent(sizes, [7 * size**power for size in sizes]) == pytest.approx(power, abs=1e-6)
     monkeypatch.setattr(growth, "cost", lambda run, args, repeats: run() or growth.Cost(1.0, None))
-    rows = growth.measure(tiny())
+    rows = list(growth.measure(tiny()))
     assert len(rows) == 4 * 3
     assert all("^0.00" in row.note or "^-0.00" in row.note for row in rows), "a constant time does not grow"
 
 
 def test_inference_reports_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     inference = script("inference", monkeypatch)
-    rows = inference.measure(tiny())
+    rows = list(inference.measure(tiny()))
     assert len(rows) == 3 * 2 * 2
     for row in rows:
         assert math.isnan(row.ours_ms) == row.note.startswith("not possible here")
