@@ -97,6 +97,7 @@ def test_gradients_in_several_tiles(device: str, monkeypatch: pytest.MonkeyPatch
     with kernels(True):
         whole = _all(*tensors, pack(kept).to(device), g.to(device), False)
         monkeypatch.setattr(effective, "_TILE", 256 * 40)
+        monkeypatch.setattr(effective, "_DEPTH", 256)
         parts = _all(*tensors, pack(kept).to(device), g.to(device), False)
         again = _all(*tensors, pack(kept).to(device), g.to(device), False)
     for one, other, third in zip(whole, parts, again, strict=True):

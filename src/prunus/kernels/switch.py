@@ -30,8 +30,8 @@ def uses_kernels(x: Tensor) -> bool:
 def kernels(on: bool) -> Generator[None]:
     """While active, programs run for every tensor they can take (`on`) or for none, in all threads of the process.
 
-    They can take CUDA tensors; and those of a CPU in Triton's interpreter, which TRITON_INTERPRET=1 turns on if it is in
-    the environment before Triton and this module are imported.
+    They can take CUDA tensors; and those of a CPU in Triton's interpreter, which TRITON_INTERPRET=1 turns on if it is
+    in the environment before Triton and this module are imported.
 
     >>> with kernels(False):
     ...     uses_kernels(torch.ones(1))
