@@ -6,9 +6,10 @@ A script of this folder that follows the protocol has a function `measure` and e
     if __name__ == "__main__":
         main(__doc__, measure)
 
-Rows are written as they come, so that a script that is stopped leaves those it had. Ours and the textbook algorithm run in that one function, in one process. `sized` scales the sizes down, so that the
-same script runs on a CPU; `cost` times and takes the extra memory; `floor_ms` is what bytes and operations alone take.
-`all.py` finds the scripts by their `measure` and runs each in a process of its own.
+Rows are written as they come, so that a script that is stopped leaves those it had. Ours and the textbook algorithm run
+in that one function, in one process. `sized` scales the sizes down, so that the same script runs on a CPU; `cost` times
+and takes the extra memory; `floor_ms` is what bytes and operations alone take. `all.py` finds the scripts by their
+`measure` and runs each in a process of its own.
 """
 
 from __future__ import annotations

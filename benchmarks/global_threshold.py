@@ -17,7 +17,7 @@ from claims import Row, cost, floor_ms, main, sized
 from torch import Tensor
 
 from prunus.kernels.switch import kernels
-from prunus.selection import keep_largest, select_global
+from prunus.selection import keep_largest, keep_largest_of_all
 
 AGAINST = "a sort of all scores"
 
@@ -30,8 +30,8 @@ def textbook(scores: Mapping[str, Tensor], kept: int) -> dict[str, Tensor]:
 
 
 def ours(scores: Mapping[str, Tensor], kept: int) -> dict[str, Tensor]:
-    """The masks by counts for each tensor and a selection in each."""
-    return {name: keep_largest(scores[name], count) for name, count in select_global(scores, kept).items()}
+    """The masks, all tensors by one threshold."""
+    return keep_largest_of_all(scores, kept)
 
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from claims import Row, cost, floor_ms, main, sized
+from claims import Cost, Row, cost, floor_ms, main, sized
 from torch import Tensor, nn
 
 from prunus.adapters import EffectiveLinear, Factors, mask_lora_linear
@@ -51,10 +51,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     error = f"relative errors of the gradients of x, A, B: {', '.join(f'{gap:.1e}' for gap in gaps)}"
     del exact
     mine = cost(lambda: _step(ours, x, A, B, g), args)
-    layer = EffectiveLinear(nn.Parameter(W, False), None, Factors(A, B, scale=SCALE, mask=bits), transposed=False)
-    layer.factors.keep = True
-    kept = cost(lambda: _kept_step(layer, x, g), args)
-    del layer
+    kept = _kept(args, W, Factors(A, B, scale=SCALE, mask=bits), x, g)
     full = cost(lambda: _step(F.linear, x, W, g), args)
     rounded = cost(lambda: _step(expression, x, A16, B16, g), args)
     wide = cost(lambda: _step(expression, x, A, B, g), args)
@@ -93,12 +90,18 @@ def _step(run: Callable[..., Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(run(*leaves), leaves, g)
 
 
-def _kept_step(layer: EffectiveLinear, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-    """The same of a layer that builds its effective weight once; the factors have changed, as an optimizer does it."""
-    leaves = [x.detach().requires_grad_(), layer.factors.A, layer.factors.B]
-    with torch.no_grad():
-        layer.factors.A.mul_(1.0)
-    return torch.autograd.grad(layer(leaves[0]), leaves, g)
+def _kept(args: argparse.Namespace, W: Tensor, factors: Factors, x: Tensor, g: Tensor) -> Cost:
+    """The step of a layer that builds its effective weight once, after an optimizer has changed the factors."""
+    layer = EffectiveLinear(nn.Parameter(W, False), None, factors, transposed=False)
+    factors.keep = True
+    leaves = [x.detach().requires_grad_(), factors.A, factors.B]
+
+    def run() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            factors.A.mul_(1.0)
+        return torch.autograd.grad(layer(leaves[0]), leaves, g)
+
+    return cost(run, args)
 
 
 if __name__ == "__main__":
