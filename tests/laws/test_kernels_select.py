@@ -305,7 +305,7 @@ def build(program, warps, types, **fixed):
 
 for block, warps in ((8192, 4), (32768, 16)):
     build(rows._keep, warps, "X:*bf16 S:*fp32 M:*u8 NANS:*i32 columns:i32 stride:i32 kept:i32 extra:i32",
-          ABSOLUTE=True, SCALED=True, BLOCK=block, PART=512 * warps)
+          ABSOLUTE=True, SCALED=True, BLOCK=block, SHIFT=0, PART=512 * warps)
 build(groups._keep_of_four, 4, "X:*bf16 S:*fp32 WORDS:*i32 NANS:*i32 columns:i32 stride:i32 parts:i32",
       N=2, ABSOLUTE=True, SCALED=True, BLOCK=2048)
 build(threshold._above, 4, "X:*fp32 threshold:fp32 M:*u8 numel:i32", BLOCK=4096)
