@@ -51,6 +51,24 @@ def test_inference_reports_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
         assert slower == ("no gain" in row.note)
 
 
+def test_the_better_backend_counts_and_one_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    inference = script("inference", monkeypatch)
+
+    def fails(*_: torch.Tensor) -> None:
+        raise RuntimeError("no such\n hardware")
+
+    weight, x = torch.randn(64, 32), torch.randn(16, 32)
+    monkeypatch.setattr(inference, "BACKENDS", {"good": lambda w, _: (w, " (algorithm 3)"), "bad": fails})
+    row = inference._semi_structured_row("2:4", weight, x, tiny())
+    assert row.ours_ms > 0
+    assert "good (algorithm 3)" in row.note
+    assert "bad: no such hardware" in row.note
+    monkeypatch.setattr(inference, "BACKENDS", {"bad": fails})
+    row = inference._semi_structured_row("2:4", weight, x, tiny())
+    assert math.isnan(row.ours_ms)
+    assert row.note.startswith("not possible here: dense")
+
+
 def test_a_pruned_weight_has_two_zeros_in_every_four(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.tensor([[1.0, -3.0, 2.0, 0.5], [0.1, 0.2, -0.4, 0.3]])
     found = script("inference", monkeypatch)._semi_structured(weight)
