@@ -5,6 +5,10 @@ Without a GPU the programs run in Triton's interpreter, whose rounding to bfloat
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -206,6 +210,49 @@ def test_packing_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = pack(mask)
     monkeypatch.setattr("prunus.bits._CHUNK", 40)
     assert torch.equal(pack(mask), whole)
+
+
+COMPILED = """
+import re, subprocess, tempfile
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.knobs import nvidia
+from prunus.kernels import effective
+
+def build(program, types, tile, **fixed):
+    types = {name: kind for name, kind in (item.split(":") for item in types.split())}
+    ones = {name: 1 for name in program.arg_names if name.endswith("_column")}
+    fixed = {**fixed, **ones, "PRODUCT": False, "RANK": 16, "ROWS": tile[0], "COLUMNS": tile[1]}
+    signature = {name: types.get(name, "constexpr" if name in fixed else "i32") for name in program.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(program.arg_names) if name not in fixed}
+    source = ASTSource(fn=program, signature=signature, constexprs=fixed, attrs=aligned)
+    done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": tile[2], "num_stages": 2})
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(done.asm["ptx"])
+        file.flush()
+        report = subprocess.run([nvidia.ptxas.path, "-v", "-arch=sm_90a", file.name, "-o", "/dev/null"],
+                                capture_output=True, text=True, check=True).stderr
+    assert "0 bytes spill stores, 0 bytes spill loads" in report, (program.__name__, fixed, report)
+    return re.findall(r"= \\S*dot\\S* %\\w+, %\\w+, (%\\w+)", done.asm["ttir"])
+
+for dtype, tile, other in (("bf16", effective._BUILD, effective._REDUCE), ("fp32", effective._WIDE, effective._WIDE)):
+    types = "".join(f" {name}:*{dtype}" for name in "OUT W A A_LOW B B_LOW".split()) + " M:*u8"
+    for kind in (0, 2):
+        first = build(effective._build, types, tile, KIND=kind, HALVES=dtype == "bf16")[0]
+        assert first.startswith("%cst"), (dtype, kind, first)
+    types = types.replace("OUT:", "G:") + " DA:*fp32 DB:*fp32"
+    build(effective._reduce, types, other, KIND=2, HALVES=dtype == "bf16", STEPS=effective._DEPTH // other[0])
+"""
+
+
+@pytest.mark.slow
+def test_the_product_of_the_factors_is_summed_before_the_weight_is_added() -> None:
+    """With a mask and without: a compiler that starts the sum with W gives merged weights other bits than forward's."""
+    pytest.importorskip("triton.backends.nvidia")
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.gpu
