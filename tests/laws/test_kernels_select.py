@@ -170,7 +170,7 @@ def test_a_sample_that_misleads_is_noticed(device: str, ends: tuple[float, float
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("bins", [3, 11, 18])
+@pytest.mark.parametrize("bins", [3, 11, 20])
 def test_a_wide_bracket_is_narrowed(device: str, kind: str, bins: int, monkeypatch: pytest.MonkeyPatch):
     """A sample that says nothing, and so few bins that several readings are needed."""
     monkeypatch.setattr(threshold, "_bracket", lambda *_: (key_of(-INF), key_of(INF)))

@@ -1,13 +1,14 @@
 """Whether a tensor's work goes to the Triton programs of this folder or to the plain functions beside them.
 
-Programs take CUDA tensors where the package `triton` is installed (torch brings it on Linux), unless PRUNUS_KERNELS=0
-is in the environment; everything else takes the plain path. A program that fails raises: nothing falls back by itself.
+Programs take CUDA tensors where the package `triton` is installed (torch brings it on Linux) and finds the C compiler
+that it starts programs with, unless PRUNUS_KERNELS=0 is in the environment; everything else takes the plain path. A program that fails raises: nothing falls back by itself.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 
@@ -15,7 +16,11 @@ from torch import Tensor
 
 __all__ = ["kernels", "uses_kernels"]
 
-_AVAILABLE = os.environ.get("PRUNUS_KERNELS") != "0" and importlib.util.find_spec("triton") is not None
+_AVAILABLE = (
+    os.environ.get("PRUNUS_KERNELS") != "0"
+    and importlib.util.find_spec("triton") is not None
+    and bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
+)
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _forced: bool | None = None  # a plain global: backward runs in threads that inherit no context

@@ -34,8 +34,8 @@ _STRIDE = 1021  # a prime: matrices have widths that 1024 divides, and every col
 _DEVIATIONS = 6
 _BLOCK = 4096
 _STEP, _STEPS = 1024, 32  # scores a program counts at once, and how many times: few programs end in few atomics
-_BINS = 18  # bits: what a bracket's keys are told apart by in one reading
-_ROOM = 1 << 21  # counters of all copies of the histogram: 8 MiB
+_BINS = 20  # bits: what a bracket's keys are told apart by in one reading, also where 16-bit numbers lie 2^16 apart
+_ROOM = 1 << 22  # counters of all copies of the histogram: 16 MiB
 _CHUNK = 1 << 26  # scores that come over from another device at once
 
 
@@ -81,7 +81,7 @@ def _counted(
     """How many keys are above `high`, on it, on `low`, between; then the bin between that holds the k-th, from the top,
     how many are in those before it, and in it."""
     bins = ((high - low - 2) >> shift) + 1 if high > low + 1 else 1
-    copies = _ROOM >> max(0, bins - 1).bit_length()
+    copies = max(1, _ROOM >> (bins - 1).bit_length())
     counts = torch.zeros(3, dtype=torch.int64, device=device)
     histogram = torch.zeros(copies, bins, dtype=torch.int32, device=device)
     for score in scores:
@@ -97,7 +97,8 @@ def _counted(
     down = each.cumsum(0)
     rest = k - counts[0] - counts[1]
     place = torch.searchsorted(down, rest).clamp_(max=bins - 1)
-    found = torch.stack([down[-1], place, down[place] - each[place], each[place]])
+    here = each.take(place)  # indexing by a tensor would wait for it
+    found = torch.stack([down[-1], place, down.take(place) - here, here])
     above, on_high, on_low, *others = torch.cat([counts, found]).tolist()
     return above, on_high, on_low, *others
 
