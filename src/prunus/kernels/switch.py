@@ -1,7 +1,8 @@
 """Whether a tensor's work goes to the Triton programs of this folder or to the plain functions beside them.
 
 Programs take CUDA tensors where the package `triton` is installed (torch brings it on Linux) and finds the C compiler
-that it starts programs with, unless PRUNUS_KERNELS=0 is in the environment; everything else takes the plain path. A program that fails raises: nothing falls back by itself.
+that it starts programs with, unless PRUNUS_KERNELS=0 is in the environment; everything else takes the plain path. A
+program that fails raises: nothing falls back by itself.
 """
 
 from __future__ import annotations
