@@ -75,17 +75,18 @@ def goes_to_kernels(score: Tensor) -> bool:
     return score.dtype in _WIDTHS and uses_kernels(score)
 
 
-def keep_largest(score: Tensor, kept: int) -> Tensor:
+def keep_largest(score: Tensor, kept: int, *, wait: bool = True) -> Tensor:
     """The mask of the `kept` largest entries of a whole matrix.
 
     score: (rows, columns) floating, no NaN (not checked here); 0 <= kept <= score.numel(). Returns bool, same shape.
+    wait: False never waits for a GPU, as a captured step must not, and takes longer for millions of entries there.
 
     >>> keep_largest(torch.tensor([[1.0, 3.0], [3.0, 3.0]]), 2).tolist()
     [[False, True], [True, False]]
     """
     if kept <= 0 or kept >= score.numel():
         return torch.full(score.shape, kept > 0, dtype=torch.bool, device=score.device)
-    if goes_to_kernels(score) and score.numel() > _TOPK:
+    if wait and goes_to_kernels(score) and score.numel() > _TOPK:
         return _keep_in_kernels(score, kept)
     threshold = _kth(score, kept)
     mask = torch.empty(score.shape, dtype=torch.bool, device=score.device)
@@ -283,7 +284,7 @@ def _check_width(score: Tensor, name: str) -> None:
 
 
 def _kth(score: Tensor, k: int) -> Tensor:
-    """The k-th largest entry of a matrix as a scalar tensor; waits for the device only above `_TOPK` entries."""
+    """The k-th largest entry of a matrix as a scalar tensor; does not wait for the device."""
     flat = score.reshape(-1)
     smaller = flat.numel() - k + 1  # the same entry, counted from below
     if not flat.is_cuda:

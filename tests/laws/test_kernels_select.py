@@ -6,18 +6,21 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor
 
 from prunus import selection
+from prunus.during.choose import keep_global
 from prunus.kernels.switch import kernels, uses_kernels
 from prunus.layers import Inputs, Layer
 from prunus.patterns import NM, Block, Pattern, Unstructured, mask_scaled, scaled
 from prunus.scores import magnitude, wanda
 from prunus.selection import keep_largest, keep_largest_of_all, keep_largest_of_row, kth_largest, select_global
 from prunus.solvers import by_magnitude, by_score, by_wanda
+from tests.conftest import unwaited
 
 pytest.importorskip("triton")
 
@@ -199,6 +202,21 @@ def test_a_model_equals_one_direct_selection(device: str, kind: str):
         at_once = keep_largest_of_all(there, kept)
         assert torch.equal(torch.cat([mask.flatten().cpu() for mask in at_once.values()]), torch.cat(masks))
         assert not kept or kth_largest(there, kept) == joined[0].sort(descending=True).values[kept - 1]
+
+
+@pytest.mark.usefixtures("small")
+def test_a_captured_step_is_not_waited_for(device: str, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object) -> None:
+        raise AssertionError("waits")
+
+    monkeypatch.setattr(threshold, "kth_of", refuse)
+    scores = {"a": made("tied", 9, 31).to(device), "b": made("random", 5, 7).to(device)}
+    with unwaited() if device == "cuda" else nullcontext():
+        masks = keep_global(scores, 100)
+    joined = torch.cat([score.flatten() for score in scores.values()])[None]
+    assert torch.equal(torch.cat([mask.flatten().cpu() for mask in masks.values()])[None], first_best(joined, 100))
+    with pytest.raises(AssertionError, match="waits"):
+        keep_largest(scores["a"], 100)
 
 
 def test_model_wide_selection_reads_lazy_scores_again_where_they_are_few(device: str):
