@@ -9,6 +9,9 @@ training them wants it, and as ours has them), and against full fine-tuning of t
 
 Floor: three products of 2 x tokens x out x in operations, which full fine-tuning has too: with A and B in float32 no
 exact step is faster, because the mask forbids reducing the product g^T x.
+
+On an H100 the reference expression took 11.1 ms and full fine-tuning 6.87: 1.6 times faster than the former would be
+6.94 ms, which leaves 0.07 ms to build W_eff twice and to reduce G, whose bytes alone take 0.8: no exact step does it.
 """
 
 from __future__ import annotations
