@@ -3,6 +3,7 @@
     python benchmarks/all.py                         # all, on the GPU
     python benchmarks/all.py --only nm_mask hessian
     python benchmarks/all.py --device cpu --scale 0.02   # prints only: the results page has numbers of a GPU
+    python benchmarks/all.py --from FOLDER           # the page from files NAME.json that scripts wrote with --json
 
 Each script runs in a process of its own. One that fails is named on the page, and the others go on. With `--only`, what
 the page had of the other scripts stays, if device and versions are the same.
@@ -12,20 +13,20 @@ from __future__ import annotations
 
 import argparse
 import ast
-import datetime
 import json
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from claims import Row, device_name, table
+from claims import Row, table
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "docs" / "results"
+SAME = ("device", "torch", "triton")  # of all numbers of a page
 PAGE = """# Speed
 
 Ours against the textbook algorithm, in one process, medians; made with `python benchmarks/all.py`. {device}, torch
@@ -41,8 +42,8 @@ def scripts() -> list[Path]:
     return [path for path in sorted(HERE.glob("*.py")) if _measures(path)]
 
 
-def run(path: Path, options: list[str]) -> list[dict[str, Any]] | str:
-    """The rows that a script measured, or what it said last before it failed."""
+def run(path: Path, options: list[str]) -> dict[str, Any] | str:
+    """What a script wrote (setting, complete, rows), or what it said last before it failed."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         done = subprocess.run(
@@ -63,21 +64,43 @@ def page(results: dict[str, Any]) -> str:
         )
         parts.append(f"\n## {first[0].rstrip('.')}\n\n`benchmarks/{name}.py`\n\n")
         parts.append(f"Failed: {found}\n" if isinstance(found, str) else table([Row(**row) for row in found]))
+        parts.append("\nStopped before its last row.\n" if name in results.get("stopped", []) else "")
     return "".join(parts)
 
 
-def setting(device: str) -> dict[str, str]:
-    """What the numbers depend on."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True
-    ).stdout.strip()
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = "none"
-    date = datetime.date.today().isoformat()
-    names = {"device": device_name(device), "torch": torch.__version__, "triton": triton}
-    return {**names, "commit": commit or "unknown", "date": date}
+def read(folder: Path, commit: str | None) -> dict[str, dict[str, Any]]:
+    """Script -> what it wrote to `folder`/NAME.json, at full size; `commit` stands in where a file has none.
+
+    Raises: ValueError for a file that has no setting, is of a smaller size, or of another device or version.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for path in (folder / f"{script.stem}.json" for script in scripts()):
+        if not path.exists():
+            continue
+        wrote = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(wrote, Mapping) or "setting" not in wrote:
+            raise ValueError(f"{path} does not say what its rows were measured on; run the script again")
+        first = next(iter(found.values()), wrote)["setting"]
+        for key, here in wrote["setting"].items():
+            if (key == "scale" and here != 1) or (key in SAME and here != first[key]):
+                raise ValueError(f"{path} has {key} {here}, the page {1 if key == 'scale' else first[key]}")
+        if wrote["setting"]["commit"] == "unknown" and commit:
+            wrote["setting"]["commit"] = commit
+        found[path.stem] = wrote
+    if not found:
+        raise ValueError(f"{folder} has no NAME.json of a benchmark: write them with --json")
+    return found
+
+
+def joined(found: Mapping[str, dict[str, Any] | str]) -> dict[str, Any]:
+    """The results of several scripts, with the setting of all: their commits, and the last date."""
+    settings = [wrote["setting"] for wrote in found.values() if not isinstance(wrote, str)]
+    commits = dict.fromkeys(each["commit"] for each in settings)
+    rows = {name: wrote if isinstance(wrote, str) else wrote["rows"] for name, wrote in found.items()}
+    stopped = [name for name, wrote in found.items() if not isinstance(wrote, str) and not wrote["complete"]]
+    common = {key: settings[0][key] for key in SAME}
+    last = {"commit": ", ".join(commits), "date": max(each["date"] for each in settings)}
+    return {"setting": {**common, **last}, "scripts": rows, "stopped": stopped}
 
 
 def main() -> None:
@@ -87,7 +110,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--scale", type=float)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--from", type=Path, dest="folder", help="run nothing; make the page from these files")
+    parser.add_argument("--commit", help="with --from: the commit of files that were written outside a repository")
     args = parser.parse_args()
+    if args.folder is not None:
+        write(args.out, joined(read(args.folder, args.commit)))
+        return
     if unknown := set(args.only) - {path.stem for path in scripts()}:
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(p.stem for p in scripts())}")
     options = ["--device", args.device] + ([] if args.scale is None else ["--scale", str(args.scale)])
@@ -97,8 +125,9 @@ def main() -> None:
             sys.stdout.write(f"\n{path.stem}\n")
             sys.stdout.flush()
             found[path.stem] = run(path, options)
-    if torch.device(args.device).type == "cuda" and args.scale in (None, 1.0):
-        write(args.out, {"setting": setting(args.device), "scripts": found})
+    measured = any(not isinstance(wrote, str) for wrote in found.values())
+    if measured and torch.device(args.device).type == "cuda" and args.scale in (None, 1.0):
+        write(args.out, joined(found))
     if failed := [name for name, rows in found.items() if isinstance(rows, str)]:
         sys.exit(f"failed: {', '.join(failed)}")
 
@@ -107,13 +136,17 @@ def write(folder: Path, results: dict[str, Any]) -> None:
     """speed.json and speed.md, with what an earlier run on the same device and versions measured besides."""
     folder.mkdir(parents=True, exist_ok=True)
     known = folder / "speed.json"
-    same = ("device", "torch", "triton")
     if known.exists():
         old = json.loads(known.read_text(encoding="utf-8"))
-        if all(old["setting"][key] == results["setting"][key] for key in same):
+        if all(old["setting"][key] == results["setting"][key] for key in SAME):
             there = {path.stem for path in scripts()}
             kept = {name: rows for name, rows in old["scripts"].items() if name in there}
-            results = {**results, "scripts": dict(sorted({**kept, **results["scripts"]}.items()))}
+            stopped = [name for name in old.get("stopped", []) if name in kept and name not in results["scripts"]]
+            results = {
+                "setting": results["setting"],
+                "scripts": dict(sorted({**kept, **results["scripts"]}.items())),
+                "stopped": stopped + results.get("stopped", []),
+            }
     known.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (folder / "speed.md").write_text(page(results), encoding="utf-8")
 

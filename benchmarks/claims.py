@@ -2,30 +2,34 @@
 
 A script of this folder that follows the protocol has a function `measure` and ends with `main`:
 
-    def measure(args: argparse.Namespace) -> list[Row]: ...      # args: device, scale, repeats, seed
+    def measure(args: argparse.Namespace) -> Iterator[Row]: ...      # args: device, scale, repeats, seed
     if __name__ == "__main__":
         main(__doc__, measure)
 
-Ours and the textbook algorithm run in that one function, in one process. `sized` scales the sizes down, so that the
-same script runs on a CPU; `cost` times and takes the extra memory; `floor_ms` is what bytes and operations alone take.
-`all.py` finds the scripts by their `measure` and runs each in a process of its own.
+Rows are written as they come, so that a script that is stopped leaves those it had. Ours and the textbook algorithm run
+in that one function, in one process. `sized` scales the sizes down, so that the same script runs on a CPU; `cost` times
+and takes the extra memory; `floor_ms` is what bytes and operations alone take. `all.py` finds the scripts by their
+`measure` and runs each in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-__all__ = ["Cost", "Row", "cost", "floor_ms", "main", "parse", "sized", "table"]
+__all__ = ["Cost", "Row", "cost", "floor_ms", "main", "parse", "setting", "sized", "table"]
 
 _FLUSH = 1 << 28  # bytes written between two timed runs, so that none finds its input in the cache
 
@@ -76,7 +80,7 @@ def parse(doc: str | None, argv: Sequence[str] | None = None) -> argparse.Namesp
     parser.add_argument("--scale", type=float, help="factor on the sizes; by default 1 on a GPU, 1/28 on a CPU")
     parser.add_argument("--repeats", type=int, help="timed runs; the median counts. By default 20 on a GPU, 3 on a CPU")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="file to which the rows are written as well")
+    parser.add_argument("--json", type=Path, help="file for the rows, and what they were measured on")
     args = parser.parse_args(argv)
     on_gpu = torch.device(args.device).type == "cuda"
     args.scale = args.scale or (1.0 if on_gpu else 1 / 28)
@@ -84,13 +88,38 @@ def parse(doc: str | None, argv: Sequence[str] | None = None) -> argparse.Namesp
     return args
 
 
-def main(doc: str | None, measure: Callable[[argparse.Namespace], list[Row]]) -> None:
-    """Measure, print the table, and write `--json`."""
+def main(doc: str | None, measure: Callable[[argparse.Namespace], Iterable[Row]]) -> None:
+    """Measure, print the table row by row, and write `--json` after each."""
     args = parse(doc)
-    rows = measure(args)
-    sys.stdout.write(f"{device_name(args.device)}, torch {torch.__version__}, scale {args.scale:g}\n{table(rows)}")
-    if args.json is not None:
-        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    found = {"setting": setting(args), "complete": False, "rows": []}
+    rows: list[Row] = []
+    sys.stdout.write(f"{device_name(args.device)}, torch {torch.__version__}, scale {args.scale:g}\n{table([])}")
+    sys.stdout.flush()
+    for row in measure(args):
+        rows.append(row)
+        sys.stdout.write(table([row], head=False))
+        sys.stdout.flush()
+        _write(args.json, {**found, "rows": [asdict(row) for row in rows]})
+    _write(args.json, {**found, "complete": True, "rows": [asdict(row) for row in rows]})
+
+
+def setting(args: argparse.Namespace) -> dict[str, str | float]:
+    """What the numbers depend on: device, scale, versions, commit, date."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "none"
+    return {
+        "device": device_name(args.device),
+        "scale": args.scale,
+        "torch": torch.__version__,
+        "triton": triton,
+        "commit": done.stdout.strip() or "unknown",
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 def sized(number: int, args: argparse.Namespace, multiple: int = 64) -> int:
@@ -131,12 +160,20 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "CPU"
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table."""
+def table(rows: Sequence[Row], *, head: bool = True) -> str:
+    """The rows as a Markdown table, or without its first two lines."""
     names = "work, shape, ours, textbook, ratio, target, floor, x floor, extra, textbook extra, note"
-    head = names.split(", ")
-    lines = [head, ["---"] * len(head), *(_cells(row) for row in rows)]
+    columns = names.split(", ")
+    lines = [*([columns, ["---"] * len(columns)] if head else []), *(_cells(row) for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _write(path: Path | None, found: object) -> None:
+    """Writes or replaces the file in one go: whoever reads it, or kills this process, finds it whole."""
+    if path is not None:
+        part = path.with_name(f".{path.name}.part")
+        part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        part.replace(path)
 
 
 def _cells(row: Row) -> list[str]:

@@ -10,14 +10,14 @@ the count. Ours is checked against the plain functions, bit for bit, at full siz
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from claims import Row, cost, floor_ms, main, sized
 from torch import Tensor
 
 from prunus.kernels.switch import kernels
-from prunus.selection import keep_largest, select_global
+from prunus.selection import keep_largest, keep_largest_of_all
 
 AGAINST = "a sort of all scores"
 
@@ -30,19 +30,17 @@ def textbook(scores: Mapping[str, Tensor], kept: int) -> dict[str, Tensor]:
 
 
 def ours(scores: Mapping[str, Tensor], kept: int) -> dict[str, Tensor]:
-    """The masks by counts for each tensor and a selection in each."""
-    return {name: keep_largest(scores[name], count) for name, count in select_global(scores, kept).items()}
+    """The masks, all tensors by one threshold."""
+    return keep_largest_of_all(scores, kept)
 
 
-def measure(args: argparse.Namespace) -> list[Row]:
+def measure(args: argparse.Namespace) -> Iterator[Row]:
     """One matrix, of distinct scores and of scores that tie; the blocks of a model; another share kept."""
     shape = sized(28672, args), sized(7168, args)
-    return [
-        of_a_matrix(args, *shape, torch.float32),
-        of_a_matrix(args, *shape, torch.bfloat16),
-        of_a_model(args, blocks=4, share=0.5),
-        of_a_model(args, blocks=4, share=0.1),
-    ]
+    yield of_a_matrix(args, *shape, torch.float32)
+    yield of_a_matrix(args, *shape, torch.bfloat16)
+    yield of_a_model(args, blocks=4, share=0.5)
+    yield of_a_model(args, blocks=4, share=0.1)
 
 
 def of_a_matrix(args: argparse.Namespace, out: int, in_: int, dtype: torch.dtype) -> Row:

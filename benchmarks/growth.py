@@ -3,7 +3,7 @@
     python benchmarks/growth.py
     python benchmarks/growth.py --device cpu --scale 0.1    # scales down
 
-Each work runs at four sizes of one quantity, each twice the last, the others fixed; an exponent is the slope of the
+Each work runs at three sizes of one quantity, each twice the last, the others fixed; an exponent is the slope of the
 straight line through log time (or log extra memory, on a GPU) over log size. Parameters grow by the width of layers: a
 product with fixed tokens then grows like the parameters (1), a factorisation of (in, in) like their power 1.5, a Gram
 matrix's memory like 1. Sequence length grows at a fixed number of tokens, so that what is left is attention: from 0,
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from claims import Cost, Row, cost, main, sized
@@ -31,11 +31,11 @@ from prunus.scores import wanda
 from prunus.solvers import by_score, sparsegpt
 from prunus.stream import stream
 
-SIZES = (1, 2, 4, 8)
+SIZES = (1, 2, 4)
 Work = Callable[[argparse.Namespace, int, int, int], Cost]  # (args, width, windows, length)
 
 
-def measure(args: argparse.Namespace) -> list[Row]:
+def measure(args: argparse.Namespace) -> Iterator[Row]:
     """One row for each work and each quantity that grows."""
     base = sized(2048, args), max(1, sized(8, args, 1)), sized(256, args, 16)  # width, windows, length
     works: dict[str, Work] = {
@@ -44,7 +44,9 @@ def measure(args: argparse.Namespace) -> list[Row]:
         "biases and norms, step": lambda *sizes: _step(*sizes, kinds=["biases", "norms"]),
         "MaskLoRA, step": lambda *sizes: _step(*sizes, kinds=["mask_lora"]),
     }
-    return [_swept(name, work, grows, base, args) for name, work in works.items() for grows in _GROWING]
+    for name, work in works.items():
+        for grows in _GROWING:
+            yield _swept(name, work, grows, base, args)
 
 
 _GROWING: dict[str, Callable[[int, int, int, int], tuple[int, int, int]]] = {
@@ -97,7 +99,8 @@ def _build(args: argparse.Namespace, width: int, length: int) -> OPTForCausalLM:
         dropout=0.0,
     )  # fmt: skip
     dtype = torch.bfloat16 if torch.device(args.device).type == "cuda" else torch.float32
-    return OPTForCausalLM(config).to(args.device, dtype).eval()
+    with torch.device(args.device):  # drawn where it is used: a CPU would draw longer than a GPU prunes
+        return OPTForCausalLM(config).to(dtype).eval()
 
 
 def _tokens(args: argparse.Namespace, windows: int, length: int) -> Tensor:
@@ -111,14 +114,14 @@ def _prune(args: argparse.Namespace, width: int, windows: int, length: int, *, g
     def run() -> None:
         stream(model, solver, pattern, 0.5, tokens=tokens, gram=gram, batch_size=max(1, 2048 // length))
 
-    return cost(run, args, repeats=3)
+    return cost(run, args, repeats=1)
 
 
 def _step(args: argparse.Namespace, width: int, windows: int, length: int, *, kinds: list[str]) -> Cost:
     model, ids = _build(args, width, length), _tokens(args, windows, length).to(args.device)
     views = find_layers(model)
-    generator = torch.Generator().manual_seed(args.seed)
-    masks = Masks({view.parameter: torch.rand(view.shape, generator=generator) < 0.5 for view in views})
+    drawn = {"generator": torch.Generator(args.device).manual_seed(args.seed), "device": args.device}
+    masks = Masks({view.parameter: torch.rand(view.shape, **drawn) < 0.5 for view in views})
     masks.apply_(model)
     adapt(model, kinds, masks=masks, views=views, rank=8)
     model.train()

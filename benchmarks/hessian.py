@@ -11,6 +11,7 @@ nothing is lost by leaving the operands as they are. The note gives both errors 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 
 import torch
 from claims import Cost, Row, cost, floor_ms, main, sized
@@ -26,7 +27,7 @@ def textbook_(hessian: Tensor, x: Tensor, seen: int) -> None:
     hessian += rows.matmul(rows.t())
 
 
-def measure(args: argparse.Namespace) -> list[Row]:
+def measure(args: argparse.Namespace) -> Iterator[Row]:
     """One batch added, and the upper half completed once."""
     columns, tokens = sized(28672, args), sized(4096, args)
     x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(args.seed)).to(args.device, torch.bfloat16)
@@ -36,7 +37,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
     textbook = _textbook(args, x)
     half = 4 * columns * (columns + 1) // 2  # bytes of a triangle
     floor = floor_ms(args, moved=2 * half + x.nbytes, operations=tokens * columns * (columns + 1))
-    return [
+    yield from [
         Row("Gram matrix, one batch added", shape, "float32 products of float32 copies", added.ms, textbook.ms,
             floor, added.extra_bytes, textbook.extra_bytes, target=10, note=errors),
         Row("Gram matrix, completed once when read", f"{columns} x {columns} float32", "", completed.ms, None,

@@ -10,6 +10,7 @@ Ours is checked against the plain functions, bit for bit, at full size.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 
 import torch
 from claims import Cost, Row, cost, floor_ms, main, sized
@@ -28,15 +29,13 @@ def textbook(score: Tensor, n: int, m: int) -> Tensor:
     return ~pruned
 
 
-def measure(args: argparse.Namespace) -> list[Row]:
+def measure(args: argparse.Namespace) -> Iterator[Row]:
     """From a float32 score, and from weight and norms at once, at two shapes; other groups at one."""
     tall, wide = sized(28672, args), sized(7168, args)
-    return [
-        *compare(args, tall, wide, NM(2, 4), target=100),
-        *compare(args, wide, tall, NM(2, 4), target=100),
-        *compare(args, tall, wide, NM(4, 8)),
-        *compare(args, tall, wide, NM(16, 32)),
-    ]
+    yield from compare(args, tall, wide, NM(2, 4), target=100)
+    yield from compare(args, wide, tall, NM(2, 4), target=100)
+    yield from compare(args, tall, wide, NM(4, 8))
+    yield from compare(args, tall, wide, NM(16, 32))
 
 
 def compare(args: argparse.Namespace, out: int, in_: int, pattern: NM, target: float | None = None) -> list[Row]:

@@ -46,7 +46,7 @@ CASES = {  # row -> what is trained, precision, whether effective weights are ke
 }
 
 
-def measure(args: argparse.Namespace) -> list[Row]:
+def measure(args: argparse.Namespace) -> Iterator[Row]:
     """Biases and norms, MaskLoRA, LoRA-Prune, everything: ours and the textbook loop."""
     torch.manual_seed(args.seed)
     config = _config(args)
@@ -56,14 +56,12 @@ def measure(args: argparse.Namespace) -> list[Row]:
     views = find_layers(model)
     masks = _prune_(model, views)
     textbook: dict[str, Cost] = {}
-    rows: list[Row] = []
     with recomputed(model):
         for row, (names, precision, keep) in CASES.items():
             if names[0] not in textbook:
                 textbook[names[0]] = _textbook(args, model, masks, views, names, ids)
             ours = _ours(args, model, masks, views, names, ids, precision, keep)
-            rows.append(_row(args, config, ids, row, names[0], ours, textbook))
-    return rows
+            yield _row(args, config, ids, row, names[0], ours, textbook)
 
 
 def _ours(

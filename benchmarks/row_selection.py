@@ -10,6 +10,7 @@ first half of the indices. Ours is checked against the plain functions, bit for 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 
 import torch
 from claims import Row, cost, floor_ms, main, sized
@@ -29,18 +30,16 @@ def textbook(score: Tensor, kept: int) -> Tensor:
     return ~torch.zeros_like(score, dtype=torch.bool).scatter_(1, worst, True)
 
 
-def measure(args: argparse.Namespace) -> list[Row]:
+def measure(args: argparse.Namespace) -> Iterator[Row]:
     """Weights of 16 and 32 bits, many short rows and few long ones; magnitude, whose 16-bit scores tie; a score."""
     tall, wide = sized(28672, args), sized(7168, args)
-    return [
-        compare(args, tall, wide, torch.bfloat16),
-        compare(args, tall, wide, torch.float16),
-        compare(args, tall, wide, torch.float32),
-        compare(args, wide, tall, torch.bfloat16),
-        compare(args, sized(4096, args), sized(11008, args), torch.bfloat16),
-        compare(args, tall, wide, torch.bfloat16, wanda=False),
-        of_a_score(args, tall, wide),
-    ]
+    yield compare(args, tall, wide, torch.bfloat16)
+    yield compare(args, tall, wide, torch.float16)
+    yield compare(args, tall, wide, torch.float32)
+    yield compare(args, wide, tall, torch.bfloat16)
+    yield compare(args, sized(4096, args), sized(11008, args), torch.bfloat16)
+    yield compare(args, tall, wide, torch.bfloat16, wanda=False)
+    yield of_a_score(args, tall, wide)
 
 
 def compare(args: argparse.Namespace, out: int, in_: int, dtype: torch.dtype, wanda: bool = True) -> Row:

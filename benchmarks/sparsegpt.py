@@ -15,6 +15,7 @@ inverse of a triangle, and rows n^2 for the updates.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 
 import torch
 from claims import Row, cost, main, sized
@@ -58,14 +59,12 @@ def textbook(weight: Tensor, gram: Tensor, pattern: Pattern, damping: float = 0.
     return W.to(weight.dtype)
 
 
-def measure(args: argparse.Namespace) -> list[Row]:
+def measure(args: argparse.Namespace) -> Iterator[Row]:
     """Both shapes, half of the weights and 2:4."""
     rate = _float32_rate(args)
-    return [
-        _row(args, rate, sized(out, args), sized(in_, args), pattern, target)
-        for out, in_, target in SHAPES
-        for pattern in (Unstructured("layer"), NM(2, 4))
-    ]
+    for out, in_, target in SHAPES:
+        for pattern in (Unstructured("layer"), NM(2, 4)):
+            yield _row(args, rate, sized(out, args), sized(in_, args), pattern, target)
 
 
 def _row(args: argparse.Namespace, rate: float, out: int, in_: int, pattern: Pattern, target: float) -> Row:

@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--channels-first", action="store_true")
     parser.add_argument("--out", type=Path)
+    parser.set_defaults(compile=False)  # `make` asks; vmap goes through no compiled block
     arguments = parser.parse_args()
     cuda = torch.device(arguments.device).type == "cuda"
     torch.backends.cudnn.benchmark = True

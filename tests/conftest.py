@@ -1,8 +1,11 @@
-"""Shared small things: a random Llama with a byte tokenizer in a folder, and a text it can read."""
+"""Shared small things: a random Llama with a byte tokenizer in a folder, a text it can read, GPUs not waited for."""
 
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -40,6 +43,19 @@ def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
         tie_word_embeddings=True,
     )
     return LlamaForCausalLM(config).eval()
+
+
+@contextmanager
+def unwaited() -> Iterator[None]:
+    """While active, whatever waits for the GPU raises RuntimeError."""
+    before = torch.cuda.get_sync_debug_mode()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that the mode is a prototype; it is on by then
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ __all__ = [
     "check_scores",
     "goes_to_kernels",
     "keep_largest",
+    "keep_largest_of_all",
     "keep_largest_of_group",
     "keep_largest_of_groups",
     "keep_largest_of_row",
@@ -35,6 +36,7 @@ __all__ = [
 
 _CHUNK = 1 << 22  # entries worked on at once: bounds the temporaries (12 bytes an entry) to about 50 MB
 _TOPK = 1 << 22  # largest CUDA problem given to topk, which allocates its result
+_Kth = tuple[float, int | None]  # a k-th largest score; how many are at least that, where it is known already
 _WIDTHS = (torch.float32, torch.bfloat16, torch.float16)  # what the programs read; float64 takes the plain path
 
 
@@ -73,21 +75,20 @@ def goes_to_kernels(score: Tensor) -> bool:
     return score.dtype in _WIDTHS and uses_kernels(score)
 
 
-def keep_largest(score: Tensor, kept: int) -> Tensor:
+def keep_largest(score: Tensor, kept: int, *, wait: bool = True) -> Tensor:
     """The mask of the `kept` largest entries of a whole matrix.
 
     score: (rows, columns) floating, no NaN (not checked here); 0 <= kept <= score.numel(). Returns bool, same shape.
+    wait: False never waits for a GPU, as a captured step must not, and takes longer for millions of entries there.
 
     >>> keep_largest(torch.tensor([[1.0, 3.0], [3.0, 3.0]]), 2).tolist()
     [[False, True], [True, False]]
     """
     if kept <= 0 or kept >= score.numel():
         return torch.full(score.shape, kept > 0, dtype=torch.bool, device=score.device)
+    if wait and goes_to_kernels(score) and score.numel() > _TOPK:
+        return _keep_in_kernels(score, kept)
     threshold = _kth(score, kept)
-    if goes_to_kernels(score) and score.numel() > _TOPK:
-        from prunus.kernels.threshold import keep_first
-
-        return keep_first(score, threshold.float(), kept)
     mask = torch.empty(score.shape, dtype=torch.bool, device=score.device)
     above = torch.zeros((), dtype=torch.int64, device=score.device)
     ties: list[Tensor] = []
@@ -173,20 +174,20 @@ def kth_largest(scores: Mapping[str, Tensor], k: int) -> float:
     """The k-th largest score (k from 1) over all tensors of a mapping, exact, in bounded memory.
 
     scores: name -> float32, bfloat16 or float16 of any shape; read twice in the mapping's order, so values may be
-    computed on access. Nothing is concatenated: the order-preserving integer key of a float32 is refined by two
-    histograms of 16 bits, or on a GPU by a sample and what lies near its k-th (a reading or two more where that
-    misleads). Raises ValueError for NaN, float64, or k outside 1..(number of scores).
+    computed on access. The order-preserving integer key of a float32 is refined by two histograms of 16 bits, or on a
+    GPU by a sample and a histogram of what lies near its k-th (a reading more where scores are few or far apart, two
+    where the sample misleads). Raises ValueError for NaN, float64, or k outside 1..(number of scores).
 
     >>> kth_largest({"a": torch.tensor([1.0, 5.0]), "b": torch.tensor([3.0])}, 2)
     3.0
     """
-    return _first_reading(scores)[1](k)
+    return _first_reading(scores)[1](k)[0]
 
 
 def select_global(scores: Mapping[str, Tensor], kept: int) -> dict[str, int]:
     """How many entries of each tensor are among the `kept` largest of all; the counts add up to `kept`.
 
-    scores: as in `kth_largest`; read three times. Ties go to earlier tensors, in the order of the mapping, then to
+    scores: as in `kth_largest`; read three times, on a GPU more where it says so. Ties go to earlier tensors, then to
     lower flat indices: `keep_largest` with these counts gives the mask of one direct model-wide selection.
     Raises ValueError for NaN, float64, or kept outside 0..(number of scores).
 
@@ -208,20 +209,40 @@ def select_global_share(scores: Mapping[str, Tensor], sparsity: float) -> dict[s
     return _select(scores, kept_of(total, sparsity), total, kth)
 
 
-def _select(scores: Mapping[str, Tensor], kept: int, total: int, kth: Callable[[int], float]) -> dict[str, int]:
+def keep_largest_of_all(scores: Mapping[str, Tensor], kept: int) -> dict[str, Tensor]:
+    """The masks of the `kept` largest of all entries of all tensors: `keep_largest` by the counts of `select_global`.
+
+    scores: name -> (rows, columns), otherwise as in `kth_largest`. Raises ValueError as `select_global` does.
+
+    >>> keep_largest_of_all({"a": torch.tensor([[1.0, 5.0]]), "b": torch.tensor([[3.0]])}, 2)
+    {'a': tensor([[False,  True]]), 'b': tensor([[True]])}
+    """
+    total, kth = _first_reading(scores)
+    threshold, reached = kth(kept) if kept else (torch.inf, None)
+    if reached == kept and all(goes_to_kernels(score) for score in scores.values()):
+        from prunus.kernels.threshold import keep_above
+
+        return {name: keep_above(score, threshold) for name, score in scores.items()}
+    counts = _select(scores, kept, total, lambda _: (threshold, reached))
+    return {name: keep_largest(score, counts[name]) for name, score in scores.items()}
+
+
+def _select(scores: Mapping[str, Tensor], kept: int, total: int, kth: Callable[[int], _Kth]) -> dict[str, int]:
     if not 0 <= operator.index(kept) <= total:
         raise ValueError(f"cannot keep {kept} of {total} entries")
     if kept == 0:
         return dict.fromkeys(scores, 0)
-    threshold = kth(kept)
+    threshold, _ = kth(kept)
     counts = {name: _count(score, threshold) for name, score in scores.items()}
-    above = {name: int(count[0]) for name, count in counts.items()}
-    wanted = kept - sum(above.values())
-    for name, count in counts.items():
-        taken = min(int(count[1]), wanted)
-        above[name] += taken
+    device = next(iter(counts.values())).device  # one wait for all counts
+    found = dict(zip(counts, torch.stack([count.to(device) for count in counts.values()]).tolist(), strict=True))
+    wanted = kept - sum(above for above, _ in found.values())
+    result: dict[str, int] = {}
+    for name, (above, equal) in found.items():
+        taken = min(equal, wanted)
+        result[name] = above + taken
         wanted -= taken
-    return above
+    return result
 
 
 def _count(score: Tensor, threshold: float) -> Tensor:
@@ -236,7 +257,7 @@ def _count(score: Tensor, threshold: float) -> Tensor:
     return count
 
 
-def _first_reading(scores: Mapping[str, Tensor]) -> tuple[int, Callable[[int], float]]:
+def _first_reading(scores: Mapping[str, Tensor]) -> tuple[int, Callable[[int], _Kth]]:
     """How many scores there are, and a function that finds the k-th largest of them, by the device of the first."""
     histogram = torch.zeros(65536, dtype=torch.int64)
     samples: list[Tensor] = []
@@ -253,7 +274,7 @@ def _first_reading(scores: Mapping[str, Tensor]) -> tuple[int, Callable[[int], f
             histogram += _high_histogram(score)
     if sampled:
         return total, lambda k: _kth_by_sample(scores, k, torch.cat(samples), total)
-    return total, lambda k: _refine(scores, k, histogram)
+    return total, lambda k: (_refine(scores, k, histogram), None)
 
 
 def _check_width(score: Tensor, name: str) -> None:
@@ -263,25 +284,27 @@ def _check_width(score: Tensor, name: str) -> None:
 
 
 def _kth(score: Tensor, k: int) -> Tensor:
-    """The k-th largest entry of a matrix as a scalar tensor; waits for the device only above `_TOPK` entries."""
+    """The k-th largest entry of a matrix as a scalar tensor; does not wait for the device."""
     flat = score.reshape(-1)
     smaller = flat.numel() - k + 1  # the same entry, counted from below
-    if not (flat.is_cuda or goes_to_kernels(flat)):
+    if not flat.is_cuda:
         return flat.kthvalue(smaller).values
     if flat.numel() > _TOPK:
-        return _kth_of_many(flat, k)
+        return _kth_by_bits(flat, k)
     if k <= smaller:
         return flat.topk(k, sorted=False).values.min()
     return flat.topk(smaller, largest=False, sorted=False).values.max()
 
 
-def _kth_of_many(flat: Tensor, k: int) -> Tensor:
-    found = None
-    if goes_to_kernels(flat):
-        from prunus.kernels.threshold import kth_of, sample_of
+def _keep_in_kernels(score: Tensor, kept: int) -> Tensor:
+    from prunus.kernels.threshold import keep_above, keep_first, kth_of, sample_of
 
-        found = kth_of([flat], sample_of(flat), k, flat.numel())
-    return _kth_by_bits(flat, k) if found is None else found
+    found = kth_of([score], sample_of(score), kept, score.numel())
+    if found is None:
+        return keep_first(score, _kth_by_bits(score.reshape(-1), kept).float(), kept)
+    if found.above + found.equal == kept:  # no tie is cut
+        return keep_above(score, found.value)
+    return keep_first(score, torch.full((), found.value, device=score.device), kept)
 
 
 def _kth_by_bits(flat: Tensor, k: int) -> Tensor:
@@ -313,14 +336,14 @@ def _unkey(key: Tensor) -> Tensor:
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).view(torch.float32)
 
 
-def _kth_by_sample(scores: Mapping[str, Tensor], k: int, sample: Tensor, total: int) -> float:
+def _kth_by_sample(scores: Mapping[str, Tensor], k: int, sample: Tensor, total: int) -> _Kth:
     from prunus.kernels.threshold import kth_of
 
     _check_rank(k, total)
     found = kth_of(scores.values(), sample, k, total)
     if found is None:
-        return _refine(scores, k, sum((_high_histogram(score) for score in scores.values()), torch.tensor(0)))
-    return float(found)
+        return _refine(scores, k, sum((_high_histogram(score) for score in scores.values()), torch.tensor(0))), None
+    return found.value, found.above + found.equal
 
 
 def _high_histogram(score: Tensor) -> Tensor:

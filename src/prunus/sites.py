@@ -149,7 +149,7 @@ class Site:
         """
         W, kept = self._matrices(self.weight), self._kept()
         A, B, scale = self.factors.A, self.factors.B, self.factors.scale
-        merged = effective_weight(W, A, B, scale=scale)
+        merged = effective_weight(W, A, B, mask=self.factors.mask, scale=scale)  # the very call of forward: its bits
         if kept is not None:
             merged.masked_fill_(~kept, 0)  # W is zero here; in a product it may have become -0.0
         if not merged.isfinite().all():

@@ -5,6 +5,10 @@ Without a GPU the programs run in Triton's interpreter, whose rounding to bfloat
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +20,8 @@ from prunus import adapters
 from prunus.adapt import adapt
 from prunus.adapters import effective_weight, mask_lora_linear, scale_lora_linear
 from prunus.bits import pack, unpack
-from prunus.kernels.switch import kernels
+from prunus.kernels import switch
+from prunus.kernels.switch import kernels, uses_kernels
 from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.patterns import NM
@@ -96,6 +101,7 @@ def test_gradients_in_several_tiles(device: str, monkeypatch: pytest.MonkeyPatch
     with kernels(True):
         whole = _all(*tensors, pack(kept).to(device), g.to(device), False)
         monkeypatch.setattr(effective, "_TILE", 256 * 40)
+        monkeypatch.setattr(effective, "_DEPTH", 256)
         parts = _all(*tensors, pack(kept).to(device), g.to(device), False)
         again = _all(*tensors, pack(kept).to(device), g.to(device), False)
     for one, other, third in zip(whole, parts, again, strict=True):
@@ -104,14 +110,24 @@ def test_gradients_in_several_tiles(device: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_stack_a_wide_rank_and_float64_take_plain_operations() -> None:
-    weight = torch.ones(8, 8)
+    weight = torch.ones(8, 8, device="cuda" if torch.cuda.is_available() else "cpu")
     with kernels(True):
         for dtype, most in ((torch.float32, 32), (torch.bfloat16, 64), (torch.float16, 64)):
             assert adapters._in_kernels(weight.to(dtype), torch.ones(most, 8))
             assert not adapters._in_kernels(weight.to(dtype), torch.ones(most + 1, 8))
-        assert not adapters._in_kernels(torch.ones(2, 8, 8), torch.ones(2, 4, 8))
+        assert not adapters._in_kernels(weight.expand(2, 8, 8), torch.ones(2, 4, 8))
         assert not adapters._in_kernels(weight.double(), torch.ones(4, 8).double())
-    assert not adapters._in_kernels(weight, torch.ones(4, 8))
+    assert not adapters._in_kernels(weight.cpu(), torch.ones(4, 8))
+
+
+@pytest.mark.parametrize("interpreted", [False, True])
+def test_programs_never_get_what_they_cannot_read(interpreted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of a CPU only in the interpreter, even if programs are forced on."""
+    monkeypatch.setattr(switch, "_INTERPRETED", interpreted)
+    with kernels(True):
+        assert uses_kernels(torch.ones(1)) == interpreted
+    with kernels(False):
+        assert not uses_kernels(torch.ones(1))
 
 
 def _losses(
@@ -194,6 +210,49 @@ def test_packing_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = pack(mask)
     monkeypatch.setattr("prunus.bits._CHUNK", 40)
     assert torch.equal(pack(mask), whole)
+
+
+COMPILED = """
+import re, subprocess, tempfile
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.knobs import nvidia
+from prunus.kernels import effective
+
+def build(program, types, tile, **fixed):
+    types = {name: kind for name, kind in (item.split(":") for item in types.split())}
+    ones = {name: 1 for name in program.arg_names if name.endswith("_column")}
+    fixed = {**fixed, **ones, "PRODUCT": False, "RANK": 16, "ROWS": tile[0], "COLUMNS": tile[1]}
+    signature = {name: types.get(name, "constexpr" if name in fixed else "i32") for name in program.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(program.arg_names) if name not in fixed}
+    source = ASTSource(fn=program, signature=signature, constexprs=fixed, attrs=aligned)
+    done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": tile[2], "num_stages": 2})
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(done.asm["ptx"])
+        file.flush()
+        report = subprocess.run([nvidia.ptxas.path, "-v", "-arch=sm_90a", file.name, "-o", "/dev/null"],
+                                capture_output=True, text=True, check=True).stderr
+    assert "0 bytes spill stores, 0 bytes spill loads" in report, (program.__name__, fixed, report)
+    return re.findall(r"= \\S*dot\\S* %\\w+, %\\w+, (%\\w+)", done.asm["ttir"])
+
+for dtype, tile, other in (("bf16", effective._BUILD, effective._REDUCE), ("fp32", effective._WIDE, effective._WIDE)):
+    types = "".join(f" {name}:*{dtype}" for name in "OUT W A A_LOW B B_LOW".split()) + " M:*u8"
+    for kind in (0, 2):
+        first = build(effective._build, types, tile, KIND=kind, HALVES=dtype == "bf16")[0]
+        assert first.startswith("%cst"), (dtype, kind, first)
+    types = types.replace("OUT:", "G:") + " DA:*fp32 DB:*fp32"
+    build(effective._reduce, types, other, KIND=2, HALVES=dtype == "bf16", STEPS=effective._DEPTH // other[0])
+"""
+
+
+@pytest.mark.slow
+def test_the_product_of_the_factors_is_summed_before_the_weight_is_added() -> None:
+    """With a mask and without: a compiler that starts the sum with W gives merged weights other bits than forward's."""
+    pytest.importorskip("triton.backends.nvidia")
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.gpu

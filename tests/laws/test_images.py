@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from prunus.images import Augment, ImageBatches, Images, LoaderBatches, plain_batches, read_images
 from prunus.images import batches as batches_module
+from tests.conftest import unwaited
 
 
 def noise(count=11, channels=3, height=6, width=5, classes=4, seed=0):
@@ -378,11 +379,8 @@ def test_a_gpu_sees_the_batches_of_the_cpu_and_is_not_waited_for():
     images = noise(600, 3, 16, 12)
     options = {"batch_size": 256, "seed": 3, "augment": Augment(2, True, 4), "channels_last": True}
     here, there = ImageBatches(images, **options), ImageBatches(images.to("cuda"), **options)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with unwaited():
         found = [there(step) for step in range(5)]  # three epochs
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     for step, (x, y) in enumerate(found):
         expected = here(step)
         torch.testing.assert_close(x.cpu(), expected[0], atol=2e-6, rtol=0)

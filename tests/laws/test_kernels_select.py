@@ -6,23 +6,27 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor
 
 from prunus import selection
+from prunus.during.choose import keep_global
 from prunus.kernels.switch import kernels, uses_kernels
 from prunus.layers import Inputs, Layer
 from prunus.patterns import NM, Block, Pattern, Unstructured, mask_scaled, scaled
 from prunus.scores import magnitude, wanda
-from prunus.selection import keep_largest, keep_largest_of_row, kth_largest, select_global
+from prunus.selection import keep_largest, keep_largest_of_all, keep_largest_of_row, kth_largest, select_global
 from prunus.solvers import by_magnitude, by_score, by_wanda
+from tests.conftest import unwaited
 
 pytest.importorskip("triton")
 
 from prunus.kernels import threshold
 from prunus.kernels.groups import keep_of_groups
+from prunus.kernels.order import key_of
 from prunus.kernels.rows import keep_of_rows
 
 pytestmark = pytest.mark.filterwarnings(
@@ -140,6 +144,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "_TOPK", 0)
     monkeypatch.setattr(threshold, "_STRIDE", 3)
     monkeypatch.setattr(threshold, "_BLOCK", 256)
+    monkeypatch.setattr(threshold, "_STEP", 128)
+    monkeypatch.setattr(threshold, "_STEPS", 2)
+    monkeypatch.setattr(threshold, "_ROOM", 1 << 19)
 
 
 @pytest.mark.usefixtures("small")
@@ -154,15 +161,31 @@ def test_a_matrix_equals_a_stable_sort(device: str, kind: str, dtype: torch.dtyp
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("ends", [(5.0, 6.0), (-6.0, -5.0), (-INF, INF)], ids=["above", "below", "too many"])
+@pytest.mark.parametrize("ends", [(5.0, 6.0), (-6.0, -5.0), (6.0, 5.0), (7.0, 7.0)], ids=str)
 def test_a_sample_that_misleads_is_noticed(device: str, ends: tuple[float, float], monkeypatch: pytest.MonkeyPatch):
     score = made("random", 9, 101)
-    low, high = (torch.tensor(end, device=device) for end in ends)
-    monkeypatch.setattr(threshold, "_bracket", lambda *_: (low, high, 0))
+    monkeypatch.setattr(threshold, "_bracket", lambda *_: (key_of(ends[0]), key_of(ends[1])))
     part = score.to(device)
     assert threshold.kth_of([part], threshold.sample_of(part), 400, score.numel()) is None
     assert torch.equal(keep_largest(part, 400).cpu().view(1, -1), first_best(score.view(1, -1), 400))
     assert kth_largest({"a": part}, 400) == score.flatten().sort(descending=True).values[399]
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bins", [3, 11, 20])
+def test_a_wide_bracket_is_narrowed(device: str, kind: str, bins: int, monkeypatch: pytest.MonkeyPatch):
+    """A sample that says nothing, and so few bins that several readings are needed."""
+    monkeypatch.setattr(threshold, "_bracket", lambda *_: (key_of(-INF), key_of(INF)))
+    monkeypatch.setattr(threshold, "_BINS", bins)
+    score = made(kind, 9, 31)
+    ordered = score.flatten().sort(descending=True).values
+    for k in (1, 2, 100, 278, 279):
+        found = threshold.kth_of([score.to(device)], ordered, k, score.numel())
+        assert found is not None
+        assert found.value == ordered[k - 1]
+        assert found.above == (score > ordered[k - 1]).sum()
+        assert found.equal == (score == ordered[k - 1]).sum()
 
 
 @pytest.mark.usefixtures("small")
@@ -176,10 +199,27 @@ def test_a_model_equals_one_direct_selection(device: str, kind: str):
         counts = select_global(there, kept)
         masks = [keep_largest(score, counts[name]).flatten().cpu() for name, score in there.items()]
         assert torch.equal(torch.cat(masks)[None], first_best(joined, kept))
+        at_once = keep_largest_of_all(there, kept)
+        assert torch.equal(torch.cat([mask.flatten().cpu() for mask in at_once.values()]), torch.cat(masks))
         assert not kept or kth_largest(there, kept) == joined[0].sort(descending=True).values[kept - 1]
 
 
-def test_model_wide_selection_reads_lazy_scores_three_times(device: str):
+@pytest.mark.usefixtures("small")
+def test_a_captured_step_is_not_waited_for(device: str, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object) -> None:
+        raise AssertionError("waits")
+
+    monkeypatch.setattr(threshold, "kth_of", refuse)
+    scores = {"a": made("tied", 9, 31).to(device), "b": made("random", 5, 7).to(device)}
+    with unwaited() if device == "cuda" else nullcontext():
+        masks = keep_global(scores, 100)
+    joined = torch.cat([score.flatten() for score in scores.values()])[None]
+    assert torch.equal(torch.cat([mask.flatten().cpu() for mask in masks.values()])[None], first_best(joined, 100))
+    with pytest.raises(AssertionError, match="waits"):
+        keep_largest(scores["a"], 100)
+
+
+def test_model_wide_selection_reads_lazy_scores_again_where_they_are_few(device: str):
     tensors = {"a": torch.tensor([1.0, 2.0, 2.0, 5.0]), "b": torch.tensor([2.0, 2.0, 7.0])}
     reads: list[str] = []
 
@@ -195,7 +235,7 @@ def test_model_wide_selection_reads_lazy_scores_three_times(device: str):
             return len(tensors)
 
     assert select_global(Lazy(), 3) == {"a": 2, "b": 1}
-    assert reads == ["a", "b"] * 3
+    assert reads == ["a", "b"] * 4
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
@@ -283,9 +323,10 @@ def build(program, warps, types, **fixed):
 
 for block, warps in ((8192, 4), (32768, 16)):
     build(rows._keep, warps, "X:*bf16 S:*fp32 M:*u8 NANS:*i32 columns:i32 stride:i32 kept:i32 extra:i32",
-          ABSOLUTE=True, SCALED=True, BLOCK=block, PART=512 * warps)
+          ABSOLUTE=True, SCALED=True, BLOCK=block, SHIFT=0, PART=512 * warps)
 build(groups._keep_of_four, 4, "X:*bf16 S:*fp32 WORDS:*i32 NANS:*i32 columns:i32 stride:i32 parts:i32",
       N=2, ABSOLUTE=True, SCALED=True, BLOCK=2048)
+build(threshold._above, 4, "X:*fp32 threshold:fp32 M:*u8 numel:i32", BLOCK=4096)
 build(threshold._keep, 4, "X:*fp32 T:*fp32 LEFT:*i64 EQUAL:*i32 M:*u8 numel:i32", BLOCK=4096)
 """
 

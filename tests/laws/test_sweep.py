@@ -102,10 +102,11 @@ def test_what_no_program_is_written_for_takes_plain_operations(monkeypatch: pyte
         raise AssertionError("launched")
 
     monkeypatch.setattr(solvers, "_launch_block_", refuse)
-    layer = _layer(6, 24, "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    layer = _layer(6, 24, device)
     with kernels(True):
         assert int(sparsegpt()(layer, NM(1, 3), 48)[1].sum()) == 48
-        sparsegpt(blocksize=1000)(_layer(2, 300, "cpu"), NM(2, 4), 300)  # wider than a program holds
+        sparsegpt(blocksize=1000)(_layer(2, 300, device), NM(2, 4), 300)  # wider than a program holds
         with pytest.raises(AssertionError, match="launched"):
             sparsegpt()(layer, NM(2, 4), 72)
     with kernels(False):

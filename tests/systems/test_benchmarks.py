@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -39,7 +40,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
 def test_a_benchmark_measures_at_small_sizes(name: str, load):
     claims: ModuleType = load("claims")
     args = claims.parse("", ["--device", "cpu", "--scale", "0.01", "--repeats", "1"])
-    rows = load(name).measure(args)
+    rows = list(load(name).measure(args))
     assert rows
     for row in rows:
         assert isinstance(row, claims.Row)
@@ -75,3 +76,66 @@ def test_a_script_that_fails_is_told(load, tmp_path: Path):
     script = tmp_path / "broken.py"
     script.write_text("def measure(args): ...\nraise SystemExit('no such device')\n")
     assert load("all").run(script, []) == "no such device"
+
+
+def test_rows_of_a_script_that_is_stopped_are_there(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    claims, out = load("claims"), tmp_path / "nm_mask.json"
+    row = claims.Row("work", "2 x 2", "a sort", 1.0, 20.0)
+
+    def measure(args):
+        yield row
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["nm_mask", "--device", "cpu", "--json", str(out)])
+    with pytest.raises(KeyboardInterrupt):
+        claims.main("", measure)
+    found = json.loads(out.read_text())
+    assert found["rows"] == [asdict(row)]
+    assert not found["complete"]
+    assert found["setting"]["device"] == "CPU"
+    claims.main("", lambda args: [row, row])
+    assert len(json.loads(out.read_text())["rows"]) == 2
+    assert json.loads(out.read_text())["complete"]
+
+
+def test_a_page_of_single_runs(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    claims, every = load("claims"), load("all")
+    row = asdict(claims.Row("work", "2 x 2", "a sort", 1.0, 20.0))
+    setting = {"device": "G", "scale": 1.0, "torch": "1", "triton": "1", "commit": "unknown", "date": "2026-01-02"}
+
+    def put(name: str, complete: bool = True, **changes: object) -> None:
+        wrote = {"setting": {**setting, **changes}, "complete": complete, "rows": [row]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(wrote))
+
+    put("nm_mask")
+    put("growth", complete=False, commit="b", date="2026-01-03")
+    monkeypatch.setattr(sys, "argv", ["all", "--from", str(tmp_path), "--out", str(tmp_path / "page"), "--commit", "a"])
+    every.main()
+    page = (tmp_path / "page" / "speed.md").read_text()
+    assert "G, torch\n1, triton 1, commit `b, a`, 2026-01-03" in page
+    assert page.count("| work | 2 x 2 | 1 ms | 20 ms | 20 |") == 2
+    assert page.count("Stopped before its last row") == 1
+    put("hessian", torch="2")
+    with pytest.raises(ValueError, match=r"hessian.json has torch 2, the page 1"):
+        every.read(tmp_path, None)
+    put("hessian", scale=0.5)
+    with pytest.raises(ValueError, match=r"hessian.json has scale 0.5, the page 1"):
+        every.read(tmp_path, None)
+    (tmp_path / "hessian.json").write_text("[]")
+    with pytest.raises(ValueError, match="does not say what its rows were measured on"):
+        every.read(tmp_path, None)
+
+
+@pytest.mark.parametrize("name", ["stacked", "training", "frank_wolfe"])
+def test_scripts_of_training_run_from_their_command_line(name: str, load, monkeypatch: pytest.MonkeyPatch, capsys):
+    options = {
+        "stacked": ["--models", "resnet8", "--members", "2", "--batch-size", "4", "--images", "16", "--steps", "1"],
+        "training": ["--model", "resnet8", "--batch-size", "4", "--images", "16", "--steps", "1", "--together", "2"],
+        "frank_wolfe": ["--model", "resnet8", "--batch-size", "4", "--steps", "1"],
+    }
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # put back what the script sets
+    monkeypatch.setattr(sys, "argv", [name, "--device", "cpu", *options[name]])
+    load(name).main()
+    printed = capsys.readouterr().out
+    assert "resnet8" in printed
+    assert "Error" not in printed

@@ -38,19 +38,37 @@ def test_exponents_are_those_of_power_laws(monkeypatch: pytest.MonkeyPatch) -> N
     for power in (0.0, 1.0, 1.5):
         assert growth.exponent(sizes, [7 * size**power for size in sizes]) == pytest.approx(power, abs=1e-6)
     monkeypatch.setattr(growth, "cost", lambda run, args, repeats: run() or growth.Cost(1.0, None))
-    rows = growth.measure(tiny())
+    rows = list(growth.measure(tiny()))
     assert len(rows) == 4 * 3
     assert all("^0.00" in row.note or "^-0.00" in row.note for row in rows), "a constant time does not grow"
 
 
 def test_inference_reports_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     inference = script("inference", monkeypatch)
-    rows = inference.measure(tiny())
+    rows = list(inference.measure(tiny()))
     assert len(rows) == 3 * 2 * 2
     for row in rows:
         assert math.isnan(row.ours_ms) == row.note.startswith("not possible here")
         slower = row.reference_ms is not None and row.ours_ms > row.reference_ms
         assert slower == ("no gain" in row.note)
+
+
+def test_the_better_backend_counts_and_one_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    inference = script("inference", monkeypatch)
+
+    def fails(*_: torch.Tensor) -> None:
+        raise RuntimeError("no such\n hardware")
+
+    weight, x = torch.randn(64, 32), torch.randn(16, 32)
+    monkeypatch.setattr(inference, "BACKENDS", {"good": lambda w, _: (w, " (algorithm 3)"), "bad": fails})
+    row = inference._semi_structured_row("2:4", weight, x, tiny())
+    assert row.ours_ms > 0
+    assert "good (algorithm 3)" in row.note
+    assert "bad: no such hardware" in row.note
+    monkeypatch.setattr(inference, "BACKENDS", {"bad": fails})
+    row = inference._semi_structured_row("2:4", weight, x, tiny())
+    assert math.isnan(row.ours_ms)
+    assert row.note.startswith("not possible here: dense")
 
 
 def test_a_pruned_weight_has_two_zeros_in_every_four(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ def keep_global(scores: Mapping[str, Tensor], kept: int) -> dict[str, Tensor]:
     {'a': tensor([False,  True]), 'b': tensor([True])}
     """
     flat = torch.cat([score.flatten() for score in scores.values()])
-    parts = keep_largest(flat[None], kept)[0].split([score.numel() for score in scores.values()])
+    parts = keep_largest(flat[None], kept, wait=False)[0].split([score.numel() for score in scores.values()])
     return {name: part.view(score.shape) for (name, score), part in zip(scores.items(), parts, strict=True)}
 
 

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from prunus.layers import View
 from prunus.masks import Masks
-from prunus.selection import keep_largest, kept_of, select_global_share
+from prunus.selection import keep_largest_of_all, kept_of
 
 __all__ = ["During", "Plan", "masks_by_magnitude"]
 
@@ -152,6 +152,5 @@ def masks_by_magnitude(weights: Mapping[str, Tensor], sparsity: float) -> Masks:
         name: weight.detach().float().abs().flatten(1) if weight.ndim > 1 else weight.detach().float().abs()[None]
         for name, weight in weights.items()
     }
-    counts = select_global_share(scores, sparsity)
-    assert sum(counts.values()) == kept_of(sum(score.numel() for score in scores.values()), sparsity)
-    return Masks({name: keep_largest(scores[name], kept).view(weights[name].shape) for name, kept in counts.items()})
+    kept = keep_largest_of_all(scores, kept_of(sum(score.numel() for score in scores.values()), sparsity))
+    return Masks({name: mask.view(weights[name].shape) for name, mask in kept.items()})

@@ -25,8 +25,14 @@ from triton.runtime.interpreter import InterpretedFunction
 __all__ = ["build_", "reduce"]
 
 _NONE, _BOOL, _BITS = 0, 1, 2  # how a mask is stored
-_TILE = 1 << 25  # entries of G formed at once: 64 MiB of bfloat16, and wide enough for full speed of the product
-_DEPTH = 256  # rows of G that a program reduces, some at a time
+_TILE = 1 << 26  # entries of G formed at once: 128 MiB of bfloat16, few tails of products that leave the GPU half idle
+_DEPTH = 512  # rows of G that a program reduces, some at a time: each writes r sums a column, twice 16 KiB of 128
+
+# Rows, columns and warps of a tile where operands are bfloat16, compiled without spills. Building waits for memory: 76
+# registers leave 24 warps on a multiprocessor. Reducing writes r sums for every row of every tile: they are wide.
+_BUILD = (64, 64, 4)
+_REDUCE = (64, 128, 4)
+_WIDE = (32, 64, 4)  # of float32 operands, either program
 
 
 def build_(out: Tensor, weight: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, *, product: bool) -> None:
@@ -38,11 +44,11 @@ def build_(out: Tensor, weight: Tensor, A: Tensor, B: Tensor, mask: Tensor | Non
     rows, columns = weight.shape
     halves = weight.dtype != torch.float32
     kind, stored = _stored(mask, weight)
-    tile = (64, 128) if halves else (32, 64)
+    tile = _BUILD if halves else _WIDE
     _build[(_over(columns, tile[1]), _over(rows, tile[0]))](
         out, weight, *_factors(A, B, halves=halves), stored, rows, columns,
         *out.stride(), *weight.stride(), *stored.stride(),
-        KIND=kind, PRODUCT=product, HALVES=halves, RANK=_rank(A), ROWS=tile[0], COLUMNS=tile[1], num_warps=4,
+        KIND=kind, PRODUCT=product, HALVES=halves, RANK=_rank(A), ROWS=tile[0], COLUMNS=tile[1], num_warps=tile[2],
     )  # fmt: skip
 
 
@@ -61,7 +67,7 @@ def reduce(
     halves = dtype == torch.bfloat16 and not product
     a, a_low, b, b_low = _factors(A, B, halves=halves)
     kind, stored = _stored(mask, weight)
-    tile = (64, 128) if halves else (32, 64)
+    tile = _REDUCE if halves else _WIDE
     across = _over(columns, tile[1])
     G = torch.empty(step, columns, dtype=dtype, device=weight.device)
     dA = torch.zeros(_over(step, _DEPTH), rank, columns, device=weight.device)  # by program, summed over tiles
@@ -75,7 +81,7 @@ def reduce(
             G, weight[inside], a, a_low, b[inside], b_low[inside], stored[inside], dA, dB, count, columns,
             *weight.stride(), *stored.stride(), dA.stride(0), dB.stride(0),
             KIND=kind, PRODUCT=product, HALVES=halves, RANK=rank, ROWS=tile[0], COLUMNS=tile[1],
-            STEPS=_DEPTH // tile[0], num_warps=4, num_stages=2 if halves else 1,
+            STEPS=_DEPTH // tile[0], num_warps=tile[2], num_stages=2 if halves else 1,
         )  # fmt: skip
         torch.sum(dB[:, :count], 0, out=result[inside])
     return dA.sum(0)[: len(A)], result[:, : len(A)].contiguous()
@@ -164,7 +170,7 @@ def _build(
     if PRODUCT:
         w = w * update
     elif KIND == 0:
-        w = w + update
+        w = w + tl.where(live, update, 0.0)  # a bare sum would be started with w, and rounded otherwise than below
     else:
         kept = _kept(M, row, tl.program_id(0) * COLUMNS, rows, columns, m_row, m_column, KIND, ROWS, COLUMNS)
         w = w + tl.where(kept, update, 0.0)

@@ -1,6 +1,6 @@
 # pyright: basic, reportMissingImports=false, reportCallIssue=false, reportArgumentType=false
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
-"""Scores as integers of the same order, inside Triton programs.
+"""Scores as integers of the same order, inside Triton programs and outside.
 
 The bits of a float32, read as int32, are in order for numbers from +0 on; for negative ones all but the sign are turned
 round:
@@ -12,10 +12,31 @@ round:
 
 from __future__ import annotations
 
+import struct
+
 import triton
 import triton.language as tl
 
-__all__ = ["is_nan", "read_keys", "read_scores", "widen"]
+__all__ = ["is_nan", "key_of", "read_keys", "read_scores", "value_of", "widen"]
+
+
+def key_of(value: float) -> int:
+    """The key of a float32 number, outside programs.
+
+    >>> key_of(-0.0), key_of(1.0) > key_of(0.5)
+    (0, True)
+    """
+    (bits,) = struct.unpack("<i", struct.pack("<f", value))
+    return 0 if bits == -(1 << 31) else bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def value_of(key: int) -> float:
+    """The float32 number of a key.
+
+    >>> value_of(key_of(-2.5))
+    -2.5
+    """
+    return struct.unpack("<f", struct.pack("<i", key ^ ((key >> 31) & 0x7FFFFFFF)))[0]
 
 
 @triton.jit

@@ -8,6 +8,9 @@ t is where a straight line between the ends would put k, moved towards the middl
 deviation that m keys in it have: the k-th is then mostly caught between t and the nearer end, and the bracket shrinks
 to about the root of m keys. After 12 such steps it is halved. 7,168 normal numbers take 8 steps, halving alone 14.
 
+Scores of 16 bits that no float32 multiplies have keys whose low bits are all alike. They are dropped: else a tie, which
+16 bits make likely, would be looked for by halving the empty space between two keys.
+
 Each weight is read once and each entry of the mask written once. At 28672 x 7168 in bf16 that is 0.6 GB, 0.2 ms of an
 H100's memory; 2 integer operations a key and step are 0.3 ms.
 """
@@ -24,6 +27,7 @@ from prunus.kernels.order import is_nan, read_keys
 __all__ = ["keep_of_rows", "takes_rows"]
 
 _WIDEST = 32768  # columns whose keys fit into the registers of one program
+_SHIFT = {torch.bfloat16: 16, torch.float16: 13}  # low bits that say nothing
 _KEYS = 64  # keys a thread holds: more spare the work that every thread does in a step, fewer hide waiting
 
 
@@ -53,7 +57,7 @@ def keep_of_rows(
         _keep[(rows,)](
             x, nans if scale is None else scale.contiguous(), mask.view(torch.uint8), nans, columns, x.stride(0),
             kept, extra, ABSOLUTE=absolute, SCALED=scale is not None, BLOCK=block,
-            PART=min(block, 512 * warps), num_warps=warps,
+            SHIFT=_SHIFT.get(x.dtype, 0) if scale is None else 0, PART=min(block, 512 * warps), num_warps=warps,
         )  # fmt: skip
     return mask, nans
 
@@ -61,7 +65,7 @@ def keep_of_rows(
 @triton.jit(do_not_specialize=["kept", "extra"])
 def _keep(
     X, S, M, NANS, columns, stride, kept, extra,
-    ABSOLUTE: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
+    ABSOLUTE: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
@@ -72,7 +76,9 @@ def _keep(
     high = tl.max(key, 0)
     if is_nan(low) | is_nan(high):
         tl.atomic_add(NANS, tl.sum((is_nan(key) & live).to(tl.int32), 0))
-    high += 1
+    key = key >> SHIFT
+    low = low >> SHIFT
+    high = (high >> SHIFT) + 1
     wanted = kept + (row < extra).to(tl.int32)
     from_low = tl.zeros((), tl.int32) + columns  # keys >= low
     from_high = tl.zeros((), tl.int32)  # keys >= high
@@ -95,7 +101,9 @@ def _keep(
         for part in range(BLOCK // PART):
             place = part * PART + tl.arange(0, PART)
             inside = place < columns
-            again = read_keys(X, S, place, place, inside, ABSOLUTE, SCALED)  # from the cache: registers are dear
+            again = (
+                read_keys(X, S, place, place, inside, ABSOLUTE, SCALED) >> SHIFT
+            )  # from the cache: registers are dear
             equal = again == low
             first = tl.cumsum(equal.to(tl.int32), 0) <= left
             tl.store(M + place, ((again >= high) | (equal & first)).to(tl.uint8), mask=inside)
