@@ -30,7 +30,7 @@ from prunus.layers import Inputs, Layer, View, find_layers
 from prunus.lr import linear_warmup_decay
 from prunus.masks import Masks
 from prunus.precision import Precision, autocast
-from prunus.prepared import recomputed
+from prunus.recompute import recomputed
 from prunus.reconstruct import Fit
 from prunus.relaxation import frank_wolfe
 from prunus.run.recipe import Data, FrankWolfe, Prune, Recipe, Retrain
@@ -321,7 +321,8 @@ def retrain(
         adaptation.keep_effective()
     packed = PackedTokens(tokens, asked.length)
     optimizer = torch.optim.AdamW(adaptation.param_groups(asked.lr, asked.lrs), weight_decay=0.0)
-    with recomputed(model) if asked.checkpointing else nullcontext():
+    spare = "free" if asked.checkpointing == "auto" else 0
+    with recomputed(model, spare=spare) if asked.checkpointing else nullcontext():
         trace = train(
             model,
             lambda step: packed.at(step, batch=asked.batch_size, seed=asked.seed),
