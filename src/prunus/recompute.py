@@ -17,6 +17,7 @@ from typing import Any, Literal
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 __all__ = ["kept_blocks", "recomputed"]
@@ -143,4 +144,4 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    return [each for each in torch.utils._pytree.tree_leaves(value) if isinstance(each, Tensor)]
+    return [each for each in tree_leaves(value) if isinstance(each, Tensor)]

@@ -67,7 +67,8 @@ def test_as_many_blocks_are_kept_as_bytes_were_allowed(monkeypatch: pytest.Monke
     monkeypatch.setattr(recompute, "_measure_once", measure)
     with recomputed(model, spare=1):
         step(model)
-    assert len(sizes) == 1 and len(model.model.layers) == 2
+    assert len(sizes) == 1
+    assert len(model.model.layers) == 2
     for room, kept in ((0.5, 0), (1, 1), (1.9, 1), (2, 2), (100, 2)):
         with recomputed(model, spare=int(room * sizes[0])):
             step(model)
