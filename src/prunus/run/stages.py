@@ -29,7 +29,7 @@ from prunus.evaluate.streamed import streamed_perplexity
 from prunus.layers import Inputs, Layer, View, find_layers
 from prunus.lr import linear_warmup_decay
 from prunus.masks import Masks
-from prunus.precision import Precision, autocast
+from prunus.precision import Precision, autocast, of_training
 from prunus.recompute import recomputed
 from prunus.reconstruct import Fit
 from prunus.relaxation import frank_wolfe
@@ -307,6 +307,7 @@ def retrain(
     if asked.add_biases:
         add_biases(model)
     generator = torch.Generator().manual_seed(asked.seed)
+    precision = precision if "full" in asked.train else of_training(model, precision)
     adaptation = adapt(
         model,
         asked.train,
