@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from prunus import adapters
 from prunus.adapt import Adaptation, adapt
-from prunus.adapters import Factors, new_factors
+from prunus.adapters import Factors
+from prunus.factors import new_factors
 from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.patterns import NM, Pattern, Unstructured

@@ -54,6 +54,8 @@ def test_gradients_are_the_same_bits_and_products_fewer(subset: str) -> None:
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[key], wanted[key]) for key in wanted)
     assert counts[0] > counts[1] == least
+    if subset == "mask_lora":
+        assert counts[0] - least == 2 * 6 * 2, "in each block the product and the weight of all layers but the last"
 
 
 def test_as_many_blocks_are_kept_as_bytes_were_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,3 +132,13 @@ def test_nothing_before_the_first_trained_parameter_gets_a_gradient() -> None:
         with Products() as products:
             next_token_loss(model.train(), tokens()).backward()
         assert products.count == 2 * 7 + 2, "each layer once, and the head twice"
+
+
+def test_an_adapted_layer_can_be_differentiated_twice_over() -> None:
+    model = tiny_llama()
+    adaptation = adapt(model, ["mask_lora"], masks=None, views=find_layers(model), rank=2, init="gaussian")
+    factors = adaptation.groups["mask_lora"]
+    loss = next_token_loss(model.train(), tokens())
+    one = torch.autograd.grad(loss, factors, retain_graph=True)
+    other = torch.autograd.grad(loss, factors)
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
