@@ -45,7 +45,7 @@ from prunus.precision import of_training
 from prunus.recompute import kept_blocks, recomputed
 from prunus.train import train
 
-STEPS, RANK, ALPHA = 5, 16, 32.0
+STEPS, RANK, ALPHA = 8, 16, 32.0
 Room = Literal["none", "textbook", "free"]  # for blocks that are not recomputed
 
 
@@ -105,11 +105,11 @@ def measure(args: argparse.Namespace, cases: tuple[Case, ...] = CASES) -> list[R
     for name in {case.train[0]: None for case in cases} | dict.fromkeys(["lora_prune"]):
         trained = next((case.train for case in cases if case.train[0] == name), (name,))
         with _textbook(setting, trained) as steps:
-            textbook[name] = _each(cost(steps, args, repeats=3))
+            textbook[name] = _each(cost(steps, args, repeats=2))
     for case in cases:
         spare = _spare(case, textbook, least)
         with _ours(setting, case, spare) as steps:
-            ours = _each(cost(steps, args, repeats=3))
+            ours = _each(cost(steps, args, repeats=2))
             kept = kept_blocks(setting.model)
         if case.room == "none" and not case.autocast:
             least[case.train[0]] = ours
@@ -286,11 +286,11 @@ def _row(setting: Setting, case: Case, ours: Cost, textbook: dict[str, Cost], ke
         note += f", MaskLoRA's published expression {tokens / textbook[name].ms * 1e3:,.0f}"
     if kept:
         note += f"; {kept} of {config.num_hidden_layers} blocks not recomputed"
-    shape = (
-        f"{config.num_hidden_layers} blocks of {config.hidden_size}, {len(setting.ids)} x {setting.ids.shape[1]} tokens"
-    )
+    rows, length = setting.ids.shape
+    shape = f"{config.num_hidden_layers} blocks of {config.hidden_size}, {rows} x {length} tokens"
+    floor = floor_ms(setting.args, operations=operations)
     return Row(
-        f"retraining step, {case.name}", shape, against, ours.ms, reference.ms, floor_ms(setting.args, operations=operations),
+        f"retraining step, {case.name}", shape, against, ours.ms, reference.ms, floor,
         ours.extra_bytes, reference.extra_bytes, {"biases": 1.15, "mask_lora": 1.5}.get(name), note,
     )  # fmt: skip
 

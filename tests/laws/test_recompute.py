@@ -142,3 +142,15 @@ def test_an_adapted_layer_can_be_differentiated_twice_over() -> None:
     one = torch.autograd.grad(loss, factors, retain_graph=True)
     other = torch.autograd.grad(loss, factors)
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_with_room_recomputes_nothing_after_its_first_pass() -> None:
+    model, ids = tiny_llama().cuda(), tokens().cuda()
+    with recomputed(model, spare="free"):
+        counts: list[int] = []
+        for _ in range(3):
+            next_token_loss(model.train(), ids).backward()
+            counts.append(kept_blocks(model))
+    assert counts == [0, 2, 2]
