@@ -7,6 +7,8 @@ What we aim at on a GPU: at most 1.3 times SGD's step for K-support, 2 times for
 random 32x32 images, bf16 and channels-last on a GPU, SGD fused. Whole steps of `prunus.train`, in rounds in which every
 optimizer runs once, so that a machine that slows down slows all; medians over rounds. `--operations` counts what the
 optimizer's step alone launches, as torch dispatches it (views apart; a foreach call is one), which needs no GPU.
+`--nuclear` adds the nuclear-norm baselines that decompose every layer in every step, eager and a few steps only:
+proximal steps by full singular value decompositions, as published, and by Gram matrices, and the penalty by these.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from prunus.constrained import constrained_groups
 from prunus.during import During
 from prunus.frankwolfe import SFW
 from prunus.images import Augment, ImageBatches, Images
+from prunus.layers import find_layers
 from prunus.models import build_model
+from prunus.proximal import NuclearNorm, NuclearSteps, ProximalSGD
 from prunus.sets import Ball, Initial, k_support, spectral_k_support
 from prunus.train import classification_loss, train
 
@@ -63,13 +67,13 @@ def optimizer_of(model: nn.Module, ball: Ball | None, arguments: argparse.Namesp
 class Clock(During):
     """Starts when the steps that warm up are done."""
 
-    def __init__(self, on_gpu: bool) -> None:
+    def __init__(self, on_gpu: bool, warm: int) -> None:
         super().__init__()
-        self.on_gpu, self.started = on_gpu, 0.0
+        self.on_gpu, self.warm, self.started = on_gpu, warm, 0.0
 
     def after_step(self, step: int) -> None:
         """Look at the clock, once."""
-        if step == WARM - 1:
+        if step == self.warm - 1:
             self.started = now(self.on_gpu)
 
 
@@ -85,7 +89,21 @@ def cuda(arguments: argparse.Namespace) -> bool:
     return torch.device(arguments.device).type == "cuda"
 
 
-def seconds(arguments: argparse.Namespace, ball: Ball | None, capture: bool) -> float:
+def baselines(model: nn.Module) -> dict[str, tuple[torch.optim.Optimizer, list[During]]]:
+    """Name -> optimizer, and what takes part, of nuclear baselines that decompose in every step."""
+    views = find_layers(model, exclude=["linear"])
+    chosen = {view.parameter for view in views}
+    parts = [[p for name, p in model.named_parameters() if (name in chosen) == inside] for inside in (True, False)]
+    groups = [{"params": parts[0]}, {"params": parts[1], "strength": 0.0}]
+    plain = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    return {
+        "nuclear steps, SVD": (ProximalSGD(groups, 1e-3, proximal="nuclear", strength=1e-3), []),
+        "nuclear steps, Gram": (plain, [NuclearSteps(1e-3, views)]),
+        "nuclear penalty, Gram": (plain, [NuclearNorm(1e-3, views)]),
+    }
+
+
+def seconds(arguments: argparse.Namespace, name: str, capture: bool, steps: int, warm: int = WARM) -> float:
     """Seconds of a step, the mean over the timed ones of one run."""
     on_gpu, model = cuda(arguments), network(arguments)
     generator, count = torch.Generator().manual_seed(0), 4 * arguments.batch_size
@@ -98,20 +116,21 @@ def seconds(arguments: argparse.Namespace, ball: Ball | None, capture: bool) -> 
         augment=Augment(crop=4, flip=True),
         channels_last=on_gpu,
     )
-    clock = Clock(on_gpu)
+    clock, known = Clock(on_gpu, warm), balls(arguments.k)
+    optimizer, taking = (optimizer_of(model, known[name], arguments), []) if name in known else baselines(model)[name]
     train(
         model,
         batches,
-        optimizer_of(model, ball, arguments),
+        optimizer,
         lambda _: 1.0,
-        steps=WARM + arguments.steps,
+        steps=warm + steps,
         loss=classification_loss(),
-        during=[clock],
+        during=[*taking, clock],
         precision="bf16" if on_gpu else "fp32",
         capture=capture,
         report_every=10**9,
     )
-    return (now(on_gpu) - clock.started) / arguments.steps
+    return (now(on_gpu) - clock.started) / steps
 
 
 class Operations(TorchDispatchMode):
@@ -150,6 +169,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--k", type=float, default=0.3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--nuclear", action="store_true", help="also time nuclear steps and penalties")
     parser.add_argument("--operations", action="store_true", help="count operations and time nothing")
     parser.add_argument("--out", type=Path, help="append the numbers to this file, a JSON line")
     arguments = parser.parse_args()
@@ -167,7 +187,7 @@ def main() -> None:
         for capture in (False, True) if cuda(arguments) else (False,):
             way = "captured" if capture else "eager"
             rounds = [
-                {name: seconds(arguments, ball, capture) for name, ball in balls(arguments.k).items()}
+                {name: seconds(arguments, name, capture, arguments.steps) for name in balls(arguments.k)}
                 for _ in range(arguments.rounds)
             ]
             medians = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
@@ -175,7 +195,12 @@ def main() -> None:
             for name, value in medians.items():
                 aim = f" (aim: at most {TARGETS[name]:g})" if name in TARGETS else ""
                 ratio = value / medians["SGD"]
-                sys.stdout.write(f"  {way:<9}{name:<20}{1000 * value:>9.2f} ms a step   {ratio:.2f} x SGD{aim}\n")
+                sys.stdout.write(f"  {way:<9}{name:<22}{1000 * value:>9.2f} ms a step   {ratio:.2f} x SGD{aim}\n")
+        for name in baselines(network(arguments)) if arguments.nuclear else ():
+            value = seconds(arguments, name, False, 3, warm=2)
+            found.setdefault("decomposing", {})[name] = value
+            ratio = value / found["eager"]["SGD"]
+            sys.stdout.write(f"  {'eager':<9}{name:<22}{1000 * value:>9.2f} ms a step   {ratio:.2f} x SGD\n")
     if arguments.out is not None:
         setting = {"model": arguments.model, "batch_size": arguments.batch_size, "device": device, "k": arguments.k}
         with arguments.out.open("a", encoding="utf-8") as file:

@@ -80,7 +80,7 @@ def _row(
         sparse = convert()
         _check(_times(sparse, x), F.linear(x, weight))
         ours = cost(lambda: _times(sparse, x), args)
-    except (RuntimeError, NotImplementedError) as error:
+    except Exception as error:  # which one, depends on the build; the other shapes are measured all the same
         reason = " ".join(str(error).split())[:120]
         return Row(name, shape, "dense product", math.nan, dense.ms, floor, note=f"not possible here: {reason}")
     note = "no gain: the dense product is faster" if ours.ms > dense.ms else ""

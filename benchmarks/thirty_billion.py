@@ -1,14 +1,19 @@
 """30 billion parameters on one GPU: load, prune, retrain, merge, save; then SparseGPT block by block, resumable.
 
-    python benchmarks/thirty_billion.py --folder /scratch/opt-30b              # OPT-30B's shape, bf16, one 80 GB GPU
+    python benchmarks/thirty_billion.py --folder /dev/shm/opt-30b              # OPT-30B's shape, bf16, one 80 GB GPU
     python benchmarks/thirty_billion.py --folder /tmp/tiny --scale 0.01        # tiny, on a CPU in seconds
-    python benchmarks/thirty_billion.py --folder F --stages load,prune,save     # some stages, of a checkpoint there
+    python benchmarks/thirty_billion.py --folder F --stages load,norms --json rows.json    # some stages, rows kept
 
-The weights are random, drawn on the device and written shard by shard as any checkpoint is; real ones load the same
-way. Stages: make (the checkpoint, kept if it is there), load, prune (Wanda, half of each row, 128 windows), norms
+The weights are random, drawn on the device and written in eight shards side by side; real ones load the same way.
+Stages: make (the checkpoint, kept if it is there), load, prune (Wanda, half of each row, 128 windows), norms
 (biases and norms, 100 steps of 2 windows), masklora (the same, MaskLoRA of rank 16; both end with merging), save;
 sparsegpt (again from the checkpoint, `--blocks` of them, each written to the work folder when it is done, so that a
-repeated call goes on). Windows have 2,048 tokens; activations are recomputed in backward.
+repeated call goes on). Windows have 2,048 tokens; activations are recomputed in backward. Retraining or saving without
+prune takes magnitude masks, which cost seconds, so that a long run may be cut into several calls. With fewer `--steps`
+the row says how many, what one took after the first two, and what 100 would take at that rate.
+
+Every row is printed and, with `--json`, written when its stage ends, also that of a stage that failed; a later call
+with the same file replaces rows of the same name and keeps the others.
 
 The budget of an 80 GB card (85 GB in 10^9 bytes), on paper:
 
@@ -17,19 +22,23 @@ The budget of an 80 GB card (85 GB in 10^9 bytes), on paper:
 
 and of the host: one shard's pages while loading, bool masks 29.6, what is being written. What would not fit, and is
 therefore avoided: bool masks on the card (29.6), logits in full (4 x 0.8), a second copy of the model (60).
-A folder's disk must hold the checkpoint (60 GB). If it cannot hold the saved model as well, the checkpoint is deleted
-before saving (`--keep` forbids that); `--work` puts SparseGPT's finished blocks (64 GB) on another disk or in /dev/shm.
+The folder must hold the checkpoint (60 GB); /dev/shm, on a host with 256 GB, spares the time of a disk. If it cannot
+hold the saved model as well, the checkpoint is deleted before saving (`--keep` forbids that); `--work` puts SparseGPT's
+finished blocks (64 GB in all) elsewhere. On the host, peaks count memory of the process, not pages of files.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import resource
 import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,15 +52,14 @@ from transformers import AutoConfig, OPTConfig, OPTForCausalLM
 from prunus.adapt import adapt
 from prunus.data import PackedTokens
 from prunus.export import save_tensors
-from prunus.export.shards import ShardWriter
+from prunus.export.shards import INDEX_NAME, SINGLE_NAME, ShardWriter
 from prunus.files import write_json
-from prunus.layers import find_layers
+from prunus.layers import Layer, find_layers
 from prunus.lr import linear_warmup_decay
 from prunus.masks import Masks
 from prunus.patterns import Unstructured
 from prunus.prepared import recomputed
-from prunus.scores import wanda
-from prunus.solvers import by_score, sparsegpt
+from prunus.solvers import by_magnitude, by_wanda, sparsegpt
 from prunus.sources import Shards
 from prunus.stream import BlockReport, stream
 from prunus.train import train
@@ -76,6 +84,8 @@ class Meter:
 
     def __init__(self, device: torch.device, path: Path | None) -> None:
         self.device, self.path, self.rows = device, path, list[Stage]()
+        found = json.loads(path.read_text()) if path is not None and path.exists() else []
+        self.kept = [Stage(**row) for row in found]  # of earlier calls
 
     @contextmanager
     def stage(self, name: str) -> Generator[list[str]]:
@@ -86,16 +96,30 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(self.device)
         with _resident() as host:
             started = time.perf_counter()
-            yield notes
-            if cuda:
-                torch.cuda.synchronize(self.device)
-            seconds = time.perf_counter() - started
-        gpu = torch.cuda.max_memory_allocated(self.device) if cuda else None
-        self.rows.append(Stage(name, seconds, gpu, host[0], "; ".join(notes)))
-        sys.stdout.write(f"{_line(self.rows[-1])}\n")
-        sys.stdout.flush()
+            try:
+                yield notes
+                if cuda:
+                    torch.cuda.synchronize(self.device)
+            except BaseException as error:
+                notes.append(f"failed: {type(error).__name__}: {str(error)[:200]}")
+                raise
+            finally:
+                seconds = time.perf_counter() - started
+                gpu = torch.cuda.max_memory_allocated(self.device) if cuda else None
+                self._write(Stage(name, seconds, gpu, host[0], "; ".join(notes)))
+
+    def _write(self, row: Stage) -> None:
+        self.rows.append(row)
+        say(_line(row))
+        self.kept = [each for each in self.kept if each.name != row.name]
         if self.path is not None:
-            write_json(self.path, [asdict(row) for row in self.rows])
+            write_json(self.path, [asdict(each) for each in (*self.kept, *self.rows)])
+
+
+def say(line: str) -> None:
+    """Print a line at once: a killed run keeps what was said."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 @contextmanager
@@ -119,10 +143,17 @@ def _resident() -> Generator[list[int]]:
 def _anonymous() -> int:
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        sizes = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssShmem"))}
-        return 1024 * sum(sizes.values())
-    except (OSError, ValueError):
+        anonymous = next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+        return 1024 * anonymous + _pinned()
+    except (OSError, StopIteration):
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _pinned() -> int:
+    """Pinned memory, which the system counts among the pages of shared files."""
+    if not torch.cuda.is_initialized() or not hasattr(torch.cuda, "host_memory_stats"):
+        return 0
+    return int(torch.cuda.host_memory_stats().get("allocated_bytes.current", 0))
 
 
 def shape(scale: float) -> OPTConfig:
@@ -148,18 +179,57 @@ def build_empty(config: Any) -> OPTForCausalLM:
     return model.eval()
 
 
-def make(folder: Path, config: OPTConfig, device: torch.device, seed: int) -> None:
-    """A checkpoint of random weights, drawn on the device one after another and written while the next is drawn."""
-    generator = torch.Generator(device).manual_seed(seed)
-    with ShardWriter(folder) as writer:
-        for name, parameter in build_empty(config).named_parameters():
-            value = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
-            if parameter.ndim > 1:
-                value.normal_(0, config.init_std, generator=generator)
-            else:
-                value.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-            writer.write(name, value)
-    config.save_pretrained(folder)
+def make(folder: Path, config: OPTConfig, device: torch.device, seed: int, threads: int) -> None:
+    """A checkpoint of random weights: each thread draws its tensors on the device and writes a shard of them."""
+    shapes = {name: parameter.shape for name, parameter in build_empty(config).named_parameters()}
+    size = 2 * sum(shape.numel() for shape in shapes.values())
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OSError(f"{folder} has {free / 1e9:.0f} GB free, the checkpoint takes {size / 1e9:.0f}: another --folder")
+    parts = _shared_out(shapes, threads)
+
+    def write(number: int) -> None:
+        generator = torch.Generator(device).manual_seed(seed + number)
+        room = max(shapes[name].numel() for name in parts[number])
+        host = torch.empty(room, dtype=torch.bfloat16, pin_memory=device.type == "cuda")
+        with ShardWriter(folder / f"part-{number}", max_shard_bytes=1e15) as writer:
+            for name in parts[number]:
+                value = _drawn(name, shapes[name], config.init_std, device, generator)
+                writer.write(name, host[: value.numel()].view(value.shape).copy_(value))
+
+    with ThreadPoolExecutor(len(parts)) as pool:
+        list(pool.map(write, range(len(parts))))
+    _join(folder, parts, size)
+    config.save_pretrained(folder)  # last: a checkpoint with a config is whole
+
+
+def _shared_out(shapes: dict[str, torch.Size], threads: int) -> list[list[str]]:
+    """The names in about equal parts, each in the model's order."""
+    parts, loads = [list[str]() for _ in range(min(threads, len(shapes)))], [0] * threads
+    for name, shape in shapes.items():
+        least = min(range(len(parts)), key=lambda part: loads[part])
+        parts[least].append(name)
+        loads[least] += shape.numel()
+    return parts
+
+
+def _drawn(name: str, shape: torch.Size, std: float, device: torch.device, generator: torch.Generator) -> Tensor:
+    value = torch.empty(shape, dtype=torch.bfloat16, device=device)
+    if value.ndim > 1:
+        return value.normal_(0, std, generator=generator)
+    return value.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+
+
+def _join(folder: Path, parts: list[list[str]], size: int) -> None:
+    """The parts' files as the shards of one checkpoint, with its index."""
+    where: dict[str, str] = {}
+    for number, names in enumerate(parts):
+        file = f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors"
+        os.replace(folder / f"part-{number}" / SINGLE_NAME, folder / file)
+        (folder / f"part-{number}").rmdir()
+        where |= dict.fromkeys(names, file)
+    write_json(folder / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": where})
 
 
 def load(folder: Path, device: torch.device) -> OPTForCausalLM:
@@ -168,22 +238,87 @@ def load(folder: Path, device: torch.device) -> OPTForCausalLM:
     return OPTForCausalLM.from_pretrained(folder, dtype="auto", **place).eval()
 
 
-def retrain(model: OPTForCausalLM, masks: Masks, kinds: list[str], args: argparse.Namespace, notes: list[str]) -> None:
-    """Train the subsets on random tokens with recomputed activations, and merge."""
+def masks_of_magnitude(model: OPTForCausalLM) -> Masks:
+    """Half of each row pruned in place, by magnitude: for calls that retrain without the stage prune."""
+    masks, solver, pattern = dict[str, Tensor](), by_magnitude(), Unstructured("row")
+    for view in find_layers(model):
+        weight = model.get_parameter(view.parameter).detach()
+        pruned, mask = solver(Layer(view.name, weight), pattern, weight.numel() // 2)
+        weight.copy_(pruned)
+        masks[view.parameter] = mask.cpu()
+    return Masks(masks)
+
+
+class Pace:
+    """Says how a training goes, and what a step takes after the first two."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.name, self.device, self.marks = name, device, list[tuple[int, float]]()
+
+    def __call__(self, done: int, loss: float) -> None:
+        """After so many steps, whose losses were read, so the device has finished them."""
+        self.marks.append((done, time.perf_counter()))
+        say(f"{self.name}: {done} steps, loss {loss:.3f}, {self.seconds:.2f} s a step")
+
+    @property
+    def seconds(self) -> float:
+        """Seconds a step, from the second one on; nan before there are three."""
+        (first, started), (last, ended) = self.marks[0], self.marks[-1]
+        return (ended - started) / (last - first) if last > first else float("nan")
+
+
+def retrain(
+    name: str, model: OPTForCausalLM, masks: Masks, kinds: list[str], args: argparse.Namespace, notes: list[str]
+) -> None:
+    """Train the subsets on random tokens with recomputed activations, and merge, which keeps every zero."""
+    started = time.perf_counter()
     views = [view for view in find_layers(model) if view.parameter in masks]
     adaptation = adapt(model, kinds, masks=masks, views=views, rank=16)
     packed = PackedTokens(_tokens(model.config, 64, args.seed + 1).flatten(), model.config.max_position_embeddings)
-    optimizer = torch.optim.AdamW(adaptation.param_groups(1e-4), weight_decay=0.0)
+    fused = {"fused": True} if model.device.type == "cuda" else {}
+    optimizer = torch.optim.AdamW(adaptation.param_groups(1e-4), weight_decay=0.0, **fused)
+    pace = Pace(name, model.device)
+    ready = time.perf_counter()
     with recomputed(model):
         trace = train(
             model, lambda step: packed.at(step, batch=2, seed=args.seed), optimizer, linear_warmup_decay(args.steps),
-            steps=args.steps, precision="bf16", clip=1.0,
+            steps=args.steps, precision="bf16", clip=1.0, report_every=2, on_step=pace,
         )  # fmt: skip
+    trained = time.perf_counter()
     model.eval()
     adaptation.merge_()
-    masks.check(model)
-    notes.append(f"{adaptation.trainable / 1e6:.1f} M values, {trace.tokens / trace.seconds:,.0f} tokens/s")
+    each, others = pace.seconds, ready - started + time.perf_counter() - trained
+    notes.append(f"{adaptation.trainable / 1e6:.1f} M values, {args.steps} steps, {each:.3f} s each")
+    notes.append(f"{2 * packed.length / each:,.0f} tokens/s, {others:.1f} s for adapters and merging")
+    if args.steps != 100:
+        notes.append(f"100 steps would take {others + 100 * each:.0f} s")
     notes.append(f"loss {trace.losses[0]:.3f} to {trace.losses[-1]:.3f}")
+
+
+def prune(model: OPTForCausalLM, args: argparse.Namespace, notes: list[str]) -> Masks:
+    """Wanda, half of each row, block by block."""
+    tokens = _tokens(model.config, args.samples, args.seed)
+    streamed = stream(
+        model, by_wanda(), Unstructured("row"), 0.5, tokens=tokens, gram=False, device=model.device,
+        batch_size=args.batch, precision="bf16", on_block=_Blocks(),
+    )  # fmt: skip
+    kept, total = (
+        sum(sum(getattr(report, which).values()) for report in streamed.reports) for which in ("kept", "total")
+    )
+    notes.append(f"sparsity {1 - kept / total:.4f}, {tokens.numel():,} tokens")
+    return streamed.masks
+
+
+class _Blocks:
+    """Says every eighth block."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def __call__(self, report: BlockReport) -> None:
+        self.seen += 1
+        if self.seen % 8 == 0:
+            say(f"{report.name}: {report.seconds:.2f} s")
 
 
 def save(model: OPTForCausalLM, masks: Masks, folder: Path, args: argparse.Namespace, notes: list[str]) -> None:
@@ -196,6 +331,7 @@ def save(model: OPTForCausalLM, masks: Masks, folder: Path, args: argparse.Names
     if shutil.disk_usage(args.folder).free < needed and not args.keep:
         shutil.rmtree(args.folder / "model")
         notes.append("checkpoint deleted to make room")
+    masks.check(model)
     saved = save_tensors(_stored(model), None, folder, masks=masks, info={}, source=small)
     notes.append(f"{saved.weight_bytes / 1e9:.2f} GB of weights")
 
@@ -238,37 +374,37 @@ def _tokens(config: Any, samples: int, seed: int) -> Tensor:
 def run(args: argparse.Namespace) -> list[Stage]:
     """All stages that were asked for, in order."""
     device = torch.device(args.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     checkpoint, pruned = args.folder / "model", args.folder / "pruned"
     meter = Meter(device, args.json)
     wanted: Callable[[str], bool] = lambda name: name in args.stages  # noqa: E731
     args.folder.mkdir(parents=True, exist_ok=True)
     if wanted("make") and not (checkpoint / "config.json").exists():
         with meter.stage("make") as notes:
-            make(checkpoint, shape(args.scale), device, args.seed)
+            make(checkpoint, shape(args.scale), device, args.seed, args.threads)
             notes.append(f"{sum(path.stat().st_size for path in checkpoint.glob('*.safetensors')) / 1e9:.2f} GB")
     if wanted("sparsegpt") and args.first:
         with meter.stage("sparsegpt") as notes:
             solve(args, device, notes)
     if wanted("load"):
-        with meter.stage("load"):
+        with meter.stage("load") as notes:
             model = load(checkpoint, device)
+            notes.append(f"{sum(each.numel() for each in model.parameters()) / 1e9:.2f} G parameters")
+        masks = None
         if wanted("prune"):
             with meter.stage("prune") as notes:
-                tokens = _tokens(model.config, args.samples, args.seed)
-                streamed = stream(
-                    model, by_score(wanda), Unstructured("row"), 0.5, tokens=tokens, gram=False, device=device,
-                    batch_size=args.batch, precision="bf16",
-                )  # fmt: skip
-                notes.append(f"sparsity {streamed.masks.sparsity:.4f}, {tokens.numel():,} tokens")
-            for name, kinds in (("norms", ["biases", "norms"]), ("masklora", ["mask_lora"])):
-                if wanted(name):
-                    with meter.stage(name) as notes:
-                        retrain(model, streamed.masks, kinds, args, notes)
-            if wanted("save"):
-                with meter.stage("save") as notes:
-                    save(model, streamed.masks, pruned, args, notes)
-            del streamed
-        del model
+                masks = prune(model, args, notes)
+        for name, kinds in (("norms", ["biases", "norms"]), ("masklora", ["mask_lora"])):
+            if wanted(name):
+                masks = masks or masks_of_magnitude(model)
+                with meter.stage(name) as notes:
+                    retrain(name, model, masks, kinds, args, notes)
+        if wanted("save"):
+            masks = masks or masks_of_magnitude(model)
+            with meter.stage("save") as notes:
+                save(model, masks, pruned, args, notes)
+        del masks, model
     if wanted("sparsegpt") and not args.first:
         with meter.stage("sparsegpt") as notes:
             if (checkpoint / "config.json").exists():
@@ -300,6 +436,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4, help="windows that go through a block at once")
     parser.add_argument("--steps", type=int, default=100, help="of each retraining")
     parser.add_argument("--blocks", type=int, help="how many SparseGPT solves; all by default")
+    parser.add_argument("--threads", type=int, default=8, help="shards of the checkpoint, written side by side")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file to which the rows are written as well")
     args = parser.parse_args(argv)
@@ -312,7 +449,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     arguments = parse()
-    sys.stdout.write("| stage | time | GPU, peak | host, peak | |\n| --- | --- | --- | --- | --- |\n")
+    say("| stage | time | GPU, peak | host, peak | |\n| --- | --- | --- | --- | --- |")
     times = {row.name: row.seconds for row in run(arguments)}
     core = sum(seconds for name, seconds in times.items() if name not in ("make", "sparsegpt"))
-    sys.stdout.write(f"| load to save | {core:.1f} s | | | scale {arguments.scale:g} |\n")
+    say(f"| load to save | {core:.1f} s | | | scale {arguments.scale:g} |")

@@ -1,20 +1,30 @@
 """What a second GPU brings: the same retraining and the same block-wise pruning, by one process and by several.
 
-    python benchmarks/two_gpus.py --layers 8                                 # alone: the time that others divide
-    accelerate launch --num_processes 2 benchmarks/two_gpus.py --layers 8                              # replicated
-    accelerate launch --num_processes 2 --use_fsdp --fsdp_version 2 benchmarks/two_gpus.py --layers 8    # sharded
-    torchrun --nproc-per-node 2 benchmarks/two_gpus.py --device cpu --scale 0.02 --steps 2               # tiny
+    accelerate launch --num_processes 2 benchmarks/two_gpus.py --modes alone,replicated,sharded     # all in one call
+    torchrun --nproc-per-node 2 benchmarks/two_gpus.py --device cpu --scale 0.02 --steps 2 --modes alone,sharded  # tiny
 
-Blocks of OPT-30B's shape with random weights. Each call does the same work in all: retraining on global batches of
+Or one way a call, each with the time of starting Python:
+
+    python benchmarks/two_gpus.py --layers 4 --json alone.json                # alone: the time that others divide
+    accelerate launch --num_processes 2 benchmarks/two_gpus.py --layers 4 --alone alone.json             # replicated
+    accelerate launch --num_processes 2 --use_fsdp --fsdp_version 2 benchmarks/two_gpus.py --layers 4      # sharded
+
+Blocks of OPT-30B's shape with random weights. Every way does the same work in all: retraining on global batches of
 `--batch` windows (biases and norms, MaskLoRA, everything under masks), Wanda and SparseGPT on `--samples` windows.
-It prints a table of its own; given `--alone FILE` (a JSON of the call with one process) also the speed-up, and the
-largest difference of any loss from that call's, which rounding alone explains.
+Within one call, "alone" means that each process does the whole by itself, all at once, and the main one's time counts.
+
+Every row is printed and, with `--json`, written when it is there; a work that fails (all processes alike) leaves a row
+that says so, and the next ones go on. Rows have the speed-up over "alone" and the largest difference of any loss from
+its, which rounding alone explains. Everything under masks holds 16 bytes a value and process, unless it is sharded:
+four layers and the embeddings are 2.9 G values, 46 GB, and 69 GB with the gradients that replicas exchange.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -22,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
 
@@ -34,12 +45,12 @@ from prunus.lr import linear_warmup_decay
 from prunus.masks import Masks
 from prunus.patterns import NM
 from prunus.prepared import recomputed
-from prunus.scores import wanda
 from prunus.sharded import asked
-from prunus.solvers import by_score, sparsegpt
+from prunus.solvers import by_wanda, sparsegpt
 from prunus.stream import stream
 from prunus.train import train
 
+MODES = ("alone", "replicated", "sharded")
 RETRAINED = {"biases, norms": ["biases", "norms"], "mask_lora": ["mask_lora"], "full under masks": ["full"]}
 
 
@@ -48,10 +59,13 @@ class Row:
     """One measurement: seconds of the whole (without the first step of a training), and this rank's peak memory."""
 
     name: str
+    mode: str
     seconds: float
     rate: float  # tokens a second, over all processes
     peak_bytes: int
     losses: list[float]
+    processes: int = 1
+    error: str = ""
 
 
 def build(args: argparse.Namespace, device: torch.device) -> OPTForCausalLM:
@@ -75,7 +89,7 @@ def tokens(model: OPTForCausalLM, samples: int, seed: int) -> Tensor:
     return torch.randint(4, config.vocab_size, (samples, config.max_position_embeddings), generator=generator)
 
 
-def retrained(name: str, args: argparse.Namespace, device: torch.device) -> Row:
+def retrained(name: str, mode: str, args: argparse.Namespace, device: torch.device) -> Row:
     """The time of `--steps` steps after a first one."""
     model = build(args, device)
     views = find_layers(model)
@@ -88,7 +102,8 @@ def retrained(name: str, args: argparse.Namespace, device: torch.device) -> Row:
     kinds = RETRAINED[name]
     adaptation = adapt(model, kinds, masks=held, views=views, rank=16)
     packed = PackedTokens(tokens(model, 64, args.seed).flatten(), model.config.max_position_embeddings)
-    optimizer = torch.optim.AdamW(adaptation.param_groups(1e-5), weight_decay=0.0)
+    fused = {"fused": True} if device.type == "cuda" else {}  # otherwise its steps take memory of all values' size
+    optimizer = torch.optim.AdamW(adaptation.param_groups(1e-5), weight_decay=0.0, **fused)
     started = 0.0
 
     def begin(done: int, loss: float) -> None:
@@ -100,28 +115,29 @@ def retrained(name: str, args: argparse.Namespace, device: torch.device) -> Row:
         trace = train(
             model, lambda step: packed.at(step, batch=args.batch, seed=args.seed), optimizer,
             linear_warmup_decay(args.steps + 1), steps=args.steps + 1, masks=held if kinds == ["full"] else None,
-            precision="bf16", clip=1.0, report_every=1, on_step=begin,
+            precision="bf16", clip=1.0, report_every=1, on_step=begin, shared=mode != "alone",
         )  # fmt: skip
     seconds = time.perf_counter() - started
-    return Row(name, seconds, args.steps * args.batch * packed.length / seconds, trace.peak_bytes, trace.losses)
+    rate = args.steps * args.batch * packed.length / seconds
+    return Row(name, mode, seconds, rate, trace.peak_bytes, trace.losses, ranks.count())
 
 
-def pruned(name: str, args: argparse.Namespace, device: torch.device) -> Row:
+def pruned(name: str, mode: str, args: argparse.Namespace, device: torch.device) -> Row:
     """The time of pruning all blocks."""
     model = build(args, device)
     windows = tokens(model, args.samples, args.seed + 1)
-    solver = sparsegpt() if name == "SparseGPT 2:4" else by_score(wanda)
+    solver = sparsegpt() if name == "SparseGPT 2:4" else by_wanda()
     _reset(device)
     started = time.perf_counter()
     streamed = stream(
         model, solver, NM(2, 4), 0.5, tokens=windows, gram=name == "SparseGPT 2:4", device=device,
-        batch_size=args.calibrated, precision="bf16", shared=ranks.count() > 1,
+        batch_size=args.calibrated, precision="bf16", shared=mode != "alone",
     )  # fmt: skip
     _wait(device)
     seconds = time.perf_counter() - started
     assert streamed.masks.sparsity == 0.5
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    return Row(name, seconds, windows.numel() / seconds, peak, [])
+    return Row(name, mode, seconds, windows.numel() / seconds, peak, [], ranks.count())
 
 
 def _reset(device: torch.device) -> None:
@@ -137,26 +153,70 @@ def _wait(device: torch.device) -> None:
     ranks.wait()
 
 
-def table(rows: list[Row], alone: list[Row] | None) -> str:
-    """The rows as a Markdown table, with the speed-up over one process where its rows are given."""
-    how = "alone" if ranks.count() == 1 else f"{ranks.count()} {'sharded' if asked() else 'replicated'}"
-    lines = ["| work | how | time | tokens/s | peak a GPU | speed-up | loss differs by |", "|" + " --- |" * 7]
-    before = {row.name: row for row in alone or []}
-    for row in rows:
-        one = before.get(row.name)
-        gain = f"{one.seconds / row.seconds:.2f}" if one else ""
-        gaps = [abs(a - b) for a, b in zip(row.losses, one.losses, strict=False)] if one else []
-        lines.append(
-            f"| {row.name} | {how} | {row.seconds:.2f} s | {row.rate:,.0f} | {row.peak_bytes / 1e9:.1f} GB | {gain} | "
-            f"{f'{max(gaps):.1e}' if gaps else ''} |"
-        )
-    return "\n".join(lines) + "\n"
+HEAD = "| work | how | time | tokens/s | peak a GPU | speed-up | loss differs by |\n" + "| --- " * 7 + "|\n"
 
 
-def main() -> None:
-    """Measure everything and, in the main process, print and write it."""
+def line(row: Row, alone: list[Row]) -> str:
+    """The row in Markdown, with the speed-up over one process where its row is among `alone`."""
+    how = row.mode if row.mode == "alone" else f"{row.processes} {row.mode}"
+    if row.error:
+        return f"| {row.name} | {how} | failed: {row.error} | | | | |\n"
+    one = next((each for each in alone if each.name == row.name and not each.error and row.mode != "alone"), None)
+    gain = f"{one.seconds / row.seconds:.2f}" if one else ""
+    gaps = [abs(a - b) for a, b in zip(row.losses, one.losses, strict=False)] if one else []
+    return (
+        f"| {row.name} | {how} | {row.seconds:.2f} s | {row.rate:,.0f} | {row.peak_bytes / 1e9:.1f} GB | {gain} | "
+        f"{f'{max(gaps):.1e}' if gaps else ''} |\n"
+    )
+
+
+def switch(mode: str) -> None:
+    """What a launch says by its environment, said for the next works."""
+    os.environ["ACCELERATE_USE_FSDP"] = "true" if mode == "sharded" else "false"
+    os.environ["FSDP_VERSION"] = "2"
+    AcceleratorState._reset_state()
+
+
+def attempt(name: str, mode: str, args: argparse.Namespace, device: torch.device) -> Row:
+    """The row of one work, also if it failed."""
+    try:
+        return (retrained if name in RETRAINED else pruned)(name, mode, args, device)
+    except Exception as error:
+        return Row(name, mode, float("nan"), 0.0, 0, [], ranks.count(), f"{type(error).__name__}: {str(error)[:200]}")
+    finally:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def measure(modes: list[str], args: argparse.Namespace, device: torch.device) -> list[Row]:
+    """All works in these ways; the main process prints and writes each row at once."""
+    rows = list[Row]()
+    alone = [] if args.alone is None else [Row(**row) for row in json.loads(args.alone.read_text())]
+    _tell(HEAD)
+    for mode in modes:
+        switch(mode)
+        pruning = () if mode == "sharded" else ("Wanda 2:4", "SparseGPT 2:4")  # it knows no sharding
+        for name in (*RETRAINED, *pruning):
+            if args.only in (None, name):
+                rows.append(attempt(name, mode, args, device))
+                _tell(line(rows[-1], [*alone, *(row for row in rows if row.mode == "alone")]))
+                if args.json is not None and ranks.is_main():
+                    write_json(args.json, [asdict(row) for row in rows])
+    return rows
+
+
+def _tell(text: str) -> None:
+    if ranks.is_main():
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command's arguments."""
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modes", help="of " + ", ".join(MODES) + "; by default what the launch says")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--scale", type=float, default=1.0 if cuda else 0.02)
     parser.add_argument("--layers", type=int, default=4)
@@ -168,17 +228,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--alone", type=Path, help="the JSON of one process, to compare with")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    launched = "alone" if ranks.count() == 1 else "sharded" if asked() else "replicated"
+    args.modes = (args.modes or launched).split(",")
+    strange = [mode for mode in args.modes if mode not in MODES]
+    if strange:
+        parser.error(f"no way {strange[0]!r}; they are {', '.join(MODES)}")
+    if ranks.count() == 1 and args.modes != ["alone"]:
+        parser.error(f"{', '.join(args.modes)} need several processes: accelerate launch --num_processes 2 ...")
+    return args
+
+
+def main() -> None:
+    """Measure everything."""
+    args = parse()
     device = ranks.join(torch.device(args.device))
-    works = dict.fromkeys(RETRAINED, retrained) | dict.fromkeys(("Wanda 2:4", "SparseGPT 2:4"), pruned)
-    if asked():  # pruning knows no sharding: it is the same with and without
-        works = dict.fromkeys(RETRAINED, retrained)
-    rows = [work(name, args, device) for name, work in works.items() if args.only in (None, name)]
-    if ranks.is_main():
-        alone = None if args.alone is None else [Row(**row) for row in json.loads(args.alone.read_text())]
-        sys.stdout.write(table(rows, alone))
-        if args.json is not None:
-            write_json(args.json, [asdict(row) for row in rows])
+    measure(args.modes, args, device)
     ranks.wait()
     ranks.leave()
 

@@ -64,7 +64,7 @@ def solve_layers_(
     *,
     shared: bool = False,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Parameter name -> mask on the CPU, after the views' weights were solved in place; views that saw no token.
+    """Parameter name -> mask, beside the weights, which were solved in place; views that saw no token.
 
     todo: view name -> entries to keep. shared: whether the ranks share the views; their `inputs` are added up before.
     """
@@ -87,4 +87,4 @@ def solve_layers_(
                 ranks.send_(matrix, by[view.name])
                 view.write_(stored, matrix)
     fallback = [view.name for view in views if inputs[view.name].tokens == 0]
-    return {name: mask.cpu() for name, mask in masks.items()}, fallback
+    return masks, fallback

@@ -249,12 +249,8 @@ def _energies(layer: _Layer) -> Tensor:
 
 def _pair(layer: _Layer, rank: int) -> tuple[nn.Sequential, float]:
     """The two layers in place of one, and the relative error of their product."""
-    u, s, vt = torch.linalg.svd(_matrices(layer).double(), full_matrices=False)
-    root = s[:, :rank].sqrt()
-    first = (root[..., None] * vt[:, :rank]).flatten(0, 1)  # (groups * rank, in / groups * kernel)
-    second = (u[:, :, :rank] * root[:, None]).flatten(0, 1)  # (out, rank)
-    squares = s.square()
-    error = math.sqrt(float(squares[:, rank:].sum() / squares.sum().clamp_min(1e-300)))
+    u, vt, error = _leading(_matrices(layer).double(), rank)
+    first, second = vt.flatten(0, 1), u.flatten(0, 1)  # (groups * rank, in / groups * kernel), (out, rank)
     one, two = _empty_pair(layer, rank * _groups(layer))
     one.weight.copy_(first.reshape(one.weight.shape))
     two.weight.copy_(second.reshape(two.weight.shape))
@@ -285,3 +281,21 @@ def _replaced(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
             if value is old:
                 setattr(module, child, layer)
     return model
+
+
+def _leading(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """U S^1/2 (groups, out, rank) and S^1/2 V^T (groups, rank, in) of the leading singular values; the relative error.
+
+    Through the smaller Gram matrix, which a GPU decomposes many times faster than the matrix: in float64 the values are
+    exact to 1e-8 of the largest, and projecting on the vectors loses nothing more.
+    """
+    if matrices.shape[1] > matrices.shape[2]:
+        vt, u, error = _leading(matrices.mT, rank)
+        return u.mT, vt.mT, error
+    squares, vectors = torch.linalg.eigh(matrices @ matrices.mT)  # ascending
+    u = vectors.flip(2)[:, :, :rank]
+    projected = u.mT @ matrices
+    root = torch.linalg.vector_norm(projected, dim=2).sqrt()
+    tail = squares.clamp_min(0)[:, : squares.shape[1] - rank].sum()
+    error = math.sqrt(float(tail / squares.sum().clamp_min(1e-300)))
+    return u * root[:, None], projected / root.clamp_min(1e-150)[..., None], error

@@ -27,7 +27,7 @@ from prunus.adapters import (
     no_autocast,
     tiles,
 )
-from prunus.bits import pack
+from prunus.bits import pack, unpack
 from prunus.factors import Init, matrices, new_factors
 from prunus.layers import View
 
@@ -168,6 +168,10 @@ class Site:
         return gap.max().item()
 
     def _kept(self) -> Tensor | None:
+        """The mask on the weight's device: the packed one that is there already, or else brought from where it is."""
+        packed = self.factors.mask
+        if packed is not None and packed.dtype == torch.uint8 and packed.device == self.weight.device:
+            return unpack(packed, self.factors.A.shape[-1])
         return None if self.mask is None else self.mask.to(self.weight.device)
 
     def _matrices(self, stored: Tensor) -> Tensor:

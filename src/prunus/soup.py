@@ -311,7 +311,7 @@ def _check_zeros(place: int, state: State, masks: Masks) -> None:
         if name not in state or state[name].shape != mask.shape:
             found = f"has shape {tuple(state[name].shape)}" if name in state else "is missing"
             raise ValueError(f"{name!r} {found} in member {place}; its mask has shape {tuple(mask.shape)}")
-        wrong = int((state[name][~mask.to(state[name].device)] != 0).sum())
+        wrong = int(((state[name] != 0) & ~mask.to(state[name].device)).sum())
         if wrong:
             raise ValueError(
                 f"{name!r} of member {place} has {wrong} nonzero weights under its mask: train with masks.hold(...)"

@@ -124,9 +124,7 @@ def stream(
                 report = step.replay_(work, masks, hidden, arguments, dense)
             else:
                 report = step.solve_(solver, pattern, todo, gram, fit, masks, hidden, arguments, dense)
-                if work is not None:
-                    mine = {v.parameter: masks[v.parameter] for v in views[name]}
-                    saving = partial(work.save, name, step.block, mine, report)
+                saving = partial(_finish_, work, step, masks, report)
             reports.append(report)
             moving.release(name, saving)
             if on_block is not None:
@@ -252,6 +250,17 @@ class _Step:
         return autocast(self.device, self.precision)
 
 
+def _finish_(work: Work | None, step: _Step, masks: dict[str, Tensor], report: BlockReport) -> None:
+    """What is done with a solved block beside the next one: its masks go to the host, and it is saved.
+
+    All bool masks would not fit beside a large model, and the device need not wait while one block's are copied.
+    """
+    mine = {view.parameter: masks[view.parameter].cpu() for view in step.views}
+    masks.update(mine)
+    if work is not None:
+        work.save(step.name, step.block, mine, report)
+
+
 @torch.no_grad()
 def _solve_outside_(
     model: nn.Module,
@@ -286,7 +295,7 @@ def _solve_outside_(
             continue
         parameters = dict(model.named_parameters())
         chosen, fallback = solve_layers_(parameters, [view], solver, pattern, todo, inputs, shared=shared)
-        masks.update(chosen)
+        masks.update({key: mask.cpu() for key, mask in chosen.items()})
         reports.append(_report(view.name, [view], chosen, started, None, fallback))
         if work is not None:
             work.save(view.name, module, chosen, reports[-1])

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from prunus import proximal
-from prunus.proximal import GroupLasso, NuclearNorm, ProximalSGD, shrink_groups, shrink_singular_values
+from prunus.proximal import GroupLasso, NuclearNorm, NuclearSteps, ProximalSGD, shrink_groups, shrink_singular_values
 from prunus.sets import Ball, Groups, Lp, Spectrum
 from prunus.train import classification_loss, train
 
@@ -96,26 +96,88 @@ def test_structure_appears():
         assert ball.norm(model[3].weight.detach()) < 0.8 * ball.norm(plain[3].weight.detach())
 
 
-def test_penalties_are_the_norms_of_the_prunable_weights_and_their_gradients_those():
+def test_the_group_penalty_is_the_norm_of_the_prunable_weights():
     model = make_model()
     weights = [model[0].weight, model[3].weight, model[5].weight]
-    for method, ball in ((GroupLasso(0.5), Ball(Lp(1), Groups())), (NuclearNorm(0.5), Ball(Lp(1), Spectrum()))):
-        run(model, during=[method], steps=1)
-        seen = [weight for _, weight in method.weighed]
-        assert [id(weight) for weight in seen] == [id(weight) for weight in weights[: len(seen)]]
-        value = method.penalty()
-        assert float(value.detach()) == pytest.approx(0.5 * sum(float(ball.norm(w.detach())) for w in seen), rel=1e-5)
-        model.zero_grad()
-        value.backward()
-        u, _, vt = torch.linalg.svd(weights[0].detach().flatten(1), full_matrices=False)
-        flat = weights[0].detach().flatten(1)
-        expected = 0.5 * (u @ vt if isinstance(method, NuclearNorm) else flat / flat.norm(dim=1, keepdim=True))
-        assert torch.allclose(weights[0].grad.flatten(1), expected, atol=1e-4)
-        with torch.no_grad():
-            weights[0][0] = 0
-        model.zero_grad()
-        method.penalty().backward()
-        assert torch.isfinite(weights[0].grad).all()
+    method, ball = GroupLasso(0.5), Ball(Lp(1), Groups())
+    run(model, during=[method], steps=1)
+    seen = [weight for _, weight in method.weighed]
+    assert [id(weight) for weight in seen] == [id(weight) for weight in weights[: len(seen)]]
+    value = method.penalty()
+    assert float(value.detach()) == pytest.approx(0.5 * sum(float(ball.norm(w.detach())) for w in seen), rel=1e-5)
+    model.zero_grad()
+    value.backward()
+    flat = weights[0].detach().flatten(1)
+    assert torch.allclose(weights[0].grad.flatten(1), 0.5 * flat / flat.norm(dim=1, keepdim=True), atol=1e-4)
+    with torch.no_grad():
+        weights[0][0] = 0
+    model.zero_grad()
+    method.penalty().backward()
+    assert torch.isfinite(weights[0].grad).all()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_nuclear_penalty_adds_the_gradient_of_the_norm_that_autograd_finds(layout):
+    ours, theirs = make_model().to(memory_format=layout), make_model()
+
+    class Autograd(NuclearNorm):
+        def before_step(self, step):
+            pass
+
+        def gradients(self):
+            pass
+
+        def penalty(self):
+            norms = [torch.linalg.svdvals(view.matrix(weight)).sum() for view, weight in self.weighed]
+            return self.strength * torch.stack(norms).sum()
+
+    for model, method in ((ours, NuclearNorm(0.1)), (theirs, Autograd(0.1))):
+        run(model, during=[method], steps=5)
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_the_nuclear_subgradient_is_renewed_in_time_and_ends_at_the_rank():
+    model, method = make_model(), NuclearNorm(0.1, every=3)
+    seen = []
+    with torch.no_grad():
+        model[3].weight.copy_(random(8, 2) @ random(2, 192, seed=1))
+    u, _, vt = torch.linalg.svd(model[3].weight.detach(), full_matrices=False)
+    renew = method.before_step
+
+    def spying(step):
+        renew(step)
+        seen.append(method.kept.direction1.clone())
+
+    method.before_step = spying
+    run(model, during=[method], steps=5)
+    assert torch.allclose(seen[0], u[:, :2] @ vt[:2], atol=1e-4)
+    assert torch.equal(seen[0], seen[2])
+    assert not torch.equal(seen[2], seen[3])
+    assert torch.equal(seen[3], seen[4])
+
+
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_nuclear_steps_beside_sgd_are_proximal_sgd(layout, every):
+    """Every step; or SGD, and every fourth time the proximal step of four times the length."""
+    ours, theirs = make_model().to(memory_format=layout), make_model()
+    run(ours, during=[NuclearSteps(0.05, every=every)], steps=8)
+    optimizer = torch.optim.SGD(theirs.parameters(), 0.1)
+    if every == 1:
+        run(theirs, ProximalSGD(theirs.parameters(), 0.1, proximal="nuclear", strength=0.05, momentum=0.0), steps=8)
+    else:
+        for part in range(2):
+            for step in range(4):
+                loss = classification_loss()(theirs, batches(4 * part + step))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            with torch.no_grad():
+                for weight in (theirs[0].weight, theirs[3].weight, theirs[5].weight):
+                    weight.copy_(shrink_singular_values(weight.flatten(1), 4 * 0.05 * 0.1).view(weight.shape))
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
 
 
 def test_what_is_out_of_range_is_refused():
@@ -127,6 +189,8 @@ def test_what_is_out_of_range_is_refused():
         ProximalSGD([nn.Parameter(torch.ones(1))], 0.1, proximal="nuclear", strength=1.0, capturable=True)
     with pytest.raises(ValueError, match="strength is at least 0; got -1"):
         GroupLasso(-1)
+    with pytest.raises(ValueError, match="at least 1; got every=0"):
+        NuclearSteps(1.0, every=0)
     with pytest.raises(ValueError, match="found no prunable layer"):
         run(make_model(), during=[NuclearNorm(1.0)], views=())
 

@@ -237,6 +237,12 @@ def test_any_vector(values, k, gauge):
 
 
 def test_ties_take_the_first_and_never_more():
+    for n in (1024, 1025, 5000):  # within a block and across blocks
+        a = torch.randint(4, (3, n), generator=torch.Generator().manual_seed(n)).float()
+        for k in (1, n // 3, n - 1):
+            order = a.sort(stable=True, dim=1, descending=True).indices[:, :k]
+            chosen = [sorted(row.tolist()) for row in order]
+            assert [row.nonzero()[:, 0].tolist() for row in largest(a, k)] == chosen
     assert largest(torch.ones(2, 8), 3).sum(1).tolist() == [3, 3]
     assert largest(torch.tensor([[1.0, 2, 1, 1, 0]]), 3).tolist() == [[True, True, True, False, False]]
     equal = torch.ones(8, 5)

@@ -1,9 +1,11 @@
-"""The benchmarks of growth and of inference, tiny: a power law is fitted, and what cannot run says so."""
+"""The benchmarks of growth, inference and two GPUs, tiny: a power law is fitted, and what cannot run says so."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
+import json
 import math
 import sys
 from pathlib import Path
@@ -57,3 +59,37 @@ def test_a_pruned_weight_has_two_zeros_in_every_four(monkeypatch: pytest.MonkeyP
     assert found.tolist() == [[0, -3, 2, 0], [0, 0, pytest.approx(-0.4), pytest.approx(0.3)]]
     with pytest.raises(RuntimeError, match="differs by"):
         script("inference", monkeypatch)._check(found, weight)
+
+
+def test_two_gpus_writes_each_row_and_goes_on_after_a_failure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # the script sets both: put back afterwards
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    two = script("two_gpus", monkeypatch)
+    few = ["--device", "cpu", "--layers", "2", "--steps", "2", "--samples", "4", "--scale", "0.02"]
+    args = two.parse([*few, "--json", str(tmp_path / "rows.json")])
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(two, "stream", fail)
+    rows = two.measure(args.modes, args, torch.device("cpu"))
+    assert [row.name for row in rows] == [*two.RETRAINED, "Wanda 2:4", "SparseGPT 2:4"]
+    assert [bool(row.error) for row in rows] == [False, False, False, True, True]
+    assert all(row.rate > 0 and len(row.losses) == 3 for row in rows[:3])
+    assert "| SparseGPT 2:4 | alone | failed: RuntimeError: out of memory" in capsys.readouterr().out
+    again = two.parse([*few, "--alone", str(tmp_path / "rows.json")])
+    stored = [two.Row(**row) for row in json.loads(again.alone.read_text())]
+    shared = dataclasses.replace(rows[0], mode="replicated", processes=2, seconds=rows[0].seconds / 2)
+    assert "| 2 replicated |" in two.line(shared, stored)
+    assert "| 2.00 | 0.0e+00 |" in two.line(shared, stored)
+
+
+def test_two_gpus_needs_processes_for_sharing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two = script("two_gpus", monkeypatch)
+    with pytest.raises(SystemExit):
+        two.parse(["--modes", "alone,sharded"])
+    assert "need several processes" in capsys.readouterr().err

@@ -57,7 +57,44 @@ def test_every_stage_runs_and_reports(script: ModuleType, tmp_path: Path) -> Non
     kept = masks[name]
     assert not torch.equal(saved.get_parameter(name)[kept], dense.get_parameter(name)[kept]), "MaskLoRA was merged"
     again = script.run(arguments(script, tmp_path, "--stages", "sparsegpt"))
+    stored = [row["name"] for row in json.loads((tmp_path / "rows.json").read_text())]
+    assert sorted(stored) == sorted(script.STAGES), "rows of earlier calls stay, those of the same name do not"
     assert again[0].note.startswith(f"0 blocks solved, {saved.config.num_hidden_layers} found finished")
+
+
+def test_a_call_without_prune_retrains_under_masks_of_magnitude(script: ModuleType, tmp_path: Path) -> None:
+    script.run(arguments(script, tmp_path, "--stages", "make"))
+    rows = script.run(arguments(script, tmp_path, "--stages", "load,norms,save", "--keep", "--steps", "5"))
+    assert [row.name for row in rows] == ["load", "norms", "save"]
+    assert "5 steps" in rows[1].note
+    assert "100 steps would take" in rows[1].note
+    assert Masks.load(tmp_path / "pruned" / "masks.safetensors").sparsity == 0.5
+
+
+def test_a_stage_that_fails_leaves_its_row(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(script, "retrain", fail)
+    with pytest.raises(MemoryError):
+        script.run(arguments(script, tmp_path, "--stages", "make,load,norms"))
+    stored = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["name"] for row in stored] == ["make", "load", "norms"]
+    assert stored[2]["note"] == "failed: MemoryError: no room"
+    assert "failed: MemoryError" in capsys.readouterr().out
+
+
+def test_a_folder_without_room_for_the_checkpoint_is_refused(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full:
+        free = 0
+
+    monkeypatch.setattr(script.shutil, "disk_usage", lambda folder: Full)
+    with pytest.raises(OSError, match="the checkpoint takes"):
+        script.run(arguments(script, tmp_path, "--stages", "make"))
 
 
 def test_a_disk_without_room_for_two_gives_the_checkpoint_up(
@@ -66,10 +103,11 @@ def test_a_disk_without_room_for_two_gives_the_checkpoint_up(
     class Full:
         free = 0
 
+    script.run(arguments(script, tmp_path, "--stages", "make"))
     monkeypatch.setattr(script.shutil, "disk_usage", lambda folder: Full)
     rows = script.run(arguments(script, tmp_path, "--first", "--blocks", "1"))
-    assert rows[1].name == "sparsegpt"
-    assert rows[1].note.startswith("1 blocks solved")
+    assert rows[0].name == "sparsegpt"
+    assert rows[0].note.startswith("1 blocks solved")
     assert "checkpoint deleted" in rows[-1].note
     assert not (tmp_path / "model").exists()
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").config.num_hidden_layers == 2

@@ -194,6 +194,8 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(stages, "train", dying)
     with pytest.raises(Killed):
         train_run(checked(tmp_path / "killed", **changes))
+    left = [path.name for path in (tmp_path / "killed" / "work").glob("phase-*.pt")]  # none of a phase that has ended
+    assert left == {"the first phase": ["phase-0.pt"], "the second phase": ["phase-1.pt"]}.get(dies_in, [])
     begun = calls
     monkeypatch.setattr(
         settings.ImageBatches, "__call__", _counting(steps := Counter(), settings.ImageBatches.__call__)

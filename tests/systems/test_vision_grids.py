@@ -19,7 +19,7 @@ import yaml
 from prunus.run import workers
 from prunus.run.agenda import Agenda
 from prunus.run.compare import compare, compare_all, load_grids
-from prunus.run.grid import Grid, final_members, tuning_members
+from prunus.run.grid import Grid, final_members, load_grid, tuning_members
 from prunus.run.recipe import parse
 from prunus.run.vision import demo as showing
 from prunus.run.vision import stages
@@ -99,7 +99,7 @@ def test_a_grid_trains_each_dense_network_once(tmp_path: Path, monkeypatch: pyte
     dense = Counter(part for part in parts if part[2])
     # Two seeds of the long and of the short training, and the one that the tuning of LLR starts from.
     assert dense == {(0, 2, True): 2, (1, 2, True): 1, (0, 1, True): 1, (1, 1, True): 1}
-    assert len(list((tmp_path / "dense").iterdir())) == 5
+    assert len(list(tmp_path.glob("dense/*/metrics.json"))) == 5
     found = {(row["sparsity"], row["method"]): row for row in rows}
     assert found["90 %", "LLR"]["seeds"] == [0, 1]
     assert found["90 %", "LLR"]["tuned"] == {"retrain.lr": 0.1}
@@ -117,6 +117,46 @@ def test_a_grid_trains_each_dense_network_once(tmp_path: Path, monkeypatch: pyte
     shutil.rmtree(tmp_path / "dense")
     assert compare(asked) == json.loads(json.dumps(rows))  # from members.jsonl alone
     assert parts == []
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("together", [1, 3])
+def test_grids_in_one_folder_and_their_tries_share_dense_networks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: int
+) -> None:
+    """Where images are held out in any case, the value that was chosen is not trained again; and each of two grids
+    reads what the other trained, on whatever images that was measured."""
+    trained: list[Any] = []
+    fit = stages.fit
+    monkeypatch.setattr(stages, "fit", lambda *args, **kwargs: (trained.append(1), fit(*args, **kwargs))[1])
+    base = raw(tmp_path)
+    del base["out"]
+    base |= {"images": {**base["images"], "measure_on": "both", "validation": 0.25}, "retrain": None}
+    asked: dict[str, Any] = {
+        "base": base,
+        "axes": {
+            "lr": {"0.1": {"train.lr": 0.1}, "tuned": {"train.epochs": 1}},
+            "rate": {f"{rate} %": {"prune.sparsity": rate / 100} for rate in (50, 90)},
+        },
+        "seeds": [0, 1],
+    }
+    tune: dict[str, Any] = {
+        "by": "accuracy",
+        "axis": "lr",
+        "cells": {"tuned": {"key": "train.lr", "values": [0.01, 0.1]}},
+    }
+    tune["cells"]["tuned"]["at"] = {"rate": "90 %"}
+    for name, more in (("one", {"tune": tune}), ("two", {})):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**asked, **more}))
+    grids = load_grids([tmp_path / "one.yaml", tmp_path / "two.yaml"], tmp_path / "both")
+    one, _ = compare_all(grids, together=together)
+    # Two seeds of lr 0.1; two values with the first seed, the better one with the second; the rest of the second grid.
+    assert len(trained) == len(list(tmp_path.glob("both/dense/*/metrics.json"))) <= 2 + 3 + 1
+    alone = compare(load_grid(tmp_path / "one.yaml", tmp_path / "alone"))
+    results = [{key: row[key] for key in ("accuracy", "dense", "pruned", "tuned")} for row in one]
+    assert results == [{key: row[key] for key in ("accuracy", "dense", "pruned", "tuned")} for row in alone]
+    measured = {str(json.loads(p.read_text())["measured_on"]) for p in tmp_path.glob("both/one/members/*.json")}
+    assert measured == {"validation", "test"}
 
 
 @pytest.mark.usefixtures("tiny")

@@ -28,6 +28,7 @@ __all__ = ["tiny"]
 
 SMALL: dict[str, Any] = {"sfw": {"size": {"initial": 3.0}, "k": 0.2}}
 PULLED: dict[str, Any] = {"prox": {"groups": 3.0, "exclude": ["8"]}}
+NUCLEAR: dict[str, Any] = {"prox": {"nuclear": 0.1, "every": 4, "exclude": ["8"]}}
 
 
 def trained_by(optimizer: Any, **changes: Any) -> dict[str, Any]:
@@ -47,6 +48,7 @@ WRONG = [
     ({"optimizer": {"sfw": {"rescale": "slow"}}}, "'fast_gradient'"),
     ({"optimizer": {"prox": {}}}, "give either groups or nuclear"),
     ({"penalty": {"groups": 1, "nuclear": 1}}, "give either groups or nuclear"),
+    ({"penalty": {"groups": 1, "every": 2}}, "every goes with nuclear"),
     ({"penalty": {"groups": -1}}, "greater than 0 (got -1)"),
     ({"optimizer": "sfw", "nesterov": True}, "leave out nesterov or optimizer"),
 ]
@@ -57,14 +59,6 @@ def test_wrong_optimizers_are_refused(changes: dict[str, Any], message: str) -> 
     with pytest.raises(ValueError) as caught:
         parse({"images": "digits", "train": changes}, ClassifierRecipe, "test")
     assert message in str(caught.value)
-
-
-def test_what_decomposes_is_not_captured(tmp_path: Path) -> None:
-    for changes in ({"optimizer": {"prox": {"nuclear": 1}}}, {"penalty": {"nuclear": 1}}):
-        assert not checked(tmp_path, train={**TRAIN, **changes}).train.capturable
-        with pytest.raises(ValueError, match="leave it out"):
-            checked(tmp_path, train={**TRAIN, **changes}, capture=True)
-    assert checked(tmp_path, train=trained_by("sfw", penalty={"groups": 1}), capture=True).train.capturable
 
 
 def test_a_written_recipe_is_read_as_the_same(tmp_path: Path) -> None:
@@ -157,8 +151,14 @@ def test_frank_wolfe_trains_prunes_and_retrains_inside_its_sets(
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize(
     "optimizer",
-    [SMALL, {"sfw": {"set": "spectral_k_support", "rest": "free"}}, PULLED, {"sgd": {"decoupled_decay": 0.01}}],
-    ids=["entries", "spectral", "proximal", "decay"],
+    [
+        SMALL,
+        {"sfw": {"set": "spectral_k_support", "rest": "free"}},
+        PULLED,
+        NUCLEAR,
+        {"sgd": {"decoupled_decay": 0.01}},
+    ],
+    ids=["entries", "spectral", "proximal", "nuclear", "decay"],
 )
 def test_a_killed_training_ends_with_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: Any
@@ -234,11 +234,22 @@ def test_optimizers_are_an_axis_whose_trainings_are_shared(tmp_path: Path, monke
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.usefixtures("tiny")
-@pytest.mark.parametrize("optimizer", [SMALL, {"sfw": {"set": "spectral_k_support"}}, PULLED], ids=str)
-def test_a_captured_training_is_that_step_by_step(tmp_path: Path, optimizer: Any) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": SMALL},
+        {"optimizer": {"sfw": {"set": "spectral_k_support"}}},
+        {"optimizer": PULLED},
+        {"optimizer": NUCLEAR},
+        {"penalty": {"nuclear": 1e-3, "every": 4}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_captured_training_is_that_step_by_step(tmp_path: Path, changes: Any, precision: str) -> None:
     found = [
         train_run(
-            checked(tmp_path / str(way), train=trained_by(optimizer), device="cuda", precision="fp32", capture=way)
+            checked(tmp_path / str(way), train={**TRAIN, **changes}, device="cuda", precision=precision, capture=way)
         )
         for way in (True, False)
     ]

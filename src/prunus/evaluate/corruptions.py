@@ -12,7 +12,7 @@ import hashlib
 import os
 import statistics
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from prunus.evaluate.accuracy import Accuracy
 from prunus.images import CORRUPTIONS, Images, check_corruptions, corrupt
 from prunus.images.corruptions import Strengths
 
-__all__ = ["MEASURES", "Corrupted", "corrupted_accuracy", "corrupted_images"]
+__all__ = ["MEASURES", "Corrupted", "corrupted_accuracy", "corrupted_images", "corrupted_sets"]
 
 MEASURES = ("top1", "loss", "calibration_error", "maximum_calibration_error", "worst_class")
 
@@ -77,17 +77,40 @@ def corrupted_accuracy(
     ...     return accuracy(model, plain_batches(images, batch_size=500))
     >>> corrupted_accuracy(test, measure, ["fog"], [1, 3, 5]).mean()["top1"]
     """
+    found: dict[str, dict[int, Accuracy]] = {}
+    sets = corrupted_sets(images, names, severities, seed=seed, strengths=strengths, folder=folder)
+    for name, severity, corrupted in sets:
+        found.setdefault(name, {})[severity] = measure(corrupted)
+        if on_set is not None:
+            on_set()
+    return Corrupted(found)
+
+
+def corrupted_sets(
+    images: Images,
+    names: Sequence[str] = CORRUPTIONS,
+    severities: Sequence[int] = (1, 2, 3, 4, 5),
+    *,
+    seed: int = 0,
+    strengths: Strengths = "cifar",
+    folder: Path | None = None,
+) -> Iterator[tuple[str, int, Images]]:
+    """Each corruption of `images` at each severity: its name, its severity, the images, one set at a time in memory.
+
+    All else as `corrupted_accuracy` takes it, for those who measure several networks on each set.
+    Raises as `corrupt`, before the first set is made.
+
+    >>> [len(images) for _, _, images in corrupted_sets(test, ["fog"], [1, 5])]
+    [10000, 10000]
+    """
     check_corruptions(names, severities, strengths=strengths, size=tuple(images.pixels.shape[1:]))
     if not names or not severities:
         raise ValueError("nothing is corrupted: name at least one corruption and one severity")
-    found: dict[str, dict[int, Accuracy]] = {}
-    for name in names:
-        for severity in severities:
-            corrupted = corrupted_images(images, name, severity, seed=seed, strengths=strengths, folder=folder)
-            found.setdefault(name, {})[severity] = measure(corrupted)
-            if on_set is not None:
-                on_set()
-    return Corrupted(found)
+    return (
+        (name, severity, corrupted_images(images, name, severity, seed=seed, strengths=strengths, folder=folder))
+        for name in names
+        for severity in severities
+    )
 
 
 def corrupted_images(

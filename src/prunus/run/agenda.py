@@ -91,11 +91,10 @@ def has_ended(out: Path, name: str) -> bool:
 
 def _jobs(grid: Grid, members: Sequence[Member], finished: set[str]) -> list[Job]:
     """The members that are not finished, behind those they need; later seeds last: a killed grid is broad."""
-    out = Path(grid.out)
     todo = {member.key: member for member in members if member.key not in finished}
     first = grid.kind.first(list(todo.values()))
     done = {name: {} for name in finished}
-    before = {m.key: todo.get(m.key, m) for m in first.values() if not grid.kind.ready(out, m, done)}
+    before = {m.key: todo.get(m.key, m) for m in first.values() if not grid.kind.ready(grid, m, done)}
     seeds = {seed: place for place, seed in enumerate(dict.fromkeys(member.seed for member in todo.values()))}
     later = sorted(
         (member for key, member in todo.items() if key not in before),

@@ -60,10 +60,13 @@ def compare_all(
 
 
 def load_grids(paths: Sequence[Path], out: Path | None = None) -> list[Grid]:
-    """The checked grids of YAML files; out: the folder of one grid, and of several the folder of their folders.
+    """The checked grids of YAML files; out: the folder of one grid, and of several the folder of their folders,
+    in which they share their dense trainings.
 
     Raises ValueError naming the cell and the key of the first recipe that is wrong.
     """
     if len(paths) == 1:
         return [load_grid(paths[0], out)]
-    return [load_grid(path, None if out is None else out / path.stem) for path in paths]
+    if out is None:
+        return [load_grid(path) for path in paths]
+    return [load_grid(path, out / path.stem, out / "dense") for path in paths]

@@ -79,7 +79,10 @@ class MoreSeeds(Strict):
 
 
 class Grid(Strict):
-    """A checked grid; see the module's docstring."""
+    """A checked grid; see the module's docstring.
+
+    dense: the folder of dense trainings of classifiers, which grids that name the same one share; default: out/dense.
+    """
 
     base: dict[str, Any]
     axes: dict[str, dict[str, dict[str, Any]]]
@@ -89,6 +92,7 @@ class Grid(Strict):
     skip: list[dict[str, list[str]]] = Field(default_factory=list)
     show: Show = Show()
     out: str = "runs/compare"
+    dense: str | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Grid:
@@ -263,10 +267,10 @@ def _trial(grid: Grid, labels: Labels, tuned: dict[str, Any]) -> Member:
     return Member(dict(labels), grid.seeds[0], tuned, grid.recipe(labels, grid.seeds[0], tuned, tuning=True))
 
 
-def load_grid(path: Path, out: Path | None = None) -> Grid:
-    """The checked grid of a YAML file; every member's recipe is checked too.
+def load_grid(path: Path, out: Path | None = None, dense: Path | None = None) -> Grid:
+    """The checked grid of a YAML file; every member's recipe is checked too. dense: unless the file names a folder.
 
     Raises ValueError naming the cell and the key of the first recipe that is wrong.
     """
     raw = read_yaml(path)
-    return parse(raw | ({"out": str(out)} if out else {}), Grid, str(path))
+    return parse(({"dense": str(dense)} if dense else {}) | raw | ({"out": str(out)} if out else {}), Grid, str(path))

@@ -6,7 +6,6 @@ A kind reads its recipes, says what tuning minimises and what must run first, ru
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -53,8 +52,8 @@ class Kind(Protocol):
         """Member key -> the member that must run before it, because others share what it leaves."""
         ...
 
-    def ready(self, out: Path, first: Member, finished: Mapping[str, Result]) -> bool:
-        """Whether a member that runs first has left in `out` what others need; finished: results known already."""
+    def ready(self, grid: Grid, first: Member, finished: Mapping[str, Result]) -> bool:
+        """Whether a member that runs first has left what others need; finished: results known already."""
         ...
 
     def order(self, member: Member) -> tuple[Any, ...]:
@@ -65,8 +64,8 @@ class Kind(Protocol):
         """Called once in each process, before any thread runs members. Raises for inputs that are not there."""
         ...
 
-    def bench(self, out: Path) -> Bench:
-        """What runs the members of one thread; `out` is the grid's folder."""
+    def bench(self, grid: Grid) -> Bench:
+        """What runs the members of one thread."""
         ...
 
     def row(self, results: Sequence[Result]) -> dict[str, Any]:

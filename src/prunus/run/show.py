@@ -122,6 +122,7 @@ def show_soup(result: Mapping[str, Any], out: Path) -> None:
             "zeros": f"{100 * row['sparsity']:.1f} %",
             "epochs": row["epochs"],
             "inference": f"{100 * row['inference']:.1f} %",
+            **_on_corrupted(row, result),
         }
         for row in result["rows"]
     ]
@@ -129,6 +130,13 @@ def show_soup(result: Mapping[str, Any], out: Path) -> None:
     _note("epochs: of all training that a row takes, the dense one included. inference: operations, of the dense ones.")
     _note(f"{result['seconds']:.0f} s on {result['device']}. Pictures: {out}/*.png; numbers: {out / 'result.json'}")
     _note(f"Network: {out / 'model.safetensors'}; its members are in {out / 'members'}, which may be deleted.")
+
+
+def _on_corrupted(row: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, str | None]:
+    """The mean over corrupted sets, where they were measured."""
+    if "corrupted" not in result:
+        return {}
+    return {"corrupted": f"{100 * row['corrupted']['top1']:.2f} %" if "corrupted" in row else None}
 
 
 def _show_corrupted(found: Mapping[str, Any]) -> None:

@@ -60,8 +60,8 @@ class _Texts:
                 found[member.key] = alone.setdefault(prune_key(pruned), before)
         return found
 
-    def ready(self, out: Path, first: Member, finished: Mapping[str, Result]) -> bool:
-        return first.key in finished or (out / "members" / f"{first.key}.json").exists()
+    def ready(self, grid: Grid, first: Member, finished: Mapping[str, Result]) -> bool:
+        return first.key in finished or (Path(grid.out) / "members" / f"{first.key}.json").exists()
 
     def order(self, member: Member) -> tuple[Any, ...]:
         """Members that prune alike follow each other, dearer fits come last."""
@@ -72,10 +72,10 @@ class _Texts:
     def prepare(self, members: Sequence[Member]) -> None:
         pass
 
-    def bench(self, out: Path) -> Bench:
+    def bench(self, grid: Grid) -> Bench:
         from prunus.run.bench import Bench
 
-        return Bench(out)
+        return Bench(Path(grid.out))
 
     def row(self, results: Sequence[Result]) -> dict[str, Any]:
         row: dict[str, Any] = {

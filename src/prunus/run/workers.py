@@ -135,10 +135,10 @@ def _work(agendas: Sequence[Agenda], deadline: float | None, advance: Any, aroun
         while (job := _take(agendas, deadline)) is not None:
             out = job.out
             try:
-                if job.after is not None and not job.grid.kind.ready(out, job.after, {}):
+                if job.after is not None and not job.grid.kind.ready(job.grid, job.after, {}):
                     raise RuntimeError(f"what it starts from failed: {error_file(out, job.after.key)}")
                 if out not in benches:
-                    benches[out] = job.grid.kind.bench(out)
+                    benches[out] = job.grid.kind.bench(job.grid)
                 write_json(result_file(out, job.name), benches[out].run(job.member))
             except Exception:  # a member that fails must not take the others with it; compare() raises at the end
                 log.exception("member %s failed", job.member.labels)
@@ -171,7 +171,7 @@ def _take(agendas: Sequence[Agenda], deadline: float | None) -> Job | None:
 
 
 def _waits(job: Job) -> bool:
-    return job.after is not None and not job.grid.kind.ready(job.out, job.after, {})
+    return job.after is not None and not job.grid.kind.ready(job.grid, job.after, {})
 
 
 def _ended(out: Path) -> int:

@@ -38,7 +38,7 @@ class Entries:
         return rows * columns
 
     def split(self, x: Tensor) -> tuple[Tensor, Rebuild]:
-        return x.abs().flatten(1), lambda new: x.sign() * new.view_as(x)
+        return x.abs().flatten(1), lambda new: x.sign().mul_(new.view_as(x))
 
 
 @dataclass(frozen=True)

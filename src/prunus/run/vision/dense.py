@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -67,12 +68,28 @@ def dense(
     checkpoint: a file from which a killed training goes on. watch: network -> what else looks at it while it trains.
     Raises ValueError for a folder that holds another training.
     """
-    key = dense_key(setting.recipe)
-    found = read_dense(folder)
+    found = _finished(setting, folder)
     if found is not None:
-        if found.metrics["key"] != key:
-            raise ValueError(f"{folder} holds another dense training; give another folder, or delete it")
         return found
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):  # another grid may be training the same
+        return _finished(setting, folder) or _trained(setting, folder, checkpoint, on_step, watch)
+
+
+def _finished(setting: Setting, folder: Path) -> Dense | None:
+    found = read_dense(folder)
+    if found is not None and found.metrics["key"] != dense_key(setting.recipe):
+        raise ValueError(f"{folder} holds another dense training; give another folder, or delete it")
+    return found
+
+
+def _trained(
+    setting: Setting,
+    folder: Path,
+    checkpoint: Path | None,
+    on_step: stages.OnStep | None,
+    watch: Callable[[nn.Module], list[During]],
+) -> Dense:
     partial = folder.with_name(f"{folder.name}.partial" if checkpoint else f"{folder.name}.partial{os.getpid()}")
     if checkpoint is None:
         shutil.rmtree(partial, ignore_errors=True)
@@ -91,7 +108,7 @@ def dense(
         checkpoint=checkpoint,
         on_step=on_step,
     )
-    _write(partial, model, setting, trace, warmup, key)
+    _write(partial, model, setting, trace, warmup, dense_key(setting.recipe))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
     if checkpoint is not None:
@@ -207,7 +224,7 @@ def _write(folder: Path, model: nn.Module, setting: Setting, trace: Trace, warmu
     original = Original.of(trace.lrs, warmup)
     by_epoch = losses_by_epoch(trace.losses, setting.epoch_steps)
     write_json(folder / "trace.json", {"lrs": original.runs(), "warmup": warmup, "losses": by_epoch})
-    metrics = {"key": key, **stages.measure(model, setting)}
+    metrics = {"key": key, **stages.measure(model, setting), "measured_on": setting.recipe.images.measured}
     images = len(trace.losses) * setting.recipe.train.batch_size
     metrics |= {"epochs": setting.recipe.train.epochs, "steps": len(trace.losses), "seconds": trace.seconds}
     write_json(folder / "metrics.json", metrics | {"images_per_second": images / max(trace.seconds, 1e-9)})

@@ -126,9 +126,18 @@ class _Experiment:
                 on_step=_reports(advance),
                 watch=lambda model: self.watch(model, None),
             )
-        self.notes.stage("dense", {k: v for k, v in found.metrics.items() if k not in ("key", "seconds")})
+        self.notes.stage("dense", {k: v for k, v in self._measured(found).items() if k not in ("key", "seconds")})
         self.notes.count("dense", int(found.metrics["steps"]), float(found.metrics["seconds"]))
         return found
+
+    def _measured(self, found: Dense) -> Mapping[str, Any]:
+        """The dense network's numbers, measured anew if it was measured on other images than this recipe is."""
+        measured = self.recipe.images.measured
+        if found.metrics.get("measured_on", measured) == measured:
+            return found.metrics
+        model = self.setting.new_model()
+        model.load_state_dict(dict(found.state))
+        return {**found.metrics, **stages.measure(model, self.setting), "measured_on": measured}
 
     def _during(self, asked: Mapping[str, Mapping[str, Any]]) -> tuple[nn.Module, Masks, Original]:
         """A network trained while a method prunes it."""
@@ -196,6 +205,8 @@ class _Experiment:
             asked.schedule, original, steps, distance=signals.distance, share=signals.share, warmup=asked.warmup
         )
         peak = asked.lr or original.peak
+        if phase.index and (last := self._checkpoint(f"phase-{phase.index - 1}")) is not None:
+            last.unlink(missing_ok=True)  # the file of the phases goes further
         with self.bar(f"retrain {phase.index + 1}/{phase.count}", steps) as advance:
             trace = stages.fit(
                 model,

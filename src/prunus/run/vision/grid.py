@@ -1,6 +1,6 @@
 """Grids of classifier recipes: seeds, tuning by validation accuracy, shared dense trainings, the bench of a member.
 
-out/dense/KEY/    a dense training, done once for all members that start from it (see `dense`)
+out/dense/KEY/    a dense training, done once for all members that start from it (see `dense`); or in the grid's `dense`
 out/work/KEY/     a member that is being run, or was killed: it goes on from there
 out/soups/        the members of soups, and what they start from, each once for all cells (see `soups.branches`)
 """
@@ -71,8 +71,8 @@ class _Classifiers:
                     found[member.key] = before
         return found
 
-    def ready(self, out: Path, first: Member, finished: Mapping[str, Result]) -> bool:
-        return (_dense_folder(out, first.recipe) / "metrics.json").exists()
+    def ready(self, grid: Grid, first: Member, finished: Mapping[str, Result]) -> bool:
+        return (_dense_folder(grid, first.recipe) / "metrics.json").exists()
 
     def order(self, member: Member) -> tuple[Any, ...]:
         """Those that choose values first, then the longest, so that the last ones to finish are short."""
@@ -87,8 +87,8 @@ class _Classifiers:
         for recipe in recipes.values():
             operations(Setting.of(recipe))
 
-    def bench(self, out: Path) -> Bench:
-        return _Bench(out)
+    def bench(self, grid: Grid) -> Bench:
+        return _Bench(grid)
 
     def row(self, results: Sequence[Result]) -> dict[str, Any]:
         from prunus.run.vision.tables import row
@@ -107,8 +107,8 @@ CLASSIFIERS = _Classifiers()
 class _Bench:
     """Runs members; images and dense networks are kept by the process, so that its threads share them."""
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
+    def __init__(self, grid: Grid) -> None:
+        self.grid, self.out = grid, Path(grid.out)
 
     def run(self, member: Member) -> dict[str, Any]:
         """A member's numbers; no model is written but dense ones, and what soups share."""
@@ -116,7 +116,7 @@ class _Bench:
         from prunus.run.vision.setting import Setting
 
         setting, work = Setting.of(member.recipe), self.out / "work" / member.key
-        folder = _dense_folder(self.out, member.recipe)
+        folder = _dense_folder(self.grid, member.recipe)
         of_soup = isinstance(member.recipe, SoupRecipe)
         found = self._soup(setting, folder) if of_soup else experiment(setting, folder, work=work).result
         shutil.rmtree(work, ignore_errors=True)
@@ -133,8 +133,8 @@ class _Bench:
         return soup_experiment(setting, folder, store, OneByOne(store), picture=False).result
 
 
-def _dense_folder(out: Path, recipe: ClassifierRecipe) -> Path:
-    return out / "dense" / dense_key(recipe)
+def _dense_folder(grid: Grid, recipe: ClassifierRecipe) -> Path:
+    return Path(grid.dense or Path(grid.out) / "dense") / dense_key(recipe)
 
 
 def _epochs(recipe: ClassifierRecipe) -> float:

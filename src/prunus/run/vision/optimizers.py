@@ -20,11 +20,11 @@ from prunus.constrained import constrained_groups
 from prunus.during import During
 from prunus.frankwolfe import SFW
 from prunus.layers import View, find_layers
-from prunus.proximal import GroupLasso, NuclearNorm, ProximalSGD
+from prunus.proximal import GroupLasso, NuclearNorm, NuclearSteps, ProximalSGD
 from prunus.run.recipe import Strict
 from prunus.sets.protocol import count_of
 
-__all__ = ["Decay", "FrankWolfe", "OptimizerChoice", "Pull", "Size", "make_optimizer", "make_penalty"]
+__all__ = ["Decay", "FrankWolfe", "OptimizerChoice", "Pull", "Size", "make_optimizer", "make_pulls"]
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 WithK = Literal["k_support", "k_sparse", "group_k_support", "spectral_k_support", "spectral_k_sparse"]
@@ -119,11 +119,12 @@ class FrankWolfe(Strict):
 class Pull(Strict):
     """A pull towards structure, of strength `groups` (filters, neurons) or `nuclear` (low rank), on prunable layers.
 
-    include, exclude: globs of layers, as for pruning.
+    include, exclude: globs of layers, as for pruning. every: steps between two decompositions of nuclear pulls.
     """
 
     groups: Positive | None = None
     nuclear: Positive | None = None
+    every: Annotated[int, Field(ge=1)] = 1
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
@@ -131,6 +132,8 @@ class Pull(Strict):
     def _check(self) -> Pull:
         if (self.groups is None) == (self.nuclear is None):
             raise ValueError("give either groups or nuclear, with its strength")
+        if self.every > 1 and self.nuclear is None:
+            raise ValueError("every goes with nuclear, whose decompositions are dear; leave it out")
         return self
 
     @property
@@ -187,13 +190,13 @@ def make_optimizer(
         made = SFW(_groups(model, choice.sfw, weight_decay, reference), capturable=cuda, **_steps(choice.sfw), **shared)
         made.start_()
         return made
-    if choice is not None and choice.prox is not None:
+    if choice is not None and choice.prox is not None and choice.prox.groups is not None:
         return ProximalSGD(
             _pulled(model, choice.prox),
-            proximal="nuclear" if choice.prox.nuclear else "groups",
-            strength=choice.prox.strength,
+            proximal="groups",
+            strength=choice.prox.groups,
             weight_decay=weight_decay,
-            capturable=cuda and not choice.prox.nuclear,
+            capturable=cuda,
             **shared,
         )
     if choice is not None and choice.sgd is not None and choice.sgd.decoupled_decay:
@@ -202,11 +205,18 @@ def make_optimizer(
     return torch.optim.SGD(model.parameters(), nesterov=nesterov, weight_decay=weight_decay, fused=cuda, **shared)
 
 
-def make_penalty(model: nn.Module, asked: Pull | None) -> list[During]:
-    """The penalty as a method that takes part in training; nothing if none is asked for."""
-    if asked is None:
-        return []
-    return [(NuclearNorm if asked.nuclear else GroupLasso)(asked.strength, asked.views(model))]
+def make_pulls(model: nn.Module, choice: OptimizerChoice | None, penalty: Pull | None) -> list[During]:
+    """What pulls towards structure beside the optimizer, as methods that take part in training: nothing, a penalty,
+    proximal steps of the nuclear norm."""
+    found: list[During] = []
+    if penalty is not None and penalty.nuclear is not None:
+        found.append(NuclearNorm(penalty.nuclear, penalty.views(model), every=penalty.every))
+    elif penalty is not None:
+        found.append(GroupLasso(penalty.strength, penalty.views(model)))
+    prox = choice.prox if choice is not None else None
+    if prox is not None and prox.nuclear is not None:
+        found.append(NuclearSteps(prox.nuclear, prox.views(model), every=prox.every))
+    return found
 
 
 def _steps(asked: FrankWolfe) -> dict[str, Any]:

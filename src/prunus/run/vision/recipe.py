@@ -147,12 +147,6 @@ class Training(Strict):
             raise ValueError("nesterov is a form of plain SGD: leave out nesterov or optimizer")
         return self
 
-    @property
-    def capturable(self) -> bool:
-        """Whether a CUDA graph can record the step: singular value decompositions make the host wait."""
-        prox = self.optimizer.prox if self.optimizer is not None else None
-        return not any(pull is not None and pull.nuclear for pull in (prox, self.penalty))
-
 
 class Pruning(Strict):
     """Which weights go: criterion, allocation, pattern, sparsity, in how many phases.
@@ -238,14 +232,20 @@ class Corruptions(Strict):
     """On which corruptions of the images that are measured on the final network is measured as well.
 
     names: all of them if empty. strengths: those of CIFAR-10-C or of ImageNet-C. folder: where corrupted sets are kept
-    for other runs, or one that holds CIFAR-10-C; None makes them anew.
+    for other runs, or one that holds CIFAR-10-C; None makes them anew. images: how many are corrupted, the first ones.
     """
 
     names: tuple[Annotated[str, AfterValidator(_corruption)], ...] = ()
     severities: tuple[Annotated[int, Field(ge=1, le=5)], ...] = Field(default=(1, 2, 3, 4, 5), min_length=1)
     strengths: Strengths = "cifar"
     folder: str | None = None
+    images: Count | None = None
     seed: int = 0
+
+    @model_serializer(mode="wrap")
+    def _lean(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `images` where all are taken, so that recipes older than the key keep their hashes."""
+        return {key: value for key, value in handler(self).items() if key != "images" or value is not None}
 
 
 def methods() -> dict[str, Any]:
@@ -324,8 +324,6 @@ class ClassifierRecipe(Strict):
             raise ValueError(f"retrain.rewind: epoch {rewind} is not kept; set train.snapshots: [{rewind}]")
         if rewind is not None and self.prune is not None and self.prune.kind != "zeros":
             raise ValueError("retrain.rewind: a network that became smaller has no earlier weights; leave it out")
-        if self.capture is True and not self.train.capturable:
-            raise ValueError("capture: true cannot record a nuclear step or penalty, which decompose; leave it out")
         _check_model(self.model)
         if Path(self.out).is_file():
             raise ValueError(f"out: {self.out!r} is a file; give a folder")
@@ -381,4 +379,6 @@ def dense_key(recipe: ClassifierRecipe) -> str:
     """Hash of what decides the dense training: recipes that agree on it share the run."""
     plain: dict[str, Any] = dense_of(recipe).model_dump(mode="json", exclude={"out"})
     del plain["train"]["evaluate_every"]
+    if plain["images"]["measure_on"] == "both":  # which trains on the images that "validation" trains on
+        plain["images"]["measure_on"] = "validation"
     return digest(plain)[:24]

@@ -83,7 +83,7 @@ class Setting:
             size = tuple(sets.measured.pixels.shape[1:])
             check_corruptions(asked.names or CORRUPTIONS, asked.severities, strengths=asked.strengths, size=size)
         precision: Precision = ("bf16" if cuda else "fp32") if recipe.precision == "auto" else recipe.precision
-        capture = cuda and recipe.train.capturable if recipe.capture == "auto" else recipe.capture
+        capture = cuda if recipe.capture == "auto" else recipe.capture
         channels_last = cuda if recipe.channels_last == "auto" else recipe.channels_last
         return cls(recipe, device, precision, capture, channels_last, sets)
 

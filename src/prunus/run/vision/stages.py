@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,21 +21,23 @@ from prunus.constrained import KeptGradients
 from prunus.during import During
 from prunus.ema import Ema
 from prunus.evaluate.accuracy import Accuracy, accuracy
-from prunus.evaluate.corruptions import corrupted_accuracy
+from prunus.evaluate.corruptions import Corrupted, corrupted_sets
 from prunus.evaluate.cost import Cost, _own_flops
 from prunus.images import CORRUPTIONS, Images
 from prunus.layers import View, find_layers
 from prunus.lr import Multiplier, constant, cosine, exponential, linear, multistep, one_cycle
 from prunus.masks import Masks
 from prunus.prune import prune
-from prunus.run.vision.optimizers import make_optimizer, make_penalty
+from prunus.run.vision.optimizers import make_optimizer, make_pulls
 from prunus.run.vision.recipe import Corruptions, Pruning
 from prunus.run.vision.setting import Setting
 from prunus.train import Trace, classification_loss, train
 
 __all__ = [
     "OnStep",
+    "all_corrupted",
     "corrupted",
+    "corruptible",
     "cost_of",
     "fit",
     "has_batchnorm",
@@ -88,7 +90,10 @@ def fit(
     they were to bring about is there. A network that has become smaller (no masks) no longer fits those sets.
     """
     asked = setting.recipe.train
-    choice, methods = asked.optimizer, [*during, *(make_penalty(model, asked.penalty) if part == 0 else [])]
+    choice, methods = (
+        asked.optimizer,
+        [*during, *(make_pulls(model, asked.optimizer, asked.penalty) if part == 0 else [])],
+    )
     if part > 0 and choice is not None and (choice.prox is not None or (choice.sfw is not None and masks is None)):
         choice = None
     if masks is not None and choice is not None and choice.sfw is not None:
@@ -143,21 +148,48 @@ def corrupted(
     model: nn.Module, setting: Setting, asked: Corruptions, on_set: Callable[[], None] | None = None
 ) -> dict[str, Any]:
     """Means of what `measure` finds over all corrupted sets, by severity and by corruption, and each set's own."""
+    return all_corrupted({"": model}, setting, asked, on_set)[""]
 
-    def measured(images: Images) -> Accuracy:
+
+def all_corrupted(
+    networks: Mapping[str, nn.Module],
+    setting: Setting,
+    asked: Corruptions,
+    on_set: Callable[[], None] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """What `corrupted` gives of each of several networks; every set is made or read once for all of them."""
+    sets: dict[str, dict[str, dict[int, Accuracy]]] = {name: {} for name in networks}
+
+    def measured(images: Images) -> dict[str, Accuracy]:
         with alone():
-            return accuracy(model, setting._plain(images), precision=setting.precision)
+            return {
+                name: accuracy(network, setting._plain(images), precision=setting.precision)
+                for name, network in networks.items()
+            }
 
-    found = corrupted_accuracy(
-        setting.sets.measured,
-        measured,
+    for corruption, severity, images in corrupted_sets(
+        corruptible(setting, asked),
         asked.names or CORRUPTIONS,
         asked.severities,
         seed=asked.seed,
         strengths=asked.strengths,
         folder=Path(asked.folder).expanduser() if asked.folder is not None else None,
-        on_set=on_set,
-    )
+    ):
+        for name, found in measured(images).items():
+            sets[name].setdefault(corruption, {})[severity] = found
+        if on_set is not None:
+            on_set()
+    return {name: _means(Corrupted(found), asked) for name, found in sets.items()}
+
+
+def corruptible(setting: Setting, asked: Corruptions) -> Images:
+    """The images of which corruptions are measured: the first ones of those that are measured on, or all."""
+    images = setting.sets.measured
+    count = min(asked.images or len(images), len(images))
+    return images if count == len(images) else images.take(torch.arange(count))
+
+
+def _means(found: Corrupted, asked: Corruptions) -> dict[str, Any]:
     return {
         "mean": found.mean(),
         "by_severity": {str(severity): found.mean(severity=severity) for severity in asked.severities},

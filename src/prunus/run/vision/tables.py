@@ -15,6 +15,7 @@ from prunus.images import CORRUPTIONS
 from prunus.report import markdown_table, plot_accuracy
 from prunus.run.kinds import Result
 from prunus.run.spread import mean_and_std, spread
+from prunus.run.vision.soups.phases import by_phase
 
 if TYPE_CHECKING:
     from prunus.run.grid import Grid
@@ -31,10 +32,12 @@ SOUPS = (
     *("mean_member", "best_member", "ensemble", "uniform", "greedy", "learned", "imp", "longer", "swa", "reprune"),
     *("dense_soup", "dense_soup_pruned", "dense_soup_retrained"),
 )
+CORRUPTED_ROWS = ("mean_member", "best_member", "ensemble", "imp", "longer")
 CORRUPTED = {  # column -> where it stands under `corrupted` in a result
     **{f"corrupted.{'accuracy' if name == 'top1' else name}": ("mean", name) for name in MEASURES},
     **{f"corrupted.severity_{severity}": ("by_severity", str(severity), "top1") for severity in range(1, 6)},
     **{f"corrupted.{name}": ("by_name", name, "top1") for name in CORRUPTIONS},
+    **{f"corrupted.{name}": ("rows", name, "mean", "top1") for name in CORRUPTED_ROWS},
 }
 METRICS = (*PERCENT, *STAGES, *NUMBERS, *LAST_PHASE, *SOUPS, *CORRUPTED)
 SHARES = {*PERCENT, *STAGES, *SOUPS, *CORRUPTED} - {"corrupted.loss"}
@@ -45,16 +48,22 @@ def row(results: Sequence[Result]) -> dict[str, Any]:
     found = {name: _spread([_value(result, name) for result in results]) for name in METRICS}
     known = {name: value for name, value in found.items() if value is not None}
     shown = ("accuracy", "dense", "pruned")
-    return {**{name: known[name] for name in shown if name in known}, "metrics": known}
+    phases = {"accuracy by phase": by_phase(results)} if all("soup" in result for result in results) else {}
+    return {**{name: known[name] for name in shown if name in known}, "metrics": known, **phases}
 
 
 def write(grid: Grid, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write table.md, and a picture for each axis whose labels are numbers."""
+    """Write table.md, a picture for each axis whose labels are numbers, and one of soups by phase."""
     write_text(Path(grid.out) / "table.md", _markdown(grid, rows) if rows else "Nothing is finished yet.\n")
     numeric = [axis for axis in grid.axes if _is_numeric(grid.axes[axis])]
     axes = [grid.show.across] if grid.show.across else numeric or [across(grid)]
     for axis in axes if rows else []:
         _plot(grid, rows, axis, "grid.png" if len(axes) == 1 else f"grid-{axis}.png")
+    phased = [found for found in rows if any(len(line) > 1 for line in found.get("accuracy by phase", {}).values())]
+    if phased:  # soups of more than one phase
+        panels = {", ".join(str(found[name]) for name in grid.axes): found["accuracy by phase"] for found in phased}
+        path = Path(grid.out) / "phases.png"
+        plot_accuracy(panels, path, xlabel="sparsity after the phase", dense=_dense(phased))
 
 
 def across(grid: Grid) -> str:

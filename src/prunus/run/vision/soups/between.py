@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from prunus.capture import alone
 from prunus.geometry import Line, Plane, distances, loss_line, loss_plane
 from prunus.run.vision import stages
 from prunus.run.vision.soups.begin import Begin
+from prunus.run.vision.soups.branches import on_device
 from prunus.run.vision.soups.mixing import settle_
 
 __all__ = ["Between", "between"]
@@ -48,7 +50,7 @@ def between(begin: Begin, states: Sequence[State], names: Sequence[str], *, pict
     Losses are those on what the recipe measures on, BatchNorm settled at every point on at most 5,000 images. picture:
     whether the plane is measured too, which takes the most.
     """
-    asked = begin.recipe.soup
+    asked, states = begin.recipe.soup, on_device(states, begin.setting.device)
     share = min(begin.recipe.recalibrate, _SETTLED / len(begin.setting.sets.train))
     setting = replace(begin.setting, recipe=begin.recipe.model_copy(update={"recalibrate": share}))
 
@@ -68,4 +70,6 @@ def between(begin: Begin, states: Sequence[State], names: Sequence[str], *, pict
             plane = loss_plane(states[0], states[1], states[2], loss, points=(asked.plane, asked.plane), names=names)
         except ValueError as error:  # members on one line span none
             log.warning("no plane: %s", error)
-    return Between(distances(states, names).summary(), lines, plane)
+    with alone():
+        apart = distances(states, names).summary()
+    return Between(apart, lines, plane)

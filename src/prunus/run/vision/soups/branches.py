@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -45,6 +45,7 @@ __all__ = [
     "drawing",
     "grow",
     "measured",
+    "on_device",
     "plain_state",
     "setting_of",
 ]
@@ -111,7 +112,7 @@ class Branch:
 
 
 # What decides only the start, or is said by the branch itself.
-_ELSEWHERE = {"out", "during", "prune", "retrain", "recalibrate", "soup"}
+_ELSEWHERE = {"out", "during", "prune", "retrain", "recalibrate", "soup", "corruptions"}
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,17 @@ class Store:
                 if masks is not None:
                     masks.save(folder / MASKS_NAME)
                 _write(folder / "model.safetensors", state)
+
+    def once(self, key: str, make: Callable[[], tuple[Mapping[str, Tensor], Masks]]) -> tuple[State, Masks]:
+        """A stored start with masks, made if it is not there; others that need the same wait for it."""
+        folder = self.folder / "starts" / key
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "making"):
+            if not (folder / "model.safetensors").exists():
+                self.put_start(key, *make())
+        state, masks = self.start(key)
+        assert masks is not None
+        return state, masks
 
     def finished(self, branch: Branch) -> bool:
         """Whether a branch is there."""
@@ -195,7 +207,8 @@ def grow(branch: Branch, state: Mapping[str, Tensor], masks: Masks | None, check
         lr=branch.peak,
         masks=masks,
         during=[swa] if swa is not None else [],
-        checkpoint=checkpoint,
+        # A short training would write it only when it is over.
+        checkpoint=checkpoint if branch.steps > 5 * setting.epoch_steps else None,
     )
     if masks is not None:
         masks.check(model)
@@ -227,6 +240,11 @@ def measured(model: torch.nn.Module, setting: Setting) -> dict[str, Any]:
 def plain_state(model: torch.nn.Module) -> State:
     """A copy of the state on the CPU."""
     return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+
+
+def on_device(states: Sequence[Mapping[str, Tensor]], device: torch.device) -> list[State]:
+    """The states on a device, where averages and distances take a hundredth of the time."""
+    return [{name: value.to(device) for name, value in state.items()} for state in states]
 
 
 def _write(path: Path, state: Mapping[str, Tensor]) -> None:

@@ -76,8 +76,7 @@ def souped(
     state, key, masks, phases = begin.state, begin.key, None, list[Phase]()
     for index, target in enumerate(phase_sparsities(asked.sparsity, asked.phases)):
         if begin.masks is None:
-            start, pruned, chosen, lost = _prune(begin, state, key, target, masks, index)
-            begin.store.put_start(start, pruned, chosen)
+            start, _, chosen, lost = _prune(begin, state, key, target, masks, index)
         else:
             start, chosen, lost = key, begin.masks, 0.0
         last = index + 1 == asked.phases
@@ -121,7 +120,6 @@ def dense_soup(begin: Begin, one: Mixer) -> Chain[tuple[State, Cooked, Cooked]]:
     start, pruned, masks, lost = _prune(
         begin, mean, digest([branch.key for branch in members]), asked.sparsity, None, 0
     )
-    begin.store.put_start(start, pruned, masks)
     shot = Cooked(pruned, masks, (), tuple(members))
     branch = _branch(begin, None, start, asked.phases - 1, lost)
     yield [branch]
@@ -132,18 +130,30 @@ def dense_soup(begin: Begin, one: Mixer) -> Chain[tuple[State, Cooked, Cooked]]:
 def _prune(
     begin: Begin, state: State, key: str, target: float, within: Masks | None, index: int
 ) -> tuple[str, State, Masks, float]:
-    """Key of the pruned network, its weights and masks, and what pruning took away."""
-    asked, model = begin.recipe.prune, begin.put(state)
+    """Key of the pruned network, its weights and masks, and what pruning took away.
+
+    It is stored: every baseline, and every soup of the grid that begins alike, needs it as well.
+    """
+    asked = begin.recipe.prune
     assert asked is not None
     seed = begin.recipe.seed + 7919 * index  # as `experiment` draws them
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    masks = stages.select(model, target, within, asked, seed)
     how = asked.model_dump(mode="json", exclude={"sparsity", "phases"})
     last = target == asked.sparsity
-    start = digest([key, how, target, last and begin.recipe.recalibrate, seed if asked.criterion == "random" else None])
-    lost = distance(before, masks, within)
-    # The last phase begins with settled statistics, as that of `experiment` does, which measures them.
-    return start[:24], begin.settled(plain_state(model)) if last else plain_state(model), masks, lost
+    whole = [key, how, target, last and begin.recipe.recalibrate, seed if asked.criterion == "random" else None]
+    start = digest(whole)[:24]
+
+    def choose() -> tuple[State, Masks]:
+        model = begin.put(state)
+        masks = stages.select(model, target, within, asked, seed)
+        # The last phase begins with settled statistics, as that of `experiment` does, which measures them.
+        pruned = begin.settled(plain_state(model)) if last else plain_state(model)
+        return pruned, Masks({name: mask.cpu() for name, mask in masks.items()})
+
+    pruned, masks = begin.store.once(start, choose)
+    device = begin.setting.device
+    masks = Masks({name: mask.to(device) for name, mask in masks.items()})
+    lost = distance({name: state[name].to(device) for name in masks}, masks, within)
+    return start, pruned, masks, lost
 
 
 def _branch(

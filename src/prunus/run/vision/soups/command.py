@@ -11,8 +11,7 @@ A killed run goes on when the same command is given again.
 from __future__ import annotations
 
 import shutil
-import statistics
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,11 @@ from typing import Any
 from prunus.evaluate.cost import Energy
 from prunus.files import write_json
 from prunus.report import plot_accuracy, progress
-from prunus.report.curves import Point
 from prunus.report.landscape import plot_lines, plot_plane
 from prunus.run import lanes
 from prunus.run.vision.soups.branches import Store
 from prunus.run.vision.soups.experiment import SoupOutcome, soup_experiment
+from prunus.run.vision.soups.phases import by_phase
 from prunus.run.vision.soups.pools import opened
 from prunus.run.vision.soups.recipe import SoupRecipe
 from prunus.run.vision.train import begin, begun, describe
@@ -67,7 +66,7 @@ def _write(out: Path, recipe: SoupRecipe, outcome: SoupOutcome, result: dict[str
     dense = 100 * result["stages"]["dense"]["top1"] if "dense" in result["stages"] else None
     title = f"{recipe.model}, {recipe.soup.members} members"
     plot_accuracy(
-        {"": _by_phase(result)}, out / "accuracy.png", xlabel="sparsity after the phase", dense=dense, title=title
+        {"": by_phase([result])}, out / "accuracy.png", xlabel="sparsity after the phase", dense=dense, title=title
     )
     apart = outcome.between
     if apart is not None and apart.lines:
@@ -76,20 +75,3 @@ def _write(out: Path, recipe: SoupRecipe, outcome: SoupOutcome, result: dict[str
         plot_plane(apart.plane, out / "plane.png", title=f"{title}: loss over the plane of three")
     write_json(out / "result.json", result)
     shutil.rmtree(out / "work", ignore_errors=True)
-
-
-def _by_phase(result: Mapping[str, Any]) -> dict[str, list[Point]]:
-    """What a picture shows of each phase, in %."""
-    lines: dict[str, list[Point]] = {}
-    for phase in result["phases"]:
-        label = f"{100 * phase['sparsity']:.1f} %"
-        members = [100 * value for value in phase["members"]]
-        spread = statistics.stdev(members) if len(members) > 1 else None
-        lines.setdefault("soup", []).append((label, 100 * phase["soup"], None))
-        lines.setdefault("mean member", []).append((label, statistics.fmean(members), spread))
-        lines.setdefault("best member", []).append((label, max(members), None))
-        for name in ("imp", "longer"):
-            if name in phase:
-                shown = "longer imp" if name == "longer" else name
-                lines.setdefault(shown, []).append((label, 100 * phase[name], None))
-    return lines

@@ -13,7 +13,7 @@ from prunus.images import ImageBatches
 from prunus.masks import Masks
 from prunus.run.vision import stages
 from prunus.run.vision.setting import Setting
-from prunus.run.vision.soups.branches import Branch, Store, plain_state
+from prunus.run.vision.soups.branches import Branch, Store, on_device, plain_state
 from prunus.soup import average, check_masks, greedy, learn_weights
 from prunus.train import classification_loss
 
@@ -45,7 +45,7 @@ def mixer(asked: Average, setting: Setting, model: nn.Module) -> Mixer:
     """The mixer of a recipe's `average`. model: of the setting's shape and device, into which averages are put."""
 
     def mix(store: Store, branches: Sequence[Branch], masks: Masks) -> Mixed:
-        states = [store.state(branch) for branch in branches]
+        states = on_device([store.state(branch) for branch in branches], setting.device)
         check_masks(states, [masks] * len(states))
         if asked == "greedy":
             chosen, state = greedy(states, lambda state: _score(state, setting, model))

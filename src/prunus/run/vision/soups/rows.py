@@ -12,16 +12,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from torch import Tensor
+
 from prunus.capture import alone
 from prunus.evaluate.ensemble import ensemble_accuracy
 from prunus.geometry import distances
 from prunus.masks import Masks
 from prunus.run.vision import stages
 from prunus.run.vision.soups.begin import Begin
+from prunus.run.vision.soups.branches import on_device
 from prunus.run.vision.soups.chains import Cooked, Phase
 from prunus.run.vision.soups.mixing import mixer
+from prunus.run.vision.soups.outside import outside
 
 __all__ = ["Rows"]
+
+State = Mapping[str, Tensor]
 
 
 class Rows:
@@ -32,6 +38,7 @@ class Rows:
         self.soup: Cooked = found["soup"]
         self.last: Phase = self.soup.phases[-1]
         self.rows: list[dict[str, Any]] = []
+        self.networks: dict[str, State] = {"soup": self.soup.state}  # of which corruptions are measured, too
 
     def result(self) -> dict[str, Any]:
         """Everything but what lies between members."""
@@ -51,6 +58,7 @@ class Rows:
         result |= {"phases": [self._phase(index) for index in range(len(self.soup.phases))]}
         result |= {"rows": self.rows, "soup": {row["name"]: row["accuracy"] for row in self.rows}}
         result |= {"sparsity": self.soup.masks.sparsity, "steps": steps, "epochs": steps / begin.setting.epoch_steps}
+        result |= self._corrupted()
         trained = sum(begin.store.numbers(branch)["seconds"] for branch in self.soup.members)
         result |= {"train_seconds": trained, **cost}
         return result | {"by_layer": {n: 1 - kept / total for n, (kept, total) in self.soup.masks.table().items()}}
@@ -113,6 +121,18 @@ class Rows:
     def _cooked(self, label: str, name: str) -> None:
         run: Cooked = self.found[name]
         self._add(label, self.begin.measure(run.state), run.masks, run.steps, name)
+        if name in ("imp", "longer"):
+            self.networks[name] = run.state
+
+    def _corrupted(self) -> dict[str, Any]:
+        """What the soup and what stands beside it make of corrupted images, if that is asked for; see `outside`."""
+        if self.begin.recipe.corruptions is None:
+            return {}
+        found = outside(self.begin, self.networks, self.last.branches)
+        for row in self.rows:
+            if row["name"] in found:
+                row["corrupted"] = found[row["name"]]["mean"]
+        return {"corrupted": {**found["soup"], "rows": found}}
 
     def _add(
         self,
@@ -146,7 +166,7 @@ class Rows:
         begin, phase = self.begin, self.soup.phases[index]
         numbers = [begin.store.numbers(branch) for branch in phase.branches]
         accuracies = [each["measured"]["top1"] for each in numbers]
-        states = [begin.store.state(branch) for branch in phase.branches]
+        states = on_device([begin.store.state(branch) for branch in phase.branches], begin.setting.device)
         row: dict[str, Any] = {"phase": index + 1, "sparsity": phase.masks.sparsity, "distance": phase.distance}
         steps = statistics.fmean(branch.steps for branch in phase.branches)
         row |= {
@@ -156,7 +176,8 @@ class Rows:
         }
         row |= {"initial_lr": statistics.fmean(each["initial_lr"] for each in numbers), "members": accuracies}
         row |= {"soup": begin.measure(phase.mixed.state)["top1"], "shares": list(phase.mixed.shares)}
-        row |= {"between": distances(states, list(phase.masks)).summary() if len(states) > 1 else {}}
+        with alone():
+            row |= {"between": distances(states, list(phase.masks)).summary() if len(states) > 1 else {}}
         for name in ("imp", "longer"):
             if name in self.found:
                 row[name] = begin.store.numbers(self.found[name].phases[index].branches[0])["measured"]["top1"]
