@@ -2,114 +2,217 @@
 
     python benchmarks/retraining_step.py
     python benchmarks/retraining_step.py --device cpu --scale 0.03    # scales down
+    python benchmarks/retraining_step.py --profile     # instead: where the time of a step goes, ours and textbook
+    python benchmarks/retraining_step.py --compile     # instead: biases and norms with compiled blocks, both
 
-Eight blocks of OPT-6.7B's shape (random weights, bfloat16, pruned 2:4), 2 x 2,048 tokens a step, activation
-checkpointing, AdamW on float32 trainables. Ours is `adapt` and `train` as `prunus compress` calls them. The textbook
-loop is written out below: mixed precision by autocast, logits and their loss in full, the adapter's published
-expression in place of every linear layer of a block. Each row is a step; the note has tokens per second. "Without
-autocast": all in the model's bfloat16 (`precision: fp32`); "kept weights": `keep_effective: true`.
+Eight blocks of OPT-6.7B's shape (random weights, bfloat16, pruned 2:4), 2 x 2,048 tokens a step, AdamW on float32
+trainables. Ours is `adapt`, `recomputed` and `train` as `prunus compress` calls them. The textbook loop is written out
+below: activation checkpointing of all blocks, mixed precision by autocast, logits and their loss in full, the adapter's
+published expression in place of every linear layer of a block. Each row is a step; the note has tokens per second.
+
+"All recomputed" (`checkpointing: true`) recomputes every block in backward, as the textbook loop does. "In the
+textbook's memory" and "in free memory" (`checkpointing: auto`) recompute only as many blocks as do not fit into the
+textbook loop's extra memory, or the GPU's. "Kept weights": `keep_effective: true`; they live from step to step, so the
+extra memory of a step does not show them. "Autocast": as the textbook loop; a bfloat16 model is trained without.
 
 Published MaskLoRA frees what it built in the forward pass and raises under checkpointing in torch today; its
-expression is timed instead, without that. The floor counts the products alone: 2 operations a weight and token in the
-forward pass, again in its repetition, for the gradient of the input, and, where a weight or a masked update is
-trained, for that of the weight.
+expression is timed instead, without that. The floor counts the products alone, nothing recomputed: 2 operations a
+weight and token in the forward pass, for the gradient of the input, and, where a weight or a masked update is trained,
+for that of the weight.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from claims import Cost, Row, cost, floor_ms, main, sized
+from claims import Cost, Row, cost, device_name, floor_ms, main, parse, sized
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
 from prunus.adapt import adapt
+from prunus.compiled import compile_blocks_
 from prunus.layers import View, find_layers
 from prunus.masks import Masks
 from prunus.patterns import NM
-from prunus.precision import Precision
-from prunus.prepared import recomputed
+from prunus.precision import of_training
+from prunus.recompute import kept_blocks, recomputed
 from prunus.train import train
 
-STEPS, RANK, ALPHA = 5, 16, 32.0
-CASES = {  # row -> what is trained, precision, whether effective weights are kept for a step
-    "biases and norms": (["biases", "norms"], "bf16", False),
-    "biases and norms, without autocast": (["biases", "norms"], "fp32", False),
-    "LoRA-Prune": (["lora_prune"], "bf16", False),
-    "MaskLoRA": (["mask_lora"], "bf16", False),
-    "MaskLoRA, without autocast, kept weights": (["mask_lora"], "fp32", True),
-    "everything": (["full"], "bf16", False),
-}
+STEPS, RANK, ALPHA = 8, 16, 32.0
+Room = Literal["none", "textbook", "free"]  # for blocks that are not recomputed
 
 
-def measure(args: argparse.Namespace) -> Iterator[Row]:
-    """Biases and norms, MaskLoRA, LoRA-Prune, everything: ours and the textbook loop."""
-    torch.manual_seed(args.seed)
-    config = _config(args)
-    ids = torch.randint(config.vocab_size, (2, sized(2048, args)), device=args.device)
-    with torch.device(args.device):
-        model = OPTForCausalLM(config).bfloat16()
-    views = find_layers(model)
-    masks = _prune_(model, views)
+@dataclass(frozen=True)
+class Case:
+    """A row: what is trained, and how."""
+
+    name: str
+    train: tuple[str, ...]
+    room: Room = "none"
+    autocast: bool = False
+    keep: bool = False  # effective weights, for a step
+
+
+CASES = (
+    Case("biases and norms, all recomputed, autocast", ("biases", "norms"), autocast=True),
+    Case("biases and norms, all recomputed", ("biases", "norms")),
+    Case("biases and norms, in the textbook's memory", ("biases", "norms"), "textbook"),
+    Case("LoRA-Prune, all recomputed", ("lora_prune",)),
+    Case("LoRA-Prune, in the textbook's memory", ("lora_prune",), "textbook"),
+    Case("MaskLoRA, all recomputed", ("mask_lora",)),
+    Case("MaskLoRA, in the textbook's memory", ("mask_lora",), "textbook"),
+    Case("MaskLoRA, in free memory, kept weights", ("mask_lora",), "free", keep=True),
+    Case("everything, all recomputed", ("full",)),
+    Case("everything, in free memory", ("full",), "free"),
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The pruned model and the batch that every case starts from."""
+
+    args: argparse.Namespace
+    model: OPTForCausalLM
+    masks: Masks
+    views: list[View]
+    ids: Tensor
+
+    @classmethod
+    def make(cls, args: argparse.Namespace) -> Setting:
+        """The setting of `args`, from its seed."""
+        torch.manual_seed(args.seed)
+        config = _config(args)
+        ids = torch.randint(config.vocab_size, (2, sized(2048, args)), device=args.device)
+        with torch.device(args.device):
+            model = OPTForCausalLM(config).bfloat16()
+        views = find_layers(model)
+        return cls(args, model, _prune_(model, views), views, ids)
+
+
+def measure(args: argparse.Namespace, cases: tuple[Case, ...] = CASES) -> Iterator[Row]:
+    """Biases and norms, LoRA-Prune, MaskLoRA, everything: ours and the textbook loop."""
+    setting = Setting.make(args)
     textbook: dict[str, Cost] = {}
-    with recomputed(model):
-        for row, (names, precision, keep) in CASES.items():
-            if names[0] not in textbook:
-                textbook[names[0]] = _textbook(args, model, masks, views, names, ids)
-            ours = _ours(args, model, masks, views, names, ids, precision, keep)
-            yield _row(args, config, ids, row, names[0], ours, textbook)
+    least: dict[str, Cost] = {}  # ours with everything recomputed
+    for name in {case.train[0]: None for case in cases} | dict.fromkeys(["lora_prune"]):
+        trained = next((case.train for case in cases if case.train[0] == name), (name,))
+        with _textbook(setting, trained) as steps:
+            textbook[name] = _each(cost(steps, args, repeats=2))
+    for case in cases:
+        spare = _spare(case, textbook, least)
+        with _ours(setting, case, spare) as steps:
+            ours = _each(cost(steps, args, repeats=2))
+            kept = kept_blocks(setting.model)
+        if case.room == "none" and not case.autocast:
+            least[case.train[0]] = ours
+        yield _row(setting, case, ours, textbook, kept)
 
 
-def _ours(
-    args: argparse.Namespace,
-    model: nn.Module,
-    masks: Masks,
-    views: list[View],
-    names: list[str],
-    ids: Tensor,
-    precision: Precision,
-    keep: bool,
-) -> Cost:
-    adaptation = adapt(model, names, masks=masks, views=views, rank=RANK, alpha=ALPHA)
-    if keep:
+def profile(args: argparse.Namespace) -> None:
+    """Prints the kernels that take most time in the last of three runs, ours and textbook, of every case."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    setting = Setting.make(args)
+    cuda = torch.device(args.device).type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+
+    def show(name: str, steps: Callable[[], None]) -> None:
+        steps()
+        with record(activities=activities) as found:
+            steps()
+        table = found.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=90)
+        sys.stdout.write(f"\n{name}, {STEPS} steps\n{table}\n")
+
+    for name in dict.fromkeys(case.train for case in CASES):
+        with _textbook(setting, name) as steps:
+            show(f"textbook loop: {', '.join(name)}", steps)
+    for case in CASES:
+        if case.room != "textbook":
+            with _ours(setting, case, "free" if case.room == "free" else 0) as steps:
+                show(f"ours: {case.name}", steps)
+
+
+def compiled(args: argparse.Namespace) -> Iterator[Row]:
+    """Biases and norms with every block compiled, in ours and in the textbook loop."""
+    own = OPTForCausalLM.__init__
+
+    def built(self: OPTForCausalLM, *rest: object) -> None:
+        own(self, *rest)  # type: ignore[arg-type]
+        compile_blocks_(self)
+
+    OPTForCausalLM.__init__ = built  # type: ignore[method-assign]
+    try:
+        yield from measure(args, CASES[1:3])
+    finally:
+        OPTForCausalLM.__init__ = own  # type: ignore[method-assign]
+
+
+def _spare(case: Case, textbook: dict[str, Cost], least: dict[str, Cost]) -> int | Literal["free"]:
+    if case.room != "textbook":
+        return "free" if case.room == "free" else 0
+    name = case.train[0]
+    most, used = textbook[name].extra_bytes, least[name].extra_bytes
+    return 1 << 40 if most is None or used is None else max(0, most - used)  # a CPU's is not measured
+
+
+@contextmanager
+def _ours(setting: Setting, case: Case, spare: int | Literal["free"]) -> Iterator[Callable[[], None]]:
+    model = setting.model
+    bare = "full" not in case.train and not case.autocast
+    precision = of_training(model, "bf16") if bare else "bf16"
+    adaptation = adapt(model, case.train, masks=setting.masks, views=setting.views, rank=RANK, alpha=ALPHA)
+    if case.keep:
         adaptation.keep_effective()
     optimizer = torch.optim.AdamW(adaptation.param_groups(1e-6), weight_decay=0.0)
-    held = masks if "full" in names else None
+    held = setting.masks if "full" in case.train else None
 
     def steps() -> None:
-        train(model, lambda _: ids, optimizer, lambda _: 1.0, steps=STEPS, masks=held, precision=precision)
+        train(model, lambda _: setting.ids, optimizer, lambda _: 1.0, steps=STEPS, masks=held, precision=precision)
 
     try:
-        return _each(cost(steps, args, repeats=3))
+        with recomputed(model, spare=spare):
+            yield steps
     finally:
         optimizer.state.clear()
         adaptation.merge_()
 
 
-def _textbook(
-    args: argparse.Namespace, model: nn.Module, masks: Masks, views: list[View], names: list[str], ids: Tensor
-) -> Cost:
+@contextmanager
+def _textbook(setting: Setting, names: tuple[str, ...]) -> Iterator[Callable[[], None]]:
     """The loop that everybody writes."""
-    with _published(model, masks, views, names) as trained:
+    model, ids = setting.model, setting.ids
+    with ExitStack() as stack:
+        trained = stack.enter_context(_published(model, setting.masks, setting.views, names))
         optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.0)
         model.train()
+        newer = hasattr(model, "activation_checkpointing_enable")
+        (model.activation_checkpointing_enable if newer else model.gradient_checkpointing_enable)(
+            {"use_reentrant": False}
+        )
+        stack.callback(model.disable_input_require_grads)  # which enabling switched on
+        stack.callback(model.activation_checkpointing_disable if newer else model.gradient_checkpointing_disable)
 
         def steps() -> None:
             for _ in range(STEPS):
-                with torch.autocast(torch.device(args.device).type, dtype=torch.bfloat16):
+                with torch.autocast(torch.device(setting.args.device).type, dtype=torch.bfloat16):
                     loss = model(input_ids=ids, labels=ids).loss
                 loss.backward()
                 optimizer.step()
-                if names == ["full"]:
-                    masks.apply_(model)
+                if "full" in names:
+                    setting.masks.apply_(model)
                 optimizer.zero_grad()
             loss.item()
 
-        return _each(cost(steps, args, repeats=3))
+        yield steps
 
 
 def _each(whole: Cost) -> Cost:
@@ -134,7 +237,9 @@ class _Published(nn.Module):
 
 
 @contextmanager
-def _published(model: nn.Module, masks: Masks, views: list[View], names: list[str]) -> Iterator[list[nn.Parameter]]:
+def _published(
+    model: nn.Module, masks: Masks, views: list[View], names: tuple[str, ...]
+) -> Iterator[list[nn.Parameter]]:
     """The trainables, float32, of the model with what the papers put into it; afterwards it is as before."""
     model.requires_grad_(False)
     before = {name: (p, p.data) for name, p in model.named_parameters()}
@@ -150,7 +255,7 @@ def _published(model: nn.Module, masks: Masks, views: list[View], names: list[st
         trained = [p for name, p in model.named_parameters() if name.endswith((".A", ".B"))]
     else:
         small = [p for p, _ in before.values() if p.ndim == 1]  # biases and norms
-        trained = small if names != ["full"] else [p for p, _ in before.values()]
+        trained = small if "full" not in names else [p for p, _ in before.values()]
         for parameter in trained:
             parameter.data = parameter.data.float()
     for parameter in trained:
@@ -164,31 +269,26 @@ def _published(model: nn.Module, masks: Masks, views: list[View], names: list[st
             parameter.data, parameter.grad = data, None
 
 
-def _row(
-    args: argparse.Namespace,
-    config: OPTConfig,
-    ids: Tensor,
-    row: str,
-    name: str,
-    ours: Cost,
-    textbook: dict[str, Cost],
-) -> Row:
-    tokens = ids.numel()
+def _row(setting: Setting, case: Case, ours: Cost, textbook: dict[str, Cost], kept: int) -> Row:
+    config, tokens, name = setting.model.config, setting.ids.numel(), case.train[0]
     matrices = config.num_hidden_layers * (4 * config.hidden_size**2 + 2 * config.hidden_size * config.ffn_dim)
     head = config.hidden_size * config.vocab_size
-    products = 4 if name in ("mask_lora", "full") else 3
-    floor = floor_ms(args, operations=2 * tokens * (products * matrices + (3 if name == "full" else 2) * head))
+    products = 3 if name in ("mask_lora", "full") else 2
+    operations = 2 * tokens * (products * matrices + (3 if name == "full" else 2) * head)
     reference, against = textbook[name], "textbook loop"
     if name == "mask_lora":
         reference, against = textbook["lora_prune"], "LoRA-Prune's textbook loop"
     note = f"{tokens / ours.ms * 1e3:,.0f} tokens/s, textbook {tokens / reference.ms * 1e3:,.0f}"
     if name == "mask_lora":
         note += f", MaskLoRA's published expression {tokens / textbook[name].ms * 1e3:,.0f}"
-    target = {"biases": 1.15, "mask_lora": 1.5}.get(name)
-    shape = f"{config.num_hidden_layers} blocks of {config.hidden_size}, {ids.shape[0]} x {ids.shape[1]} tokens"
+    if kept:
+        note += f"; {kept} of {config.num_hidden_layers} blocks not recomputed"
+    rows, length = setting.ids.shape
+    shape = f"{config.num_hidden_layers} blocks of {config.hidden_size}, {rows} x {length} tokens"
+    floor = floor_ms(setting.args, operations=operations)
     return Row(
-        f"retraining step, {row}", shape, against, ours.ms, reference.ms, floor,
-        ours.extra_bytes, reference.extra_bytes, target, note,
+        f"retraining step, {case.name}", shape, against, ours.ms, reference.ms, floor,
+        ours.extra_bytes, reference.extra_bytes, {"biases": 1.15, "mask_lora": 1.5}.get(name), note,
     )  # fmt: skip
 
 
@@ -213,4 +313,13 @@ def _prune_(model: nn.Module, views: list[View]) -> Masks:
 
 
 if __name__ == "__main__":
-    main(__doc__, measure)
+    if "--profile" in sys.argv:
+        sys.argv.remove("--profile")
+        given = parse(__doc__)
+        sys.stdout.write(f"{device_name(given.device)}, torch {torch.__version__}, scale {given.scale:g}\n")
+        profile(given)
+    elif "--compile" in sys.argv:
+        sys.argv.remove("--compile")
+        main(__doc__, compiled)
+    else:
+        main(__doc__, measure)

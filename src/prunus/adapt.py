@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.adapters import Factors, Init
+from prunus.adapters import Factors
+from prunus.factors import Init
 from prunus.layers import View
 from prunus.sites import LINEAR, Cast, Parametrization, Site, find_owners, make_sites
 from prunus.subsets import ADAPTERS, SUBSETS, check_subsets, find_subset
@@ -169,7 +170,7 @@ def adapt(
         masks: parameter name -> bool in the parameter's shape, True kept. A layer without one counts as unpruned.
         views: the layers that an adapter kind adapts.
         rank, alpha: of LoRA, LoRA-Prune and MaskLoRA, which add (alpha / rank) BA; ScaleLoRA has only a rank.
-        init: see `adapters.new_factors`.   generator: on the CPU; default one seeded with 0.
+        init: see `factors.new_factors`.   generator: on the CPU; default one seeded with 0.
         prefix: where `model` is a block "model.layers.0" and views and masks bear full names.
 
     Raises: ValueError for a bad combination, an empty subset, and masks that do not fit; nothing is changed then.

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +23,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from prunus.bits import unpack
+from prunus.factors import matrices
 from prunus.kernels.switch import uses_kernels
 
 __all__ = ["effective_weight", "mask_lora_linear", "scale_lora_linear"]
-
-Init = Literal["kaiming", "gaussian"]
 
 _RANK, _RANK_WIDE = 64, 32  # largest of an adapter in kernels, of float32 weights: more would not fit into registers
 _TILE = 1 << 22  # entries of W_eff and G formed at once: 16 MiB of float32, wide enough to keep a GPU busy
@@ -85,38 +84,6 @@ def mask_lora_linear(
 def scale_lora_linear(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, *, bias: Tensor | None = None) -> Tensor:
     """x (W * (BA))^T + bias   (ScaleLoRA; Zimmer et al. 2023, PERP, section 3). Zeros of W stay zeros by themselves."""
     return _linear(x, weight, None, A, B, bias, None)
-
-
-def matrices(stored: Tensor, *, stacked: bool, transposed: bool) -> Tensor:
-    """A stored parameter seen as (out, in), or a stack of them as (experts, out, in)."""
-    if stacked:
-        return stored.mT if transposed else stored
-    return stored.t() if transposed else stored.flatten(1)
-
-
-def new_factors(
-    shape: tuple[int, ...], rank: int, *, product: bool, init: Init, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """A (..., r, in) and B (..., out, r), float32 on the CPU, for which the adapter changes nothing yet.
-
-    Sums (LoRA, MaskLoRA): B = 0; A uniform in +-1/sqrt(in) ("kaiming", a = sqrt 5) or normal with deviation 1/r
-    ("gaussian"). Products (ScaleLoRA): every entry r^-1/2 ("kaiming", as published), so BA = 1. The r components are
-    then equal and get equal gradients, so BA keeps rank one whatever r is; "gaussian" adds to A noise that sums to
-    zero over the components: BA is still 1 and the components part.
-    """
-    *stack, out, in_ = shape
-    if product:
-        noise = torch.zeros(*stack, rank, in_)
-        if init == "gaussian":
-            noise.normal_(0, rank**-0.5, generator=generator)
-            noise -= noise.mean(-2, keepdim=True)
-        return noise + rank**-0.5, torch.full((*stack, out, rank), rank**-0.5)
-    start, bound = torch.empty(*stack, rank, in_), 1 / math.sqrt(in_)
-    if init == "kaiming":
-        start.uniform_(-bound, bound, generator=generator)
-    else:
-        start.normal_(0, 1 / rank, generator=generator)
-    return start, torch.zeros(*stack, out, rank)
 
 
 class Factors(nn.Module):
@@ -194,9 +161,11 @@ class LowRankLinear(_AdaptedLinear):
         f = self.factors
         assert f.scale is not None
         weight = self.matrix()
-        y = F.linear(x, weight, None if self.bias is None else self.bias.to(weight.dtype))
-        h = F.linear(x, f.A.to(x.dtype))  # (..., r)
-        return y + F.linear(h, (f.B * f.scale).to(x.dtype))
+        flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
+        y = F.linear(flat, weight, None if self.bias is None else self.bias.to(weight.dtype))
+        h = F.linear(flat, f.A.to(x.dtype))  # (tokens, r)
+        y.addmm_(h.to(y.dtype), (f.B * f.scale).to(y.dtype).t())  # in place: the sum costs no pass of its own
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class AdaptedWeight(nn.Module):
@@ -256,8 +225,13 @@ def _linear(
     if torch.is_autocast_enabled(device):
         x = x.to(dtype)
     flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
-    effective = None if built is None else built(weight, dtype)
-    y = _Linear.apply(flat, weight, mask, A, B, bias, scale, dtype, effective)  # (tokens, out)
+    needs_x = None
+    trains = any(each.requires_grad for each in (flat, A, B))
+    if trains and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        needs_x = flat.requires_grad
+        flat = _Saved.apply(flat, weight, mask, A, B)
+    held = None if built is None else built(weight, dtype)
+    y = _Linear.apply(flat, needs_x, weight, mask, A, B, bias, scale, dtype, held)  # (tokens, out)
     return y.view(*x.shape[:-1], weight.shape[0])  # a view made inside the function could not be changed in place
 
 
@@ -265,13 +239,37 @@ def _weight(weight: Tensor, mask: Tensor | None, A: Tensor, B: Tensor, scale: fl
     return _Weight.apply(weight, mask, A, B, scale)  # type: ignore[no-any-return]
 
 
+class _Saved(torch.autograd.Function):
+    """x itself; its node holds what `_Linear` needs in backward, which has nothing to save afterwards.
+
+    Recomputation of a block stops at the last thing saved, so it need not form the last layer's product again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, mask: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, mask, A, B)
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        return (grads[0] if ctx.needs_input_grad[0] else None), None, None, None, None
+
+
 class _Linear(torch.autograd.Function):
-    """x W_eff^T + bias, saving nothing of W_eff's size."""
+    """x W_eff^T + bias, saving nothing of W_eff's size.
+
+    needs_x: where x comes out of `_Saved`, whether what entered there needs a gradient (what leaves it always does);
+    None where it does not: compilers cannot follow a node.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
+        needs_x: bool | None,
         weight: Tensor,
         mask: Tensor | None,
         A: Tensor,
@@ -281,7 +279,9 @@ class _Linear(torch.autograd.Function):
         dtype: torch.dtype,
         effective: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, mask, A, B)
+        ctx.needs_x, ctx.node = needs_x, None if needs_x is None else x.grad_fn
+        if needs_x is None:
+            ctx.save_for_backward(x, weight, mask, A, B)
         ctx.scale, ctx.dtype, ctx.bias_dtype = scale, dtype, None if bias is None else bias.dtype
         ctx.effective = effective  # lives anyway
         with no_autocast(x):
@@ -294,8 +294,9 @@ class _Linear(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
-        x, weight, mask, A, B = ctx.saved_tensors
-        needs_x, _, _, needs_A, needs_B, needs_bias, *_ = ctx.needs_input_grad
+        needs_x, _, _, _, needs_A, needs_B, needs_bias, *_ = ctx.needs_input_grad
+        needs_x = needs_x if ctx.needs_x is None else ctx.needs_x
+        x, weight, mask, A, B = (ctx.node or ctx).saved_tensors
         g = grads[0].contiguous()  # (tokens, out)
         dx = dA = dB = dbias = None
         with no_autocast(x):
@@ -309,7 +310,7 @@ class _Linear(torch.autograd.Function):
                 dA, dB = _gradients(g, x, weight, mask, A, B, ctx.scale)
             if needs_bias:
                 dbias = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32)).to(ctx.bias_dtype)
-        return dx, None, None, dA, dB, dbias, None, None, None
+        return dx, None, None, None, dA, dB, dbias, None, None, None
 
 
 class _Weight(torch.autograd.Function):

@@ -5,7 +5,7 @@
 
 The tail is the model's own code after its blocks, run with a stand-in for them: bias, soft-capping, scaling, tied or
 adapted heads are whatever that model does. Its gradients are formed in the forward pass, so nothing is recomputed.
-In float32 a step of 4,096 tokens and 50,272 words would hold four copies of 824 MB; a chunk holds a twenty-fifth.
+In float32 a step of 4,096 tokens and 50,272 words would hold four copies of 824 MB; a chunk holds a sixth of each.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from prunus.kernels.switch import uses_kernels
+
 __all__ = ["next_token_loss"]
 
 _ENTRIES = 1 << 25  # logits formed at once: 128 MiB in float32, and wide enough for full speed of the product
+_TILE = 256  # rows: a product on a GPU takes so many at a time, or half of them
 
 
 def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
@@ -101,10 +104,10 @@ class _Tail:
         return hidden
 
     def logits(self, rows: Tensor) -> Tensor:
-        """(n, d) -> (n, words), float32."""
+        """(n, d) -> (n, words), in the dtype in which the model returns them."""
         assert self.trunk is not None
         with _forwards({self.trunk: lambda *_, **__: _replaced(self.output, rows[None])}):
-            return self.forward(input_ids=self.ids, use_cache=False).logits[0].float()
+            return self.forward(input_ids=self.ids, use_cache=False).logits[0]
 
     def trained(self) -> list[Tensor]:
         """The parameters that a row's logits have gradients for."""
@@ -113,17 +116,14 @@ class _Tail:
             return []
         hidden = _first(self.output)
         assert hidden is not None
-        probe = self.logits(hidden.detach()[0, :1]).sum()
-        if not probe.requires_grad:
-            return []
-        found: list[Tensor | None] = list(torch.autograd.grad(probe, wanted, allow_unused=True))
-        return [each for each, gradient in zip(wanted, found, strict=True) if gradient is not None]
+        reached = _leaves(self.logits(hidden.detach()[0, :1]))
+        return [each for each in wanted if id(each) in reached]
 
     def loss(self, rows: Tensor, targets: Tensor) -> Tensor:
         """The mean loss, without gradients."""
         total = torch.zeros((), device=rows.device)
         for h, y in zip(rows.split(self._step()), targets.split(self._step()), strict=True):
-            total += F.cross_entropy(self.logits(h), y, reduction="sum")
+            total += F.cross_entropy(self.logits(h).float(), y, reduction="sum")
         return total / len(targets)
 
     def gradients(self, rows: Tensor, targets: Tensor, trained: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
@@ -135,18 +135,24 @@ class _Tail:
         by_rows = torch.empty_like(rows)
         wide = [torch.promote_types(each.dtype, torch.float32) for each in trained]
         found = [torch.zeros_like(each, dtype=dtype) for each, dtype in zip(trained, wide, strict=True)]
-        for start in range(0, len(rows), self._step()):
-            inside = slice(start, start + self._step())
+        step = self._step(trained)
+        for start in range(0, len(rows), step):
+            inside = slice(start, start + step)
             h = rows[inside].detach().requires_grad_()
-            value = F.cross_entropy(self.logits(h), targets[inside], reduction="sum")
-            by_rows[inside], *fresh = torch.autograd.grad(value, (h, *trained))
-            total += value.detach()
+            z = self.logits(h)
+            value, dz = _cross_entropy(z.detach(), targets[inside])
+            by_rows[inside], *fresh = torch.autograd.grad(z, (h, *trained), dz, materialize_grads=True)
+            total += value
+            del z, dz  # before the next ones are formed
             for sum_, part in zip(found, fresh, strict=True):
                 sum_.add_(part)
         return total, [by_rows, *found]
 
-    def _step(self) -> int:
-        return max(1, _ENTRIES // int(self.model.config.get_text_config().vocab_size))
+    def _step(self, trained: tuple[Tensor, ...] = ()) -> int:
+        """Rows formed at once; four times as many where each chunk also forms the gradient of a whole head."""
+        entries = _ENTRIES * (4 if any(each.ndim > 1 for each in trained) else 1)
+        rows = max(1, entries // int(self.model.config.get_text_config().vocab_size))
+        return rows if rows < _TILE else round(rows / _TILE) * _TILE
 
     def _recorder(self, trunk: nn.Module) -> Callable[..., Any]:
         own = trunk.forward
@@ -182,6 +188,36 @@ class _Loss(torch.autograd.Function):
         rows, *trained = ctx.saved_tensors
         given = (each.mul(scale).to(dtype) for each, dtype in zip(trained, ctx.dtypes, strict=True))
         return None, (rows * scale).to(rows.dtype), None, *given
+
+
+def _cross_entropy(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The summed loss (scalar, float32) of logits z: (n, words) with targets y: (n,), and its gradient by z."""
+    if uses_kernels(z) and z.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        from prunus.kernels.entropy import cross_entropy
+
+        losses, dz = cross_entropy(z, y)
+        return losses.sum(), dz
+    log_p = F.log_softmax(z.float(), -1)
+    value = F.nll_loss(log_p, y, reduction="sum")
+    dz = log_p.exp_()
+    dz[torch.arange(len(y), device=y.device), y] -= 1
+    return value, dz.to(z.dtype)
+
+
+def _leaves(output: Tensor) -> set[int]:
+    """The ids of the leaves that get gradients from `output`."""
+    found: set[int] = set()
+    seen: set[Any] = set()
+    ahead: list[Any] = [output.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            found.add(id(leaf))
+        ahead += [before for before, _ in node.next_functions]
+    return found
 
 
 def _trunks(model: PreTrainedModel) -> list[nn.Module]:

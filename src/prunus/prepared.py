@@ -14,6 +14,7 @@ from torch import nn
 
 from prunus import ranks
 from prunus.precision import Precision
+from prunus.recompute import recomputed
 from prunus.sharded import asked, sharded
 
 if TYPE_CHECKING:
@@ -112,27 +113,6 @@ def _wrapped(
             group["lr"] = rate
         for module, mode in modes.items():
             module.training = mode
-
-
-@contextmanager
-def recomputed(model: Any) -> Generator[None, None, None]:
-    """Context in which a transformers model keeps only what enters its blocks, and recomputes the rest in backward.
-
-    >>> with recomputed(model):
-    ...     train(model, batches, optimizer, lr, steps=100)
-    """
-    options = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # transformers 5.2x; the older name warns there
-        model.activation_checkpointing_enable(options)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    try:
-        yield
-    finally:
-        if hasattr(model, "activation_checkpointing_disable"):
-            model.activation_checkpointing_disable()
-        else:
-            model.gradient_checkpointing_disable()
 
 
 def _masks_of(model: nn.Module) -> list[str]:

@@ -22,15 +22,13 @@ from prunus.adapters import (
     AdaptedWeight,
     EffectiveLinear,
     Factors,
-    Init,
     LowRankLinear,
     effective_weight,
-    matrices,
-    new_factors,
     no_autocast,
     tiles,
 )
 from prunus.bits import pack, unpack
+from prunus.factors import Init, matrices, new_factors
 from prunus.layers import View
 
 __all__ = ["Owner", "Parametrization", "Site", "find_owners", "make_sites"]

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from prunus import adapters
 from prunus.adapt import Adaptation, adapt
-from prunus.adapters import EffectiveLinear, Factors, effective_weight, new_factors
+from prunus.adapters import EffectiveLinear, Factors, effective_weight
+from prunus.factors import new_factors
 from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.patterns import NM, Pattern, Unstructured
@@ -367,3 +368,20 @@ def test_adapted_on_the_cpu_trained_and_merged_on_a_gpu(kind: str, form: str, dt
         (merged,) = (p for p in model.parameters() if p.dim() > 1)
         assert torch.equal(merged, effective)
         torch.testing.assert_close(model(x), trained)  # a product of another layout may be summed in another order
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4)])
+def test_the_low_rank_path_is_the_plain_sum_with_its_gradients(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5)).double()
+    weight = model[0].weight
+    adaptation = adapt(model, ["lora", "biases"], masks=None, views=find_layers(model), rank=2, alpha=6.0)
+    A, B = adaptation.groups["lora"]
+    B.data.normal_()
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    expected = x @ (weight + 3.0 * (B @ A).double()).T + model[0].bias
+    found = model(x)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    one, other = (torch.autograd.grad(y.square().sum(), (x, A, B)) for y in (found, expected))
+    for grad, wanted in zip(one, other, strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-5, atol=1e-5)

@@ -138,13 +138,14 @@ def test_a_whole_run_with_checkpointing_ends_with_the_plain_weights(chunks: list
 
 
 class Largest(TorchDispatchMode):
-    """The most entries of any tensor made meanwhile."""
+    """The most entries of any tensor made meanwhile, each counted where it is stored."""
 
     entries = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.entries = max([self.entries, *(each.numel() for each in tree_leaves(out) if isinstance(each, Tensor))])
+        made = [each for each in tree_leaves(out) if isinstance(each, Tensor)]
+        self.entries = max([self.entries, *(each.untyped_storage().nbytes() // each.itemsize for each in made)])
         return out
 
 
@@ -158,13 +159,15 @@ def test_logits_never_exist_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
     ids = tokens(4096, batch=8, length=64)
     sizes: list[int] = []
-    for entries in (1 << 25, 4096 * 32):
+    for entries, head in ((1 << 25, True), (4096 * 32, True), (4096 * 32, False)):
         monkeypatch.setattr(next_token, "_ENTRIES", entries)
+        model.lm_head.weight.requires_grad_(head)
         with Largest() as largest:
             next_token_loss(model, ids).backward()
         sizes.append(largest.entries)
     assert sizes[0] >= 8 * 63 * 4096
-    assert sizes[1] <= 4096 * 32
+    assert sizes[1] <= 4 * 4096 * 32, "fewer and larger chunks where each forms the gradient of the head"
+    assert sizes[2] <= 4096 * 32
 
 
 def test_a_compiled_model_and_other_modules_have_the_plain_loss(chunks: list[int]) -> None:

@@ -29,8 +29,8 @@ _READINGS = 4
 
 
 def largest_of_long_rows(score: Tensor, kept: int, *, absolute: bool = False) -> tuple[Tensor, Tensor]:
-    """The scores (problems, n) where they are among the `kept` largest of their row, 0 elsewhere; and in float64 the sum
-    of squares of what stays in each row, (problems,).
+    """The scores (problems, n) where they are among the `kept` largest of their row, 0 elsewhere; and the squares
+    of what stays in each row added up, (problems,) float64.
 
     score: float32, float16 or bfloat16, no NaN; 1 <= kept <= n. With `absolute` |score| is compared. Of equal ones the
     first stay. Does not wait for the device, and leaves the same bits every time.

@@ -195,7 +195,7 @@ class Retrain(Strict):
     init: Init = "kaiming"
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     add_biases: bool = False
-    checkpointing: bool = False
+    checkpointing: bool | Literal["auto"] = False
     keep_effective: bool = False
     seed: int = 0
 

@@ -29,8 +29,8 @@ from prunus.evaluate.streamed import streamed_perplexity
 from prunus.layers import Inputs, Layer, View, find_layers
 from prunus.lr import linear_warmup_decay
 from prunus.masks import Masks
-from prunus.precision import Precision, autocast
-from prunus.prepared import recomputed
+from prunus.precision import Precision, autocast, of_training
+from prunus.recompute import recomputed
 from prunus.reconstruct import Fit
 from prunus.relaxation import frank_wolfe
 from prunus.run.recipe import Data, FrankWolfe, Prune, Recipe, Retrain
@@ -307,6 +307,7 @@ def retrain(
     if asked.add_biases:
         add_biases(model)
     generator = torch.Generator().manual_seed(asked.seed)
+    precision = precision if "full" in asked.train else of_training(model, precision)
     adaptation = adapt(
         model,
         asked.train,
@@ -321,7 +322,8 @@ def retrain(
         adaptation.keep_effective()
     packed = PackedTokens(tokens, asked.length)
     optimizer = torch.optim.AdamW(adaptation.param_groups(asked.lr, asked.lrs), weight_decay=0.0)
-    with recomputed(model) if asked.checkpointing else nullcontext():
+    spare = "free" if asked.checkpointing == "auto" else 0
+    with recomputed(model, spare=spare) if asked.checkpointing else nullcontext():
         trace = train(
             model,
             lambda step: packed.at(step, batch=asked.batch_size, seed=asked.seed),
