@@ -189,7 +189,7 @@ def attempt(name: str, mode: str, args: argparse.Namespace, device: torch.device
             torch.cuda.empty_cache()
 
 
-def measure(modes: list[str], args: argparse.Namespace, device: torch.device) -> list[Row]:
+def compare(modes: list[str], args: argparse.Namespace, device: torch.device) -> list[Row]:
     """All works in these ways; the main process prints and writes each row at once."""
     rows = list[Row]()
     alone = [] if args.alone is None else [Row(**row) for row in json.loads(args.alone.read_text())]
@@ -243,7 +243,7 @@ def main() -> None:
     """Measure everything."""
     args = parse()
     device = ranks.join(torch.device(args.device))
-    measure(args.modes, args, device)
+    compare(args.modes, args, device)
     ranks.wait()
     ranks.leave()
 

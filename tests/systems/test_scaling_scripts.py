@@ -92,7 +92,7 @@ def test_two_gpus_writes_each_row_and_goes_on_after_a_failure(
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(two, "stream", fail)
-    rows = two.measure(args.modes, args, torch.device("cpu"))
+    rows = two.compare(args.modes, args, torch.device("cpu"))
     assert [row.name for row in rows] == [*two.RETRAINED, "Wanda 2:4", "SparseGPT 2:4"]
     assert [bool(row.error) for row in rows] == [False, False, False, True, True]
     assert all(row.rate > 0 and len(row.losses) == 3 for row in rows[:3])
