@@ -3,9 +3,9 @@
     parameters of the members ─ stack ─▶ (m, ...) ─ vmap(loss) ─▶ losses (m,) ─ sum ─▶ each member's own gradient
 
 Each member keeps its own modules, so that it has parameter groups, masks and a state dict of its own: what is stacked
-is made anew in each step, a copy of the parameters that a step's arithmetic dwarfs. BatchNorm in training mode uses each
-member's own batch. One launch serves m members, but their convolutions become grouped ones: on an H100 ResNet-18 is slower
-so than one member after another (docs/results/soups.md), and threads with a stream each are faster.
+is made anew in each step, a copy of the parameters that a step's arithmetic dwarfs. BatchNorm in training mode uses
+each member's own batch. One launch serves m members, but their convolutions become grouped ones: on an H100 ResNet-18
+is slower so than one member after another (docs/results/soups.md), and threads with a stream each are faster.
 """
 
 from __future__ import annotations
