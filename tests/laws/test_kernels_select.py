@@ -178,10 +178,10 @@ def test_a_wide_bracket_is_narrowed(device: str, kind: str, bins: int, monkeypat
     """A sample that says nothing, and so few bins that several readings are needed."""
     monkeypatch.setattr(threshold, "_bracket", lambda *_: (key_of(-INF), key_of(INF)))
     monkeypatch.setattr(threshold, "_BINS", bins)
-    score = made(kind, 9, 31)
-    ordered = score.flatten().sort(descending=True).values
+    score = made(kind, 9, 31).to(device)
+    ordered = score.flatten().sort(descending=True).values  # in place of a sample: on the device that does the work
     for k in (1, 2, 100, 278, 279):
-        found = threshold.kth_of([score.to(device)], ordered, k, score.numel())
+        found = threshold.kth_of([score], ordered, k, score.numel())
         assert found is not None
         assert found.value == ordered[k - 1]
         assert found.above == (score > ordered[k - 1]).sum()
