@@ -11,6 +11,7 @@ On a GPU the same masks come from the Triton programs in `kernels/`. What a patt
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
 
@@ -36,7 +37,7 @@ __all__ = [
 
 _CHUNK = 1 << 22  # entries worked on at once: bounds the temporaries (12 bytes an entry) to about 50 MB
 _TOPK = 1 << 22  # largest CUDA problem given to topk, which allocates its result
-_Kth = tuple[float, int | None]  # a k-th largest score; how many are at least that, where it is known already
+_Kth = tuple[float, int | None, int]  # a k-th largest score; where known, how many are larger, and how many equal it
 _WIDTHS = (torch.float32, torch.bfloat16, torch.float16)  # what the programs read; float64 takes the plain path
 
 
@@ -218,12 +219,16 @@ def keep_largest_of_all(scores: Mapping[str, Tensor], kept: int) -> dict[str, Te
     {'a': tensor([[False,  True]]), 'b': tensor([[True]])}
     """
     total, kth = _first_reading(scores)
-    threshold, reached = kth(kept) if kept else (torch.inf, None)
-    if reached == kept and all(goes_to_kernels(score) for score in scores.values()):
-        from prunus.kernels.threshold import keep_above
+    threshold, above, equal = kth(kept) if kept else (torch.inf, None, 0)
+    if above is not None and all(goes_to_kernels(score) for score in scores.values()):
+        from prunus.kernels.threshold import LISTED, Kth, keep_of_all
 
-        return {name: keep_above(score, threshold) for name, score in scores.items()}
-    counts = _select(scores, kept, total, lambda _: (threshold, reached))
+        if equal <= LISTED or above + equal == kept:
+            masks = keep_of_all(scores.values(), Kth(threshold, above, equal), kept)
+            return dict(zip(scores, masks, strict=True))
+        shares = _shares(scores, kept, threshold)
+        return {name: _keep_above_and_first(score, threshold, *shares[name]) for name, score in scores.items()}
+    counts = _select(scores, kept, total, lambda _: (threshold, above, equal))
     return {name: keep_largest(score, counts[name]) for name, score in scores.items()}
 
 
@@ -231,18 +236,37 @@ def _select(scores: Mapping[str, Tensor], kept: int, total: int, kth: Callable[[
     if not 0 <= operator.index(kept) <= total:
         raise ValueError(f"cannot keep {kept} of {total} entries")
     if kept == 0:
+        for name, score in scores.items():
+            check_scores(score, f"score of '{name}'")
         return dict.fromkeys(scores, 0)
-    threshold, _ = kth(kept)
+    shares = _shares(scores, kept, kth(kept)[0])
+    return {name: above + taken for name, (above, _, taken) in shares.items()}
+
+
+def _shares(scores: Mapping[str, Tensor], kept: int, threshold: float) -> dict[str, tuple[int, int, int]]:
+    """Of each tensor how many entries are above the kept-th largest of all, how many equal it, and how many of those
+    stay."""
     counts = {name: _count(score, threshold) for name, score in scores.items()}
     device = next(iter(counts.values())).device  # one wait for all counts
     found = dict(zip(counts, torch.stack([count.to(device) for count in counts.values()]).tolist(), strict=True))
     wanted = kept - sum(above for above, _ in found.values())
-    result: dict[str, int] = {}
+    result: dict[str, tuple[int, int, int]] = {}
     for name, (above, equal) in found.items():
-        taken = min(equal, wanted)
-        result[name] = above + taken
-        wanted -= taken
+        result[name] = above, equal, min(equal, wanted)
+        wanted -= min(equal, wanted)
     return result
+
+
+def _keep_above_and_first(score: Tensor, threshold: float, above: int, equal: int, taken: int) -> Tensor:
+    """The mask, by programs, of what is above the threshold and of its equals the first `taken`."""
+    from prunus.kernels.order import key_of, value_of
+    from prunus.kernels.threshold import keep_above, keep_first
+
+    if taken == equal:
+        return keep_above(score, threshold)
+    if not taken:
+        return keep_above(score, value_of(key_of(threshold) + 1))
+    return keep_first(score, torch.full((), threshold, device=score.device), above + taken)
 
 
 def _count(score: Tensor, threshold: float) -> Tensor:
@@ -263,8 +287,8 @@ def _first_reading(scores: Mapping[str, Tensor]) -> tuple[int, Callable[[int], _
     samples: list[Tensor] = []
     total, sampled = 0, False
     for name, score in scores.items():
-        _check_width(score, name)
         sampled = uses_kernels(score) if not total else sampled
+        _check_width(score, name, nan=not sampled)  # what reads sampled scores for their k-th notices NaN
         total += score.numel()
         if sampled:
             from prunus.kernels.threshold import sample_of
@@ -274,11 +298,11 @@ def _first_reading(scores: Mapping[str, Tensor]) -> tuple[int, Callable[[int], _
             histogram += _high_histogram(score)
     if sampled:
         return total, lambda k: _kth_by_sample(scores, k, torch.cat(samples), total)
-    return total, lambda k: (_refine(scores, k, histogram), None)
+    return total, lambda k: (_refine(scores, k, histogram), None, 0)
 
 
-def _check_width(score: Tensor, name: str) -> None:
-    check_scores(score, f"score of '{name}'")
+def _check_width(score: Tensor, name: str, *, nan: bool) -> None:
+    check_scores(score if nan else score.reshape(-1)[:0], f"score of '{name}'")
     if score.dtype == torch.float64:
         raise ValueError(f"model-wide selection compares float32 scores; '{name}' is float64: pass score.float()")
 
@@ -297,13 +321,13 @@ def _kth(score: Tensor, k: int) -> Tensor:
 
 
 def _keep_in_kernels(score: Tensor, kept: int) -> Tensor:
-    from prunus.kernels.threshold import keep_above, keep_first, kth_of, sample_of
+    from prunus.kernels.threshold import LISTED, keep_first, keep_of_all, kth_of, sample_of
 
     found = kth_of([score], sample_of(score), kept, score.numel())
-    if found is None:
+    if found is None or math.isnan(found.value):
         return keep_first(score, _kth_by_bits(score.reshape(-1), kept).float(), kept)
-    if found.above + found.equal == kept:  # no tie is cut
-        return keep_above(score, found.value)
+    if found.equal <= LISTED or found.above + found.equal == kept:
+        return keep_of_all([score], found, kept)[0]
     return keep_first(score, torch.full((), found.value, device=score.device), kept)
 
 
@@ -341,9 +365,12 @@ def _kth_by_sample(scores: Mapping[str, Tensor], k: int, sample: Tensor, total: 
 
     _check_rank(k, total)
     found = kth_of(scores.values(), sample, k, total)
-    if found is None:
-        return _refine(scores, k, sum((_high_histogram(score) for score in scores.values()), torch.tensor(0))), None
-    return found.value, found.above + found.equal
+    if found is None or math.isnan(found.value):
+        for name, score in scores.items():
+            check_scores(score, f"score of '{name}'")
+        histogram = sum((_high_histogram(score) for score in scores.values()), torch.tensor(0))
+        return _refine(scores, k, histogram), None, 0
+    return found
 
 
 def _high_histogram(score: Tensor) -> Tensor:
