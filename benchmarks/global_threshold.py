@@ -35,10 +35,11 @@ def ours(scores: Mapping[str, Tensor], kept: int) -> dict[str, Tensor]:
 
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:
-    """One matrix, of distinct scores and of scores that tie; the blocks of a model; another share kept."""
+    """One matrix, of distinct scores and of scores that tie, and a small one; the blocks of a model; another share."""
     shape = sized(28672, args), sized(7168, args)
     yield of_a_matrix(args, *shape, torch.float32)
     yield of_a_matrix(args, *shape, torch.bfloat16)
+    yield of_a_matrix(args, sized(4096, args), sized(4096, args), torch.float32)
     yield of_a_model(args, blocks=4, share=0.5)
     yield of_a_model(args, blocks=4, share=0.1)
 

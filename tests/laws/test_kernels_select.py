@@ -150,9 +150,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("listed", [0, 1 << 16])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_matrix_equals_a_stable_sort(device: str, kind: str, dtype: torch.dtype):
+def test_a_matrix_equals_a_stable_sort(
+    device: str, kind: str, dtype: torch.dtype, listed: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(threshold, "LISTED", listed)
     for rows, columns, layout in [(1, 1, ""), (30, 101, ""), (7, 33, "transposed")]:
         score = made(kind, rows, columns, dtype)
         for kept in sorted({1, rows * columns // 2, rows * columns - 1}):
@@ -178,10 +182,10 @@ def test_a_wide_bracket_is_narrowed(device: str, kind: str, bins: int, monkeypat
     """A sample that says nothing, and so few bins that several readings are needed."""
     monkeypatch.setattr(threshold, "_bracket", lambda *_: (key_of(-INF), key_of(INF)))
     monkeypatch.setattr(threshold, "_BINS", bins)
-    score = made(kind, 9, 31)
-    ordered = score.flatten().sort(descending=True).values
+    score = made(kind, 9, 31).to(device)
+    ordered = score.flatten().sort(descending=True).values  # in place of a sample: on the device that does the work
     for k in (1, 2, 100, 278, 279):
-        found = threshold.kth_of([score.to(device)], ordered, k, score.numel())
+        found = threshold.kth_of([score], ordered, k, score.numel())
         assert found is not None
         assert found.value == ordered[k - 1]
         assert found.above == (score > ordered[k - 1]).sum()
@@ -189,8 +193,11 @@ def test_a_wide_bracket_is_narrowed(device: str, kind: str, bins: int, monkeypat
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("kind", ["random", "tied", "constant", "infinite"])
-def test_a_model_equals_one_direct_selection(device: str, kind: str):
+@pytest.mark.parametrize("listed", [0, 1 << 16])
+@pytest.mark.parametrize("kind", ["random", "tied", "constant", "zeros of both signs", "denormal", "infinite"])
+def test_a_model_equals_one_direct_selection(device: str, kind: str, listed: int, monkeypatch: pytest.MonkeyPatch):
+    """Equals that must go are taken out by their places, or counted where they are many."""
+    monkeypatch.setattr(threshold, "LISTED", listed)
     shapes = [(3, 50), (1, 1), (20, 31), (0, 4), (8, 9)]
     scores = {str(i): made(kind, *shape, DTYPES[i % 3]) for i, shape in enumerate(shapes)}
     there = {name: score.to(device) for name, score in scores.items()}
@@ -202,6 +209,23 @@ def test_a_model_equals_one_direct_selection(device: str, kind: str):
         at_once = keep_largest_of_all(there, kept)
         assert torch.equal(torch.cat([mask.flatten().cpu() for mask in at_once.values()]), torch.cat(masks))
         assert not kept or kth_largest(there, kept) == joined[0].sort(descending=True).values[kept - 1]
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("share", [0.01, 1.0])
+def test_nan_in_a_model_is_refused_by_name(device: str, sign: float, share: float):
+    """Found by the program that counts, where few or all of a sample are NaN; and where nothing is to be kept."""
+    scores = {"a": made("random", 9, 31), "b": made("tied", 20, 31)}
+    scores["b"].view(-1)[-max(1, round(620 * share)) :] = torch.tensor(float("nan")).copysign(torch.tensor(sign))
+    there = {name: score.to(device) for name, score in scores.items()}
+    words = f"score of 'b' has {max(1, round(620 * share))} NaN of 620"
+    for select in (select_global, keep_largest_of_all):
+        for kept in (0, 1, 300, 899):
+            with pytest.raises(ValueError, match=words):
+                select(there, kept)
+    with pytest.raises(ValueError, match=words):
+        kth_largest(there, 5)
 
 
 @pytest.mark.usefixtures("small")
@@ -306,10 +330,12 @@ from triton.compiler import ASTSource
 from triton.knobs import nvidia
 from prunus.kernels import groups, rows, threshold
 
+SCALARS = "kept extra parts low high shift bins copies start room".split()
+
 def build(program, warps, types, **fixed):
     places = {name: (i,) for i, name in enumerate(program.arg_names)}
     types = dict(item.split(":") for item in types.split())
-    aligned = {places[name]: [["tt.divisibility", 16]] for name in types if name not in ("kept", "extra", "parts")}
+    aligned = {places[name]: [["tt.divisibility", 16]] for name in types if name not in SCALARS}
     signature = {name: types.get(name, "constexpr") for name in program.arg_names}
     source = ASTSource(fn=program, signature=signature, constexprs=fixed, attrs=aligned)
     ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ptx"]
@@ -319,7 +345,8 @@ def build(program, warps, types, **fixed):
         report = subprocess.run([nvidia.ptxas.path, "-v", "-arch=sm_90a", file.name, "-o", "/dev/null"],
                                 capture_output=True, text=True, check=True).stderr
     assert "0 bytes spill stores, 0 bytes spill loads" in report, (program.__name__, fixed, report)
-    assert "ld.global.v4" in ptx and "st.global.v4" in ptx, (program.__name__, fixed)
+    assert "ld.global.v4" in ptx, (program.__name__, fixed)
+    assert "st.global.v4" in ptx or program is threshold._histogram, (program.__name__, fixed)
 
 for block, warps in ((8192, 4), (32768, 16)):
     build(rows._keep, warps, "X:*bf16 S:*fp32 M:*u8 NANS:*i32 columns:i32 stride:i32 kept:i32 extra:i32",
@@ -327,6 +354,11 @@ for block, warps in ((8192, 4), (32768, 16)):
 build(groups._keep_of_four, 4, "X:*bf16 S:*fp32 WORDS:*i32 NANS:*i32 columns:i32 stride:i32 parts:i32",
       N=2, ABSOLUTE=True, SCALED=True, BLOCK=2048)
 build(threshold._above, 4, "X:*fp32 threshold:fp32 M:*u8 numel:i32", BLOCK=4096)
+build(threshold._above_listed, 4, "X:*fp32 threshold:fp32 M:*u8 PLACES:*i64 TAKEN:*i32 start:i64 room:i32 numel:i32",
+      BLOCK=threshold._BLOCK)
+build(threshold._histogram, 4,
+      "X:*fp32 COUNTS:*i64 HISTOGRAM:*i32 low:i32 high:i32 shift:i32 bins:i32 copies:i32 numel:i32",
+      BLOCK=threshold._STEP, STEPS=threshold._STEPS)
 build(threshold._keep, 4, "X:*fp32 T:*fp32 LEFT:*i64 EQUAL:*i32 M:*u8 numel:i32", BLOCK=4096)
 """
 

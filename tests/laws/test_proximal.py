@@ -61,6 +61,28 @@ def test_the_rate_may_be_a_tensor_and_gradients_may_be_missing():
     assert torch.equal(ours[1], random(3))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_captured_steps_follow_the_rate():
+    """In float32, while the rate and with it the threshold fall: nothing of the first step stays in the graph."""
+    ends = []
+    for capture in (False, True):
+        model = make_model().cuda()
+        optimizer = ProximalSGD(model.parameters(), 0.1, proximal="groups", strength=0.1, capturable=True)
+        trace = train(
+            model,
+            lambda step: tuple(part.cuda() for part in batches(step)),
+            optimizer,
+            lambda t: 1 - t / 20,
+            steps=20,
+            loss=classification_loss(),
+            capture=capture,
+        )
+        ends.append((trace.losses[-1], [parameter.detach().clone() for parameter in model.parameters()]))
+    assert ends[0][0] == pytest.approx(ends[1][0], abs=1e-3)
+    assert all(torch.allclose(one, other, atol=1e-3) for one, other in zip(ends[0][1], ends[1][1], strict=True))
+
+
 def make_model():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -1,6 +1,6 @@
 # pyright: basic, reportMissingImports=false, reportCallIssue=false, reportArgumentType=false
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
-"""The k-th largest of very many scores in one reading, and its mask in one more, or in two where ties are cut.
+"""The k-th largest of very many scores in one reading, and its mask in one more, or in two where many ties are cut.
 
 A sample of every 1021st score says between which two values the k-th lies, twelve deviations wide. One reading counts
 the scores above and on the two ends, and those between by their integer keys (`order`): a bracket of a hundredth of
@@ -12,13 +12,16 @@ and a second reading counts these. A sample that misled is noticed, and the call
                     low                  if #(> low) < k <= #(>= low)
 
 At 805 million float32 scores a reading is 1.1 ms of an H100's memory and a mask 1.3 ms. Counting between the ends takes
-an atomic for a hundredth of the scores, spread over copies of the histogram so that equal ones do not queue.
+an atomic for a hundredth of the scores, spread over copies of the histogram so that equal ones do not queue. Among so
+many a few dozen equal the k-th, and rarely may all stay: writing the mask lists where they are, and those too many are
+taken out again, by places.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -26,21 +29,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prunus.kernels.order import key_of, read_keys, value_of, widen
+from prunus.kernels.order import is_nan, key_of, read_keys, value_of, widen
 
-__all__ = ["Kth", "count_of", "keep_above", "keep_first", "kth_of", "sample_of"]
+__all__ = ["LISTED", "Kth", "count_of", "keep_above", "keep_first", "keep_of_all", "kth_of", "sample_of"]
+
+LISTED = 1 << 16  # most equals whose places are listed: half a megabyte
 
 _STRIDE = 1021  # a prime: matrices have widths that 1024 divides, and every column should be seen
 _DEVIATIONS = 6
 _BLOCK = 4096
 _STEP, _STEPS = 1024, 32  # scores a program counts at once, and how many times: few programs end in few atomics
-_BINS = 20  # bits: what a bracket's keys are told apart by in one reading, also where 16-bit numbers lie 2^16 apart
+_BINS = 21  # bits: what a bracket's keys are told apart by in one reading; 16 million normal scores need a million bins
 _ROOM = 1 << 22  # counters of all copies of the histogram: 16 MiB
+_COPIES = 1024  # most of them: more programs do not run at once
 _CHUNK = 1 << 26  # scores that come over from another device at once
 
 
 class Kth(NamedTuple):
-    """The k-th largest score, how many are larger, and how many equal it."""
+    """The k-th largest score, how many are larger, and how many equal it; or NaN, and how many of the scores are."""
 
     value: float
     above: int
@@ -55,14 +61,18 @@ def sample_of(score: Tensor) -> Tensor:
 def kth_of(scores: Iterable[Tensor], sample: Tensor, k: int, total: int) -> Kth | None:
     """The k-th largest (k from 1) of all scores; None if the sample misled.
 
-    scores: float32, bfloat16 or float16 of any shape, without NaN, `total` entries together; read once, or twice where
-        the sample leaves a wide bracket. sample: (samples,) float32, `sample_of` all of them, on the device that does
+    scores: float32, bfloat16 or float16 of any shape, `total` entries together; read once, or twice where the sample
+        leaves a wide bracket. sample: (samples,) float32, `sample_of` all of them, on the device that does
         the work. Waits for that device.
     """
     low, high = _bracket(sample, k, total)
     while True:
         shift = max(0, (high - low - 1).bit_length() - _BINS)  # keys in a bin: 2^shift
-        above, on_high, on_low, between, place, before, here = _counted(scores, low, high, shift, k, sample.device)
+        nans, above, on_high, on_low, between, place, before, here = _counted(
+            scores, low, high, shift, k, sample.device
+        )
+        if nans:
+            return Kth(math.nan, nans, 0)
         rest = k - above - on_high  # from high down
         if above < k and rest <= 0:
             return Kth(value_of(high), above, on_high)
@@ -77,12 +87,12 @@ def kth_of(scores: Iterable[Tensor], sample: Tensor, k: int, total: int) -> Kth 
 
 def _counted(
     scores: Iterable[Tensor], low: int, high: int, shift: int, k: int, device: torch.device
-) -> tuple[int, int, int, int, int, int, int]:
-    """How many keys are above `high`, on it, on `low`, between; then the bin between that holds the k-th, from the top,
-    how many are in those before it, and in it."""
+) -> tuple[int, int, int, int, int, int, int, int]:
+    """How many keys are those of NaN, above `high`, on it, on `low`, between; then the bin between that holds the k-th,
+    from the top, how many are in those before it, and in it."""
     bins = ((high - low - 2) >> shift) + 1 if high > low + 1 else 1
-    copies = max(1, _ROOM >> (bins - 1).bit_length())
-    counts = torch.zeros(3, dtype=torch.int64, device=device)
+    copies = min(_COPIES, max(1, _ROOM >> (bins - 1).bit_length()))
+    counts = torch.zeros(4, dtype=torch.int64, device=device)
     histogram = torch.zeros(copies, bins, dtype=torch.int32, device=device)
     for score in scores:
         for part in _nearby(score, device):
@@ -99,8 +109,8 @@ def _counted(
     place = torch.searchsorted(down, rest).clamp_(max=bins - 1)
     here = each.take(place)  # indexing by a tensor would wait for it
     found = torch.stack([down[-1], place, down.take(place) - here, here])
-    above, on_high, on_low, *others = torch.cat([counts, found]).tolist()
-    return above, on_high, on_low, *others
+    above, on_high, on_low, nans, *others = torch.cat([counts, found]).tolist()
+    return nans, above, on_high, on_low, *others
 
 
 def count_of(score: Tensor, threshold: Tensor) -> Tensor:
@@ -118,7 +128,10 @@ def count_of(score: Tensor, threshold: Tensor) -> Tensor:
 
 
 def keep_above(score: Tensor, threshold: float) -> Tensor:
-    """Which scores are at least the threshold, a float32 number: bool, score's shape. Does not wait for the device."""
+    """Which scores are at least the threshold, a float32 number: bool, score's shape. Does not wait for the device.
+
+    What is above `t` is at least `value_of(key_of(t) + 1)`.
+    """
     flat = score.detach().reshape(-1)
     mask = torch.empty(flat.numel(), dtype=torch.bool, device=flat.device)
     blocks = triton.cdiv(flat.numel(), _BLOCK)
@@ -126,6 +139,45 @@ def keep_above(score: Tensor, threshold: float) -> Tensor:
         with torch.cuda.device_of(flat):
             _above[(blocks,)](flat, threshold, mask.view(torch.uint8), flat.numel(), BLOCK=_BLOCK, num_warps=4)
     return mask.view(score.shape)
+
+
+def keep_of_all(scores: Iterable[Tensor], kth: Kth, kept: int) -> list[Tensor]:
+    """The masks of the `kept` largest of all scores, of equals the first, tensor after tensor; bool, in their shapes.
+
+    kth: the kept-th largest of all, `equal` at most LISTED. Waits for the devices if some of the equals must go.
+    """
+    left = kept - kth.above
+    if left == kth.equal:
+        return [keep_above(score, kth.value) for score in scores]
+    masks: list[Tensor] = []
+    starts, lists = [0], dict[torch.device, tuple[Tensor, Tensor]]()
+    for score in scores:
+        flat = score.detach().reshape(-1)
+        if flat.device not in lists:
+            empty = torch.empty(kth.equal, dtype=torch.int64, device=flat.device)
+            lists[flat.device] = empty, torch.zeros(1, dtype=torch.int32, device=flat.device)
+        masks.append(_list_above(flat, kth.value, starts[-1], *lists[flat.device]).view(score.shape))
+        starts.append(starts[-1] + flat.numel())
+    found = torch.cat([places[: int(taken)].cpu() for places, taken in lists.values()])
+    found = found.sort().values[left:]
+    for mask, (start, end) in zip(masks, pairwise(starts), strict=True):
+        inside = found[(found >= start) & (found < end)] - start
+        if len(inside):
+            mask.view(-1)[inside.to(mask.device)] = False
+    return masks
+
+
+def _list_above(flat: Tensor, threshold: float, start: int, places: Tensor, taken: Tensor) -> Tensor:
+    """The mask as by `keep_above`; `start` + the places of the equals are added to the list, in any order."""
+    mask = torch.empty(flat.numel(), dtype=torch.bool, device=flat.device)
+    blocks = triton.cdiv(flat.numel(), _BLOCK)
+    if blocks:
+        with torch.cuda.device_of(flat):
+            _above_listed[(blocks,)](
+                flat, threshold, mask.view(torch.uint8), places, taken, start, len(places), flat.numel(),
+                BLOCK=_BLOCK, num_warps=4,
+            )  # fmt: skip
+    return mask
 
 
 def keep_first(score: Tensor, threshold: Tensor, kept: int) -> Tensor:
@@ -181,26 +233,41 @@ def _histogram(
     above = tl.zeros((BLOCK,), tl.int32)
     on_high = tl.zeros((BLOCK,), tl.int32)
     on_low = tl.zeros((BLOCK,), tl.int32)
+    nan = tl.zeros((BLOCK,), tl.int32)
     for step in range(STEPS):
         place = (tl.program_id(0).to(tl.int64) * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
         key = read_keys(X, X, place, place, place < numel, False, False)
         above += (key > high).to(tl.int32)
         on_high += (key == high).to(tl.int32)
         on_low += (key == low).to(tl.int32)
+        nan += (is_nan(key) & (place < numel)).to(tl.int32)
         down = (high - 1 - key).to(tl.uint32, bitcast=True) >> shift.to(tl.uint32)  # bins from the top
         tl.atomic_add(HISTOGRAM + down, 1, mask=(key > low) & (key < high), sem="relaxed")
     tl.atomic_add(COUNTS, tl.sum(above, 0).to(tl.int64), sem="relaxed")
-    highs, lows = tl.sum(on_high, 0), tl.sum(on_low, 0)
+    highs, lows, nans = tl.sum(on_high, 0), tl.sum(on_low, 0), tl.sum(nan, 0)
     if highs > 0:
         tl.atomic_add(COUNTS + 1, highs.to(tl.int64), sem="relaxed")
     if (lows > 0) & (low < high):
         tl.atomic_add(COUNTS + 2, lows.to(tl.int64), sem="relaxed")
+    if nans > 0:
+        tl.atomic_add(COUNTS + 3, nans.to(tl.int64), sem="relaxed")
 
 
 @triton.jit
 def _above(X, threshold, M, numel, BLOCK: tl.constexpr):
     x, place = _read(X, numel, BLOCK)
     tl.store(M + place, (x >= threshold).to(tl.uint8), mask=place < numel)
+
+
+@triton.jit(do_not_specialize=["start", "room"])
+def _above_listed(X, threshold, M, PLACES, TAKEN, start, room, numel, BLOCK: tl.constexpr):
+    x, place = _read(X, numel, BLOCK)
+    tl.store(M + place, (x >= threshold).to(tl.uint8), mask=place < numel)
+    equal = (x == threshold).to(tl.int32)
+    count = tl.sum(equal, 0)
+    if count > 0:
+        slot = tl.atomic_add(TAKEN, count, sem="relaxed") + tl.cumsum(equal, 0) - 1
+        tl.store(PLACES + slot, place + start, mask=(equal != 0) & (slot < room))
 
 
 @triton.jit
