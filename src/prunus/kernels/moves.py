@@ -35,7 +35,7 @@ _TINY = 1.1754943508222875e-38  # of float32: 1 / tiny is finite
 class Moves:
     """Where the tensors lie and how programs divide them.
 
-    table: (5, tensors) int64: addresses of parameters and momentum, entries, K, whether vertices have entries of one size;
+    table: (5, tensors) int64: addresses of parameters and momentum, entries, K, whether a vertex has but one size;
     first: (tensors + 1,) int32, the first program of each tensor; owner: (programs,) int32, whose tensor it is.
     """
 
