@@ -31,6 +31,7 @@ from torch.optim import Optimizer
 from prunus.sets.ball import Ball
 from prunus.sets.problems import Part, Problems, joint_problem, separate_problems
 from prunus.sets.subspace import COLD, Triple, follow_all_, make_basis
+from prunus.sets.together import Together, goes_together
 
 __all__ = ["SFW", "Rescale"]
 
@@ -75,6 +76,7 @@ class SFW(Optimizer):
         capturable: bool = False,
     ) -> None:
         self._plans: dict[int, _Plan] = {}
+        self._together: dict[int, Together] = {}
         defaults: dict[str, Any] = {
             "lr": lr,
             "constraint": constraint,
@@ -118,7 +120,7 @@ class SFW(Optimizer):
             if group["constraint"] is None:
                 _descend_(present, directions, group["lr"], group["decoupled_decay"])
                 continue
-            problems = self._problems(number, places)
+            problems = self._move_together_(number, places, present, directions)
             work += [_Work(group, each, present, each.gather(directions, present)) for each in problems]
         for each, leading in zip(work, self._leading(work), strict=True):
             vertices = each.problems.vertices(each.moments, leading)
@@ -177,7 +179,7 @@ class SFW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans = {}
+        self._plans, self._together = {}, {}
 
     def _directions(self, group: dict[str, Any], present: list[Tensor]) -> list[Tensor]:
         """The momentum buffers, moved on; or the gradients if there is no momentum."""
@@ -207,6 +209,22 @@ class SFW(Optimizer):
             known = _Plan(group["constraint"], places, _problems_of(group, places))
             self._plans[number] = known
         return known.problems
+
+    def _move_together_(
+        self, number: int, places: tuple[int, ...], present: list[Tensor], moments: list[Tensor]
+    ) -> list[Problems]:
+        """Move those of a group's problems that programs move at once; returns the others."""
+        group, problems = self.param_groups[number], self._problems(number, places)
+        if group["rescale"] == "gradient" or not group["momentum"]:  # gradients lie elsewhere each time
+            return problems
+        chosen = [each for each in problems if goes_together(each, present, moments)]
+        chosen = [each for each in chosen if each.radius.device == chosen[0].radius.device]
+        if chosen:
+            known = self._together.get(number)
+            if known is None or not known.fits(chosen, present, moments):
+                known = self._together[number] = Together(chosen, present, moments)
+            known.move_(present, group["lr"], group["rescale"])
+        return [each for each in problems if not any(each is other for other in chosen)]
 
     def _leading(self, work: Sequence[_Work]) -> list[list[Triple] | None]:
         """For each work the leading singular vectors of its moments, where its set needs some; None elsewhere.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from prunus.kernels.order import read_keys, widen
 
-__all__ = ["largest_of_long_rows"]
+__all__ = ["find_key", "largest_of_long_rows"]
 
 _BLOCK = 4096  # scores read at once
 _STEPS = 4  # of them that a program reads: fewer programs add up counts
@@ -58,7 +58,7 @@ def largest_of_long_rows(score: Tensor, kept: int, *, absolute: bool = False) ->
 
 
 @triton.jit
-def _found(COUNTS, problem, problems, kept, READINGS: tl.constexpr):
+def find_key(COUNTS, problem, problems, kept, READINGS: tl.constexpr):
     """The leading bytes of the k-th key, how many keys with these may stay, and how many there are."""
     prefix = tl.zeros((), tl.uint32)
     left = tl.zeros((), tl.int32) + kept
@@ -88,7 +88,7 @@ def _read(
     READING: tl.constexpr, STEPS: tl.constexpr, ABSOLUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     problem = tl.program_id(1)
-    prefix, _left, _there = _found(COUNTS, problem, problems, kept, READING)
+    prefix, _left, _there = find_key(COUNTS, problem, problems, kept, READING)
     X += problem.to(tl.int64) * stride
     total = tl.zeros((256,), tl.int32)
     other = tl.zeros((), tl.int32)  # keys that were counted as byte 0 and do not belong
@@ -110,7 +110,7 @@ def _read(
 def _equals(X, COUNTS, EQUAL, n, stride, problems, kept, blocks, ABSOLUTE: tl.constexpr, BLOCK: tl.constexpr):
     """How many keys of each block equal the k-th; unless all of them stay, when nobody asks."""
     problem = tl.program_id(1)
-    kth, left, there = _found(COUNTS, problem, problems, kept, 4)
+    kth, left, there = find_key(COUNTS, problem, problems, kept, 4)
     count = tl.zeros((), tl.int32)
     if left < there:
         place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -124,7 +124,7 @@ def _write(
     X, OUT, SQUARES, COUNTS, BEFORE, n, stride, problems, kept, blocks, ABSOLUTE: tl.constexpr, BLOCK: tl.constexpr
 ):
     problem = tl.program_id(1)
-    kth, left, there = _found(COUNTS, problem, problems, kept, 4)
+    kth, left, there = find_key(COUNTS, problem, problems, kept, 4)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     X += problem.to(tl.int64) * stride
     live = place < n
