@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Hashable
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CapturedStep", "alone", "alone_at_first", "check_capture", "set_rates_", "settled"]
+__all__ = ["CapturedStep", "alone", "check_capture", "set_rates_", "settled"]
 
 _AHEAD = 8  # replays that may wait for the device: a recording waits for what all threads have queued by then
 _WARM = 3  # steps that run as they are: cuDNN chooses its algorithms, the optimizer makes its state
 # Two things wait for the whole device, which no thread may do while another records: the beginning of a recording, and
 # cuDNN when it tries its algorithms, as it does the first time that it meets a shape.
 _ALONE = threading.RLock()
-_MET = threading.local()  # .keys: what this thread has met; cuDNN keeps its choices for each thread
 # One stream a device warms up and records for all threads, one at a time. It has a priority of its own because torch
 # deals streams out of a pool for each priority, in turns: the 33rd is the first again, and may be the one on which
 # another thread works.
@@ -39,27 +38,6 @@ def alone() -> Generator[None]:
     """
     with _ALONE:
         yield
-
-
-@contextmanager
-def alone_at_first(key: Hashable) -> Generator[None]:
-    """Context that is `alone` until this thread has left it once, without an exception, with this key.
-
-    key: what says which shapes the work meets, and in which dtype. Evaluations that wait for a busy device would
-    otherwise keep all other threads from beginning their trainings.
-
-    >>> with alone_at_first((len(images), "bf16")):
-    ...     found = accuracy(model, batches)
-    """
-    if not hasattr(_MET, "keys"):
-        _MET.keys = set()
-    met: set[Hashable] = _MET.keys
-    if key in met:
-        yield
-        return
-    with alone():
-        yield
-    met.add(key)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import nn
 from prunus import patterns, scores
 from prunus.allocations import Allocation, erk, global_, lamp, uniform, uniform_plus
 from prunus.batchnorm import recalibrate_
-from prunus.capture import alone_at_first
+from prunus.capture import alone
 from prunus.constrained import KeptGradients
 from prunus.during import During
 from prunus.ema import Ema
@@ -134,22 +134,14 @@ def fit(
 
 def measure(model: nn.Module, setting: Setting) -> dict[str, Any]:
     """Accuracy and its companions (shares in [0, 1]) on what the recipe measures on."""
-    with alone_at_first(_shapes("measure", model, setting, len(setting.sets.measured))):
+    with alone():
         return asdict(accuracy(model, setting.measured(), precision=setting.precision))
 
 
 def measure_held(model: nn.Module, setting: Setting) -> dict[str, Any]:
     """The same on the images that the recipe holds out, by which soups are chosen."""
-    assert setting.sets.held is not None, "the recipe holds no images out"
-    with alone_at_first(_shapes("measure", model, setting, len(setting.sets.held))):
+    with alone():
         return asdict(accuracy(model, setting.held(), precision=setting.precision))
-
-
-def _shapes(what: str, model: nn.Module, setting: Setting, images: int) -> tuple[Any, ...]:
-    """What decides the shapes that cuDNN meets when a model sees so many images; the batch size is fixed."""
-    network = tuple(tuple(parameter.shape) for parameter in model.parameters())
-    size = tuple(setting.sets.train.pixels.shape[1:])
-    return what, network, setting.recipe.model, size, images, setting.precision, setting.channels_last, setting.device
 
 
 def corrupted(
@@ -169,11 +161,11 @@ def all_corrupted(
     sets: dict[str, dict[str, dict[int, Accuracy]]] = {name: {} for name in networks}
 
     def measured(images: Images) -> dict[str, Accuracy]:
-        found: dict[str, Accuracy] = {}
-        for name, network in networks.items():
-            with alone_at_first(_shapes("measure", network, setting, len(images))):
-                found[name] = accuracy(network, setting._plain(images), precision=setting.precision)
-        return found
+        with alone():
+            return {
+                name: accuracy(network, setting._plain(images), precision=setting.precision)
+                for name, network in networks.items()
+            }
 
     for corruption, severity, images in corrupted_sets(
         corruptible(setting, asked),
@@ -208,8 +200,7 @@ def _means(found: Corrupted, asked: Corruptions) -> dict[str, Any]:
 
 def recalibrate(model: nn.Module, setting: Setting) -> None:
     """Count the BatchNorm statistics anew on the recipe's share of the training images."""
-    images = round(setting.recipe.recalibrate * len(setting.sets.train))
-    with alone_at_first(_shapes("count", model, setting, images)):
+    with alone():
         recalibrate_(model, setting.training(setting.recipe.recalibrate), precision=setting.precision)
 
 
