@@ -327,7 +327,7 @@ def test_model_wide_selection_refuses_what_it_cannot_order():
 def test_bit_search_equals_kthvalue(score: Tensor, share: float):
     flat = score.flatten()
     k = max(1, round(share * len(flat)))
-    assert selection._kth_by_bits(flat, k).to(flat.dtype) == flat.kthvalue(len(flat) - k + 1).values
+    assert keys.kth_by_bits(flat, k).to(flat.dtype) == flat.kthvalue(len(flat) - k + 1).values
 
 
 @pytest.mark.gpu
