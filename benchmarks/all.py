@@ -65,6 +65,9 @@ def page(results: dict[str, Any]) -> str:
         parts.append(f"\n## {first[0].rstrip('.')}\n\n`benchmarks/{name}.py`\n\n")
         parts.append(f"Failed: {found}\n" if isinstance(found, str) else table([Row(**row) for row in found]))
         parts.append("\nStopped before its last row.\n" if name in results.get("stopped", []) else "")
+    missing = [path.stem for path in scripts() if path.stem not in results["scripts"]]
+    if missing:
+        parts.append(f"\n## Not measured on this device yet\n\n{', '.join(f'`{name}`' for name in missing)}\n")
     return "".join(parts)
 
 

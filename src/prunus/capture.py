@@ -8,6 +8,7 @@ Learning rates are tensors on the device while a step is captured, because a num
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 __all__ = ["CapturedStep", "alone", "check_capture", "set_rates_", "settled"]
 
+_AHEAD = 8  # replays that may wait for the device: a recording waits for what all threads have queued by then
 _WARM = 3  # steps that run as they are: cuDNN chooses its algorithms, the optimizer makes its state
 # Two things wait for the whole device, which no thread may do while another records: the beginning of a recording, and
 # cuDNN when it tries its algorithms, as it does the first time that it meets a shape.
@@ -66,6 +68,7 @@ class CapturedStep:
         self.static: list[Any] = []
         self.loss: Tensor | None = None
         self.done = 0
+        self.queued: deque[torch.cuda.Event] = deque()
 
     def __call__(self, parts: list[Any]) -> Tensor:
         """The loss of one step, a tensor of its own."""
@@ -85,7 +88,17 @@ class CapturedStep:
         assert self.graph is not None
         assert self.loss is not None
         self.graph.replay()
-        return self.loss.clone()
+        loss = self.loss.clone()
+        self._wait()
+        return loss
+
+    def _wait(self) -> None:
+        """Wait for the replay before the last `_AHEAD` ones."""
+        event = torch.cuda.Event(blocking=True)  # without it a waiting thread keeps a core busy
+        event.record(torch.cuda.current_stream(self.device))
+        self.queued.append(event)
+        if len(self.queued) > _AHEAD:
+            self.queued.popleft().synchronize()
 
     def _plain(self, parts: list[Any]) -> Tensor:
         # On the stream that will record: lazily made workspaces belong to a stream.

@@ -144,8 +144,18 @@ def _vgg(classes: int, channels: int) -> nn.Module:
     return _named([*parts, *_head(in_, classes)])
 
 
+class _Mean(nn.Module):
+    """The mean over all pixels, (B, C, H, W) -> (B, C, 1, 1): the bits of nn.AdaptiveAvgPool2d(1).
+
+    That one, given channels-last, changes strides in place, which torch.func.vmap can only do member by member.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((-1, -2), keepdim=True)
+
+
 def _head(in_: int, classes: int) -> list[tuple[str, nn.Module]]:
-    return [("pool", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten()), ("linear", nn.Linear(in_, classes))]
+    return [("pool", _Mean()), ("flatten", nn.Flatten()), ("linear", nn.Linear(in_, classes))]
 
 
 def _named(parts: list[tuple[str, nn.Module]]) -> nn.Sequential:

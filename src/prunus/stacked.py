@@ -3,8 +3,9 @@
     parameters of the members ─ stack ─▶ (m, ...) ─ vmap(loss) ─▶ losses (m,) ─ sum ─▶ each member's own gradient
 
 Each member keeps its own modules, so that it has parameter groups, masks and a state dict of its own: what is stacked
-is made anew in each step, a copy of the parameters that a step's arithmetic dwarfs. On a GPU a small network leaves the
-device idle between launches; m of them at once fill it. BatchNorm in training mode uses each member's own batch.
+is made anew in each step, a copy of the parameters that a step's arithmetic dwarfs. BatchNorm in training mode uses
+each member's own batch. One launch serves m members, but their convolutions become grouped ones: on an H100 ResNet-18
+is slower so than one member after another (docs/results/soups.md), and threads with a stream each are faster.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class Stacked(nn.Module):
     and `clip` is over all members together.
     With 16-bit precision products are 16-bit, but biases and BatchNorm give float32 activations when they are
     vectorised; on a CPU convolutions are float32 as well.
+    Operations without a batching rule are done member by member, with a warning of torch; so is nn.AdaptiveAvgPool2d(1)
+    of channels-last images, which a mean over the pixels is in the same bits.
     Raises ValueError for members of different architectures, for parameters that they share, and for modules that
     cannot be vectorised: recurrent ones, SyncBatchNorm, BatchNorm with momentum None. What else torch.func.vmap cannot
     do (branches on values, say) raises its own RuntimeError in the first step.

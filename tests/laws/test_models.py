@@ -1,5 +1,6 @@
 """Classifiers by name: logits for the images at hand, weights from the global seed, clear errors."""
 
+import copy
 import importlib.util
 import sys
 from types import SimpleNamespace
@@ -33,6 +34,20 @@ def test_large_networks_halve_the_image_to_the_end(name):
         last.register_forward_hook(lambda *call: sizes.append(tuple(call[2].shape[1:])))
         assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
     assert sizes == [(512, 2, 2) if name == "vgg16_bn" else (512, 4, 4)]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", ["resnet8", "wrn10_2"])
+def test_the_mean_over_pixels_is_adaptive_pooling_to_the_bit(name, memory_format):
+    model = build_model(name, classes=7).to(memory_format=memory_format)
+    other = copy.deepcopy(model)
+    other.pool = nn.AdaptiveAvgPool2d(1)
+    images = torch.randn(6, 3, 12, 12).to(memory_format=memory_format)
+    for each in (model, other):
+        each(images).square().sum().backward()
+    pairs = list(zip(model.parameters(), other.parameters(), strict=True))
+    assert all(torch.equal(a.grad, b.grad) for a, b in pairs)
+    assert torch.equal(model(images), other(images))
 
 
 def test_weights_come_from_the_global_generator():

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from prunus.masks import Masks
+from prunus.models import build_model
 from prunus.stacked import Stacked, member_batches, together
 from prunus.train import classification_loss, train
 
@@ -157,6 +158,38 @@ def test_batches_are_stacked_and_made_once_for_members_that_share_them():
     assert batch["more"][0].tolist() == [[5], [5], [7]]
     with pytest.raises(ValueError, match=r"one shape; got \[\(2,\), \(3,\)\]"):
         member_batches([lambda _: torch.zeros(2), lambda _: torch.zeros(3)])(0)
+
+
+@pytest.fixture
+def no_loops():
+    """Makes an error of what vmap can only do member by member."""
+    torch._C._functorch._set_vmap_fallback_enabled(False)
+    yield
+    torch._C._functorch._set_vmap_fallback_enabled(True)
+
+
+def vectorised(members):
+    """Forward and backward of members on channels-last images, as on a GPU."""
+    members = [member.to(memory_format=torch.channels_last) for member in members]
+    images = [torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last) for _ in members]
+    losses = Stacked(members)(classification_loss(), (torch.stack(images), torch.zeros(2, 2, dtype=torch.long)))
+    losses.sum().backward()
+    assert all(parameter.grad.isfinite().all() for member in members for parameter in member.parameters())
+
+
+@pytest.mark.usefixtures("no_loops")
+@pytest.mark.parametrize("name", ["resnet8", "resnet18", "wrn10_2", "vgg16_bn"])
+def test_our_networks_are_vectorised_whole(name):
+    vectorised([build_model(name, classes=3) for _ in range(2)])
+
+
+@pytest.mark.usefixtures("no_loops")
+def test_a_loop_over_members_would_be_seen():
+    members = [build_model("resnet8", classes=3) for _ in range(2)]
+    for member in members:
+        member.pool = nn.AdaptiveAvgPool2d(1)
+    with pytest.raises(RuntimeError, match="vmap fallback"):
+        vectorised(members)
 
 
 def test_other_architectures_are_refused():

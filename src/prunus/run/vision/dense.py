@@ -15,6 +15,7 @@ import shutil
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,12 @@ def dense(
     if found is not None:
         return found
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f"{folder.name}.lock")):  # another grid may be training the same
-        return _finished(setting, folder) or _trained(setting, folder, checkpoint, on_step, watch)
+    lock = folder.with_name(f"{folder.name}.lock")
+    with FileLock(lock):  # another grid may be training the same
+        made = _finished(setting, folder) or _trained(setting, folder, checkpoint, on_step, watch)
+        with suppress(OSError):  # who waits for it, or makes a new one, finds the training finished
+            lock.unlink()
+    return made
 
 
 def _finished(setting: Setting, folder: Path) -> Dense | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,9 +61,7 @@ def between(begin: Begin, states: Sequence[State], names: Sequence[str], *, pict
         except FloatingPointError:  # beyond the members weights may overflow; such points stay white
             return float("nan")
 
-    pairs = list(itertools.combinations(range(len(states)), 2))[:_LINES]
-    shares = np.linspace(0, 1, asked.line).tolist()
-    lines = {f"{a + 1} to {b + 1}": loss_line(states[a], states[b], loss, shares) for a, b in pairs if asked.line}
+    lines = _lines(states, loss, asked.line) if asked.line else {}
     plane = None
     if picture and asked.plane and len(states) > 2:
         try:
@@ -73,3 +71,17 @@ def between(begin: Begin, states: Sequence[State], names: Sequence[str], *, pict
     with alone():
         apart = distances(states, names).summary()
     return Between(apart, lines, plane)
+
+
+def _lines(states: Sequence[State], loss: Callable[[dict[str, Tensor]], float], points: int) -> dict[str, Line]:
+    """The lines between the first members, by name; the loss of a member itself is measured once for all of them."""
+    shares = np.linspace(0, 1, points)
+    pairs = list(itertools.combinations(range(len(states)), 2))[:_LINES]
+    ends = {
+        place: loss({k: value.clone() for k, value in states[place].items()}) for place in set(itertools.chain(*pairs))
+    }
+    lines: dict[str, Line] = {}
+    for a, b in pairs:
+        inner = loss_line(states[a], states[b], loss, shares[1:-1].tolist()).values
+        lines[f"{a + 1} to {b + 1}"] = Line(shares, np.asarray([ends[a], *inner, ends[b]][:points]))
+    return lines
