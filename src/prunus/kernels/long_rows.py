@@ -21,7 +21,7 @@ from torch import Tensor
 
 from prunus.kernels.order import read_keys, widen
 
-__all__ = ["find_key", "largest_of_long_rows"]
+__all__ = ["add_counts", "count_byte", "find_key", "largest_of_long_rows"]
 
 _BLOCK = 4096  # scores read at once
 _STEPS = 4  # of them that a program reads: fewer programs add up counts
@@ -82,6 +82,23 @@ def _keys(X, place, n, ABSOLUTE: tl.constexpr):
     return key.to(tl.uint32, bitcast=True) ^ 0x80000000
 
 
+@triton.jit
+def count_byte(key, belongs, total, other, READING: tl.constexpr, BLOCK: tl.constexpr):
+    """`total` (256,) with the counts of the reading's byte of these keys, and `other`: how many zeros do not belong."""
+    byte = ((key >> (24 - 8 * READING)) & 0xFF).to(tl.int32)
+    total += tl.histogram(tl.where(belongs, byte, 0), 256)
+    other += BLOCK - tl.sum(belongs.to(tl.int32), 0)
+    return total, other
+
+
+@triton.jit
+def add_counts(COUNTS, total, other):
+    """Add what a program counted by `count_byte` to the 256 counts of its row and reading."""
+    each = tl.arange(0, 256)
+    total -= tl.where(each == 0, other, 0)
+    tl.atomic_add(COUNTS + each, total, mask=total > 0)
+
+
 @triton.jit(do_not_specialize=["kept", "problems"])
 def _read(
     X, COUNTS, n, stride, problems, kept,
@@ -98,12 +115,8 @@ def _read(
         belongs = place < n
         if READING > 0:
             belongs = belongs & ((key >> (32 - 8 * READING)) == prefix)
-        byte = ((key >> (24 - 8 * READING)) & 0xFF).to(tl.int32)
-        total += tl.histogram(tl.where(belongs, byte, 0), 256)
-        other += BLOCK - tl.sum(belongs.to(tl.int32), 0)
-    each = tl.arange(0, 256)
-    total -= tl.where(each == 0, other, 0)
-    tl.atomic_add(COUNTS + (READING * problems + problem) * 256 + each, total, mask=total > 0)
+        total, other = count_byte(key, belongs, total, other, READING, BLOCK)
+    add_counts(COUNTS + (READING * problems + problem) * 256, total, other)
 
 
 @triton.jit(do_not_specialize=["kept", "problems", "blocks"])

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prunus.kernels.long_rows import find_key
+from prunus.kernels.long_rows import add_counts, count_byte, find_key
 
 __all__ = ["Moves", "move_", "plan_moves"]
 
@@ -152,12 +152,8 @@ def _read(
             squares += tl.sum(exact * exact, 0)
         if READING > 0:
             belongs = belongs & ((key >> (32 - 8 * READING)) == prefix)
-        byte = ((key >> (24 - 8 * READING)) & 0xFF).to(tl.int32)
-        total += tl.histogram(tl.where(belongs, byte, 0), 256)
-        other += BLOCK - tl.sum(belongs.to(tl.int32), 0)
-    each = tl.arange(0, 256)
-    total -= tl.where(each == 0, other, 0)
-    tl.atomic_add(COUNTS + (READING * tensors + tensor) * 256 + each, total, mask=total > 0)
+        total, other = count_byte(key, belongs, total, other, READING, BLOCK)
+    add_counts(COUNTS + (READING * tensors + tensor) * 256, total, other)
     if READING == 0:
         tl.store(SUMS + tl.program_id(0), squares)
 
