@@ -144,20 +144,24 @@ class ProximalSGD(Optimizer):
         return buffers
 
 
-class GroupLasso(During):
-    """The penalty strength * sum over layers and filters of ||W_f||_2, on `views`, or all prunable weights of the run.
-
-    >>> trace = train(model, batches, optimizer, lr, steps=10, during=[GroupLasso(1e-4)])
-    """
+class _Pull(During):
+    """What pulls on `views`, or all prunable weights of the run, with a strength."""
 
     def __init__(self, strength: float, views: Sequence[View] | None = None) -> None:
         super().__init__()
-        self.strength = _checked(strength, "GroupLasso")
+        self.strength = _checked(strength, type(self).__name__)
         self.views = views
 
     def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
         """Find the prunable weights; raises ValueError when there are none."""
-        self.weighed = _weighed(model, plan.views if self.views is None else self.views, "GroupLasso")
+        self.weighed = _weighed(model, plan.views if self.views is None else self.views, type(self).__name__)
+
+
+class GroupLasso(_Pull):
+    """The penalty strength * sum over layers and filters of ||W_f||_2, on `views`, or all prunable weights of the run.
+
+    >>> trace = train(model, batches, optimizer, lr, steps=10, during=[GroupLasso(1e-4)])
+    """
 
     def penalty(self) -> Tensor:
         """The penalty, a scalar; its gradient is 0, one of the subgradients, for a filter of zeros."""
@@ -165,7 +169,7 @@ class GroupLasso(During):
         return self.strength * torch.stack(norms).sum()
 
 
-class NuclearNorm(During):
+class NuclearNorm(_Pull):
     """The penalty strength * sum over layers (`views`, or all that the run may prune) of ||W||_*, by its subgradient.
 
     That is U V^T, 0 where a singular value is less than 1e-6 of the largest. It is renewed before every `every`-th step
@@ -176,13 +180,12 @@ class NuclearNorm(During):
     """
 
     def __init__(self, strength: float, views: Sequence[View] | None = None, *, every: int = 1) -> None:
-        super().__init__()
-        self.strength, self.every = _checked(strength, "NuclearNorm"), _counted(every, "NuclearNorm")
-        self.views = views
+        super().__init__(strength, views)
+        self.every = _counted(every, "NuclearNorm")
 
     def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
         """Find the prunable weights; raises ValueError when there are none."""
-        self.weighed = _weighed(model, plan.views if self.views is None else self.views, "NuclearNorm")
+        super().attach(model, optimizer, plan)
         self.kept = nn.Module()
         for place, (_, weight) in enumerate(self.weighed):
             self.kept.register_buffer(f"direction{place}", torch.zeros_like(weight, requires_grad=False))
@@ -205,7 +208,7 @@ class NuclearNorm(During):
             torch._foreach_add_(found, added, alpha=self.strength)
 
 
-class NuclearSteps(During):
+class NuclearSteps(_Pull):
     """Proximal steps of the nuclear norm beside any optimizer: that of every * lr * strength, after `every` steps each.
 
     With every=1 and SGD it is `ProximalSGD`, which is what the paper compares with; a larger `every` saves time.
@@ -216,13 +219,12 @@ class NuclearSteps(During):
     """
 
     def __init__(self, strength: float, views: Sequence[View] | None = None, *, every: int = 1) -> None:
-        super().__init__()
-        self.strength, self.every = _checked(strength, "NuclearSteps"), _counted(every, "NuclearSteps")
-        self.views = views
+        super().__init__(strength, views)
+        self.every = _counted(every, "NuclearSteps")
 
     def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
         """Find the prunable weights; raises ValueError when there are none."""
-        self.weighed = _weighed(model, plan.views if self.views is None else self.views, "NuclearSteps")
+        super().attach(model, optimizer, plan)
         self.optimizer = optimizer
 
     @torch.no_grad()
