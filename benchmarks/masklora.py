@@ -33,14 +33,8 @@ RANK, SCALE = 16, 2.0
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:
     """Ours against the three others."""
-    torch.manual_seed(args.seed)
-    out, in_, tokens = sized(28672, args), sized(7168, args), sized(4096, args)
-    W = torch.randn(out, in_, device=args.device).mul_(0.02).bfloat16()
-    M = NM(2, 4).choose(W.float().abs(), 0)
-    W.mul_(M)
-    bits = pack(M)
-    A, B = torch.randn(RANK, in_, device=args.device) * 0.01, torch.randn(out, RANK, device=args.device) * 0.01
-    x, g = (torch.randn(tokens, n, device=args.device).bfloat16() for n in (in_, out))
+    W, M, A, B, x, g = layer(args)
+    (out, in_), tokens, bits = W.shape, len(x), pack(M)
 
     def ours(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return mask_lora_linear(x, W, A, B, mask=bits, scale=SCALE)
@@ -84,6 +78,18 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
         )
         for name, other, target, note in others
     ]
+
+
+def layer(args: argparse.Namespace) -> tuple[Tensor, ...]:
+    """A 2:4 weight in bfloat16 and its mask, A and B in float32, tokens that enter and their gradient that leaves."""
+    torch.manual_seed(args.seed)
+    out, in_, tokens = sized(28672, args), sized(7168, args), sized(4096, args)
+    W = torch.randn(out, in_, device=args.device).mul_(0.02).bfloat16()
+    M = NM(2, 4).choose(W.float().abs(), 0)
+    W.mul_(M)
+    A, B = torch.randn(RANK, in_, device=args.device) * 0.01, torch.randn(out, RANK, device=args.device) * 0.01
+    x, g = (torch.randn(tokens, n, device=args.device).bfloat16() for n in (in_, out))
+    return W, M, A, B, x, g
 
 
 def _step(run: Callable[..., Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:

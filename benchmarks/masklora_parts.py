@@ -16,14 +16,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-from claims import Row, cost, floor_ms, main, sized
-from masklora import RANK, SCALE
+from claims import Row, cost, floor_ms, main
+from masklora import RANK, SCALE, layer
 from torch import Tensor
 
 from prunus.adapters import _gradients, effective_weight
 from prunus.bits import pack
 from prunus.kernels.switch import uses_kernels
-from prunus.patterns import NM
 
 BUILD = ((64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 8), (32, 128, 8))
 REDUCE = ((64, 128, 4), (64, 64, 4), (32, 128, 4), (64, 128, 8))
@@ -33,15 +32,10 @@ DEPTHS = (256, 512, 1024)
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:
     """Products, building, reducing; then the programs with other tiles."""
-    torch.manual_seed(args.seed)
-    out, in_, tokens = sized(28672, args), sized(7168, args), sized(4096, args)
-    W = torch.randn(out, in_, device=args.device).mul_(0.02).bfloat16()
-    M = NM(2, 4).choose(W.float().abs(), 0)
-    W.mul_(M)
+    W, M, A, B, x, g = layer(args)
     bits = pack(M)
     del M
-    A, B = torch.randn(RANK, in_, device=args.device) * 0.01, torch.randn(out, RANK, device=args.device) * 0.01
-    x, g = (torch.randn(tokens, n, device=args.device).bfloat16() for n in (in_, out))
+    (out, in_), tokens = W.shape, len(x)
     operations, shape = 2 * tokens * out * in_, f"{out} x {in_} bfloat16, {tokens} tokens, r = {RANK}"
 
     def row(name: str, run: Callable[[], object], **floor: int) -> Row:
