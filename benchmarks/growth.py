@@ -26,7 +26,7 @@ from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.next_token import next_token_loss
 from prunus.patterns import Unstructured
-from prunus.prepared import recomputed
+from prunus.recompute import recomputed
 from prunus.scores import wanda
 from prunus.solvers import by_score, sparsegpt
 from prunus.stream import stream

@@ -58,7 +58,7 @@ from prunus.layers import Layer, find_layers
 from prunus.lr import linear_warmup_decay
 from prunus.masks import Masks
 from prunus.patterns import Unstructured
-from prunus.prepared import recomputed
+from prunus.recompute import recomputed
 from prunus.solvers import by_magnitude, by_wanda, sparsegpt
 from prunus.sources import Shards
 from prunus.stream import BlockReport, stream

@@ -44,7 +44,7 @@ from prunus.layers import find_layers
 from prunus.lr import linear_warmup_decay
 from prunus.masks import Masks
 from prunus.patterns import NM
-from prunus.prepared import recomputed
+from prunus.recompute import recomputed
 from prunus.sharded import asked
 from prunus.solvers import by_wanda, sparsegpt
 from prunus.stream import stream

@@ -14,13 +14,12 @@ from torch import nn
 
 from prunus import ranks
 from prunus.precision import Precision
-from prunus.recompute import recomputed
 from prunus.sharded import asked, sharded
 
 if TYPE_CHECKING:
     from prunus.masks import Masks
 
-__all__ = ["make_accelerator", "prepared", "recomputed"]
+__all__ = ["make_accelerator", "prepared"]
 
 _MAKING = threading.Lock()  # accelerate's singletons are half made for a moment
 

@@ -17,7 +17,7 @@ from prunus.adapt import adapt
 from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.next_token import next_token_loss
-from prunus.prepared import recomputed
+from prunus.recompute import recomputed
 from prunus.train import train
 from tests.conftest import VOCABULARY, tiny_llama
 from tests.systems.test_families import FAMILIES, NORMAL, _normal

@@ -25,7 +25,7 @@ from prunus.lr import linear_warmup_decay
 from prunus.masks import Masks
 from prunus.next_token import next_token_loss
 from prunus.patterns import NM, Pattern
-from prunus.prepared import recomputed
+from prunus.recompute import recomputed
 from prunus.sharded import asked, sharded
 from prunus.solvers import sparsegpt
 from prunus.stream import stream
