@@ -80,8 +80,9 @@ def _cusparselt(weight: Tensor, x: Tensor) -> tuple[Tensor, str]:
     """With the algorithm that is fastest for these tokens, of the product that a linear layer does: (W x^T)^T."""
     packed = torch._cslt_compress(weight)
     found = torch._cslt_sparse_mm_search(packed, x.t(), transpose_result=True)
-    kind = torch.sparse.SparseSemiStructuredTensorCUSPARSELT
-    return kind.from_dense(weight, alg_id=found), f" (algorithm {found})"
+    sparse = torch.sparse.SparseSemiStructuredTensorCUSPARSELT.from_dense(weight)
+    sparse.alg_id_cusparselt = found  # an argument of from_dense in later versions only
+    return sparse, f" (algorithm {found})"
 
 
 BACKENDS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, str]]] = {
