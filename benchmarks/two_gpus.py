@@ -182,6 +182,8 @@ def attempt(name: str, mode: str, args: argparse.Namespace, device: torch.device
     try:
         return (retrained if name in RETRAINED else pruned)(name, mode, args, device)
     except Exception as error:
+        if not ranks.all_failed():
+            raise  # the others wait where this process will not come: the launcher ends them
         return Row(name, mode, float("nan"), 0.0, 0, [], ranks.count(), f"{type(error).__name__}: {str(error)[:200]}")
     finally:
         gc.collect()

@@ -26,7 +26,7 @@ from prunus.observe import observe
 if TYPE_CHECKING:
     from prunus.sources import Source
 
-__all__ = ["Arguments", "capture", "embed", "find_blocks", "finish", "observe", "run_block"]
+__all__ = ["Arguments", "capture", "embed", "find_blocks", "find_recomputing", "finish", "observe", "run_block"]
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +68,23 @@ def find_blocks(model: nn.Module) -> list[str]:
     if rest:
         raise ValueError(_refusal(model, f"'{rest[0]}' is a second list beside '{best}'", sizes, total))
     return [f"{best}.{name}" for name, _ in blocks.named_children()]
+
+
+def find_recomputing(model: nn.Module) -> list[str]:
+    """The names of the blocks that can recompute themselves, in order, also where adapters replaced their layers.
+
+    They are the innermost modules with transformers' flag for it; none in other models. What is inside is not looked
+    at, so it does not matter what is prunable, and an encoder-decoder has blocks in both parts.
+
+    >>> find_recomputing(nn.Linear(2, 2))
+    []
+    """
+    flagged = [name for name, module in model.named_modules() if hasattr(module, "gradient_checkpointing")]
+    return [
+        name
+        for name in flagged
+        if not any(each.startswith(f"{name}." if name else "") for each in flagged if each != name)
+    ]
 
 
 @torch.no_grad()

@@ -72,8 +72,8 @@ class Checkpoint:
         if self.path is None:
             return
         random = gather_object([_random_state()]) if self.shared else [_random_state()]
-        tensors = {name: whole(tensor.detach()).cpu() for name, tensor in _resumable(self.model).items()}
-        stepped = tree_map_only(Tensor, whole, self.optimizer.state_dict())  # shards are gathered from all ranks
+        tensors = {name: self._on_host(tensor.detach()) for name, tensor in _resumable(self.model).items()}
+        stepped = tree_map_only(Tensor, self._on_host, self.optimizer.state_dict())
         if self.accelerator.is_main_process:
             state = {
                 "plan": self.plan,
@@ -90,6 +90,11 @@ class Checkpoint:
             torch.save(state, partial)
             os.replace(partial, self.path)
         self.accelerator.wait_for_everyone()
+
+    def _on_host(self, tensor: Tensor) -> Tensor:
+        """Gathered from all ranks, and kept by the one that writes: no device ever holds more than one in full."""
+        gathered = whole(tensor)
+        return gathered.cpu() if self.accelerator.is_main_process else torch.empty(0)
 
 
 def _resumable(model: nn.Module) -> dict[str, Tensor]:

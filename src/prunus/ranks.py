@@ -7,6 +7,7 @@ and calibration share their data; files, bars and tables are the main process's.
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
 
-__all__ = ["agree", "count", "index", "is_main", "join", "leave", "send_", "share", "sum_", "wait"]
+__all__ = ["agree", "all_failed", "count", "index", "is_main", "join", "leave", "send_", "share", "sum_", "wait"]
 
 
 def count() -> int:
@@ -81,6 +82,28 @@ def agree(value: Any) -> Any:
     held = [value]
     dist.broadcast_object_list(held, 0)
     return held[0]
+
+
+def all_failed(seconds: float = 60.0) -> bool:
+    """Whether all processes say that they failed, each by this call; waits so long for the others.
+
+    Asks the launcher's store, because a process that did not fail waits in a collective operation. Where the answer is
+    False, no collective operation can follow: raise, and the launcher ends the others.
+
+    >>> all_failed()  # a single process
+    True
+    """
+    if count() == 1:
+        return True
+    store, key = dist.distributed_c10d._get_default_store(), "prunus/failed"
+    said = store.add(key, 1)
+    needed = -(-said // count()) * count()  # of this failure and of those before, which all had
+    end = time.monotonic() + seconds
+    while store.add(key, 0) < needed:
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def leave() -> None:

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from prunus.blocks import find_recomputing
+
 __all__ = ["kept_blocks", "recomputed"]
 
 _MARGIN = 0.9  # of the memory there is: the allocator cannot use the last bits of it
@@ -125,13 +127,7 @@ def _left(model: nn.Module) -> int:
 
 
 def _blocks(model: nn.Module) -> list[Any]:
-    """What recomputes itself, in order: the innermost modules with the flag. Adapted blocks are no chain of layers."""
-    flagged = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
-    return [
-        module
-        for module in flagged
-        if not any(hasattr(inner, "gradient_checkpointing") for inner in module.modules() if inner is not module)
-    ]
+    return [model.get_submodule(name) for name in find_recomputing(model)]
 
 
 def _place(tensor: Tensor) -> int:

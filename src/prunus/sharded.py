@@ -11,11 +11,14 @@ import copy
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from prunus.blocks import find_blocks
+from prunus import ranks
+from prunus.blocks import find_blocks, find_recomputing
 
 __all__ = ["asked", "like", "sharded", "whole"]
 
@@ -33,9 +36,10 @@ def asked() -> bool:
 def sharded(model: nn.Module, optimizer: torch.optim.Optimizer) -> Generator[nn.Module]:
     """A twin of `model` whose parameters are sharded, which `optimizer` trains meanwhile; every rank enters alike.
 
-    On leaving, also after an error, the model has its parameters back with the values that were reached, and the
-    optimizer trains them, without state. Nothing may be done with the model itself meanwhile: it has no weights.
-    Raises ValueError for an optimizer that has state already.
+    On leaving, also after an error that all ranks have, the model has its parameters back with the values that were
+    reached, and the optimizer trains them, without state. Nothing may be done with the model itself meanwhile: it has
+    no weights. Raises ValueError for an optimizer that has state already; RuntimeError where this rank fails alone, so
+    that nothing can be gathered: the model is lost, and the process should end.
     """
     if optimizer.state:
         raise ValueError("an optimizer that has stepped already cannot be sharded: make a new one")
@@ -44,9 +48,15 @@ def sharded(model: nn.Module, optimizer: torch.optim.Optimizer) -> Generator[nn.
     _shard_(twin, own)
     parts = dict(twin.named_parameters())
     _swap_(optimizer, {id(parameter): parts[name] for name, parameter in own.items()})
+    alone: BaseException | None = None
     try:
         yield twin
+    except BaseException as error:
+        alone = None if ranks.all_failed() else error
+        raise
     finally:
+        if alone is not None:  # the others would wait in another collective than the one that gathers
+            raise RuntimeError("this process failed alone, and the sharded model cannot be gathered") from alone
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.data = whole(parts[name]).detach()
@@ -86,15 +96,32 @@ def _shard_(twin: nn.Module, own: dict[str, nn.Parameter]) -> None:
 
     device = next(iter(own.values())).device
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    try:
-        names = find_blocks(twin)
-    except ValueError:  # no chain of blocks: the whole is one unit
-        names = []
-    for name in (*names, ""):
-        fully_shard(twin.get_submodule(name), mesh=mesh)
+    for name in (*_units(twin), ""):
+        unit = twin.get_submodule(name)
+        unit.register_forward_hook(_own_output)  # before FSDP's own
+        fully_shard(unit, mesh=mesh)
         for key, parameter in own.items():
             if not name or key.startswith(f"{name}."):
                 parameter.data = torch.zeros((), dtype=parameter.dtype, device=device).expand(parameter.shape)
+
+
+def _units(model: nn.Module) -> list[str]:
+    """The names of what is gathered at once; the rest of the model is one more unit.
+
+    Adapted models have no prunable layers any more, so that `find_blocks` refuses them.
+    """
+    names = [name for name in find_recomputing(model) if name]
+    if len(names) > 1:
+        return names
+    try:
+        return find_blocks(model)
+    except ValueError:  # no chain of blocks: the whole is one unit
+        return []
+
+
+def _own_output(_module: nn.Module, _args: Any, output: Any) -> Any:
+    """The output without views: where one is changed in place afterwards, FSDP's gathering in backward is lost."""
+    return tree_map_only(Tensor, lambda each: each.clone() if each._is_view() else each, output)
 
 
 def _swap_(optimizer: torch.optim.Optimizer, by: dict[int, nn.Parameter]) -> None:

@@ -5,16 +5,21 @@ Run as a program by `torch.distributed.run`, this file is one rank of the two.
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import DistributedType
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import OPTConfig, OPTForCausalLM
 
@@ -139,6 +144,11 @@ def test_two_ranks_prune_what_one_prunes(tmp_path: Path) -> None:
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_a_rank_that_fails_alone_does_not_wait_in_a_gathering(tmp_path: Path) -> None:
+    assert not launch(tmp_path, "fail", fsdp=True)
+
+
 def test_the_first_version_of_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not asked()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
@@ -179,10 +189,43 @@ def rank_trains(kind: str, folder: Path) -> Any:
     assert bool(parts) == asked()
     if asked():
         assert len(parts) == len(list(wrapped.parameters()))
+        units = [module for module in wrapped.modules() if isinstance(module, FSDPModule)]
+        assert len(units) == 3 + 1, "each block by itself, and the rest"
         held = sum(each.to_local().numel() for each in parts)
         assert held < 0.6 * sum(each.numel() for each in parts), "this rank holds its half"
     assert not any(isinstance(each, DTensor) for each in model.parameters())
     return model
+
+
+def as_on_gpus() -> None:
+    """Lets accelerate take the way for FSDP2, which it has for GPUs alone."""
+    own = AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        own(self, *args, **kwargs)
+        if asked() and kwargs.get("fsdp_plugin") is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, kwargs["fsdp_plugin"]
+
+    AcceleratorState.__init__ = init  # type: ignore[method-assign]
+
+
+def rank_fails() -> None:
+    """One rank's error ends its part without waiting for the other; an error that both have gives the weights back."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(KeyError), sharded(model, torch.optim.SGD(model.parameters())):
+        raise KeyError
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    ranks.all_failed.__defaults__ = (0.2,)
+    optimizer = torch.optim.SGD(model.parameters())
+    with pytest.raises(RuntimeError, match="failed alone"), sharded(model, optimizer):  # noqa: PT012
+        if ranks.index() == 0:
+            time.sleep(1.0)
+            os._exit(0)  # leaving properly would wait for the other's part
+        raise KeyError
+    torch.save({}, Path(sys.argv[2]) / "model.pt")
+    os._exit(0)
 
 
 def rank_prunes() -> Any:
@@ -198,6 +241,9 @@ def rank_prunes() -> Any:
 if __name__ == "__main__":
     ranks.join(torch.device("cpu"))
     next_token._ENTRIES = ENTRIES
+    as_on_gpus()
+    if sys.argv[1] == "fail":
+        rank_fails()
     target = Path(sys.argv[2])
     done = {"prune": rank_prunes()} if sys.argv[1] == "prune" else {kind: rank_trains(kind, target) for kind in KINDS}
     ends = {name: model.state_dict() for name, model in done.items()}
