@@ -77,10 +77,6 @@ def goes_to_kernels(score: Tensor) -> bool:
     return score.dtype in _WIDTHS and uses_kernels(score)
 
 
-def _counts_in_kernels(score: Tensor) -> bool:
-    return score.dtype in _WIDTHS and uses_kernels(score, tried=False)
-
-
 def keep_largest(score: Tensor, kept: int, *, wait: bool = True) -> Tensor:
     """The mask of the `kept` largest entries of a whole matrix.
 
@@ -92,7 +88,7 @@ def keep_largest(score: Tensor, kept: int, *, wait: bool = True) -> Tensor:
     """
     if kept <= 0 or kept >= score.numel():
         return torch.full(score.shape, kept > 0, dtype=torch.bool, device=score.device)
-    if wait and _counts_in_kernels(score) and score.numel() > _TOPK:
+    if wait and goes_to_kernels(score) and score.numel() > _TOPK:
         return _keep_in_kernels(score, kept)
     threshold = _kth(score, kept)
     mask = torch.empty(score.shape, dtype=torch.bool, device=score.device)
@@ -225,7 +221,7 @@ def keep_largest_of_all(scores: Mapping[str, Tensor], kept: int) -> dict[str, Te
     """
     total, kth = _first_reading(scores)
     threshold, above, equal = kth(kept) if kept else (torch.inf, None, 0)
-    if above is not None and all(_counts_in_kernels(score) for score in scores.values()):
+    if above is not None and all(goes_to_kernels(score) for score in scores.values()):
         from prunus.kernels.threshold import LISTED, Kth, keep_of_all
 
         if equal <= LISTED or above + equal == kept:
@@ -276,7 +272,7 @@ def _keep_above_and_first(score: Tensor, threshold: float, above: int, equal: in
 
 def _count(score: Tensor, threshold: float) -> Tensor:
     """How many entries are above and how many equal the threshold, (2,) int64."""
-    if _counts_in_kernels(score):
+    if goes_to_kernels(score):
         from prunus.kernels.threshold import count_of
 
         return count_of(score, torch.full((), threshold, device=score.device)).sum(1)
@@ -292,7 +288,7 @@ def _first_reading(scores: Mapping[str, Tensor]) -> tuple[int, Callable[[int], _
     samples: list[Tensor] = []
     total, sampled = 0, False
     for name, score in scores.items():
-        sampled = uses_kernels(score, tried=False) if not total else sampled
+        sampled = uses_kernels(score) if not total else sampled
         _check_width(score, name, nan=not sampled)  # what reads sampled scores for their k-th notices NaN
         total += score.numel()
         if sampled:

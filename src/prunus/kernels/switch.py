@@ -2,8 +2,7 @@
 
 Programs take CUDA tensors where the package `triton` is installed (torch brings it on Linux) and finds the C compiler
 that it starts programs with, unless PRUNUS_KERNELS=0 is in the environment; everything else takes the plain path. A
-program that fails raises: nothing falls back by itself. Programs that have run in Triton's interpreter and through its
-compiler, but not yet on a GPU as they are, wait for PRUNUS_KERNELS=all.
+program that fails raises: nothing falls back by itself.
 """
 
 from __future__ import annotations
@@ -23,16 +22,15 @@ _AVAILABLE = (
     and importlib.util.find_spec("triton") is not None
     and bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
 )
-_ALL = os.environ.get("PRUNUS_KERNELS") == "all"
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _forced: bool | None = None  # a plain global: backward runs in threads that inherit no context
 
 
-def uses_kernels(x: Tensor, *, tried: bool = True) -> bool:
-    """Whether work on `x` goes to Triton programs; tried: whether a GPU has run these."""
+def uses_kernels(x: Tensor) -> bool:
+    """Whether work on `x` goes to Triton programs."""
     if _forced is None:
-        return x.is_cuda and _AVAILABLE and (tried or _ALL)
+        return x.is_cuda and _AVAILABLE
     return _forced and (x.is_cuda or _INTERPRETED)
 
 

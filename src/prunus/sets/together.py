@@ -29,7 +29,7 @@ def goes_together(problems: Problems, tensors: Sequence[Tensor], moments: Sequen
     if len(problems.parts) != 1 or problems.parts[0].joined or _kind(problems) is None:
         return False
     pairs = [(tensors[place], moments[place]) for place in problems.parts[0].places]
-    return all(_plain(x) and _plain(m) and uses_kernels(x, tried=False) and _order(x) == _order(m) for x, m in pairs)
+    return all(_plain(x) and _plain(m) and uses_kernels(x) and _order(x) == _order(m) for x, m in pairs)
 
 
 class Together:
