@@ -417,7 +417,7 @@ def run(args: argparse.Namespace) -> list[Stage]:
             with meter.stage("save") as notes:
                 save(model, masks, pruned, args, notes)
         del masks, model
-        gc.collect()  # SparseGPT needs the room, and modules refer to each other in circles
+        gc.collect()  # SparseGPT needs the room, also of what refers to itself in circles
     if wanted("sparsegpt") and not args.first:
         with meter.stage("sparsegpt") as notes:
             if (checkpoint / "config.json").exists():
