@@ -10,7 +10,8 @@ Stages: make (the checkpoint, kept if it is there), load, prune (Wanda, half of 
 sparsegpt (again from the checkpoint, `--blocks` of them, each written to the work folder when it is done, so that a
 repeated call goes on). Windows have 2,048 tokens; activations are recomputed in backward. Retraining or saving without
 prune takes magnitude masks, which cost seconds, so that a long run may be cut into several calls. With fewer `--steps`
-the row says how many, what one took after the first two, and what 100 would take at that rate.
+the row says how many, what one took after the first two, what these took more (programs are compiled), and what 100
+would take: adapters, merging, that surplus, and 100 times the rate.
 
 Every row is printed and, with `--json`, written when its stage ends, also that of a stage that failed; a later call
 with the same file replaces rows of the same name and keeps the others.
@@ -30,6 +31,7 @@ finished blocks (64 GB in all) elsewhere. On the host, peaks count memory of the
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import resource
@@ -184,6 +186,8 @@ def make(folder: Path, config: OPTConfig, device: torch.device, seed: int, threa
     shapes = {name: parameter.shape for name, parameter in build_empty(config).named_parameters()}
     size = 2 * sum(shape.numel() for shape in shapes.values())
     folder.mkdir(parents=True, exist_ok=True)
+    for unfinished in folder.glob("part-*"):  # of a killed call
+        shutil.rmtree(unfinished)
     free = shutil.disk_usage(folder).free
     if free < size:
         raise OSError(f"{folder} has {free / 1e9:.0f} GB free, the checkpoint takes {size / 1e9:.0f}: another --folder")
@@ -266,6 +270,11 @@ class Pace:
         (first, started), (last, ended) = self.marks[0], self.marks[-1]
         return (ended - started) / (last - first) if last > first else float("nan")
 
+    def surplus(self, started: float) -> float:
+        """Seconds that the first steps took more than as many later ones: programs are compiled, states are made."""
+        first, ended = self.marks[0]
+        return ended - started - first * self.seconds
+
 
 def retrain(
     name: str, model: OPTForCausalLM, masks: Masks, kinds: list[str], args: argparse.Namespace, notes: list[str]
@@ -289,9 +298,11 @@ def retrain(
     adaptation.merge_()
     each, others = pace.seconds, ready - started + time.perf_counter() - trained
     notes.append(f"{adaptation.trainable / 1e6:.1f} M values, {args.steps} steps, {each:.3f} s each")
+    once = pace.surplus(ready)
     notes.append(f"{2 * packed.length / each:,.0f} tokens/s, {others:.1f} s for adapters and merging")
+    notes.append(f"{once:.1f} s more in the first two steps, which compile")
     if args.steps != 100:
-        notes.append(f"100 steps would take {others + 100 * each:.0f} s")
+        notes.append(f"100 steps would take {others + once + 100 * each:.0f} s")
     notes.append(f"loss {trace.losses[0]:.3f} to {trace.losses[-1]:.3f}")
 
 
@@ -327,6 +338,7 @@ def save(model: OPTForCausalLM, masks: Masks, folder: Path, args: argparse.Names
     small = args.folder / "config"
     small.mkdir(exist_ok=True)
     shutil.copyfile(args.folder / "model" / "config.json", small / "config.json")
+    shutil.rmtree(folder.with_name(f"{folder.name}.partial"), ignore_errors=True)  # of a killed call: it needs the room
     needed = size + masks_bytes(masks) + 5e9 * args.scale  # a shard twice while it is closed
     if shutil.disk_usage(args.folder).free < needed and not args.keep:
         shutil.rmtree(args.folder / "model")
@@ -405,6 +417,7 @@ def run(args: argparse.Namespace) -> list[Stage]:
             with meter.stage("save") as notes:
                 save(model, masks, pruned, args, notes)
         del masks, model
+        gc.collect()  # SparseGPT needs the room, also of what refers to itself in circles
     if wanted("sparsegpt") and not args.first:
         with meter.stage("sparsegpt") as notes:
             if (checkpoint / "config.json").exists():
@@ -452,4 +465,4 @@ if __name__ == "__main__":
     say("| stage | time | GPU, peak | host, peak | |\n| --- | --- | --- | --- | --- |")
     times = {row.name: row.seconds for row in run(arguments)}
     core = sum(seconds for name, seconds in times.items() if name not in ("make", "sparsegpt"))
-    say(f"| load to save | {core:.1f} s | | | scale {arguments.scale:g} |")
+    say(f"| load to save | {core:.1f} s | | | scale {arguments.scale:g}, {arguments.steps} steps each |")

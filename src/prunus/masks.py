@@ -14,6 +14,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ __all__ = ["Masks", "count_kept", "infer_masks"]
 _FORMAT = "prunus.masks"
 _VERSION = "1"
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of an element -> its bits
+_PACKERS = 8  # threads; each holds one packed mask more
 _LARGE = 1 << 22  # entries: a kernel of that many takes longer than its launch
 
 
@@ -159,7 +161,8 @@ class Masks(Mapping[str, Tensor]):
         path = Path(path)
         partial = path.with_name(path.name + ".partial")
         shapes = json.dumps({name: list(mask.shape) for name, mask in self.items()})
-        packed = {name: torch.from_numpy(_pack(mask)) for name, mask in self.items()}
+        with ThreadPoolExecutor(_PACKERS) as pool:  # masks of 30 GB take one core long, and numpy lets others run
+            packed = dict(zip(self, map(torch.from_numpy, pool.map(_pack, self.values())), strict=True))
         try:
             save_file(packed, partial, metadata={"format": _FORMAT, "version": _VERSION, "shapes": shapes})
             os.replace(partial, path)

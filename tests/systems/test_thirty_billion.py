@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import weakref
 from pathlib import Path
 from types import ModuleType
 
@@ -63,12 +64,44 @@ def test_every_stage_runs_and_reports(script: ModuleType, tmp_path: Path) -> Non
 
 
 def test_a_call_without_prune_retrains_under_masks_of_magnitude(script: ModuleType, tmp_path: Path) -> None:
+    killed = [tmp_path / "model" / "part-9", tmp_path / "pruned.partial"]
+    for folder in killed:
+        folder.mkdir(parents=True)
+        (folder / "model.spool").write_bytes(b"left behind")
     script.run(arguments(script, tmp_path, "--stages", "make"))
     rows = script.run(arguments(script, tmp_path, "--stages", "load,norms,save", "--keep", "--steps", "5"))
+    assert not any(folder.exists() for folder in killed)
     assert [row.name for row in rows] == ["load", "norms", "save"]
     assert "5 steps" in rows[1].note
+    assert "more in the first two steps" in rows[1].note
     assert "100 steps would take" in rows[1].note
     assert Masks.load(tmp_path / "pruned" / "masks.safetensors").sparsity == 0.5
+
+
+def test_the_rate_leaves_the_first_steps_out(script: ModuleType) -> None:
+    pace = script.Pace("norms", torch.device("cpu"))
+    pace.marks = [(2, 110.0), (4, 114.0), (5, 116.0)]  # begun at 100: 10 s for two steps of 2 s
+    assert pace.seconds == 2.0
+    assert pace.surplus(100.0) == 6.0
+
+
+def test_the_model_is_freed_before_sparsegpt(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+    seen: list[bool] = []
+    load = script.load
+
+    def remembered(*args: object) -> object:
+        model = load(*args)
+        alive.extend(weakref.ref(each) for each in model.parameters())
+        return model
+
+    monkeypatch.setattr(script, "load", remembered)
+    monkeypatch.setattr(script, "solve", lambda *_: seen.append(any(each() is not None for each in alive)))
+    script.run(arguments(script, tmp_path, "--keep"))
+    assert alive
+    assert seen == [False]
 
 
 def test_a_stage_that_fails_leaves_its_row(

@@ -6,7 +6,8 @@ library would (largest elements first, then by name). It appears under its name 
 
     8 bytes: length of the header | JSON header padded with spaces | raw tensors
 
-What comes from a GPU is written by a thread, while the next tensor is on its way.
+What comes from a GPU is written by a thread, while the next tensor is on its way. A file takes one writer at a time, so
+a large model is written faster into several shards at once, each by a thread of its own.
 
 Names and dtypes are the caller's; nothing here knows a model.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Literal
@@ -59,12 +60,41 @@ class _Entry:
     bytes: int
 
 
+@dataclass(eq=False)
+class _Shard:
+    """A shard that grows in its spool, and the thread that writes there."""
+
+    number: int  # from 0
+    path: Path
+    spool: BinaryIO
+    thread: ThreadPoolExecutor
+    entries: list[_Entry] = field(default_factory=list)
+    writes: list[Future[None]] = field(default_factory=list)
+    filled: int = 0  # bytes in the spool
+
+    def add(self, name: str, tensor: Tensor, here: Tensor) -> Future[None]:
+        """The write, begun, of a tensor whose values are `here` on the host."""
+        size = tensor.numel() * tensor.element_size()
+        self.entries.append(_Entry(name, tensor.dtype, tuple(tensor.shape), self.filled, size))
+        self.filled += size
+        self.writes.append(self.thread.submit(_append, self.spool, here))
+        return self.writes[-1]
+
+    def settle(self) -> None:
+        """Wait until everything is in the spool; raise what went wrong."""
+        self.thread.shutdown()
+        for write in self.writes:
+            write.result()
+
+
 class ShardWriter:
     """Takes named tensors one after another and writes them as the safetensors shards of a Hugging Face folder.
 
     max_shard_bytes: a shard is closed before it would hold more; a tensor larger than that is a shard of its own.
-    Memory: three tensors. Disk: a shard that is laid out anew, twice. `close` (or leaving the `with` block without an
-    error) gives the shards their final names and writes the index, or one `model.safetensors` when a shard was enough.
+    lanes: shards that grow side by side, once the first is full; each next tensor goes to the emptiest.
+    Memory: two tensors and one for each lane. Disk: a shard that is laid out anew, twice. `close` (or leaving the
+    `with` block without an error) gives the shards their final names and writes the index, or one `model.safetensors`
+    when a shard was enough.
 
     >>> with ShardWriter(folder) as writer:
     ...     writer.write("lm_head.weight", torch.zeros(4, 2))
@@ -72,15 +102,12 @@ class ShardWriter:
     Raises ValueError for a name written twice, a dtype that safetensors lacks, or no tensor at all.
     """
 
-    def __init__(self, folder: str | Path, *, max_shard_bytes: float = 4e9) -> None:
-        self.folder, self.max_shard_bytes = Path(folder), int(max_shard_bytes)
+    def __init__(self, folder: str | Path, *, max_shard_bytes: float = 4e9, lanes: int = 1) -> None:
+        self.folder, self.max_shard_bytes, self.lanes = Path(folder), int(max_shard_bytes), lanes
         self.total_bytes = 0
-        self._parts: list[Path] = []
-        self._names: dict[str, int] = {}  # tensor -> number of its shard, from 0
-        self._entries: list[_Entry] = []  # of the shard in the spool
-        self._filled = 0  # bytes in the spool
-        self._spool: BinaryIO | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._parts: dict[int, Path] = {}  # number of a full shard -> its file
+        self._names: dict[str, int] = {}  # tensor -> number of its shard
+        self._open: list[_Shard] = []
         self._pending: list[Future[None]] = []
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -92,30 +119,24 @@ class ShardWriter:
         if tensor.is_meta:
             raise ValueError(f"tensor {name!r} is on the meta device and has no values; load it before saving")
         size = tensor.numel() * tensor.element_size()
-        if self._entries and self._filled + size > self.max_shard_bytes:
-            self._close_shard()
-        if self._spool is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._spool = self._spool_path.open("w+b")
-            self._spool.seek(_ROOM)
-        self._entries.append(_Entry(name, tensor.dtype, tuple(tensor.shape), self._filled, size))
-        self._names[name] = len(self._parts)
+        shard = self._emptiest(size)
+        self._names[name] = shard.number
         here = carried(tensor.detach().contiguous(), torch.device("cpu"))
-        self._pending.append(self._thread.submit(_append, self._spool, here))
-        self._settle(most=0 if tensor.device.type == "cpu" else 2)  # the caller's own memory may change
-        self._filled += size
+        self._pending.append(shard.add(name, tensor, here))
+        most = 0 if tensor.device.type == "cpu" else len(self._open) + 1  # the caller's own memory may change
+        self._settle(most=most)
         self.total_bytes += size
 
     def close(self) -> tuple[str, ...]:
         """File names of the finished checkpoint, the index last if there is one."""
         if not self._names:
             raise ValueError(f"no tensor was written to {self.folder}; a model without weights is not saved")
-        self._close_shard()
-        self._thread.shutdown()
+        for shard in list(self._open):
+            self._close_shard(shard)
         count = len(self._parts)
         files = [SINGLE_NAME] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-        for part, file in zip(self._parts, files, strict=True):
-            os.replace(part, self.folder / file)
+        for file, part in zip(files, sorted(self._parts), strict=True):
+            os.replace(self._parts[part], self.folder / file)
         if count > 1:
             weight_map = {name: files[i] for name, i in sorted(self._names.items())}
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
@@ -125,12 +146,12 @@ class ShardWriter:
 
     def abort(self) -> None:
         """Delete what was written so far."""
-        self._thread.shutdown()
-        if self._spool is not None:
-            self._spool.close()
-            self._spool = None
-        for path in (*self._parts, self._spool_path):
+        for shard in self._open:
+            shard.thread.shutdown()
+            shard.spool.close()
+        for path in (*self._parts.values(), *(shard.path for shard in self._open)):
             path.unlink(missing_ok=True)
+        self._open = []
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -144,37 +165,50 @@ class ShardWriter:
             self.abort()
         return False
 
-    @property
-    def _spool_path(self) -> Path:
-        return self.folder / "model.safetensors.spool"
+    def _emptiest(self, size: int) -> _Shard:
+        """An open shard with room for so many bytes."""
+        shard = min(self._open, key=lambda each: each.filled, default=None)
+        if shard is not None and shard.entries and shard.filled + size > self.max_shard_bytes:
+            self._close_shard(shard)
+            shard = None
+        if shard is not None and len(self._open) >= min(self.lanes, len(self._parts) + 1):
+            return shard
+        return self._open_shard()
 
-    def _close_shard(self) -> None:
-        spool = self._spool
-        if spool is None:
-            return
-        self._settle(most=0)
-        part = self.folder / f"model-{len(self._parts) + 1:05d}.safetensors.part"
-        header = _header(self._entries, _ROOM)
-        sizes = [entry.dtype.itemsize for entry in self._entries]
+    def _open_shard(self) -> _Shard:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        number = len(self._parts) + len(self._open)
+        path = self.folder / f"model-{number + 1:05d}.safetensors.spool"
+        spool = path.open("w+b")
+        spool.seek(_ROOM)
+        shard = _Shard(number, path, spool, ThreadPoolExecutor(1, thread_name_prefix="write"))
+        self._open.append(shard)
+        return shard
+
+    def _close_shard(self, shard: _Shard) -> None:
+        shard.settle()
+        part = self.folder / f"model-{shard.number + 1:05d}.safetensors.part"
+        header = _header(shard.entries, _ROOM)
+        sizes = [entry.dtype.itemsize for entry in shard.entries]
         if len(header) == _ROOM and sizes == sorted(sizes, reverse=True):
-            spool.seek(0)
-            spool.write(header)
-            _close(spool)
-            os.replace(self._spool_path, part)
+            shard.spool.seek(0)
+            shard.spool.write(header)
+            _close(shard.spool)
+            os.replace(shard.path, part)
         else:
-            self._lay_out(spool, part)
-            spool.close()
-            self._spool_path.unlink()
-        self._parts.append(part)
-        self._entries, self._filled, self._spool = [], 0, None
+            self._lay_out(shard, part)
+            shard.spool.close()
+            shard.path.unlink()
+        self._open.remove(shard)
+        self._parts[shard.number] = part
 
-    def _lay_out(self, spool: BinaryIO, part: Path) -> None:
+    def _lay_out(self, shard: _Shard, part: Path) -> None:
         unfinished = part.with_suffix(".tmp")
-        entries = sorted(self._entries, key=lambda e: (-e.dtype.itemsize, e.name))
+        entries = sorted(shard.entries, key=lambda e: (-e.dtype.itemsize, e.name))
         with unfinished.open("wb") as file:
             file.write(_header(entries))
             for entry in entries:
-                _copy(spool, file, entry)
+                _copy(shard.spool, file, entry)
             _close(file)
         os.replace(unfinished, part)
 
