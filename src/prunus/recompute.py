@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["kept_blocks", "recomputed"]
+__all__ = ["kept_blocks", "recomputed", "recomputing"]
 
 _MARGIN = 0.9  # of the memory there is: the allocator cannot use the last bits of it
 _STATE = 16  # bytes a trainable: gradient, two moments, and what the optimizer's step forms on the way
@@ -58,7 +58,7 @@ def recomputed(model: Any, *, spare: int | Literal["free"] = 0) -> Generator[Non
 
 def kept_blocks(model: nn.Module) -> int:
     """How many blocks of a model inside `recomputed` keep what they computed."""
-    return sum(not block.gradient_checkpointing for block in _blocks(model))
+    return sum(not block.gradient_checkpointing for block in recomputing(model))
 
 
 def _watch(model: nn.Module, spare: int | Literal["free"]) -> RemovableHandle:
@@ -70,7 +70,7 @@ def _watch(model: nn.Module, spare: int | Literal["free"]) -> RemovableHandle:
         if not (module.training and torch.is_grad_enabled()):
             return
         state["passes"] += 1
-        blocks = _blocks(module) if state["passes"] <= 2 else []
+        blocks = recomputing(module) if state["passes"] <= 2 else []
         if state["passes"] == 1 and blocks:
             blocks[0].gradient_checkpointing = False
             _measure_once(blocks[0], lambda size: decide(blocks, size))
@@ -124,8 +124,12 @@ def _left(model: nn.Module) -> int:
     return int(_MARGIN * room) - torch.cuda.max_memory_allocated(device) - _STATE * trained
 
 
-def _blocks(model: nn.Module) -> list[Any]:
-    """What recomputes itself, in order: the innermost modules with the flag. Adapted blocks are no chain of layers."""
+def recomputing(model: nn.Module) -> list[Any]:
+    """What recomputes itself, in order: the innermost modules with the flag. Adapted blocks are no chain of layers.
+
+    >>> len(recomputing(model))
+    2
+    """
     flagged = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
     return [
         module
