@@ -154,7 +154,6 @@ class EffectiveLinear(_AdaptedLinear):
         keep = f.keep and torch.is_grad_enabled() and (compiled or not torch.is_inference_mode_enabled())
         return _linear(x, self.matrix(), f.mask, f.A, f.B, self.bias, f.scale, f if keep else None)
 
-
     def hold(self) -> None:
         """Shows the kept effective weight to the compiled program that runs next."""
         weight, device = self.matrix(), self.weight.device.type

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from prunus.adapters import EffectiveLinear
 from prunus.compiled import allow_programs
@@ -46,10 +47,28 @@ def compiled_forward(model: nn.Module, *, backend: str = "inductor") -> Generato
     for block in blocks:
         block.forward = MethodType(_through(programs[type(block)]), block)  # bound to its copy when it is copied
     try:
-        yield len(blocks)
+        with _one_class(blocks):
+            yield len(blocks)
     finally:
         for block in blocks:
             vars(block).pop("forward", None)
+
+
+@contextmanager
+def _one_class(blocks: list[Any]) -> Generator[None]:
+    """Context in which modules parametrized alike are of one class, not of one each, which a program could not share.
+
+    Removing a parametrization takes it out of the class, so it is for afterwards.
+    """
+    own = {inner: type(inner) for block in blocks for inner in block.modules() if parametrize.is_parametrized(inner)}
+    shared: dict[Any, type[nn.Module]] = {}
+    for module, kind in own.items():
+        module.__class__ = shared.setdefault((kind.__bases__, *module.parametrizations), kind)
+    try:
+        yield
+    finally:
+        for module, kind in own.items():
+            module.__class__ = kind
 
 
 def _through(program: Any) -> Any:

@@ -93,17 +93,17 @@ def _measure_once(block: nn.Module, then: Callable[[int], None]) -> None:
         del block.forward
         if had is not None:
             block.forward = had
-        lives = {_place(each) for each in (*block.parameters(), *block.buffers(), *_tensors((args, kwargs)))}
         sizes: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
-            if _place(tensor) not in lives:
-                sizes[_place(tensor)] = tensor.untyped_storage().nbytes()
+            sizes[_place(tensor)] = tensor.untyped_storage().nbytes()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             output = own(*args, **kwargs)
-        then(sum(sizes.values()))
+        held = [tree_leaves(vars(module)) for module in block.modules()]  # also masks and kept weights, no buffers
+        lives = {_place(each) for each in _tensors((args, kwargs, held))}
+        then(sum(size for place, size in sizes.items() if place not in lives))
         return output
 
     block.forward = forward
