@@ -20,7 +20,7 @@ from claims import Row, cost, floor_ms, main
 from masklora import RANK, SCALE, layer
 from torch import Tensor
 
-from prunus.adapters import weight_gradients, effective_weight
+from prunus.adapters import effective_weight, weight_gradients
 from prunus.bits import pack
 from prunus.kernels.switch import uses_kernels
 

@@ -3,7 +3,7 @@
     python benchmarks/retraining_step.py
     python benchmarks/retraining_step.py --device cpu --scale 0.03    # scales down
     python benchmarks/retraining_step.py --profile     # instead: where the time of a step goes, ours and textbook
-    python benchmarks/retraining_step.py --compile     # instead: compiled blocks, against the textbook loop as it is and compiled
+    python benchmarks/retraining_step.py --compile     # instead: compiled blocks, against both textbook loops
 
 Eight blocks of OPT-6.7B's shape (random weights, bfloat16, pruned 2:4), 2 x 2,048 tokens a step, AdamW on float32
 trainables. Ours is `adapt`, `recomputed` and `train` as `prunus compress` calls them. The textbook loop is written out

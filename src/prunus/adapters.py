@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from prunus.bits import unpack
+from prunus.bits import kept_rows
 from prunus.factors import matrices
 from prunus.kernels.switch import uses_kernels
-from prunus.precision import no_autocast
+from prunus.precision import no_autocast, product_dtype
 
 __all__ = ["effective_weight", "mask_lora_linear", "scale_lora_linear"]
 
@@ -63,7 +63,7 @@ def effective_weight(
         elif mask is None:
             update.add_(weight[rows])
         else:
-            update.mul_(_kept(mask, rows, weight)).add_(weight[rows])
+            update.mul_(kept_rows(mask, rows, weight.shape[1])).add_(weight[rows])
         out[rows] = update.to(weight.dtype)
     return out
 
@@ -154,12 +154,6 @@ class EffectiveLinear(_AdaptedLinear):
         keep = f.keep and torch.is_grad_enabled() and (compiled or not torch.is_inference_mode_enabled())
         return _linear(x, self.matrix(), f.mask, f.A, f.B, self.bias, f.scale, f if keep else None)
 
-    def hold(self) -> None:
-        """Shows the kept effective weight to the compiled program that runs next."""
-        weight, device = self.matrix(), self.weight.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        self.factors.held = self.factors.built(weight, dtype)
-
 
 class LowRankLinear(_AdaptedLinear):
     """A linear layer with a low-rank path beside it, y = x W^T + c (x A^T) B^T: no matrix of the weight's size."""
@@ -228,9 +222,8 @@ def _linear(
     scale: float | None,
     keeps: Factors | None = None,
 ) -> Tensor:
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    if torch.is_autocast_enabled(device):
+    dtype = product_dtype(weight)
+    if torch.is_autocast_enabled(x.device.type):
         x = x.to(dtype)
     flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
     if torch.compiler.is_compiling():
@@ -347,7 +340,7 @@ class _Weight(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         weight, mask, A, B = ctx.saved_tensors
         with no_autocast(weight):
-            dA, dB = reduced(grads[0], weight, mask, A, B, ctx.scale)
+            dA, dB = reduce_tiles(lambda rows: grads[0][rows].to(A.dtype, copy=True), weight, mask, A, B, ctx.scale)
         return None, None, dA, dB, None
 
 
@@ -362,18 +355,11 @@ def weight_gradients(
 ) -> tuple[Tensor, Tensor]:
     """dL/dA and dL/dB where G = g^T x."""
     if not _in_kernels(weight, A):
-        return _reduce(_products(g, x, A.dtype), weight, mask, A, B, scale)
+        return reduce_tiles(_products(g, x, A.dtype), weight, mask, A, B, scale)
     from prunus.kernels.effective import reduce
 
     dA, dB = reduce(g, x, weight, A, B, mask, product=scale is None)
     return (dA, dB) if scale is None else (dA.mul_(scale), dB.mul_(scale))
-
-
-def reduced(
-    G: Tensor, weight: Tensor, mask: Tensor | None, A: Tensor, B: Tensor, scale: float | None
-) -> tuple[Tensor, Tensor]:
-    """dL/dA and dL/dB from the whole of G = dL/dW_eff."""
-    return _reduce(lambda rows: G[rows].to(A.dtype, copy=True), weight, mask, A, B, scale)
 
 
 def _products(g: Tensor, x: Tensor, dtype: torch.dtype) -> Callable[[slice], Tensor]:
@@ -386,7 +372,7 @@ def _products(g: Tensor, x: Tensor, dtype: torch.dtype) -> Callable[[slice], Ten
     return lambda rows: g[:, rows].to(dtype).t() @ wide
 
 
-def _reduce(
+def reduce_tiles(
     tile: Callable[[slice], Tensor], weight: Tensor, mask: Tensor | None, A: Tensor, B: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     """dL/dA and dL/dB from row tiles of G = dL/dW_eff, each dropped as soon as it is used."""
@@ -396,7 +382,7 @@ def _reduce(
         if scale is None:
             G.mul_(weight[rows])
         elif mask is not None:
-            G.mul_(_kept(mask, rows, weight))
+            G.mul_(kept_rows(mask, rows, weight.shape[1]))
         if A.ndim == 3:
             dB[rows] = G @ A[rows].mT
             dA[rows] = B[rows].mT @ G
@@ -404,11 +390,6 @@ def _reduce(
             dB[rows] = G @ A.t()
             dA += B[rows].t() @ G
     return (dA, dB) if scale is None else (dA.mul_(scale), dB.mul_(scale))
-
-
-def _kept(mask: Tensor, rows: slice, weight: Tensor) -> Tensor:
-    """The rows of a mask as bool."""
-    return unpack(mask[rows], weight.shape[1]) if mask.dtype == torch.uint8 else mask[rows]
 
 
 def tiles(weight: Tensor) -> Iterator[slice]:

@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 
 from prunus.adapters import EffectiveLinear
 from prunus.compiled import allow_programs
+from prunus.precision import product_dtype
 from prunus.recompute import recomputing
 
 __all__ = ["compiled_forward"]
@@ -79,7 +80,8 @@ def _through(program: Any) -> Any:
         kept = [each for each in block.modules() if keep and isinstance(each, EffectiveLinear) and each.factors.keep]
         try:
             for layer in kept:
-                layer.hold()
+                weight = layer.matrix()
+                layer.factors.held = layer.factors.built(weight, product_dtype(weight))
             return program(block, *args, **kwargs)
         finally:
             for layer in kept:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunus.adapters import effective_weight, reduced, weight_gradients
+from prunus.adapters import effective_weight, reduce_tiles, weight_gradients
 from prunus.precision import no_autocast
 
 __all__ = ["effective_linear", "effective_parameter"]
@@ -82,7 +82,7 @@ def _parameter_gradients(
     g: Tensor, weight: Tensor, mask: Tensor | None, A: Tensor, B: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     with no_autocast(weight):
-        return reduced(g, weight, mask, A, B, scale)
+        return reduce_tiles(lambda rows: g[rows].to(A.dtype, copy=True), weight, mask, A, B, scale)
 
 
 def _effective(

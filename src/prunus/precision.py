@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Precision", "autocast", "full_products", "no_autocast", "of_training"]
+__all__ = ["Precision", "autocast", "full_products", "no_autocast", "of_training", "product_dtype"]
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -69,3 +69,13 @@ def full_products() -> Generator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
+
+
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """In which dtype products with a weight run: autocast's, or the weight's own.
+
+    >>> product_dtype(torch.ones(1))
+    torch.float32
+    """
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

@@ -20,6 +20,7 @@ from tests.conftest import VOCABULARY, tiny_llama
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute"),  # dynamo looks at that of inputs
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # torch's own, while tracing
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
 ]
 
 
