@@ -20,7 +20,7 @@ from claims import Row, cost, floor_ms, main
 from masklora import RANK, SCALE, layer
 from torch import Tensor
 
-from prunus.adapters import _gradients, effective_weight
+from prunus.adapters import effective_weight, weight_gradients
 from prunus.bits import pack
 from prunus.kernels.switch import uses_kernels
 
@@ -46,7 +46,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
         return effective_weight(W, A, B, mask=bits, scale=SCALE)
 
     def reduce() -> tuple[Tensor, Tensor]:
-        return _gradients(g, x, W, bits, A, B, SCALE)
+        return weight_gradients(g, x, W, bits, A, B, SCALE)
 
     yield row("y = x W^T", lambda: x @ W.t(), operations=operations)
     yield row("dx = g W", lambda: g @ W, operations=operations)

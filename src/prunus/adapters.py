@@ -12,7 +12,6 @@ are in `adapt.py`.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from prunus.bits import unpack
+from prunus.bits import kept_rows
 from prunus.factors import matrices
 from prunus.kernels.switch import uses_kernels
+from prunus.precision import no_autocast, product_dtype
 
 __all__ = ["effective_weight", "mask_lora_linear", "scale_lora_linear"]
 
@@ -63,7 +63,7 @@ def effective_weight(
         elif mask is None:
             update.add_(weight[rows])
         else:
-            update.mul_(_kept(mask, rows, weight)).add_(weight[rows])
+            update.mul_(kept_rows(mask, rows, weight.shape[1])).add_(weight[rows])
         out[rows] = update.to(weight.dtype)
     return out
 
@@ -102,6 +102,7 @@ class Factors(nn.Module):
         self.scale = scale
         self.mask = mask
         self.keep = False
+        self.held: Tensor | None = None  # the kept weight, while a compiled program runs: it cannot ask `built`
         self._built: tuple[tuple[Any, ...], Tensor] = ((), A)
 
     @torch.no_grad()
@@ -149,8 +150,9 @@ class EffectiveLinear(_AdaptedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         f = self.factors
-        keep = f.keep and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-        return _linear(x, self.matrix(), f.mask, f.A, f.B, self.bias, f.scale, f.built if keep else None)
+        compiled = torch.compiler.is_compiling()  # which cannot follow the last question
+        keep = f.keep and torch.is_grad_enabled() and (compiled or not torch.is_inference_mode_enabled())
+        return _linear(x, self.matrix(), f.mask, f.A, f.B, self.bias, f.scale, f if keep else None)
 
 
 class LowRankLinear(_AdaptedLinear):
@@ -218,24 +220,32 @@ def _linear(
     B: Tensor,
     bias: Tensor | None,
     scale: float | None,
-    built: Callable[[Tensor, torch.dtype], Tensor] | None = None,
+    keeps: Factors | None = None,
 ) -> Tensor:
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    if torch.is_autocast_enabled(device):
+    dtype = product_dtype(weight)
+    if torch.is_autocast_enabled(x.device.type):
         x = x.to(dtype)
     flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
+    if torch.compiler.is_compiling():
+        from prunus.operators import effective_linear
+
+        held = None if keeps is None else keeps.held
+        y = effective_linear(flat, weight, mask, A, B, bias, scale, dtype, held)
+        return y.view(*x.shape[:-1], weight.shape[0])
     needs_x = None
-    trains = any(each.requires_grad for each in (flat, A, B))
-    if trains and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if any(each.requires_grad for each in (flat, A, B)) and torch.is_grad_enabled():
         needs_x = flat.requires_grad
         flat = _Saved.apply(flat, weight, mask, A, B)
-    held = None if built is None else built(weight, dtype)
+    held = None if keeps is None else keeps.built(weight, dtype)
     y = _Linear.apply(flat, needs_x, weight, mask, A, B, bias, scale, dtype, held)  # (tokens, out)
     return y.view(*x.shape[:-1], weight.shape[0])  # a view made inside the function could not be changed in place
 
 
 def _weight(weight: Tensor, mask: Tensor | None, A: Tensor, B: Tensor, scale: float | None) -> Tensor:
+    if torch.compiler.is_compiling():
+        from prunus.operators import effective_parameter
+
+        return effective_parameter(weight, mask, A, B, scale)
     return _Weight.apply(weight, mask, A, B, scale)  # type: ignore[no-any-return]
 
 
@@ -262,7 +272,7 @@ class _Linear(torch.autograd.Function):
     """x W_eff^T + bias, saving nothing of W_eff's size.
 
     needs_x: where x comes out of `_Saved`, whether what entered there needs a gradient (what leaves it always does);
-    None where it does not: compilers cannot follow a node.
+    None where it does not.
     """
 
     @staticmethod
@@ -307,7 +317,7 @@ class _Linear(torch.autograd.Function):
                 dx = g @ effective
                 del effective
             if needs_A or needs_B:
-                dA, dB = _gradients(g, x, weight, mask, A, B, ctx.scale)
+                dA, dB = weight_gradients(g, x, weight, mask, A, B, ctx.scale)
             if needs_bias:
                 dbias = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32)).to(ctx.bias_dtype)
         return dx, None, None, None, dA, dB, dbias, None, None, None
@@ -330,7 +340,7 @@ class _Weight(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         weight, mask, A, B = ctx.saved_tensors
         with no_autocast(weight):
-            dA, dB = _reduce(lambda rows: grads[0][rows].to(A.dtype, copy=True), weight, mask, A, B, ctx.scale)
+            dA, dB = reduce_tiles(lambda rows: grads[0][rows].to(A.dtype, copy=True), weight, mask, A, B, ctx.scale)
         return None, None, dA, dB, None
 
 
@@ -340,12 +350,12 @@ def _in_kernels(weight: Tensor, A: Tensor) -> bool:
     return A.ndim == 2 and len(A) <= most and A.dtype == torch.float32 and uses_kernels(weight)
 
 
-def _gradients(
+def weight_gradients(
     g: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None, A: Tensor, B: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     """dL/dA and dL/dB where G = g^T x."""
     if not _in_kernels(weight, A):
-        return _reduce(_products(g, x, A.dtype), weight, mask, A, B, scale)
+        return reduce_tiles(_products(g, x, A.dtype), weight, mask, A, B, scale)
     from prunus.kernels.effective import reduce
 
     dA, dB = reduce(g, x, weight, A, B, mask, product=scale is None)
@@ -362,7 +372,7 @@ def _products(g: Tensor, x: Tensor, dtype: torch.dtype) -> Callable[[slice], Ten
     return lambda rows: g[:, rows].to(dtype).t() @ wide
 
 
-def _reduce(
+def reduce_tiles(
     tile: Callable[[slice], Tensor], weight: Tensor, mask: Tensor | None, A: Tensor, B: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     """dL/dA and dL/dB from row tiles of G = dL/dW_eff, each dropped as soon as it is used."""
@@ -372,7 +382,7 @@ def _reduce(
         if scale is None:
             G.mul_(weight[rows])
         elif mask is not None:
-            G.mul_(_kept(mask, rows, weight))
+            G.mul_(kept_rows(mask, rows, weight.shape[1]))
         if A.ndim == 3:
             dB[rows] = G @ A[rows].mT
             dA[rows] = B[rows].mT @ G
@@ -382,18 +392,8 @@ def _reduce(
     return (dA, dB) if scale is None else (dA.mul_(scale), dB.mul_(scale))
 
 
-def _kept(mask: Tensor, rows: slice, weight: Tensor) -> Tensor:
-    """The rows of a mask as bool."""
-    return unpack(mask[rows], weight.shape[1]) if mask.dtype == torch.uint8 else mask[rows]
-
-
 def tiles(weight: Tensor) -> Iterator[slice]:
     """Slices of the first dimension (rows, or whole experts) of about _TILE entries."""
     step = max(1, _TILE // max(1, math.prod(weight.shape[1:])))
     for start in range(0, weight.shape[0], step):
         yield slice(start, start + step)
-
-
-def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["pack", "unpack"]
+__all__ = ["kept_rows", "pack", "unpack"]
 
 _CHUNK = 1 << 24  # entries packed at once: 64 MiB of temporaries
 
@@ -45,3 +45,12 @@ def unpack(packed: Tensor, columns: int) -> Tensor:
 
 # Byte -> its 8 entries, as the 8 bytes of an integer: one look-up a byte is 40 times faster than shifts on a CPU.
 _TABLE = ((torch.arange(256).unsqueeze(1) >> torch.arange(8)) & 1).to(torch.uint8).view(torch.int64).flatten()
+
+
+def kept_rows(mask: Tensor, rows: slice, columns: int) -> Tensor:
+    """The rows of a mask as bool, be it packed or bool already.
+
+    >>> kept_rows(torch.ones(3, 4, dtype=torch.bool), slice(0, 2), 4).shape
+    torch.Size([2, 4])
+    """
+    return unpack(mask[rows], columns) if mask.dtype == torch.uint8 else mask[rows]

@@ -37,10 +37,15 @@ def compile_blocks_(model: nn.Module, *, backend: str = "inductor") -> int:
             f"{type(model).__name__} has no blocks of one class that repeat, so nothing would be compiled: leave "
             "compile out, or hand over a model that is compiled already"
         )
-    torch._dynamo.config.recompile_limit = max(_PROGRAMS, torch._dynamo.config.recompile_limit)
+    allow_programs()
     for block in blocks:
         block.compile(backend=backend)
     return len(blocks)
+
+
+def allow_programs() -> None:
+    """Lets one forward have as many programs as a network has shapes of blocks."""
+    torch._dynamo.config.recompile_limit = max(_PROGRAMS, torch._dynamo.config.recompile_limit)
 
 
 @contextmanager

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["Precision", "autocast", "full_products", "of_training"]
+__all__ = ["Precision", "autocast", "full_products", "no_autocast", "of_training", "product_dtype"]
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -28,6 +28,17 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
         raise ValueError(f"precision is fp32, bf16 or fp16; got {precision!r}")
     dtype = dtypes[precision]
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Context without autocast on the device of `x`.
+
+    >>> with torch.autocast("cpu"), no_autocast(torch.ones(1)):
+    ...     torch.is_autocast_enabled("cpu")
+    False
+    """
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def of_training(model: nn.Module, precision: Precision) -> Precision:
@@ -58,3 +69,13 @@ def full_products() -> Generator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
+
+
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """In which dtype products with a weight run: autocast's, or the weight's own.
+
+    >>> product_dtype(torch.ones(1))
+    torch.float32
+    """
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

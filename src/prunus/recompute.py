@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from prunus.blocks import find_recomputing
 
-__all__ = ["kept_blocks", "recomputed"]
+__all__ = ["kept_blocks", "recomputed", "recomputing"]
 
 _MARGIN = 0.9  # of the memory there is: the allocator cannot use the last bits of it
 _STATE = 16  # bytes a trainable: gradient, two moments, and what the optimizer's step forms on the way
@@ -60,7 +60,7 @@ def recomputed(model: Any, *, spare: int | Literal["free"] = 0) -> Generator[Non
 
 def kept_blocks(model: nn.Module) -> int:
     """How many blocks of a model inside `recomputed` keep what they computed."""
-    return sum(not block.gradient_checkpointing for block in _blocks(model))
+    return sum(not block.gradient_checkpointing for block in recomputing(model))
 
 
 def _watch(model: nn.Module, spare: int | Literal["free"]) -> RemovableHandle:
@@ -72,7 +72,7 @@ def _watch(model: nn.Module, spare: int | Literal["free"]) -> RemovableHandle:
         if not (module.training and torch.is_grad_enabled()):
             return
         state["passes"] += 1
-        blocks = _blocks(module) if state["passes"] <= 2 else []
+        blocks = recomputing(module) if state["passes"] <= 2 else []
         if state["passes"] == 1 and blocks:
             blocks[0].gradient_checkpointing = False
             _measure_once(blocks[0], lambda size: decide(blocks, size))
@@ -95,17 +95,17 @@ def _measure_once(block: nn.Module, then: Callable[[int], None]) -> None:
         del block.forward
         if had is not None:
             block.forward = had
-        lives = {_place(each) for each in (*block.parameters(), *block.buffers(), *_tensors((args, kwargs)))}
         sizes: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
-            if _place(tensor) not in lives:
-                sizes[_place(tensor)] = tensor.untyped_storage().nbytes()
+            sizes[_place(tensor)] = tensor.untyped_storage().nbytes()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             output = own(*args, **kwargs)
-        then(sum(sizes.values()))
+        held = [tree_leaves(vars(module)) for module in block.modules()]  # also masks and kept weights, no buffers
+        lives = {_place(each) for each in _tensors((args, kwargs, held))}
+        then(sum(size for place, size in sizes.items() if place not in lives))
         return output
 
     block.forward = forward
@@ -126,7 +126,12 @@ def _left(model: nn.Module) -> int:
     return int(_MARGIN * room) - torch.cuda.max_memory_allocated(device) - _STATE * trained
 
 
-def _blocks(model: nn.Module) -> list[Any]:
+def recomputing(model: nn.Module) -> list[Any]:
+    """The blocks that can recompute themselves, in order.
+
+    >>> recomputing(nn.Linear(2, 2))
+    []
+    """
     return [model.get_submodule(name) for name in find_recomputing(model)]
 
 

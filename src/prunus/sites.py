@@ -24,12 +24,12 @@ from prunus.adapters import (
     Factors,
     LowRankLinear,
     effective_weight,
-    no_autocast,
     tiles,
 )
 from prunus.bits import pack, unpack
 from prunus.factors import Init, matrices, new_factors
 from prunus.layers import View
+from prunus.precision import no_autocast
 
 __all__ = ["Owner", "Parametrization", "Site", "find_owners", "make_sites"]
 

@@ -197,7 +197,13 @@ class Retrain(Strict):
     add_biases: bool = False
     checkpointing: bool | Literal["auto"] = False
     keep_effective: bool = False
+    compile: bool = False
     seed: int = 0
+
+    @model_serializer(mode="wrap")
+    def _plain(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `compile` when it is not set: recipes written before it was there keep their hashes."""
+        return {key: value for key, value in inner(self).items() if key != "compile" or value}
 
     @model_validator(mode="after")
     def _check(self) -> Retrain:

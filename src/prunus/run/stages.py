@@ -26,6 +26,7 @@ from prunus.biases import add_biases
 from prunus.data import ASSETS, PackedTokens, calibration, read_texts, tokenize
 from prunus.evaluate.perplexity import perplexity
 from prunus.evaluate.streamed import streamed_perplexity
+from prunus.fused import compiled_forward
 from prunus.layers import Inputs, Layer, View, find_layers
 from prunus.lr import linear_warmup_decay
 from prunus.masks import Masks
@@ -323,7 +324,10 @@ def retrain(
     packed = PackedTokens(tokens, asked.length)
     optimizer = torch.optim.AdamW(adaptation.param_groups(asked.lr, asked.lrs), weight_decay=0.0)
     spare = "free" if asked.checkpointing == "auto" else 0
-    with recomputed(model, spare=spare) if asked.checkpointing else nullcontext():
+    with (
+        compiled_forward(model) if asked.compile else nullcontext(),
+        recomputed(model, spare=spare) if asked.checkpointing else nullcontext(),
+    ):
         trace = train(
             model,
             lambda step: packed.at(step, batch=asked.batch_size, seed=asked.seed),
