@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -88,7 +89,7 @@ def run(device: str, on: bool, rescale: str, ball: Ball, layout: torch.memory_fo
                 if parameter.ndim == 4:
                     parameter.grad = parameter.grad.contiguous(memory_format=layout)
             if step == 2:
-                optimizer.load_state_dict(optimizer.state_dict())  # momentum lies elsewhere then
+                optimizer.load_state_dict(deepcopy(optimizer.state_dict()))  # momentum lies elsewhere then
             optimizer.step()
         assert bool(optimizer._together) == (on and rescale != "gradient" and ball.gauge != Lp(1))
     return [each.detach() for each in parameters], [each._version for each in parameters]
