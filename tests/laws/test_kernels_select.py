@@ -157,7 +157,7 @@ def test_a_matrix_equals_a_stable_sort(
     device: str, kind: str, dtype: torch.dtype, listed: int, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(threshold, "LISTED", listed)
-    for rows, columns, layout in [(1, 1, ""), (30, 101, ""), (7, 33, "transposed")]:
+    for rows, columns, layout in [(1, 1, ""), (9, 101, ""), (7, 33, "transposed")]:
         score = made(kind, rows, columns, dtype)
         for kept in sorted({1, rows * columns // 2, rows * columns - 1}):
             mask = keep_largest(laid(score.to(device), layout), kept)
@@ -184,7 +184,7 @@ def test_a_wide_bracket_is_narrowed(device: str, kind: str, bins: int, monkeypat
     monkeypatch.setattr(threshold, "_BINS", bins)
     score = made(kind, 9, 31).to(device)
     ordered = score.flatten().sort(descending=True).values  # in place of a sample: on the device that does the work
-    for k in (1, 2, 100, 278, 279):
+    for k in (1, 100, 279):
         found = threshold.kth_of([score], ordered, k, score.numel())
         assert found is not None
         assert found.value == ordered[k - 1]

@@ -50,7 +50,7 @@ def made(kind: str) -> Tensor:
 def test_equal_a_stable_sort(device: str, kind: str) -> None:
     score = made(kind)
     n = score.shape[1]
-    for kept in sorted({1, 2, n // 3, n // 2, n - 1, n} & set(range(1, n + 1))):
+    for kept in sorted({1, n // 3, n - 1, n} & set(range(1, n + 1))):
         found, squares = largest_of_long_rows(score.to(device), kept)
         assert torch.equal(found.cpu(), sorted_out(score, kept)), kept
         torch.testing.assert_close(squares.cpu(), found.cpu().double().square().sum(1))
@@ -60,7 +60,8 @@ def test_equal_a_stable_sort(device: str, kind: str) -> None:
 def test_rows_may_be_slices(device: str) -> None:
     wide = torch.randn(3, 700, generator=torch.Generator().manual_seed(1)).to(device)
     assert torch.equal(largest_of_long_rows(wide[:, 1:600], 50)[0].cpu(), sorted_out(wide[:, 1:600].cpu(), 50))
-    assert torch.equal(largest_of_long_rows(wide.T, 2)[0].cpu(), sorted_out(wide.T.cpu(), 2))
+    columns = wide[:, :5].T  # few: each row costs the interpreter as much as a long one
+    assert torch.equal(largest_of_long_rows(columns, 2)[0].cpu(), sorted_out(columns.cpu(), 2))
 
 
 @each_device
