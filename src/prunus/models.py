@@ -145,13 +145,14 @@ def _vgg(classes: int, channels: int) -> nn.Module:
 
 
 class _Mean(nn.Module):
-    """The mean over all pixels, (B, C, H, W) -> (B, C, 1, 1): the bits of nn.AdaptiveAvgPool2d(1).
+    """The mean over all pixels, (B, C, H, W) -> (B, C, 1, 1), as nn.AdaptiveAvgPool2d(1) gives it.
 
-    That one, given channels-last, changes strides in place, which torch.func.vmap can only do member by member.
+    That one, given channels-last, changes strides in place, which torch.func.vmap can only do member by member; and the
+    gradient of x.mean is a view without strides, which vectorised BatchNorm does not take on a GPU.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.mean((-1, -2), keepdim=True)
+        return F.avg_pool2d(x, x.shape[-2:])
 
 
 def _head(in_: int, classes: int) -> list[tuple[str, nn.Module]]:

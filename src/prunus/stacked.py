@@ -10,8 +10,7 @@ is slower so than one member after another (docs/results/soups.md), and threads 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ class Stacked(nn.Module):
     With 16-bit precision products are 16-bit, but biases and BatchNorm give float32 activations when they are
     vectorised; on a CPU convolutions are float32 as well.
     Operations without a batching rule are done member by member, with a warning of torch; so is nn.AdaptiveAvgPool2d(1)
-    of channels-last images, which a mean over the pixels is in the same bits.
+    of channels-last images. Pool with F.avg_pool2d: the gradient of a mean is a view, which BatchNorm there refuses.
     Raises ValueError for members of different architectures, for parameters that they share, and for modules that
     cannot be vectorised: recurrent ones, SyncBatchNorm, BatchNorm with momentum None. What else torch.func.vmap cannot
     do (branches on values, say) raises its own RuntimeError in the first step.
@@ -59,8 +58,7 @@ class Stacked(nn.Module):
         def of_one(parameters: dict[str, Tensor], buffers: dict[str, Tensor], batch: Any) -> Tensor:
             return loss(_With(first, {**parameters, **buffers}), batch)
 
-        with _wide_statistics(first):
-            losses: Tensor = torch.func.vmap(of_one, randomness="different")(parameters, buffers, batch)
+        losses: Tensor = torch.func.vmap(of_one, randomness="different")(parameters, buffers, batch)
         if self.training:
             _write_back_(own, buffers)
         return losses
@@ -117,23 +115,6 @@ class _With(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return torch.func.functional_call(self._model[0], self._tensors, args, kwargs)
-
-
-@contextmanager
-def _wide_statistics(member: nn.Module) -> Generator[None]:
-    """BatchNorm is given float32 while this lasts: vectorised, it refuses 16-bit input beside float32 statistics."""
-
-    def widen(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        mean = getattr(module, "running_mean", None)
-        return inputs if mean is None else (inputs[0].to(mean.dtype), *inputs[1:])
-
-    norms = [module for module in member.modules() if isinstance(module, _BatchNorm)]
-    handles = [module.register_forward_pre_hook(widen) for module in norms]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _stacked(tensors: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
