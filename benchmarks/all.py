@@ -145,8 +145,9 @@ def write(folder: Path, results: dict[str, Any]) -> None:
             there = {path.stem for path in scripts()}
             kept = {name: rows for name, rows in old["scripts"].items() if name in there}
             stopped = [name for name in old.get("stopped", []) if name in kept and name not in results["scripts"]]
+            commits = dict.fromkeys(", ".join(each["setting"]["commit"] for each in (old, results)).split(", "))
             results = {
-                "setting": results["setting"],
+                "setting": {**results["setting"], "commit": ", ".join(commits)},
                 "scripts": dict(sorted({**kept, **results["scripts"]}.items())),
                 "stopped": stopped + results.get("stopped", []),
             }
