@@ -13,6 +13,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported, which transformers does
+os.environ.setdefault(
+    "PET_LOCAL_ADDR", "127.0.0.1"
+)  # where ranks that torchrun starts meet, whatever the host is called
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

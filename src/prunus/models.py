@@ -147,8 +147,8 @@ def _vgg(classes: int, channels: int) -> nn.Module:
 class _Mean(nn.Module):
     """The mean over all pixels, (B, C, H, W) -> (B, C, 1, 1), as nn.AdaptiveAvgPool2d(1) gives it.
 
-    That one, given channels-last, changes strides in place, which torch.func.vmap can only do member by member; and the
-    gradient of x.mean is a view without strides, which vectorised BatchNorm does not take on a GPU.
+    That one, given channels-last, changes strides in place, which torch.func.vmap can only do member by member. Windows
+    have a batching rule, and their gradient lies in memory as the image does.
     """
 
     def forward(self, x: Tensor) -> Tensor:

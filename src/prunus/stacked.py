@@ -33,7 +33,7 @@ class Stacked(nn.Module):
     With 16-bit precision products are 16-bit, but biases and BatchNorm give float32 activations when they are
     vectorised; on a CPU convolutions are float32 as well.
     Operations without a batching rule are done member by member, with a warning of torch; so is nn.AdaptiveAvgPool2d(1)
-    of channels-last images. Pool with F.avg_pool2d: the gradient of a mean is a view, which BatchNorm there refuses.
+    of channels-last images: pool with F.avg_pool2d.
     Raises ValueError for members of different architectures, for parameters that they share, and for modules that
     cannot be vectorised: recurrent ones, SyncBatchNorm, BatchNorm with momentum None. What else torch.func.vmap cannot
     do (branches on values, say) raises its own RuntimeError in the first step.

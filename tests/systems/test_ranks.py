@@ -21,16 +21,7 @@ from prunus.run.recipe import Recipe, parse
 from tests.systems.test_compress import raw
 
 # What `accelerate launch` runs for several GPUs; for several CPU processes it would want MPI.
-LAUNCH = [
-    "torch.distributed.run",
-    "--standalone",
-    "--local-addr",
-    "127.0.0.1",
-    "--nproc-per-node",
-    "2",
-    "--module",
-    "prunus.run.cli",
-]
+LAUNCH = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--module", "prunus.run.cli"]
 
 
 FITTED = {"reconstruct": {"steps": 4, "lr": 1e-3}}

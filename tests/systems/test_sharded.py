@@ -110,17 +110,7 @@ def launch(folder: Path, what: str, *, fsdp: bool) -> dict[str, dict[str, Tensor
     """The weights that two ranks ended with, by what was done."""
     own = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
     own |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if fsdp else {}  # as `accelerate launch` says it
-    launched = [
-        "torch.distributed.run",
-        "--standalone",
-        "--local-addr",
-        "127.0.0.1",
-        "--nproc-per-node",
-        "2",
-        __file__,
-        what,
-        str(folder),
-    ]
+    launched = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, what, str(folder)]
     done = subprocess.run([sys.executable, "-m", *launched], env=own, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return torch.load(folder / "model.pt")

@@ -61,7 +61,7 @@ def soup_experiment(
     started = time.perf_counter()
     recipe = setting.recipe
     assert isinstance(recipe, SoupRecipe)
-    stacked = _stacks(setting)
+    stacked = _stacks(setting, recipe)
     begin = begin_at(setting, recipe, dense_folder, store, checkpoint, bar)
     with bar("members", None) as advance:
         found = follow(
@@ -83,21 +83,15 @@ def soup_experiment(
     return SoupOutcome(begin.put(rows.soup.state), rows.soup.masks, result, apart)
 
 
-def _stacks(setting: Setting) -> bool:
+def _stacks(setting: Setting, recipe: SoupRecipe) -> bool:
     """Whether members are stacked. "auto" is no: by benchmarks/stacked.py threads are faster, and so is one by one.
 
     3 and 10 ResNet-18 at batch 128 on an H100, images per second of all: 39,800 and 39,800 one after another, 51,400
     and 51,200 in threads, 19,800 and 24,000 stacked and captured. On a CPU stacking took 1.3 to 1.7 times as long.
     """
-    recipe = setting.recipe
-    assert isinstance(recipe, SoupRecipe)
     stacked = recipe.soup.stacked is True
-    if (
-        stacked
-        and setting.device.type == "cuda"
-        and setting.precision != "fp32"
-        and setting.sets.train.pixels.shape[1] == 1
-    ):
+    narrow = setting.device.type == "cuda" and setting.precision != "fp32"
+    if stacked and narrow and setting.sets.train.pixels.shape[1] == 1:
         raise ValueError(
             f"soup.stacked: one-channel images cannot be stacked in {setting.precision} on a GPU, where "
             "torch's vectorised BatchNorm refuses them: set precision: fp32, or leave stacked out"
