@@ -26,15 +26,15 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prunus.constrained import constrained_groups
+from prunus.data.images import Augment, ImageBatches, Images
+from prunus.data.models import build_model
 from prunus.during import During
-from prunus.frankwolfe import SFW
-from prunus.images import Augment, ImageBatches, Images
+from prunus.frankwolfe.constrained import constrained_groups
+from prunus.frankwolfe.proximal import NuclearNorm, NuclearSteps, ProximalSGD
+from prunus.frankwolfe.sets import Ball, Initial, k_support, spectral_k_support
+from prunus.frankwolfe.sfw import SFW
 from prunus.layers import find_layers
-from prunus.models import build_model
-from prunus.proximal import NuclearNorm, NuclearSteps, ProximalSGD
-from prunus.sets import Ball, Initial, k_support, spectral_k_support
-from prunus.train import classification_loss, train
+from prunus.train.train import classification_loss, train
 
 WARM = 12  # steps before the clock: cuDNN chooses, state is made, the step is recorded
 TARGETS = {"K-support": 1.3, "spectral K-support": 2.0}

@@ -17,7 +17,7 @@ from claims import Row, cost, floor_ms, main, sized
 from torch import Tensor
 
 from prunus.kernels.switch import kernels
-from prunus.selection import keep_largest, keep_largest_of_all
+from prunus.patterns.selection import keep_largest, keep_largest_of_all
 
 AGAINST = "a sort of all scores"
 

@@ -21,15 +21,15 @@ from claims import Cost, Row, cost, main, sized
 from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
 
-from prunus.adapt import adapt
+from prunus.adapt.adapt import adapt
+from prunus.blocks.recompute import recomputed
 from prunus.layers import find_layers
 from prunus.masks import Masks
-from prunus.next_token import next_token_loss
 from prunus.patterns import Unstructured
-from prunus.recompute import recomputed
-from prunus.scores import wanda
-from prunus.solvers import by_score, sparsegpt
-from prunus.stream import stream
+from prunus.score.scores import wanda
+from prunus.solve.solvers import by_score, sparsegpt
+from prunus.stream.stream import stream
+from prunus.train.next_token import next_token_loss
 
 SIZES = (1, 2, 4)
 Work = Callable[[argparse.Namespace, int, int, int], Cost]  # (args, width, windows, length)

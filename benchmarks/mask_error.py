@@ -31,7 +31,7 @@ from prunus.report import print_table
 from prunus.run import stages
 from prunus.run.fitted import fitted
 from prunus.run.recipe import load_recipe
-from prunus.solvers import Solver
+from prunus.solve.solvers import Solver
 
 ROWS = prunus.Unstructured("row")
 PATTERNS = {"50 %": (ROWS, 0.5), "60 %": (ROWS, 0.6), "2:4": (prunus.NM(2, 4), 0.5)}

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from claims import Cost, Row, cost, floor_ms, main, sized
 from torch import Tensor, nn
 
-from prunus.adapters import EffectiveLinear, Factors, mask_lora_linear
-from prunus.bits import pack
+from prunus.adapt.effective import EffectiveLinear, Factors, mask_lora_linear
+from prunus.masks import pack
 from prunus.patterns import NM
 
 RANK, SCALE = 16, 2.0

@@ -20,9 +20,9 @@ from claims import Row, cost, floor_ms, main
 from masklora import RANK, SCALE, layer
 from torch import Tensor
 
-from prunus.adapters import effective_weight, weight_gradients
-from prunus.bits import pack
+from prunus.adapt.effective import effective_weight, weight_gradients
 from prunus.kernels.switch import uses_kernels
+from prunus.masks import pack
 
 BUILD = ((64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 8), (32, 128, 8))
 REDUCE = ((64, 128, 4), (64, 64, 4), (32, 128, 4), (64, 128, 8))

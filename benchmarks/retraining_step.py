@@ -37,14 +37,14 @@ from claims import Cost, Row, cost, device_name, floor_ms, main, parse, sized
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
-from prunus.adapt import adapt
-from prunus.fused import compiled_forward
+from prunus.adapt.adapt import adapt
+from prunus.adapt.fused import compiled_forward
+from prunus.blocks.recompute import kept_blocks, recomputed
 from prunus.layers import View, find_layers
+from prunus.machine.precision import of_training
 from prunus.masks import Masks
 from prunus.patterns import NM
-from prunus.precision import of_training
-from prunus.recompute import kept_blocks, recomputed
-from prunus.train import train
+from prunus.train.train import train
 
 STEPS, RANK, ALPHA = 8, 16, 32.0
 Room = Literal["none", "textbook", "free"]  # for blocks that are not recomputed

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from prunus.layers import Inputs, Layer
 from prunus.patterns import NM, Pattern, Unstructured
-from prunus.solvers import sparsegpt
+from prunus.solve.solvers import sparsegpt
 
 SHAPES = ((7168, 28672, 5), (4096, 4096, 15))  # out, in, how many times faster is aimed at
 

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from training import Start, make, ours, rate_of
 
-from prunus.stacked import Stacked, member_batches, together
-from prunus.train import classification_loss, train
+from prunus.train.stacked import Stacked, member_batches, together
+from prunus.train.train import classification_loss, train
 
 
 def stacked_rate(arguments: argparse.Namespace, count: int, cuda: bool, *, capture: bool) -> float:

@@ -51,21 +51,21 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import AutoConfig, OPTConfig, OPTForCausalLM
 
-from prunus.adapt import adapt
-from prunus.data import PackedTokens
-from prunus.export import save_tensors
-from prunus.export.shards import INDEX_NAME, SINGLE_NAME, ShardWriter
-from prunus.files import write_json
+from prunus.adapt.adapt import adapt
+from prunus.blocks.recompute import recomputed
+from prunus.data.texts import PackedTokens
 from prunus.layers import Layer, find_layers
-from prunus.lr import linear_warmup_decay
+from prunus.machine.files import write_json
 from prunus.masks import Masks
 from prunus.patterns import Unstructured
-from prunus.recompute import recomputed
-from prunus.solvers import by_magnitude, by_wanda, sparsegpt
-from prunus.sources import Shards
-from prunus.stream import BlockReport, stream
-from prunus.train import train
-from prunus.work import Work
+from prunus.save import save_tensors
+from prunus.save.shards import INDEX_NAME, SINGLE_NAME, ShardWriter
+from prunus.solve.solvers import by_magnitude, by_wanda, sparsegpt
+from prunus.stream.sources import Shards
+from prunus.stream.stream import BlockReport, stream
+from prunus.stream.work import Work
+from prunus.train.lr import linear_warmup_decay
+from prunus.train.train import train
 
 STAGES = ("make", "load", "prune", "norms", "masklora", "save", "sparsegpt")
 

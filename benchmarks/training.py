@@ -24,12 +24,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from prunus.compiled import compile_blocks_
+from prunus.blocks.compiled import compile_blocks_
+from prunus.data.images import Augment, ImageBatches, Images
+from prunus.data.models import build_model
 from prunus.during import During
-from prunus.images import Augment, ImageBatches, Images
 from prunus.masks import Masks
-from prunus.models import build_model
-from prunus.train import classification_loss, train
+from prunus.train.train import classification_loss, train
 
 
 def make(arguments: argparse.Namespace, seed: int) -> tuple[nn.Module, ImageBatches, torch.optim.Optimizer]:

@@ -36,19 +36,19 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
 
-from prunus import ranks
-from prunus.adapt import adapt
-from prunus.data import PackedTokens
-from prunus.files import write_json
+from prunus.adapt.adapt import adapt
+from prunus.blocks.recompute import recomputed
+from prunus.data.texts import PackedTokens
 from prunus.layers import find_layers
-from prunus.lr import linear_warmup_decay
+from prunus.machine import ranks
+from prunus.machine.files import write_json
 from prunus.masks import Masks
 from prunus.patterns import NM
-from prunus.recompute import recomputed
-from prunus.sharded import asked
-from prunus.solvers import by_wanda, sparsegpt
-from prunus.stream import stream
-from prunus.train import train
+from prunus.solve.solvers import by_wanda, sparsegpt
+from prunus.stream.stream import stream
+from prunus.train.lr import linear_warmup_decay
+from prunus.train.sharded import asked
+from prunus.train.train import train
 
 MODES = ("alone", "replicated", "sharded")
 RETRAINED = {"biases, norms": ["biases", "norms"], "mask_lora": ["mask_lora"], "full under masks": ["full"]}

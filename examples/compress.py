@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunus
-from prunus.data import ASSETS
+from prunus.data.texts import ASSETS
 
 SPARSE = "runs/example"
 model = AutoModelForCausalLM.from_pretrained(ASSETS, dtype="float32").eval()  # any causal language model

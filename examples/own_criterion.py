@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunus
-from prunus.data import ASSETS
+from prunus.data.texts import ASSETS
 
 
 def symmetric(layer: prunus.Layer) -> torch.Tensor:

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from prunus.evaluate.corruptions import corrupted_images
-from prunus.images import CORRUPTIONS
+from prunus.data.images import CORRUPTIONS
+from prunus.measure.corruptions import corrupted_images
 from prunus.run.grid import Grid
 from prunus.run.recipe import parse, read_yaml
 from prunus.run.vision import stages

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["Inputs", "Layer", "View", "find_layers", "matches"]
+__all__ = ["Inputs", "Layer", "View", "find_layers", "matches", "scan"]
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ def find_layers(
     >>> [view.name for view in find_layers(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))]
     ['0', '2']
     """
-    found = list(_scan(root, prefix))
+    found = list(scan(root, prefix))
     for glob in (*include, *exclude):
         _check_matches(glob, [candidate.view.name for candidate in found])
     taken: list[View] = []
@@ -205,7 +205,7 @@ class _Candidate:
     trouble: str  # why it cannot be pruned, or empty
 
 
-def _scan(root: nn.Module, prefix: str = "") -> Iterator[_Candidate]:
+def scan(root: nn.Module, prefix: str = "") -> Iterator[_Candidate]:
     keys = {id(parameter): name for name, parameter in root.named_parameters()}
     dense = _tied_and_heads(root) | _routers(root)
     seen: set[int] = set()

@@ -14,12 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.allocations import Allocation, counts_under, erk, global_, lamp, uniform, uniform_plus
 from prunus.layers import Inputs, Layer, View, find_layers
 from prunus.masks import Masks
-from prunus.observe import observe
 from prunus.patterns import Pattern, Unstructured, check_sparsity
-from prunus.scores import Score, magnitude
+from prunus.score import Allocation, Score, counts_under, erk, global_, lamp, magnitude, observe, uniform, uniform_plus
 
 __all__ = ["ALLOCATIONS", "named_allocation", "prune"]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from prunus.evaluate.accuracy import Accuracy, accuracy
+from prunus.measure.accuracy import Accuracy, accuracy
 
 
 def batches(logits, y, size=4):

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from prunus import adapters
-from prunus.adapt import Adaptation, adapt
-from prunus.adapters import EffectiveLinear, Factors, effective_weight
-from prunus.factors import new_factors
+from prunus.adapt import effective as adapters
+from prunus.adapt.adapt import Adaptation, adapt
+from prunus.adapt.effective import EffectiveLinear, Factors, effective_weight
+from prunus.adapt.factors import new_factors
 from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.patterns import NM, Pattern, Unstructured

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import nn
 
-from prunus.ahead import ahead
 from prunus.patterns import Unstructured
-from prunus.scores import magnitude
-from prunus.solvers import by_score
-from prunus.stream import stream
-from prunus.work import Work
+from prunus.score.scores import magnitude
+from prunus.solve.solvers import by_score
+from prunus.stream.ahead import ahead
+from prunus.stream.stream import stream
+from prunus.stream.work import Work
 from tests.conftest import VOCABULARY, tiny_llama
 
 CPU = torch.device("cpu")

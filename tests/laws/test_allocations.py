@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prunus import allocations, patterns
-from prunus.allocations import Allocation, counts_under, erk, global_, lamp, owl, uniform, uniform_plus
+from prunus import patterns
 from prunus.patterns import NM, Block, Pattern, Rows, Unstructured, kept_of
+from prunus.score import allocations
+from prunus.score.allocations import Allocation, counts_under, erk, global_, lamp, owl, uniform, uniform_plus
 
 SHAPES = {
     "model.layers.0.fc1": (6, 8),

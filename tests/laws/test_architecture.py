@@ -1,4 +1,4 @@
-"""A file imports only from its own floor or lower ones; the floors are those of docs/architecture.md."""
+"""A room imports only from rooms above it in docs/architecture.md, through their `__init__`, and no private name."""
 
 import ast
 import re
@@ -10,68 +10,105 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "prunus"
 
 
-def read_floors(text):
-    """Room ("layers", "export") -> floor, from the rows `| 0 | `layers.py` | ... |`."""
-    rows = re.findall(r"^\| (\d) \| (`[^|]+`) \|", text, re.MULTILINE)
-    return {
-        name.removesuffix(".py").strip("/"): int(floor) for floor, cell in rows for name in re.findall(r"`(.+?)`", cell)
-    }
+def read_rooms(text):
+    """The rooms ("layers", "save") in the table's order."""
+    return [name.removesuffix(".py").strip("/") for name in re.findall(r"^\| `([^`|]+)` \|", text, re.MULTILINE)]
 
 
-FLOORS = read_floors((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
+ROOMS = read_rooms((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+SHOWN = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 
 
 def room_of(path):
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported_rooms(source, path=PACKAGE / "x.py"):
-    """Rooms of our package that a file imports anywhere, also inside functions and for types only."""
-    modules = set()
+def imports(source):
+    """(room, rest of the module's path, imported name) of everything of ours that a file imports anywhere, also inside
+    functions and for types only."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            modules |= {alias.name for alias in node.names}
+            ours = [alias.name.split(".", 2) for alias in node.names if alias.name.startswith("prunus.")]
+            yield from ((parts[1], "".join(parts[2:]), "") for parts in ours)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path} imports relatively; write the whole name"
-            modules |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name.split(".")[1] for name in modules if name.startswith("prunus.")} & FLOORS.keys()
+            assert node.level == 0, "relative import: write the whole name"
+            front, _, path = (node.module or "").partition(".")
+            if front == "prunus":
+                room, _, rest = path.partition(".")
+                yield from ((room, rest, alias.name) for alias in node.names)
 
 
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+def faults(source, own, rooms):
+    """What a file of the room `own` must not import, in words."""
+    for room, rest, name in imports(source):
+        if room == own or not room:
+            continue
+        if rooms.index(room) > rooms.index(own):
+            yield f"{room} lies below {own}"
+        if rest:
+            yield f"prunus.{room}.{rest} is what lies inside {room}: import {name} from prunus.{room}"
+        if name.startswith("_"):
+            yield f"{name} is private to {room}"
+
+
+def circles(graph):
+    """Modules that reach themselves."""
+
+    def reached(start):
+        seen, todo = set(), list(graph[start])
+        while todo:
+            if (module := todo.pop()) not in seen:
+                seen.add(module)
+                todo += graph.get(module, ())
+        return seen
+
+    return {module for module in graph if module in reached(module)}
 
 
 def test_the_plan_names_every_room_and_no_other():
-    assert len(FLOORS) > 15
-    assert set(FLOORS) == {room_of(path) for path in FILES}
+    assert len(ROOMS) == len(set(ROOMS)) > 15
+    assert set(ROOMS) == {room_of(path) for path in FILES}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_go_down_or_stay(path):
-    floor = FLOORS[room_of(path)]
-    above = {room for room in imported_rooms(path.read_text(encoding="utf-8"), path) if FLOORS[room] > floor}
-    assert not above, f"{path.name} (floor {floor}) imports from above: {', '.join(sorted(above))}"
+@SHOWN
+def test_imports_go_up_through_the_door(path):
+    assert not list(faults(path.read_text(encoding="utf-8"), room_of(path), ROOMS))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_files_are_short_and_say_what_they_hold(path):
-    text = path.read_text(encoding="utf-8")
-    assert text.count("\n") < 400
-    assert ast.get_docstring(ast.parse(text)), f"{path.name} does not say what it holds"
+@SHOWN
+def test_files_say_what_they_hold(path):
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{path.name} does not say what it holds"
+
+
+@pytest.mark.xfail(reason="the circles of run/ go with its workers", strict=True)
+def test_no_module_reaches_itself():
+    modules = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in FILES}
+    graph = {}
+    for module, path in modules.items():
+        found = list(imports(path.read_text(encoding="utf-8")))
+        near = {".".join(filter(None, each)) for each in found} | {".".join(filter(None, each[:2])) for each in found}
+        graph[module] = near & modules.keys()
+    assert not circles(graph)
 
 
 @pytest.mark.parametrize(
-    ("source", "rooms"),
+    ("source", "wrong"),
     [
-        ("import prunus.stream", {"stream"}),
-        ("from prunus import masks, __version__", {"masks"}),
-        ("from prunus.run.recipe import Recipe", {"run"}),
-        ("def f():\n    from prunus.export import save_model", {"export"}),
-        ("import prunuses.masks, torch", set()),
+        ("from prunus.a import f", 0),
+        ("from prunus.b.deep import _g", 0),
+        ("from prunus import a, __version__", 0),
+        ("def f():\n    from prunus.c import g", 1),
+        ("from prunus.a.deep import f", 1),
+        ("from prunus.a import _f", 1),
+        ("import prunus.c.deep", 2),
+        ("import prunuses.c, torch", 0),
     ],
 )
-def test_imports_are_found(source, rooms):
-    assert imported_rooms(source) == rooms
+def test_faults_are_found(source, wrong):
+    assert len(list(faults(source, "b", ["a", "b", "c"]))) == wrong
 
 
-def test_floors_are_read():
-    assert read_floors("| 0 | `a.py`, `b.py` | x |\n| 3 | `c/` | `d.py` |\n") == {"a": 0, "b": 0, "c": 3}
+def test_rooms_and_circles_are_read():
+    assert read_rooms("| `a.py` | x |\n| `b/` | `c.py` |\n") == ["a", "b"]
+    assert circles({"a": {"b"}, "b": {"a"}, "c": {"a"}}) == {"a", "b"}

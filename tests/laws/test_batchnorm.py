@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from prunus.batchnorm import recalibrate_
+from prunus.train.batchnorm import recalibrate_
 
 
 def network():

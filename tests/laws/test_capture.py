@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prunus.capture import _AHEAD, CapturedStep
+from prunus.train.capture import _AHEAD, CapturedStep
 
 
 @pytest.mark.gpu

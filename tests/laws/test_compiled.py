@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from prunus.batchnorm import recalibrate_
-from prunus.compiled import compile_blocks_, uncompiled
-from prunus.evaluate.accuracy import accuracy
-from prunus.models import build_model
-from prunus.train import classification_loss, train
+from prunus.blocks.compiled import compile_blocks_, uncompiled
+from prunus.data.models import build_model
+from prunus.measure.accuracy import accuracy
+from prunus.train.batchnorm import recalibrate_
+from prunus.train.train import classification_loss, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at that of inputs
 

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from prunus.evaluate.accuracy import accuracy
-from prunus.evaluate.corruptions import MEASURES, corrupted_accuracy, corrupted_images
-from prunus.images import CORRUPTIONS, Images, corrupt, corruptions, distortions, plain_batches, read_images
+from prunus.data.images import CORRUPTIONS, Images, corrupt, corruptions, distortions, plain_batches, read_images
+from prunus.measure.accuracy import accuracy
+from prunus.measure.corruptions import MEASURES, corrupted_accuracy, corrupted_images
 
 REFERENCE = pytest.importorskip("imagecorruptions")
 
@@ -224,7 +224,7 @@ def test_sets_are_made_once_and_are_images(tmp_path, monkeypatch):
     made = corrupted_images(images, "snow", 2, folder=tmp_path)
     (file,) = tmp_path.rglob("*.safetensors")
     assert torch.equal(read_images(file, None).pixels, made.pixels)
-    monkeypatch.setattr("prunus.evaluate.corruptions.corrupt", lambda *_, **__: pytest.fail("made again"))
+    monkeypatch.setattr("prunus.measure.corruptions.corrupt", lambda *_, **__: pytest.fail("made again"))
     again = corrupted_images(images, "snow", 2, folder=tmp_path)
     assert torch.equal(again.pixels, made.pixels)
     assert torch.equal(again.labels, images.labels)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from prunus.evaluate import cost as cost_module
-from prunus.evaluate.cost import Cost, Energy, cost, flops_of, weight_change
+from prunus.data.models import build_model
 from prunus.masks import Masks
-from prunus.models import build_model
+from prunus.measure import cost as cost_module
+from prunus.measure.cost import Cost, Energy, cost, flops_of, weight_change
 
 
 def network():

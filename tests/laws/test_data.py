@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prunus.data import PackedTokens, calibration, read_texts, tokenize, tokenize_documents, windows
+from prunus.data.texts import PackedTokens, calibration, read_texts, tokenize, tokenize_documents, windows
 
 
 class Bytes:

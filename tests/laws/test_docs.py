@@ -123,7 +123,7 @@ def test_commands_parse(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("prunus.run.compress.compress", lambda recipe: {"recipe": recipe})
     monkeypatch.setattr("prunus.run.show.show_result", lambda result, out: None)
-    monkeypatch.setattr("prunus.ranks.is_main", lambda: False)
+    monkeypatch.setattr("prunus.machine.ranks.is_main", lambda: False)
     for line in re.findall(r"^\$ (.+)$", "".join(blocks(page.read_text(encoding="utf-8"), "console")), re.MULTILINE):
         words = shlex.split(line)
         start = next((i for i, word in enumerate(words) if word in ("prunus", "prunus.run.cli")), None)

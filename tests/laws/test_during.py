@@ -16,16 +16,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from prunus import during
-from prunus.allocations import uniform
 from prunus.during.choose import keep_allocated, keep_global
-from prunus.during.protocol import During, Plan, masks_by_magnitude
 from prunus.during.schedule import cubic, sparsity_after
 from prunus.during.topology import exchange
 from prunus.layers import View, find_layers
 from prunus.masks import Masks
+from prunus.patterns.selection import kept_of
 from prunus.prune import ALLOCATIONS
-from prunus.selection import kept_of
-from prunus.train import classification_loss, train
+from prunus.score.allocations import uniform
+from prunus.train.hooks import During, Plan, masks_by_magnitude
+from prunus.train.train import classification_loss, train
 
 METHODS = [name for name in during.__all__ if name not in ("During", "Plan")]
 STEPS = 20

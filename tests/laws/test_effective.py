@@ -16,14 +16,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from prunus import adapters
-from prunus.adapt import adapt
-from prunus.adapters import effective_weight, mask_lora_linear, scale_lora_linear
-from prunus.bits import pack, unpack
+from prunus.adapt import effective as adapters
+from prunus.adapt.adapt import adapt
+from prunus.adapt.effective import effective_weight, mask_lora_linear, scale_lora_linear
 from prunus.kernels import switch
 from prunus.kernels.switch import kernels, uses_kernels
 from prunus.layers import find_layers
-from prunus.masks import Masks
+from prunus.masks import Masks, pack, unpack
 from prunus.patterns import NM
 
 pytest.importorskip("triton")
@@ -235,7 +234,7 @@ def test_packing_loses_nothing(rows: int, columns: int, seed: int) -> None:
 def test_packing_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = torch.rand(11, 13) > 0.5
     whole = pack(mask)
-    monkeypatch.setattr("prunus.bits._CHUNK", 40)
+    monkeypatch.setattr("prunus.masks._PACKED", 40)
     assert torch.equal(pack(mask), whole)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from prunus.kernels.switch import kernels
-from prunus.next_token import _cross_entropy
+from prunus.train.next_token import _cross_entropy
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 in_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="programs are compiled where there is a GPU")

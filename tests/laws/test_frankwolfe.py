@@ -8,10 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from prunus.constrained import KeptGradients, constrained_groups
-from prunus.frankwolfe import SFW
-from prunus.masks import Masks
-from prunus.sets import (
+from prunus.frankwolfe.constrained import KeptGradients, constrained_groups
+from prunus.frankwolfe.sets import (
     Groups,
     Initial,
     Radius,
@@ -24,7 +22,9 @@ from prunus.sets import (
     spectral_k_sparse,
     spectral_k_support,
 )
-from prunus.train import classification_loss, train
+from prunus.frankwolfe.sfw import SFW
+from prunus.masks import Masks
+from prunus.train.train import classification_loss, train
 from tests.conftest import unwaited
 
 BALLS = [lp(1), lp(2), lp(float("inf")), lp(3), k_sparse(0.3), k_support(0.3), group_k_support(0.5)]

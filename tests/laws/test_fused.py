@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from prunus.adapt import adapt
-from prunus.fused import compiled_forward
+from prunus.adapt.adapt import adapt
+from prunus.adapt.fused import compiled_forward
+from prunus.blocks.recompute import kept_blocks, recomputed
 from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.patterns import NM
-from prunus.recompute import kept_blocks, recomputed
-from prunus.train import train
+from prunus.train.train import train
 from tests.conftest import VOCABULARY, tiny_llama
 
 pytestmark = [

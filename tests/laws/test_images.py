@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, IterableDataset
 
-from prunus.images import Augment, ImageBatches, Images, LoaderBatches, plain_batches, read_images
-from prunus.images import batches as batches_module
+from prunus.data.images import Augment, ImageBatches, Images, LoaderBatches, plain_batches, read_images
+from prunus.data.images import batches as batches_module
 from tests.conftest import unwaited
 
 

@@ -12,14 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from prunus import selection
 from prunus.during.choose import keep_global
 from prunus.kernels.switch import kernels, uses_kernels
 from prunus.layers import Inputs, Layer
-from prunus.patterns import NM, Block, Pattern, Unstructured, mask_scaled, scaled
-from prunus.scores import magnitude, wanda
-from prunus.selection import keep_largest, keep_largest_of_all, keep_largest_of_row, kth_largest, select_global
-from prunus.solvers import by_magnitude, by_score, by_wanda
+from prunus.patterns import NM, Block, Pattern, Unstructured, mask_scaled, scaled, selection
+from prunus.patterns.selection import keep_largest, keep_largest_of_all, keep_largest_of_row, kth_largest, select_global
+from prunus.score.scores import magnitude, wanda
+from prunus.solve.solvers import by_magnitude, by_score, by_wanda
 from tests.conftest import unwaited
 
 pytest.importorskip("triton")

@@ -10,9 +10,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from prunus.frankwolfe.sets import k_support
 from prunus.kernels.long_rows import largest_of_long_rows
 from prunus.kernels.switch import kernels
-from prunus.sets import k_support
 
 ON_CPU = pytest.param("cpu", marks=pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="compiles"))
 ON_GPU = pytest.param(

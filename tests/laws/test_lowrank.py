@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from prunus import lowrank
-from prunus.lowrank import decompose, ranks_by_budget, ranks_by_energy, ranks_by_share
+from prunus.shrink import lowrank
+from prunus.shrink.lowrank import decompose, ranks_by_budget, ranks_by_energy, ranks_by_share
 
 
 def seeded(make):

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from prunus import lr
-from prunus.lr import RETRAINING, Multiplier, Original, allr, linear, retraining, scheduler
+from prunus.train import lr
+from prunus.train.lr import RETRAINING, Multiplier, Original, allr, linear, retraining, scheduler
 
 ORIGINAL = Original.of([0.05, 0.1, 0.1, 0.1, 0.01, 0.01, 0.001], warmup=1)
 TRAINING = {

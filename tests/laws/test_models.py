@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from prunus.models import BasicBlock, build_model
+from prunus.data.models import BasicBlock, build_model
 
 SMALL = ["resnet8", "resnet8x2", "resnet14", "wrn10_2"]
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton")
 
-from prunus.frankwolfe import SFW
+from prunus.frankwolfe.sets import Ball, k_sparse, k_support, lp
+from prunus.frankwolfe.sets.lp import Lp
+from prunus.frankwolfe.sfw import SFW
 from prunus.kernels import moves as programs
 from prunus.kernels.moves import move_, plan_moves
 from prunus.kernels.switch import kernels
-from prunus.sets import Ball, k_sparse, k_support, lp
-from prunus.sets.lp import Lp
 
 ON_CPU = pytest.param("cpu", marks=pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="compiles"))
 ON_GPU = pytest.param(

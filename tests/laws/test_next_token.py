@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from prunus import next_token
-from prunus.adapt import adapt
+from prunus.adapt.adapt import adapt
+from prunus.blocks.recompute import recomputed
 from prunus.layers import find_layers
 from prunus.masks import Masks
-from prunus.next_token import next_token_loss
-from prunus.recompute import recomputed
-from prunus.train import train
+from prunus.train import next_token
+from prunus.train.next_token import next_token_loss
+from prunus.train.train import train
 from tests.conftest import VOCABULARY, tiny_llama
 from tests.systems.test_families import FAMILIES, NORMAL, _normal
 

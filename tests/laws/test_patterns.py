@@ -9,9 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prunus import keys, patterns, selection
-from prunus.patterns import NM, Block, Rows, Unstructured, check_sparsity, kept_of, parse
-from prunus.selection import keep_largest, kth_largest, select_global, select_global_share
+from prunus import patterns
+from prunus.patterns import NM, Block, Rows, Unstructured, check_sparsity, kept_of, keys, parse, selection
+from prunus.patterns.selection import keep_largest, kth_largest, select_global, select_global_share
 
 INF = float("inf")
 # ties, both zeros, a float32 denormal, the float16 extremes, infinities

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prunus.adapt import adapt
+from prunus.adapt.adapt import adapt
 from prunus.layers import find_layers
-from prunus.next_token import next_token_loss
-from prunus.precision import Precision, autocast, of_training
+from prunus.machine.precision import Precision, autocast, of_training
+from prunus.train.next_token import next_token_loss
 from tests.conftest import VOCABULARY, tiny_llama
 
 

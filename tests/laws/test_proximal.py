@@ -6,10 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from prunus import proximal
-from prunus.proximal import GroupLasso, NuclearNorm, NuclearSteps, ProximalSGD, shrink_groups, shrink_singular_values
-from prunus.sets import Ball, Groups, Lp, Spectrum
-from prunus.train import classification_loss, train
+from prunus.frankwolfe import proximal
+from prunus.frankwolfe.proximal import (
+    GroupLasso,
+    NuclearNorm,
+    NuclearSteps,
+    ProximalSGD,
+    shrink_groups,
+    shrink_singular_values,
+)
+from prunus.frankwolfe.sets import Ball, Groups, Lp, Spectrum
+from prunus.train.train import classification_loss, train
 
 
 def random(*shape, seed=0):

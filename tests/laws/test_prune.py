@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from prunus import patterns
-from prunus.allocations import uniform
 from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.patterns import NM, Block, Rows, Unstructured
 from prunus.prune import ALLOCATIONS, named_allocation, prune
-from prunus.scores import random_score, wanda
+from prunus.score.allocations import uniform
+from prunus.score.scores import random_score, wanda
 
 
 def network(seed: int = 0) -> nn.Sequential:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import prunus
-from prunus.data import ASSETS
+from prunus.data.texts import ASSETS
 
 ROOT = Path(__file__).parents[2]
 SHAPE = re.compile(r"\((\.\.\., |[\w*]+, ?)[\w ]*\)")  # (out, in), (N,), (..., in)
@@ -96,29 +96,24 @@ def test_import_is_cheap():
     assert not heavy & set(loaded)
 
 
-def test_functions_win_over_modules_of_their_name_in_any_order():
+def test_functions_win_over_rooms_of_their_name_in_any_order():
     code = """
-import json, prunus.stream, prunus.reconstruct, prunus.train
-from prunus import adapt, scores, stream
-print(json.dumps([callable(f) for f in (prunus.stream, prunus.train, adapt, stream)] + [scores.__name__]))
+import json, prunus.stream, prunus.train.lr
+from prunus import adapt, score, stream
+print(json.dumps([callable(f) for f in (prunus.stream, prunus.train, prunus.prune, adapt, stream)] + [score.__name__]))
 """
-    assert run(code) == [True, True, True, True, "prunus.scores"]
+    assert run(code) == [True, True, True, True, True, "prunus.score"]
 
 
-def test_names_are_sorted_lazy_and_complete():
-    homes = [name for group in prunus._HOMES.values() for name in group]
-    assert sorted(homes) == sorted(prunus.__all__)
-    assert len(set(homes)) == len(homes)
+def test_names_are_lazy_and_complete():
     assert set(prunus.__all__) <= set(dir(prunus))
-    tree = ast.parse(Path(prunus.__file__).read_text())
-    typed = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
-    assert set(prunus.__all__) <= typed
-
-
-def test_public_names_are_those_of_their_modules():
-    for home, group in prunus._HOMES.items():
-        module = sys.modules.get(f"prunus.{home}") or __import__(f"prunus.{home}", fromlist=["x"])
-        assert set(group) <= set(module.__all__), home
+    stub = (ROOT / "src" / "prunus" / "__init__.pyi").read_text(encoding="utf-8")
+    nodes = [node for node in ast.walk(ast.parse(stub)) if isinstance(node, ast.ImportFrom)]
+    named = [alias.name for node in nodes for alias in node.names]
+    assert sorted(named) == sorted(prunus.__all__)
+    for node in nodes:  # the rooms themselves say that these names are public
+        room = __import__(f"prunus.{node.module}", fromlist=["x"])
+        assert {alias.name for alias in node.names} <= set(room.__all__), node.module
 
 
 def test_unknown_names_are_refused_with_the_known_ones():

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prunus import recompute
-from prunus.adapt import adapt
+from prunus.adapt.adapt import adapt
+from prunus.blocks import recompute
+from prunus.blocks.recompute import kept_blocks, recomputed
 from prunus.layers import find_layers
-from prunus.next_token import next_token_loss
-from prunus.recompute import kept_blocks, recomputed
-from prunus.train import train
+from prunus.train.next_token import next_token_loss
+from prunus.train.train import train
 from tests.conftest import VOCABULARY, tiny_llama
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from prunus.layers import Inputs, Layer
 from prunus.patterns import NM, Block, Pattern, Rows, Unstructured
-from prunus.relaxation import frank_wolfe
-from prunus.scores import wanda
-from prunus.solvers import by_score
-from prunus.swaps import swap_
+from prunus.score.scores import wanda
+from prunus.solve.frank_wolfe import frank_wolfe
+from prunus.solve.solvers import by_score
+from prunus.solve.swaps import swap_
 
 PATTERNS = [Unstructured("row"), Unstructured("layer"), NM(2, 4), NM(1, 4), NM(2, 3), Block(2, 2), Rows()]
 FREE = (Unstructured("row"), Unstructured("layer"), Block(2, 2), Rows())
@@ -319,7 +319,7 @@ def test_many_exchanges_at_once_are_those_one_at_a_time(monkeypatch: pytest.Monk
         for _ in range(20):
             swap_(one, layer.weight, layer.inputs.gram, most=1, width=width)
         swap_(many, layer.weight, layer.inputs.gram, most=20, width=width)
-        monkeypatch.setattr("prunus.swaps._CHUNK", 24 * 7)
+        monkeypatch.setattr("prunus.solve.swaps._CHUNK", 24 * 7)
         swap_(chunked, layer.weight, layer.inputs.gram, most=20, width=width)
         monkeypatch.undo()
         assert torch.equal(one, many)

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from prunus import scores
 from prunus.layers import Inputs, Layer
 from prunus.patterns import NM, Pattern, Unstructured
-from prunus.relaxation import frank_wolfe
-from prunus.scores import Score, magnitude, ria, wanda
-from prunus.solvers import Solver, by_score, sparsegpt
+from prunus.score import scores
+from prunus.score.scores import Score, magnitude, ria, wanda
+from prunus.solve.frank_wolfe import frank_wolfe
+from prunus.solve.solvers import Solver, by_score, sparsegpt
 
 FACTORIES = {"random_score": lambda: scores.random_score(torch.Generator().manual_seed(0))}
 NAMES = [name for name in scores.__all__ if name != "Score"]

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog, minimize
 from torch import nn
 
-from prunus import sets
-from prunus.sets import Ball, Entries, Groups, KSparse, KSupport, Labels, Lp, Spectrum
-from prunus.sets.protocol import count_of
-from prunus.sets.sparse import largest
-from prunus.sets.subspace import COLD, follow_, make_basis
+from prunus.frankwolfe import sets
+from prunus.frankwolfe.sets import Ball, Entries, Groups, KSparse, KSupport, Labels, Lp, Spectrum
+from prunus.frankwolfe.sets.protocol import count_of
+from prunus.frankwolfe.sets.sparse import largest
+from prunus.frankwolfe.sets.subspace import COLD, follow_, make_basis
 
 GAUGES = [Lp(1), Lp(1.5), Lp(2), Lp(3), Lp(math.inf), KSparse(2), KSupport(2), KSupport(1), KSparse(0.6), KSupport(1.0)]
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 3, 3, 0, 2, 2, 1])

@@ -9,11 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from prunus import shrink
-from prunus.batchnorm import recalibrate_
-from prunus.lowrank import decompose, ranks_by_share
-from prunus.models import build_model
-from prunus.shrink import (
+from prunus.data.models import build_model
+from prunus.shrink import filters as shrink
+from prunus.shrink.filters import (
     Channels,
     choose_filters,
     filter_norms,
@@ -22,6 +20,8 @@ from prunus.shrink import (
     remove_filters,
     resized,
 )
+from prunus.shrink.lowrank import decompose, ranks_by_share
+from prunus.train.batchnorm import recalibrate_
 
 
 class Parts(nn.Module):

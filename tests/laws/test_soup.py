@@ -7,16 +7,8 @@ import torch
 from torch import nn
 
 from prunus.masks import Masks
-from prunus.soup import (
-    average,
-    average_and_reprune,
-    check_weights,
-    greedy,
-    greedy_members,
-    learn_weights,
-    mix,
-)
-from prunus.train import classification_loss
+from prunus.soup.average import average, average_and_reprune, check_weights, greedy, greedy_members, learn_weights, mix
+from prunus.train.train import classification_loss
 
 SHAPES = {"0.weight": (8, 6), "0.bias": (8,), "1.running_mean": (8,), "3.weight": (3, 8)}
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from prunus.data.models import build_model
 from prunus.masks import Masks
-from prunus.models import build_model
-from prunus.stacked import Stacked, member_batches, together
-from prunus.train import classification_loss, train
+from prunus.train.stacked import Stacked, member_batches, together
+from prunus.train.train import classification_loss, train
 
 
 class Residual(nn.Module):

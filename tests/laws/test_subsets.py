@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prunus.adapt import adapt
-from prunus.subsets import find_subset
+from prunus.adapt.adapt import adapt
+from prunus.adapt.subsets import find_subset
 from tests.systems.test_families import FAMILIES
 
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from prunus.during.protocol import During
 from prunus.masks import Masks
-from prunus.soup import average
-from prunus.swa import Swa
-from prunus.train import classification_loss, train
+from prunus.soup.average import average
+from prunus.train.hooks import During
+from prunus.train.swa import Swa
+from prunus.train.train import classification_loss, train
 
 
 def make_model():
@@ -110,7 +110,7 @@ def test_sixteen_bit_weights_are_averaged_in_float32():
 
 
 def plan(steps):
-    from prunus.during.protocol import Plan
+    from prunus.train.hooks import Plan
 
     return Plan(steps, steps, ())
 

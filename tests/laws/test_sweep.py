@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from prunus import solvers
 from prunus.kernels.switch import kernels
 from prunus.layers import Inputs, Layer
 from prunus.patterns import NM, Block, Pattern, Unstructured
-from prunus.solvers import sparsegpt
+from prunus.solve import solvers
+from prunus.solve.solvers import sparsegpt
 
 pytest.importorskip("triton")
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from prunus.during.protocol import During
-from prunus.ema import Ema
 from prunus.masks import Masks
-from prunus.train import classification_loss, train
+from prunus.train.ema import Ema
+from prunus.train.hooks import During
+from prunus.train.train import classification_loss, train
 
 
 def make_model(seed: int = 0) -> nn.Sequential:

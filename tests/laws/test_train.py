@@ -7,9 +7,9 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from prunus.lr import linear_warmup_decay
 from prunus.masks import Masks
-from prunus.train import train
+from prunus.train.lr import linear_warmup_decay
+from prunus.train.train import train
 
 
 class Net(nn.Module):

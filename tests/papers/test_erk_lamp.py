@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prunus.allocations import erk, global_, lamp, uniform_plus
+from prunus.score.allocations import erk, global_, lamp, uniform_plus
 
 NET = {"conv": (4, 3, 3, 3), "wide": (16, 4, 1, 1), "fc": (10, 16), "tiny": (2, 2)}
 

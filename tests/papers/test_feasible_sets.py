@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from prunus.sets import (
+from prunus.frankwolfe.sets import (
     Ball,
     Diameter,
     Entries,

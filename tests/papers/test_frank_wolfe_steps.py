@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from prunus.frankwolfe import SFW
-from prunus.sets import (
+from prunus.frankwolfe.sets import (
     group_k_support,
     k_sparse,
     k_support,
@@ -16,6 +15,7 @@ from prunus.sets import (
     spectral_k_sparse,
     spectral_k_support,
 )
+from prunus.frankwolfe.sfw import SFW
 
 
 def step(x, gradient, ball, lr, **options):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from prunus import adapters
-from prunus.adapters import effective_weight, mask_lora_linear, scale_lora_linear
+from prunus.adapt import effective as adapters
+from prunus.adapt.effective import effective_weight, mask_lora_linear, scale_lora_linear
 
 
 def _case(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from prunus.models import build_model
+from prunus.data.models import build_model
 
 
 def conv(in_, out, side=3):

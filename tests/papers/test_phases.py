@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prunus.lr import Original, allr
 from prunus.masks import Masks
 from prunus.patterns import Unstructured
-from prunus.retrain import Distance, Phase, bimp_budget, distance, phase_sparsities, split_steps
+from prunus.soup.imp import Distance, Phase, bimp_budget, distance, phase_sparsities, split_steps
+from prunus.train.lr import Original, allr
 
 
 def test_sparsities_by_hand():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from prunus.lr import Multiplier, Original, allr, clr, cosine, exponential, ft, linear, llr, lrw, multistep, slr
+from prunus.train.lr import Multiplier, Original, allr, clr, cosine, exponential, ft, linear, llr, lrw, multistep, slr
 
 ORIGINALS = {
     "constant": [0.1] * 30,

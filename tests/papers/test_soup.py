@@ -8,10 +8,10 @@ import torch
 from matplotlib.image import imread
 from torch import nn
 
-from prunus.evaluate.ensemble import Ensemble, ensemble_accuracy
-from prunus.geometry import distances, loss_line, loss_plane, weight_names
+from prunus.measure.ensemble import Ensemble, ensemble_accuracy
 from prunus.report.landscape import plot_lines, plot_plane
-from prunus.soup import average
+from prunus.soup.average import average
+from prunus.soup.geometry import distances, loss_line, loss_plane, weight_names
 
 
 def states(count, seed=0, spread=1.0):

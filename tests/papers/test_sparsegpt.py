@@ -13,8 +13,8 @@ from torch import Tensor
 
 from prunus.layers import Inputs, Layer
 from prunus.patterns import NM, Pattern, Unstructured
-from prunus.scores import magnitude, wanda
-from prunus.solvers import by_score, sparsegpt
+from prunus.score.scores import magnitude, wanda
+from prunus.solve.solvers import by_score, sparsegpt
 
 DAMPING = 0.01
 

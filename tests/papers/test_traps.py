@@ -12,20 +12,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prunus.adapt import adapt
-from prunus.allocations import global_
+from prunus.adapt.adapt import adapt
+from prunus.adapt.subsets import find_subset
 from prunus.layers import Inputs, Layer, find_layers
 from prunus.masks import Masks
 from prunus.patterns import NM, Unstructured
-from prunus.reconstruct import Fit
-from prunus.relaxation import frank_wolfe
 from prunus.run.compress import compress
 from prunus.run.recipe import Recipe, parse
-from prunus.scores import magnitude, ria, wanda
-from prunus.solvers import Solver, by_score, sparsegpt
-from prunus.stream import stream
-from prunus.subsets import find_subset
-from prunus.train import train
+from prunus.score.allocations import global_
+from prunus.score.scores import magnitude, ria, wanda
+from prunus.solve.frank_wolfe import frank_wolfe
+from prunus.solve.solvers import Solver, by_score, sparsegpt
+from prunus.stream.reconstruct import Fit
+from prunus.stream.stream import stream
+from prunus.train.train import train
 from tests.conftest import VOCABULARY, tiny_llama
 from tests.systems.test_families import FAMILIES
 

@@ -16,10 +16,10 @@ from torch import nn
 from prunus.during import CS, DNW, DPF, DST, GMP, GSM, LC, SET, STR, During, RigL
 from prunus.during import rigl as rigl_file
 from prunus.during import set_ as set_file
-from prunus.during.protocol import Plan
 from prunus.layers import find_layers
 from prunus.masks import Masks
-from prunus.train import train
+from prunus.train.hooks import Plan
+from prunus.train.train import train
 
 
 def sigmoid(x: float) -> float:

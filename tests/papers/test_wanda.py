@@ -8,8 +8,8 @@ from torch import Tensor
 
 from prunus.layers import Inputs, Layer
 from prunus.patterns import NM, Unstructured
-from prunus.scores import ria, wanda
-from prunus.solvers import by_score
+from prunus.score.scores import ria, wanda
+from prunus.solve.solvers import by_score
 
 
 def layer_of(weight: Tensor, x: Tensor) -> Layer:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prunus.adapt import SUBSETS, Adaptation, adapt
-from prunus.adapters import EffectiveLinear
+from prunus.adapt.adapt import SUBSETS, Adaptation, adapt
+from prunus.adapt.effective import EffectiveLinear
 from prunus.layers import View, find_layers
 from prunus.masks import Masks
 from tests.systems.test_families import FAMILIES, VOCAB

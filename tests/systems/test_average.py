@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from prunus.export import ShardWriter, average, load_info, save_model
-from prunus.export.average import average_folders
-from prunus.export.stored import read_header
 from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.run.average import average_checkpoints, average_greedily
-from prunus.soup import average as average_states
+from prunus.save import ShardWriter, average, load_info, save_model
+from prunus.save.average import average_folders
+from prunus.save.stored import read_header
+from prunus.soup.average import average as average_states
 from tests.conftest import byte_tokenizer, tiny_llama
 
 

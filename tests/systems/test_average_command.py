@@ -10,10 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prunus.evaluate.accuracy import accuracy
-from prunus.evaluate.perplexity import perplexity
-from prunus.export import save_model
 from prunus.masks import Masks
+from prunus.measure.accuracy import accuracy
+from prunus.measure.perplexity import perplexity
 from prunus.run import cli
 from prunus.run.recipe import parse
 from prunus.run.scored import scorer
@@ -21,6 +20,7 @@ from prunus.run.vision.dense import write_state
 from prunus.run.vision.recipe import ClassifierRecipe
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.train import train_run
+from prunus.save import save_model
 from tests.conftest import byte_tokenizer, tiny_llama
 from tests.systems.test_average import some_masks
 

@@ -11,9 +11,9 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
-from prunus.adapt import adapt
-from prunus.biases import add_biases
-from prunus.subsets import find_subset
+from prunus.adapt.adapt import adapt
+from prunus.adapt.biases import add_biases
+from prunus.adapt.subsets import find_subset
 from tests.systems.test_families import FAMILIES
 
 IDS = torch.arange(20).view(2, 10)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from prunus import next_token
 from prunus.masks import Masks
 from prunus.run import stages
 from prunus.run.compress import compress
 from prunus.run.fitted import home
 from prunus.run.recipe import Recipe, load_recipe, parse
+from prunus.train import next_token
 from tests.conftest import byte_tokenizer, tiny_llama
 
 

@@ -18,8 +18,8 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from prunus.export import ShardWriter, load_info, save_model, save_tensors
 from prunus.masks import Masks
+from prunus.save import ShardWriter, load_info, save_model, save_tensors
 
 SMALL = {
     "hidden_size": 16,
@@ -280,7 +280,7 @@ def test_a_write_that_fails_is_raised_and_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("no space")
 
-    monkeypatch.setattr("prunus.export.shards._append", fail)
+    monkeypatch.setattr("prunus.save.shards._append", fail)
     with pytest.raises(OSError, match="no space"), ShardWriter(tmp_path, lanes=2) as writer:
         writer.write("a", torch.zeros(2))
     assert list(tmp_path.iterdir()) == []

@@ -12,15 +12,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from prunus.layers import Inputs
 from prunus.patterns import NM, Unstructured
-from prunus.reconstruct import Fit
 from prunus.run import stages
 from prunus.run.compress import compress
 from prunus.run.recipe import Recipe, parse
-from prunus.scores import wanda
-from prunus.solvers import Solver, by_score, sparsegpt
-from prunus.sources import Shards
-from prunus.stream import stream
-from prunus.work import Work
+from prunus.score.scores import wanda
+from prunus.solve.solvers import Solver, by_score, sparsegpt
+from prunus.stream.reconstruct import Fit
+from prunus.stream.sources import Shards
+from prunus.stream.stream import stream
+from prunus.stream.work import Work
 from tests.conftest import tiny_llama
 from tests.systems.test_compress import raw
 

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from prunus.export import load_info
 from prunus.masks import Masks
 from prunus.run import soups, stages
 from prunus.run.compare import compare
@@ -22,6 +21,7 @@ from prunus.run.grid import Grid
 from prunus.run.recipe import Recipe, Retrain, Soup, digest, parse
 from prunus.run.show import show_result
 from prunus.run.soups import BEST, LONGER, MEAN, SOUP
+from prunus.save import load_info
 from tests.systems import test_compress
 
 

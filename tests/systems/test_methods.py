@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from prunus import during
+from prunus.data.images import ImageBatches, Images, read_images
 from prunus.during import During
-from prunus.images import ImageBatches, Images, read_images
-from prunus.lr import linear_warmup_decay
-from prunus.train import classification_loss, train
+from prunus.train.lr import linear_warmup_decay
+from prunus.train.train import classification_loss, train
 
 METHODS = [name for name in during.__all__ if name not in ("During", "Plan")]
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import OPTConfig, OPTForCausalLM
 
-from prunus.evaluate.ngram import count_ngrams, fit_weights, trigram_perplexity, unigram_perplexity
-from prunus.evaluate.perplexity import perplexity
+from prunus.measure.ngram import count_ngrams, fit_weights, trigram_perplexity, unigram_perplexity
+from prunus.measure.perplexity import perplexity
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prunus.data import tokenize_documents
-from prunus.evaluate.perplexity import perplexity
+from prunus.data.texts import tokenize_documents
+from prunus.measure.perplexity import perplexity
 from prunus.run import pretrain as module
 from prunus.run.pretrain import HeldOut, ModelSize, PretrainRecipe, pretrain, read_recipe
 

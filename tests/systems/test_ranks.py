@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from prunus import ranks
+from prunus.machine import ranks
 from prunus.masks import Masks
 from prunus.report import read_metrics
 from prunus.run.compress import compress

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from prunus.lr import Original, retraining
 from prunus.masks import Masks
 from prunus.prune import prune
-from prunus.retrain import Phase, distance, imp, phase_sparsities
-from prunus.scores import random_score
-from prunus.train import Trace, train
+from prunus.score.scores import random_score
+from prunus.soup.imp import Phase, distance, imp, phase_sparsities
+from prunus.train.lr import Original, retraining
+from prunus.train.train import Trace, train
 
 ORIGINAL = Original.of([0.1] * 30 + [0.01] * 10)
 STEPS = 6

@@ -23,18 +23,19 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import OPTConfig, OPTForCausalLM
 
-from prunus import next_token, ranks
-from prunus.adapt import adapt
+from prunus.adapt.adapt import adapt
+from prunus.blocks.recompute import recomputed
 from prunus.layers import Layer, find_layers
-from prunus.lr import linear_warmup_decay
+from prunus.machine import ranks
 from prunus.masks import Masks
-from prunus.next_token import next_token_loss
 from prunus.patterns import NM, Pattern
-from prunus.recompute import recomputed
-from prunus.sharded import asked, sharded
-from prunus.solvers import sparsegpt
-from prunus.stream import stream
-from prunus.train import train
+from prunus.solve.solvers import sparsegpt
+from prunus.stream.stream import stream
+from prunus.train import next_token
+from prunus.train.lr import linear_warmup_decay
+from prunus.train.next_token import next_token_loss
+from prunus.train.sharded import asked, sharded
+from prunus.train.train import train
 
 STEPS, KILLED = 12, 7
 KINDS = {"vectors": ["biases", "norms"], "mask_lora": ["mask_lora"], "full": ["full"], "head": ["head", "mask_lora"]}

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prunus.evaluate.accuracy import accuracy
-from prunus.evaluate.corruptions import corrupted_images
-from prunus.evaluate.ensemble import ensemble_accuracy
-from prunus.images import plain_batches
+from prunus.data.images import plain_batches
+from prunus.measure.accuracy import accuracy
+from prunus.measure.corruptions import corrupted_images
+from prunus.measure.ensemble import ensemble_accuracy
 from prunus.run.compare import compare
 from prunus.run.grid import Grid
 from prunus.run.recipe import parse
@@ -159,7 +159,7 @@ def test_sets_made_ahead_are_those_that_a_run_reads(tmp_path: Path, monkeypatch:
     found = list(made.recipes(grid_of(tmp_path / "grid", axes), "grid"))
     assert [each.corruptions is None for each in found] == [True, False]
     made.make(found[1], "contrast", 2)
-    monkeypatch.setattr("prunus.evaluate.corruptions.corrupt", lambda *_, **__: pytest.fail("it is there already"))
+    monkeypatch.setattr("prunus.measure.corruptions.corrupt", lambda *_, **__: pytest.fail("it is there already"))
     setting = Setting.of(found[1])
     whole = stages.corrupted(setting.new_model(), setting, found[1].corruptions)
     assert whole["sets"]["contrast"]["2"]["images"] == 30

@@ -21,12 +21,9 @@ from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
-from prunus.batchnorm import recalibrate_
-from prunus.evaluate.accuracy import accuracy
-from prunus.evaluate.ensemble import ensemble_accuracy
-from prunus.lr import retraining
 from prunus.masks import Masks
-from prunus.retrain import Phase, imp
+from prunus.measure.accuracy import accuracy
+from prunus.measure.ensemble import ensemble_accuracy
 from prunus.run.cli import app
 from prunus.run.compare import compare
 from prunus.run.grid import Grid
@@ -45,8 +42,11 @@ from prunus.run.vision.soups.mixing import mixer
 from prunus.run.vision.soups.pools import Processes, opened
 from prunus.run.vision.soups.recipe import SoupRecipe, member_of, order_of
 from prunus.run.vision.train import train_run
-from prunus.sms import sms
-from prunus.soup import average
+from prunus.soup.average import average
+from prunus.soup.imp import Phase, imp
+from prunus.soup.sms import sms
+from prunus.train.batchnorm import recalibrate_
+from prunus.train.lr import retraining
 from tests.systems.test_cli import start
 from tests.systems.test_vision import Tiny, raw, tiny
 
@@ -402,7 +402,7 @@ def test_a_soup_killed_for_good_keeps_its_members(tmp_path: Path, flags: tuple[s
 
 def test_one_member_is_imp(tmp_path: Path) -> None:
     from prunus.prune import prune
-    from prunus.train import Trace
+    from prunus.train.train import Trace
 
     torch.manual_seed(0)
     first, second = nn.Linear(8, 4), nn.Linear(8, 4)
@@ -501,7 +501,7 @@ def test_a_store_keeps_branches_apart(tmp_path: Path) -> None:
 
 
 def _original() -> Any:
-    from prunus.lr import Original
+    from prunus.train.lr import Original
 
     return Original.of([0.1] * 5 + [0.01] * 5)
 
@@ -581,8 +581,8 @@ def test_bimp_is_a_soup_of_phases_in_one_budget(tmp_path: Path) -> None:
 def test_a_part_of_a_training_prunes_when_the_whole_does() -> None:
     from prunus.during import GMP, During
     from prunus.during.part import Part
-    from prunus.lr import linear
-    from prunus.train import classification_loss, train
+    from prunus.train.lr import linear
+    from prunus.train.train import classification_loss, train
 
     def run(method: During, steps: int) -> list[torch.Tensor]:
         torch.manual_seed(0)

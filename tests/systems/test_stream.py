@@ -9,17 +9,17 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from prunus import blocks
-from prunus.allocations import global_, owl
+from prunus.blocks import chain as blocks
 from prunus.layers import Layer, find_layers
 from prunus.patterns import NM, Unstructured
-from prunus.reconstruct import Fit
-from prunus.relaxation import frank_wolfe
-from prunus.scores import magnitude, wanda
-from prunus.solvers import by_score, sparsegpt
-from prunus.sources import Memory, Shards
-from prunus.stream import stream, survey
-from prunus.work import Work
+from prunus.score.allocations import global_, owl
+from prunus.score.scores import magnitude, wanda
+from prunus.solve.frank_wolfe import frank_wolfe
+from prunus.solve.solvers import by_score, sparsegpt
+from prunus.stream.reconstruct import Fit
+from prunus.stream.sources import Memory, Shards
+from prunus.stream.stream import stream, survey
+from prunus.stream.work import Work
 from tests.conftest import VOCABULARY, tiny_llama
 
 TOKENS = torch.randint(VOCABULARY, (12, 16), generator=torch.Generator().manual_seed(1))

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from prunus.evaluate.accuracy import accuracy
-from prunus.evaluate.corruptions import corrupted_images
-from prunus.evaluate.cost import cost
-from prunus.images import plain_batches
+from prunus.data.images import plain_batches
 from prunus.masks import Masks
+from prunus.measure.accuracy import accuracy
+from prunus.measure.corruptions import corrupted_images
+from prunus.measure.cost import cost
 from prunus.report import read_metrics
 from prunus.run.recipe import parse
 from prunus.run.show import show_run

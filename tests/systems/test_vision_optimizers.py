@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prunus.constrained import KeptGradients
-from prunus.frankwolfe import SFW
-from prunus.proximal import GroupLasso, NuclearNorm, ProximalSGD
+from prunus.frankwolfe.constrained import KeptGradients
+from prunus.frankwolfe.proximal import GroupLasso, NuclearNorm, ProximalSGD
+from prunus.frankwolfe.sets import KSupport
+from prunus.frankwolfe.sfw import SFW
 from prunus.run.compare import compare
 from prunus.run.grid import Grid
 from prunus.run.recipe import parse
@@ -21,7 +22,6 @@ from prunus.run.vision.optimizers import OptimizerChoice, make_optimizer
 from prunus.run.vision.recipe import ClassifierRecipe, dense_key
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.train import train_run
-from prunus.sets import KSupport
 from tests.systems.test_vision import TRAIN, Killed, Tiny, checked, raw, same_bits, tiny
 
 __all__ = ["tiny"]

@@ -10,9 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from prunus.evaluate.accuracy import accuracy
-from prunus.lowrank import decompose
-from prunus.models import build_model
+from prunus.data.models import build_model
+from prunus.measure.accuracy import accuracy
 from prunus.run.compare import compare
 from prunus.run.grid import Grid
 from prunus.run.recipe import parse
@@ -23,7 +22,8 @@ from prunus.run.vision.setting import Setting
 from prunus.run.vision.smaller import smaller
 from prunus.run.vision.sweep import sweep, sweep_of
 from prunus.run.vision.train import prune_run, pruning_of, train_run
-from prunus.shrink import mask_filters, resized
+from prunus.shrink.filters import mask_filters, resized
+from prunus.shrink.lowrank import decompose
 from tests.systems.test_vision import TRAIN, Killed, Tiny, checked, raw, same_bits, tiny
 
 __all__ = ["tiny"]

@@ -14,10 +14,10 @@ import transformers as tf
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from prunus.data import ASSETS, read_texts, tokenize
-from prunus.evaluate.perplexity import perplexity
+from prunus.data.texts import ASSETS, read_texts, tokenize
 from prunus.layers import find_layers
 from prunus.masks import Masks
+from prunus.measure.perplexity import perplexity
 from prunus.run import stages
 from prunus.run.cli import app
 from prunus.run.compress import compress

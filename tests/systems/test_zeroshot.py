@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from prunus.evaluate.zeroshot import Example, read_task, zero_shot
+from prunus.measure.zeroshot import Example, read_task, zero_shot
 
 ARC = {"query": "Question: What do plants make?", "choices": ["sugar", "salt", "glass and sand"], "gold": 0}
 BOOLQ = {"query": "Passage: Ice floats.\nQuestion: does ice sink?", "choices": ["no", "yes"], "gold": 0}

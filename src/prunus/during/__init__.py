@@ -10,9 +10,11 @@ from prunus.during.dst import DST
 from prunus.during.gmp import GMP
 from prunus.during.gsm import GSM
 from prunus.during.lc import LC
-from prunus.during.protocol import During, Plan
+from prunus.during.part import Part
 from prunus.during.rigl import RigL
+from prunus.during.schedule import cubic
 from prunus.during.set_ import SET
 from prunus.during.soft_threshold import STR
+from prunus.train import During, Plan
 
-__all__ = ["CS", "DNW", "DPF", "DST", "GMP", "GSM", "LC", "SET", "STR", "During", "Plan", "RigL"]
+__all__ = ["CS", "DNW", "DPF", "DST", "GMP", "GSM", "LC", "SET", "STR", "During", "Part", "Plan", "RigL", "cubic"]

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from prunus.allocations import Allocation, counts_under
-from prunus.patterns import Unstructured
-from prunus.selection import keep_largest, kept_of
+from prunus.patterns import Unstructured, keep_largest, kept_of
+from prunus.score import Allocation, counts_under
 
 __all__ = ["keep_allocated", "keep_global", "magnitudes"]
 

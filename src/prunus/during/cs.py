@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prunus.during.learned import finish_learned_, train_with_
-from prunus.during.protocol import During, Plan
 from prunus.masks import Masks
-from prunus.selection import kept_of
+from prunus.patterns import kept_of
+from prunus.train import During, Plan
 
 __all__ = ["CS"]
 

@@ -6,11 +6,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prunus.during.choose import keep_global, magnitudes
-from prunus.during.protocol import During, Plan
 from prunus.during.schedule import cubic, sparsity_after
 from prunus.during.straight import straight_through
 from prunus.masks import Masks
-from prunus.selection import kept_of
+from prunus.patterns import kept_of
+from prunus.train import During, Plan
 
 __all__ = ["DPF"]
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prunus.allocations import Allocation
 from prunus.during.choose import keep_allocated, magnitudes
-from prunus.during.protocol import During, Plan
 from prunus.during.schedule import cubic
 from prunus.masks import Masks
+from prunus.patterns import kept_of
 from prunus.prune import named_allocation
-from prunus.selection import kept_of
+from prunus.score import Allocation
+from prunus.train import During, Plan
 
 __all__ = ["GMP"]
 

@@ -7,9 +7,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from prunus.during.choose import keep_global
-from prunus.during.protocol import During, Plan
 from prunus.masks import Masks
-from prunus.selection import kept_of
+from prunus.patterns import kept_of
+from prunus.train import During, Plan
 
 __all__ = ["GSM"]
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prunus.during.choose import keep_global
-from prunus.during.protocol import During
 from prunus.masks import Masks
-from prunus.selection import kept_of
+from prunus.patterns import kept_of
+from prunus.train import During
 
 __all__ = ["finish_learned_", "train_with_"]
 

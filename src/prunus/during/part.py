@@ -7,8 +7,8 @@ from dataclasses import replace
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prunus.during.protocol import During, Plan
 from prunus.masks import Masks
+from prunus.train import During, Plan
 
 __all__ = ["Part"]
 

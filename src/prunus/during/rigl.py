@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prunus.during.protocol import During, Plan
 from prunus.during.topology import exchange, random_topology
 from prunus.masks import Masks
+from prunus.patterns import kept_of
 from prunus.prune import named_allocation
-from prunus.selection import kept_of
+from prunus.train import During, Plan
 
 __all__ = ["RigL"]
 

@@ -7,11 +7,11 @@ from typing import Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from prunus.during.protocol import During, Plan
 from prunus.during.topology import exchange, random_scores, random_topology
 from prunus.masks import Masks
+from prunus.patterns import kept_of
 from prunus.prune import named_allocation
-from prunus.selection import kept_of
+from prunus.train import During, Plan
 
 __all__ = ["SET"]
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from prunus.allocations import Allocation
 from prunus.during.choose import keep_allocated
 from prunus.layers import View
 from prunus.masks import Masks
-from prunus.selection import keep_largest
+from prunus.patterns import keep_largest
+from prunus.score import Allocation
 
 __all__ = ["exchange", "random_scores", "random_topology"]
 

@@ -19,8 +19,15 @@ from typing import Literal
 from prunus.patterns.entries import NM, Unstructured
 from prunus.patterns.protocol import Pattern, check_sparsity
 from prunus.patterns.scaled import mask_scaled, scaled
+from prunus.patterns.selection import (
+    check_scores,
+    goes_to_kernels,
+    keep_largest,
+    keep_largest_of_all,
+    kept_of,
+    select_global_share,
+)
 from prunus.patterns.tiles import Block, Rows
-from prunus.selection import kept_of
 
 __all__ = [
     "NM",
@@ -28,11 +35,16 @@ __all__ = [
     "Pattern",
     "Rows",
     "Unstructured",
+    "check_scores",
     "check_sparsity",
+    "goes_to_kernels",
+    "keep_largest",
+    "keep_largest_of_all",
     "kept_of",
     "mask_scaled",
     "parse",
     "scaled",
+    "select_global_share",
 ]
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 from torch import Tensor
 
 from prunus.patterns.protocol import check_score, check_sparsity, cumulative, excluded, quoted
-from prunus.selection import keep_largest, keep_largest_of_groups, keep_largest_of_row, kept_of
+from prunus.patterns.selection import keep_largest, keep_largest_of_groups, keep_largest_of_row, kept_of
 
 __all__ = ["NM", "Unstructured"]
 

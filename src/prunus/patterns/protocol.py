@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from prunus.selection import check_scores, kept_of
+from prunus.patterns.selection import check_scores, kept_of
 
 __all__ = ["Pattern", "check_count", "check_score", "check_sparsity", "cumulative", "excluded", "quoted"]
 

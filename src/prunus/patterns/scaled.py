@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prunus.patterns.entries import NM, Unstructured
 from prunus.patterns.protocol import Pattern, check_count, quoted
-from prunus.selection import goes_to_kernels, refuse_nan
+from prunus.patterns.selection import goes_to_kernels, refuse_nan
 
 __all__ = ["mask_scaled", "scaled"]
 
@@ -46,7 +46,7 @@ def mask_scaled(
 def _(pattern: NM, weight: Tensor, scale: Tensor | None, kept: int, *, name: str = "this layer") -> Tensor:
     if not goes_to_kernels(weight):
         return pattern.mask(scaled(weight, scale), kept, name=name)
-    from prunus.kernels.groups import keep_of_groups
+    from prunus.kernels import keep_of_groups
 
     check_count(weight, kept, name)
     pattern.check_count((weight.shape[0], weight.shape[1]), kept, name)
@@ -57,7 +57,7 @@ def _(pattern: NM, weight: Tensor, scale: Tensor | None, kept: int, *, name: str
 def _(pattern: Unstructured, weight: Tensor, scale: Tensor | None, kept: int, *, name: str = "this layer") -> Tensor:
     check_count(weight, kept, name)
     if pattern.per == "row" and goes_to_kernels(weight):
-        from prunus.kernels.rows import keep_of_rows, takes_rows
+        from prunus.kernels import keep_of_rows, takes_rows
 
         if takes_rows(weight):
             each, extra = divmod(kept, max(1, weight.shape[0]))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prunus.patterns.protocol import check_score, check_sparsity, cumulative, excluded, quoted
-from prunus.selection import keep_largest, kept_of
+from prunus.patterns.selection import keep_largest, kept_of
 
 __all__ = ["Block", "Rows"]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from prunus.geometry import Line, Plane
 from prunus.report.plots import BLACK, _figure, _save, _style
+from prunus.soup import Line, Plane
 
 __all__ = ["plot_lines", "plot_plane"]
 

@@ -14,8 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from prunus.export.average import average_folders
-from prunus.export.folder import SavedModel, load_info
+from prunus.save import SavedModel, average_folders, load_info
 from prunus.soup import Greedy, check_weights, greedy_members
 
 __all__ = ["average_checkpoints", "average_greedily"]

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prunus.files import write_json
+from prunus.machine import write_json
 from prunus.masks import Masks
 from prunus.run import stages
 from prunus.run.fitted import fitted

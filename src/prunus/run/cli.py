@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from prunus import __version__
-from prunus.files import write_json
+from prunus.machine import write_json
 from prunus.run.flags import assignments, numbers, pairs
 
 app = typer.Typer(
@@ -50,7 +50,7 @@ def compress(
     assign: SetOption = None,
 ) -> None:
     """Prune a language model, retrain a sliver of it, merge, measure, save."""
-    from prunus import ranks
+    from prunus.machine import ranks
     from prunus.run.compress import compress as run
     from prunus.run.recipe import load_recipe
     from prunus.run.show import show_result

@@ -25,18 +25,15 @@ import torch
 import yaml
 from rich.console import Console
 
-from prunus import ranks
-from prunus.export import save_model, save_tensors
-from prunus.files import write_json, write_text
+from prunus.machine import ranks, write_json, write_text
 from prunus.masks import Masks
 from prunus.report import Advance, append_metrics, plot_compression, progress, read_metrics
 from prunus.run import stages
 from prunus.run.fitted import fitted, home
 from prunus.run.recipe import Recipe, digest
 from prunus.run.soups import blend
-from prunus.sources import Shards
-from prunus.stream import BlockReport, Streamed
-from prunus.work import Work
+from prunus.save import save_model, save_tensors
+from prunus.stream import BlockReport, Shards, Streamed, Work
 
 __all__ = ["compress", "prunus_info"]
 

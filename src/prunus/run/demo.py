@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from prunus.export import save_model
-from prunus.files import write_json
+from prunus.machine import write_json
 from prunus.report import plot_compression, progress
 from prunus.run import stages
 from prunus.run.compress import prunus_info
 from prunus.run.recipe import Recipe, parse
 from prunus.run.show import show_result
+from prunus.save import save_model
 
 __all__ = ["RECIPE", "demo"]
 

@@ -24,15 +24,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
-from prunus.compiled import compile_blocks_
+from prunus.blocks import compile_blocks_
 from prunus.data import SPLITS, PackedTokens, read_texts, tokenize_documents
-from prunus.evaluate.ngram import count_ngrams, fit_weights, trigram_perplexity, unigram_perplexity
-from prunus.evaluate.perplexity import perplexity
-from prunus.files import write_json, write_text
-from prunus.lr import linear_warmup_decay
-from prunus.precision import Precision
+from prunus.machine import Precision, write_json, write_text
+from prunus.measure import count_ngrams, fit_weights, perplexity, trigram_perplexity, unigram_perplexity
 from prunus.run.recipe import Strict, parse, read_yaml
-from prunus.train import Trace, train
+from prunus.train import Trace, linear_warmup_decay, train
 
 __all__ = ["Books", "HeldOut", "ModelSize", "PretrainRecipe", "pretrain", "read_recipe"]
 

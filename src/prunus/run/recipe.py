@@ -27,7 +27,8 @@ from pydantic import (
     model_validator,
 )
 
-from prunus import patterns, subsets
+from prunus import patterns
+from prunus.adapt import subsets
 from prunus.run.plain import read_yaml, yaml_value
 
 __all__ = [

@@ -8,11 +8,10 @@ from typing import Any
 
 from rich.console import Console
 
-from prunus.export.card import SIZE_NOTE
-from prunus.report import print_table
-from prunus.report.table import format_value
+from prunus.report import format_value, print_table
 from prunus.run.inspect import Inspection
 from prunus.run.spread import spread
+from prunus.save import SIZE_NOTE
 
 __all__ = ["show_evaluation", "show_grid", "show_inspection", "show_result", "show_run", "show_soup", "show_sweep"]
 

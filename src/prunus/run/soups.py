@@ -20,12 +20,11 @@ from typing import Any
 
 import torch
 
-from prunus.export import load_info, save_model
-from prunus.export.average import average_folders
-from prunus.files import write_json
+from prunus.machine import write_json
 from prunus.masks import Masks
 from prunus.run import stages
 from prunus.run.recipe import Recipe, Retrain, digest
+from prunus.save import average_folders, load_info, save_model
 from prunus.soup import check_weights
 
 __all__ = ["BEST", "LONGER", "MEAN", "SOUP", "Souped", "blend"]

@@ -19,28 +19,19 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from prunus import patterns, ranks, scores
-from prunus.adapt import adapt
-from prunus.allocations import counts_under, global_, owl
-from prunus.biases import add_biases
+from prunus import patterns
+from prunus.adapt import ADAPTERS, adapt, add_biases, compiled_forward, find_subset
+from prunus.blocks import Source, recomputed
 from prunus.data import ASSETS, PackedTokens, calibration, read_texts, tokenize
-from prunus.evaluate.perplexity import perplexity
-from prunus.evaluate.streamed import streamed_perplexity
-from prunus.fused import compiled_forward
 from prunus.layers import Inputs, Layer, View, find_layers
-from prunus.lr import linear_warmup_decay
+from prunus.machine import Precision, autocast, of_training, ranks
 from prunus.masks import Masks
-from prunus.precision import Precision, autocast, of_training
-from prunus.recompute import recomputed
-from prunus.reconstruct import Fit
-from prunus.relaxation import frank_wolfe
+from prunus.measure import perplexity, streamed_perplexity
 from prunus.run.recipe import Data, FrankWolfe, Prune, Recipe, Retrain
-from prunus.solvers import Solver, by_magnitude, by_score, by_wanda, sparsegpt
-from prunus.sources import Shards, Source
-from prunus.stream import BlockReport, Streamed, stream, survey
-from prunus.subsets import ADAPTERS, find_subset
-from prunus.train import next_token_loss, train
-from prunus.work import Work
+from prunus.score import counts_under, global_, owl, scores
+from prunus.solve import Solver, by_magnitude, by_score, by_wanda, frank_wolfe, sparsegpt
+from prunus.stream import BlockReport, Fit, Shards, Streamed, Work, stream, survey
+from prunus.train import linear_warmup_decay, next_token_loss, train
 
 __all__ = ["Loaded", "Retrained", "device_of", "evaluate", "load", "precision_of", "prune", "retrain", "text_tokens"]
 
@@ -377,7 +368,7 @@ def zero_shot(model: nn.Module, tokenizer: Any, recipe: Recipe, device: torch.de
     """Task name -> accuracies with their standard errors; empty when the recipe asks for no task."""
     if not recipe.evaluate.tasks:
         return {}
-    from prunus.evaluate.zeroshot import zero_shot as measure
+    from prunus.measure import zero_shot as measure
 
     tasks = {name: Path(path) for name, path in recipe.evaluate.tasks.items()}
     with _on(model, device), autocast(device, precision_of(recipe, device)):

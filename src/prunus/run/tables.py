@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prunus.files import write_json, write_text
+from prunus.machine import write_json, write_text
 from prunus.run.grid import Grid, final_members
 
 __all__ = ["read_results", "tabulate"]

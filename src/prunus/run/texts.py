@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunus.files import write_text
+from prunus.machine import write_text
 from prunus.report import markdown_table, plot_grid
 from prunus.run.kinds import Bench, Result
 from prunus.run.recipe import Recipe, merge, parse

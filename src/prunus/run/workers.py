@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 import torch
 
-from prunus.files import write_json
+from prunus.machine import write_json
 from prunus.report import progress
 from prunus.run import lanes
 from prunus.run.agenda import Agenda, Job, error_file, has_ended, result_file

@@ -28,12 +28,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prunus.during import During, Plan
-from prunus.files import write_json
-from prunus.lr import Original
+from prunus.machine import write_json
 from prunus.run.vision import stages
 from prunus.run.vision.recipe import dense_key
 from prunus.run.vision.setting import Setting
-from prunus.train import Trace
+from prunus.train import Original, Trace
 
 __all__ = ["Dense", "Snapshots", "adopt", "dense", "losses_by_epoch", "read_dense", "write_state"]
 

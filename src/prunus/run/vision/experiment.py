@@ -19,19 +19,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from prunus.data import CORRUPTIONS
 from prunus.during import During
-from prunus.evaluate.cost import weight_change
-from prunus.files import write_json
-from prunus.images import CORRUPTIONS
-from prunus.lr import Original, retraining
+from prunus.machine import write_json
 from prunus.masks import Masks
-from prunus.retrain import Phase, imp, phase_sparsities, split_steps
+from prunus.measure import weight_change
 from prunus.run.vision import stages
 from prunus.run.vision.dense import Dense, dense, losses_by_epoch
 from prunus.run.vision.recipe import ClassifierRecipe, Pruning, Retraining, methods
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.smaller import Smaller, smaller
-from prunus.train import Trace
+from prunus.soup import Phase, imp, phase_sparsities, split_steps
+from prunus.train import Original, Trace, retraining
 
 __all__ = ["Outcome", "budgets", "experiment"]
 

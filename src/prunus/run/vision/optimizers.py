@@ -15,14 +15,19 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from prunus import sets
-from prunus.constrained import constrained_groups
 from prunus.during import During
-from prunus.frankwolfe import SFW
+from prunus.frankwolfe import (
+    SFW,
+    GroupLasso,
+    NuclearNorm,
+    NuclearSteps,
+    ProximalSGD,
+    constrained_groups,
+    count_of,
+    sets,
+)
 from prunus.layers import View, find_layers
-from prunus.proximal import GroupLasso, NuclearNorm, NuclearSteps, ProximalSGD
 from prunus.run.recipe import Strict
-from prunus.sets.protocol import count_of
 
 __all__ = ["Decay", "FrankWolfe", "OptimizerChoice", "Pull", "Size", "make_optimizer", "make_pulls"]
 

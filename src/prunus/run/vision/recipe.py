@@ -26,8 +26,7 @@ from pydantic import (
 )
 
 from prunus import patterns
-from prunus.images import CORRUPTIONS
-from prunus.images.corruptions import Strengths
+from prunus.data import CORRUPTIONS, Strengths
 from prunus.run.recipe import Device, Share, Strict, digest, looks_local, merge, parse, read_yaml
 from prunus.run.vision.optimizers import Decay, OptimizerChoice, Pull
 
@@ -348,7 +347,7 @@ class ClassifierRecipe(Strict):
 @lru_cache
 def _check_model(name: str) -> None:
     """Refuse a name that is no model, without making its weights."""
-    from prunus.models import build_model
+    from prunus.data import build_model
 
     with torch.device("meta"):
         build_model(name, classes=10)

@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.compiled import compile_blocks_
-from prunus.images import (
+from prunus.blocks import compile_blocks_
+from prunus.data import (
     CORRUPTIONS,
     Augment,
     ImageBatches,
     Images,
+    build_model,
     check_corruptions,
     plain_batches,
     read_images,
 )
-from prunus.models import build_model
-from prunus.precision import Precision
+from prunus.machine import Precision
 from prunus.run.vision.recipe import ClassifierRecipe, ImageSource
 
 __all__ = ["ImageSets", "Setting"]

@@ -10,15 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.capture import alone
-from prunus.evaluate.cost import Cost, flops_of
 from prunus.layers import CONVOLUTIONS
-from prunus.lowrank import decompose, ranks_by_budget, ranks_by_share
+from prunus.measure import Cost, flops_of
+from prunus.patterns import kept_of
 from prunus.run.vision import stages
 from prunus.run.vision.recipe import Pruning
 from prunus.run.vision.setting import Setting
-from prunus.selection import kept_of
-from prunus.shrink import Channels, choose_filters, filter_norms, find_channels, remove_filters
+from prunus.shrink import (
+    Channels,
+    choose_filters,
+    decompose,
+    filter_norms,
+    find_channels,
+    ranks_by_budget,
+    ranks_by_share,
+    remove_filters,
+)
+from prunus.train import alone
 
 __all__ = ["Smaller", "smaller"]
 

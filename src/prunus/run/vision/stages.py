@@ -13,25 +13,33 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus import patterns, scores
-from prunus.allocations import Allocation, erk, global_, lamp, uniform, uniform_plus
-from prunus.batchnorm import recalibrate_
-from prunus.capture import alone
-from prunus.constrained import KeptGradients
+from prunus import patterns
+from prunus.data import CORRUPTIONS, Images
 from prunus.during import During
-from prunus.ema import Ema
-from prunus.evaluate.accuracy import Accuracy, accuracy
-from prunus.evaluate.corruptions import Corrupted, corrupted_sets
-from prunus.evaluate.cost import Cost, _own_flops
-from prunus.images import CORRUPTIONS, Images
+from prunus.frankwolfe import KeptGradients
 from prunus.layers import View, find_layers
-from prunus.lr import Multiplier, constant, cosine, exponential, linear, multistep, one_cycle
 from prunus.masks import Masks
+from prunus.measure import Accuracy, Corrupted, Cost, accuracy, corrupted_sets, own_flops
 from prunus.prune import prune
 from prunus.run.vision.optimizers import make_optimizer, make_pulls
 from prunus.run.vision.recipe import Corruptions, Pruning
 from prunus.run.vision.setting import Setting
-from prunus.train import Trace, classification_loss, train
+from prunus.score import Allocation, erk, global_, lamp, scores, uniform, uniform_plus
+from prunus.train import (
+    Ema,
+    Multiplier,
+    Trace,
+    alone,
+    classification_loss,
+    constant,
+    cosine,
+    exponential,
+    linear,
+    multistep,
+    one_cycle,
+    recalibrate_,
+    train,
+)
 
 __all__ = [
     "OnStep",
@@ -221,7 +229,7 @@ def operations(setting: Setting) -> dict[str, int]:
     key = (setting.recipe.model, setting.sets.train.classes, shape)
     if key not in _operations:
         model = setting.new_model().to("cpu")
-        _operations[key] = _own_flops(model, torch.zeros(1, *shape))
+        _operations[key] = own_flops(model, torch.zeros(1, *shape))
     return _operations[key]
 
 

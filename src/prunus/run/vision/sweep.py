@@ -20,8 +20,8 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from prunus.evaluate.latency import latency
-from prunus.files import write_json, write_text
+from prunus.machine import write_json, write_text
+from prunus.measure import latency
 from prunus.report import markdown_table, plot_sweep, progress
 from prunus.run.recipe import digest
 from prunus.run.vision import stages

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunus.evaluate.corruptions import MEASURES
-from prunus.files import write_text
-from prunus.images import CORRUPTIONS
+from prunus.data import CORRUPTIONS
+from prunus.machine import write_text
+from prunus.measure import MEASURES
 from prunus.report import markdown_table, plot_accuracy
 from prunus.run.kinds import Result
 from prunus.run.spread import mean_and_std, spread

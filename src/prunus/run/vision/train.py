@@ -22,10 +22,9 @@ from torch.optim import Optimizer
 
 from prunus import __version__
 from prunus.during import During, Plan
-from prunus.evaluate.cost import Energy
-from prunus.export.folder import FORMAT, INFO_NAME, MASKS_NAME
-from prunus.files import write_json, write_text
+from prunus.machine import write_json, write_text
 from prunus.masks import Masks
+from prunus.measure import Energy
 from prunus.report import append_metrics, plot_run, progress, read_metrics
 from prunus.run.recipe import digest, merge, parse, read_yaml
 from prunus.run.vision import stages
@@ -33,6 +32,7 @@ from prunus.run.vision.dense import read_dense, write_state
 from prunus.run.vision.experiment import Outcome, experiment
 from prunus.run.vision.recipe import ClassifierRecipe, dense_key
 from prunus.run.vision.setting import Setting
+from prunus.save import FORMAT, INFO_NAME, MASKS_NAME
 
 __all__ = ["begin", "begun", "describe", "prune_run", "pruning_of", "train_run"]
 

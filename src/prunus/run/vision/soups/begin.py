@@ -17,11 +17,8 @@ from typing import Any
 from filelock import FileLock
 from torch import Tensor, nn
 
-from prunus.during import During
-from prunus.during.part import Part
-from prunus.during.schedule import cubic
-from prunus.files import write_json
-from prunus.lr import Original
+from prunus.during import During, Part, cubic
+from prunus.machine import write_json
 from prunus.masks import Masks
 from prunus.run.recipe import digest
 from prunus.run.vision import stages
@@ -32,6 +29,7 @@ from prunus.run.vision.setting import Setting
 from prunus.run.vision.soups.branches import Store, plain_state
 from prunus.run.vision.soups.mixing import settle_
 from prunus.run.vision.soups.recipe import SoupRecipe
+from prunus.train import Original
 
 __all__ = ["Bar", "Begin", "begin_at"]
 

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from prunus.capture import alone
-from prunus.geometry import Line, Plane, distances, loss_line, loss_plane
 from prunus.run.vision import stages
 from prunus.run.vision.soups.begin import Begin
 from prunus.run.vision.soups.branches import on_device
 from prunus.run.vision.soups.mixing import settle_
+from prunus.soup import Line, Plane, distances, loss_line, loss_plane
+from prunus.train import alone
 
 __all__ = ["Between", "between"]
 

@@ -25,15 +25,14 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prunus.export.folder import MASKS_NAME
-from prunus.files import write_json
-from prunus.lr import Multiplier, Original, retraining
+from prunus.machine import write_json
 from prunus.masks import Masks
 from prunus.run.recipe import digest
 from prunus.run.vision import stages
 from prunus.run.vision.recipe import ClassifierRecipe
 from prunus.run.vision.setting import Setting
-from prunus.swa import Swa
+from prunus.save import MASKS_NAME
+from prunus.train import Multiplier, Original, Swa, retraining
 
 __all__ = [
     "Branch",

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from prunus.masks import Masks
-from prunus.retrain import Distance, distance, phase_sparsities
 from prunus.run.recipe import digest
 from prunus.run.vision import stages
 from prunus.run.vision.experiment import budgets
@@ -24,7 +23,7 @@ from prunus.run.vision.soups.branches import Branch, Rates, Rest, plain_state
 from prunus.run.vision.soups.follow import Chain, abreast
 from prunus.run.vision.soups.mixing import Mixed, Mixer
 from prunus.run.vision.soups.recipe import member_of, order_of
-from prunus.soup import average, average_and_reprune
+from prunus.soup import Distance, average, average_and_reprune, distance, phase_sparsities
 
 __all__ = ["Cooked", "Phase", "dense_soup", "reprune", "souped"]
 

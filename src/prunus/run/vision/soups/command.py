@@ -16,10 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from prunus.evaluate.cost import Energy
-from prunus.files import write_json
-from prunus.report import plot_accuracy, progress
-from prunus.report.landscape import plot_lines, plot_plane
+from prunus.machine import write_json
+from prunus.measure import Energy
+from prunus.report import plot_accuracy, plot_lines, plot_plane, progress
 from prunus.run import lanes
 from prunus.run.vision.soups.branches import Store
 from prunus.run.vision.soups.experiment import SoupOutcome, soup_experiment

@@ -8,14 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prunus.capture import alone
-from prunus.images import ImageBatches
+from prunus.data import ImageBatches
 from prunus.masks import Masks
 from prunus.run.vision import stages
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.soups.branches import Branch, Store, on_device, plain_state
 from prunus.soup import average, check_masks, greedy, learn_weights
-from prunus.train import classification_loss
+from prunus.train import alone, classification_loss
 
 __all__ = ["Mixed", "Mixer", "mixer", "settle_", "single"]
 

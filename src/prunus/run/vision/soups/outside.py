@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prunus.evaluate.ensemble import Ensemble
+from prunus.measure import Ensemble
 from prunus.run.vision import stages
 from prunus.run.vision.soups.begin import Begin
 from prunus.run.vision.soups.branches import Branch

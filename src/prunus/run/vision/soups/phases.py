@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prunus.report.curves import Point
+from prunus.report import Point
 
 __all__ = ["by_phase"]
 

@@ -14,16 +14,16 @@ from typing import Any
 
 from torch import Tensor
 
-from prunus.capture import alone
-from prunus.evaluate.ensemble import ensemble_accuracy
-from prunus.geometry import distances
 from prunus.masks import Masks
+from prunus.measure import ensemble_accuracy
 from prunus.run.vision import stages
 from prunus.run.vision.soups.begin import Begin
 from prunus.run.vision.soups.branches import on_device
 from prunus.run.vision.soups.chains import Cooked, Phase
 from prunus.run.vision.soups.mixing import mixer
 from prunus.run.vision.soups.outside import outside
+from prunus.soup import distances
+from prunus.train import alone
 
 __all__ = ["Rows"]
 

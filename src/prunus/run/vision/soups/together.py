@@ -1,7 +1,7 @@
 """Members of one phase trained as one vectorised network: which of them can be, and that training.
 
 Members of one start, one length and one schedule are stacked; they keep their own batches, peaks, weight decays and
-augmentations. The result is that of members alone, up to rounding. See `prunus.stacked`.
+augmentations. The result is that of members alone, up to rounding. See `prunus.train.stacked`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import torch
 from prunus.masks import Masks
 from prunus.run.recipe import digest
 from prunus.run.vision.soups.branches import Branch, Grown, State, measured, plain_state, setting_of
-from prunus.stacked import Stacked, member_batches, together
-from prunus.train import classification_loss, train
+from prunus.train import Stacked, classification_loss, member_batches, together, train
 
 if TYPE_CHECKING:
     from prunus.run.vision.soups.units import Unit

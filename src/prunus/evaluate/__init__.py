@@ -1,1 +1,0 @@
-"""Measurements of a model, and the baselines they are held against."""

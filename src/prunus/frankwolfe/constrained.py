@@ -1,0 +1,114 @@
+"""Which parameters of a network Frank-Wolfe constrains, and how it goes on under masks.
+
+Groups for `frankwolfe.SFW`, as the papers have them. Pruned weights are held as everywhere (`masks.hold`), best with
+`KeptGradients`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from prunus.frankwolfe.sets.ball import Ball, lp
+from prunus.frankwolfe.sets.group import Entries
+from prunus.frankwolfe.sets.radius import Size, expected_norm, measured_norm
+from prunus.masks import Masks
+from prunus.train import During, Plan
+
+__all__ = ["KeptGradients", "constrained_groups"]
+
+
+def constrained_groups(
+    model: nn.Module,
+    ball: Ball,
+    size: Size,
+    *,
+    joint: bool = False,
+    rest: Literal["l2", "free"] = "l2",
+    norms: Literal["expected", "measured"] = "expected",
+    only: Collection[str] | None = None,
+) -> list[dict[str, Any]]:
+    """Parameter groups for `SFW`: which parameters are in which set, of which radius, as the papers have it.
+
+    Sets of entries constrain every parameter that requires gradients; sets of groups and spectral ones the weights of
+    Linear and convolution layers, and then rest: "l2" puts every other parameter into an L2 ball of the same size,
+    "free" into a group without constraint. size: `Radius`, `Diameter` or `Initial`; joint: one set over all. norms:
+    "expected", what torch's own initialisation of each layer makes on average, whatever this model's was; or
+    "measured", the norms now. only: names of the parameters that are in the set, in place of that rule.
+    Raises ValueError for an expected norm without closed form, and when nothing would be in the set.
+
+    >>> groups = constrained_groups(nn.Linear(8, 4), group_k_support(0.5), Initial(3.0))
+    >>> [(len(group["params"]), round(group["constraint"][0].radius, 3)) for group in groups]
+    [(1, 3.464), (1, 1.225)]
+    """
+    chosen: list[tuple[Tensor, float]] = []
+    others: list[tuple[Tensor, float]] = []
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad or any(parameter is known for known, _ in chosen + others):
+                continue
+            whole = isinstance(ball.seen, Entries) or (name == "weight" and isinstance(module, _LAYERS))
+            if only is not None:
+                whole = (f"{path}.{name}" if path else name) in only
+            if not whole and rest == "free":
+                others.append((parameter, 1.0))
+                continue
+            norm = expected_norm(module, name) if norms == "expected" else measured_norm(parameter)
+            (chosen if whole else others).append((parameter, norm))
+    if not chosen:
+        what = "Linear or convolution weight" if only is None else "parameter of those names"
+        raise ValueError(f"The model has no {what} that requires gradients: nothing to constrain")
+    groups = [_group(chosen, ball, size, joint)]
+    if others and rest == "l2":
+        groups.append(_group(others, lp(2), size, joint))
+    elif others:
+        groups.append({"params": [parameter for parameter, _ in others], "constraint": None})
+    return groups
+
+
+class KeptGradients(During):
+    """Zeroes the gradients of pruned weights, so that a linear minimiser spends nothing on them.
+
+    `masks.hold` alone would zero what it spent afterwards. Sets of entries or groups then never choose a pruned weight;
+    singular vectors of a pruned matrix are not zero there, so spectral sets rely on `masks.hold`.
+
+    >>> kept = KeptGradients(Masks({"weight": torch.tensor([[True, False]])}))
+    """
+
+    def __init__(self, masks: Masks) -> None:
+        super().__init__()
+        self.given = masks
+
+    def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
+        """Find the parameters; raises ValueError for a mask without one."""
+        parameters = dict(model.named_parameters())
+        missing = [name for name in self.given if name not in parameters]
+        if missing:
+            raise ValueError(f"the model has no parameter '{missing[0]}', which the masks name")
+        self.pairs = [(parameters[name], ~mask.to(parameters[name].device)) for name, mask in self.given.items()]
+
+    @torch.no_grad()
+    def gradients(self) -> None:
+        """Zero them."""
+        for parameter, pruned in self.pairs:
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(pruned, 0.0)
+
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _group(members: list[tuple[Tensor, float]], ball: Ball, size: Size, joint: bool) -> dict[str, Any]:
+    parameters, shapes = [parameter for parameter, _ in members], [tuple(each.shape) for each, _ in members]
+    if joint:
+        return {
+            "params": parameters,
+            "joint": True,
+            "constraint": size.fit(ball, shapes, [norm for _, norm in members]),
+        }
+    balls = [size.fit(ball, [shape], [norm]) for shape, (_, norm) in zip(shapes, members, strict=True)]
+    return {"params": parameters, "constraint": balls}

@@ -1,0 +1,137 @@
+"""Tensors seen entry by entry, or in groups: filters, input channels, heads, or any other grouping.
+
+Entries      profile |x_i|
+Groups       profile ||x_g||_2, g: `size` consecutive rows (or columns) of the matrix (out, in * kernel)
+Labels       profile ||x_g||_2, g: the entries with the same label
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from prunus.frankwolfe.sets.protocol import Rebuild, matrix_of
+
+__all__ = ["Entries", "Groups", "Labels"]
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Every entry by itself; tensors are handled flat.
+
+    >>> Entries().split(torch.tensor([[[3.0, -4.0]]]))[0]
+    tensor([[3., 4.]])
+    """
+
+    @property
+    def free_columns(self) -> bool:
+        return True
+
+    def key(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        rows, columns = matrix_of(shape)
+        return 1, rows * columns
+
+    def count(self, rows: int, columns: int) -> int:
+        return rows * columns
+
+    def split(self, x: Tensor) -> tuple[Tensor, Rebuild]:
+        return x.abs().flatten(1), lambda new: x.sign().mul_(new.view_as(x))
+
+
+@dataclass(frozen=True)
+class Groups:
+    """`size` consecutive rows of the matrix (out, in * kernel) are a group: 1 filters or neurons, the head size heads.
+
+    along: "rows" (outputs), or "columns" (inputs; for a convolution size = the kernel's entries makes input channels).
+    Raises ValueError for a size below 1, and in `key` for a matrix that it does not divide.
+
+    >>> Groups().split(torch.tensor([[[3.0, -4.0], [0.0, 1.0]]]))[0]
+    tensor([[5., 1.]])
+    """
+
+    size: int = 1
+    along: Literal["rows", "columns"] = "rows"
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"A group has at least 1 of the {self.along}; got size={self.size}")
+
+    @property
+    def free_columns(self) -> bool:
+        return self.along == "rows"
+
+    def key(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        matrix = matrix_of(shape)
+        extent = matrix[0 if self.along == "rows" else 1]
+        if extent % self.size:
+            raise ValueError(
+                f"A tensor of shape {tuple(shape)} has {extent} {self.along}, which groups of {self.size} do not "
+                "divide: choose another size, or constrain this tensor by another set"
+            )
+        return matrix
+
+    def count(self, rows: int, columns: int) -> int:
+        return (rows if self.along == "rows" else columns) // self.size
+
+    def split(self, x: Tensor) -> tuple[Tensor, Rebuild]:
+        across = x if self.along == "rows" else x.mT
+        groups = across.reshape(x.shape[0], self.count(*x.shape[1:]), -1)  # (problems, groups, entries of a group)
+        norms = torch.linalg.vector_norm(groups, dim=2)
+
+        def rebuild(new: Tensor) -> Tensor:
+            scaled = (groups * _ratio(new, norms)[..., None]).view(across.shape)
+            return scaled if self.along == "rows" else scaled.mT
+
+        return norms, rebuild
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """Any grouping: labels (entries,) int64 in 0..groups-1, one for every entry of the tensor, on its device.
+
+    Raises ValueError for labels that are negative or not int64, and in `key` for a tensor of another size.
+
+    >>> Labels(torch.tensor([0, 1, 0])).split(torch.tensor([[[3.0, 1.0, -4.0]]]))[0]
+    tensor([[5., 1.]])
+    """
+
+    labels: Tensor
+    groups: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.labels.ndim != 1 or self.labels.dtype != torch.int64 or int(self.labels.min()) < 0:
+            raise ValueError(
+                f"Labels are one int64 of at least 0 for each entry; got {self.labels.dtype} of shape "
+                f"{tuple(self.labels.shape)}"
+            )
+        object.__setattr__(self, "groups", int(self.labels.max()) + 1)
+
+    @property
+    def free_columns(self) -> bool:
+        return False
+
+    def key(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        flat = Entries().key(shape)
+        if flat[1] != self.labels.numel():
+            raise ValueError(f"{self.labels.numel()} labels do not fit a tensor of shape {tuple(shape)}")
+        return flat
+
+    def count(self, rows: int, columns: int) -> int:
+        return self.groups
+
+    def split(self, x: Tensor) -> tuple[Tensor, Rebuild]:
+        index = self.labels.expand(x.shape[0], -1)
+        # Scaled by the largest entry, so that no square overflows or vanishes.
+        peak = x.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+        squares = (x / peak).square().flatten(1)
+        norms = torch.zeros(x.shape[0], self.groups, dtype=x.dtype, device=x.device).scatter_add_(1, index, squares)
+        norms = norms.sqrt() * peak[:, 0]
+        return norms, lambda new: x * _ratio(new, norms).gather(1, index).view_as(x)
+
+
+def _ratio(new: Tensor, old: Tensor) -> Tensor:
+    """new / old, 0 where a group is zero and so has no direction."""
+    return torch.where(old > 0, new / old, torch.zeros_like(new))

@@ -1,0 +1,357 @@
+"""Exact selection of the largest scores: over a matrix, in every row, in small groups, over a whole model.
+
+One rule everywhere: larger scores are kept, and among equal scores the lower flat index is. So the number kept is the
+number asked for, whatever the ties. Thresholds come from selection (kthvalue, topk, bit search, histogram), never from
+sorting a matrix or a model.
+
+    keep = score > t  or  (score == t and this is one of the first `kept - #(score > t)` equals)
+
+On a GPU the same masks come from the Triton programs in `kernels/`. Searches by integer keys are in `keys`, what a
+pattern means in `patterns`.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from prunus.kernels import uses_kernels
+from prunus.patterns.keys import CHUNK, check_rank, flat_chunks, high_histogram, kth_by_bits, refine
+
+__all__ = [
+    "check_scores",
+    "goes_to_kernels",
+    "keep_largest",
+    "keep_largest_of_all",
+    "keep_largest_of_group",
+    "keep_largest_of_groups",
+    "keep_largest_of_row",
+    "kept_of",
+    "kth_largest",
+    "refuse_nan",
+    "select_global",
+    "select_global_share",
+]
+
+_TOPK = 1 << 22  # largest CUDA problem given to topk, which allocates its result
+_Kth = tuple[float, int | None, int]  # a k-th largest score; where known, how many are larger, and how many equal it
+_WIDTHS = (torch.float32, torch.bfloat16, torch.float16)  # what the programs read; float64 takes the plain path
+
+
+def kept_of(numel: int, sparsity: float) -> int:
+    """How many of `numel` entries stay at a sparsity (share of zeros, in [0, 1)): `numel - round(sparsity * numel)`.
+
+    Raises ValueError for a sparsity outside [0, 1), NaN included.
+
+    >>> kept_of(10, 0.7)
+    3
+    """
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity is the share of zeros, in [0, 1); got {sparsity}. 70 % zeros is 0.7")
+    return numel - round(sparsity * numel)
+
+
+def check_scores(score: Tensor, name: str = "score") -> None:
+    """Raise ValueError unless `score` is floating and free of NaN (infinities are ordered and may stay)."""
+    if not score.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {score.dtype}; pass score.float()")
+    if score.numel() and bool(score.amax().isnan()):  # a maximum passes NaN on, and allocates nothing
+        refuse_nan(int(score.isnan().sum()), score.numel(), name)
+
+
+def refuse_nan(count: int, numel: int, name: str = "score") -> None:
+    """Raise ValueError if `count` of `numel` entries are NaN, and that is not none."""
+    if count:
+        raise ValueError(
+            f"{name} has {count} NaN of {numel} entries: they cannot be ordered. "
+            "Check the weights and the calibration inputs for NaN and Inf"
+        )
+
+
+def goes_to_kernels(score: Tensor) -> bool:
+    """Whether Triton programs select among these scores."""
+    return score.dtype in _WIDTHS and uses_kernels(score)
+
+
+def keep_largest(score: Tensor, kept: int, *, wait: bool = True) -> Tensor:
+    """The mask of the `kept` largest entries of a whole matrix.
+
+    score: (rows, columns) floating, no NaN (not checked here); 0 <= kept <= score.numel(). Returns bool, same shape.
+    wait: False never waits for a GPU, as a captured step must not, and takes longer for millions of entries there.
+
+    >>> keep_largest(torch.tensor([[1.0, 3.0], [3.0, 3.0]]), 2).tolist()
+    [[False, True], [True, False]]
+    """
+    if kept <= 0 or kept >= score.numel():
+        return torch.full(score.shape, kept > 0, dtype=torch.bool, device=score.device)
+    if wait and goes_to_kernels(score) and score.numel() > _TOPK:
+        return _keep_in_kernels(score, kept)
+    threshold = _kth(score, kept)
+    mask = torch.empty(score.shape, dtype=torch.bool, device=score.device)
+    above = torch.zeros((), dtype=torch.int64, device=score.device)
+    ties: list[Tensor] = []
+    for rows in _row_chunks(score):
+        above += (score[rows] > threshold).sum()
+        ties.append((score[rows] == threshold).sum(1))
+    ties_of_row = torch.cat(ties)
+    before = ties_of_row.cumsum(0) - ties_of_row  # equals in earlier rows
+    wanted = (kept - above - before).clamp_(min=0)  # equals this row may still take
+    for rows in _row_chunks(score):
+        mask[rows] = _above_or_first(score[rows], threshold, wanted[rows, None])
+    return mask
+
+
+def keep_largest_of_row(score: Tensor, kept: int, extra: int = 0) -> Tensor:
+    """The mask of the `kept` largest entries of every row, and one more in each of the first `extra` rows.
+
+    score: (rows, columns) floating, no NaN (not checked here); 0 <= kept <= columns, less than that where there is an
+    extra one. Returns bool, same shape.
+
+    >>> keep_largest_of_row(torch.tensor([[1.0, 2.0, 2.0], [5.0, 0.0, 1.0]]), 1).tolist()
+    [[False, True, False], [True, False, False]]
+    """
+    if goes_to_kernels(score):
+        from prunus.kernels import keep_of_rows, takes_rows
+
+        if takes_rows(score):
+            return keep_of_rows(score, kept, extra)[0]
+    if extra:
+        return torch.cat([keep_largest_of_row(score[:extra], kept + 1), keep_largest_of_row(score[extra:], kept)])
+    columns = score.shape[1]
+    if kept <= 0 or kept >= columns:
+        return torch.full(score.shape, kept > 0, dtype=torch.bool, device=score.device)
+    mask = torch.empty(score.shape, dtype=torch.bool, device=score.device)
+    for rows in _row_chunks(score):
+        part = score[rows]
+        threshold = part.kthvalue(columns - kept + 1, dim=1, keepdim=True).values
+        wanted = kept - (part > threshold).sum(1, keepdim=True)
+        mask[rows] = _above_or_first(part, threshold, wanted)
+    return mask
+
+
+def keep_largest_of_groups(score: Tensor, kept: int, width: int) -> Tensor:
+    """The mask of the `kept` largest of every `width` consecutive entries of a row.
+
+    score: (rows, columns) floating, no NaN (not checked here); `width` divides columns. Returns bool, same shape.
+
+    >>> keep_largest_of_groups(torch.tensor([[1.0, 4.0, 1.0, 0.0]]), 1, 2).tolist()
+    [[False, True, True, False]]
+    """
+    if goes_to_kernels(score):
+        from prunus.kernels import keep_of_groups
+
+        return keep_of_groups(score, kept, width)[0]
+    rows, columns = score.shape
+    groups = score.reshape(rows, columns // width, width)
+    return keep_largest_of_group(groups, kept).view(rows, columns)
+
+
+def keep_largest_of_group(score: Tensor, kept: int) -> Tensor:
+    """The mask of the `kept` largest entries along the last, short dimension.
+
+    score: (..., m) floating, no NaN (not checked here); 0 <= kept <= m. Returns bool, same shape. Each entry's rank is
+    counted, #(larger) + #(equal and earlier): m^2 comparisons a group, no sort and no host synchronisation.
+
+    >>> keep_largest_of_group(torch.tensor([1.0, 4.0, 1.0, 0.0]), 2).tolist()
+    [True, True, False, False]
+    """
+    m = score.shape[-1]
+    if score.numel() * m <= CHUNK:  # one comparison of all pairs: fewest kernel launches
+        mine, other = score.unsqueeze(-1), score.unsqueeze(-2)
+        earlier = torch.ones(m, m, dtype=torch.bool, device=score.device).tril_(-1)
+        return ((other > mine) | ((other == mine) & earlier)).sum(-1) < kept
+    rank = torch.zeros(score.shape, dtype=torch.int16, device=score.device)
+    for j in range(m):  # one opponent at a time: least memory
+        opponent = score[..., j : j + 1]
+        rank[..., :j] += opponent > score[..., :j]
+        rank[..., j + 1 :] += opponent >= score[..., j + 1 :]
+    return rank < kept
+
+
+def kth_largest(scores: Mapping[str, Tensor], k: int) -> float:
+    """The k-th largest score (k from 1) over all tensors of a mapping, exact, in bounded memory.
+
+    scores: name -> float32, bfloat16 or float16 of any shape; read twice in the mapping's order, so values may be
+    computed on access. The order-preserving integer key of a float32 is refined by two histograms of 16 bits, or on a
+    GPU by a sample and a histogram of what lies near its k-th (a reading more where scores are few or far apart, two
+    where the sample misleads). Raises ValueError for NaN, float64, or k outside 1..(number of scores).
+
+    >>> kth_largest({"a": torch.tensor([1.0, 5.0]), "b": torch.tensor([3.0])}, 2)
+    3.0
+    """
+    return _first_reading(scores)[1](k)[0]
+
+
+def select_global(scores: Mapping[str, Tensor], kept: int) -> dict[str, int]:
+    """How many entries of each tensor are among the `kept` largest of all; the counts add up to `kept`.
+
+    scores: as in `kth_largest`; read three times, on a GPU more where it says so. Ties go to earlier tensors, then to
+    lower flat indices: `keep_largest` with these counts gives the mask of one direct model-wide selection.
+    Raises ValueError for NaN, float64, or kept outside 0..(number of scores).
+
+    >>> select_global({"a": torch.tensor([1.0, 5.0]), "b": torch.tensor([3.0])}, 2)
+    {'a': 1, 'b': 1}
+    """
+    total, kth = _first_reading(scores)
+    return _select(scores, kept, total, kth)
+
+
+def select_global_share(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
+    """`select_global` for a model-wide sparsity in [0, 1), in the same three readings.
+
+    >>> select_global_share({"a": torch.tensor([1.0, 5.0]), "b": torch.tensor([3.0, 4.0])}, 0.5)
+    {'a': 1, 'b': 1}
+    """
+    kept_of(0, sparsity)  # refuse before the readings
+    total, kth = _first_reading(scores)
+    return _select(scores, kept_of(total, sparsity), total, kth)
+
+
+def keep_largest_of_all(scores: Mapping[str, Tensor], kept: int) -> dict[str, Tensor]:
+    """The masks of the `kept` largest of all entries of all tensors: `keep_largest` by the counts of `select_global`.
+
+    scores: name -> (rows, columns), otherwise as in `kth_largest`. Raises ValueError as `select_global` does.
+
+    >>> keep_largest_of_all({"a": torch.tensor([[1.0, 5.0]]), "b": torch.tensor([[3.0]])}, 2)
+    {'a': tensor([[False,  True]]), 'b': tensor([[True]])}
+    """
+    total, kth = _first_reading(scores)
+    threshold, above, equal = kth(kept) if kept else (torch.inf, None, 0)
+    if above is not None and all(goes_to_kernels(score) for score in scores.values()):
+        from prunus.kernels import LISTED, Kth, keep_of_all
+
+        if equal <= LISTED or above + equal == kept:
+            masks = keep_of_all(scores.values(), Kth(threshold, above, equal), kept)
+            return dict(zip(scores, masks, strict=True))
+        shares = _shares(scores, kept, threshold)
+        return {name: _keep_above_and_first(score, threshold, *shares[name]) for name, score in scores.items()}
+    counts = _select(scores, kept, total, lambda _: (threshold, above, equal))
+    return {name: keep_largest(score, counts[name]) for name, score in scores.items()}
+
+
+def _select(scores: Mapping[str, Tensor], kept: int, total: int, kth: Callable[[int], _Kth]) -> dict[str, int]:
+    if not 0 <= operator.index(kept) <= total:
+        raise ValueError(f"cannot keep {kept} of {total} entries")
+    if kept == 0:
+        for name, score in scores.items():
+            check_scores(score, f"score of '{name}'")
+        return dict.fromkeys(scores, 0)
+    shares = _shares(scores, kept, kth(kept)[0])
+    return {name: above + taken for name, (above, _, taken) in shares.items()}
+
+
+def _shares(scores: Mapping[str, Tensor], kept: int, threshold: float) -> dict[str, tuple[int, int, int]]:
+    """Of each tensor how many entries are above the kept-th largest of all, how many equal it, and how many of those
+    stay."""
+    counts = {name: _count(score, threshold) for name, score in scores.items()}
+    device = next(iter(counts.values())).device  # one wait for all counts
+    found = dict(zip(counts, torch.stack([count.to(device) for count in counts.values()]).tolist(), strict=True))
+    wanted = kept - sum(above for above, _ in found.values())
+    result: dict[str, tuple[int, int, int]] = {}
+    for name, (above, equal) in found.items():
+        result[name] = above, equal, min(equal, wanted)
+        wanted -= min(equal, wanted)
+    return result
+
+
+def _keep_above_and_first(score: Tensor, threshold: float, above: int, equal: int, taken: int) -> Tensor:
+    """The mask, by programs, of what is above the threshold and of its equals the first `taken`."""
+    from prunus.kernels import keep_above, keep_first, key_of, value_of
+
+    if taken == equal:
+        return keep_above(score, threshold)
+    if not taken:
+        return keep_above(score, value_of(key_of(threshold) + 1))
+    return keep_first(score, torch.full((), threshold, device=score.device), above + taken)
+
+
+def _count(score: Tensor, threshold: float) -> Tensor:
+    """How many entries are above and how many equal the threshold, (2,) int64."""
+    if goes_to_kernels(score):
+        from prunus.kernels import count_of
+
+        return count_of(score, torch.full((), threshold, device=score.device)).sum(1)
+    count = torch.zeros(2, dtype=torch.int64, device=score.device)
+    for part in flat_chunks(score):
+        count += torch.stack([(part > threshold).sum(), (part == threshold).sum()])
+    return count
+
+
+def _first_reading(scores: Mapping[str, Tensor]) -> tuple[int, Callable[[int], _Kth]]:
+    """How many scores there are, and a function that finds the k-th largest of them, by the device of the first."""
+    histogram = torch.zeros(65536, dtype=torch.int64)
+    samples: list[Tensor] = []
+    total, sampled = 0, False
+    for name, score in scores.items():
+        sampled = uses_kernels(score) if not total else sampled
+        _check_width(score, name, nan=not sampled)  # what reads sampled scores for their k-th notices NaN
+        total += score.numel()
+        if sampled:
+            from prunus.kernels import sample_of
+
+            samples.append(sample_of(score).to((samples or [score])[0].device))
+        else:
+            histogram += high_histogram(score)
+    if sampled:
+        return total, lambda k: _kth_by_sample(scores, k, torch.cat(samples), total)
+    return total, lambda k: (refine(scores, k, histogram), None, 0)
+
+
+def _check_width(score: Tensor, name: str, *, nan: bool) -> None:
+    check_scores(score if nan else score.reshape(-1)[:0], f"score of '{name}'")
+    if score.dtype == torch.float64:
+        raise ValueError(f"model-wide selection compares float32 scores; '{name}' is float64: pass score.float()")
+
+
+def _kth(score: Tensor, k: int) -> Tensor:
+    """The k-th largest entry of a matrix as a scalar tensor; does not wait for the device."""
+    flat = score.reshape(-1)
+    smaller = flat.numel() - k + 1  # the same entry, counted from below
+    if not flat.is_cuda:
+        return flat.kthvalue(smaller).values
+    if flat.numel() > _TOPK:
+        return kth_by_bits(flat, k)
+    if k <= smaller:
+        return flat.topk(k, sorted=False).values.min()
+    return flat.topk(smaller, largest=False, sorted=False).values.max()
+
+
+def _keep_in_kernels(score: Tensor, kept: int) -> Tensor:
+    from prunus.kernels import LISTED, keep_first, keep_of_all, kth_of, sample_of
+
+    found = kth_of([score], sample_of(score), kept, score.numel())
+    if found is None or math.isnan(found.value):
+        return keep_first(score, kth_by_bits(score.reshape(-1), kept).float(), kept)
+    if found.equal <= LISTED or found.above + found.equal == kept:
+        return keep_of_all([score], found, kept)[0]
+    return keep_first(score, torch.full((), found.value, device=score.device), kept)
+
+
+def _kth_by_sample(scores: Mapping[str, Tensor], k: int, sample: Tensor, total: int) -> _Kth:
+    from prunus.kernels import kth_of
+
+    check_rank(k, total)
+    found = kth_of(scores.values(), sample, k, total)
+    if found is None or math.isnan(found.value):
+        for name, score in scores.items():
+            check_scores(score, f"score of '{name}'")
+        histogram = sum((high_histogram(score) for score in scores.values()), torch.tensor(0))
+        return refine(scores, k, histogram), None, 0
+    return found
+
+
+def _above_or_first(score: Tensor, threshold: Tensor, wanted: Tensor) -> Tensor:
+    """Entries above the threshold, and in each row the first `wanted` (rows, 1) that equal it."""
+    equal = score == threshold
+    return (score > threshold) | (equal & (equal.cumsum(1, dtype=torch.int32) <= wanted))
+
+
+def _row_chunks(score: Tensor) -> Iterator[slice]:
+    rows, columns = score.shape
+    step = max(1, CHUNK // max(1, columns))
+    for start in range(0, rows, step):
+        yield slice(start, min(rows, start + step))

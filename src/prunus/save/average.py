@@ -1,0 +1,238 @@
+"""The average of checkpoints on disk, piece by piece, so that models larger than memory are averaged.
+
+    members' bytes ─ pieces of 2 Mi entries ─▶ mean ─▶ one tensor ─▶ shards of <out>.partial ─▶ <out>
+
+Memory: the largest tensor once, in its own dtype, and some 10 MiB for each member and 40 MiB beside it. Files are read
+with plain reads, not mapped: what was read is not held. Masks are compared bit-packed, as they are stored.
+The mathematics is `soup`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prunus.machine import write_json, write_text
+from prunus.save.card import model_card
+from prunus.save.config import _RUNTIME, write_config
+from prunus.save.folder import (
+    CARD_NAME,
+    FORMAT,
+    INFO_NAME,
+    MASKS_NAME,
+    SavedModel,
+    _copy_small_files,
+    _partial,
+    _replace,
+    _versions,
+    load_info,
+)
+from prunus.save.shards import SINGLE_NAME, ShardWriter
+from prunus.save.stored import Stored, read_header, weight_files
+from prunus.soup import check_weights, mean_tensor
+
+__all__ = ["average_folders"]
+
+log = logging.getLogger(__name__)
+
+_PIECE = 1 << 21  # entries of one tensor that are averaged together
+_OF_ONE_MODEL = ("metrics", "perplexity", "zero_shot", "sparsity", "versions", "masks", "format", "average")
+
+
+def average_folders(
+    checkpoints: Sequence[str | Path],
+    out: str | Path,
+    weights: Sequence[float] | None = None,
+    *,
+    max_shard_bytes: float = 4e9,
+) -> SavedModel:
+    """The folder of the weighted mean of checkpoints: Hugging Face folders or safetensors files, sharded in any way.
+
+    weights: one a checkpoint, >= 0, sum 1; None: all equal. config.json, tokenizer, masks and what prunus.json says of
+    the model are the first one's; prunus.json also lists the members. The folder appears complete or not at all.
+
+    Raises ValueError, before anything is written, for tensors, configs or masks that differ (naming the first), and
+    for an `out` that holds something else or a member; while writing, for weights that are not zero under their mask.
+
+    >>> average_folders(["runs/a/model", "runs/b/model"], "runs/mean")
+    """
+    shares = check_weights(weights, len(checkpoints))
+    members = [_Member.read(Path(path)) for path in checkpoints]
+    for place, member in enumerate(members):
+        if Path(out).resolve() in (member.path.resolve(), member.path.parent.resolve()):
+            raise ValueError(f"{out} would replace member {place}; give the average a folder of its own")
+        _check_member(place, member, members[0])
+    with _partial(out) as partial:
+        zeros = [0] * (len(members) + 1)
+        with ShardWriter(partial, max_shard_bytes=max_shard_bytes) as writer:
+            for name in members[0].tensors:
+                writer.write(name, _mean(name, members, shares, zeros))
+        _warn_of_lost_zeros(zeros, checkpoints)
+        info = _info(members, shares, zeros)
+        _write_rest(members[0], partial, Path(out).name, info)
+        saved = [path.name for path in partial.iterdir()]
+        _replace(partial, Path(out))
+    return SavedModel(Path(out), tuple(sorted(saved)), writer.total_bytes)
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A checkpoint: its tensors in the order of the files, its masks (still packed) and their shapes, its config."""
+
+    path: Path
+    tensors: dict[str, Stored]
+    masks: dict[str, Stored]
+    mask_shapes: dict[str, list[int]]
+    config: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> _Member:
+        folder = path if path.is_dir() else path.parent if path.name == SINGLE_NAME else None
+        tensors = {name: stored for file in weight_files(path) for name, stored in read_header(file)[0].items()}
+        if folder is None or not (folder / MASKS_NAME).is_file():
+            masks, metadata = {}, {}
+        else:
+            masks, metadata = read_header(folder / MASKS_NAME)
+        config: dict[str, Any] = {}
+        if folder is not None and (folder / "config.json").is_file():
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return cls(folder or path, tensors, masks, json.loads(metadata.get("shapes", "{}")), config)
+
+
+def _check_member(place: int, member: _Member, first: _Member) -> None:
+    for name in [*first.tensors, *member.tensors]:
+        one, other = first.tensors.get(name), member.tensors.get(name)
+        if one is None or other is None or (one.shape, one.dtype) != (other.shape, other.dtype):
+            raise ValueError(
+                f"{name!r} is {_shown(one)} in {first.path} and {_shown(other)} in {member.path}: average checkpoints "
+                "of one network in one dtype"
+            )
+    for key in sorted((first.config.keys() | member.config.keys()) - _RUNTIME):
+        if first.config.get(key) != member.config.get(key):
+            raise ValueError(
+                f"config.json says {key}: {first.config.get(key)!r} in {first.path} and {member.config.get(key)!r} in "
+                f"{member.path}: they are not copies of one network"
+            )
+    _check_masks(member, first)
+
+
+def _shown(stored: Stored | None) -> str:
+    return "missing" if stored is None else f"{stored.shape} {stored.dtype}"
+
+
+def _check_masks(member: _Member, first: _Member) -> None:
+    if bool(member.masks) != bool(first.masks):
+        having, lacking = (first, member) if first.masks else (member, first)
+        raise ValueError(f"{having.path} has {MASKS_NAME} and {lacking.path} has none: their zeros may differ")
+    for name in [*first.masks, *member.masks]:
+        if first.mask_shapes.get(name) != member.mask_shapes.get(name):
+            raise ValueError(
+                f"the masks of {name!r} in {first.path} and {member.path} differ in shape, or one is missing"
+            )
+        one, other = first.masks[name], member.masks[name]
+        if member is not first and any(not torch.equal(a, b) for a, b in zip(_bits(one), _bits(other), strict=True)):
+            total = math.prod(first.mask_shapes[name])
+            raise ValueError(
+                f"the masks of {name!r} differ: {first.path} keeps {_count(one)} of {total} entries, {member.path} "
+                f"{_count(other)}. Average members of one pruned network, or load them and use average_and_reprune"
+            )
+
+
+def _bits(packed: Stored) -> Iterator[Tensor]:
+    """Packed masks, a piece at a time."""
+    for start in range(0, packed.numel, _PIECE):
+        yield packed.piece(start, min(start + _PIECE, packed.numel))
+
+
+def _count(packed: Stored) -> int:
+    """Entries kept; bits past the last entry are zero."""
+    return sum(int(np.unpackbits(piece.numpy()).sum(dtype=np.int64)) for piece in _bits(packed))
+
+
+def _mean(name: str, members: Sequence[_Member], shares: Sequence[float], zeros: list[int]) -> Tensor:
+    """The mean of one tensor; counts the zeros of matrices in each member and, last, in the mean."""
+    first = members[0].tensors[name]
+    mean = torch.empty(first.numel, dtype=first.dtype)
+    for start in range(0, first.numel, _PIECE):
+        stop = min(start + _PIECE, first.numel)
+        pieces = [member.tensors[name].piece(start, stop) for member in members]
+        part = mean_tensor(name, pieces, shares)
+        _check_zeros(name, members, pieces, start)
+        if len(first.shape) > 1 and first.dtype.is_floating_point:
+            for place, piece in enumerate((*pieces, part)):
+                zeros[place] += stop - start - int(_comparable(piece).count_nonzero())
+        mean[start:stop] = part
+    return mean.view(first.shape)
+
+
+def _check_zeros(name: str, members: Sequence[_Member], pieces: Sequence[Tensor], start: int) -> None:
+    """Raise ValueError for a nonzero under the mask. A mask of a name that is not stored (experts) is only compared."""
+    mask = members[0].masks.get(name)
+    if mask is None or tuple(members[0].mask_shapes[name]) != members[0].tensors[name].shape:
+        return
+    stop = start + pieces[0].numel()  # start is a multiple of 8: _PIECE is
+    packed = mask.piece(start // 8, (stop + 7) // 8).numpy()
+    pruned = torch.from_numpy(np.unpackbits(packed, count=stop - start, bitorder="little") == 0)
+    for member, piece in zip(members, pieces, strict=True):
+        wrong = int((_comparable(piece)[pruned] != 0).sum())
+        if wrong:
+            raise ValueError(
+                f"{name!r} in {member.path} has {wrong} nonzero weights under its mask: something changed them"
+            )
+
+
+def _comparable(piece: Tensor) -> Tensor:
+    """The piece in a dtype that compares with zero, which the 8-bit floats do not everywhere."""
+    return piece.float() if piece.dtype.itemsize == 1 else piece
+
+
+def _warn_of_lost_zeros(zeros: Sequence[int], checkpoints: Sequence[str | Path]) -> None:
+    *each, mean = zeros
+    if mean < 0.99 * min(each):
+        log.warning(
+            "The mean has %d zeros in its matrices and each of the %d checkpoints at least %d: their zeros lie in "
+            "different places, and sparsity is lost.", mean, len(checkpoints), min(each),
+        )  # fmt: skip
+
+
+def _info(members: Sequence[_Member], shares: Sequence[float], zeros: Sequence[int]) -> dict[str, Any]:
+    """prunus.json: what the first member's says of the model, and where the average comes from."""
+    known = [load_info(m.path) if m.path.is_dir() and (m.path / INFO_NAME).is_file() else {} for m in members]
+    first = members[0]
+    average = [
+        {"path": str(member.path), "weight": share, "zeros": count, "metrics": info.get("metrics")}
+        for member, share, count, info in zip(members, shares, zeros, known, strict=False)
+    ]
+    totals = {name: math.prod(shape) for name, shape in first.mask_shapes.items()}
+    kept = {name: _count(mask) for name, mask in first.masks.items()}
+    pruned = 1 - sum(kept.values()) / sum(totals.values()) if totals else None
+    return {
+        "format": FORMAT,
+        **{key: value for key, value in known[0].items() if key not in _OF_ONE_MODEL},
+        "average": {"members": average, "zeros": zeros[-1]},
+        "masks": MASKS_NAME if first.masks else None,
+        "sparsity": {"pruned": pruned, "layers": {name: 1 - kept[name] / totals[name] for name in kept}},
+        "versions": _versions(),
+    }
+
+
+def _write_rest(first: _Member, partial: Path, name: str, info: Mapping[str, Any]) -> None:
+    """Config, tokenizer, masks, prunus.json and card beside the weights."""
+    if first.masks:
+        shutil.copyfile(next(iter(first.masks.values())).file, partial / MASKS_NAME)
+    if first.config:
+        dtypes = {stored.dtype for stored in first.tensors.values() if stored.dtype.is_floating_point}
+        write_config(None, partial / "config.json", first.path, dtype=dtypes.pop() if len(dtypes) == 1 else None)
+        _copy_small_files(first.path, partial)
+        write_text(partial / CARD_NAME, model_card(name, info))
+    write_json(partial / INFO_NAME, info)

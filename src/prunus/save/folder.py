@@ -1,0 +1,247 @@
+"""The folder of a saved model: everything transformers needs, in its own form, and beside it three files of ours.
+
+    config.json, generation_config.json, tokenizer files        as in the source, byte for byte where there is one
+    model.safetensors, or shards and model.safetensors.index.json    dense tensors, pruned entries +0.0
+    prunus.json, masks.safetensors, README.md                   ours; nothing needs them to load the model
+
+The folder is written as `<folder>.partial` and renamed when complete, so a folder under its own name is whole.
+No `sparsity_config` is written: serving stacks refuse it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prunus import __version__
+from prunus.machine import write_json, write_text
+from prunus.save.card import SIZE_NOTE, model_card
+from prunus.save.config import source_folder, write_config
+from prunus.save.shards import ShardWriter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from prunus.masks import Masks
+
+__all__ = ["FORMAT", "SavedModel", "load_info", "save_model", "save_tensors"]
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+INFO_NAME, MASKS_NAME, CARD_NAME = "prunus.json", "masks.safetensors", "README.md"
+_LANES = 4  # shards of a large model written side by side; a file in memory takes about 1 GB/s
+# Of the source folder, what transformers and serving stacks read beside weights and config.json.
+_COPIED = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
+    "chat_template*", "generation_config.json", "*processor_config.json", "*.py", "LICENSE*",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A finished folder: its file names, the bytes of its weights, and the sentence on its size to show the user."""
+
+    folder: Path
+    files: tuple[str, ...]
+    weight_bytes: int
+    note: str = SIZE_NOTE
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    *,
+    masks: Masks | None,
+    info: Mapping[str, Any],
+    source: str | Path | None = None,
+    max_shard_bytes: float = 4e9,
+) -> SavedModel:
+    """The folder of a model that is in memory, saved in its checkpoint's own names (experts apart, ties once).
+
+    info: recipe, pattern, metrics and whatever else belongs into prunus.json; sparsity and versions are added.
+    source: the folder or Hugging Face name that the model came from; its config.json, tokenizer and generation
+    config are copied as they are. config.json differs only in the keys that the model's config changed (added
+    biases) and in a dtype that is no longer true.
+
+    Raises ValueError when `folder` holds something that Prunus did not write, a pruned entry is not zero, or the model
+    is quantised.
+    """
+    if masks is not None:
+        masks.check(model)
+    with _partial(folder) as partial:
+        with _as_dense(model):
+            model.save_pretrained(partial, max_shard_size=int(max_shard_bytes))
+        write_config(model.config, partial / "config.json", source_folder(source), dtype=model.dtype)
+        return _finish(partial, folder, tokenizer, masks=masks, info=info, source=source)
+
+
+def save_tensors(
+    tensors: Iterable[tuple[str, Tensor]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    *,
+    masks: Masks | None,
+    info: Mapping[str, Any],
+    source: str | Path,
+    config: Any = None,
+    max_shard_bytes: float = 4e9,
+) -> SavedModel:
+    """The folder of a model larger than memory, from (checkpoint name, tensor) pairs that arrive one at a time.
+
+    source: the folder that the model came from; all but the weights is copied from it.
+    config: the model's transformers config if it was changed (added biases); otherwise config.json is copied.
+
+    Raises ValueError as `save_model`, and for a name that comes twice.
+    """
+    with _partial(folder) as partial:
+        dtypes: set[Any] = set()
+        with ShardWriter(partial, max_shard_bytes=max_shard_bytes, lanes=_LANES) as writer:
+            for name, tensor in tensors:
+                writer.write(name, tensor)
+                dtypes |= {tensor.dtype} if tensor.is_floating_point() else set()
+        dtype = next(iter(dtypes)) if len(dtypes) == 1 else None
+        write_config(config, partial / "config.json", source_folder(source), dtype=dtype)
+        return _finish(partial, folder, tokenizer, masks=masks, info=info, source=source)
+
+
+def load_info(folder: str | Path) -> dict[str, Any]:
+    """The contents of a saved model's prunus.json.
+
+    Raises FileNotFoundError when there is none; ValueError when a newer Prunus wrote it or it is not ours.
+    """
+    path = Path(folder) / INFO_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {INFO_NAME}: it is not a model saved by Prunus")
+    info = json.loads(path.read_text(encoding="utf-8"))
+    found = info.get("format") if isinstance(info, dict) else None
+    if found != FORMAT:
+        raise ValueError(
+            f"{path} has format {found!r}; this Prunus reads format {FORMAT}. Use the release that wrote it"
+        )
+    return info
+
+
+@contextmanager
+def _as_dense(model: PreTrainedModel) -> Generator[None]:
+    """Let transformers save a model that it read from GGUF, and take back what saving writes into the config.
+
+    In newer transformers (5.23) such a model stays marked as quantised although its weights were dequantised on
+    loading, and save_pretrained refuses it.
+    """
+    config, kept = model.config, dict(vars(model.config))
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        named: Any = quantizer.quantization_config.quant_method
+        method = str(getattr(named, "value", named))
+        if method != "gguf" or not all(value.is_floating_point() for value in model.parameters()):
+            raise ValueError(f"the model is quantised ({method}); load it in bf16, fp16 or fp32 before pruning it")
+        model.hf_quantizer = None  # type: ignore[assignment]
+        vars(config).pop("quantization_config", None)
+    try:
+        yield
+    finally:
+        vars(config).update(kept)
+        if quantizer is not None:
+            model.hf_quantizer = quantizer
+
+
+@contextmanager
+def _partial(folder: str | Path) -> Generator[Path]:
+    """A fresh `<folder>.partial` that is deleted when its writing fails."""
+    folder = Path(folder)
+    _check_replaceable(folder)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _check_replaceable(folder: Path) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give the model another output folder")
+    if any(folder.iterdir()) and not (folder / INFO_NAME).is_file():
+        raise ValueError(
+            f"{folder} is not empty and was not written by Prunus (no {INFO_NAME}), so it is not replaced; "
+            "give another output folder or empty this one"
+        )
+
+
+def _finish(
+    partial: Path,
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    masks: Masks | None,
+    info: Mapping[str, Any],
+    source: str | Path | None,
+) -> SavedModel:
+    """Write what goes beside the weights, then give the folder its name."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(partial)
+    origin = source_folder(source)
+    if origin is not None:
+        _copy_small_files(origin, partial)
+    if masks is not None:
+        masks.save(partial / MASKS_NAME)
+    stored = {"format": FORMAT, **info, "masks": MASKS_NAME if masks is not None else None}
+    stored["sparsity"] = _sparsity(masks)
+    stored["versions"] = _versions()
+    write_json(partial / INFO_NAME, stored)
+    write_text(partial / CARD_NAME, model_card(Path(folder).name, stored))
+    weights = [p for p in partial.glob("*.safetensors") if p.name != MASKS_NAME]
+    size = sum(p.stat().st_size for p in weights)
+    files = tuple(sorted(p.name for p in partial.iterdir()))
+    _replace(partial, Path(folder))
+    log.info("saved %s (%.1f MB of weights). %s", folder, size / 1e6, SIZE_NOTE)
+    return SavedModel(Path(folder), files, size)
+
+
+def _copy_small_files(source: Path, partial: Path) -> None:
+    """Tokenizer, generation config, chat template and code of the source, byte for byte, over what was generated."""
+    for path in source.iterdir():
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _COPIED):
+            shutil.copyfile(path, partial / path.name)
+
+
+def _sparsity(masks: Masks | None) -> dict[str, Any]:
+    """Share of zeros of the masked layers, together and one by one."""
+    if not masks:
+        return {"pruned": None, "layers": {}}
+    table = masks.table()
+    kept, total = (sum(counts) for counts in zip(*table.values(), strict=True))
+    return {"pruned": (total - kept) / total, "layers": {name: 1 - kept / n for name, (kept, n) in table.items()}}
+
+
+def _versions() -> dict[str, str]:
+    # Not version("prunus"): a source folder on the path has no metadata.
+    found = {"python": platform.python_version(), "prunus": __version__}
+    return found | {name: version(name) for name in ("torch", "transformers", "safetensors")}
+
+
+def _replace(partial: Path, folder: Path) -> None:
+    """Put `partial` in the place of `folder`, whose old contents go only when the new ones are there."""
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)

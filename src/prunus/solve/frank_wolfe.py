@@ -1,0 +1,154 @@
+"""Masks chosen for a layer's output: Frank-Wolfe on the reconstruction error over the relaxed masks of a pattern.
+
+A mask m in {0, 1}^in of a row w leaves d = w * (1 - m) out, which costs f(m) = ||d X^T||^2 = d G d^T with G = X^T X.
+Relaxed to 0 <= m <= 1 with the pattern's counts, f is convex, but its minimum is spread thinly over all weights and
+loses much when it is rounded. So a concave term that is zero at every mask grows while the iterations go on:
+
+    F_c(m) = d G d^T + c sum_j q_j (m_j - m_j^2),   q_j = w_j^2 G_jj,   gradient = -2 w * (d G) + c q * (1 - 2 m)
+
+F_0 = f. F_1(m) is the expected error of a mask whose entries are drawn independently with the probabilities m (its
+count is right on average only): unlike f it promises between masks nothing that masks do not keep.
+
+    Wanda's mask ─▶ m <- m + s (v - m), v the pattern's best mask for -gradient, s by exact line search ─▶ rounded
+                 ─▶ swaps (`swaps.py`) ─▶ compared with Wanda's, row by row where the pattern chooses by row
+
+The weights that are kept stay as they are; `reconstruct` or a retraining may move them afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from prunus.patterns import Pattern
+from prunus.score import magnitude, wanda
+from prunus.solve.solvers import Solver, by_score, seen_gram
+from prunus.solve.swaps import swap_
+
+if TYPE_CHECKING:
+    from prunus.layers import Inputs, Layer
+
+__all__ = ["frank_wolfe"]
+
+_ROWS = 1 << 22  # entries whose error is computed at once in float64: 32 MiB a temporary
+
+
+def frank_wolfe(iterations: int = 30, swaps: int = 100, concave: tuple[float, float] = (0.5, 1.0)) -> Solver:
+    """A solver that keeps the weights whose loss changes the layer's outputs least, and leaves them as they are.
+
+    iterations: of Frank-Wolfe, from Wanda's mask; each is one product (out, in) x (in, in) and one selection. 0 leaves
+        all to the swaps.
+    swaps: most exchanges of a kept for a pruned weight that a row may make at the end, each of which lowers its error.
+    concave: c in the first iteration and in the last, linear in between; (0, 0) is the plain convex relaxation.
+
+    The idea is that of Roux et al. 2025 (arXiv:2510.13713), who minimise the convex relaxation and round it. The
+    concave term and the swaps are ours. The error of no row (of no layer, for patterns that compare rows) exceeds that
+    of Wanda's mask: that is checked in float64, all else is float32. Ties break by index, counts are exact. A layer
+    that saw no token is pruned by magnitude, with a warning. The solver raises ValueError for a layer without a Gram
+    matrix, for NaN or Inf, and as `pattern.mask`.
+
+    >>> inputs = Inputs(3, gram=True)
+    >>> inputs.add_(torch.tensor([[1.0, -1.0, 0.0], [0.0, 0.0, 0.9]]))
+    >>> layer = Layer("fc", torch.tensor([[1.0, 1.0, 1.0]]), inputs)  # the first two outputs cancel
+    >>> frank_wolfe()(layer, Unstructured("row"), 1)[0]
+    tensor([[0., 0., 1.]])
+    """
+    if operator.index(iterations) < 0 or operator.index(swaps) < 0:
+        raise ValueError(f"frank_wolfe needs iterations >= 0 and swaps >= 0; got {iterations} and {swaps}")
+    if len(concave) != 2 or not all(0 <= c <= 2 for c in concave):
+        raise ValueError(f"concave is (first, last), each in [0, 2]; got {concave}")
+
+    @torch.no_grad()
+    def solve(layer: Layer, pattern: Pattern, kept: int) -> tuple[Tensor, Tensor]:
+        inputs = seen_gram(layer, "frank_wolfe")
+        if inputs is None:
+            return by_score(magnitude)(layer, pattern, kept)
+        start = pattern.mask(wanda(layer), kept, name=layer.name)
+        gram = _scaled_gram(layer, inputs)
+        weight = layer.weight.float().contiguous()
+        mask = start
+        if iterations:
+            relaxed = _relax(weight, gram, start, pattern, kept, iterations, concave)
+            mask = _lower(weight, gram, pattern.choose(relaxed, kept), start, pattern)
+        if swaps and pattern.unit((weight.shape[0], weight.shape[1]), name=layer.name) == 1:
+            mask = mask.clone()
+            swap_(mask, weight, gram, most=swaps, width=pattern.width)
+        mask = _lower(weight, gram, mask, start, pattern)
+        return layer.weight.masked_fill(~mask, 0.0), mask
+
+    return solve
+
+
+def _scaled_gram(layer: Layer, inputs: Inputs) -> Tensor:
+    """The Gram matrix with mean diagonal near 1, on the weight's device.
+
+    A power of two as scale loses no bit, and changes no mask.
+    """
+    assert inputs.gram is not None
+    if not bool(inputs.gram.isfinite().all()):
+        raise ValueError(f"the Gram matrix of '{layer.name}' holds NaN or Inf: calibrate in bfloat16 or float32")
+    mean = float(inputs.gram.diagonal().mean(dtype=torch.float64))
+    return (inputs.gram * 2.0 ** min(-math.frexp(mean)[1], 126)).to(layer.weight.device)
+
+
+def _relax(
+    weight: Tensor,
+    gram: Tensor,
+    start: Tensor,
+    pattern: Pattern,
+    kept: int,
+    iterations: int,
+    concave: tuple[float, float],
+) -> Tensor:
+    """The relaxed mask (out, in) float32 in [0, 1] after the iterations; nothing in here waits for the device.
+
+    d G is carried along: a step changes it by the same share as d.
+    """
+    m = start.float()
+    alone = weight.square().mul_(gram.diagonal())  # q: what each weight's loss costs by itself
+    product = (weight * (1 - m)) @ gram  # d G
+    for t in range(iterations):
+        c = concave[0] + (concave[1] - concave[0]) * t / max(1, iterations - 1)
+        gradient = (alone * (c - 2 * c * m)).addcmul_(weight, product, value=-2)
+        direction = pattern.choose(-gradient, kept).float().sub_(m)
+        change = (weight * direction).neg_()
+        change_product = change @ gram
+        slope = _sum(gradient.mul_(direction), pattern)
+        bend = _sum(change.mul_(change_product).addcmul_(alone, direction.square(), value=-c), pattern)
+        step = _line_search(slope, bend)
+        m.addcmul_(step, direction)
+        product.addcmul_(step, change_product)
+    return m
+
+
+def _sum(entries: Tensor, pattern: Pattern) -> Tensor:
+    """(out, 1) where rows are chosen apart, so that each has a step of its own; else (1, 1)."""
+    return entries.sum(1, keepdim=True) if pattern.by_row else entries.sum().view(1, 1)
+
+
+def _line_search(slope: Tensor, bend: Tensor) -> Tensor:
+    """argmin over 0 <= s <= 1 of slope s + bend s^2; where the parabola opens downwards, the lower end."""
+    tiny = torch.finfo(torch.float32).tiny  # only keeps 0/0 out
+    inside = (-slope / (2 * bend).clamp(min=tiny)).clamp(0, 1)
+    return torch.where(bend > 0, inside, (slope + bend < 0).float())
+
+
+def _lower(weight: Tensor, gram: Tensor, mask: Tensor, start: Tensor, pattern: Pattern) -> Tensor:
+    """Of two masks the one with the lower error, row by row where the pattern allows; `start` at a tie."""
+    gain = _sum((_errors(weight, gram, start) - _errors(weight, gram, mask))[:, None], pattern)
+    return torch.where(gain > 0, mask, start)
+
+
+def _errors(weight: Tensor, gram: Tensor, mask: Tensor) -> Tensor:
+    """d G d^T of every row, (out,) float64: nothing is lost to rounding where two masks are compared."""
+    exact = gram.double()
+    parts: list[Tensor] = []
+    for rows in torch.arange(len(weight)).split(max(1, _ROWS // max(1, weight.shape[1]))):
+        inside = slice(int(rows[0]), int(rows[-1]) + 1)
+        out = (weight[inside] * ~mask[inside]).double()
+        parts.append(((out @ exact) * out).sum(1))
+    return torch.cat(parts)

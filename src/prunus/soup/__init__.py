@@ -1,0 +1,41 @@
+"""Pruning and retraining in phases, and averages of members that share a mask.
+
+`imp` is the loop over phases, `sms` the same loop with several members a phase, `average` how they are mixed.
+"""
+
+from prunus.soup.average import (
+    Greedy,
+    average,
+    average_and_reprune,
+    check_masks,
+    check_weights,
+    greedy,
+    greedy_members,
+    learn_weights,
+    mean_tensor,
+)
+from prunus.soup.geometry import Line, Plane, distances, loss_line, loss_plane
+from prunus.soup.imp import Distance, Phase, distance, imp, phase_sparsities, split_steps
+
+__all__ = [
+    "Distance",
+    "Greedy",
+    "Line",
+    "Phase",
+    "Plane",
+    "average",
+    "average_and_reprune",
+    "check_masks",
+    "check_weights",
+    "distance",
+    "distances",
+    "greedy",
+    "greedy_members",
+    "imp",
+    "learn_weights",
+    "loss_line",
+    "loss_plane",
+    "mean_tensor",
+    "phase_sparsities",
+    "split_steps",
+]

@@ -1,0 +1,293 @@
+"""Iterative pruning: prune a little, retrain, and again; its arithmetic, and the loop itself.
+
+    s_j = 1 - (1 - s)^(j / J)        sparsity after phase j of J: each prunes the same share of what is left
+    d1  = ||W - W^p|| / (||W|| * sqrt(p))    how much a phase's pruning took away, ALLR's first signal
+
+`imp` only calls: how weights are chosen is its `select` (see `prune.prune`), how they are retrained its `retrain` (see
+`train.train`, with a schedule of `lr`). With a folder, phases that are finished are not repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from prunus.machine import ranks
+from prunus.masks import Masks
+from prunus.patterns import kept_of
+
+if TYPE_CHECKING:
+    from prunus.train import Original, Trace
+
+__all__ = ["Distance", "Phase", "bimp_budget", "distance", "imp", "phase_sparsities", "split_steps"]
+
+Select = Callable[[nn.Module, float, Masks | None], Masks]
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Distance:
+    """ALLR's two signals: `distance` is d1, what pruning took away; `share` d2, retraining steps by dense steps.
+
+    >>> Distance(0.3, 0.1).start
+    0.3
+    """
+
+    distance: float
+    share: float
+
+    @property
+    def start(self) -> float:
+        """The initial learning rate in units of the dense run's peak: min(1, max(d1, d2))."""
+        return min(1.0, max(self.distance, self.share))
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One prune-retrain phase, as `retrain` receives it, the model being pruned.
+
+    index: from 0; count: phases in all; sparsity: the target of this phase; masks: those to train under; distance: d1.
+    """
+
+    index: int
+    count: int
+    sparsity: float
+    masks: Masks
+    distance: float
+
+    def signals(self, steps: int, original: Original) -> Distance:
+        """ALLR's signals when this phase is retrained for `steps` steps."""
+        return Distance(self.distance, min(1.0, steps / original.steps))
+
+
+def phase_sparsities(sparsity: float, phases: int) -> list[float]:
+    """The sparsity after each phase, 1 - (1 - s)^(j / J); the last is exactly s.
+
+    Each phase prunes the share 1 - (1 - s)^(1 / J) of the weights that remain. Counts are taken from these absolute
+    targets, not phase by phase, so that rounding does not drift.
+    Raises ValueError for a sparsity outside [0, 1) or phases < 1.
+
+    >>> [round(value, 7) for value in phase_sparsities(0.9, 3)]
+    [0.5358411, 0.7845565, 0.9]
+    """
+    kept_of(0, sparsity)
+    _check_phases(phases)
+    return [1 - (1 - sparsity) ** (phase / phases) for phase in range(1, phases)] + [sparsity]
+
+
+def split_steps(total: int, phases: int) -> list[int]:
+    """A budget of steps or epochs split over phases: the same number for each, the remainder to the last.
+
+    Raises ValueError for phases < 1 or a total that leaves a phase nothing, unless the total is 0.
+
+    >>> split_steps(11, 3)
+    [3, 3, 5]
+    """
+    _check_phases(phases)
+    if total < 0 or 0 < total < phases:
+        raise ValueError(f"{total} steps cannot be split over {phases} phases: raise the budget, or use fewer phases.")
+    each, rest = divmod(total, phases)
+    return [each] * (phases - 1) + [each + rest]
+
+
+def bimp_budget(total_steps: int, dense_steps: int, phases: int) -> list[int]:
+    """The retraining steps of each phase when dense training and all phases share one total (BIMP, Zimmer et al. 2023).
+
+    Raises ValueError when the dense run leaves nothing to retrain with, and as `split_steps`.
+
+    >>> bimp_budget(100, 60, 3)
+    [13, 13, 14]
+    """
+    if not 0 < dense_steps < total_steps:
+        raise ValueError(
+            f"BIMP needs 0 < dense steps < total steps; got {dense_steps} of {total_steps}: leave some for retraining."
+        )
+    return split_steps(total_steps - dense_steps, phases)
+
+
+@torch.no_grad()
+def distance(before: Mapping[str, Tensor], masks: Masks, within: Masks | None = None) -> float:
+    """d1 = ||W - W^p|| / (||W|| * sqrt(p)), p the share that this pruning removed of what was left.
+
+    before: parameter name -> weights just before it; masks: the new ones; within: those of the phase before. Pruning by
+    magnitude removes at most the share p of the energy, so d1 <= 1, and 1 when all magnitudes are equal; other criteria
+    can exceed 1. It is 0 when nothing was removed.
+
+    Source: ALLR (Zimmer et al. 2023). The removed energy is summed up itself, in float64, over the masked parameters
+    only; the authors' code subtracts two float32 norms over all parameters, biases and norms included.
+
+    >>> distance({"weight": torch.tensor([3.0, 1.0])}, Masks({"weight": torch.tensor([True, False])}))
+    0.4472135954999579
+    """
+    energy = lost = 0.0
+    left = removed = 0
+    for name, mask in masks.items():
+        weight = before[name].detach()
+        alive = torch.ones_like(mask) if within is None or name not in within else within[name].to(mask.device)
+        gone = alive & ~mask
+        squares = weight.double().square()
+        energy += float(squares[alive.to(weight.device)].sum())
+        lost += float(squares[gone.to(weight.device)].sum())
+        left += int(alive.sum())
+        removed += int(gone.sum())
+    if removed == 0 or lost == 0:
+        return 0.0
+    return math.sqrt(lost / energy) / math.sqrt(removed / left)
+
+
+def imp(
+    model: nn.Module,
+    *,
+    sparsity: float,
+    phases: int,
+    select: Select,
+    retrain: Callable[[Phase], Trace],
+    rewind: Mapping[str, Tensor] | None = None,
+    on_phase: Callable[[Phase, Trace], None] | None = None,
+    folder: Path | None = None,
+) -> Masks:
+    """Prune and retrain in place, `phases` times, to exactly the sparsity that `select` gives the last; its masks.
+
+    select: (model, sparsity, masks of the phase before or None) -> masks, as `prune` with `within` does it.
+    retrain: trains the pruned model under `phase.masks`. It makes the optimizer, a fresh one each time unless the
+        caller keeps one: `Masks.hold` zeroes its state where the new masks prune.
+    rewind: parameter and buffer name -> values of an earlier step. What they name is set back to them, the pruned
+        weights to zero, before each retraining (weight rewinding, Frankle et al. 2019).
+    on_phase: called after each retraining; in a resumed run again for a phase that was killed while it ran.
+    folder: keeps the state after the last finished phase, with torch's random state. A killed call that is repeated
+        goes on from there, and ends as the unbroken one if select and retrain depend on model, phase and torch's
+        generators alone.
+
+    Source: Han et al. 2015; the sparsities of Zimmer et al. 2023.
+    Raises ValueError for a sparsity outside [0, 1), phases < 1, a rewind that does not fit the model, a folder of
+    another job, masks that give pruned weights back, and a retraining that moved pruned weights.
+
+    >>> from prunus.train import Trace
+    >>> model, select = nn.Linear(8, 4), lambda model, s, within: prune(model, sparsity=s, within=within)
+    >>> imp(model, sparsity=0.75, phases=2, select=select, retrain=lambda phase: Trace())  # put train(...) there
+    Masks(1 parameters, sparsity 0.7500)
+    """
+    targets = phase_sparsities(sparsity, phases)
+    _check_rewind(model, rewind or {})
+    store = None if folder is None else _Store(folder, {"sparsity": sparsity, "phases": phases})
+    done, masks = store.restore_(model) if store is not None else (0, None)
+    for index in range(done, phases):
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        chosen = select(model, targets[index], masks)
+        _check_nested(chosen, masks)
+        phase = Phase(index, phases, targets[index], chosen, distance(before, chosen, masks))
+        del before
+        _rewind_(model, rewind or {})
+        chosen.apply_(model)
+        _logger.info("Phase %d of %d: sparsity %.4f, distance %.4f.", index + 1, phases, targets[index], phase.distance)
+        trace = retrain(phase)
+        chosen.check(model)
+        if on_phase is not None:
+            on_phase(phase, trace)
+        masks = chosen
+        if store is not None:
+            store.save(model, masks, index + 1)
+    assert masks is not None
+    return masks
+
+
+class _Store:
+    """The model and its masks after the last finished phase, in one file that is complete or absent."""
+
+    def __init__(self, folder: Path, job: Mapping[str, float]) -> None:
+        self.path, self.job = Path(folder) / "phases.safetensors", dict(job)
+
+    def save(self, model: nn.Module, masks: Masks, done: int) -> None:
+        """Write the state after phase `done`; under several processes one writes, and all wait for it."""
+        if ranks.is_main():
+            tensors = {f"state:{name}": tensor.detach() for name, tensor in model.state_dict().items()}
+            tensors |= {f"mask:{name}": mask for name, mask in masks.items()}
+            tensors |= {f"random:{kind}": state for kind, state in _random_state().items()}
+            # Tied weights share storage, which safetensors refuses: each is written by itself.
+            own = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+            partial = self.path.with_suffix(".partial")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(own, partial, metadata={"job": json.dumps(self.job), "done": str(done)})
+            os.replace(partial, self.path)
+        ranks.wait()
+
+    def restore_(self, model: nn.Module) -> tuple[int, Masks | None]:
+        """Phases done and their last masks, after the model took the weights of that time; (0, None) at a start.
+
+        Raises ValueError for the file of another job or model.
+        """
+        if not self.path.exists():
+            return 0, None
+        parts: dict[str, dict[str, Tensor]] = {"state": {}, "mask": {}, "random": {}}
+        with safe_open(self.path, framework="pt") as file:
+            metadata = file.metadata()
+            for key in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
+                kind, _, name = key.partition(":")
+                parts[kind][name] = file.get_tensor(key)
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        job = json.loads(metadata["job"])
+        if job != self.job or shapes != {name: tensor.shape for name, tensor in parts["state"].items()}:
+            raise ValueError(
+                f"{self.path} belongs to another job or model: it has {job} and {len(parts['state'])} tensors, this "
+                f"one {self.job} and {len(shapes)}. Delete it to start anew, or give this job a folder of its own."
+            )
+        model.load_state_dict(parts["state"])
+        _set_random_state(parts["random"])
+        _logger.info("Going on from %s after phase %s.", self.path, metadata["done"])
+        return int(metadata["done"]), Masks(parts["mask"])
+
+
+def _random_state() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
+
+
+def _set_random_state(states: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+@torch.no_grad()
+def _rewind_(model: nn.Module, rewind: Mapping[str, Tensor]) -> None:
+    state = model.state_dict()
+    for name, value in rewind.items():
+        state[name].copy_(value)
+
+
+def _check_rewind(model: nn.Module, rewind: Mapping[str, Tensor]) -> None:
+    state = model.state_dict()
+    for name, value in rewind.items():
+        if name not in state or state[name].shape != value.shape:
+            found = f"has shape {tuple(state[name].shape)}" if name in state else "is not in the model"
+            raise ValueError(
+                f"rewind has '{name}' of shape {tuple(value.shape)}, which {found}: rewind to an earlier state of the "
+                "same model."
+            )
+
+
+def _check_nested(masks: Masks, within: Masks | None) -> None:
+    for name, earlier in (within or {}).items():
+        later = masks.get(name)
+        if later is None or bool((later & ~earlier.to(later.device)).any()):
+            raise ValueError(
+                f"select gave weights of '{name}' back that an earlier phase pruned: hand its third argument on, as in "
+                "prune(..., within=masks)."
+            )
+
+
+def _check_phases(phases: int) -> None:
+    if phases < 1:
+        raise ValueError(f"Pruning takes at least 1 phase; got {phases}.")

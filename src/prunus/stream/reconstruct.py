@@ -1,0 +1,305 @@
+"""Fit a pruned block to its dense outputs: the whole block, its halves, or one matrix at a time.
+
+    minimise over the chosen parameters   mean ||f_W(x) - t||^2 / mean ||t||^2
+
+x are the outputs of the blocks already pruned and fitted; t = f_W*(x) with the dense weights W* on the same x
+(`inputs="pruned"`, as the PERP code does) or on the dense network's own x (`inputs="dense"`). A window that holds a
+nonlinearity is fitted better than a single matrix.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from prunus.adapt import adapt
+from prunus.blocks import Arguments, run_block
+from prunus.layers import View
+from prunus.machine import Precision, autocast
+from prunus.masks import Masks
+from prunus.train import linear_warmup_decay, train
+
+__all__ = ["Fit", "reconstruct"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a pruned block is fitted.
+
+    window: what is fitted at once. "block"; "half": each child of the block that holds pruned layers (attention, MLP),
+        loose layers through the whole block; "matrix": each pruned layer for itself.
+    train: parameter subsets, as in `adapt`.
+    inputs: whether targets come from the dense block on the pruned network's inputs or on the dense network's.
+    steps: optimizer steps a window, each on one calibration batch; lr: peak learning rate of AdamW.
+    """
+
+    window: Literal["block", "half", "matrix"] = "block"
+    train: tuple[str, ...] = ("full",)
+    inputs: Literal["pruned", "dense"] = "pruned"
+    steps: int = 64
+    lr: float = 1e-4
+    warmup: float = 0.1
+    rank: int = 16
+    alpha: float = 32.0
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    precision: Precision = "fp32"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """A module that is fitted at once: its path below the block ("" is the block) and the children that may change."""
+
+    path: str
+    views: list[View]
+    free: tuple[str, ...] | None = None
+
+
+Example = dict[str, Any]  # target: (b, ..., d); args, kwargs: what the unit receives
+
+
+def reconstruct(
+    block: nn.Module,
+    dense: nn.Module,
+    views: Sequence[View],
+    masks: Masks,
+    fit: Fit,
+    hidden: Sequence[Tensor],
+    arguments: Sequence[Arguments],
+    targets: Sequence[Tensor],
+    dense_hidden: Sequence[Tensor] | None,
+    *,
+    prefix: str,
+) -> tuple[float, float]:
+    """The block's relative squared output error before and after it was fitted in place.
+
+    block, dense: the pruned block and its dense twin on one device; prefix: the block's name in the model.
+    hidden: per batch (b, length, d) entering the pruned block; targets: per batch what the dense block gave;
+    dense_hidden: per batch what entered the dense block, when that is not `hidden` (`inputs="dense"`).
+    A window whose fit ends worse than it began is put back.
+
+    Raises ValueError when a subset of `fit.train` is empty in a window (norms of an attention half).
+    """
+    whole: list[Example] = [
+        {"target": target, "args": (x, call), "kwargs": {}}
+        for x, call, target in zip(hidden, arguments, targets, strict=True)
+    ]
+    units = _units(block, views, fit.window, prefix)
+    if len(units) == 1 and units[0].path == "":
+        return _fit_(block, units[0], whole, masks, fit, prefix)
+    holder = _hold(block)
+    before = _error(holder, whole, fit.precision)
+    for unit in units:
+        entering = hidden if dense_hidden is None else dense_hidden
+        with autocast(_device(block), fit.precision):
+            examples = whole if unit.path == "" else _examples(block, dense, unit, hidden, entering, arguments)
+        _fit_(block, unit, examples, masks, fit, prefix)
+    return before, _error(holder, whole, fit.precision)
+
+
+def _units(block: nn.Module, views: Sequence[View], window: str, prefix: str) -> list[_Unit]:
+    if window == "block":
+        return [_Unit("", list(views))]
+    groups: dict[str, list[View]] = {}
+    for view in views:
+        path = _owner(view, prefix)
+        groups.setdefault(path if window == "matrix" else path.split(".")[0], []).append(view)
+    if window == "matrix":
+        return [_Unit(path, found) for path, found in groups.items()]
+    loose = [path for path, found in groups.items() if any(_owner(view, prefix) == path for view in found)]
+    units = [_Unit(path, found) for path, found in groups.items() if path not in loose]
+    if loose:
+        free = tuple(name for name, _ in block.named_children() if name in loose or name not in groups)
+        units.append(_Unit("", [view for path in loose for view in groups[path]], free))
+    return units
+
+
+def _owner(view: View, prefix: str) -> str:
+    """Path below the block of the module that holds the view's parameter."""
+    return view.parameter.removeprefix(prefix + ".").rpartition(".")[0]
+
+
+@torch.no_grad()
+def _examples(
+    block: nn.Module,
+    dense: nn.Module,
+    unit: _Unit,
+    hidden: Sequence[Tensor],
+    entering: Sequence[Tensor],
+    arguments: Sequence[Arguments],
+) -> list[Example]:
+    """What a part of the block receives in the pruned block, with the dense part's answer."""
+    examples: list[Example] = []
+    for x, e, call in zip(hidden, entering, arguments, strict=True):
+        [(args, kwargs)] = _calls(block, unit.path, lambda x=x, call=call: run_block(block, x, call))
+        if e is x:
+            target = _first(dense.get_submodule(unit.path)(*args, **kwargs))
+        else:
+            [target] = _outputs(dense, unit.path, lambda e=e, call=call: run_block(dense, e, call))
+        home = x.device
+        examples.append({"target": target.to(home), "args": _to(args, home), "kwargs": _to(kwargs, home)})
+    return examples
+
+
+def _calls(block: nn.Module, path: str, run: Callable[[], object]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    handle = block.get_submodule(path).register_forward_pre_hook(
+        lambda _module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
+    )
+    try:
+        run()
+    finally:
+        handle.remove()
+    if len(seen) != 1:
+        raise ValueError(
+            f"{path!r} is called {len(seen)} times in one forward of its block; fit the window 'block' instead"
+        )
+    return seen
+
+
+def _outputs(block: nn.Module, path: str, run: Callable[[], object]) -> list[Tensor]:
+    seen: list[Tensor] = []
+    handle = block.get_submodule(path).register_forward_hook(lambda _module, _args, output: seen.append(_first(output)))
+    try:
+        run()
+    finally:
+        handle.remove()
+    return seen
+
+
+def _fit_(
+    block: nn.Module, unit: _Unit, examples: list[Example], masks: Masks, fit: Fit, prefix: str
+) -> tuple[float, float]:
+    """Relative error of one unit before and after its fit in place; its weights are put back when the error grew."""
+    module = block.get_submodule(unit.path)
+    holder = _hold(module)
+    place = f"{prefix}.{unit.path}" if unit.path else prefix
+    before = _error(holder, examples, fit.precision)
+    saved = {name: value.detach().clone() for name, value in module.state_dict().items()}
+    _train_(holder, unit, examples, masks, fit, place)
+    after = _error(holder, examples, fit.precision)
+    if after <= before:
+        return before, after
+    log.warning("%s: the fit raised the error from %.3g to %.3g; weights put back", place, before, after)
+    module.load_state_dict(saved)
+    return before, before
+
+
+def _train_(holder: nn.Module, unit: _Unit, examples: list[Example], masks: Masks, fit: Fit, place: str) -> None:
+    views = [
+        replace(view, name=_within(view.name, place), parameter=_within(view.parameter, place)) for view in unit.views
+    ]
+    device = _device(holder)
+    own = Masks({_within(view.parameter, place): masks[view.parameter].to(device) for view in unit.views})
+    seed = fit.seed + zlib.crc32(place.encode())
+    generator = torch.Generator().manual_seed(seed)
+    adaptation = adapt(
+        holder,
+        fit.train,
+        masks=own,
+        views=views,
+        rank=fit.rank,
+        alpha=fit.alpha,
+        init=fit.init,
+        generator=generator,
+    )
+    groups = adaptation.param_groups(fit.lr)
+    if unit.free is not None:
+        free = {id(p) for child in unit.free for p in holder.get_submodule(f"unit.{child}").parameters()}
+        groups = [{**group, "params": [p for p in group["params"] if id(p) in free]} for group in groups]
+    train(
+        holder,
+        _order(examples, seed),
+        torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0),
+        linear_warmup_decay(fit.steps, fit.warmup),
+        steps=fit.steps,
+        loss=_loss,
+        masks=own if "full" in fit.train else None,
+        precision=fit.precision,
+        shared=False,  # an example's masks and positions are for the whole batch
+    )
+    adaptation.merge_()
+
+
+def _hold(module: nn.Module) -> nn.Module:
+    """A module with `module` as its child "unit", so that a single matrix can be replaced like any other."""
+    holder = nn.Module()
+    holder.add_module("unit", module)
+    return holder
+
+
+def _within(name: str, place: str) -> str:
+    return "unit" + name.removeprefix(place)
+
+
+def _order(examples: Sequence[Example], seed: int) -> Callable[[int], Example]:
+    """Step -> example, in a new order each epoch, a function of (seed, step) alone."""
+    n = len(examples)
+
+    def at(step: int) -> Example:
+        epoch, place = divmod(step, n)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch))
+        return examples[int(order[place])]
+
+    return at
+
+
+def _loss(holder: nn.Module, example: Example) -> Tensor:
+    target = example["target"].to(_device(holder)).float()
+    output = _run(holder, example).float()
+    return (output - target).square().mean() / target.square().mean().clamp_min(1e-12)
+
+
+def _run(holder: nn.Module, example: Example) -> Tensor:
+    unit = getattr(holder, "module", holder).get_submodule("unit")
+    device = _device(holder)
+    args, kwargs = example["args"], example["kwargs"]
+    if all(p.dtype == torch.float32 for p in unit.parameters()):  # "full" trains a 16-bit unit in float32
+        args, kwargs = _float(args), _float(kwargs)
+    if len(args) == 2 and isinstance(args[1], Arguments):
+        return run_block(unit, args[0], args[1])
+    return _first(unit(*_to(args, device), **_to(kwargs, device)))
+
+
+def _float(tree: Any) -> Any:
+    if isinstance(tree, tuple) and len(tree) == 2 and isinstance(tree[1], Arguments):
+        hidden, call = tree
+        return hidden.float(), Arguments(_float(call.args), _float(call.kwargs), call.hidden)
+    return tree_map_only(Tensor, lambda t: t.float() if t.is_floating_point() else t, tree)
+
+
+@torch.no_grad()
+def _error(holder: nn.Module, examples: Sequence[Example], precision: Precision) -> float:
+    """Relative squared error over all examples."""
+    with autocast(_device(holder), precision):
+        return _relative((_run(holder, example), example["target"]) for example in examples)
+
+
+def _relative(pairs: Iterator[tuple[Tensor, Tensor]]) -> float:
+    wrong = scale = torch.zeros((), dtype=torch.float64)
+    for output, target in pairs:
+        target = target.to(output.device)
+        wrong = wrong + (output.float() - target.float()).square().sum(dtype=torch.float64).cpu()
+        scale = scale + target.float().square().sum(dtype=torch.float64).cpu()
+    return float(wrong / scale.clamp_min(1e-30))
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _to(tree: Any, device: torch.device) -> Any:
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), tree)
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device

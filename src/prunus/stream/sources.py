@@ -1,0 +1,238 @@
+"""Where a block's weights come from: the model itself in memory, or safetensors shards of a model built on meta.
+
+A source brings one block to the device and frees it again; it knows nothing of pruning. What travels between host and
+CUDA goes through pinned memory, so that a thread of `ahead` can do it beside the computing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+__all__ = ["Memory", "Shards", "carried"]
+
+
+class Memory:
+    """A model whose weights are all in memory; blocks travel to the device and back into the same memory."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.home = next(model.parameters()).device
+        self._homes: dict[str, dict[str, Tensor]] = {}  # block -> key -> where a tensor that travelled came from
+
+    def load(self, name: str, device: torch.device) -> nn.Module:
+        """The named submodule, moved to `device`."""
+        block = self.model.get_submodule(name)
+        away = {key: each for key, each in _tensors(block) if not _is_on(each.device, device)}
+        self._homes[name] = {key: each.data for key, each in away.items()}
+        for each in away.values():
+            each.data = carried(each.data, device)
+        return block
+
+    def release(self, name: str) -> None:
+        """Move the submodule back to where the model lives."""
+        homes = self._homes.pop(name, {})
+        for key, each in _tensors(self.model.get_submodule(name)):
+            if key in homes and homes[key].shape == each.shape and homes[key].dtype == each.dtype:
+                each.data = homes[key].copy_(carried(each.data, self.home))
+            else:
+                each.data = each.data.to(self.home)
+
+    @contextmanager
+    def outside(self, device: torch.device) -> Generator[None]:
+        """Everything on `device` that the blocks do not hold."""
+        parts = _outside(self.model)
+        for owner, key in parts:
+            _move(owner, key, device)
+        try:
+            yield
+        finally:
+            for owner, key in parts:
+                _move(owner, key, self.home)
+
+
+class Shards:
+    """The safetensors of a Hugging Face folder, read one block at a time into a model on the meta device.
+
+    Raises ValueError when the checkpoint's names are not the model's own (the loader would have to convert them):
+    such a model is loaded into memory instead.
+    """
+
+    def __init__(self, model: nn.Module, folder: Path) -> None:
+        self.model, self.folder = model, Path(folder)
+        self.files = _index(self.folder)
+        self.tied = _tied(model)
+        dtype = getattr(model, "dtype", None)
+        self.dtype = dtype if isinstance(dtype, torch.dtype) else None
+
+    def check(self) -> Shards:
+        """Self, if every parameter of the model is in the shards under its own name."""
+        missing = [name for name, _ in self.model.named_parameters() if self._file(name) is None]
+        if missing:
+            raise ValueError(
+                f"{self.folder}: the checkpoint does not hold {missing[0]!r} and {len(missing) - 1} other parameters "
+                "under the model's own names; load it into memory (streaming: false)"
+            )
+        return self
+
+    def tensor(self, name: str, device: torch.device | None = None) -> Tensor:
+        """One parameter, read from its shard to `device` (default: the CPU), in the model's dtype."""
+        found = self._file(name)
+        if found is None:
+            raise ValueError(f"{self.folder} holds no tensor for {name!r}")
+        file, key = found
+        with safe_open(self.folder / file, framework="pt") as shard:
+            return self._cast(carried(shard.get_tensor(key), device or torch.device("cpu")))
+
+    def load(self, name: str, device: torch.device) -> nn.Module:
+        """The named submodule with its weights read from disk to `device`."""
+        block = self.model.get_submodule(name)
+        for key, parameter in list(block.named_parameters()):
+            if parameter.is_meta:
+                self._place(f"{name}.{key}", device)
+        return block.to(device)
+
+    def release(self, name: str) -> None:
+        """Put the submodule back on meta."""
+        for key, parameter in list(self.model.get_submodule(name).named_parameters()):
+            _put(self.model, f"{name}.{key}", parameter.data.to("meta"))
+
+    @contextmanager
+    def outside(self, device: torch.device) -> Generator[None]:
+        """Embeddings and what else is outside the blocks, on `device`; the head only if it is tied to them."""
+        from prunus.blocks import find_blocks
+
+        blocks = tuple(f"{name}." for name in find_blocks(self.model))
+        names = [name for name, _ in self.model.named_parameters() if not name.startswith(blocks)]
+        buffers = [(owner, key) for owner, key in _outside(self.model) if key in owner._buffers]
+        for name in names:
+            self._place(name, device)
+        for owner, key in buffers:
+            _move(owner, key, device)
+        try:
+            yield
+        finally:
+            for name in names:
+                _put(self.model, name, self.model.get_parameter(name).data.to("meta"))
+                self._retie(name)
+
+    def own(self, name: str) -> str | None:
+        """The checkpoint's name of a parameter or stored buffer of the model; None for one that it does not store."""
+        found = self._file(name)
+        return found[1] if found else None
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of everything stored, one at a time, in the model's dtype."""
+        for key, file in self.files.items():
+            with safe_open(self.folder / file, framework="pt") as shard:
+                yield key, self._cast(shard.get_tensor(key))
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
+
+    def _place(self, name: str, device: torch.device) -> None:
+        value, expected = self.tensor(name, device), self.model.get_parameter(name).shape
+        if value.shape != expected:
+            raise ValueError(
+                f"{self.folder}: {name!r} has shape {tuple(value.shape)}, the model of config.json {tuple(expected)}; "
+                "the weights belong to another model"
+            )
+        _put(self.model, name, value)
+        self._retie(name)
+
+    def _retie(self, name: str) -> None:
+        """Give the other owners of a tied parameter the object that was just put in its place."""
+        for other in self.tied.get(name, ()):
+            owner, _, key = other.rpartition(".")
+            self.model.get_submodule(owner)._parameters[key] = self.model.get_parameter(name)
+
+    def _file(self, name: str) -> tuple[str, str] | None:
+        for key in (name, *self.tied.get(name, ())):
+            if key in self.files:
+                return self.files[key], key
+        return None
+
+
+def carried(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`; between host and CUDA through pinned memory, so that the copy does not hold others up.
+
+    To CUDA the copy is only queued on the current stream; from CUDA it is complete when this returns.
+
+    >>> carried(torch.ones(2), torch.device("cpu")).device
+    device(type='cpu')
+    """
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    if tensor.is_cuda and device.type == "cpu":
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        torch.cuda.current_stream(tensor.device).synchronize()
+        return host
+    return tensor.to(device)
+
+
+def _index(folder: Path) -> dict[str, str]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return dict(json.loads(index.read_text())["weight_map"])
+    single = folder / "model.safetensors"
+    if not single.exists():
+        raise ValueError(
+            f"{folder} holds neither model.safetensors nor model.safetensors.index.json; Prunus reads safetensors only"
+        )
+    with safe_open(single, framework="pt") as file:
+        return dict.fromkeys(file.keys(), single.name)
+
+
+def _tied(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Parameter name -> the other names of the same tensor."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return {name: tuple(n for n in names if n != name) for names in groups.values() for name in names if len(names) > 1}
+
+
+def _outside(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """(owner, key) of each parameter and buffer that no block holds."""
+    from prunus.blocks import find_blocks
+
+    inside = {id(module) for name in find_blocks(model) for module in model.get_submodule(name).modules()}
+    parts: list[tuple[nn.Module, str]] = []
+    for module in model.modules():
+        if id(module) not in inside:
+            parts += [
+                (module, key) for key, value in {**module._parameters, **module._buffers}.items() if value is not None
+            ]
+    return parts
+
+
+def _tensors(block: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from block.named_parameters()
+    yield from block.named_buffers()
+
+
+def _is_on(device: torch.device, wanted: torch.device) -> bool:
+    return device.type == wanted.type and wanted.index in (None, device.index)
+
+
+def _put(model: nn.Module, name: str, value: Tensor) -> None:
+    """Give the model a parameter of this value: data cannot be set across the meta device."""
+    owner, _, key = name.rpartition(".")
+    module = model.get_submodule(owner)
+    module._parameters[key] = nn.Parameter(value, requires_grad=module.get_parameter(key).requires_grad)
+
+
+def _move(owner: nn.Module, key: str, device: torch.device) -> None:
+    if key in owner._buffers:
+        buffer = owner._buffers[key]
+        owner._buffers[key] = None if buffer is None else buffer.to(device)
+    else:
+        parameter = owner._parameters[key]
+        assert parameter is not None
+        parameter.data = parameter.data.to(device)

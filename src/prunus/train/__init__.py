@@ -1,0 +1,48 @@
+"""The one training loop and what belongs to it: schedules, hooks, averaged weights, captured steps, checkpoints."""
+
+from prunus.train.batchnorm import recalibrate_
+from prunus.train.capture import alone
+from prunus.train.ema import Ema
+from prunus.train.hooks import During, Plan, masks_by_magnitude
+from prunus.train.lr import (
+    Multiplier,
+    Original,
+    constant,
+    cosine,
+    exponential,
+    linear,
+    linear_warmup_decay,
+    multistep,
+    one_cycle,
+    retraining,
+)
+from prunus.train.stacked import Stacked, member_batches, together
+from prunus.train.swa import Swa
+from prunus.train.train import Trace, classification_loss, next_token_loss, train
+
+__all__ = [
+    "During",
+    "Ema",
+    "Multiplier",
+    "Original",
+    "Plan",
+    "Stacked",
+    "Swa",
+    "Trace",
+    "alone",
+    "classification_loss",
+    "constant",
+    "cosine",
+    "exponential",
+    "linear",
+    "linear_warmup_decay",
+    "masks_by_magnitude",
+    "member_batches",
+    "multistep",
+    "next_token_loss",
+    "one_cycle",
+    "recalibrate_",
+    "retraining",
+    "together",
+    "train",
+]

@@ -1,0 +1,128 @@
+"""What a training run needs to go on after a kill with the same bits, in one file that is complete or absent.
+
+trained parameters and buffers, optimizer, methods that take part, step, losses so far, random state
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from prunus.train.sharded import like, whole
+
+__all__ = ["Checkpoint"]
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The file of one run; `plan` is what must agree between the run that wrote it and the one that reads it.
+
+    methods: modules (`During`) whose buffers and parameters belong to the run's state.
+    """
+
+    path: Path | None
+    plan: dict[str, Any]
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    methods: Sequence[nn.Module] = ()
+    shared: bool = False
+
+    def load(self) -> tuple[int, dict[str, Any]]:
+        """Put the stored state back, if there is one; returns the first step to do and the trace so far.
+
+        Raises ValueError for the checkpoint of another run.
+        """
+        if self.path is None or not self.path.exists():
+            return 0, {}
+        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        tensors = _resumable(self.model)
+        found = {name: tuple(tensor.shape) for name, tensor in state["tensors"].items()}
+        if state["plan"] != self.plan or found != {name: tuple(t.shape) for name, t in tensors.items()}:
+            raise ValueError(
+                f"{self.path} belongs to another run: it has {state['plan']} and {len(found)} tensors, this run "
+                f"{self.plan} and {len(tensors)}. Delete it to start anew, or restore the run's settings."
+            )
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                tensor.copy_(like(state["tensors"][name], tensor))
+        for method, stored in zip(self.methods, state["methods"], strict=True):
+            method.load_state_dict(stored)
+        self.optimizer.load_state_dict(_placed(state["optimizer"], self.optimizer))
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        _set_random_state(state["random"][self.accelerator.process_index])
+        _logger.info("Resuming from %s after step %d.", self.path, state["step"])
+        return state["step"], state["trace"]
+
+    def save(self, step: int, trace: dict[str, Any]) -> None:
+        """Write the state after `step` steps beside its place and move it there: a kill leaves the old or the new."""
+        if self.path is None:
+            return
+        random = gather_object([_random_state()]) if self.shared else [_random_state()]
+        tensors = {name: self._on_host(tensor.detach()) for name, tensor in _resumable(self.model).items()}
+        stepped = tree_map_only(Tensor, self._on_host, self.optimizer.state_dict())
+        if self.accelerator.is_main_process:
+            state = {
+                "plan": self.plan,
+                "step": step,
+                "trace": trace,
+                "tensors": tensors,
+                "methods": [method.state_dict() for method in self.methods],
+                "optimizer": stepped,
+                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
+                "random": random,
+            }
+            partial = self.path.with_name(self.path.name + ".partial")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(state, partial)
+            os.replace(partial, self.path)
+        self.accelerator.wait_for_everyone()
+
+    def _on_host(self, tensor: Tensor) -> Tensor:
+        """Gathered from all ranks, and kept by the one that writes: no device ever holds more than one in full."""
+        gathered = whole(tensor)
+        return gathered.cpu() if self.accelerator.is_main_process else torch.empty(0)
+
+
+def _resumable(model: nn.Module) -> dict[str, Tensor]:
+    """What training can change: parameters that require gradients, and buffers (boolean ones are masks, and fixed)."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return trained | {name: buffer for name, buffer in model.named_buffers() if buffer.dtype != torch.bool}
+
+
+def _placed(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's stored state, sharded as the parameters are that it belongs to."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def place(index: int, value: Any) -> Any:
+        fits = isinstance(value, Tensor) and value.shape == parameters[index].shape
+        return like(value, parameters[index]) if fits else value
+
+    stored = {index: {key: place(index, each) for key, each in own.items()} for index, own in state["state"].items()}
+    return {**state, "state": stored}
+
+
+def _random_state() -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,156 @@
+"""How a method takes part in training: the hooks that `train` calls, and the masks such methods share.
+
+    attach ─▶ [ before_step ─▶ weights, loss + penalty, backward, gradients, optimizer, follow ─▶ after_step ] ─▶ finish
+                   host                                inside the step                                host
+
+The hooks inside the step are recorded once when the step is captured as a CUDA graph, and replayed: no branch there
+may depend on data or on the step, and nothing may wait for the device. What changes with the step is written, in place,
+into buffers by the hooks on the host. One method a file; this one holds what they have in common.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from prunus.layers import View
+from prunus.masks import Masks
+from prunus.patterns import keep_largest_of_all, kept_of
+
+__all__ = ["During", "Plan", "masks_by_magnitude"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a method may know of the run: its steps, the steps of an epoch, and which layers are prunable.
+
+    Epochs need no hook of their own: `before_step(step)` begins one where step % epoch_steps == 0.
+    """
+
+    steps: int
+    epoch_steps: int
+    views: tuple[View, ...]
+
+
+class During(nn.Module):
+    """A method that takes part in training. Every hook does nothing unless a method defines it.
+
+    Buffers and parameters of the module are saved with the run's checkpoints, so everything that must survive a kill is
+    one of them. Parameters of its own are trained when `attach` adds them to the optimizer.
+    """
+
+    def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
+        """Called once, before the first step and before a resumed run loads the buffers."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """Inside the step: parameter name -> the weight that the forward uses instead. Gradients flow through it."""
+        return {}
+
+    def penalty(self) -> Tensor | None:
+        """Inside the step: a scalar added to the loss."""
+        return None
+
+    def gradients(self) -> None:
+        """Inside the step, after the backward pass and clipping: edits the gradients in place."""
+
+    def follow(self) -> None:
+        """Inside the step, after the optimizer's."""
+
+    def before_step(self, step: int) -> None:
+        """On the host, before step 0, 1, ... of the run."""
+
+    def after_step(self, step: int) -> None:
+        """On the host, after step 0, 1, ... of the run."""
+
+    def finish(self) -> Masks | None:
+        """After the last step: writes the final weights into the model, and returns its masks if it makes any."""
+        return None
+
+    # Masks that change while training: kept as buffers, so that a captured step sees the change.
+
+    def hold_masks(self, model: nn.Module, optimizer: Optimizer, views: tuple[View, ...]) -> None:
+        """Register a mask that keeps everything for each prunable parameter; called by `attach`.
+
+        Raises ValueError when nothing is prunable, or only some experts of a stacked parameter are.
+        """
+        parameters = dict(model.named_parameters())
+        names = list(dict.fromkeys(view.parameter for view in views))
+        if not names:
+            raise ValueError(f"{type(self).__name__} found no prunable layer; check include and exclude")
+        for name in names:
+            seen = sum(view.shape[0] * view.shape[1] for view in views if view.parameter == name)
+            if seen != parameters[name].numel():
+                raise ValueError(
+                    f"'{name}' is prunable in part ({seen} of {parameters[name].numel()} entries); "
+                    f"{type(self).__name__} takes whole parameters: include or exclude all experts of the stack"
+                )
+        # Plain containers: the model's parameters must not become this module's.
+        self.pruned_parameters = {name: parameters[name] for name in names}
+        self.optimizer = optimizer
+        self.kept = nn.Module()
+        for place, parameter in enumerate(self.pruned_parameters.values()):
+            self.kept.register_buffer(f"mask{place}", torch.ones_like(parameter, dtype=torch.bool))
+
+    def held(self) -> dict[str, Tensor]:
+        """Parameter name -> its bool mask, the buffer itself."""
+        return dict(zip(self.pruned_parameters, self.kept.buffers(), strict=True))
+
+    def masks(self) -> Masks:
+        """A copy of the masks as they are."""
+        return Masks({name: mask.clone() for name, mask in self.held().items()})
+
+    @torch.no_grad()
+    def set_masks_(self, masks: Mapping[str, Tensor]) -> None:
+        """Overwrite the held masks, in place."""
+        for name, mask in self.held().items():
+            mask.copy_(masks[name])
+
+    @torch.no_grad()
+    def enforce_(self) -> None:
+        """Zero pruned weights and the optimizer's state there (momentum, Adam's moments), without waiting for them."""
+        for name, mask in self.held().items():
+            pruned = ~mask
+            self.pruned_parameters[name].masked_fill_(pruned, 0.0)
+            self._clear_(name, pruned)
+
+    @torch.no_grad()
+    def clear_state_(self) -> None:
+        """Zero the optimizer's state of pruned weights, but not the weights."""
+        for name, mask in self.held().items():
+            self._clear_(name, ~mask)
+
+    def _clear_(self, name: str, pruned: Tensor) -> None:
+        parameter = self.pruned_parameters[name]
+        for value in self.optimizer.state.get(parameter, {}).values():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                value.masked_fill_(pruned, 0.0)
+
+    def gradients_of(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Parameter name -> (weight, gradient), both without history, of those prunable parameters that got one."""
+        parameters = self.pruned_parameters.items()
+        return {name: (each.detach(), each.grad) for name, each in parameters if each.grad is not None}
+
+    def prune_by_magnitude_(self, sparsity: float) -> Masks:
+        """Keep the largest |w| of all layers, zero the others, and return the masks: the end of many methods."""
+        self.set_masks_(masks_by_magnitude(self.pruned_parameters, sparsity))
+        self.enforce_()
+        return self.masks()
+
+
+@torch.no_grad()
+def masks_by_magnitude(weights: Mapping[str, Tensor], sparsity: float) -> Masks:
+    """Masks of the largest |w| over all given tensors together; exactly `kept_of(total, sparsity)` entries stay.
+
+    >>> masks_by_magnitude({"a": torch.tensor([1.0, -3.0]), "b": torch.tensor([2.0, 0.0])}, 0.5).table()
+    {'a': (1, 2), 'b': (1, 2)}
+    """
+    scores = {
+        name: weight.detach().float().abs().flatten(1) if weight.ndim > 1 else weight.detach().float().abs()[None]
+        for name, weight in weights.items()
+    }
+    kept = keep_largest_of_all(scores, kept_of(sum(score.numel() for score in scores.values()), sparsity))
+    return Masks({name: mask.view(weights[name].shape) for name, mask in kept.items()})

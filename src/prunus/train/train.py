@@ -1,0 +1,329 @@
+"""The one training loop, on accelerate: for language models, classifiers, adapters and single blocks alike.
+
+A step t is a pure function of the state before it: its batches are `batches(t * accumulate + i)`, its learning rates
+the groups' own times `lr(t)`. So a checkpoint (trainables, optimizer, methods, step, random state) resumes bit for bit.
+
+    batches(micro step) -> loss -> gradients (accumulated) -> clip -> lr(t) -> optimizer -> masks re-applied
+
+Methods that prune while training take part through the hooks of `during.protocol`. What is trained, and under which
+masks, is decided elsewhere (`adapt`, `masks`); saving models too.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device, slice_tensors
+from torch import Tensor, nn
+
+from prunus.layers import View, find_layers
+from prunus.machine import Precision
+from prunus.train.capture import CapturedStep, check_capture, set_rates_, settled
+from prunus.train.checkpoint import Checkpoint
+from prunus.train.hooks import During, Plan
+from prunus.train.next_token import next_token_loss
+from prunus.train.prepared import make_accelerator, prepared
+from prunus.train.sharded import asked
+
+if TYPE_CHECKING:
+    from prunus.masks import Masks
+
+__all__ = ["Trace", "classification_loss", "next_token_loss", "train"]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a training run leaves besides the weights.
+
+    losses: mean loss of each step; lrs: learning rate of the first parameter group in each step; tokens: integers in
+    the first tensor of every batch (token ids; for other batches the number of samples), over all ranks; seconds: wall
+    time of all parts of the run, the saving included; peak_bytes: most accelerator memory in use (0 on a CPU).
+    """
+
+    losses: list[float] = field(default_factory=list)
+    lrs: list[float] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+
+def classification_loss(smoothing: float = 0.0) -> Callable[[nn.Module, tuple[Tensor, Tensor]], Tensor]:
+    """A loss of (model, (inputs, labels)): the mean cross-entropy in float32, with label smoothing in [0, 1).
+
+    Models that return logits (batch, classes), and those of transformers that return an object with `logits`, will do.
+
+    >>> loss = classification_loss(smoothing=0.1)
+    >>> loss(nn.Linear(4, 3), (torch.zeros(2, 4), torch.tensor([0, 1]))).shape
+    torch.Size([])
+    """
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"Label smoothing lies in [0, 1); got {smoothing}.")
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        out = model(batch[0])
+        logits = out if isinstance(out, Tensor) else out.logits
+        return nn.functional.cross_entropy(logits.float(), batch[1], label_smoothing=smoothing)
+
+    return loss
+
+
+def train(
+    model: nn.Module,
+    batches: Callable[[int], Any],
+    optimizer: torch.optim.Optimizer,
+    lr: Callable[[int], float],
+    *,
+    steps: int,
+    loss: Callable[[nn.Module, Any], Tensor] = next_token_loss,
+    masks: Masks | None = None,
+    during: Sequence[During] = (),
+    epoch_steps: int | None = None,
+    views: Sequence[View] | None = None,
+    accumulate: int = 1,
+    precision: Precision = "fp32",
+    clip: float | None = None,
+    capture: bool = False,
+    checkpoint: Path | None = None,
+    save_every: int = 1000,
+    report_every: int = 50,
+    on_step: Callable[[int, float], None] | None = None,
+    shared: bool = True,
+) -> Trace:
+    """Train the parameters that require gradients, in place, and return the trace of the run.
+
+    batches: micro step -> batch (tensor, or tuple, list or dict of tensors), a pure function; under several processes
+    the whole batch, of which each rank trains its slice. loss: (model, batch) -> scalar mean. lr: step -> multiplier of
+    each parameter group's own learning rate. accumulate: micro batches per step. clip: largest gradient norm.
+    masks: pruned entries that stay zero. during: methods that take part; they are told `epoch_steps` (default: all
+    steps) and the prunable `views` (default: `find_layers(model)`); the caller calls their `finish()` afterwards.
+    capture: record the step as a CUDA graph and replay it, which helps small networks (batches of one shape only).
+    checkpoint: a file, written every `save_every` steps and at the end, from which an interrupted call resumes.
+    on_step(steps done, mean loss since the last call) is called every `report_every` steps and at the end: reading a
+    loss makes the host wait for the device, so it is done no more often.
+    shared: whether several processes train one model together; if not, each trains its own on the whole batches.
+
+    The model is trained where it is (under several processes that share it, on the device of each), and ends in the
+    mode (train or eval) in which it came; masks hold after every step.
+    Raises: ValueError for a number of steps below 1, a model without trainable parameters, fp16 without an accelerator,
+    a batch that the ranks cannot share, a step that cannot be captured, a checkpoint of another run;
+    FloatingPointError for a loss that is not finite.
+
+    >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    >>> train(model, batches, optimizer, linear_warmup_decay(100), steps=100).losses[-1]
+    """
+    if steps < 1 or accumulate < 1:
+        raise ValueError(
+            f"Training needs at least 1 step of 1 micro batch; got steps={steps}, accumulate={accumulate}."
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("The model has no parameter that requires gradients: nothing would be trained.")
+    device = next(model.parameters()).device
+    accelerator = make_accelerator(precision, accumulate, device)
+    shared = shared and accelerator.num_processes > 1
+    if capture:
+        check_capture(model, optimizer, shared=shared, scaled=precision == "fp16")
+    if during and shared and asked():
+        raise ValueError("Methods that take part in training need whole weights: launch without --use_fsdp.")
+    if during:
+        _check_during(precision)
+        _attach(during, model, optimizer, steps, epoch_steps, views)
+        _check_own_parameters(during, shared)
+    started = time.perf_counter()
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    wrap = prepared(model, optimizer, accelerator, masks, shared)
+    with wrap as (inner, wrapped, stepper), settled(device if capture else None):
+        plan = {"steps": steps, "accumulate": accumulate, "base_lrs": rates}
+        saved = Checkpoint(checkpoint, plan, accelerator, inner, optimizer, during, shared)
+        first, past = saved.load()
+        run = _Run(accelerator, inner, wrapped, stepper, loss, clip, accumulate, tuple(during), shared)
+        step_of = CapturedStep(run.step, device) if capture else run.step
+        trace = _Log(Trace(**past), report_every, steps, on_step, started, next(inner.parameters()).device)
+        for step in range(first, steps):
+            multiplier = lr(step)
+            set_rates_(optimizer, [rate * multiplier for rate in rates], capture)
+            for method in during:
+                method.before_step(step)
+            parts, seen = run.parts(batches, step)
+            value = step_of(parts)
+            for method in during:
+                method.after_step(step)
+            trace.add(value, rates[0] * multiplier, seen)
+            if checkpoint is not None and ((step + 1) % save_every == 0 or step + 1 == steps):
+                saved.save(step + 1, vars(trace.read()))
+        return trace.read()
+
+
+def _attach(
+    during: Sequence[During],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    epoch_steps: int | None,
+    views: Sequence[View] | None,
+) -> None:
+    plan = Plan(steps, epoch_steps or steps, tuple(find_layers(model) if views is None else views))
+    for method in during:
+        method.attach(model, optimizer, plan)
+
+
+def _check_during(precision: Precision) -> None:
+    if precision == "fp16":
+        raise ValueError("Methods that take part in training read gradients, which fp16 scales: use bf16 or fp32.")
+
+
+def _check_own_parameters(during: Sequence[During], shared: bool) -> None:
+    owner = next((method for method in during if any(True for _ in method.parameters())), None)
+    if shared and owner is not None:
+        raise ValueError(
+            f"{type(owner).__name__} trains parameters of its own, which several processes would not share: "
+            "run it in one process."
+        )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One optimizer step, and what it needs."""
+
+    accelerator: Accelerator
+    model: nn.Module
+    wrapped: nn.Module
+    stepper: torch.optim.Optimizer
+    loss: Callable[[nn.Module, Any], Tensor]
+    clip: float | None
+    accumulate: int
+    during: tuple[During, ...]
+    shared: bool
+
+    def parts(self, batches: Callable[[int], Any], step: int) -> tuple[list[Any], int]:
+        """The micro batches of a step, this rank's share of each on the device, and how many tokens all ranks see."""
+        device = next(self.model.parameters()).device
+        whole = [batches(step * self.accumulate + part) for part in range(self.accumulate)]
+        mine = [send_to_device(_share(each, self.accelerator) if self.shared else each, device) for each in whole]
+        return mine, sum(_tokens(each) for each in whole)
+
+    def step(self, parts: list[Any]) -> Tensor:
+        """One optimizer step; returns its mean loss (scalar on the device, over all ranks), without penalties."""
+        total = torch.zeros((), device=next(self.model.parameters()).device)
+        for batch in parts:
+            with self.accelerator.accumulate(self.wrapped):
+                value = self.loss(self._substituted(), batch)
+                total += value.detach()
+                for method in self.during:
+                    penalty = method.penalty()
+                    value = value if penalty is None else value + penalty
+                self.accelerator.backward(value)  # divides by `accumulate`
+                if self.accelerator.sync_gradients:
+                    self._before_optimizer()
+                self.stepper.step()
+                if self.accelerator.sync_gradients:
+                    for method in self.during:
+                        method.follow()
+                self.stepper.zero_grad()
+        mean = total / self.accumulate
+        return self.accelerator.reduce(mean, reduction="mean") if self.shared else mean  # pyright: ignore[reportReturnType]
+
+    def _before_optimizer(self) -> None:
+        if self.clip is not None:
+            self.accelerator.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], self.clip)
+        for method in self.during:
+            method.gradients()
+
+    def _substituted(self) -> nn.Module:
+        """The wrapped model, with the weights that methods put in place of its own for this forward pass."""
+        weights: dict[str, Tensor] = {}
+        for method in self.during:
+            weights |= method.weights()
+        if not weights:
+            return self.wrapped
+        prefix = "" if self.wrapped is self.model else "module."  # of DistributedDataParallel
+        return _Substituted(self.wrapped, {prefix + name: weight for name, weight in weights.items()})
+
+
+class _Substituted(nn.Module):
+    """A model run with other weights than its own, which it keeps."""
+
+    def __init__(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.model, self.weights = model, weights
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return torch.func.functional_call(self.model, self.weights, args, kwargs)
+
+
+class _Log:
+    """The trace of a run: losses are left on the device and read only every so often."""
+
+    def __init__(
+        self,
+        past: Trace,
+        every: int,
+        steps: int,
+        on_step: Callable[[int, float], None] | None,
+        started: float,
+        device: torch.device,
+    ) -> None:
+        self.past, self.every, self.steps, self.on_step = past, every, steps, on_step
+        self.started, self.device = started, device
+        self.losses, self.lrs, self.tokens = list(past.losses), list(past.lrs), past.tokens
+        self.pending: list[Tensor] = []
+        self.reported = len(past.losses)
+
+    def add(self, loss: Tensor, lr: float, tokens: int) -> None:
+        """One more step; now and then its losses are read and reported."""
+        self.pending.append(loss)
+        self.lrs.append(lr)
+        self.tokens += tokens
+        done = len(self.losses) + len(self.pending)
+        if done % self.every and done != self.steps:
+            return
+        self._settle()
+        if self.on_step is not None:
+            self.on_step(done, sum(self.losses[self.reported :]) / (done - self.reported))
+        self.reported = done
+
+    def read(self) -> Trace:
+        """The trace up to the last step; waits for the device."""
+        self._settle()
+        seconds, peak = self.past.seconds + time.perf_counter() - self.started, self.past.peak_bytes
+        if self.device.type == "cuda":
+            peak = max(peak, torch.cuda.max_memory_allocated(self.device))
+        return Trace(list(self.losses), list(self.lrs), self.tokens, seconds, peak)
+
+    def _settle(self) -> None:
+        fresh = torch.stack(self.pending).tolist() if self.pending else []
+        for place, value in enumerate(fresh, len(self.losses)):
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"The loss of step {place} is {value}: lower the learning rate, clip gradients or use bf16."
+                )
+        self.losses += fresh
+        self.pending = []
+
+
+def _share(batch: Any, accelerator: Accelerator) -> Any:
+    world = accelerator.num_processes
+    if world == 1:
+        return batch
+    rows = _first_tensor(batch).shape[0]
+    if rows % world:
+        raise ValueError(f"A batch of {rows} cannot be shared by {world} processes; use a multiple of {world}.")
+    start = accelerator.process_index * (rows // world)
+    return slice_tensors(batch, slice(start, start + rows // world))
+
+
+def _tokens(batch: Any) -> int:
+    first = _first_tensor(batch)
+    return first.numel() if first.dtype in (torch.int32, torch.int64) else first.shape[0]
+
+
+def _first_tensor(batch: Any) -> Tensor:
+    if isinstance(batch, Tensor):
+        return batch
+    return _first_tensor(next(iter(batch.values() if isinstance(batch, dict) else batch)))
