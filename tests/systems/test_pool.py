@@ -10,6 +10,7 @@ import threading
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +19,28 @@ import torch
 
 from prunus.run import pool
 from prunus.run.pool import Workers, failures, run
-from prunus.run.store import Store
+from prunus.run.store import Job, Store
 
 
-@dataclass(frozen=True)
-class Sum:
-    """One more than the sum of what it needs. acts: tries -> what it does instead, the first time and so on."""
+def Sum(key: str, needs: tuple[Job, ...] = (), acts: tuple[str, ...] = ()) -> Job:
+    """One more than the sum of what it needs. acts: what it does instead the first time, the second, and so on."""
+    return Job("sums", key, partial(add, acts), needs)
 
-    key: str
-    needs: tuple[Sum, ...] = ()
-    acts: tuple[str, ...] = ()
-    room: str = "sums"
 
-    def run(self, store: Store) -> dict[str, Any]:
-        with (store.folder / "log").open("a") as log:
-            log.write(f"{self.key}\n")
-        tries = (store.folder / "log").read_text().split().count(self.key)
-        act = self.acts[tries - 1] if tries <= len(self.acts) else ""
-        if act == "die":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if act == "wait":
-            time.sleep(0.5)
-        if act in ("ValueError", "RuntimeError"):
-            raise {"ValueError": ValueError, "RuntimeError": RuntimeError}[act](f"{self.key} is {act}")
-        (store.folder_of(self) / "file").write_text(self.key)
-        value = 1 + sum(store.result(need)["value"] for need in self.needs)
-        return {"value": value, "drawn": torch.rand(1).item(), "process": os.getpid()}
+def add(acts: tuple[str, ...], job: Job, store: Store) -> dict[str, Any]:
+    with (store.folder / "log").open("a") as log:
+        log.write(f"{job.key}\n")
+    tries = (store.folder / "log").read_text().split().count(job.key)
+    act = acts[tries - 1] if tries <= len(acts) else ""
+    if act == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if act == "wait":
+        time.sleep(0.5)
+    if act in ("ValueError", "RuntimeError"):
+        raise {"ValueError": ValueError, "RuntimeError": RuntimeError}[act](f"{job.key} is {act}")
+    (store.folder_of(job) / "file").write_text(job.key)
+    value = 1 + sum(store.result(need)["value"] for need in job.needs)
+    return {"value": value, "drawn": torch.rand(1).item(), "process": os.getpid()}
 
 
 @dataclass(frozen=True)
@@ -51,15 +48,15 @@ class Wanted:
     """Jobs, and those that are known when the first ones have ended."""
 
     store: Store
-    first: tuple[Sum, ...]
-    later: tuple[Sum, ...] = ()
+    first: tuple[Job, ...]
+    later: tuple[Job, ...] = ()
     seen: list[int] = field(default_factory=list[int])
 
-    def jobs(self) -> list[Sum]:
+    def jobs(self) -> list[Job]:
         ended = all(self.store.finished(job) or self.store.failed(job) for job in self.first)
         return [*self.first, *(self.later if ended else ())]
 
-    def expected(self) -> list[Sum]:
+    def expected(self) -> list[Job]:
         return [*self.first, *self.later]
 
     def prepared(self) -> AbstractContextManager[Any]:
@@ -143,6 +140,7 @@ def test_after_the_minutes_nothing_begins(tmp_path: Path) -> None:
 
 
 def test_numbers_of_workers_make_sense() -> None:
+    wrong: dict[str, Any]
     for wrong in ({"processes": 0}, {"threads": 0}, {"minutes": -1.0}, {"ray": "local", "processes": 2}):
         with pytest.raises(ValueError, match="workers"):
             Workers(**wrong)

@@ -46,7 +46,7 @@ class Graph(Protocol):
     """The jobs of one store; it may grow: some are known only when others have ended."""
 
     @property
-    def store(self) -> Store: ...  # noqa: D102
+    def store(self) -> Store: ...
 
     def jobs(self) -> Sequence[Job]:
         """What is asked for, as far as it is known by now: what is to begin first stands first."""
@@ -372,7 +372,9 @@ class _Loop:
         waiting = False
         for graph in self.graphs:
             mine = {each.store.path(each.job) for each in self.running.values()}
-            for job in closure(graph.jobs(), graph.store.finished):
+            todo = list(closure(graph.jobs(), graph.store.finished))
+            needed = {graph.store.path(need) for job in todo for need in job.needs}
+            for job in sorted(todo, key=lambda job: graph.store.path(job) not in needed):  # what others wait for first
                 if self.deadline is not None and time.time() >= self.deadline:
                     return False
                 if graph.store.path(job) not in mine and not graph.store.failed(job):

@@ -1,7 +1,7 @@
 """Jobs and the folder of those that are finished: each is done once, by whoever comes first.
 
     ROOM/KEY.json     a job's numbers, written last: complete or absent      ROOM/KEY/       what else it leaves
-    ROOM/KEY.lock     held by the process that runs it                       ROOM/KEY.work/  where a killed one goes on
+    ROOM/KEY.claim    held by the process that runs it                       ROOM/KEY.work/  where a killed one goes on
     ROOM/KEY.tries    begun so often and not ended                           ROOM/KEY.error.txt   failed, and how
 
 A key is the hash of what decides the result, so that jobs that agree on it are one job: of several cells of a grid, of
@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
@@ -24,29 +24,31 @@ from torch import Tensor
 from prunus.machine import write_json, write_text
 from prunus.masks import Masks
 
-__all__ = ["Job", "Store", "plain"]
+__all__ = ["Job", "Store", "closure", "plain"]
 
 State = Mapping[str, Tensor]
-_ERROR, _LOCK, _TRIES = ".error.txt", ".lock", ".tries"
+_ERROR, _LOCK, _TRIES = ".error.txt", ".claim", ".tries"
 
 
-class Job(Protocol):
-    """Something that is done once: a frozen value, which other processes and machines are sent.
+@dataclass(frozen=True, eq=False)
+class Job:
+    """Something that is done once; other processes and machines are sent it.
 
-    room: the part of the store that its result is in. needs: what must have ended well before it; it reads nothing else
-    from the store.
+    room: the part of the store that its result is in; key: hash of what decides the result. what: (the job, the store)
+    -> its numbers; what is too large for them goes to `store.folder_of(job)`. needs: what must have ended well before;
+    it reads nothing else from the store.
+
+    >>> Job("dense", digest(recipe), partial(train_dense, recipe))
     """
 
-    @property
-    def room(self) -> str: ...  # noqa: D102 - said above
-    @property
-    def key(self) -> str: ...  # noqa: D102
-    @property
-    def needs(self) -> Sequence[Job]: ...  # noqa: D102
+    room: str
+    key: str
+    what: Callable[[Job, Store], dict[str, Any]]
+    needs: tuple[Job, ...] = ()
 
     def run(self, store: Store) -> dict[str, Any]:
-        """Its numbers; what is too large for them goes to `store.folder_of(self)`."""
-        ...
+        """Its numbers."""
+        return self.what(self, store)
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def plain(state: State) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone() for name, value in state.items()}
 
 
-def closure(jobs: Sequence[Job], ended: Any) -> Iterator[Job]:
+def closure(jobs: Sequence[Job], ended: Callable[[Job], bool]) -> Iterator[Job]:
     """The jobs for which `ended` is false and what they need, each once, behind what it needs."""
     seen: set[tuple[str, str]] = set()
 
