@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from prunus.machine import write_json, write_text
+from prunus.machine import atomic, write_json, write_tensors, write_text
 from prunus.masks import Masks
 
-__all__ = ["Job", "Store", "closure", "plain"]
+__all__ = ["Job", "Store", "closure"]
 
 State = Mapping[str, Tensor]
 _ERROR, _LOCK, _TRIES = ".error.txt", ".claim", ".tries"
@@ -145,18 +145,15 @@ class Store:
         """Write what `pack` read elsewhere; the numbers last."""
         room = self.path(job).parent
         for name in sorted(files, key=lambda name: name == f"{job.key}.json"):
-            path = room / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f"{path.name}.partial")
-            partial.write_bytes(files[name])
-            partial.replace(path)
+            with atomic(room / name) as partial:
+                partial.write_bytes(files[name])
 
     def write_state(self, job: Job, state: State, masks: Masks | None = None, name: str = "model") -> None:
         """Keep a network of a job, and its masks."""
         folder = self.folder_of(job)
         if masks is not None:
             masks.save(folder / "masks.safetensors")
-        save_file({key: value.contiguous() for key, value in plain(state).items()}, folder / f"{name}.safetensors")
+        write_tensors(folder / f"{name}.safetensors", state)
 
     def state(self, job: Job, name: str = "model") -> dict[str, Tensor]:
         """A network that a job left, on the CPU."""
@@ -169,11 +166,6 @@ class Store:
 
     def _forget_try(self, job: Job) -> None:
         self.path(job, _TRIES).unlink(missing_ok=True)
-
-
-def plain(state: State) -> dict[str, Tensor]:
-    """A copy of a state on the CPU."""
-    return {name: value.detach().cpu().clone() for name, value in state.items()}
 
 
 def closure(jobs: Sequence[Job], ended: Callable[[Job], bool]) -> Iterator[Job]:
