@@ -1,23 +1,26 @@
 """The one training loop and what belongs to it: schedules, hooks, averaged weights, captured steps, checkpoints."""
 
+from prunus.train.averaged import Ema, Swa
 from prunus.train.batchnorm import recalibrate_
 from prunus.train.capture import alone
-from prunus.train.ema import Ema
 from prunus.train.hooks import During, Plan, masks_by_magnitude
 from prunus.train.lr import (
     Multiplier,
     Original,
+    allr,
     constant,
     cosine,
     exponential,
+    ft,
     linear,
     linear_warmup_decay,
+    llr,
+    lrw,
     multistep,
     one_cycle,
     retraining,
 )
 from prunus.train.stacked import Stacked, member_batches, together
-from prunus.train.swa import Swa
 from prunus.train.train import Trace, classification_loss, next_token_loss, train
 
 __all__ = [
@@ -29,13 +32,17 @@ __all__ = [
     "Stacked",
     "Swa",
     "Trace",
+    "allr",
     "alone",
     "classification_loss",
     "constant",
     "cosine",
     "exponential",
+    "ft",
     "linear",
     "linear_warmup_decay",
+    "llr",
+    "lrw",
     "masks_by_magnitude",
     "member_batches",
     "multistep",
