@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 from prunus.blocks import compile_blocks_
 from prunus.data import SPLITS, PackedTokens, read_texts, tokenize_documents
-from prunus.machine import Precision, write_json, write_text
+from prunus.machine import Precision, atomic, write_json, write_text
 from prunus.measure import count_ngrams, fit_weights, perplexity, trigram_perplexity, unigram_perplexity
 from prunus.run.recipe import Strict, parse, read_yaml
 from prunus.train import Trace, linear_warmup_decay, train
@@ -366,7 +365,6 @@ def _log(path: Path, line: dict[str, Any]) -> None:
 
 def _cached(path: Path, compute: Callable[[], Tensor]) -> Tensor:
     if not path.exists():
-        partial = path.with_name(path.name + ".partial")
-        torch.save(compute(), partial)
-        os.replace(partial, path)
+        with atomic(path) as partial:
+            torch.save(compute(), partial)
     return torch.load(path, weights_only=True)
