@@ -71,7 +71,7 @@ def survey(
     exclude: Sequence[str] = (),
     on_block: Callable[[str], None] | None = None,
 ) -> dict[str, Inputs]:
-    """View name -> input norms of every prunable layer in the dense blocks, for allocations that look at all layers."""
+    """View name -> input norms (in,) of every prunable layer, in the dense blocks."""
     place = placed(model, source, device, precision, include=include, exclude=exclude)
     return _survey(place, tokens, batch_size, on_block=on_block)
 
