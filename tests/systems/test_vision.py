@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from prunus.data.images import plain_batches
-from prunus.train.batchnorm import recalibrate_
 from prunus.masks import Masks
 from prunus.measure.accuracy import accuracy
 from prunus.measure.corruptions import corrupted_images
@@ -29,6 +28,7 @@ from prunus.run.vision.experiment import budgets
 from prunus.run.vision.recipe import ClassifierRecipe, Retraining, dense_key
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.train import prune_run, pruning_of, train_run
+from prunus.train.batchnorm import recalibrate_
 
 TRAIN = {"epochs": 2, "batch_size": 32, "lr": 0.1, "warmup": 0, "augment": {"crop": 1}}
 
