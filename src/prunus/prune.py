@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.layers import Inputs, Layer, View, find_layers
+from prunus.machine import in_mode
 from prunus.masks import Masks
 from prunus.patterns import Pattern, Unstructured, check_sparsity
 from prunus.score import Allocation, Score, counts_under, erk, global_, lamp, magnitude, observe, uniform, uniform_plus
@@ -111,15 +112,9 @@ def _limited(score: Tensor, view: View, within: Masks | None) -> Tensor:
 
 def _calibrate(model: nn.Module, views: Sequence[View], batches: Iterable[Any]) -> dict[str, Inputs]:
     """What each layer receives over the batches, the model in eval mode meanwhile."""
-    modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
-    model.eval()
-    try:
-        with observe(model, views, gram=False) as inputs:
-            for batch in batches:
-                x = batch[0] if isinstance(batch, (tuple, list)) else batch
-                model(x.to(device))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with in_mode(model, training=False), observe(model, views, gram=False) as inputs:
+        for batch in batches:
+            x = batch[0] if isinstance(batch, (tuple, list)) else batch
+            model(x.to(device))
     return inputs

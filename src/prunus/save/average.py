@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from prunus.machine import write_json, write_text
+from prunus.masks import count_kept, unpack
 from prunus.save.card import model_card
 from prunus.save.config import _RUNTIME, write_config
 from prunus.save.folder import (
@@ -156,7 +156,7 @@ def _bits(packed: Stored) -> Iterator[Tensor]:
 
 def _count(packed: Stored) -> int:
     """Entries kept; bits past the last entry are zero."""
-    return sum(int(np.unpackbits(piece.numpy()).sum(dtype=np.int64)) for piece in _bits(packed))
+    return sum(count_kept(unpack(piece, 8 * piece.numel())) for piece in _bits(packed))
 
 
 def _mean(name: str, members: Sequence[_Member], shares: Sequence[float], zeros: list[int]) -> Tensor:
@@ -181,8 +181,7 @@ def _check_zeros(name: str, members: Sequence[_Member], pieces: Sequence[Tensor]
     if mask is None or tuple(members[0].mask_shapes[name]) != members[0].tensors[name].shape:
         return
     stop = start + pieces[0].numel()  # start is a multiple of 8: _PIECE is
-    packed = mask.piece(start // 8, (stop + 7) // 8).numpy()
-    pruned = torch.from_numpy(np.unpackbits(packed, count=stop - start, bitorder="little") == 0)
+    pruned = ~unpack(mask.piece(start // 8, (stop + 7) // 8), stop - start)
     for member, piece in zip(members, pieces, strict=True):
         wrong = int((_comparable(piece)[pruned] != 0).sum())
         if wrong:
