@@ -20,7 +20,17 @@ os.environ.setdefault(
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tests import interpreter, processes
+
 VOCABULARY = 260
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.hasten()
+
+
+def pytest_unconfigure() -> None:
+    processes.stop()
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,14 +1,14 @@
 """Measurements of a model, and the baselines they are held against."""
 
 from prunus.measure.accuracy import Accuracy, accuracy
-from prunus.measure.corruptions import MEASURES, Corrupted, corrupted_sets
-from prunus.measure.cost import Cost, Energy, flops_of, own_flops, weight_change
+from prunus.measure.corruptions import MEASURES, Corrupted, corrupted_accuracy, corrupted_sets
+from prunus.measure.cost import Cost, Energy, cost, flops_of, own_flops, weight_change
 from prunus.measure.ensemble import Ensemble, ensemble_accuracy
 from prunus.measure.latency import latency
 from prunus.measure.ngram import count_ngrams, fit_weights, trigram_perplexity, unigram_perplexity
 from prunus.measure.perplexity import perplexity
 from prunus.measure.streamed import streamed_perplexity
-from prunus.measure.zeroshot import zero_shot
+from prunus.measure.zeroshot import read_task, zero_shot
 
 __all__ = [
     "MEASURES",
@@ -18,7 +18,9 @@ __all__ = [
     "Energy",
     "Ensemble",
     "accuracy",
+    "corrupted_accuracy",
     "corrupted_sets",
+    "cost",
     "count_ngrams",
     "ensemble_accuracy",
     "fit_weights",
@@ -26,6 +28,7 @@ __all__ = [
     "latency",
     "own_flops",
     "perplexity",
+    "read_task",
     "streamed_perplexity",
     "trigram_perplexity",
     "unigram_perplexity",
