@@ -23,19 +23,20 @@ from torch import Tensor
 
 from prunus.machine import write_json, write_text
 from prunus.masks import count_kept, unpack
-from prunus.save.card import model_card
-from prunus.save.config import _RUNTIME, write_config
 from prunus.save.folder import (
     CARD_NAME,
     FORMAT,
     INFO_NAME,
     MASKS_NAME,
+    RUNTIME,
     SavedModel,
     _copy_small_files,
     _partial,
     _replace,
     _versions,
     load_info,
+    model_card,
+    write_config,
 )
 from prunus.save.shards import SINGLE_NAME, ShardWriter
 from prunus.save.stored import Stored, read_header, weight_files
@@ -117,7 +118,7 @@ def _check_member(place: int, member: _Member, first: _Member) -> None:
                 f"{name!r} is {_shown(one)} in {first.path} and {_shown(other)} in {member.path}: average checkpoints "
                 "of one network in one dtype"
             )
-    for key in sorted((first.config.keys() | member.config.keys()) - _RUNTIME):
+    for key in sorted((first.config.keys() | member.config.keys()) - RUNTIME):
         if first.config.get(key) != member.config.get(key):
             raise ValueError(
                 f"config.json says {key}: {first.config.get(key)!r} in {first.path} and {member.config.get(key)!r} in "
