@@ -48,7 +48,7 @@ SIZE_NOTE = (
     "nor time. A general compressor (zstd, gzip) makes the files smaller for storage and transfer; a speed-up needs a "
     "runtime with kernels for the pattern (2:4 on recent NVIDIA GPUs, for example) and its own conversion step."
 )
-_LANES = 4  # shards of a large model written side by side; a file in memory takes about 1 GB/s
+_WRITERS = 4  # shards of a large model written side by side; a file in memory takes about 1 GB/s
 # Of the source folder, what transformers and serving stacks read beside weights and config.json.
 _COPIED = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
@@ -131,7 +131,7 @@ def save_tensors(
     """
     with _partial(folder) as partial:
         dtypes: set[Any] = set()
-        with ShardWriter(partial, max_shard_bytes=max_shard_bytes, lanes=_LANES) as writer:
+        with ShardWriter(partial, max_shard_bytes=max_shard_bytes, writers=_WRITERS) as writer:
             for name, tensor in tensors:
                 writer.write(name, tensor)
                 dtypes |= {tensor.dtype} if tensor.is_floating_point() else set()
