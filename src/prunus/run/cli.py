@@ -243,6 +243,9 @@ def compare(
     together: Annotated[
         int, typer.Option(help="Classifiers trained at once in each process, in threads; small ones fill a GPU so.")
     ] = 1,
+    ray: Annotated[
+        str | None, typer.Option(help="Run members as tasks of this Ray cluster; 'local' starts one here.")
+    ] = None,
     minutes: Annotated[
         float | None, typer.Option(help="Begin no member later than this; then make the tables of what is done.")
     ] = None,
@@ -254,7 +257,7 @@ def compare(
     _alone("compare")
     grids = load_grids(recipes, out)
     try:
-        found = compare_all(grids, workers=workers, together=together, minutes=minutes)
+        found = compare_all(grids, workers=workers, together=together, ray=ray, minutes=minutes)
     except RuntimeError as error:  # members failed; the others are finished and in the tables
         typer.echo(f"prunus: {error}", err=True)
         raise typer.Exit(1) from None
