@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from prunus.data import read_images
 from prunus.data.images import plain_batches
 from prunus.masks import Masks
 from prunus.measure.accuracy import accuracy
@@ -59,6 +60,15 @@ def raw(out: Path, **changes: Any) -> dict[str, Any]:
         "device": "cpu",
         "out": str(out),
     } | changes
+
+
+@pytest.fixture(scope="session")
+def few(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file of 500 of the digits, for what is trained in other processes, which know nothing of the tiny network."""
+    digits = read_images("digits", None).take(torch.arange(500))
+    path = tmp_path_factory.mktemp("few") / "digits.safetensors"
+    save_file({"pixels": digits.pixels, "labels": digits.labels}, path)
+    return str(path)
 
 
 def checked(out: Path, **changes: Any) -> ClassifierRecipe:
