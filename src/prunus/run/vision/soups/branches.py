@@ -26,12 +26,13 @@ from torch import Tensor
 
 from prunus.machine import write_json, write_tensors
 from prunus.masks import Masks
+from prunus.run.names import Choice, retrainings
 from prunus.run.recipe import digest
 from prunus.run.vision import stages
 from prunus.run.vision.recipe import ClassifierRecipe
 from prunus.run.vision.setting import Setting
 from prunus.save import MASKS_NAME
-from prunus.train import Multiplier, Original, Swa, retraining
+from prunus.train import Multiplier, Original, Swa
 
 __all__ = [
     "Branch",
@@ -55,7 +56,7 @@ State = dict[str, Tensor]
 class Rates:
     """The learning rates of a retraining, by name, with its signals."""
 
-    schedule: str
+    schedule: Choice
     original: Original
     steps: int
     distance: float
@@ -64,7 +65,7 @@ class Rates:
 
     def multiplier(self, setting: Setting) -> Multiplier:
         """step -> factor of the peak."""
-        return retraining(
+        return retrainings.make(
             self.schedule, self.original, self.steps, distance=self.distance, share=self.share, warmup=self.warmup
         )
 
@@ -110,7 +111,7 @@ class Branch:
 
 
 # What decides only the start, or is said by the branch itself.
-_ELSEWHERE = {"out", "during", "prune", "retrain", "recalibrate", "soup", "corruptions"}
+_ELSEWHERE = {"out", "during", "prune", "retrain", "soup", "corruptions"}
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def setting_of(branch: Branch) -> Setting:
 
 
 def grow(branch: Branch, state: Mapping[str, Tensor], masks: Masks | None, checkpoint: Path | None = None) -> Grown:
-    """Train a branch from its start, and measure it; a killed training goes on from its checkpoint."""
+    """Train a branch from its start, settle it and measure it; a killed training goes on from its checkpoint."""
     setting = setting_of(branch)
     model = setting.new_model()
     model.load_state_dict(dict(state))
@@ -210,6 +211,7 @@ def grow(branch: Branch, state: Mapping[str, Tensor], masks: Masks | None, check
     )
     if masks is not None:
         masks.check(model)
+    stages.settle(model, setting)
     numbers = measured(model, setting) | {"steps": branch.steps, "seconds": trace.seconds, "initial_lr": max(trace.lrs)}
     own, mean = plain_state(model), None
     if swa is not None:
