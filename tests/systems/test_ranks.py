@@ -39,7 +39,7 @@ def test_two_processes_make_the_model_of_one(
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(asked))
     alone = compress(parse(yaml.safe_load((tmp_path / "one.yaml").read_text()), Recipe, "one"))
     done = subprocess.run(
-        [sys.executable, "-m", *LAUNCH, "compress", str(tmp_path / "two.yaml")],
+        [sys.executable, "-m", *LAUNCH, "run", str(tmp_path / "two.yaml")],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

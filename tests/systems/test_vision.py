@@ -287,7 +287,7 @@ def test_a_finished_run_is_pruned_again_without_training(tmp_path: Path, monkeyp
     for changes, message in [({"train.lr": 1.0}, "only prune, retrain"), ({}, "give --sparsity")]:
         with pytest.raises(ValueError, match=message):
             pruning_of(tmp_path / "run", {**({"prune.sparsity": 0.5} if changes else {}), **changes})
-    with pytest.raises(FileNotFoundError, match="train one first"):
+    with pytest.raises(FileNotFoundError, match="run its recipe first"):
         pruning_of(tmp_path / "nowhere", {})
 
 

@@ -252,7 +252,7 @@ class _Run:
 def _check_shares(recipe: Recipe) -> None:
     asked, world = recipe.retrain, ranks.count()
     if recipe.soup is not None and world > 1:
-        raise ValueError(f"soup: members are trained in one process, not in {world}; start `prunus compress` alone")
+        raise ValueError(f"soup: members are trained in one process, not in {world}; start `prunus run` alone")
     if asked is not None and asked.batch_size % world:
         raise ValueError(
             f"retrain.batch_size: {asked.batch_size} sequences cannot be shared by {world} processes; "

@@ -74,7 +74,13 @@ Device = Annotated[str, AfterValidator(_device)]
 class Strict(BaseModel):
     """A frozen section that refuses keys it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), ser_json_inf_nan="constants")
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+        ser_json_inf_nan="constants",
+        use_attribute_docstrings=True,
+    )
 
 
 class Data(Strict):
@@ -137,13 +143,21 @@ class Prune(Strict):
     """Which weights go: a criterion, a pattern and a sparsity (the share of zeros, in [0, 1))."""
 
     criterion: Criterion = "wanda"
+    """How weights are scored, or layers solved."""
     pattern: str = "unstructured"
+    """unstructured, N:M (at most N nonzeros of M) such as 2:4, block RxC, filters."""
     sparsity: float = 0.5
+    """Share of zeros, in [0, 1)."""
     scope: Literal["row", "layer", "model"] | None = None
+    """Which scores compete."""
     allocation: Literal["uniform", "owl"] = "uniform"
+    """How many weights each layer keeps."""
     include: tuple[str, ...] = ()
+    """Globs of layers: only these are pruned."""
     exclude: tuple[str, ...] = ()
+    """Globs of layers that stay dense."""
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """Of SparseGPT, as a share of the mean diagonal."""
     frank_wolfe: FrankWolfe | None = None
 
     @model_validator(mode="before")
@@ -183,23 +197,35 @@ class Retrain(Strict):
     """Which parameters are retrained on packed text, and how (AdamW, linear decay after a linear warm-up)."""
 
     train: Subsets = ("mask_lora",)
+    """Parameters: biases,norms or mask_lora or full ..."""
     data: Data = Data(source="embedded", split="train")
     steps: Annotated[int, Field(ge=1)] = 200
+    """Optimizer steps."""
     batch_size: Annotated[int, Field(ge=1)] = 8
+    """Sequences at a time."""
     length: Annotated[int, Field(ge=2)] = 1024
+    """Tokens a sequence."""
     accumulate: Annotated[int, Field(ge=1)] = 1
+    """Batches whose gradients make one step."""
     lr: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate."""
     lrs: dict[str, Annotated[float, Field(gt=0)]] = {}
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the steps in which the rate rises."""
     rank: Annotated[int, Field(ge=1)] = 16
+    """Of adapters."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Of adapters: the update is scaled by alpha / rank."""
     init: Init = "kaiming"
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     add_biases: bool = False
+    """Give layers zero biases first."""
     checkpointing: bool | Literal["auto"] = False
     keep_effective: bool = False
     compile: bool = False
+    """Compile the blocks."""
     seed: int = 0
+    """Of the order of sequences, and of adapters."""
 
     @model_serializer(mode="wrap")
     def _plain(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -265,9 +291,13 @@ class Evaluate(Strict):
 
     data: dict[str, Data] = {"held-out": Data(source="embedded", split="test")}
     window: Annotated[int, Field(ge=2)] | None = None
+    """Tokens a window; the model's own length (at most 2048) if left out."""
     batch_size: Annotated[int, Field(ge=1)] = 4
+    """Windows at a time."""
     tasks: dict[str, str] = {}
+    """Zero-shot tasks and their files (needs the extra 'zeroshot')."""
     task_batch_size: Annotated[int, Field(ge=1)] = 16
+    """Requests of zero-shot tasks at a time."""
 
     @model_validator(mode="after")
     def _check_tasks(self) -> Evaluate:
@@ -287,17 +317,20 @@ class Evaluate(Strict):
 class Recipe(Strict):
     """A whole compression run: load, prune, (reconstruct), (retrain, merge), evaluate, save.
 
-    model: a Hugging Face name or folder, a .gguf file, or "embedded".
-    dtype: of the weights in memory and on disk; "auto" is the checkpoint's own.
-    precision: of matrix products while retraining (autocast); trained parameters are float32 throughout.
-    streaming: read blocks from the checkpoint one at a time (for models larger than memory).
+    model: a Hugging Face name or folder, a .gguf file, or "embedded". dtype: "auto" is the checkpoint's own.
+    precision: autocast while retraining; trained parameters are float32 throughout.
     """
 
     model: str = "embedded"
+    """Name, folder or file; 'embedded'; or a network such as resnet18."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the weights in memory and on disk."""
     device: Device = "auto"
+    """auto, cpu, cuda or one GPU such as cuda:1."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of matrix products."""
     streaming: bool = False
+    """Read blocks from the checkpoint one at a time, for models larger than memory."""
     prune: Prune = Prune()
     calibrate: Calibrate = Calibrate()
     reconstruct: Reconstruct | None = None
@@ -305,7 +338,9 @@ class Recipe(Strict):
     soup: Soup | None = None
     evaluate: Evaluate = Evaluate()
     out: str = "runs/compress"
+    """Run folder."""
     save: bool = True
+    """Whether the model is written."""
 
     @pydantic.model_serializer(mode="wrap")
     def _lean(self, handler: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -111,7 +111,7 @@ class Training(Strict):
     penalty: what is added to the loss of the first training, not of retraining.
     clip: largest norm of the gradient. ema: decay of a running mean of the weights, which then is what is measured.
     snapshots: epochs after which the weights are kept, for weight rewinding.
-    evaluate_every: epochs between measurements while `prunus train` trains; 0 measures at the end alone.
+    evaluate_every: epochs between measurements while `prunus run` trains; 0 measures at the end alone.
     """
 
     epochs: Count = 30
@@ -157,10 +157,12 @@ class Pruning(Strict):
 
     sparsity: float = 0.9
     kind: Kind = "zeros"
+    """What becomes of the network: zeros, or a smaller one."""
     criterion: Literal["magnitude", "random"] = "magnitude"
     allocation: Literal["global", "uniform", "uniform_plus", "erk", "lamp"] = "global"
     pattern: str = "unstructured"
     phases: Count = 1
+    """Prune and retrain that many times."""
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
@@ -206,11 +208,16 @@ class Retraining(Strict):
     """
 
     schedule: Literal["ft", "lrw", "slr", "clr", "llr", "allr"] = "allr"
+    """Of the learning rate."""
     epochs: Positive | None = None
+    """How long, in epochs of the training images."""
     share: Positive | None = None
+    """How long, as a share of the dense training."""
     of: Literal["phase", "total"] = "phase"
+    """The budget is that of each phase, or of all together."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     rewind: Annotated[int, Field(ge=0)] | None = None
+    """Epoch whose weights the surviving ones take again."""
     lr: Positive | None = None
 
     @model_validator(mode="after")
@@ -293,11 +300,13 @@ class ClassifierRecipe(Strict):
     images: ImageSource
     model: str = "resnet18"
     seed: int = 0
+    """Of weights, order and augmentation."""
     train: Training = Training()
     during: Annotated[dict[str, dict[str, Any]] | None, BeforeValidator(_during)] = None
     prune: Pruning | None = None
     retrain: Retraining | None = None
     recalibrate: Share = 1.0
+    """Share of the images that count BatchNorm anew."""
     corruptions: Corruptions | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: Device = "auto"
@@ -361,8 +370,7 @@ def load_classifier(path: Path | None, overrides: dict[str, Any] | None = None) 
     raw = merge({} if path is None else read_yaml(path), overrides or {})
     if "images" not in raw:
         raise ValueError(
-            f"{path or 'flags'}: no key 'images', so this is no classifier recipe; add images: {{source: ...}}, "
-            "or run it with `prunus compress`"
+            f"{path or 'flags'}: no key 'images', so this is no classifier recipe; add images: {{source: ...}}"
         )
     return parse(raw, ClassifierRecipe, str(path or "flags"))
 

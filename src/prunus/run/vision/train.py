@@ -1,4 +1,4 @@
-"""`prunus train` and `prunus prune`: a classifier run in a folder that resumes, with its network, numbers and picture.
+"""`prunus run` of a classifier: a run in a folder that resumes, with its network, numbers and picture.
 
     out/recipe.yaml      the resolved recipe          out/metrics.jsonl      what was measured, also while it trained
     out/result.json      what the table shows         out/model.safetensors  the network; masks.safetensors, prunus.json
@@ -94,7 +94,7 @@ def pruning_of(run: Path, overrides: Mapping[str, Any], out: Path | None = None)
     overrides that would change how it was trained.
     """
     if not (run / "recipe.yaml").exists():
-        raise FileNotFoundError(f"{run} holds no run of `prunus train`: there is no recipe.yaml; train one first")
+        raise FileNotFoundError(f"{run} holds no run of a classifier: there is no recipe.yaml; run its recipe first")
     raw = read_yaml(run / "recipe.yaml")
     found = read_dense(run / "dense")
     if found is None or raw.get("during"):
