@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +30,7 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 from prunus.blocks import compile_blocks_
 from prunus.data import SPLITS, PackedTokens, read_texts, tokenize_documents
-from prunus.machine import Precision, write_json, write_text
+from prunus.machine import Precision, atomic, write_json, write_text
 from prunus.measure import perplexity
 from prunus.report import print_table, progress
 from prunus.run.recipe import Strict, parse, read_yaml
@@ -372,9 +371,8 @@ def _log(path: Path, line: dict[str, Any]) -> None:
 
 def _cached(path: Path, compute: Callable[[], Tensor]) -> Tensor:
     if not path.exists():
-        partial = path.with_name(path.name + ".partial")
-        torch.save(compute(), partial)
-        os.replace(partial, path)
+        with atomic(path) as partial:
+            torch.save(compute(), partial)
     return torch.load(path, weights_only=True)
 
 

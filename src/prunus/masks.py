@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+
+from prunus.machine import write_tensors
 
 if TYPE_CHECKING:
     from prunus.layers import View
@@ -159,16 +160,10 @@ class Masks(Mapping[str, Tensor]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the masks bit-packed; the file appears complete or not at all."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
         shapes = json.dumps({name: list(mask.shape) for name, mask in self.items()})
         with ThreadPoolExecutor(_PACKERS) as pool:  # masks of 30 GB take one core long, and numpy lets others run
             packed = dict(zip(self, map(torch.from_numpy, pool.map(pack_flat, self.values())), strict=True))
-        try:
-            save_file(packed, partial, metadata={"format": _FORMAT, "version": _VERSION, "shapes": shapes})
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_tensors(Path(path), packed, {"format": _FORMAT, "version": _VERSION, "shapes": shapes})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Masks:

@@ -200,7 +200,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         partial.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("prunus.masks.save_file", fail)
+    monkeypatch.setattr("prunus.machine.files.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         Masks({"w": bits(3)}).save(path)
     assert Masks.load(path) == small_masks()

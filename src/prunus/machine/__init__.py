@@ -1,17 +1,22 @@
-"""What a process runs on: files that are complete or absent, ranks, the precision of matrix products."""
+"""What a process runs on: files that are complete or absent, ranks, random numbers, the precision of products."""
 
 from prunus.machine import ranks
-from prunus.machine.files import write_json, write_text
+from prunus.machine.files import atomic, write_json, write_tensors, write_text
 from prunus.machine.precision import Precision, autocast, full_products, no_autocast, of_training, product_dtype
+from prunus.machine.random import random_state, set_random_state
 
 __all__ = [
     "Precision",
+    "atomic",
     "autocast",
     "full_products",
     "no_autocast",
     "of_training",
     "product_dtype",
+    "random_state",
     "ranks",
+    "set_random_state",
     "write_json",
+    "write_tensors",
     "write_text",
 ]

@@ -9,18 +9,17 @@ as its authors publish it (gaussian_noise.npy, ..., labels.npy) is read in their
 from __future__ import annotations
 
 import hashlib
-import os
 import statistics
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from prunus.data import CORRUPTIONS, Images, Strengths, check_corruptions, corrupt
+from prunus.machine import write_tensors
 from prunus.measure.accuracy import Accuracy
 
 __all__ = ["MEASURES", "Corrupted", "corrupted_accuracy", "corrupted_images", "corrupted_sets"]
@@ -138,10 +137,7 @@ def corrupted_images(
         stored = load_file(path)
         return Images(stored["pixels"], stored["labels"], images.classes).to(device)
     made = corrupt(images, name, severity, seed=seed, strengths=strengths)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".partial{os.getpid()}-{threading.get_ident()}")
-    save_file({"pixels": made.pixels.contiguous(), "labels": made.labels}, partial)
-    os.replace(partial, path)
+    write_tensors(path, {"pixels": made.pixels, "labels": made.labels})
     return made.to(device)
 
 

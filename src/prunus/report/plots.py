@@ -7,11 +7,12 @@ Figures are drawn on their own Agg canvas: no display, no pyplot, no global stat
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from prunus.machine import atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -241,8 +242,5 @@ def _save(figure: Figure, path: str | Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", linewidth=0.4, alpha=0.5)
         axis.set_axisbelow(True)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    figure.savefig(unfinished, format="png")
-    os.replace(unfinished, path)
+    with atomic(path) as partial:
+        figure.savefig(partial, format="png")

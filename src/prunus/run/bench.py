@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from prunus.machine import write_json
+from prunus.machine import write_json, write_tensors
 from prunus.masks import Masks
 from prunus.run import stages
 from prunus.run.fitted import fitted
@@ -141,9 +141,7 @@ class Bench:
         path.parent.mkdir(exist_ok=True)
         masks.save(path.with_suffix(".masks"))
         write_json(path.with_suffix(".json"), report)
-        partial = path.with_suffix(f".partial{os.getpid()}")
-        save_file({name: value.contiguous() for name, value in state.items()}, partial)
-        os.replace(partial, path)
+        write_tensors(path, state)
 
 
 def _merge_summary(merge: dict[str, dict[str, float]]) -> dict[str, float]:

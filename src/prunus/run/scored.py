@@ -6,16 +6,16 @@ BatchNorm counted anew; any other scores language models by the perplexity (nega
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
+from prunus.machine import write_tensors
 from prunus.run.recipe import Recipe, merge, parse, read_yaml
 
 __all__ = ["Scorer", "scorer"]
@@ -80,10 +80,7 @@ def _classifiers(path: Path) -> Scorer:
         file = _file(checkpoint)
         with safe_open(file, framework="pt") as stored:
             metadata = stored.metadata()
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in read(checkpoint).state_dict().items()}
-        partial = file.with_suffix(".partial")
-        save_file(state, partial, metadata=metadata)
-        os.replace(partial, file)
+        write_tensors(file, read(checkpoint).state_dict(), metadata)
 
     with torch.no_grad():
         return Scorer(lambda checkpoint: float(stages.measure(read(checkpoint), setting)["top1"]), settle)

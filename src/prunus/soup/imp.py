@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prunus.machine import ranks
+from prunus.machine import random_state, ranks, set_random_state, write_tensors
 from prunus.masks import Masks
 from prunus.patterns import kept_of
 
@@ -214,13 +212,8 @@ class _Store:
         if ranks.is_main():
             tensors = {f"state:{name}": tensor.detach() for name, tensor in model.state_dict().items()}
             tensors |= {f"mask:{name}": mask for name, mask in masks.items()}
-            tensors |= {f"random:{kind}": state for kind, state in _random_state().items()}
-            # Tied weights share storage, which safetensors refuses: each is written by itself.
-            own = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-            partial = self.path.with_suffix(".partial")
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(own, partial, metadata={"job": json.dumps(self.job), "done": str(done)})
-            os.replace(partial, self.path)
+            tensors |= {f"random:{kind}": state for kind, state in random_state().items()}
+            write_tensors(self.path, tensors, {"job": json.dumps(self.job), "done": str(done)})
         ranks.wait()
 
     def restore_(self, model: nn.Module) -> tuple[int, Masks | None]:
@@ -244,20 +237,9 @@ class _Store:
                 f"one {self.job} and {len(shapes)}. Delete it to start anew, or give this job a folder of its own."
             )
         model.load_state_dict(parts["state"])
-        _set_random_state(parts["random"])
+        set_random_state(parts["random"])
         _logger.info("Going on from %s after phase %s.", self.path, metadata["done"])
         return int(metadata["done"]), Masks(parts["mask"])
-
-
-def _random_state() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
-
-
-def _set_random_state(states: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
 
 
 @torch.no_grad()

@@ -11,15 +11,15 @@ sparsities, masks and the folder of finished phases are those of `imp`. How stat
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from prunus.machine import write_tensors
 from prunus.masks import Masks
 from prunus.soup.average import average
 from prunus.soup.imp import Phase, imp
@@ -110,10 +110,5 @@ def _member(
     phase.masks.check(own)
     state = {name: value.detach() for name, value in own.state_dict().items()}
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Tied weights share storage, which safetensors refuses: each is written by itself.
-        plain = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
-        partial = path.with_suffix(".partial")
-        save_file(plain, partial)
-        os.replace(partial, path)
+        write_tensors(path, state)
     return state

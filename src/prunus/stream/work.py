@@ -7,17 +7,15 @@ guards against mixing the blocks of two different jobs in one folder.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prunus.machine import write_json
+from prunus.machine import write_json, write_tensors
 from prunus.masks import pack_flat, unpack_flat
 
 __all__ = ["BlockReport", "Work"]
@@ -76,13 +74,10 @@ class Work:
         """Write the block's parameters, masks and report in one atomic step."""
         if not self.writes:
             return
-        tensors = {f"weight:{key}": value.detach().cpu().contiguous() for key, value in block.state_dict().items()}
+        tensors = {f"weight:{key}": value for key, value in block.state_dict().items()}
         tensors |= {f"mask:{key}": torch.from_numpy(pack_flat(mask)) for key, mask in masks.items()}
-        path = self._path(name)
-        partial = path.with_suffix(".partial")
         shapes = {key: list(mask.shape) for key, mask in masks.items()}
-        save_file(tensors, partial, metadata={"report": json.dumps(asdict(report)), "masks": json.dumps(shapes)})
-        os.replace(partial, path)
+        write_tensors(self._path(name), tensors, {"report": json.dumps(asdict(report)), "masks": json.dumps(shapes)})
 
     def restore_(self, name: str, block: nn.Module, masks: dict[str, Tensor]) -> BlockReport:
         """The report of a finished block, after its weights went into `block` and its masks into `masks`."""

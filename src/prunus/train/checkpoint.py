@@ -6,7 +6,6 @@ trained parameters and buffers, optimizer, methods that take part, step, losses 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from prunus.machine import atomic, random_state, set_random_state
 from prunus.train.sharded import like, whole
 
 __all__ = ["Checkpoint"]
@@ -63,7 +63,7 @@ class Checkpoint:
         self.optimizer.load_state_dict(_placed(state["optimizer"], self.optimizer))
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        _set_random_state(state["random"][self.accelerator.process_index])
+        set_random_state(state["random"][self.accelerator.process_index])
         _logger.info("Resuming from %s after step %d.", self.path, state["step"])
         return state["step"], state["trace"]
 
@@ -71,7 +71,7 @@ class Checkpoint:
         """Write the state after `step` steps beside its place and move it there: a kill leaves the old or the new."""
         if self.path is None:
             return
-        random = gather_object([_random_state()]) if self.shared else [_random_state()]
+        random = gather_object([random_state()]) if self.shared else [random_state()]
         tensors = {name: self._on_host(tensor.detach()) for name, tensor in _resumable(self.model).items()}
         stepped = tree_map_only(Tensor, self._on_host, self.optimizer.state_dict())
         if self.accelerator.is_main_process:
@@ -85,10 +85,8 @@ class Checkpoint:
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
                 "random": random,
             }
-            partial = self.path.with_name(self.path.name + ".partial")
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(state, partial)
-            os.replace(partial, self.path)
+            with atomic(self.path) as partial:
+                torch.save(state, partial)
         self.accelerator.wait_for_everyone()
 
     def _on_host(self, tensor: Tensor) -> Tensor:
@@ -113,16 +111,3 @@ def _placed(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str
 
     stored = {index: {key: place(index, each) for key, each in own.items()} for index, own in state["state"].items()}
     return {**state, "state": stored}
-
-
-def _random_state() -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_random_state(state: dict[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

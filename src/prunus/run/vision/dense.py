@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prunus.during import During, Plan
-from prunus.machine import write_json
+from prunus.machine import write_json, write_tensors
 from prunus.run.vision import stages
 from prunus.run.vision.recipe import dense_key
 from prunus.run.vision.setting import Setting
@@ -194,11 +194,7 @@ def losses_by_epoch(losses: Sequence[float], epoch_steps: int) -> list[float]:
 
 def write_state(path: Path, model: nn.Module) -> None:
     """Write the state dict, contiguous and on the CPU; the file is complete or absent."""
-    state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial{os.getpid()}")
-    save_file(state, partial)
-    os.replace(partial, path)
+    write_tensors(path, model.state_dict())
 
 
 class Snapshots(During):

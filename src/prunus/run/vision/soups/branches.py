@@ -12,7 +12,6 @@ each, share their members, in one run, between the cells of a grid, and after a 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,10 +21,10 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from prunus.machine import write_json
+from prunus.machine import write_json, write_tensors
 from prunus.masks import Masks
 from prunus.run.recipe import digest
 from prunus.run.vision import stages
@@ -145,7 +144,7 @@ class Store:
             if not (folder / "model.safetensors").exists():
                 if masks is not None:
                     masks.save(folder / MASKS_NAME)
-                _write(folder / "model.safetensors", state)
+                write_tensors(folder / "model.safetensors", state)
 
     def once(self, key: str, make: Callable[[], tuple[Mapping[str, Tensor], Masks]]) -> tuple[State, Masks]:
         """A stored start with masks, made if it is not there; others that need the same wait for it."""
@@ -176,9 +175,9 @@ class Store:
 
     def put(self, branch: Branch, grown: Grown) -> None:
         """Store a branch; its numbers last, because they say that all is there."""
-        _write(self.path(branch, ".safetensors"), grown.state)
+        write_tensors(self.path(branch, ".safetensors"), grown.state)
         if grown.mean is not None:
-            _write(self.path(branch, ".swa.safetensors"), grown.mean)
+            write_tensors(self.path(branch, ".swa.safetensors"), grown.mean)
         write_json(self.path(branch, ".json"), grown.numbers)
 
     def path(self, branch: Branch, suffix: str) -> Path:
@@ -244,10 +243,3 @@ def plain_state(model: torch.nn.Module) -> State:
 def on_device(states: Sequence[Mapping[str, Tensor]], device: torch.device) -> list[State]:
     """The states on a device, where averages and distances take a hundredth of the time."""
     return [{name: value.to(device) for name, value in state.items()} for state in states]
-
-
-def _write(path: Path, state: Mapping[str, Tensor]) -> None:
-    partial = path.with_name(f"{path.name}.partial{os.getpid()}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous() for name, value in state.items()}, partial)
-    os.replace(partial, path)
