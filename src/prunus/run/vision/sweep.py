@@ -62,8 +62,8 @@ class Swept(Strict):
     """
 
     start: str
-    kinds: tuple[Kind, ...] = Field(default=get_args(Kind), min_length=1)
-    rates: tuple[float, ...] = Field(default=RATES, min_length=1)
+    kinds: tuple[Kind, ...] = get_args(Kind)
+    rates: tuple[float, ...] = RATES
     timed: int = Field(default=128, ge=1)
 
 
