@@ -20,7 +20,13 @@ os.environ.setdefault(
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tests import processes
+
 VOCABULARY = 260
+
+
+def pytest_unconfigure() -> None:
+    processes.stop()
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

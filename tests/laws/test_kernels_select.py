@@ -232,7 +232,7 @@ def test_a_captured_step_is_not_waited_for(device: str, monkeypatch: pytest.Monk
     def refuse(*_: object) -> None:
         raise AssertionError("waits")
 
-    monkeypatch.setattr(threshold, "kth_of", refuse)
+    monkeypatch.setattr("prunus.kernels.kth_of", refuse)
     scores = {"a": made("tied", 9, 31).to(device), "b": made("random", 5, 7).to(device)}
     with unwaited() if device == "cuda" else nullcontext():
         masks = keep_global(scores, 100)

@@ -207,7 +207,7 @@ def test_greedy_takes_the_members_that_help(tmp_path):
 MEMORY = """
 import resource, sys, torch
 from pathlib import Path
-from prunus.export import average
+from prunus.save import average
 from prunus.soup import mix
 
 folder = Path(sys.argv[1])

@@ -1,14 +1,8 @@
-"""Masks beside a model that is compiled, replicated or sharded: the zeros and the weights of the textbook's masked run.
-
-Run as a program by `torch.distributed.run`, this file is one rank of the two.
-"""
+"""Masks beside a model that is compiled, replicated or sharded: the zeros and weights of the textbook's masked run."""
 
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from prunus import masks as masks_module
 from prunus.masks import Masks
+from tests.processes import run_ranks
 
 NESTEROV = {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-2}
 HEAVY = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-2}
@@ -209,15 +204,7 @@ def test_two_ranks_train_the_masked_model_of_one(tmp_path: Path, wrapper: str) -
     optimizer = torch.optim.SGD(model.parameters(), **NESTEROV)
     masks.hold(model, optimizer)
     run(model, optimizer, range(20))
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [sys.executable, "-m", *launch, __file__, wrapper, str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(rank, wrapper, tmp_path, folder=tmp_path)
     found = torch.load(tmp_path / "model.pt")
     assert found.keys() == model.state_dict().keys()
     for name, value in model.state_dict().items():
@@ -227,7 +214,6 @@ def test_two_ranks_train_the_masked_model_of_one(tmp_path: Path, wrapper: str) -
 
 def rank(wrapper: str, folder: Path) -> None:
     """Train half of each batch, check the zeros of this rank's part, save the whole."""
-    dist.init_process_group("gloo")
     inner = network()
     masks = masks_of(inner)
     model: nn.Module = inner
@@ -259,7 +245,6 @@ def rank(wrapper: str, folder: Path) -> None:
     if dist.get_rank() == 0:
         torch.save(whole, folder / "model.pt")
     dist.barrier()
-    dist.destroy_process_group()
 
 
 def refuse_what_is_not_zero(model: nn.Module, masks: Masks) -> None:
@@ -300,7 +285,3 @@ def test_a_captured_step_keeps_the_zeros() -> None:
         graph.replay()
     assert not torch.equal(before, model.get_parameter("3.weight"))
     check_zeros(model, Masks({name: mask.cuda() for name, mask in masks.items()}), optimizer)
-
-
-if __name__ == "__main__":
-    rank(sys.argv[1], Path(sys.argv[2]))

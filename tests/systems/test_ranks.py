@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 from prunus.machine import ranks
 from prunus.masks import Masks
 from prunus.report import read_metrics
+from prunus.run.cli import main
 from prunus.run.compress import compress
 from prunus.run.recipe import Recipe, parse
+from tests.processes import run_ranks
 from tests.systems.test_compress import raw
 
 # What `accelerate launch` runs for several GPUs; for several CPU processes it would want MPI.
@@ -26,6 +28,23 @@ LAUNCH = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--m
 
 FITTED = {"reconstruct": {"steps": 4, "lr": 1e-3}}
 SHARED = {"prune": {"criterion": "sparsegpt", "pattern": "2:4"}}  # calibration and layers are shared, too
+
+
+def two_processes(recipe: Path, launcher: bool) -> str:
+    """What `prunus compress` printed in all, begun by torchrun or as two ranks that know each other already."""
+    if not launcher:
+        return "".join(run_ranks(command, str(recipe), folder=recipe.parent))
+    own = os.environ | {"OMP_NUM_THREADS": "1"}
+    called = [sys.executable, "-m", *LAUNCH, "run", str(recipe)]
+    done = subprocess.run(called, env=own, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def command(recipe: str) -> None:
+    sys.argv = ["prunus", "run", recipe]
+    with pytest.raises(SystemExit, match="0"):
+        main()
 
 
 @pytest.mark.slow
@@ -38,15 +57,8 @@ def test_two_processes_make_the_model_of_one(
         asked = raw(tiny_folder, text_file, tmp_path / name, streaming=streaming, **changes)
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(asked))
     alone = compress(parse(yaml.safe_load((tmp_path / "one.yaml").read_text()), Recipe, "one"))
-    done = subprocess.run(
-        [sys.executable, "-m", *LAUNCH, "run", str(tmp_path / "two.yaml")],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("perplexity, text") == 1  # one table
+    shown = two_processes(tmp_path / "two.yaml", launcher=streaming and changes is SHARED)
+    assert shown.count("perplexity, text") == 1  # one table
     files = [sorted(p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*")) for name in ("one", "two")]
     assert files[0] == files[1]
     rows = read_metrics(tmp_path / "two" / "metrics.jsonl")

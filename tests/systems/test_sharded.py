@@ -1,15 +1,11 @@
-"""Two processes train what one trains: replicated or sharded, biases and norms, MaskLoRA, everything under masks.
-
-Run as a program by `torch.distributed.run`, this file is one rank of the two.
-"""
+"""Two processes train what one trains: replicated or sharded, biases and norms, MaskLoRA, everything under masks."""
 
 from __future__ import annotations
 
 import copy
 import os
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +32,7 @@ from prunus.train.lr import linear_warmup_decay
 from prunus.train.next_token import next_token_loss
 from prunus.train.sharded import asked, sharded
 from prunus.train.train import train
+from tests.processes import run_ranks
 
 STEPS, KILLED = 12, 7
 KINDS = {"vectors": ["biases", "norms"], "mask_lora": ["mask_lora"], "full": ["full"], "head": ["head", "mask_lora"]}
@@ -107,13 +104,10 @@ def prune(seen: list[str] | None = None) -> Any:
     return model
 
 
-def launch(folder: Path, what: str, *, fsdp: bool) -> dict[str, dict[str, Tensor]]:
+def launch(folder: Path, what: Callable[[Path], object], *, fsdp: bool) -> dict[str, dict[str, Tensor]]:
     """The weights that two ranks ended with, by what was done."""
-    own = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
-    own |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if fsdp else {}  # as `accelerate launch` says it
-    launched = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, what, str(folder)]
-    done = subprocess.run([sys.executable, "-m", *launched], env=own, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if fsdp else {}  # as `accelerate launch` says it
+    run_ranks(rank, what, folder, folder=folder, environment=asked)
     return torch.load(folder / "model.pt")
 
 
@@ -125,7 +119,7 @@ def check_close(found: dict[str, Tensor], model: nn.Module) -> None:
 
 @pytest.fixture(scope="module", params=[False, True], ids=["replicated", "sharded"])
 def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, dict[str, Tensor]]:
-    return launch(tmp_path_factory.mktemp("ranks"), "train", fsdp=request.param)
+    return launch(tmp_path_factory.mktemp("ranks"), ranks_train, fsdp=request.param)
 
 
 @pytest.mark.slow
@@ -139,7 +133,7 @@ def test_two_ranks_train_what_one_trains(trained: dict[str, dict[str, Tensor]], 
 
 @pytest.mark.slow
 def test_two_ranks_prune_what_one_prunes(tmp_path: Path) -> None:
-    found, expected = launch(tmp_path, "prune", fsdp=False)["prune"], prune()
+    found, expected = launch(tmp_path, rank_prunes, fsdp=False)["prune"], prune()
     for name, value in expected.state_dict().items():
         assert torch.equal(found[name] == 0, value == 0), name
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
@@ -147,7 +141,7 @@ def test_two_ranks_prune_what_one_prunes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_rank_that_fails_alone_does_not_wait_in_a_gathering(tmp_path: Path) -> None:
-    assert not launch(tmp_path, "fail", fsdp=True)
+    assert not launch(tmp_path, rank_fails, fsdp=True)
 
 
 def test_the_first_version_of_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +204,7 @@ def as_on_gpus() -> None:
     AcceleratorState.__init__ = init  # type: ignore[method-assign]
 
 
-def rank_fails() -> None:
+def rank_fails(folder: Path) -> None:
     """One rank's error ends its part without waiting for the other; an error that both have gives the weights back."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
@@ -225,34 +219,35 @@ def rank_fails() -> None:
             time.sleep(1.0)
             os._exit(0)  # leaving properly would wait for the other's part
         raise KeyError
-    torch.save({}, Path(sys.argv[2]) / "model.pt")
+    torch.save({}, folder / "model.pt")
     os._exit(0)
 
 
-def rank_prunes() -> Any:
+def ranks_train(folder: Path) -> dict[str, Any]:
+    return {kind: rank_trains(kind, folder) for kind in KINDS}
+
+
+def rank_prunes(folder: Path) -> dict[str, Any]:
     seen: list[str] = []
     model = prune(seen)
     everyone: list[Any] = [None, None]
     dist.all_gather_object(everyone, seen)
     assert not set(everyone[0]) & set(everyone[1]), "each layer is solved once"
     assert all(everyone)
-    return model
+    return {"prune": model}
 
 
-if __name__ == "__main__":
+def rank(what: Callable[[Path], dict[str, Any]], folder: Path) -> None:
+    """One of the two: does it, and the main one saves what both ended with."""
     ranks.join(torch.device("cpu"))
     next_token._ENTRIES = ENTRIES
     as_on_gpus()
-    if sys.argv[1] == "fail":
-        rank_fails()
-    target = Path(sys.argv[2])
-    done = {"prune": rank_prunes()} if sys.argv[1] == "prune" else {kind: rank_trains(kind, target) for kind in KINDS}
-    ends = {name: model.state_dict() for name, model in done.items()}
+    ends = {name: model.state_dict() for name, model in what(folder).items()}
     everyone: list[Any] = [None, None]
     dist.all_gather_object(everyone, ends)
     for name, end in everyone[0].items():
         assert all(torch.equal(each, everyone[1][name][key]) for key, each in end.items()), "the same on both ranks"
     if ranks.is_main():
-        torch.save(ends, target / "model.pt")
+        torch.save(ends, folder / "model.pt")
     ranks.wait()
     ranks.leave()

@@ -15,7 +15,8 @@ from prunus.soup.average import (
     mean_tensor,
 )
 from prunus.soup.geometry import Line, Plane, distances, loss_line, loss_plane
-from prunus.soup.imp import Distance, Phase, distance, imp, phase_sparsities, split_steps
+from prunus.soup.imp import Distance, Phase, bimp_budget, distance, imp, phase_sparsities, split_steps
+from prunus.soup.sms import sms
 
 __all__ = [
     "Distance",
@@ -25,6 +26,7 @@ __all__ = [
     "Plane",
     "average",
     "average_and_reprune",
+    "bimp_budget",
     "check_masks",
     "check_weights",
     "distance",
@@ -37,5 +39,6 @@ __all__ = [
     "loss_plane",
     "mean_tensor",
     "phase_sparsities",
+    "sms",
     "split_steps",
 ]

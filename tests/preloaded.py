@@ -1,0 +1,17 @@
+"""What the server of tests/processes.py has imported before it forks: what a command and a rank import."""
+
+# ruff: noqa: F401 - imported so that forks need not
+import importlib
+import pkgutil
+
+import accelerate
+import matplotlib.pyplot
+import pytest
+import torch.distributed.fsdp
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, OPTForCausalLM
+
+import prunus
+import tests.conftest
+
+for each in pkgutil.walk_packages(prunus.__path__, "prunus."):
+    importlib.import_module(each.name)
