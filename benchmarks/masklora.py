@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from claims import Cost, Row, cost, floor_ms, main, sized
 from torch import Tensor, nn
 
-from prunus.adapt.effective import EffectiveLinear, Factors, mask_lora_linear
+from prunus.adapt.adapters import EffectiveLinear, Factors
+from prunus.adapt.effective import Terms, effective_linear
 from prunus.masks import pack
 from prunus.patterns import NM
 
@@ -37,7 +38,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     (out, in_), tokens, bits = W.shape, len(x), pack(M)
 
     def ours(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return mask_lora_linear(x, W, A, B, mask=bits, scale=SCALE)
+        return effective_linear(x, Terms(W, A, B, bits, SCALE))
 
     def expression(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return F.linear(x, (W + SCALE * M * (B @ A)).to(x.dtype))

@@ -20,7 +20,7 @@ from claims import Row, cost, floor_ms, main
 from masklora import RANK, SCALE, layer
 from torch import Tensor
 
-from prunus.adapt.effective import effective_weight, weight_gradients
+from prunus.adapt.effective import Terms, effective_weight, weight_gradients
 from prunus.kernels.switch import uses_kernels
 from prunus.masks import pack
 
@@ -35,6 +35,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     W, M, A, B, x, g = layer(args)
     bits = pack(M)
     del M
+    terms = Terms(W, A, B, bits, SCALE)
     (out, in_), tokens = W.shape, len(x)
     operations, shape = 2 * tokens * out * in_, f"{out} x {in_} bfloat16, {tokens} tokens, r = {RANK}"
 
@@ -43,10 +44,10 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
         return Row(name, shape, "", found.ms, None, floor_ms(args, **floor), found.extra_bytes)
 
     def build() -> Tensor:
-        return effective_weight(W, A, B, mask=bits, scale=SCALE)
+        return effective_weight(terms)
 
     def reduce() -> tuple[Tensor, Tensor]:
-        return weight_gradients(g, x, W, bits, A, B, SCALE)
+        return weight_gradients(g, x, terms)
 
     yield row("y = x W^T", lambda: x @ W.t(), operations=operations)
     yield row("dx = g W", lambda: g @ W, operations=operations)

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from prunus.adapt import effective as adapters
 from prunus.adapt.adapt import Adaptation, adapt
-from prunus.adapt.effective import EffectiveLinear, Factors, effective_weight
-from prunus.adapt.factors import new_factors
+from prunus.adapt.adapters import EffectiveLinear, Factors, Init, new_factors
+from prunus.adapt.effective import Terms, effective_weight
 from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.patterns import NM, Pattern, Unstructured
@@ -75,7 +74,7 @@ def _effective(model: nn.Module) -> Tensor | None:
     if not isinstance(module, EffectiveLinear):
         return None
     f = module.factors
-    built = effective_weight(module.matrix(), f.A, f.B, mask=f.mask, scale=f.scale).detach()
+    built = effective_weight(f.terms(module.matrix())).detach()
     return built.t() if module.transposed else built
 
 
@@ -219,8 +218,8 @@ def test_autocast_rounds_neither_the_effective_weight_nor_the_sums(kind: str, fo
 def test_the_effective_weight_is_rounded_as_it_will_be_stored() -> None:
     """First to the weight's dtype, then to autocast's: float16 under bfloat16 autocast is the same when merged."""
     W, A, B = torch.randn(64, 64).half(), torch.randn(3, 64), torch.randn(64, 3)
-    once = adapters.effective_weight(W, A, B, scale=1.0)
-    assert torch.equal(adapters.effective_weight(W, A, B, scale=1.0, dtype=torch.bfloat16), once.bfloat16())
+    once = effective_weight(Terms(W, A, B, None, 1.0))
+    assert torch.equal(effective_weight(Terms(W, A, B, None, 1.0), torch.bfloat16), once.bfloat16())
     assert not torch.equal(once.bfloat16(), (W + B @ A).bfloat16())
 
 
@@ -321,7 +320,7 @@ def test_a_weight_trained_through_zero_is_still_trained_after() -> None:
 @pytest.mark.parametrize("shape", [(5, 8), (3, 5, 8)])
 @pytest.mark.parametrize("rank", [1, 2, 3, 4])
 @pytest.mark.parametrize("init", ["kaiming", "gaussian"])
-def test_fresh_factors_change_nothing(shape: tuple[int, ...], rank: int, init: adapters.Init) -> None:
+def test_fresh_factors_change_nothing(shape: tuple[int, ...], rank: int, init: Init) -> None:
     A, B = new_factors(shape, rank, product=False, init=init, generator=torch.Generator().manual_seed(0))
     assert not (B @ A).any()
     assert (A != 0).all()
@@ -332,7 +331,7 @@ def test_fresh_factors_change_nothing(shape: tuple[int, ...], rank: int, init: a
 
 
 @pytest.mark.parametrize(("init", "expected"), [("kaiming", 1), ("gaussian", 3)])
-def test_published_scale_lora_stays_at_rank_one(init: adapters.Init, expected: int) -> None:
+def test_published_scale_lora_stays_at_rank_one(init: Init, expected: int) -> None:
     """Equal components get equal gradients; the other start parts them."""
     model = _model("linear", 8, 8, torch.float32)
     adaptation = adapt(model, ["scale_lora"], masks=None, views=find_layers(model), rank=3, init=init)

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from prunus.adapt import effective as adapters
+from prunus.adapt import adapters, effective
 from prunus.adapt.adapt import adapt
-from prunus.adapt.effective import effective_weight, mask_lora_linear, scale_lora_linear
+from prunus.adapt.effective import Terms, effective_linear, effective_weight
 from prunus.kernels import switch
 from prunus.kernels.switch import kernels, uses_kernels
 from prunus.layers import find_layers
@@ -44,7 +44,7 @@ def _all(
     """Output, dx, dA, dB."""
     leaves = [each.detach().clone().requires_grad_() for each in (x, A, B)]
     x, A, B = leaves
-    y = scale_lora_linear(x, weight, A, B) if product else mask_lora_linear(x, weight, A, B, mask=mask, scale=2.0)
+    y = effective_linear(x, Terms(weight, A, B, None if product else mask, None if product else 2.0))
     return (y.detach(), *torch.autograd.grad(y, leaves, g))
 
 
@@ -81,7 +81,7 @@ def test_float32_weights_of_another_dtype_outside(device: str) -> None:
     weight, A, B = (torch.randn(*shape, generator=generator).to(device) for shape in ((40, 24), (2, 24), (40, 2)))
     kept = torch.rand(40, 24, generator=generator) > 0.5
     with kernels(True):
-        built = effective_weight(weight, A, B, mask=pack(kept).to(device), scale=0.5, dtype=torch.bfloat16)
+        built = effective_weight(Terms(weight, A, B, pack(kept).to(device), 0.5), torch.bfloat16)
     exact = weight.double() + 0.5 * kept.to(device) * (B.double() @ A.double())
     assert built.dtype == torch.bfloat16
     assert _gap(built, exact) < 1e-2
@@ -112,11 +112,11 @@ def test_a_stack_a_wide_rank_and_float64_take_plain_operations() -> None:
     weight = torch.ones(8, 8, device="cuda" if torch.cuda.is_available() else "cpu")
     with kernels(True):
         for dtype, most in ((torch.float32, 32), (torch.bfloat16, 64), (torch.float16, 64)):
-            assert adapters._in_kernels(weight.to(dtype), torch.ones(most, 8))
-            assert not adapters._in_kernels(weight.to(dtype), torch.ones(most + 1, 8))
-        assert not adapters._in_kernels(weight.expand(2, 8, 8), torch.ones(2, 4, 8))
-        assert not adapters._in_kernels(weight.double(), torch.ones(4, 8).double())
-    assert not adapters._in_kernels(weight.cpu(), torch.ones(4, 8))
+            assert effective._in_kernels(weight.to(dtype), torch.ones(most, 8))
+            assert not effective._in_kernels(weight.to(dtype), torch.ones(most + 1, 8))
+        assert not effective._in_kernels(weight.expand(2, 8, 8), torch.ones(2, 4, 8))
+        assert not effective._in_kernels(weight.double(), torch.ones(4, 8).double())
+    assert not effective._in_kernels(weight.cpu(), torch.ones(4, 8))
 
 
 @pytest.mark.parametrize("interpreted", [False, True])
@@ -212,8 +212,9 @@ def test_checkpointing_changes_nothing(device: str) -> None:
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_kept_effective_weight_is_built_once_a_step(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two layers, three steps of two micro batches: 2 x 3 builds, and 2 to check the merging; the same losses."""
-    build, calls = adapters.effective_weight, []
-    monkeypatch.setattr(adapters, "effective_weight", lambda *a, **k: calls.append(1) or build(*a, **k))
+    build, calls = effective_weight, []
+    for module in (adapters, effective):
+        monkeypatch.setattr(module, "effective_weight", lambda *a, **k: calls.append(1) or build(*a, **k))
     kept = _losses("cpu", torch.float32, 3, recompute=recompute, keep=True, accumulate=2)
     assert len(calls) == 8
     calls.clear()

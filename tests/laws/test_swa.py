@@ -6,8 +6,8 @@ from torch import nn
 
 from prunus.masks import Masks
 from prunus.soup.average import average
+from prunus.train import Swa
 from prunus.train.hooks import During
-from prunus.train.swa import Swa
 from prunus.train.train import classification_loss, train
 
 

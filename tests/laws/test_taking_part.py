@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from prunus.masks import Masks
-from prunus.train.ema import Ema
+from prunus.train import Ema
 from prunus.train.hooks import During
 from prunus.train.train import classification_loss, train
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from prunus.adapt import effective as adapters
-from prunus.adapt.effective import effective_weight, mask_lora_linear, scale_lora_linear
+from prunus.adapt import effective
+from prunus.adapt.effective import Terms, effective_linear, effective_weight
 
 
 def _case(
@@ -43,11 +43,8 @@ def _textbook(case: dict[str, Tensor], scale: float | None) -> dict[str, Tensor]
 
 def _ours(case: dict[str, Tensor], scale: float | None) -> dict[str, Tensor]:
     leaf = {name: case[name].clone().requires_grad_() for name in ("x", "A", "B", "bias")}
-    factors = (leaf["x"], case["weight"], leaf["A"], leaf["B"])
-    if scale is None:
-        y = scale_lora_linear(*factors, bias=leaf["bias"])
-    else:
-        y = mask_lora_linear(*factors, mask=case["mask"], scale=scale, bias=leaf["bias"])
+    terms = Terms(case["weight"], leaf["A"], leaf["B"], None if scale is None else case["mask"], scale)
+    y = effective_linear(leaf["x"], terms, leaf["bias"])
     y.backward(case["g"])
     return {"y": y.detach(), **{name: tensor.grad for name, tensor in leaf.items() if tensor.grad is not None}}
 
@@ -55,7 +52,7 @@ def _ours(case: dict[str, Tensor], scale: float | None) -> dict[str, Tensor]:
 @pytest.mark.parametrize("scale", [0.5, None], ids=["mask_lora", "scale_lora"])
 @pytest.mark.parametrize("tile", [1 << 22, 16, 1])
 def test_gradients_are_those_of_the_textbook(scale: float | None, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapters, "_TILE", tile)
+    monkeypatch.setattr(effective, "_TILE", tile)
     case = _case()
     ours, textbook = _ours(case, scale), _textbook(case, scale)
     assert ours.keys() == textbook.keys() == {"y", "x", "A", "B", "bias"}
@@ -80,9 +77,8 @@ def test_float64_passes_gradcheck(product: bool) -> None:
     leaves = [case[name].requires_grad_() for name in ("x", "A", "B", "bias")]
 
     def call(x: Tensor, A: Tensor, B: Tensor, bias: Tensor) -> Tensor:
-        if product:
-            return scale_lora_linear(x, case["weight"], A, B, bias=bias)
-        return mask_lora_linear(x, case["weight"], A, B, mask=case["mask"], scale=0.7, bias=bias)
+        terms = Terms(case["weight"], A, B, None if product else case["mask"], None if product else 0.7)
+        return effective_linear(x, terms, bias)
 
     assert torch.autograd.gradcheck(call, leaves)
 
@@ -95,10 +91,10 @@ def test_worked_by_hand() -> None:
     """
     W, M = torch.tensor([[1.0, 0, 2], [0, 3, 0]]), torch.tensor([[True, False, True], [False, True, False]])
     A, B = torch.tensor([[1.0, 1, -1]], requires_grad=True), torch.tensor([[1.0], [2]], requires_grad=True)
-    y = mask_lora_linear(torch.ones(3), W, A, B, mask=M, scale=2.0)
+    y = effective_linear(torch.ones(3), Terms(W, A, B, M, 2.0))
     y.sum().backward()
     assert y.tolist() == [3, 7]
     assert A.grad is not None
     assert B.grad is not None
     assert (B.grad.flatten().tolist(), A.grad.tolist()) == ([0, 2], [[2, 4, 2]])
-    assert effective_weight(W, A, B, scale=None).tolist() == [[1, 0, -2], [0, 6, 0]]
+    assert effective_weight(Terms(W, A, B, None, None)).tolist() == [[1, 0, -2], [0, 6, 0]]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.adapt.adapt import SUBSETS, Adaptation, adapt
-from prunus.adapt.effective import EffectiveLinear
+from prunus.adapt.adapters import EffectiveLinear
 from prunus.layers import View, find_layers
 from prunus.masks import Masks
 from tests.systems.test_families import FAMILIES, VOCAB

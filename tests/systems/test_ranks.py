@@ -31,7 +31,7 @@ SHARED = {"prune": {"criterion": "sparsegpt", "pattern": "2:4"}}  # calibration 
 
 
 def two_processes(recipe: Path, launcher: bool) -> str:
-    """What `prunus compress` printed in all, begun by torchrun or as two ranks that know each other already."""
+    """What `prunus run` printed in all, begun by torchrun or as two ranks that know each other already."""
     if not launcher:
         return "".join(run_ranks(command, str(recipe), folder=recipe.parent))
     own = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -1,6 +1,7 @@
 """Which parameters are trained: subsets, low-rank adapters whose effective weights keep every zero, their merge.
 
-`adapt` chooses and puts in place, `effective` computes, `sites` says where an adapter sits and merges it back.
+`adapt` chooses and puts in place, `effective` computes, `adapters` are the modules that use it, `sites` says where an
+adapter sits and merges it back.
 """
 
 from prunus.adapt import subsets

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.adapt.effective import Factors
-from prunus.adapt.factors import Init
-from prunus.adapt.sites import LINEAR, Cast, Parametrization, Site, find_owners, make_sites
+from prunus.adapt.adapters import Factors, Init
+from prunus.adapt.sites import LINEAR, Cast, Kind, Parametrization, Site, find_owners, make_sites
 from prunus.adapt.subsets import ADAPTERS, SUBSETS, check_subsets, find_subset
 from prunus.layers import View
 
@@ -170,7 +169,7 @@ def adapt(
         masks: parameter name -> bool in the parameter's shape, True kept. A layer without one counts as unpruned.
         views: the layers that an adapter kind adapts.
         rank, alpha: of LoRA, LoRA-Prune and MaskLoRA, which add (alpha / rank) BA; ScaleLoRA has only a rank.
-        init: see `factors.new_factors`.   generator: on the CPU; default one seeded with 0.
+        init: see `adapters.new_factors`.   generator: on the CPU; default one seeded with 0.
         prefix: where `model` is a block "model.layers.0" and views and masks bear full names.
 
     Raises: ValueError for a bad combination, an empty subset, and masks that do not fit; nothing is changed then.
@@ -196,7 +195,7 @@ def adapt(
             raise ValueError(f"Subset {kind!r} is empty: there is no prunable layer of {type(model).__name__} in views")
         local = [replace(view, parameter=_local_name(view.parameter, prefix)) for view in views]
         scale = None if kind == "scale_lora" else alpha / rank
-        sites = make_sites(model, kind, local, own, rank=rank, scale=scale, init=init, generator=generator)
+        sites = make_sites(model, Kind(kind, rank, scale, init, generator), local, own)
         _check_sites(sites, claimed)
     total = sum(parameter.numel() for parameter in model.parameters())
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

@@ -1,55 +1,62 @@
-"""Low-rank adapters of one weight: the effective weight, its gradients, and the modules that use them.
+"""The effective weight of a low-rank adapter, the product with it, and the gradients of both.
 
     MaskLoRA   y = x (W + c M*(BA))^T       G = dL/dW_eff = g^T x,  dB = c (M*G) A^T,  dA = c B^T (M*G)
     ScaleLoRA  y = x (W * (BA))^T                                   dB =   (W*G) A^T,  dA =   B^T (W*G)
-    LoRA       y = x W^T + c (x A^T) B^T    two thin products, nothing of the weight's size
 
-One autograd function serves the first two. It keeps x, A and B (and refers to W and M, which live anyway), rebuilds
-W_eff in backward, and reduces G by row tiles straight into dA and dB; on CUDA by programs (`kernels/effective.py`).
-W_eff is rounded exactly as the merged weight will be, so merging changes nothing. Which parameters train, and merging,
-are in `adapt.py`.
+W_eff is rebuilt in backward, and G reduced by row tiles straight into dA and dB; on CUDA by programs
+(`kernels/effective.py`). W_eff is rounded exactly as the merged weight will be, so merging changes nothing.
+
+Each function stands here twice: as an autograd function, which saves least, and as an operator that torch.compile
+leaves alone, so that a block stays one program around its adapters and what is inside has the same bits:
+
+    program:  norm ── effective_linear ── relu ── effective_linear ── + ...
+
+Both take their terms flat, as torch demands. The modules that hold the factors are in `adapters`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from prunus.adapt.factors import matrices
 from prunus.kernels import uses_kernels
 from prunus.machine import no_autocast, product_dtype
 from prunus.masks import kept_rows
 
-__all__ = ["effective_weight", "mask_lora_linear", "scale_lora_linear"]
+__all__ = ["Terms", "effective_linear", "effective_parameter", "effective_weight", "tiles", "weight_gradients"]
 
 _RANK, _RANK_WIDE = 64, 32  # largest of an adapter in kernels, of float32 weights: more would not fit into registers
 _TILE = 1 << 22  # entries of W_eff and G formed at once: 16 MiB of float32, wide enough to keep a GPU busy
 
 
-def effective_weight(
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    *,
-    mask: Tensor | None = None,
-    scale: float | None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """The weight that an adapter stands for: W + scale * M*(BA), or W * (BA) where `scale` is None.
+class Terms(NamedTuple):
+    """What an effective weight is made of: W + scale * M*(BA), or W * (BA) where `scale` is None.
 
-    Formed by tiles in A's dtype (float32), rounded to W's dtype, then cast to `dtype` (default: W's).
-
-    Args:
-        weight: (out, in) or (experts, out, in), any float dtype, any strides.
-        A, B: (r, in) and (out, r), or with a leading experts dimension; float32.
-        mask: bool, shape of `weight`, True kept, or that of a matrix packed by `bits.pack`; None is all True.
+    weight: (out, in) or (experts, out, in), any float dtype, any strides; gets no gradient.
+    A, B: (r, in) and (out, r), or with a leading experts dimension; float32.
+    mask: bool, shape of `weight`, True kept, or that of a matrix packed by `masks.pack`; None is all True.
     """
+
+    weight: Tensor
+    A: Tensor
+    B: Tensor
+    mask: Tensor | None
+    scale: float | None
+
+
+def effective_weight(terms: Terms, dtype: torch.dtype | None = None) -> Tensor:
+    """W_eff, formed by tiles in A's dtype (float32), rounded to W's dtype, then cast to `dtype` (default: W's).
+
+    >>> effective_weight(Terms(torch.ones(1, 2), torch.ones(1, 2), torch.ones(1, 1), None, 0.5))
+    tensor([[1.5000, 1.5000]])
+    """
+    weight, A, B, mask, scale = terms
     out = torch.empty_like(weight, dtype=dtype or weight.dtype, requires_grad=False)
     if _in_kernels(weight, A):
         from prunus.kernels import build_
@@ -68,280 +75,51 @@ def effective_weight(
     return out
 
 
-def mask_lora_linear(
-    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, *, mask: Tensor | None, scale: float, bias: Tensor | None = None
-) -> Tensor:
-    """x (W + scale * M*(BA))^T + bias   (MaskLoRA; Zimmer et al. 2023, PERP, section 3).
+def effective_linear(x: Tensor, terms: Terms, bias: Tensor | None = None, *, held: Tensor | None = None) -> Tensor:
+    """x W_eff^T + bias   (MaskLoRA and ScaleLoRA; Zimmer et al. 2023, PERP, section 3).
 
-    Args:
-        x: (..., in) in the weight's dtype; under autocast any float dtype.
-        weight: (out, in), gets no gradient.   A: (r, in).   B: (out, r).   bias: (out,) or None.
-        mask: (out, in) bool, True kept, or packed by `bits.pack`; None is all True.
+    x: (..., in) in the weight's dtype; under autocast any float dtype. bias: (out,).
+    held: the effective weight in the product's dtype, where it is built already.
+
+    >>> W, A, B = torch.ones(3, 4), torch.ones(2, 4), torch.zeros(3, 2)
+    >>> effective_linear(torch.ones(1, 4), Terms(W, A, B, None, 1.0))
+    tensor([[4., 4., 4.]])
     """
-    return _linear(x, weight, mask, A, B, bias, scale)
-
-
-def scale_lora_linear(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, *, bias: Tensor | None = None) -> Tensor:
-    """x (W * (BA))^T + bias   (ScaleLoRA; Zimmer et al. 2023, PERP, section 3). Zeros of W stay zeros by themselves."""
-    return _linear(x, weight, None, A, B, bias, None)
-
-
-class Factors(nn.Module):
-    """A and B of one weight with the rule that joins them to it: `scale` (None: product) and `mask` (None: all True).
-
-    A matrix's mask is packed, a stack's is bool. It is no buffer: data-parallel training would send it to every process
-    at every step. It follows the module from device to device all the same.
-
-    `keep`: hold the effective weight from one step's first forward pass to its end, at the price of its memory.
-    """
-
-    def __init__(self, A: Tensor, B: Tensor, *, scale: float | None, mask: Tensor | None) -> None:
-        super().__init__()
-        self.A = nn.Parameter(A)
-        self.B = nn.Parameter(B)
-        self.scale = scale
-        self.mask = mask
-        self.keep = False
-        self.held: Tensor | None = None  # the kept weight, while a compiled program runs: it cannot ask `built`
-        self._built: tuple[tuple[Any, ...], Tensor] = ((), A)
-
-    @torch.no_grad()
-    def built(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """The effective weight in `dtype`; the same tensor until A, B or the weight are changed in place."""
-        parts = (weight, self.A, self.B)
-        state = (dtype, *((part.data_ptr(), part._version) for part in parts))
-        if self._built[0] != state:
-            self._built = ((), weight)  # frees the old one first
-            with no_autocast(weight):
-                new = effective_weight(weight, self.A, self.B, mask=self.mask, scale=self.scale, dtype=dtype)
-            self._built = (state, new)
-        return self._built[1]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Factors:
-        super()._apply(fn, recurse)
-        self.mask = None if self.mask is None else fn(self.mask)
-        return self
-
-    def extra_repr(self) -> str:
-        """Shapes and rule, for print(model)."""
-        rule = "W*(BA)" if self.scale is None else f"W + {self.scale:g} {'BA' if self.mask is None else 'M*(BA)'}"
-        return f"{tuple(self.B.shape)} x {tuple(self.A.shape)}, {rule}"
-
-
-class _AdaptedLinear(nn.Module):
-    """What both adapter modules hold: the layer's own weight and bias, and the factors."""
-
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, factors: Factors, *, transposed: bool) -> None:
-        super().__init__()
-        self.weight = weight
-        self.bias = bias
-        self.factors = factors
-        self.transposed = transposed
-        self.out_features, self.in_features = factors.B.shape[0], factors.A.shape[1]
-
-    def matrix(self) -> Tensor:
-        """The weight seen as (out, in)."""
-        return self.weight.t() if self.transposed else self.weight
-
-
-class EffectiveLinear(_AdaptedLinear):
-    """A linear layer (stored (out, in), or (in, out) where `transposed`) that computes with its effective weight."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        f = self.factors
-        compiled = torch.compiler.is_compiling()  # which cannot follow the last question
-        keep = f.keep and torch.is_grad_enabled() and (compiled or not torch.is_inference_mode_enabled())
-        return _linear(x, self.matrix(), f.mask, f.A, f.B, self.bias, f.scale, f if keep else None)
-
-
-class LowRankLinear(_AdaptedLinear):
-    """A linear layer with a low-rank path beside it, y = x W^T + c (x A^T) B^T: no matrix of the weight's size."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        f = self.factors
-        assert f.scale is not None
-        weight = self.matrix()
-        flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        y = F.linear(flat, weight, None if self.bias is None else self.bias.to(weight.dtype))
-        h = F.linear(flat, f.A.to(x.dtype))  # (tokens, r)
-        y.addmm_(h.to(y.dtype), (f.B * f.scale).to(y.dtype).t())  # in place: the sum costs no pass of its own
-        return y.view(*x.shape[:-1], y.shape[-1])
-
-
-class AdaptedWeight(nn.Module):
-    """The parametrization of a weight that no linear module owns alone: stacked experts, convolutions, tied weights.
-
-    Maps the stored parameter to the effective one, of the same shape and dtype. Between `open_` and `close_` (one
-    forward of the owner) it is built once: experts are read one by one.
-    """
-
-    def __init__(self, factors: Factors, *, transposed: bool, experts: tuple[int, ...] | None) -> None:
-        super().__init__()
-        self.factors = factors
-        self.transposed = transposed
-        self.experts = experts  # None: every one, or the parameter is a single matrix
-        self._open = 0
-        self._built: Tensor | None = None
-
-    def forward(self, stored: Tensor) -> Tensor:
-        """The effective parameter, in the stored shape and dtype."""
-        if self._built is not None:
-            return self._built
-        f = self.factors
-        W = matrices(stored, stacked=f.A.ndim == 3, transposed=self.transposed)
-        if self.experts is None:
-            effective = _weight(W, f.mask, f.A, f.B, f.scale)
-        else:
-            index = torch.tensor(self.experts, device=W.device)
-            effective = W.index_copy(0, index, _weight(W[index], f.mask, f.A, f.B, f.scale))
-        effective = (effective.mT if self.transposed else effective).reshape(stored.shape)
-        if self._open:
-            self._built = effective
-        return effective
-
-    def open_(self, *_: Any) -> None:
-        """Forward pre-hook of the owner."""
-        self._open += 1
-
-    def close_(self, *_: Any) -> None:
-        """Forward hook of the owner, run even after an error."""
-        self._open = max(0, self._open - 1)
-        if not self._open:
-            self._built = None
-
-
-def _linear(
-    x: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    bias: Tensor | None,
-    scale: float | None,
-    keeps: Factors | None = None,
-) -> Tensor:
-    dtype = product_dtype(weight)
+    dtype = product_dtype(terms.weight)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(dtype)
     flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
     if torch.compiler.is_compiling():
-        from prunus.adapt.operators import effective_linear
-
-        held = None if keeps is None else keeps.held
-        y = effective_linear(flat, weight, mask, A, B, bias, scale, dtype, held)
-        return y.view(*x.shape[:-1], weight.shape[0])
-    needs_x = None
-    if any(each.requires_grad for each in (flat, A, B)) and torch.is_grad_enabled():
-        needs_x = flat.requires_grad
-        flat = _Saved.apply(flat, weight, mask, A, B)
-    held = None if keeps is None else keeps.built(weight, dtype)
-    y = _Linear.apply(flat, needs_x, weight, mask, A, B, bias, scale, dtype, held)  # (tokens, out)
-    return y.view(*x.shape[:-1], weight.shape[0])  # a view made inside the function could not be changed in place
+        y = _linear(flat, bias, dtype, held, *terms)
+    else:
+        needs_x = None
+        if any(each.requires_grad for each in (flat, terms.A, terms.B)) and torch.is_grad_enabled():
+            needs_x = flat.requires_grad
+            flat = _Saved.apply(flat, *terms[:4])
+        y = _Linear.apply(flat, bias, _How(dtype, held, needs_x), *terms)  # (tokens, out)
+    return y.view(*x.shape[:-1], y.shape[-1])  # a view made inside the function could not be changed in place
 
 
-def _weight(weight: Tensor, mask: Tensor | None, A: Tensor, B: Tensor, scale: float | None) -> Tensor:
-    if torch.compiler.is_compiling():
-        from prunus.adapt.operators import effective_parameter
-
-        return effective_parameter(weight, mask, A, B, scale)
-    return _Weight.apply(weight, mask, A, B, scale)  # type: ignore[no-any-return]
+def effective_parameter(terms: Terms) -> Tensor:
+    """W_eff itself, in the weight's shape and dtype: for weights that a module reads as a parameter."""
+    return _parameter(*terms) if torch.compiler.is_compiling() else _Parameter.apply(*terms)  # type: ignore[no-any-return]
 
 
-class _Saved(torch.autograd.Function):
-    """x itself; its node holds what `_Linear` needs in backward, which has nothing to save afterwards.
+def weight_gradients(g: Tensor, x: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
+    """dL/dA and dL/dB where G = g^T x; g: (tokens, out), x: (tokens, in)."""
+    weight, A, B, mask, scale = terms
+    if not _in_kernels(weight, A):
+        return _reduced(_products(g, x, A.dtype), terms)
+    from prunus.kernels import reduce
 
-    Recomputation of a block stops at the last thing saved, so it need not form the last layer's product again.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, mask: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, mask, A, B)
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        return (grads[0] if ctx.needs_input_grad[0] else None), None, None, None, None
+    return _scaled(*reduce(g, x, weight, A, B, mask, product=scale is None), scale)
 
 
-class _Linear(torch.autograd.Function):
-    """x W_eff^T + bias, saving nothing of W_eff's size.
-
-    needs_x: where x comes out of `_Saved`, whether what entered there needs a gradient (what leaves it always does);
-    None where it does not.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        needs_x: bool | None,
-        weight: Tensor,
-        mask: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        bias: Tensor | None,
-        scale: float | None,
-        dtype: torch.dtype,
-        effective: Tensor | None,
-    ) -> Tensor:
-        ctx.needs_x, ctx.node = needs_x, None if needs_x is None else x.grad_fn
-        if needs_x is None:
-            ctx.save_for_backward(x, weight, mask, A, B)
-        ctx.scale, ctx.dtype, ctx.bias_dtype = scale, dtype, None if bias is None else bias.dtype
-        ctx.effective = effective  # lives anyway
-        with no_autocast(x):
-            if effective is None:
-                effective = effective_weight(weight, A, B, mask=mask, scale=scale, dtype=dtype)
-            return F.linear(x, effective, None if bias is None else bias.to(dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        needs_x, _, _, _, needs_A, needs_B, needs_bias, *_ = ctx.needs_input_grad
-        needs_x = needs_x if ctx.needs_x is None else ctx.needs_x
-        x, weight, mask, A, B = (ctx.node or ctx).saved_tensors
-        g = grads[0].contiguous()  # (tokens, out)
-        dx = dA = dB = dbias = None
-        with no_autocast(x):
-            if needs_x:
-                effective, ctx.effective = ctx.effective, None
-                if effective is None:
-                    effective = effective_weight(weight, A, B, mask=mask, scale=ctx.scale, dtype=ctx.dtype)
-                dx = g @ effective
-                del effective
-            if needs_A or needs_B:
-                dA, dB = weight_gradients(g, x, weight, mask, A, B, ctx.scale)
-            if needs_bias:
-                dbias = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32)).to(ctx.bias_dtype)
-        return dx, None, None, None, dA, dB, dbias, None, None, None
-
-
-class _Weight(torch.autograd.Function):
-    """W_eff itself, saving A and B only: for weights that a module reads as a parameter."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor | None, A: Tensor, B: Tensor, scale: float | None) -> Tensor:
-        ctx.save_for_backward(weight, mask, A, B)
-        ctx.scale = scale
-        with no_autocast(weight):
-            return effective_weight(weight, A, B, mask=mask, scale=scale)
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        weight, mask, A, B = ctx.saved_tensors
-        with no_autocast(weight):
-            dA, dB = reduce_tiles(lambda rows: grads[0][rows].to(A.dtype, copy=True), weight, mask, A, B, ctx.scale)
-        return None, None, dA, dB, None
+def tiles(weight: Tensor) -> Iterator[slice]:
+    """Slices of the first dimension (rows, or whole experts) of about _TILE entries."""
+    step = max(1, _TILE // max(1, math.prod(weight.shape[1:])))
+    for start in range(0, weight.shape[0], step):
+        yield slice(start, start + step)
 
 
 def _in_kernels(weight: Tensor, A: Tensor) -> bool:
@@ -350,16 +128,21 @@ def _in_kernels(weight: Tensor, A: Tensor) -> bool:
     return A.ndim == 2 and len(A) <= most and A.dtype == torch.float32 and uses_kernels(weight)
 
 
-def weight_gradients(
-    g: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None, A: Tensor, B: Tensor, scale: float | None
-) -> tuple[Tensor, Tensor]:
-    """dL/dA and dL/dB where G = g^T x."""
-    if not _in_kernels(weight, A):
-        return reduce_tiles(_products(g, x, A.dtype), weight, mask, A, B, scale)
-    from prunus.kernels import reduce
+def _effective(terms: Terms, dtype: torch.dtype, held: Tensor | None) -> Tensor:
+    return effective_weight(terms, dtype) if held is None else held
 
-    dA, dB = reduce(g, x, weight, A, B, mask, product=scale is None)
-    return (dA, dB) if scale is None else (dA.mul_(scale), dB.mul_(scale))
+
+def _product(x: Tensor, effective: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, effective, None if bias is None else bias.to(effective.dtype))
+
+
+def _bias_gradient(g: Tensor, dtype: torch.dtype) -> Tensor:
+    return g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32)).to(dtype)
+
+
+def _parameter_gradients(G: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
+    """dL/dA and dL/dB from the whole gradient of W_eff."""
+    return _reduced(lambda rows: G[rows].to(terms.A.dtype, copy=True), terms)
 
 
 def _products(g: Tensor, x: Tensor, dtype: torch.dtype) -> Callable[[slice], Tensor]:
@@ -372,10 +155,9 @@ def _products(g: Tensor, x: Tensor, dtype: torch.dtype) -> Callable[[slice], Ten
     return lambda rows: g[:, rows].to(dtype).t() @ wide
 
 
-def reduce_tiles(
-    tile: Callable[[slice], Tensor], weight: Tensor, mask: Tensor | None, A: Tensor, B: Tensor, scale: float | None
-) -> tuple[Tensor, Tensor]:
+def _reduced(tile: Callable[[slice], Tensor], terms: Terms) -> tuple[Tensor, Tensor]:
     """dL/dA and dL/dB from row tiles of G = dL/dW_eff, each dropped as soon as it is used."""
+    weight, A, B, mask, scale = terms
     dA, dB = torch.zeros_like(A), torch.zeros_like(B)
     for rows in tiles(weight):
         G = tile(rows)
@@ -389,11 +171,176 @@ def reduce_tiles(
         else:
             dB[rows] = G @ A.t()
             dA += B[rows].t() @ G
+    return _scaled(dA, dB, scale)
+
+
+def _scaled(dA: Tensor, dB: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
     return (dA, dB) if scale is None else (dA.mul_(scale), dB.mul_(scale))
 
 
-def tiles(weight: Tensor) -> Iterator[slice]:
-    """Slices of the first dimension (rows, or whole experts) of about _TILE entries."""
-    step = max(1, _TILE // max(1, math.prod(weight.shape[1:])))
-    for start in range(0, weight.shape[0], step):
-        yield slice(start, start + step)
+# Autograd functions
+
+
+class _How(NamedTuple):
+    """Besides its terms, what a product needs to know.
+
+    needs_x: where x comes out of `_Saved`, whether what entered there needs a gradient (what leaves it always does);
+    None where it does not. held: see `effective_linear`; it lives anyway.
+    """
+
+    dtype: torch.dtype
+    held: Tensor | None
+    needs_x: bool | None
+
+
+class _Saved(torch.autograd.Function):
+    """x itself; its node holds what `_Linear` needs in backward, which has nothing to save afterwards.
+
+    Recomputation of a block stops at the last thing saved, so it need not form the last layer's product again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *terms: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, *terms)
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        return (grads[0] if ctx.needs_input_grad[0] else None), None, None, None, None
+
+
+class _Linear(torch.autograd.Function):
+    """x W_eff^T + bias, saving nothing of W_eff's size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, how: _How, *terms: Any) -> Tensor:
+        ctx.dtype, ctx.held, ctx.needs_x = how
+        ctx.node = None if how.needs_x is None else x.grad_fn
+        if how.needs_x is None:
+            ctx.save_for_backward(x, *terms[:4])
+        ctx.scale, ctx.bias_dtype = terms[4], None if bias is None else bias.dtype
+        with no_autocast(x):
+            return _product(x, _effective(Terms(*terms), how.dtype, how.held), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        needs_x, needs_bias, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
+        needs_x = needs_x if ctx.needs_x is None else ctx.needs_x
+        x, *tensors = (ctx.node or ctx).saved_tensors
+        terms = Terms._make((*tensors, ctx.scale))
+        g = grads[0].contiguous()  # (tokens, out)
+        dx = dA = dB = dbias = None
+        with no_autocast(x):
+            if needs_x:
+                held, ctx.held = ctx.held, None
+                dx = g @ _effective(terms, ctx.dtype, held)
+                del held
+            if needs_A or needs_B:
+                dA, dB = weight_gradients(g, x, terms)
+            if needs_bias:
+                dbias = _bias_gradient(g, ctx.bias_dtype)
+        return dx, dbias, None, None, dA, dB, None, None
+
+
+class _Parameter(torch.autograd.Function):
+    """W_eff itself, saving A and B only."""
+
+    @staticmethod
+    def forward(ctx: Any, *terms: Any) -> Tensor:
+        *tensors, ctx.scale = terms
+        ctx.save_for_backward(*tensors)
+        with no_autocast(terms[0]):
+            return effective_weight(Terms(*terms))
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        terms = Terms._make((*ctx.saved_tensors, ctx.scale))
+        with no_autocast(terms.weight):
+            dA, dB = _parameter_gradients(grads[0], terms)
+        return None, dA, dB, None, None
+
+
+# Operators
+
+_TERMS = "Tensor weight, Tensor A, Tensor B, Tensor? mask, float? scale"
+
+
+def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
+    return torch.library.custom_op(f"prunus::{name}", mutates_args=(), schema=schema)
+
+
+@_operator("effective_linear", f"(Tensor x, Tensor? bias, ScalarType dtype, Tensor? held, {_TERMS}) -> Tensor")
+def _linear(x: Tensor, bias: Tensor | None, dtype: torch.dtype, held: Tensor | None, *terms: Any) -> Tensor:
+    with no_autocast(x):
+        return _product(x, _effective(Terms(*terms), dtype, held), bias)
+
+
+@_operator("effective_linear_input", f"(Tensor g, ScalarType dtype, Tensor? held, {_TERMS}) -> Tensor")
+def _linear_input(g: Tensor, dtype: torch.dtype, held: Tensor | None, *terms: Any) -> Tensor:
+    with no_autocast(g):
+        return g @ _effective(Terms(*terms), dtype, held)
+
+
+@_operator("effective_linear_factors", f"(Tensor g, Tensor x, {_TERMS}) -> (Tensor, Tensor)")
+def _linear_factors(g: Tensor, x: Tensor, *terms: Any) -> tuple[Tensor, Tensor]:
+    with no_autocast(g):
+        return weight_gradients(g.contiguous(), x, Terms(*terms))
+
+
+@_operator("effective_parameter", f"({_TERMS}) -> Tensor")
+def _parameter(*terms: Any) -> Tensor:
+    with no_autocast(terms[0]):
+        return effective_weight(Terms(*terms))
+
+
+@_operator("effective_parameter_factors", f"(Tensor g, {_TERMS}) -> (Tensor, Tensor)")
+def _parameter_factors(g: Tensor, *terms: Any) -> tuple[Tensor, Tensor]:
+    with no_autocast(g):
+        return _parameter_gradients(g, Terms(*terms))
+
+
+def _like_factors(terms: Terms) -> tuple[Tensor, Tensor]:
+    return terms.A.new_empty(terms.A.shape), terms.B.new_empty(terms.B.shape)
+
+
+def _keep_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, bias, ctx.dtype, held, *tensors, ctx.scale = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, held, *tensors)
+
+
+def _linear_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    x, held, *tensors = ctx.saved_tensors
+    terms = Terms._make((*tensors, ctx.scale))
+    needs_x, needs_bias, _, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
+    dx = _linear_input(g, ctx.dtype, held, *terms) if needs_x else None
+    dA, dB = _linear_factors(g, x, *terms) if needs_A or needs_B else (None, None)
+    dbias = _bias_gradient(g, ctx.bias_dtype) if needs_bias else None
+    return dx, dbias, None, None, None, dA, dB, None, None
+
+
+def _keep_parameter(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _parameter_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    return None, *_parameter_factors(g, *ctx.saved_tensors, ctx.scale), None, None
+
+
+_linear.register_fake(lambda x, *rest: x.new_empty(x.shape[0], rest[3].shape[0]))
+_linear_input.register_fake(lambda g, dtype, held, *terms: g.new_empty(g.shape[0], terms[0].shape[1]))
+_linear_factors.register_fake(lambda g, x, *terms: _like_factors(Terms(*terms)))
+_parameter.register_fake(lambda *terms: torch.empty_like(terms[0]))
+_parameter_factors.register_fake(lambda g, *terms: _like_factors(Terms(*terms)))
+_linear.register_autograd(_linear_backward, setup_context=_keep_linear)
+_parameter.register_autograd(_parameter_backward, setup_context=_keep_parameter)

@@ -3,7 +3,7 @@
     hooks ── forward: kept weights ── program [ recompute? [ norm, attention, effective_linear, ... ] ]
 
 What is small between the products (norms, residuals, activations, casts) is fused; products and adapters run as they do
-uncompiled (`operators`). Losses differ by rounding, merged weights keep their zeros. Networks of other kinds are
+uncompiled (`effective`). Losses differ by rounding, merged weights keep their zeros. Networks of other kinds are
 compiled by `compiled`.
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from prunus.adapt.effective import EffectiveLinear
+from prunus.adapt.adapters import EffectiveLinear
 from prunus.blocks import allow_programs, recomputing
 from prunus.machine import product_dtype
 
@@ -29,7 +29,7 @@ __all__ = ["compiled_forward"]
 def compiled_forward(model: nn.Module, *, backend: str = "inductor") -> Generator[int]:
     """Context in which the forward of each block of a transformers model is compiled; how many blocks there are.
 
-    Inside of their hooks, and with their adapters (see `operators`), recomputation and autocast. A block is the
+    Inside of their hooks, and with their adapters (see `effective`), recomputation and autocast. A block is the
     innermost module that can recompute itself. Enter it before `recomputed` or after, but after `adapt`.
     Raises ValueError for a model without such blocks.
 

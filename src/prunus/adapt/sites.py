@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,17 +19,28 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
-from prunus.adapt.effective import AdaptedWeight, EffectiveLinear, Factors, LowRankLinear, effective_weight, tiles
-from prunus.adapt.factors import Init, matrices, new_factors
+from prunus.adapt.adapters import AdaptedWeight, EffectiveLinear, Factors, Init, LowRankLinear, matrices, new_factors
+from prunus.adapt.effective import effective_weight, tiles
 from prunus.layers import View
 from prunus.machine import no_autocast
 from prunus.masks import pack, unpack
 
-__all__ = ["Owner", "Parametrization", "Site", "find_owners", "make_sites"]
+__all__ = ["Kind", "Owner", "Parametrization", "Site", "find_owners", "make_sites"]
 
 LINEAR = (EffectiveLinear, LowRankLinear)
 
 _SLACK = 8  # roundings of the output's scale |x||W| that a merged layer may differ by
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One of `subsets.ADAPTERS`: its rank, the scale of its update (None: a product), and how it starts."""
+
+    name: str
+    rank: int
+    scale: float | None
+    init: Init
+    generator: torch.Generator
 
 
 @dataclass(frozen=True)
@@ -139,8 +151,7 @@ class Site:
         than the adapter did.
         """
         W, kept = self._matrices(self.weight), self._kept()
-        A, B, scale = self.factors.A, self.factors.B, self.factors.scale
-        merged = effective_weight(W, A, B, mask=self.factors.mask, scale=scale)  # the very call of forward: its bits
+        merged = effective_weight(self.factors.terms(W))  # the very call of forward: its bits
         if kept is not None:
             merged.masked_fill_(~kept, 0)  # W is zero here; in a product it may have become -0.0
         if not merged.isfinite().all():
@@ -149,7 +160,7 @@ class Site:
             )
         with no_autocast(W):
             x = torch.randn(4, W.shape[-1], generator=torch.Generator().manual_seed(0)).to(W)
-            before, bound = self._output(x), self._bound(x, merged if scale is None else W)
+            before, bound = self._output(x), self._bound(x, merged if self.factors.scale is None else W)
             self._write_(merged)
             self.restore()
             gap = (self._output(x).float() - before.float()).abs()
@@ -214,21 +225,10 @@ def find_owners(model: nn.Module) -> dict[int, tuple[Owner, ...]]:
     return owners
 
 
-def make_sites(
-    model: nn.Module,
-    kind: str,
-    views: Sequence[View],
-    masks: Mapping[str, Tensor],
-    *,
-    rank: int,
-    scale: float | None,
-    init: Init,
-    generator: torch.Generator | None,
-) -> list[Site]:
+def make_sites(model: nn.Module, kind: Kind, views: Sequence[View], masks: Mapping[str, Tensor]) -> list[Site]:
     """One site a parameter, in the order of the views; nothing is changed yet."""
-    if init not in ("kaiming", "gaussian"):
-        raise ValueError(f"Unknown init {init!r}; known are 'kaiming' and 'gaussian'")
-    generator = generator or torch.Generator().manual_seed(0)
+    if kind.init not in get_args(Init):
+        raise ValueError(f"Unknown init {kind.init!r}; known are {' and '.join(map(repr, get_args(Init)))}")
     parameters, owners = dict(model.named_parameters()), find_owners(model)
     grouped: dict[str, list[View]] = {}
     for view in views:
@@ -238,21 +238,13 @@ def make_sites(
             )
         grouped.setdefault(view.parameter, []).append(view)
     return [
-        _site(kind, group, parameters[key], masks.get(key), owners[id(parameters[key])], rank, scale, init, generator)
+        _site(kind, group, parameters[key], masks.get(key), owners[id(parameters[key])])
         for key, group in grouped.items()
     ]
 
 
 def _site(
-    kind: str,
-    views: Sequence[View],
-    weight: nn.Parameter,
-    mask: Tensor | None,
-    owners: tuple[Owner, ...],
-    rank: int,
-    scale: float | None,
-    init: Init,
-    generator: torch.Generator,
+    kind: Kind, views: Sequence[View], weight: nn.Parameter, mask: Tensor | None, owners: tuple[Owner, ...]
 ) -> Site:
     view, stacked = views[0], views[0].index is not None
     experts = tuple(view.index or 0 for view in views) if stacked else None
@@ -261,14 +253,14 @@ def _site(
         mask = matrices(mask, stacked=stacked, transposed=view.transposed)
         mask = mask if experts is None else mask[list(experts)]
     shape = (len(views), *view.shape) if stacked else view.shape
-    A, B = new_factors(shape, rank, product=scale is None, init=init, generator=generator)
-    trained = mask.to(weight.device) if mask is not None and kind == "mask_lora" else None
+    A, B = new_factors(shape, kind.rank, product=kind.scale is None, init=kind.init, generator=kind.generator)
+    trained = mask.to(weight.device) if mask is not None and kind.name == "mask_lora" else None
     trained = pack(trained) if trained is not None and not stacked else trained
-    factors = Factors(A.to(weight.device), B.to(weight.device), scale=scale, mask=trained)
+    factors = Factors(A.to(weight.device), B.to(weight.device), scale=kind.scale, mask=trained)
     name = view.name.rpartition("[")[0] if stacked else view.name
     if len(owners) == 1 and _is_plain_linear(owners[0], view, weight):
         bias = owners[0].module._parameters.get("bias")
-        cls = EffectiveLinear if kind in ("scale_lora", "mask_lora") else LowRankLinear
+        cls = EffectiveLinear if kind.name in ("scale_lora", "mask_lora") else LowRankLinear
         adapter = cls(weight, bias, factors, transposed=view.transposed)
     else:
         adapter = AdaptedWeight(factors, transposed=view.transposed, experts=experts)

@@ -91,7 +91,9 @@ def _summary(seen: Tensor, classes: int, bins: int) -> Accuracy:
     count, y = len(y), y.long()
     of_class = torch.bincount(y, minlength=classes)
     right_of_class = torch.bincount(y, right, minlength=classes)
-    place = (confidence * bins).ceil().long().sub_(1).clamp_(0, bins - 1)  # bins are (low, high]
+    # Bins are (low, high]. Torchmetrics' are [low, high) and one more for a confidence of exactly 1, which float32
+    # gives often: other numbers, from a package larger than what it would save here.
+    place = (confidence * bins).ceil().long().sub_(1).clamp_(0, bins - 1)
     in_bin = torch.bincount(place, minlength=bins).clamp(min=1)
     gaps = (torch.bincount(place, right - confidence, minlength=bins) / in_bin).abs()
     return Accuracy(

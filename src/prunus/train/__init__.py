@@ -1,8 +1,8 @@
 """The one training loop and what belongs to it: schedules, hooks, averaged weights, captured steps, checkpoints."""
 
+from prunus.train.averaged import Ema, Swa
 from prunus.train.batchnorm import recalibrate_
 from prunus.train.capture import alone
-from prunus.train.ema import Ema
 from prunus.train.hooks import During, Plan, masks_by_magnitude
 from prunus.train.lr import (
     Multiplier,
@@ -21,7 +21,6 @@ from prunus.train.lr import (
     retraining,
 )
 from prunus.train.stacked import Stacked, member_batches, together
-from prunus.train.swa import Swa
 from prunus.train.train import Trace, classification_loss, next_token_loss, train
 
 __all__ = [

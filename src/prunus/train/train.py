@@ -5,7 +5,7 @@ the groups' own times `lr(t)`. So a checkpoint (trainables, optimizer, methods, 
 
     batches(micro step) -> loss -> gradients (accumulated) -> clip -> lr(t) -> optimizer -> masks re-applied
 
-Methods that prune while training take part through the hooks of `during.protocol`. What is trained, and under which
+Methods that prune while training take part through the hooks of `hooks`. What is trained, and under which
 masks, is decided elsewhere (`adapt`, `masks`); saving models too.
 """
 
@@ -133,18 +133,21 @@ def train(
         raise ValueError("Methods that take part in training need whole weights: launch without --use_fsdp.")
     if during:
         _check_during(precision)
-        _attach(during, model, optimizer, steps, epoch_steps, views)
+        plan = Plan(steps, epoch_steps or steps, tuple(find_layers(model) if views is None else views))
+        for method in during:
+            method.attach(model, optimizer, plan)
         _check_own_parameters(during, shared)
     started = time.perf_counter()
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     wrap = prepared(model, optimizer, accelerator, masks, shared)
     with wrap as (inner, wrapped, stepper), settled(device if capture else None):
-        plan = {"steps": steps, "accumulate": accumulate, "base_lrs": rates}
-        saved = Checkpoint(checkpoint, plan, accelerator, inner, optimizer, during, shared)
+        key = {"steps": steps, "accumulate": accumulate, "base_lrs": rates}
+        saved = Checkpoint(checkpoint, key, accelerator, inner, optimizer, during, shared)
         first, past = saved.load()
         run = _Run(accelerator, inner, wrapped, stepper, loss, clip, accumulate, tuple(during), shared)
         step_of = CapturedStep(run.step, device) if capture else run.step
-        trace = _Log(Trace(**past), report_every, steps, on_step, started, next(inner.parameters()).device)
+        own = next(inner.parameters()).device
+        trace = _Log(Trace(**past), every=report_every, steps=steps, on_step=on_step, started=started, device=own)
         for step in range(first, steps):
             multiplier = lr(step)
             set_rates_(optimizer, [rate * multiplier for rate in rates], capture)
@@ -158,19 +161,6 @@ def train(
             if checkpoint is not None and ((step + 1) % save_every == 0 or step + 1 == steps):
                 saved.save(step + 1, vars(trace.read()))
         return trace.read()
-
-
-def _attach(
-    during: Sequence[During],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    steps: int,
-    epoch_steps: int | None,
-    views: Sequence[View] | None,
-) -> None:
-    plan = Plan(steps, epoch_steps or steps, tuple(find_layers(model) if views is None else views))
-    for method in during:
-        method.attach(model, optimizer, plan)
 
 
 def _check_during(precision: Precision) -> None:
@@ -263,6 +253,7 @@ class _Log:
     def __init__(
         self,
         past: Trace,
+        *,
         every: int,
         steps: int,
         on_step: Callable[[int, float], None] | None,

@@ -24,7 +24,7 @@ from prunus.prune import prune
 from prunus.run.vision.optimizers import make_optimizer, make_pulls
 from prunus.run.vision.recipe import Corruptions, Pruning
 from prunus.run.vision.setting import Setting
-from prunus.score import Allocation, erk, global_, lamp, scores, uniform, uniform_plus
+from prunus.score import Allocation, Count, erk, global_, lamp, scores, uniform, uniform_plus
 from prunus.train import (
     Ema,
     Multiplier,
@@ -252,33 +252,19 @@ def views_of(model: nn.Module, asked: Pruning) -> list[View]:
 
 def select(model: nn.Module, sparsity: float, within: Masks | None, asked: Pruning, seed: int) -> Masks:
     """Masks of a model as the recipe asks for them, chosen and applied; what `within` prunes stays pruned."""
-    views = views_of(model, asked)
-    generator = torch.Generator().manual_seed(seed)
     pattern = patterns.parse(asked.pattern, per="layer")
     return prune(
         model,
-        scores.magnitude if asked.criterion == "magnitude" else scores.random_score(generator),
+        scores.magnitude if asked.criterion == "magnitude" else scores.random(seed),
         pattern,
         None if pattern.sparsity is not None else sparsity,
-        allocation=None if pattern.sparsity is not None else _allocation(asked.allocation, model, views),
-        views=views,
+        allocation=None if pattern.sparsity is not None else _allocation(asked.allocation),
+        views=views_of(model, asked),
         within=within,
     )
 
 
-def _allocation(name: str, model: nn.Module, views: Sequence[View]) -> Allocation:
+def _allocation(name: str) -> Allocation | Count:
     if name == "uniform_plus":
-        return uniform_plus(*_ends(model, views))
-    if name == "erk":
-        parameters = dict(model.named_parameters())
-        return erk({view.name: parameters[view.parameter].shape for view in views})
-    return {"global": global_, "uniform": uniform, "lamp": lamp}[name]
-
-
-def _ends(model: nn.Module, views: Sequence[View]) -> tuple[str, str | None]:
-    """The first convolution, and the last linear layer if it is not that."""
-    modules = dict(model.named_modules())
-    linears = [view.name for view in views if isinstance(modules.get(view.name), nn.Linear)]
-    first = next((view.name for view in views if view.name not in linears), views[0].name)
-    last = linears[-1] if linears else None
-    return first, None if last == first else last
+        return uniform_plus()
+    return {"global": global_, "uniform": uniform, "lamp": lamp, "erk": erk}[name]
