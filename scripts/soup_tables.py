@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from prunus.report import markdown_table
-from prunus.run.spread import mean_and_std, spread
+from prunus.run.layout import mean_and_std, spread
 from prunus.run.tables import read_results
 
 Result = Mapping[str, Any]

@@ -27,7 +27,7 @@ from tests.systems.test_compress import raw
 
 OPTIONS = {
     "run": "recipe --set --workers --together --ray " + " ".join(f"--{flag.name}" for flag in cli.RUN_FLAGS),
-    "grid": "recipes --out --workers --together --minutes",
+    "grid": "recipes --out --workers --together --ray --minutes",
     "evaluate": "model --data --set --out " + " ".join(f"--{flag.name}" for flag in cli.EVALUATE_FLAGS),
     "inspect": "path --out",
     "average": "checkpoints --out --weights --greedy",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from prunus.run import bench
+from prunus.run import language
 from prunus.run.compare import compare
 from prunus.run.grid import Grid, final_members, load_grid, tuning_members
 from prunus.run.recipe import parse
@@ -82,7 +82,7 @@ def test_a_grid_runs_and_a_second_call_repeats_nothing(
     def refuse(*_: object) -> None:
         raise AssertionError("a finished member was repeated")
 
-    monkeypatch.setattr(bench.Bench, "run", refuse)
+    monkeypatch.setattr(language._Language, "run", refuse)
     assert compare(asked) == json.loads(json.dumps(rows))
 
 
@@ -102,7 +102,7 @@ def test_a_failing_member_takes_no_other_with_it(tiny_folder: Path, text_file: P
     axes = grid(tiny_folder, text_file, tmp_path)["axes"]
     axes["method"] = {"empty": {"retrain": {"train": ["biases"], "data": str(text_file), "steps": 1}}, "pruned": {}}
     asked = checked(tiny_folder, text_file, tmp_path, axes=axes, tune=None, more_seeds=None)
-    with pytest.raises(RuntimeError, match="4 members failed"):
+    with pytest.raises(RuntimeError, match="4 jobs failed"):
         compare(asked)
     assert len(json.loads((tmp_path / "table.json").read_text())) == 4
 

@@ -5,22 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
-from prunus.run import workers
-from prunus.run.agenda import Agenda
-from prunus.run.compare import compare, compare_all, load_grids
+from prunus.run.compare import GridJobs, compare, compare_all, load_grids
 from prunus.run.grid import Grid, final_members, load_grid, tuning_members
 from prunus.run.recipe import parse
+from prunus.run.store import closure
 from prunus.run.vision import demo as showing
 from prunus.run.vision import stages
 from prunus.run.vision.setting import Setting
@@ -182,22 +178,18 @@ def test_what_starts_from_a_failed_training_fails_with_it_and_no_other(
 
     with monkeypatch.context() as patch:
         patch.setattr(stages, "fit", failing)
-        with pytest.raises(RuntimeError, match="2 members failed"):
+        with pytest.raises(RuntimeError, match="2 jobs failed; the first: RuntimeError: out of memory"):
             compare(grid(tmp_path, **SMALL))
-    errors = sorted(path.read_text() for path in tmp_path.glob("members/*.error.txt"))
-    assert sum("out of memory" in error for error in errors) == 1
-    assert sum("what it starts from failed" in error for error in errors) == 1
+    errors = [path.read_text() for path in tmp_path.glob("members/*.error.txt")]
+    assert ["what it starts from failed" in error for error in errors] == [True, True]
     assert [row["seeds"] for row in json.loads((tmp_path / "table.json").read_text())] == [[0], [0]]
     assert [row["seeds"] for row in compare(grid(tmp_path, **SMALL))] == [[0, 1], [0, 1]]
 
 
 @pytest.mark.usefixtures("tiny")
-def test_grids_run_side_by_side_as_each_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grids_run_side_by_side_as_each_alone(tmp_path: Path) -> None:
     other = {**SMALL, "axes": {"method": {"FT": {"retrain": {"schedule": "ft", "epochs": 1}}}}}
     alone = [compare(grid(tmp_path / "alone", **SMALL)), compare(grid(tmp_path / "other", **other))]
-    begun: list[str] = []
-    claim = workers._claim
-    monkeypatch.setattr(workers, "_claim", lambda out, name: claim(out, name) and (begun.append(out.name) or True))
     paths = []
     for name, changes in (("b", SMALL), ("a", other)):
         paths.append(tmp_path / f"{name}.yaml")
@@ -206,7 +198,6 @@ def test_grids_run_side_by_side_as_each_alone(tmp_path: Path, monkeypatch: pytes
     assert [[row["accuracy"] for row in rows] for rows in together] == [
         [row["accuracy"] for row in rows] for rows in alone
     ]
-    assert begun == sorted(begun, reverse=True)  # the first grid's members before the second's
     with pytest.raises(ValueError, match="two grids would be written to"):
         compare_all([grid(tmp_path), grid(tmp_path)])
 
@@ -214,27 +205,28 @@ def test_grids_run_side_by_side_as_each_alone(tmp_path: Path, monkeypatch: pytes
 def test_a_tuned_cell_joins_when_all_its_tries_have_ended_and_waits_for_no_other(tmp_path: Path) -> None:
     asked = grid(tmp_path)
     (tmp_path / "members").mkdir()
-    agenda = Agenda(asked)
+    jobs = GridJobs(asked)
+
+    def known(measured_on: str) -> list[Any]:
+        members = [job.what.__self__ for job in jobs.jobs()]  # type: ignore[attr-defined]
+        return [member for member in members if member.recipe.images.measure_on == measured_on]
 
     def final() -> dict[str, set[Any]]:
         """Method -> learning rates of retraining that its members on test images got."""
         found: dict[str, set[Any]] = {}
-        for job in agenda.look():
-            if job.member.recipe.images.measure_on == "test" and (job.after or job.member.recipe.during):
-                found.setdefault(job.member.labels["method"], set()).add(job.member.tuned.get("retrain.lr"))
+        for member in known("test"):
+            found.setdefault(member.labels["method"], set()).add(member.tuned.get("retrain.lr"))
         return found
 
     assert final() == {"pruned": {None}, "BIMP": {None}}
     # 4 + 4 * 2 members, 6 tries, and the dense trainings: of two seeds and two lengths, and of the tries of LLR
-    assert agenda.total() == 12 + 6 + 2 * 2 + 1
-    tries = [job.name for job in agenda.look() if "retrain.lr" in job.member.tuned]
+    assert len(list(closure(jobs.expected(), asked.store.finished))) == 12 + 6 + 2 * 2 + 1
+    tries = [member.key for member in known("validation") if "retrain.lr" in member.tuned]
     assert len(tries) == 2
     (tmp_path / "members" / f"{tries[0]}.json").write_text('{"accuracy": 0.5}')
     assert final() == {"pruned": {None}, "BIMP": {None}}
-    assert tries[1] in agenda.undecided
     (tmp_path / "members" / f"{tries[1]}.error.txt").write_text("out of memory")
     assert final() == {"pruned": {None}, "BIMP": {None}, "LLR": {1e-6}}  # the only try that ended well
-    assert not agenda.undecided & set(tries)
 
 
 @pytest.mark.usefixtures("tiny")
@@ -261,44 +253,6 @@ def test_the_demo_shows_a_table_and_leaves_its_files(
     assert {"table.json", "table.md", "grid.png", "members.jsonl"} <= {path.name for path in tmp_path.iterdir()}
 
 
-def test_a_member_of_a_dead_process_is_waited_for_by_nobody(tmp_path: Path) -> None:
-    (tmp_path / "members").mkdir()
-    assert workers._pending(tmp_path, "x")  # not begun
-    assert workers._claim(tmp_path, "x")
-    assert not workers._claim(tmp_path, "x")
-    assert workers._pending(tmp_path, "x")  # this process has it, and is alive
-    claim = tmp_path / "members" / "x.claim"
-    assert not workers._take_over(tmp_path, "x")
-    number, started = claim.read_text().split()
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    # an earlier process that had the same number, and one that is no more
-    for dead in (f"{number} {float(started) - 100}", f"{process.pid} {started}"):
-        claim.write_text(dead)
-        assert workers._pending(tmp_path, "x")  # a second try is left
-        assert workers._take_over(tmp_path, "x")
-        assert not workers._take_over(tmp_path, "x")  # this process lives
-    claim.write_text(f"{process.pid} {started} again")
-    assert not workers._pending(tmp_path, "x")
-    assert not workers._take_over(tmp_path, "x")
-    workers.clear(tmp_path)
-    assert workers._claim(tmp_path, "x")
-
-
-@pytest.mark.usefixtures("tiny")
-def test_a_second_call_shares_what_a_living_process_has_begun(tmp_path: Path) -> None:
-    asked = grid(tmp_path, **SMALL)
-    name = next(job.name for job in Agenda(asked).look() if job.after is None)
-    claim = tmp_path / "members" / f"{name}.claim"
-    claim.parent.mkdir()
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        claim.write_text(f"{other.pid} {psutil.Process(other.pid).create_time()}")
-        assert len(compare(asked, minutes=0.02)) <= 2  # it waits for that one, and would go on waiting
-        assert claim.read_text().startswith(f"{other.pid} ")
-        assert not (tmp_path / "members" / f"{name}.json").exists()
-    assert [row["seeds"] for row in compare(asked)] == [[0, 1], [0, 1]]
-
-
 def test_wrong_grids_of_classifiers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="by: accuracy"):
         grid(tmp_path, tune={"text": "x", "axis": "method", "cells": {}})
@@ -310,7 +264,7 @@ def test_wrong_grids_of_classifiers_are_refused(tmp_path: Path) -> None:
         grid(tmp_path, skip=[{"sparsity": ["80 %"], "method": ["LLR"]}])
     with pytest.raises(ValueError, match="give the key"):
         grid(tmp_path, tune={"by": "accuracy", "axis": "method", "cells": {"LLR": {"values": [1]}}})
-    with pytest.raises(ValueError, match="together 1"):
+    with pytest.raises(ValueError, match="together are at least 1"):
         compare(grid(tmp_path), together=0)
 
 
@@ -341,7 +295,7 @@ def test_a_grid_shows_what_corruptions_do_and_does_not_choose_by_them(tiny: None
     base = {"prune": {"sparsity": 0.8}, "corruptions": {"names": ["fog"], "severities": [1, 3]}}
     columns = ["corrupted.accuracy", "corrupted.loss", "corrupted.severity_3", "corrupted.fog"]
     asked = grid(tmp_path, **{**SMALL, "base": {**raw(tmp_path, **base)}, "seeds": [0], "show": {"columns": columns}})
-    tuned = asked.kind.recipe(asked.base, 0, tuning=True, where="here")
+    tuned = asked.task.recipe(asked.base, 0, tuning=True, where="here")
     assert tuned.corruptions is None
     rows = compare(asked)
     for row in rows:

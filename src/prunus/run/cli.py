@@ -83,6 +83,9 @@ def grid(
         ),
     ] = 1,
     together: Together = 1,
+    ray: Annotated[
+        str | None, typer.Option(help="Run members as tasks of this Ray cluster; 'local' starts one here.")
+    ] = None,
     minutes: Annotated[
         float | None, typer.Option(help="Begin no member later than this; then make the tables of what is done.")
     ] = None,
@@ -99,7 +102,7 @@ def grid(
         return
     grids = load_grids(recipes, out)
     try:
-        found = compare_all(grids, workers=workers, together=together, minutes=minutes)
+        found = compare_all(grids, workers=workers, together=together, ray=ray, minutes=minutes)
     except RuntimeError as error:  # members failed; the others are finished and in the tables
         raise Unfinished(str(error)) from None
     for each, rows in zip(grids, found, strict=True):

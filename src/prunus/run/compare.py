@@ -1,61 +1,55 @@
 """Run grids: what others start from, the members that choose values, then all; nothing finished is repeated.
 
-    out/members/KEY.json   a member's result (complete or absent)    out/table.*   what is made of them, in `tables`
-
-What is still to do is known by `agenda`; a member alone is run by its kind's bench, many at once by `workers`.
+out/members/KEY.json   a member's result (complete or absent)    out/table.*   what is made of them, in `tables`
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from prunus.run import workers as pool
-from prunus.run.grid import Grid, load_grid
-from prunus.run.tables import tabulate
+from prunus.run.grid import Grid, Member, final_members, likely_members, load_grid, tuning_members
+from prunus.run.pool import Workers, run
+from prunus.run.store import Job
+from prunus.run.tables import read_results, tabulate
 
-__all__ = ["compare", "compare_all", "load_grid", "load_grids"]
+__all__ = ["GridJobs", "compare", "compare_all", "load_grid", "load_grids"]
 
 
-def compare(grid: Grid, *, workers: int = 1, together: int = 1, minutes: float | None = None) -> list[dict[str, Any]]:
+def compare(grid: Grid, **asked: Any) -> list[dict[str, Any]]:
     """One row a cell of one grid; all else as `compare_all`."""
-    return compare_all([grid], workers=workers, together=together, minutes=minutes)[0]
+    return compare_all([grid], **asked)[0]
 
 
 def compare_all(
-    grids: Sequence[Grid], *, workers: int = 1, together: int = 1, minutes: float | None = None
+    grids: Sequence[Grid],
+    *,
+    workers: int = 1,
+    together: int = 1,
+    ray: str | None = None,
+    minutes: float | None = None,
 ) -> list[list[dict[str, Any]]]:
     """For each grid one row a cell, as `tables.tabulate` writes them to its folder, after every member has run.
 
     Members of all grids run side by side, those of the first before the others where both could: one that leaves most
-    of a GPU idle has company.
-    workers: processes that share the members; 0 runs nothing and makes the tables of what is finished.
-    together: members at once in each process, in threads with CUDA streams of their own.
-    minutes: no member begins later than this after the call; those that run are finished, and the tables are made.
+    of a GPU idle has company. workers, together, ray, minutes: processes, threads, and so on of `Workers`; no workers
+    run nothing, and the tables are made of what is finished.
     Raises ValueError for numbers that make no sense, grids that share a folder, and a grid whose members cannot run
     together; RuntimeError at the end, after every other member ran, when members failed.
     """
-    if workers < 0 or together < 1 or (minutes is not None and minutes < 0):
-        raise ValueError(f"workers and minutes are at least 0, together 1; got {workers=}, {together=}, {minutes=}")
-    if together > 1 and not all(grid.kind.together for grid in grids):
+    asked = Workers(max(workers, 1), together, ray, minutes)
+    if together > 1 and ray is None and not all(grid.task.threads for grid in grids):
         raise ValueError("together: only members of a classifier grid run in threads of one process; use workers")
     folders = [Path(grid.out) for grid in grids]
     shared = next((out for place, out in enumerate(folders) if out in folders[:place]), None)
     if shared is not None:
         raise ValueError(f"two grids would be written to {shared}: give each an `out` of its own")
-    for out in folders:
-        (out / "members").mkdir(parents=True, exist_ok=True)
-    if workers:
-        for out in folders:
-            pool.clear(out)
-        deadline = None if minutes is None else time.time() + 60 * minutes
-        pool.run(grids, workers=workers, together=together, deadline=deadline)
+    wrong = run([GridJobs(grid) for grid in grids], asked) if workers else []
     rows = [tabulate(grid) for grid in grids]
-    failed = [path for out in folders for path in pool.failures(out)] if workers else []
-    if failed:
-        raise RuntimeError(f"{len(failed)} members failed; the first: {failed[0]}")
+    if wrong:
+        raise RuntimeError(wrong[0])
     return rows
 
 
@@ -70,3 +64,43 @@ def load_grids(paths: Sequence[Path], out: Path | None = None) -> list[Grid]:
     if out is None:
         return [load_grid(path) for path in paths]
     return [load_grid(path, out / path.stem, out / "dense") for path in paths]
+
+
+class GridJobs:
+    """The members of a grid that are not finished: those of a tuned cell join when all its tries have ended."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid, self.store = grid, grid.store
+        self._tries = tuning_members(grid)
+        self._known = set(read_results(self.store.folder))  # packed results have no files of their own
+        self._ended: set[str] | None = None
+        self._jobs: list[Job] = []
+
+    def jobs(self) -> Sequence[Job]:
+        """Members by seeds, so that a killed grid is broad, and as their task orders them."""
+        ended = {member.key for member in self._tries if self._has_ended(member)}
+        if ended != self._ended:
+            results = read_results(self.store.folder)
+            final = final_members(self.grid, results, partial=True, ended=ended)
+            self._ended, self._jobs = ended, self._ordered([*self._tries, *final])
+        return self._jobs
+
+    def expected(self) -> Sequence[Job]:
+        """Every member that there will be; those of undecided cells with the first value that is tried for them."""
+        return self._ordered(self._members())
+
+    def prepared(self) -> AbstractContextManager[Any]:
+        """What its task needs around the members."""
+        return self.grid.task.prepared([member.recipe for member in self._members()])
+
+    def _members(self) -> list[Member]:
+        return [*self._tries, *likely_members(self.grid, read_results(self.store.folder))]
+
+    def _ordered(self, members: Sequence[Member]) -> list[Job]:
+        task, todo = self.grid.task, {each.key: each for each in members if each.key not in self._known}
+        seeds = {seed: place for place, seed in enumerate(dict.fromkeys(each.seed for each in todo.values()))}
+        ordered = sorted(todo.values(), key=lambda each: (seeds[each.seed], *task.order(each.recipe)))
+        return [*task.beside([each.recipe for each in ordered]), *(each.job for each in ordered)]
+
+    def _has_ended(self, member: Member) -> bool:
+        return member.key in self._known or self.store.finished(member.job) or self.store.failed(member.job)

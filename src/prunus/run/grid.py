@@ -16,15 +16,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from prunus.run.kinds import Kind, kind_of
+from prunus.run.layout import Layout, Show
 from prunus.run.recipe import Strict, digest, merge, parse, read_yaml
+from prunus.run.store import Job, Store
+from prunus.run.tasks import Task, task_of
 
-__all__ = ["Grid", "Member", "load_grid"]
+__all__ = ["Grid", "Member", "final_members", "likely_members", "load_grid", "tuning_members"]
 
 Labels = dict[str, str]
 
@@ -57,18 +60,6 @@ class Tune(Strict):
     by: Literal["accuracy"] | None = None
     axis: str
     cells: dict[str, Tried]
-
-
-class Show(Strict):
-    """How tables and pictures are laid out.
-
-    across: the axis whose labels are a table's columns and a picture's abscissa; lines: the axis with a line for each
-    label; columns: further numbers of each cell, as a classifier's result names them (dotted), such as speedup.
-    """
-
-    across: str | None = None
-    lines: str | None = None
-    columns: list[str] = Field(default_factory=list[str])
 
 
 class MoreSeeds(Strict):
@@ -105,7 +96,7 @@ class Grid(Strict):
             raise ValueError(f"{strange[0]!r} is not an axis; axes are {', '.join(self.axes)}")
         self._check_labels()
         self._check_anchors()
-        self.kind.check(self)
+        self.task.check(None if self.tune is None else {"text": self.tune.text, "by": self.tune.by}, self.show)
         for labels in self.cells():
             self.recipe(labels, self.seeds[0], {})
         tuning_members(self)
@@ -135,9 +126,20 @@ class Grid(Strict):
         return [*self.skip, *([self.more_seeds.where] if self.more_seeds else [])]
 
     @property
-    def kind(self) -> Kind:
-        """What its recipes are."""
-        return kind_of(self.base)
+    def task(self) -> Task:
+        """What its recipes are for."""
+        return task_of(self.base)
+
+    @property
+    def store(self) -> Store:
+        """Where its members are, and what they share."""
+        out = Path(self.out)
+        return Store(out, {"dense": Path(self.dense or out / "dense")})
+
+    @property
+    def layout(self) -> Layout:
+        """What its tables are made with."""
+        return Layout({axis: list(labels) for axis, labels in self.axes.items()}, self.show, Path(self.out))
 
     def cells(self) -> Iterator[Labels]:
         """Every combination of one label per axis, but those that an entry of `skip` names in all its axes."""
@@ -151,7 +153,7 @@ class Grid(Strict):
         raw = self.base
         for axis, label in labels.items():
             raw = merge(raw, self.axes[axis][label])
-        return self.kind.recipe(merge(raw, dict(tuned)), seed, tuning=tuning, where=" / ".join(labels.values()))
+        return self.task.recipe(merge(raw, dict(tuned)), seed, tuning=tuning, where=" / ".join(labels.values()))
 
     def tuned(self, labels: Mapping[str, str]) -> Tried | None:
         """What is tried for a cell, or None when nothing is tuned there."""
@@ -177,11 +179,22 @@ class Member:
     seed: int
     tuned: dict[str, Any]
     recipe: Any
+    task: Task
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Name of the member's result file: a hash of what decides the result."""
         return digest(self.recipe.model_dump(mode="json", exclude={"out", "save"}))[:24]
+
+    @cached_property
+    def job(self) -> Job:
+        """What it is for the pool."""
+        return Job("members", self.key, self._run, self.task.needs(self.recipe))
+
+    def _run(self, job: Job, store: Store) -> dict[str, Any]:
+        """Its numbers, with labels, seed, tuned values and recipe."""
+        head = {"labels": self.labels, "seed": self.seed, "tuned": self.tuned}
+        return head | {"recipe": self.recipe.model_dump(mode="json")} | self.task.run(self.recipe, job, store)
 
 
 def tuning_members(grid: Grid) -> list[Member]:
@@ -250,21 +263,21 @@ def _chosen(
     """The best of the tried values, nothing for a cell that is not tuned, None when no try is finished."""
     if not tries or grid.tune is None:
         return {}
-    losses = {i: grid.kind.loss(results[key], grid.tune) for i, (key, _) in enumerate(tries) if key in results}
+    losses = {i: grid.task.loss(results[key], grid.tune.text) for i, (key, _) in enumerate(tries) if key in results}
     return tries[min(losses, key=lambda i: losses[i])][1] if losses else None
 
 
 def _random(grid: Grid, labels: Labels) -> bool:
     """Whether a cell's result depends on the seed: pruning alone does not."""
-    return grid.kind.seeded(grid.recipe(labels, 0, {}))
+    return grid.task.seeded(grid.recipe(labels, 0, {}))
 
 
 def _member(grid: Grid, labels: Labels, seed: int, tuned: dict[str, Any]) -> Member:
-    return Member(dict(labels), seed, tuned, grid.recipe(labels, seed, tuned))
+    return Member(dict(labels), seed, tuned, grid.recipe(labels, seed, tuned), grid.task)
 
 
 def _trial(grid: Grid, labels: Labels, tuned: dict[str, Any]) -> Member:
-    return Member(dict(labels), grid.seeds[0], tuned, grid.recipe(labels, grid.seeds[0], tuned, tuning=True))
+    return Member(dict(labels), grid.seeds[0], tuned, grid.recipe(labels, grid.seeds[0], tuned, tuning=True), grid.task)
 
 
 def load_grid(path: Path, out: Path | None = None, dense: Path | None = None) -> Grid:

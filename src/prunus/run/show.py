@@ -10,7 +10,7 @@ from rich.console import Console
 
 from prunus.report import format_value, print_table
 from prunus.run.inspect import Inspection
-from prunus.run.spread import spread
+from prunus.run.layout import spread
 from prunus.save import SIZE_NOTE
 
 __all__ = ["show_evaluation", "show_grid", "show_inspection", "show_result", "show_run", "show_soup", "show_sweep"]

@@ -39,7 +39,7 @@ def tabulate(grid: Grid) -> list[dict[str, Any]]:
     lines = [json.dumps({"key": key, **result}, default=str) for key, result in sorted(results.items())]
     write_text(out / "members.jsonl", "".join(line + "\n" for line in lines))
     write_json(out / "table.json", rows)
-    grid.kind.write(grid, rows, results)
+    grid.task.write(grid.layout, rows)
     return rows
 
 
@@ -50,5 +50,5 @@ def _rows(grid: Grid, results: Mapping[str, Result]) -> list[dict[str, Any]]:
         mine = [member for member in members if member.labels == labels]
         if mine:
             head: dict[str, Any] = {**labels, "seeds": [m.seed for m in mine], "tuned": mine[0].tuned}
-            rows.append(head | grid.kind.row([results[m.key] for m in mine]))
+            rows.append(head | grid.task.row([results[m.key] for m in mine]))
     return rows

@@ -1,41 +1,39 @@
-"""Grids of classifier recipes: seeds, tuning by validation accuracy, shared dense trainings, the bench of a member.
+"""Grids of classifier recipes: seeds, tuning by validation accuracy, shared dense trainings, the numbers of a member.
 
 out/dense/KEY/    a dense training, done once for all members that start from it (see `dense`); or in the grid's `dense`
-out/work/KEY/     a member that is being run, or was killed: it goes on from there
-out/soups/        the members of soups, and what they start from, each once for all cells (see `soups.branches`)
+out/soups/        the members of soups, and what they start from, each once for all cells
 """
 
 from __future__ import annotations
 
 import difflib
-import shutil
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
-from prunus.run.kinds import Bench, Result
+from prunus.run.layout import Layout, Show
 from prunus.run.recipe import merge, parse
-from prunus.run.vision.recipe import ClassifierRecipe, dense_key, dense_of
+from prunus.run.store import Job, Store
+from prunus.run.vision.recipe import ClassifierRecipe
 from prunus.run.vision.soups.recipe import SoupRecipe, class_of
-
-if TYPE_CHECKING:
-    from prunus.run.grid import Grid, Member, Tune
-    from prunus.run.vision.setting import Setting
+from prunus.run.vision.starts import dense_job
 
 __all__ = ["CLASSIFIERS"]
 
+Result = Mapping[str, Any]
+
 
 class _Classifiers:
-    """The kind of grids over `ClassifierRecipe`; see `kinds.Kind`."""
+    """The task of grids over `ClassifierRecipe`; see `tasks.Task`."""
 
-    together = True
+    threads = True
 
-    def check(self, grid: Grid) -> None:
+    def check(self, tune: Mapping[str, Any] | None, show: Show) -> None:
         from prunus.run.vision.tables import METRICS
 
-        if grid.tune is not None and grid.tune.by is None:
+        if tune is not None and tune["by"] is None:
             raise ValueError("tune: classifiers are chosen by validation accuracy: by: accuracy, not text")
-        strange = [column for column in grid.show.columns if column not in METRICS]
+        strange = [column for column in show.columns if column not in METRICS]
         if strange:
             close = difflib.get_close_matches(strange[0], METRICS, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(METRICS)}"
@@ -53,88 +51,64 @@ class _Classifiers:
     def seeded(self, recipe: ClassifierRecipe) -> bool:
         return True
 
-    def loss(self, result: Result, tune: Tune) -> float:
+    def loss(self, result: Result, text: str | None) -> float:
         return -float(result["accuracy"])
 
-    def first(self, members: Sequence[Member]) -> dict[str, Member]:
-        """The dense training that a member starts from; methods that prune during training start from none."""
-        from prunus.run.grid import Member
+    def needs(self, recipe: ClassifierRecipe) -> tuple[Job, ...]:
+        """The dense training; methods that prune during training start from none."""
+        return () if recipe.during is not None else (dense_job(recipe),)
 
-        plain = [member for member in members if member.recipe.prune is None]
-        alone = {dense_key(member.recipe): member for member in reversed(plain)}
-        found: dict[str, Member] = {}
-        for member in members:
-            if member.recipe.during is None:
-                own = Member(member.labels, member.seed, {}, dense_of(member.recipe))
-                before = alone.setdefault(dense_key(member.recipe), own)
-                if before.key != member.key:
-                    found[member.key] = before
-        return found
+    def beside(self, recipes: Sequence[ClassifierRecipe]) -> tuple[Job, ...]:
+        return ()
 
-    def ready(self, grid: Grid, first: Member, finished: Mapping[str, Result]) -> bool:
-        return (_dense_folder(grid, first.recipe) / "metrics.json").exists()
-
-    def order(self, member: Member) -> tuple[Any, ...]:
+    def order(self, recipe: ClassifierRecipe) -> tuple[Any, ...]:
         """Those that choose values first, then the longest, so that the last ones to finish are short."""
-        return member.recipe.images.measure_on != "validation", -_epochs(member.recipe)
+        return recipe.images.measure_on != "validation", -_epochs(recipe)
 
-    def prepare(self, members: Sequence[Member]) -> None:
+    @contextmanager
+    def prepared(self, recipes: Sequence[ClassifierRecipe]) -> Generator[None]:
         """Read the images and count the operations of each network."""
         from prunus.run.vision.setting import Setting
         from prunus.run.vision.stages import operations
 
-        recipes = {(str(m.recipe.images), m.recipe.model, m.recipe.device): m.recipe for m in members}
-        for recipe in recipes.values():
+        for recipe in {(str(each.images), each.model, each.device): each for each in recipes}.values():
             operations(Setting.of(recipe))
+        yield
 
-    def bench(self, grid: Grid) -> Bench:
-        return _Bench(grid)
+    def run(self, recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str, Any]:
+        """No model is written but dense ones, and what soups share."""
+        from prunus.run.vision.experiment import experiment
+        from prunus.run.vision.setting import Setting
+
+        setting, dense = Setting.of(recipe), store.path(dense_job(recipe))
+        if isinstance(recipe, SoupRecipe):
+            found = _soup(setting, dense, store)
+        else:
+            found = experiment(setting, dense, work=store.work(job)).result
+        return {**found, "device": setting.name}
 
     def row(self, results: Sequence[Result]) -> dict[str, Any]:
         from prunus.run.vision.tables import row
 
         return row(results)
 
-    def write(self, grid: Grid, rows: Sequence[Mapping[str, Any]], results: Mapping[str, Result]) -> None:
+    def write(self, layout: Layout, rows: Sequence[Mapping[str, Any]]) -> None:
         from prunus.run.vision.tables import write
 
-        write(grid, rows)
+        write(layout, rows)
 
 
 CLASSIFIERS = _Classifiers()
 
 
-class _Bench:
-    """Runs members; images and dense networks are kept by the process, so that its threads share them."""
+def _soup(setting: Any, dense: Any, store: Store) -> dict[str, Any]:
+    """A soup's numbers; its members are trained once for all soups of the grid, whoever needs one first."""
+    from prunus.run.vision.soups.branches import Store as Branches
+    from prunus.run.vision.soups.experiment import soup_experiment
+    from prunus.run.vision.soups.pools import OneByOne
 
-    def __init__(self, grid: Grid) -> None:
-        self.grid, self.out = grid, Path(grid.out)
-
-    def run(self, member: Member) -> dict[str, Any]:
-        """A member's numbers; no model is written but dense ones, and what soups share."""
-        from prunus.run.vision.experiment import experiment
-        from prunus.run.vision.setting import Setting
-
-        setting, work = Setting.of(member.recipe), self.out / "work" / member.key
-        folder = _dense_folder(self.grid, member.recipe)
-        of_soup = isinstance(member.recipe, SoupRecipe)
-        found = self._soup(setting, folder) if of_soup else experiment(setting, folder, work=work).result
-        shutil.rmtree(work, ignore_errors=True)
-        head: dict[str, Any] = {"labels": member.labels, "seed": member.seed, "tuned": member.tuned}
-        return {**head, **found, "device": setting.name, "recipe": member.recipe.model_dump(mode="json")}
-
-    def _soup(self, setting: Setting, folder: Path) -> dict[str, Any]:
-        """A soup's numbers; its members are trained once for all soups of the grid, whoever needs one first."""
-        from prunus.run.vision.soups.branches import Store
-        from prunus.run.vision.soups.experiment import soup_experiment
-        from prunus.run.vision.soups.pools import OneByOne
-
-        store = Store(self.out / "soups")
-        return soup_experiment(setting, folder, store, OneByOne(store), picture=False).result
-
-
-def _dense_folder(grid: Grid, recipe: ClassifierRecipe) -> Path:
-    return Path(grid.dense or Path(grid.out) / "dense") / dense_key(recipe)
+    branches = Branches(store.folder / "soups")
+    return soup_experiment(setting, dense, branches, OneByOne(branches), picture=False).result
 
 
 def _epochs(recipe: ClassifierRecipe) -> float:

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import re
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prunus.data import CORRUPTIONS
 from prunus.machine import write_text
 from prunus.measure import MEASURES
 from prunus.report import markdown_table, plot_accuracy
-from prunus.run.kinds import Result
-from prunus.run.spread import mean_and_std, spread
+from prunus.run.layout import Layout, mean_and_std, spread
 from prunus.run.vision.soups.phases import by_phase
 
-if TYPE_CHECKING:
-    from prunus.run.grid import Grid
-
 __all__ = ["METRICS", "across", "row", "write"]
+
+Result = Mapping[str, Any]
 
 PERCENT = ("accuracy", "top5", "worst_class", "calibration_error", "maximum_calibration_error", "sparsity", "reached")
 STAGES = ("dense", "pruned", "recalibrated", "retrained")
@@ -52,25 +48,25 @@ def row(results: Sequence[Result]) -> dict[str, Any]:
     return {**{name: known[name] for name in shown if name in known}, "metrics": known, **phases}
 
 
-def write(grid: Grid, rows: Sequence[Mapping[str, Any]]) -> None:
+def write(layout: Layout, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write table.md, a picture for each axis whose labels are numbers, and one of soups by phase."""
-    write_text(Path(grid.out) / "table.md", _markdown(grid, rows) if rows else "Nothing is finished yet.\n")
-    numeric = [axis for axis in grid.axes if _is_numeric(grid.axes[axis])]
-    axes = [grid.show.across] if grid.show.across else numeric or [across(grid)]
+    write_text(layout.out / "table.md", _markdown(layout, rows) if rows else "Nothing is finished yet.\n")
+    numeric = [axis for axis in layout.axes if layout.is_numeric(axis)]
+    axes = [layout.show.across] if layout.show.across else numeric or [across(layout)]
     for axis in axes if rows else []:
-        _plot(grid, rows, axis, "grid.png" if len(axes) == 1 else f"grid-{axis}.png")
+        _plot(layout, rows, axis, "grid.png" if len(axes) == 1 else f"grid-{axis}.png")
     phased = [found for found in rows if any(len(line) > 1 for line in found.get("accuracy by phase", {}).values())]
     if phased:  # soups of more than one phase
-        panels = {", ".join(str(found[name]) for name in grid.axes): found["accuracy by phase"] for found in phased}
-        path = Path(grid.out) / "phases.png"
+        panels = {", ".join(str(found[name]) for name in layout.axes): found["accuracy by phase"] for found in phased}
+        path = layout.out / "phases.png"
         plot_accuracy(panels, path, xlabel="sparsity after the phase", dense=_dense(phased))
 
 
-def across(grid: Grid) -> str:
+def across(layout: Layout) -> str:
     """The axis along which a table's columns stand: the one asked for, the first of numbers, or the last of all."""
-    if grid.show.across is not None:
-        return grid.show.across
-    return next((axis for axis, labels in grid.axes.items() if _is_numeric(labels)), list(grid.axes)[-1])
+    if layout.show.across is not None:
+        return layout.show.across
+    return next((axis for axis in layout.axes if layout.is_numeric(axis)), list(layout.axes)[-1])
 
 
 def _value(result: Result, name: str) -> float | None:
@@ -97,32 +93,32 @@ def _spread(values: Sequence[float | None]) -> dict[str, float | None] | None:
     return mean_and_std(known) if len(known) == len(values) else None
 
 
-def _markdown(grid: Grid, rows: Sequence[Mapping[str, Any]]) -> str:
+def _markdown(layout: Layout, rows: Sequence[Mapping[str, Any]]) -> str:
     """Accuracy with a column for each label of one axis; then, if asked for, a line a cell with further numbers."""
-    axis = across(grid)
-    down = [name for name in grid.axes if name != axis]
+    axis = across(layout)
+    down = [name for name in layout.axes if name != axis]
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     for found in rows:
         place = {name: str(found[name]) for name in down}
         line = lines.setdefault(tuple(place.values()), dict(place))
         line[str(found[axis])] = spread(found["accuracy"])
-    columns = [*down, *grid.axes[axis]]
+    columns = [*down, *layout.axes[axis]]
     shown = [{column: line.get(column) for column in columns} for line in lines.values()]
     seeds = sorted({len(found["seeds"]) for found in rows})
     counted = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     over = "one seed" if seeds == [1] else f"mean ± deviation over {counted} seeds"
     text = f"### Accuracy, % ({over}{_reference(rows)})\n\n"
     text += markdown_table(shown, columns)
-    return text + ("\n" + _details(grid, rows) if grid.show.columns else "")
+    return text + ("\n" + _details(layout, rows) if layout.show.columns else "")
 
 
-def _details(grid: Grid, rows: Sequence[Mapping[str, Any]]) -> str:
+def _details(layout: Layout, rows: Sequence[Mapping[str, Any]]) -> str:
     shown: list[dict[str, Any]] = []
     for found in rows:
-        line: dict[str, Any] = {axis: found[axis] for axis in grid.axes}
-        for name in ("accuracy", *grid.show.columns):
+        line: dict[str, Any] = {axis: found[axis] for axis in layout.axes}
+        for name in ("accuracy", *layout.show.columns):
             number = found["metrics"].get(name)
-            column = f"{name}, measured" if name in grid.axes else name
+            column = f"{name}, measured" if name in layout.axes else name
             line[column] = None if number is None else spread(number) if name in SHARES else number["mean"]
         shown.append(line)
     return f"### All cells\n\n{markdown_table(shown)}"
@@ -139,28 +135,24 @@ def _dense(rows: Sequence[Mapping[str, Any]]) -> float | None:
     return statistics.fmean(found) if found and max(found) - min(found) < 1 else None
 
 
-def _is_numeric(labels: Mapping[str, Any]) -> bool:
-    return len(labels) > 1 and all(re.match(r"\d", label) for label in labels)
-
-
-def _plot(grid: Grid, rows: Sequence[Mapping[str, Any]], axis: str, name: str) -> None:
+def _plot(layout: Layout, rows: Sequence[Mapping[str, Any]], axis: str, name: str) -> None:
     """Accuracy along one axis; a line for each label of another, a panel for each combination of the rest."""
-    others = [other for other in grid.axes if other != axis]
-    words = [other for other in others if not _is_numeric(grid.axes[other])]
-    line = grid.show.lines if grid.show.lines in others else (words or others or [None])[-1]
+    others = [other for other in layout.axes if other != axis]
+    words = [other for other in others if not layout.is_numeric(other)]
+    line = layout.show.lines if layout.show.lines in others else (words or others or [None])[-1]
     rest = [other for other in others if other != line]
     panels: dict[str, dict[str, list[tuple[str, float, float | None]]]] = {}
-    for labels in itertools.product(*(grid.axes[other] for other in rest)):
-        for found in _along(rows, axis, grid):
+    for labels in itertools.product(*(layout.axes[other] for other in rest)):
+        for found in _along(rows, axis, layout):
             if all(found[other] == label for other, label in zip(rest, labels, strict=True)):
                 lines = panels.setdefault(", ".join(labels), {})
                 number = found["accuracy"]
                 point = (str(found[axis]), float(number["mean"]), number["std"])
                 lines.setdefault(str(found[line]) if line else "", []).append(point)
     if panels:
-        plot_accuracy(panels, Path(grid.out) / name, xlabel=axis, dense=_dense(rows))
+        plot_accuracy(panels, layout.out / name, xlabel=axis, dense=_dense(rows))
 
 
-def _along(rows: Sequence[Mapping[str, Any]], axis: str, grid: Grid) -> list[Mapping[str, Any]]:
-    places = {label: place for place, label in enumerate(grid.axes[axis])}
+def _along(rows: Sequence[Mapping[str, Any]], axis: str, layout: Layout) -> list[Mapping[str, Any]]:
+    places = {label: place for place, label in enumerate(layout.axes[axis])}
     return sorted(rows, key=lambda found: places[found[axis]])

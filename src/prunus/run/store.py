@@ -1,0 +1,194 @@
+"""Jobs and the folder of those that are finished: each is done once, by whoever comes first.
+
+    ROOM/KEY.json     a job's numbers, written last: complete or absent      ROOM/KEY/       what else it leaves
+    ROOM/KEY.claim    held by the process that runs it                       ROOM/KEY.work/  where a killed one goes on
+    ROOM/KEY.tries    begun so often and not ended                           ROOM/KEY.error.txt   failed, and how
+
+A key is the hash of what decides the result, so that jobs that agree on it are one job: of several cells of a grid, of
+several grids, of this call and of one that was killed. A lock is free again when its process is gone, however it ended.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors.torch import load_file
+from torch import Tensor
+
+from prunus.machine import atomic, write_json, write_tensors, write_text
+from prunus.masks import Masks
+
+__all__ = ["Job", "Store", "closure"]
+
+State = Mapping[str, Tensor]
+_ERROR, _LOCK, _TRIES = ".error.txt", ".claim", ".tries"
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """Something that is done once; other processes and machines are sent it.
+
+    room: the part of the store that its result is in; key: hash of what decides the result. what: (the job, the store)
+    -> its numbers; what is too large for them goes to `store.folder_of(job)`. needs: what must have ended well before;
+    it reads nothing else from the store.
+
+    >>> Job("dense", digest(recipe), partial(train_dense, recipe))
+    """
+
+    room: str
+    key: str
+    what: Callable[[Job, Store], dict[str, Any]]
+    needs: tuple[Job, ...] = ()
+
+    def run(self, store: Store) -> dict[str, Any]:
+        """Its numbers."""
+        return self.what(self, store)
+
+
+@dataclass(frozen=True)
+class Store:
+    """The folder of finished jobs. rooms: those that lie elsewhere.
+
+    >>> Store(Path("runs/grid"), {"dense": Path("runs/dense")})
+    """
+
+    folder: Path
+    rooms: Mapping[str, Path] = field(default_factory=dict[str, Path])
+
+    def path(self, job: Job, suffix: str = "") -> Path:
+        """Where a job keeps something: its numbers with .json, the folder of its files without a suffix."""
+        return self.rooms.get(job.room, self.folder / job.room) / f"{job.key}{suffix}"
+
+    def folder_of(self, job: Job) -> Path:
+        """The folder of what a job leaves beside its numbers, made if need be."""
+        folder = self.path(job)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def work(self, job: Job) -> Path:
+        """A folder from which the job goes on if it is killed; gone when it has ended well."""
+        return self.path(job, ".work")
+
+    def finished(self, job: Job) -> bool:
+        """Whether its result is there."""
+        return self.path(job, ".json").exists()
+
+    def failed(self, job: Job) -> bool:
+        """Whether it left an error."""
+        return self.path(job, _ERROR).exists()
+
+    def result(self, job: Job) -> dict[str, Any]:
+        """The numbers of a finished job."""
+        return json.loads(self.path(job, ".json").read_text(encoding="utf-8"))
+
+    def error(self, job: Job) -> str:
+        """The last line of how it failed."""
+        return self.path(job, _ERROR).read_text(encoding="utf-8").strip().splitlines()[-1]
+
+    def put(self, job: Job, result: Mapping[str, Any]) -> None:
+        """Keep a result: now the job is finished."""
+        write_json(self.path(job, ".json"), result)
+        shutil.rmtree(self.work(job), ignore_errors=True)
+        self._forget_try(job)
+
+    def fail(self, job: Job, text: str) -> None:
+        """Keep how a job failed: it is not tried again in this call."""
+        write_text(self.path(job, _ERROR), text)
+        self._forget_try(job)
+
+    def drop(self, job: Job) -> None:
+        """Delete a result that nothing needs any more."""
+        self.path(job, ".json").unlink(missing_ok=True)
+        shutil.rmtree(self.path(job), ignore_errors=True)
+
+    def claim(self, job: Job) -> FileLock | None:
+        """The lock of a job that nobody else runs; `release` it."""
+        path = self.path(job, _LOCK)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return _locked(path)
+
+    def release(self, job: Job, lock: FileLock) -> None:
+        """Let others have a job that was claimed."""
+        if self.finished(job) or self.failed(job):  # who claims it now finds it ended
+            self.path(job, _LOCK).unlink(missing_ok=True)
+        lock.release()
+
+    def begin(self, job: Job) -> int:
+        """How often a claimed job is begun by now without having ended, this time included."""
+        path = self.path(job, _TRIES)
+        tries = 1 + (int(path.read_text(encoding="utf-8")) if path.exists() else 0)
+        write_text(path, str(tries))
+        return tries
+
+    def forget(self) -> None:
+        """Let what failed or was killed in earlier calls be tried anew, unless a living process has it."""
+        for folder in (self.folder, *self.rooms.values()):
+            for path in [*folder.rglob(f"*{_ERROR}"), *folder.rglob(f"*{_TRIES}")]:
+                stem = path.name.removesuffix(_ERROR).removesuffix(_TRIES)
+                lock = _locked(path.with_name(stem + _LOCK))
+                if lock is not None:
+                    path.unlink(missing_ok=True)
+                    lock.release()
+
+    def pack(self, job: Job) -> dict[str, bytes]:
+        """All that a finished job left, by path within its room: for a machine without this folder."""
+        room, files = self.path(job).parent, [self.path(job, ".json"), *self.path(job).rglob("*")]
+        return {str(file.relative_to(room)): file.read_bytes() for file in files if file.is_file()}
+
+    def unpack(self, job: Job, files: Mapping[str, bytes]) -> None:
+        """Write what `pack` read elsewhere; the numbers last."""
+        room = self.path(job).parent
+        for name in sorted(files, key=lambda name: name == f"{job.key}.json"):
+            with atomic(room / name) as partial:
+                partial.write_bytes(files[name])
+
+    def write_state(self, job: Job, state: State, masks: Masks | None = None, name: str = "model") -> None:
+        """Keep a network of a job, and its masks."""
+        folder = self.folder_of(job)
+        if masks is not None:
+            masks.save(folder / "masks.safetensors")
+        write_tensors(folder / f"{name}.safetensors", state)
+
+    def state(self, job: Job, name: str = "model") -> dict[str, Tensor]:
+        """A network that a job left, on the CPU."""
+        return load_file(self.path(job) / f"{name}.safetensors")
+
+    def masks(self, job: Job) -> Masks | None:
+        """The masks that a job left, if it did."""
+        path = self.path(job) / "masks.safetensors"
+        return Masks.load(path) if path.exists() else None
+
+    def _forget_try(self, job: Job) -> None:
+        self.path(job, _TRIES).unlink(missing_ok=True)
+
+
+def closure(jobs: Sequence[Job], ended: Callable[[Job], bool]) -> Iterator[Job]:
+    """The jobs for which `ended` is false and what they need, each once, behind what it needs."""
+    seen: set[tuple[str, str]] = set()
+
+    def visit(job: Job) -> Iterator[Job]:
+        name = (job.room, job.key)
+        if name not in seen:
+            seen.add(name)
+            if not ended(job):
+                for need in job.needs:
+                    yield from visit(need)
+                yield job
+
+    for job in jobs:
+        yield from visit(job)
+
+
+def _locked(path: Path) -> FileLock | None:
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return None
+    return lock

@@ -1,0 +1,78 @@
+"""What a grid must know of the recipes it varies: the one place where language models and classifiers differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from prunus.run.layout import Layout, Show
+from prunus.run.store import Job, Store
+
+__all__ = ["Task", "task_of"]
+
+Result = Mapping[str, Any]
+
+
+class Task(Protocol):
+    """What differs between kinds of recipes."""
+
+    @property
+    def threads(self) -> bool:
+        """Whether members may run at once in threads of one process."""
+        ...
+
+    def check(self, tune: Mapping[str, Any] | None, show: Show) -> None:
+        """Raise ValueError for what does not go with this task. tune: the `text` or the word `by` that it goes by."""
+        ...
+
+    def recipe(self, raw: Mapping[str, Any], seed: int, *, tuning: bool, where: str) -> Any:
+        """The checked recipe of a member; tuning: of one that chooses a value."""
+        ...
+
+    def seeded(self, recipe: Any) -> bool:
+        """Whether the result depends on the seed."""
+        ...
+
+    def loss(self, result: Result, text: str | None) -> float:
+        """What the chosen value makes smallest."""
+        ...
+
+    def needs(self, recipe: Any) -> tuple[Job, ...]:
+        """What a member starts from, which others share."""
+        ...
+
+    def beside(self, recipes: Sequence[Any]) -> tuple[Job, ...]:
+        """What is done once for a whole grid."""
+        ...
+
+    def order(self, recipe: Any) -> tuple[Any, ...]:
+        """Members of one seed begin in this order."""
+        ...
+
+    def run(self, recipe: Any, job: Job, store: Store) -> dict[str, Any]:
+        """A member's numbers."""
+        ...
+
+    def prepared(self, recipes: Sequence[Any]) -> AbstractContextManager[Any]:
+        """Entered once in each process around its members. Raises for inputs that are not there."""
+        ...
+
+    def row(self, results: Sequence[Result]) -> dict[str, Any]:
+        """What a table says of one cell, from the results of its seeds; {"mean", "std"} for what is averaged."""
+        ...
+
+    def write(self, layout: Layout, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write table.md and the pictures of the rows into the grid's folder."""
+        ...
+
+
+def task_of(base: Mapping[str, Any]) -> Task:
+    """The task of a base recipe: with the key `images` it is a classifier's."""
+    if "images" in base:
+        from prunus.run.vision.grid import CLASSIFIERS
+
+        return CLASSIFIERS
+    from prunus.run.language import LANGUAGE
+
+    return LANGUAGE
