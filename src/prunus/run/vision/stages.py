@@ -55,6 +55,7 @@ __all__ = [
     "recalibrate",
     "schedule",
     "select",
+    "settle",
     "views_of",
 ]
 
@@ -207,7 +208,7 @@ def _means(found: Corrupted, asked: Corruptions) -> dict[str, Any]:
 
 
 def recalibrate(model: nn.Module, setting: Setting) -> None:
-    """Count the BatchNorm statistics anew on the recipe's share of the training images."""
+    """Count the BatchNorm statistics anew on the recipe's share of an epoch of augmented training batches."""
     with alone():
         recalibrate_(model, setting.training(setting.recipe.recalibrate), precision=setting.precision)
 
@@ -215,6 +216,17 @@ def recalibrate(model: nn.Module, setting: Setting) -> None:
 def has_batchnorm(model: nn.Module) -> bool:
     """Whether there are statistics to count."""
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+def settle(model: nn.Module, setting: Setting) -> bool:
+    """Recalibrate after training, as is done after pruning and averaging; whether there was anything to count.
+
+    Every row of a table ends so: some settled and some not would differ by that alone.
+    """
+    wanted = bool(setting.recipe.recalibrate) and has_batchnorm(model)
+    if wanted:
+        recalibrate(model, setting)
+    return wanted
 
 
 _operations: dict[tuple[Any, ...], dict[str, int]] = {}

@@ -67,7 +67,7 @@ class Begin:
         return stages.measure(self.put(state), self.setting)
 
     def settled(self, state: State) -> State:
-        """The weights with BatchNorm statistics counted anew on the recipe's share of the training images."""
+        """The weights with BatchNorm statistics counted anew as `stages.recalibrate` does."""
         settle_(state, self.setting, self.model)
         return plain_state(self.model)
 

@@ -110,7 +110,7 @@ class Branch:
 
 
 # What decides only the start, or is said by the branch itself.
-_ELSEWHERE = {"out", "during", "prune", "retrain", "recalibrate", "soup", "corruptions"}
+_ELSEWHERE = {"out", "during", "prune", "retrain", "soup", "corruptions"}
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def setting_of(branch: Branch) -> Setting:
 
 
 def grow(branch: Branch, state: Mapping[str, Tensor], masks: Masks | None, checkpoint: Path | None = None) -> Grown:
-    """Train a branch from its start, and measure it; a killed training goes on from its checkpoint."""
+    """Train a branch from its start, settle it and measure it; a killed training goes on from its checkpoint."""
     setting = setting_of(branch)
     model = setting.new_model()
     model.load_state_dict(dict(state))
@@ -210,6 +210,7 @@ def grow(branch: Branch, state: Mapping[str, Tensor], masks: Masks | None, check
     )
     if masks is not None:
         masks.check(model)
+    stages.settle(model, setting)
     numbers = measured(model, setting) | {"steps": branch.steps, "seconds": trace.seconds, "initial_lr": max(trace.lrs)}
     own, mean = plain_state(model), None
     if swa is not None:

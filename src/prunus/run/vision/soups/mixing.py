@@ -35,7 +35,7 @@ Mixer = Callable[[Store, Sequence[Branch], Masks], Mixed]
 
 
 def single(store: Store, branches: Sequence[Branch], masks: Masks) -> Mixed:
-    """The one member, as its training left it."""
+    """The one member, as its branch left it."""
     assert len(branches) == 1
     return Mixed(store.state(branches[0]), ["single"], (1.0,))
 
@@ -60,7 +60,7 @@ def mixer(asked: Average, setting: Setting, model: nn.Module) -> Mixer:
 
 
 def settle_(state: State, setting: Setting, model: nn.Module) -> None:
-    """Put weights into the model, and count BatchNorm statistics anew on the recipe's share of the training images."""
+    """Put weights into the model, and count BatchNorm statistics anew as `stages.recalibrate` does."""
     model.load_state_dict(dict(state))
     if setting.recipe.recalibrate and stages.has_batchnorm(model):
         stages.recalibrate(model, setting)

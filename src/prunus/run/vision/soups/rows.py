@@ -45,7 +45,7 @@ class Rows:
         begin = self.begin
         before = {**begin.measured, **(self._pruned() if begin.masks is None else {})}
         if "dense" in before:
-            self._add("dense", before["dense"], None, 0)
+            self._add("dense", begin.measure(begin.settled(begin.state)), None, 0)
         soup = begin.measure(self.soup.state)
         self._add(f"soup, {_how(self.asked.average)}", soup, self.soup.masks, self.soup.steps, "soup")
         self._members()

@@ -14,6 +14,7 @@ import torch
 
 from prunus.masks import Masks
 from prunus.run.recipe import digest
+from prunus.run.vision import stages
 from prunus.run.vision.soups.branches import Branch, Grown, State, measured, plain_state, setting_of
 from prunus.train import Stacked, classification_loss, member_batches, together, train
 
@@ -77,6 +78,7 @@ def grow_stacked(unit: Sequence[Branch], state: State, masks: Masks | None, chec
     for model, own, branch in zip(models, settings, unit, strict=True):
         if masks is not None:
             masks.check(model)
+        stages.settle(model, own)
         numbers = measured(model, own) | {"steps": branch.steps, "seconds": trace.seconds / len(unit)}
         grown.append(Grown(plain_state(model), None, numbers | {"initial_lr": branch.peak * top}))
     return grown
