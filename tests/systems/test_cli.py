@@ -31,7 +31,7 @@ OPTIONS = {
     "evaluate": "model --data --set --out " + " ".join(f"--{flag.name}" for flag in cli.EVALUATE_FLAGS),
     "inspect": "path --out",
     "average": "checkpoints --out --weights --greedy",
-    "show": "recipe --set",
+    "show": "recipe --set --names",
     "demo": "what --out --sparsity",
 }
 

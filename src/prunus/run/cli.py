@@ -177,10 +177,20 @@ def average(
 
 
 @app.command()
-def show(recipe: RecipeArg = None, assign: SetOption = None) -> None:
-    """Print a recipe with every default filled in, after checking it."""
+def show(
+    recipe: RecipeArg = None,
+    names: Annotated[bool, typer.Option("--names", help="Print what recipes may name instead, with options.")] = False,
+    assign: SetOption = None,
+) -> None:
+    """Print a recipe with every default filled in, after checking it; or all that recipes may name."""
     import yaml
 
+    if names:
+        from prunus.report import print_table
+        from prunus.run.names import rows
+
+        print_table(list(rows()), title="what recipes may name")
+        return
     typer.echo(yaml.safe_dump(load(recipe, assignments(assign)).model_dump(mode="json"), sort_keys=False), nl=False)
 
 

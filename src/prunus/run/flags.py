@@ -134,5 +134,7 @@ def _takes(annotation: Any) -> str | None:
         return "{NAME: TEXT, ..}" if inner == [str, str] else None
     if not inner:
         return None
+    if str in inner and any(get_origin(each) is dict for each in inner):
+        return "NAME"  # one of a family, or {name: {option: value}}
     words = [_takes(each) for each in inner]  # a union
     return None if None in words else "|".join(dict.fromkeys(word for word in words if word))

@@ -26,12 +26,13 @@ from torch import Tensor
 
 from prunus.machine import write_json, write_tensors
 from prunus.masks import Masks
+from prunus.run.names import Choice, retrainings
 from prunus.run.recipe import digest
 from prunus.run.vision import stages
 from prunus.run.vision.recipe import ClassifierRecipe
 from prunus.run.vision.setting import Setting
 from prunus.save import MASKS_NAME
-from prunus.train import Multiplier, Original, Swa, retraining
+from prunus.train import Multiplier, Original, Swa
 
 __all__ = [
     "Branch",
@@ -55,7 +56,7 @@ State = dict[str, Tensor]
 class Rates:
     """The learning rates of a retraining, by name, with its signals."""
 
-    schedule: str
+    schedule: Choice
     original: Original
     steps: int
     distance: float
@@ -64,7 +65,7 @@ class Rates:
 
     def multiplier(self, setting: Setting) -> Multiplier:
         """step -> factor of the peak."""
-        return retraining(
+        return retrainings.make(
             self.schedule, self.original, self.steps, distance=self.distance, share=self.share, warmup=self.warmup
         )
 

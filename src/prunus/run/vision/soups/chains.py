@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from prunus.masks import Masks
+from prunus.run.names import criteria
 from prunus.run.recipe import digest
 from prunus.run.vision import stages
 from prunus.run.vision.experiment import budgets
@@ -138,12 +139,18 @@ def _prune(
     seed = begin.recipe.seed + 7919 * index  # as `experiment` draws them
     how = asked.model_dump(mode="json", exclude={"sparsity", "phases"})
     last = target == asked.sparsity
-    whole = [key, how, target, last and begin.recipe.recalibrate, seed if asked.criterion == "random" else None]
+    whole = [
+        key,
+        how,
+        target,
+        last and begin.recipe.recalibrate,
+        seed if "seed" in criteria.takes(asked.criterion) else None,
+    ]
     start = digest(whole)[:24]
 
     def choose() -> tuple[State, Masks]:
         model = begin.put(state)
-        masks = stages.select(model, target, within, asked, seed)
+        masks = stages.select(model, target, within, asked, seed, setting=begin.setting)
         # The last phase begins with settled statistics, as that of `experiment` does, which measures them.
         pruned = begin.settled(plain_state(model)) if last else plain_state(model)
         return pruned, Masks({name: mask.cpu() for name, mask in masks.items()})
@@ -189,5 +196,5 @@ def _select(begin: Begin, mean: Mapping[str, Tensor]) -> Masks:
     parameters = dict(begin.model.named_parameters())
     for name, value in mean.items():
         parameters[name].copy_(value)
-    masks = stages.select(begin.model, asked.sparsity, None, asked, begin.recipe.seed)
+    masks = stages.select(begin.model, asked.sparsity, None, asked, begin.recipe.seed, setting=begin.setting)
     return Masks({name: mask.cpu() for name, mask in masks.items()})
