@@ -22,7 +22,9 @@ from prunus.run import cli
 from prunus.run import fitted as fitting
 from prunus.run.compress import compress
 from prunus.run.fitted import fitted
-from prunus.run.recipe import Recipe, load_recipe, parse, yaml_value
+from prunus.run.recipe import Recipe, digest, load_recipe, parse, said, yaml_value
+from prunus.run.vision.recipe import dense_key
+from prunus.run.vision.soups.recipe import class_of
 from tests.systems.test_compress import raw
 
 OPTIONS = {
@@ -212,6 +214,24 @@ def test_flags_win_over_set_and_set_over_the_recipe(call, tiny_folder: Path, tex
     ]
 
 
+def test_a_hash_is_of_what_a_recipe_says_beside_its_defaults() -> None:
+    """So that a new key changes none, and results of before it are found."""
+
+    def keys(*raws: dict[str, Any]) -> set[str]:
+        return {digest(parse(raw, class_of(raw) if "images" in raw else Recipe, "")) for raw in raws}
+
+    assert said(Recipe()) == {}
+    digits: dict[str, Any] = {"images": "digits", "model": "resnet8"}
+    whole = parse(digits, class_of(digits), "").model_dump(mode="json")
+    assert len(keys(digits, whole, digits | {"corruptions": None})) == 1
+    asked = digits | {"corruptions": {"severities": [1, 2, 3, 4, 5]}}
+    assert len(keys(digits, digits | {"corruptions": {}}, asked)) == 2
+    assert dense_key(parse(asked, class_of(asked), "")) == dense_key(parse(digits, class_of(digits), ""))
+    retrained = [{"retrain": {}}, {"retrain": {"compile": False, "lr": 1e-4}}, {"retrain": {}, "soup": None}]
+    assert len(keys(*retrained)) == 1
+    assert len(keys({}, {"retrain": {}}, {"retrain": {"lr": 2e-4}}, {"retrain": {}, "soup": {}})) == 4
+
+
 def test_show_prints_a_recipe_that_reads_back(call, tmp_path: Path) -> None:
     status, out, _ = call("show", "--set", "prune.pattern=2:4", "--set", "retrain.lr=1e-3")
     assert status == 0
@@ -249,7 +269,8 @@ def test_a_classifier_is_trained_pruned_and_compared(call, tmp_path: Path) -> No
     status, shown, err = call("evaluate", tmp_path / "run" / "pruned", "--out", numbers)
     assert status == 0, err
     result = json.loads((tmp_path / "run" / "pruned" / "result.json").read_text())
-    assert json.loads(numbers.read_text())["accuracy"] == result["stages"]["retrained"]
+    found = json.loads(numbers.read_text())["accuracy"]
+    assert (found["top1"], found["loss"]) == (result["accuracy"], result["loss"])
     assert f"{100 * result['accuracy']:.2f} %" in shown
     labels = {"dense": {}, "pruned": {"prune.sparsity": 0.5}}
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump({"base": base, "axes": {"method": labels}}))

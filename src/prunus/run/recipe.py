@@ -11,19 +11,17 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-import pydantic
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
-    model_serializer,
     model_validator,
 )
 
@@ -57,11 +55,13 @@ __all__ = [
     "merge",
     "parse",
     "read_yaml",
+    "said",
     "yaml_value",
 ]
 
 Init = Literal["kaiming", "gaussian"]
 Section = TypeVar("Section", bound=BaseModel)
+Keys = set[str] | Mapping[str, Any]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -226,11 +226,6 @@ class Retrain(Strict):
     seed: int = 0
     """Of the order of sequences, and of adapters."""
 
-    @model_serializer(mode="wrap")
-    def _plain(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `compile` when it is not set: recipes written before it was there keep their hashes."""
-        return {key: value for key, value in inner(self).items() if key != "compile" or value}
-
     @model_validator(mode="after")
     def _check(self) -> Retrain:
         strange = [name for name in self.lrs if name not in self.train]
@@ -341,11 +336,6 @@ class Recipe(Strict):
     save: bool = True
     """Whether the model is written."""
 
-    @pydantic.model_serializer(mode="wrap")
-    def _lean(self, handler: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `soup` where there is none, so that recipes older than the key keep their hashes."""
-        return {key: value for key, value in handler(self).items() if key != "soup" or value is not None}
-
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         if self.soup is not None:
@@ -398,9 +388,18 @@ def merge(raw: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+def said(section: BaseModel, *, only: Keys | None = None, but: Keys | None = None) -> dict[str, Any]:
+    """What a recipe or a section says beside its defaults, as JSON: what hashes are made of.
+
+    A key that is added later, with a default that means what was done before, changes no hash. only, but: keys of the
+    section, or nested mappings of them.
+    """
+    return section.model_dump(mode="json", exclude_defaults=True, include=only, exclude=but)
+
+
 def digest(value: Any) -> str:
-    """Hash of a JSON-like value or a recipe, independent of key order."""
-    plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+    """Hash of a JSON-like value, or of what a recipe says, independent of key order."""
+    plain = said(value) if isinstance(value, BaseModel) else value
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()
 
 

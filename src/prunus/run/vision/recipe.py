@@ -18,9 +18,7 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
-    SerializerFunctionWrapHandler,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
@@ -37,7 +35,7 @@ from prunus.run.names import (
     methods,
     pattern_of,
 )
-from prunus.run.recipe import Device, Share, Strict, digest, looks_local, merge, parse, read_yaml
+from prunus.run.recipe import Device, Share, Strict, digest, looks_local, merge, parse, read_yaml, said
 from prunus.run.vision.optimizers import Decay, OptimizerChoice, Pull
 from prunus.score import Allocation, Criterion, allocation_of, check_comparable, compared, criterion_of
 
@@ -276,11 +274,6 @@ class Corruptions(Strict):
     images: Count | None = None
     seed: int = 0
 
-    @model_serializer(mode="wrap")
-    def _lean(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `images` where all are taken, so that recipes older than the key keep their hashes."""
-        return {key: value for key, value in handler(self).items() if key != "images" or value is not None}
-
 
 def _during(value: Any) -> Any:
     """One method by name with the options that its class takes."""
@@ -317,12 +310,6 @@ class ClassifierRecipe(Strict):
     compile: bool = False
     channels_last: Literal["auto"] | bool = "auto"
     out: str = "runs/train"
-
-    @model_serializer(mode="wrap")
-    def _lean(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `corruptions` where there are none, so that recipes older than the key keep their hashes."""
-        whole = handler(self)
-        return {key: value for key, value in whole.items() if key != "corruptions" or value is not None}
 
     @model_validator(mode="after")
     def _check(self) -> ClassifierRecipe:
@@ -387,8 +374,8 @@ def dense_of(recipe: ClassifierRecipe) -> ClassifierRecipe:
 
 def dense_key(recipe: ClassifierRecipe) -> str:
     """Hash of what decides the dense training: recipes that agree on it share the run."""
-    plain: dict[str, Any] = dense_of(recipe).model_dump(mode="json", exclude={"out"})
-    del plain["train"]["evaluate_every"]
-    if plain["images"]["measure_on"] == "both":  # which trains on the images that "validation" trains on
-        plain["images"]["measure_on"] = "validation"
-    return digest(plain)[:24]
+    dense = dense_of(recipe)
+    if dense.images.measure_on == "both":  # which trains on the images that "validation" trains on
+        images = dense.images.model_copy(update={"measure_on": "validation"})
+        dense = dense.model_copy(update={"images": images})
+    return digest(said(dense, but={"out": True, "train": {"evaluate_every"}}))[:24]

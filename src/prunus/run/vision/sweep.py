@@ -26,7 +26,7 @@ from torch import nn
 from prunus.machine import write_json, write_text
 from prunus.measure import latency
 from prunus.report import markdown_table, plot_sweep, progress
-from prunus.run.recipe import Strict, digest, merge, parse, read_yaml
+from prunus.run.recipe import Strict, digest, merge, parse, read_yaml, said
 from prunus.run.vision import stages
 from prunus.run.vision.dense import adopt
 from prunus.run.vision.experiment import experiment
@@ -205,7 +205,7 @@ def _point(asked: Sweep, recipe: ClassifierRecipe) -> dict[str, Any]:
 def _kept(asked: Sweep, name: str, recipe: ClassifierRecipe, head: Mapping[str, Any]) -> dict[str, Any]:
     """A point, read where it is finished, else measured and written."""
     path = asked.out / "points" / f"{name}.json"
-    key = digest([recipe.model_dump(mode="json", exclude={"out"}), asked.timed, _source(asked.dense)])
+    key = digest([said(recipe, but={"out"}), asked.timed, _source(asked.dense)])
     if path.exists():
         known = json.loads(path.read_text(encoding="utf-8"))
         if known.get("key") == key:

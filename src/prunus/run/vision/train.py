@@ -26,7 +26,7 @@ from prunus.machine import write_json, write_text
 from prunus.masks import Masks
 from prunus.measure import Energy
 from prunus.report import append_metrics, plot_run, progress, read_metrics
-from prunus.run.recipe import digest, merge, parse, read_yaml
+from prunus.run.recipe import digest, merge, parse, read_yaml, said
 from prunus.run.vision import stages
 from prunus.run.vision.dense import read_dense, write_state
 from prunus.run.vision.experiment import Outcome, experiment
@@ -67,7 +67,7 @@ def begun(recipe: ClassifierRecipe) -> tuple[Path, str, dict[str, Any] | None]:
 
     Raises ValueError when the folder holds another recipe's run, finished or not.
     """
-    out, key = Path(recipe.out), digest(recipe.model_dump(mode="json", exclude={"out"}))
+    out, key = Path(recipe.out), digest(said(recipe, but={"out"}))
     finished = out / "result.json"
     if finished.exists():
         found = json.loads(finished.read_text(encoding="utf-8"))
