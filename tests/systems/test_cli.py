@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,6 +23,7 @@ from prunus.run.fitted import fitted
 from prunus.run.recipe import Recipe, digest, load_recipe, parse, said, yaml_value
 from prunus.run.vision.recipe import dense_key
 from prunus.run.vision.soups.recipe import class_of
+from tests.processes import start_command
 from tests.systems.test_compress import raw
 
 OPTIONS = {
@@ -288,12 +287,6 @@ def test_only_run_takes_several_processes(call, monkeypatch: pytest.MonkeyPatch)
     assert "a classifier is trained in one process" in refused(call, "run", "--set", "images=digits")
 
 
-def start(*arguments: object) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-m", "prunus.run.cli", *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
 @pytest.mark.slow
 def test_a_run_killed_for_good_ends_with_the_same_bits(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     recipes: dict[str, Any] = {}
@@ -302,15 +295,16 @@ def test_a_run_killed_for_good_ends_with_the_same_bits(tiny_folder: Path, text_f
         asked["retrain"]["steps"] = 200
         recipes[name] = parse(asked, Recipe, name)
     (tmp_path / "killed.yaml").write_text(yaml.safe_dump(recipes["killed"].model_dump(mode="json")))
-    process = start("run", tmp_path / "killed.yaml")
+    process = start_command("run", tmp_path / "killed.yaml")
     block = tmp_path / "killed" / "work" / "blocks" / "model.layers.0.safetensors"
     deadline = time.monotonic() + 120
     while not block.exists():
-        assert process.poll() is None, "the run ended before it was killed"
+        assert process.exitcode is None, "the run ended before it was killed"
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "killed" / "result.json").exists()
 
     compress(recipes["whole"])

@@ -67,8 +67,9 @@ def sms(
     Source: Zimmer, Spiegel & Pokutta 2024, algorithm 1. One member is `imp`.
     Raises ValueError for members < 1, members that are not zero under their mask, and as `imp`.
 
+    >>> layer = nn.Linear(4, 2)
     >>> select = lambda model, s, within: prune(model, sparsity=s, within=within)
-    >>> sms(model, sparsity=0.75, phases=2, members=3, select=select, retrain=lambda copy, phase, member: None)
+    >>> sms(layer, sparsity=0.75, phases=2, members=3, select=select, retrain=lambda copy, phase, member: None)
     Masks(1 parameters, sparsity 0.7500)
     """
     if members < 1:
