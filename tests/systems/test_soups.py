@@ -92,7 +92,7 @@ def test_a_soup_leaves_what_it_says(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("tiny")
 def test_the_recipe_is_the_library_s_loop(tmp_path: Path) -> None:
-    """Every phase of `prunus soup` against `sms` with `train` called by hand: the same bits."""
+    """Every phase of `prunus run` against `sms` with `train` called by hand: the same bits."""
     recipe = asked(tmp_path)
     result = soup_run(recipe)
     setting, dense = Setting.of(recipe), read_dense(tmp_path / "dense")
@@ -364,19 +364,19 @@ def test_the_command_shows_a_table_or_one_line(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("COLUMNS", "200")  # paths are not broken
     made = asked(tmp_path / "out").model_dump(mode="json")
     (tmp_path / "soup.yaml").write_text(yaml.safe_dump(made))
-    done = CliRunner().invoke(app, ["soup", str(tmp_path / "soup.yaml"), "--out", str(tmp_path / "out")])
+    done = CliRunner().invoke(app, ["run", str(tmp_path / "soup.yaml"), "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     assert all(word in done.output for word in ("mean member", "ensemble", "inference", "result.json"))
     shown = CliRunner().invoke(app, ["show", str(tmp_path / "soup.yaml")])
     assert yaml.safe_load(shown.output)["soup"]["members"] == 3
-    other = CliRunner().invoke(app, ["soup", str(tmp_path / "soup.yaml"), "--set", "soup.members=2"])
+    other = CliRunner().invoke(app, ["run", str(tmp_path / "soup.yaml"), "--set", "soup.members=2"])
     assert "holds the result of another recipe" in str(other.exception)
-    none = CliRunner().invoke(app, ["soup", str(tmp_path / "soup.yaml"), "--workers", "0"])
+    none = CliRunner().invoke(app, ["run", str(tmp_path / "soup.yaml"), "--workers", "0"])
     assert "workers and together are at least 1" in str(none.exception)
     del made["soup"]
     (tmp_path / "plain.yaml").write_text(yaml.safe_dump(made))
-    plain = CliRunner().invoke(app, ["soup", str(tmp_path / "plain.yaml")])
-    assert "add soup: {members: 3}" in str(plain.exception)
+    plain = CliRunner().invoke(app, ["run", str(tmp_path / "plain.yaml"), "--workers", "2"])
+    assert "this recipe has none" in str(plain.exception)
 
 
 def killable(out: Path, images: str) -> dict[str, Any]:
@@ -396,7 +396,7 @@ def test_a_soup_killed_for_good_keeps_its_members(
 ) -> None:
     made = killable(tmp_path / "killed", few)
     (tmp_path / "soup.yaml").write_text(yaml.safe_dump(made))
-    process = start_command("soup", tmp_path / "soup.yaml", *flags)
+    process = start_command("run", tmp_path / "soup.yaml", *flags)
     deadline = time.monotonic() + 240
     while not (done := list((tmp_path / "killed" / "members" / "branches").glob("*.json"))):
         assert process.exitcode is None, "the soup ended before it was killed"
@@ -662,7 +662,7 @@ def test_a_ray_run_on_local_workers_is_the_sequential_one(tmp_path: Path) -> Non
     for name, flags in (("one", ()), ("ray", ("--ray", "local"))):
         made = asked(tmp_path / name, {"baselines": ["longer", "swa"], "plane": 0}).model_dump(mode="json")
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(made))
-        process = start_command("soup", tmp_path / f"{name}.yaml", *flags)
+        process = start_command("run", tmp_path / f"{name}.yaml", *flags)
         process.join(timeout=280)
         assert process.exitcode == 0
         done[name] = json.loads((tmp_path / name / "result.json").read_text())

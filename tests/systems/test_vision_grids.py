@@ -276,7 +276,7 @@ def test_a_grid_killed_for_good_repeats_nothing_finished(tmp_path: Path, few: st
         return made
 
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(asked(tmp_path / "killed")))
-    process = start_command("compare", tmp_path / "grid.yaml", "--workers", "2")
+    process = start_command("grid", tmp_path / "grid.yaml", "--workers", "2")
     deadline = time.monotonic() + 120
     while not (done := list((tmp_path / "killed").glob("dense/*/metrics.json"))):
         assert process.exitcode is None, "the grid ended before it was killed"

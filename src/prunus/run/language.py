@@ -23,7 +23,7 @@ from prunus.run import stages
 from prunus.run.fitted import fitted
 from prunus.run.language_tables import row, write
 from prunus.run.layout import Show
-from prunus.run.recipe import Recipe, digest, merge, parse
+from prunus.run.recipe import Recipe, digest, merge, parse, said
 from prunus.run.soups import SOUP, blend
 from prunus.run.store import Job, Store
 
@@ -36,7 +36,7 @@ _read: dict[str, Any] = {}  # the dense and the pruned model that were used last
 
 def pruned_job(recipe: Recipe) -> Job:
     """The pruned model of the recipe's sections that decide it: the weights that changed, with their masks."""
-    return Job("starts", digest(recipe.model_dump(mode="json", include=_DECIDES))[:24], partial(_prune_once, recipe))
+    return Job("starts", digest(said(recipe, only=_DECIDES))[:24], partial(_prune_once, recipe))
 
 
 def _prune_once(recipe: Recipe, job: Job, store: Store) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import torch
 from prunus.machine import write_json
 from prunus.masks import Masks
 from prunus.run import stages
-from prunus.run.recipe import Recipe, Retrain, digest
+from prunus.run.recipe import Recipe, Retrain, digest, said
 from prunus.save import average_folders, load_info, save_model
 from prunus.soup import check_weights
 
@@ -165,5 +165,5 @@ class _Oven:
 
     def _key(self, asked: Retrain) -> str:
         """Hash of what decides a member: everything but the other members, the output and what is done later."""
-        whole = self.recipe.model_dump(mode="json", exclude={"soup", "out", "save"})
-        return digest({**whole, "retrain": asked.model_dump(mode="json")})
+        whole = said(self.recipe, but={"soup", "out", "save"})
+        return digest({**whole, "retrain": said(asked)})

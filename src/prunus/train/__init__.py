@@ -23,7 +23,7 @@ from prunus.train.lr import (
     slr,
 )
 from prunus.train.stacked import Stacked, member_batches, together
-from prunus.train.train import Trace, classification_loss, next_token_loss, train
+from prunus.train.train import Substituted, Trace, classification_loss, next_token_loss, train
 
 __all__ = [
     "During",
@@ -32,6 +32,7 @@ __all__ = [
     "Original",
     "Plan",
     "Stacked",
+    "Substituted",
     "Swa",
     "Trace",
     "allr",

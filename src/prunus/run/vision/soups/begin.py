@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from prunus.during import During, Part, cubic
 from prunus.machine import write_json
 from prunus.masks import Masks
-from prunus.run.recipe import digest
+from prunus.run.recipe import digest, said
 from prunus.run.vision import stages
 from prunus.run.vision.dense import dense
 from prunus.run.vision.experiment import _finished, _method
@@ -92,9 +92,8 @@ def begin_at(
 
 def _after_method(setting: Setting, recipe: SoupRecipe, store: Store, bar: Bar) -> Begin:
     """Read from the store, or trained while a method prunes, and stored; others that need the same wait for it."""
-    plain = recipe.model_dump(mode="json", exclude={"out", "soup", "retrain"})
-    plain["train"].pop("evaluate_every")
-    key = digest(["method", plain, recipe.retrain is None])[:24]
+    own = said(recipe, but={"out": True, "soup": True, "retrain": True, "train": {"evaluate_every"}})
+    key = digest(["method", own, recipe.retrain is None])[:24]
     folder = store.folder / "starts" / key
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "training"):

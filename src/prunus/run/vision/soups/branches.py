@@ -27,7 +27,7 @@ from torch import Tensor
 from prunus.machine import write_json, write_tensors
 from prunus.masks import Masks
 from prunus.run.names import Choice, retrainings
-from prunus.run.recipe import digest
+from prunus.run.recipe import digest, said
 from prunus.run.vision import stages
 from prunus.run.vision.recipe import ClassifierRecipe
 from prunus.run.vision.setting import Setting
@@ -104,7 +104,7 @@ class Branch:
     @cached_property
     def key(self) -> str:
         """Hash of what decides the result."""
-        recipe = self.recipe.model_dump(mode="json", exclude=_ELSEWHERE)
+        recipe = said(self.recipe, but=_ELSEWHERE)
         rates = vars(self.rates) | ({"original": self.rates.original.runs()} if isinstance(self.rates, Rates) else {})
         own: dict[str, Any] = {name: getattr(self, name) for name in ("start", "part", "steps", "peak", "order", "swa")}
         return digest([recipe, type(self.rates).__name__, rates, own])[:24]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prunus.masks import Masks
 from prunus.run.names import criteria
-from prunus.run.recipe import digest
+from prunus.run.recipe import digest, said
 from prunus.run.vision import stages
 from prunus.run.vision.experiment import budgets
 from prunus.run.vision.soups.begin import Begin
@@ -137,7 +137,7 @@ def _prune(
     asked = begin.recipe.prune
     assert asked is not None
     seed = begin.recipe.seed + 7919 * index  # as `experiment` draws them
-    how = asked.model_dump(mode="json", exclude={"sparsity", "phases"})
+    how = said(asked, but={"sparsity", "phases"})
     last = target == asked.sparsity
     whole = [
         key,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from prunus.masks import Masks
-from prunus.run.recipe import digest
+from prunus.run.recipe import digest, said
 from prunus.run.vision import stages
 from prunus.run.vision.soups.branches import Branch, Grown, State, measured, plain_state, setting_of
 from prunus.train import Stacked, classification_loss, member_batches, together, train
@@ -86,6 +86,6 @@ def grow_stacked(unit: Sequence[Branch], state: State, masks: Masks | None, chec
 
 def _alike(branch: Branch) -> str:
     """Hash of what members of one stack share."""
-    recipe = branch.recipe.model_dump(mode="json", include={"images", "model", "precision", "device", "capture"})
-    train = branch.recipe.train.model_dump(mode="json", exclude=_OWN)
+    recipe = said(branch.recipe, only={"images", "model", "precision", "device", "capture"})
+    train = said(branch.recipe.train, but=_OWN)
     return digest([recipe, train, branch.start, branch.part, branch.steps, str(branch.rates)])
