@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from prunus.run.layout import Show
 from prunus.run.recipe import Recipe, digest, merge, parse, said
 from prunus.run.soups import SOUP, blend
 from prunus.run.store import Job, Store
+from prunus.soup import distance
 
 __all__ = ["LANGUAGE", "pruned_job"]
 
@@ -100,6 +101,8 @@ class _Language:
         recipe = fitted(recipe, device)
         dense = _dense(recipe, device)
         pruned = stages.Loaded(model, dense.tokenizer, dense.folder)
+        if recipe.retrain is not None and recipe.retrain.schedule == "allr":
+            pruned = replace(pruned, distance=distance(dict(dense.model.named_parameters()), masks))
         result: dict[str, Any] = {"pruning": pruning, "sparsity": masks.sparsity}
         if recipe.soup is not None:
             folder = store.work(job)
@@ -128,6 +131,7 @@ def _retrain(pruned: stages.Loaded, masks: Masks, recipe: Recipe, device: torch.
         stages.text_tokens(recipe.retrain.data, pruned.tokenizer),
         recipe.retrain,
         precision=stages.precision_of(recipe, device),
+        distance=pruned.distance,
     )
     shown = asdict(report) | {"tokens_per_second": report.tokens_per_second}
     return shown | {"merge": _merge_summary(report.merge)}
