@@ -14,7 +14,6 @@ import difflib
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
@@ -235,7 +234,9 @@ def _is_method(member: Any) -> bool:
 
 
 def _lr() -> list[ModuleType]:
-    return [import_module("prunus.train")]  # not `from prunus import train`, which is the function
+    from prunus.train import lr
+
+    return [lr]
 
 
 def _sets() -> list[ModuleType]:

@@ -12,6 +12,7 @@ from prunus.score.counts import (
     check_comparable,
     compared,
     counts_under,
+    fill,
     needed,
     round_to_total,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "criterion",
     "criterion_of",
     "erk",
+    "fill",
     "global_",
     "lamp",
     "magnitude",

@@ -19,7 +19,6 @@ from prunus.train.lr import (
     lrw,
     multistep,
     one_cycle,
-    retraining,
     slr,
 )
 from prunus.train.stacked import Stacked, member_batches, together
@@ -53,7 +52,6 @@ __all__ = [
     "next_token_loss",
     "one_cycle",
     "recalibrate_",
-    "retraining",
     "slr",
     "together",
     "train",

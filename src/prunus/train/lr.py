@@ -7,6 +7,9 @@ No recursion and no state: step t of T alone decides, so that a resumed run need
 
 With T steps, W of warm-up, R = T - W and u = t - W, every warm-up reaches its top in its last step and wastes none: its
 first step is already 1 / W along. Schedulers of other libraries often begin with a step of learning rate zero.
+
+A new schedule is one function that returns a `Multiplier` and one `__all__` entry: recipes find it there. Its first
+argument, `steps` or `original`, says which of the two it is.
 """
 
 from __future__ import annotations
@@ -20,7 +23,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 __all__ = [
-    "RETRAINING",
     "Multiplier",
     "Original",
     "allr",
@@ -35,7 +37,6 @@ __all__ = [
     "lrw",
     "multistep",
     "one_cycle",
-    "retraining",
     "scheduler",
     "slr",
 ]
@@ -270,45 +271,6 @@ def allr(original: Original, steps: int, *, distance: float, share: float, warmu
     rise, start = _warmup_steps(steps, warmup), min(1.0, max(distance, share))
     fall = _falling(steps - rise, 0.0)
     return _after(rise, lambda x: start * _wave(x), lambda u: start * fall(u))
-
-
-RETRAINING: dict[str, Callable[..., Multiplier]] = {
-    "ft": ft,
-    "lrw": lrw,
-    "slr": slr,
-    "clr": clr,
-    "llr": llr,
-    "allr": allr,
-}
-
-
-def retraining(
-    name: str,
-    original: Original,
-    steps: int,
-    *,
-    distance: float | None = None,
-    share: float | None = None,
-    warmup: float = 0.1,
-) -> Multiplier:
-    """The retraining schedule of this name; the others leave aside allr's signals, ft and lrw also the warm-up.
-
-    Raises ValueError for a name that is not in RETRAINING, and for allr without its signals.
-
-    >>> retraining("llr", Original.of([0.1]), 4, warmup=0)(3)
-    0.25
-    """
-    if name not in RETRAINING:
-        raise ValueError(f"There is no retraining schedule {name!r}; there are {', '.join(RETRAINING)}.")
-    if name in ("ft", "lrw"):
-        return RETRAINING[name](original, steps)
-    if name == "allr":
-        if distance is None or share is None:
-            raise ValueError(
-                "allr needs its signals: pass distance (retrain.distance) and share (steps / original.steps)."
-            )
-        return allr(original, steps, distance=distance, share=share, warmup=warmup)
-    return RETRAINING[name](original, steps, warmup=warmup)
 
 
 def scheduler(optimizer: Optimizer, multiplier: Multiplier) -> LambdaLR:
