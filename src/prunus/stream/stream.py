@@ -6,7 +6,7 @@ after its last one:
 
     hidden_0 = embed(tokens);  for each block l:  W_l <- solve(W_l, inputs);  hidden_l+1 = block_l(hidden_l)
 
-What a block is asked, and how it is run, is in `blocks.py`; the fit of a pruned block is in `reconstruct.py`.
+How a block is run is in `blocks/`, how its layers are solved in `layerwise.py`, the fit of a pruned one in `reconstruct.py`.
 """
 
 from __future__ import annotations
