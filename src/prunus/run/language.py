@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -21,11 +21,13 @@ import torch
 from prunus.masks import Masks
 from prunus.run import stages
 from prunus.run.fitted import fitted
+from prunus.run.folder import device_of
 from prunus.run.language_tables import row, write
 from prunus.run.layout import Show
 from prunus.run.recipe import Recipe, digest, merge, parse, said
 from prunus.run.soups import SOUP, blend
 from prunus.run.store import Job, Store
+from prunus.soup import distance
 
 __all__ = ["LANGUAGE", "pruned_job"]
 
@@ -40,7 +42,7 @@ def pruned_job(recipe: Recipe) -> Job:
 
 
 def _prune_once(recipe: Recipe, job: Job, store: Store) -> dict[str, Any]:
-    device = stages.device_of(recipe)
+    device = device_of(recipe)
     within = fitted(recipe, device)
     model, masks, report = _prune(_dense(within, device), within, device)
     parameters = dict(model.named_parameters())
@@ -49,7 +51,7 @@ def _prune_once(recipe: Recipe, job: Job, store: Store) -> dict[str, Any]:
 
 
 def _measure_dense(recipe: Recipe, job: Job, store: Store) -> dict[str, Any]:
-    device = stages.device_of(recipe)
+    device = device_of(recipe)
     return stages.evaluate(_dense(recipe, device), recipe, device)
 
 
@@ -95,11 +97,13 @@ class _Language:
         _read.clear()
 
     def run(self, recipe: Recipe, job: Job, store: Store) -> dict[str, Any]:
-        started, device = time.perf_counter(), stages.device_of(recipe)
+        started, device = time.perf_counter(), device_of(recipe)
         model, masks, pruning = _pruned(recipe, store, device)
         recipe = fitted(recipe, device)
         dense = _dense(recipe, device)
         pruned = stages.Loaded(model, dense.tokenizer, dense.folder)
+        if recipe.retrain is not None and recipe.retrain.schedule == "allr":
+            pruned = replace(pruned, distance=distance(dict(dense.model.named_parameters()), masks))
         result: dict[str, Any] = {"pruning": pruning, "sparsity": masks.sparsity}
         if recipe.soup is not None:
             folder = store.work(job)
@@ -128,6 +132,7 @@ def _retrain(pruned: stages.Loaded, masks: Masks, recipe: Recipe, device: torch.
         stages.text_tokens(recipe.retrain.data, pruned.tokenizer),
         recipe.retrain,
         precision=stages.precision_of(recipe, device),
+        distance=pruned.distance,
     )
     shown = asdict(report) | {"tokens_per_second": report.tokens_per_second}
     return shown | {"merge": _merge_summary(report.merge)}

@@ -153,6 +153,7 @@ class _Oven:
                 precision=stages.precision_of(self.recipe, self.device),
                 checkpoint=self._checkpoint(key),
                 on_step=None if advance is None else lambda done, _loss: advance.to(done),
+                distance=self.loaded.distance,
             )
         with self.bar(f"evaluate {name}", None):
             found = stages.evaluate(stages.Loaded(model, self.loaded.tokenizer, None), self.recipe, self.device)

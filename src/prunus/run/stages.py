@@ -27,21 +27,25 @@ from prunus.masks import Masks
 from prunus.measure import perplexity, streamed_perplexity
 from prunus.run.recipe import Data, Recipe, Retrain
 from prunus.stream import BlockReport, Fit, Shards, Streamed, Work, stream
-from prunus.train import linear_warmup_decay, next_token_loss, train
+from prunus.train import next_token_loss, train
 
-__all__ = ["Loaded", "Retrained", "device_of", "evaluate", "load", "precision_of", "prune", "retrain", "text_tokens"]
+__all__ = ["Loaded", "Retrained", "evaluate", "load", "precision_of", "prune", "retrain", "text_tokens"]
 
 OnStep = Callable[[int, float], None]
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with its tokenizer; `folder` is the local folder it came from, `source` its shards when streamed."""
+    """A model with its tokenizer; `folder` is the local folder it came from, `source` its shards when streamed.
+
+    distance: what pruning took away from it, as `soup.distance` measures it.
+    """
 
     model: Any
     tokenizer: Any
     folder: Path | None
     source: Source | None = None
+    distance: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -60,19 +64,6 @@ class Retrained:
     def tokens_per_second(self) -> float:
         """Useful tokens a second: every token of a packed window is trained on."""
         return self.tokens / max(self.seconds, 1e-9)
-
-
-def device_of(recipe: Recipe) -> torch.device:
-    """The device of a recipe; "auto" is the first GPU if there is one.
-
-    Raises ValueError when a CUDA device is asked for and none is there.
-    """
-    if recipe.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(recipe.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: {recipe.device!r} asked for, but torch sees no GPU; use device: auto or cpu")
-    return device
 
 
 def precision_of(recipe: Recipe, device: torch.device) -> Precision:
@@ -198,6 +189,15 @@ def summary(streamed: Streamed) -> dict[str, Any]:
     }
 
 
+def weights_to_compare(loaded: Loaded, recipe: Recipe) -> dict[str, Tensor]:
+    """Copies of the prunable weights where the schedule of retraining goes by what pruning takes away, else nothing."""
+    if recipe.retrain is None or recipe.retrain.schedule != "allr":
+        return {}
+    views = find_layers(loaded.model, include=recipe.prune.include, exclude=recipe.prune.exclude)
+    parameters = dict(loaded.model.named_parameters())
+    return {view.parameter: parameters[view.parameter].detach().to("cpu", copy=True) for view in views}
+
+
 def pruned_views(model: nn.Module, masks: Masks, recipe: Recipe) -> list[View]:
     """The layers of `model` that the recipe pruned: those that an adapter adapts."""
     found = find_layers(model, include=recipe.prune.include, exclude=recipe.prune.exclude)
@@ -215,10 +215,11 @@ def retrain(
     checkpoint: Path | None = None,
     on_step: OnStep | None = None,
     before_merge: Callable[[], None] | None = None,
+    distance: float = 1.0,
 ) -> Retrained:
     """What happened while the chosen parameters of `model` were retrained on packed `tokens` and merged, in place.
 
-    before_merge is called between training and merging, with the adapters still in place.
+    before_merge is called between training and merging, with the adapters still in place. distance: for allr.
     """
     if asked.add_biases:
         add_biases(model)
@@ -247,7 +248,7 @@ def retrain(
             model,
             lambda step: packed.at(step, batch=asked.batch_size, seed=asked.seed),
             optimizer,
-            linear_warmup_decay(asked.steps, asked.warmup),
+            asked.rates(distance),
             steps=asked.steps,
             loss=next_token_loss,
             masks=masks if "full" in asked.train else None,
