@@ -115,7 +115,14 @@ def test_the_recipe_is_the_library_s_loop(tmp_path: Path) -> None:
         sparsity=0.9,
         phases=2,
         members=3,
-        select=lambda network, sparsity, within: stages.select(network, sparsity, within, recipe.prune, 0),  # pyright: ignore
+        select=lambda network, sparsity, within: stages.select(
+            network,
+            sparsity,
+            within,
+            recipe.prune,
+            0,
+            setting=setting,  # pyright: ignore
+        ),
         retrain=retrain,
         settle=lambda network: recalibrate_(network, setting.training(1.0)),
     )

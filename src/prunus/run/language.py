@@ -21,6 +21,7 @@ import torch
 from prunus.masks import Masks
 from prunus.run import stages
 from prunus.run.fitted import fitted
+from prunus.run.folder import device_of
 from prunus.run.language_tables import row, write
 from prunus.run.layout import Show
 from prunus.run.recipe import Recipe, digest, merge, parse, said
@@ -41,7 +42,7 @@ def pruned_job(recipe: Recipe) -> Job:
 
 
 def _prune_once(recipe: Recipe, job: Job, store: Store) -> dict[str, Any]:
-    device = stages.device_of(recipe)
+    device = device_of(recipe)
     within = fitted(recipe, device)
     model, masks, report = _prune(_dense(within, device), within, device)
     parameters = dict(model.named_parameters())
@@ -50,7 +51,7 @@ def _prune_once(recipe: Recipe, job: Job, store: Store) -> dict[str, Any]:
 
 
 def _measure_dense(recipe: Recipe, job: Job, store: Store) -> dict[str, Any]:
-    device = stages.device_of(recipe)
+    device = device_of(recipe)
     return stages.evaluate(_dense(recipe, device), recipe, device)
 
 
@@ -96,7 +97,7 @@ class _Language:
         _read.clear()
 
     def run(self, recipe: Recipe, job: Job, store: Store) -> dict[str, Any]:
-        started, device = time.perf_counter(), stages.device_of(recipe)
+        started, device = time.perf_counter(), device_of(recipe)
         model, masks, pruning = _pruned(recipe, store, device)
         recipe = fitted(recipe, device)
         dense = _dense(recipe, device)
