@@ -103,10 +103,13 @@ def run(graphs: Sequence[Graph], workers: Workers, *, name: str = "run") -> list
 def failures(graphs: Sequence[Graph]) -> list[str]:
     """How what was asked for failed: one line, or none."""
     failed = [(graph.store, job) for graph in graphs for job in graph.jobs() if graph.store.failed(job)]
+    causes = {store.path(job): (store, job) for store, job in (_cause(*each) for each in failed)}
     if not failed:
         return []
-    store, job = _cause(*failed[0])
-    return [f"{len(failed)} jobs failed; the first: {store.error(job)} (see {store.path(job, '.error.txt')})"]
+    store, job = next(iter(causes.values()))
+    more = sum(store.path(job) not in causes for store, job in failed)
+    count = f"{len(causes)} jobs failed" + (f", {more} for want of them" if more else "")
+    return [f"{count}; the first: {store.error(job)} (see {store.path(job, '.error.txt')})"]
 
 
 def own_stream() -> AbstractContextManager[Any]:

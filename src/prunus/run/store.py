@@ -75,6 +75,11 @@ class Store:
         """A folder from which the job goes on if it is killed; gone when it has ended well."""
         return self.path(job, ".work")
 
+    def checkpoint(self, job: Job) -> Path:
+        """The file in it from which a training goes on."""
+        self.work(job).mkdir(parents=True, exist_ok=True)
+        return self.work(job) / "checkpoint.pt"
+
     def finished(self, job: Job) -> bool:
         """Whether its result is there."""
         return self.path(job, ".json").exists()

@@ -20,7 +20,6 @@ from prunus.train.lr import (
     one_cycle,
     retraining,
 )
-from prunus.train.stacked import Stacked, member_batches, together
 from prunus.train.train import Trace, classification_loss, next_token_loss, train
 
 __all__ = [
@@ -29,7 +28,6 @@ __all__ = [
     "Multiplier",
     "Original",
     "Plan",
-    "Stacked",
     "Swa",
     "Trace",
     "allr",
@@ -44,12 +42,10 @@ __all__ = [
     "llr",
     "lrw",
     "masks_by_magnitude",
-    "member_batches",
     "multistep",
     "next_token_loss",
     "one_cycle",
     "recalibrate_",
     "retraining",
-    "together",
     "train",
 ]

@@ -1,7 +1,7 @@
 """Grids of classifier recipes: seeds, tuning by validation accuracy, shared dense trainings, the numbers of a member.
 
 out/dense/KEY/    a dense training, done once for all members that start from it (see `dense`); or in the grid's `dense`
-out/soups/        the members of soups, and what they start from, each once for all cells
+out/starts/, out/trainings/    what members of soups start from, and themselves, each once for all cells
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from prunus.run.layout import Layout, Show
 from prunus.run.recipe import merge, parse
 from prunus.run.store import Job, Store
 from prunus.run.vision.recipe import ClassifierRecipe
+from prunus.run.vision.soups.plan import Plan
 from prunus.run.vision.soups.recipe import SoupRecipe, class_of
 from prunus.run.vision.starts import dense_job
 
@@ -55,7 +56,9 @@ class _Classifiers:
         return -float(result["accuracy"])
 
     def needs(self, recipe: ClassifierRecipe) -> tuple[Job, ...]:
-        """The dense training; methods that prune during training start from none."""
+        """The dense training, which methods that prune during training have none of; of a soup everything."""
+        if isinstance(recipe, SoupRecipe):
+            return Plan(recipe).jobs
         return () if recipe.during is not None else (dense_job(recipe),)
 
     def beside(self, recipes: Sequence[ClassifierRecipe]) -> tuple[Job, ...]:
@@ -79,12 +82,13 @@ class _Classifiers:
         """No model is written but dense ones, and what soups share."""
         from prunus.run.vision.experiment import experiment
         from prunus.run.vision.setting import Setting
+        from prunus.run.vision.soups.experiment import outcome
 
-        setting, dense = Setting.of(recipe), store.path(dense_job(recipe))
+        setting = Setting.of(recipe)
         if isinstance(recipe, SoupRecipe):
-            found = _soup(setting, dense, store)
+            found = outcome(Plan(recipe), store, picture=False).result
         else:
-            found = experiment(setting, dense, work=store.work(job)).result
+            found = experiment(setting, store.path(dense_job(recipe)), work=store.work(job)).result
         return {**found, "device": setting.name}
 
     def row(self, results: Sequence[Result]) -> dict[str, Any]:
@@ -99,16 +103,6 @@ class _Classifiers:
 
 
 CLASSIFIERS = _Classifiers()
-
-
-def _soup(setting: Any, dense: Any, store: Store) -> dict[str, Any]:
-    """A soup's numbers; its members are trained once for all soups of the grid, whoever needs one first."""
-    from prunus.run.vision.soups.branches import Store as Branches
-    from prunus.run.vision.soups.experiment import soup_experiment
-    from prunus.run.vision.soups.pools import OneByOne
-
-    branches = Branches(store.folder / "soups")
-    return soup_experiment(setting, dense, branches, OneByOne(branches), picture=False).result
 
 
 def _epochs(recipe: ClassifierRecipe) -> float:

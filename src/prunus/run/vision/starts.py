@@ -19,6 +19,4 @@ def dense_job(recipe: ClassifierRecipe) -> Job:
 
 
 def _dense(recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str, Any]:
-    work = store.work(job)
-    work.mkdir(parents=True, exist_ok=True)
-    return dict(dense(Setting.of(recipe), store.path(job), checkpoint=work / "dense.pt").metrics)
+    return dict(dense(Setting.of(recipe), store.path(job), checkpoint=store.checkpoint(job)).metrics)
