@@ -26,8 +26,9 @@ from prunus.blocks.recompute import recomputed
 from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.patterns import Unstructured
+from prunus.score import Criterion
 from prunus.score.scores import wanda
-from prunus.solve.solvers import by_score, sparsegpt
+from prunus.solve.sweep import sparsegpt
 from prunus.stream.stream import stream
 from prunus.train.next_token import next_token_loss
 
@@ -39,8 +40,8 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     """One row for each work and each quantity that grows."""
     base = sized(2048, args), max(1, sized(8, args, 1)), sized(256, args, 16)  # width, windows, length
     works: dict[str, Work] = {
-        "Wanda": lambda *sizes: _prune(*sizes, gram=False),
-        "SparseGPT": lambda *sizes: _prune(*sizes, gram=True),
+        "Wanda": lambda *sizes: _prune(*sizes, wanda),
+        "SparseGPT": lambda *sizes: _prune(*sizes, sparsegpt()),
         "biases and norms, step": lambda *sizes: _step(*sizes, kinds=["biases", "norms"]),
         "MaskLoRA, step": lambda *sizes: _step(*sizes, kinds=["mask_lora"]),
     }
@@ -107,12 +108,11 @@ def _tokens(args: argparse.Namespace, windows: int, length: int) -> Tensor:
     return torch.randint(4, 256, (windows, length), generator=torch.Generator().manual_seed(args.seed))
 
 
-def _prune(args: argparse.Namespace, width: int, windows: int, length: int, *, gram: bool) -> Cost:
+def _prune(args: argparse.Namespace, width: int, windows: int, length: int, criterion: Criterion) -> Cost:
     model, tokens = _build(args, width, length), _tokens(args, windows, length)
-    solver, pattern = (sparsegpt(), Unstructured("layer")) if gram else (by_score(wanda), Unstructured("row"))
 
     def run() -> None:
-        stream(model, solver, pattern, 0.5, tokens=tokens, gram=gram, batch_size=max(1, 2048 // length))
+        stream(model, criterion, Unstructured(criterion.compare), 0.5, tokens=tokens, batch_size=max(1, 2048 // length))
 
     return cost(run, args, repeats=1)
 

@@ -31,24 +31,24 @@ from prunus.report import print_table
 from prunus.run import stages
 from prunus.run.fitted import fitted
 from prunus.run.recipe import load_recipe
-from prunus.solve.solvers import Solver
+from prunus.score import Criterion
 
 ROWS = prunus.Unstructured("row")
 PATTERNS = {"50 %": (ROWS, 0.5), "60 %": (ROWS, 0.6), "2:4": (prunus.NM(2, 4), 0.5)}
 
 
-def mask_alone(solver: Solver) -> Solver:
-    """The mask that a solver chooses, on the weights as they were."""
+def mask_alone(criterion: Criterion) -> Criterion:
+    """The mask that a criterion chooses, on the weights as they were."""
 
     def solve(layer: Layer, pattern: Pattern, kept: int) -> tuple[Tensor, Tensor]:
-        mask = solver(layer, pattern, kept)[1]
+        mask = criterion.solve(layer, pattern, kept)[1]
         return layer.weight * mask, mask
 
-    return solve
+    return Criterion(solve, needs=criterion.needs, compare=criterion.compare)
 
 
-SOLVERS: dict[str, Solver] = {
-    "Wanda": prunus.by_score(prunus.wanda),
+SOLVERS: dict[str, Criterion] = {
+    "Wanda": prunus.wanda,
     "SparseGPT": prunus.sparsegpt(),
     "SparseGPT, its mask alone": mask_alone(prunus.sparsegpt()),
     "Frank-Wolfe, convex, rounded": prunus.frank_wolfe(30, 0, (0.0, 0.0)),
@@ -66,22 +66,22 @@ def error(layer: Layer, weight: Tensor) -> float:
     return float(((change @ layer.inputs.gram.double().to(change.device)) * change).sum())
 
 
-def measure_all(rows: list[dict[str, Any]]) -> Solver:
-    """A solver that measures the others on every layer it is given, and leaves the layer dense."""
+def measure_all(rows: list[dict[str, Any]]) -> Criterion:
+    """A criterion that measures the others on every layer it is given, and leaves the layer dense."""
 
     def solve(layer: Layer, _: Pattern, __: int) -> tuple[Tensor, Tensor]:
         for label, (pattern, sparsity) in PATTERNS.items():
             kept = pattern.counts((layer.weight.shape[0], layer.weight.shape[1]), sparsity, name=layer.name)
-            for name, solver in SOLVERS.items():
+            for name, criterion in SOLVERS.items():
                 started = time.perf_counter()
-                weight, mask = solver(layer, pattern, kept)
+                weight, mask = criterion.solve(layer, pattern, kept)
                 assert int(mask.sum()) == kept  # waits for a GPU, too
                 seconds = time.perf_counter() - started
                 found = error(layer, weight)
                 rows.append({"layer": layer.name, "pattern": label, "solver": name, "error": found, "seconds": seconds})
         return layer.weight, torch.ones_like(layer.weight, dtype=torch.bool)
 
-    return solve
+    return Criterion(solve, needs="gram")
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from prunus.layers import Inputs, Layer
 from prunus.patterns import NM, Pattern, Unstructured
-from prunus.solve.solvers import sparsegpt
+from prunus.solve.sweep import sparsegpt
 
 SHAPES = ((7168, 28672, 5), (4096, 4096, 15))  # out, in, how many times faster is aimed at
 
@@ -73,9 +73,9 @@ def _row(args: argparse.Namespace, rate: float, out: int, in_: int, pattern: Pat
     gram = layer.inputs.gram
     assert gram is not None
     kept = out * in_ // 2
-    ours = cost(lambda: sparsegpt()(layer, pattern, kept), args, repeats=3)
+    ours = cost(lambda: sparsegpt().solve(layer, pattern, kept), args, repeats=3)
     published = cost(lambda: textbook(layer.weight, gram, pattern), args, repeats=1)
-    found = _error(layer.weight, sparsegpt()(layer, pattern, kept)[0], gram)
+    found = _error(layer.weight, sparsegpt().solve(layer, pattern, kept)[0], gram)
     expected = _error(layer.weight, textbook(layer.weight, gram, pattern), gram)
     floor = (2 * in_**3 / 3 + out * in_**2) / rate
     return Row(

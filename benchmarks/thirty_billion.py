@@ -60,7 +60,8 @@ from prunus.masks import Masks
 from prunus.patterns import Unstructured
 from prunus.save import save_tensors
 from prunus.save.shards import INDEX_NAME, SINGLE_NAME, ShardWriter
-from prunus.solve.solvers import by_magnitude, by_wanda, sparsegpt
+from prunus.score import magnitude, wanda
+from prunus.solve import sparsegpt
 from prunus.stream.sources import Shards
 from prunus.stream.stream import BlockReport, stream
 from prunus.stream.work import Work
@@ -244,10 +245,10 @@ def load(folder: Path, device: torch.device) -> OPTForCausalLM:
 
 def masks_of_magnitude(model: OPTForCausalLM) -> Masks:
     """Half of each row pruned in place, by magnitude: for calls that retrain without the stage prune."""
-    masks, solver, pattern = dict[str, Tensor](), by_magnitude(), Unstructured("row")
+    masks, pattern = dict[str, Tensor](), Unstructured("row")
     for view in find_layers(model):
         weight = model.get_parameter(view.parameter).detach()
-        pruned, mask = solver(Layer(view.name, weight), pattern, weight.numel() // 2)
+        pruned, mask = magnitude.solve(Layer(view.name, weight), pattern, weight.numel() // 2)
         weight.copy_(pruned)
         masks[view.parameter] = mask.cpu()
     return Masks(masks)
@@ -310,7 +311,7 @@ def prune(model: OPTForCausalLM, args: argparse.Namespace, notes: list[str]) -> 
     """Wanda, half of each row, block by block."""
     tokens = _tokens(model.config, args.samples, args.seed)
     streamed = stream(
-        model, by_wanda(), Unstructured("row"), 0.5, tokens=tokens, gram=False, device=model.device,
+        model, wanda, Unstructured("row"), 0.5, tokens=tokens, device=model.device,
         batch_size=args.batch, precision="bf16", on_block=_Blocks(),
     )  # fmt: skip
     kept, total = (

@@ -44,7 +44,8 @@ from prunus.machine import ranks
 from prunus.machine.files import write_json
 from prunus.masks import Masks
 from prunus.patterns import NM
-from prunus.solve.solvers import by_wanda, sparsegpt
+from prunus.score import wanda
+from prunus.solve import sparsegpt
 from prunus.stream.stream import stream
 from prunus.train.lr import linear_warmup_decay
 from prunus.train.sharded import asked
@@ -126,11 +127,11 @@ def pruned(name: str, mode: str, args: argparse.Namespace, device: torch.device)
     """The time of pruning all blocks."""
     model = build(args, device)
     windows = tokens(model, args.samples, args.seed + 1)
-    solver = sparsegpt() if name == "SparseGPT 2:4" else by_wanda()
+    criterion = sparsegpt() if name == "SparseGPT 2:4" else wanda
     _reset(device)
     started = time.perf_counter()
     streamed = stream(
-        model, solver, NM(2, 4), 0.5, tokens=windows, gram=name == "SparseGPT 2:4", device=device,
+        model, criterion, NM(2, 4), 0.5, tokens=windows, device=device,
         batch_size=args.calibrated, precision="bf16", shared=mode != "alone",
     )  # fmt: skip
     _wait(device)

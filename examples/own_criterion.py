@@ -24,8 +24,8 @@ def main() -> None:
     windows = prunus.calibration(text, samples=16, length=128, seed=0)
     for score in (prunus.wanda, symmetric):
         model = AutoModelForCausalLM.from_pretrained(ASSETS, dtype="float32").eval()
-        prunus.stream(model, prunus.by_score(score), prunus.Unstructured("layer"), 0.6, tokens=windows, gram=False)
-        print(f"{score.__name__:<10}{prunus.perplexity(model, test, window=256, batch_size=8):8.2f}")
+        prunus.stream(model, score, prunus.Unstructured("layer"), 0.6, tokens=windows)
+        print(f"{getattr(score, '__name__', '?'):<10}{prunus.perplexity(model, test, window=256, batch_size=8):8.2f}")
 
 
 if __name__ == "__main__":

@@ -20,9 +20,13 @@ os.environ.setdefault(
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tests import processes
+from tests import interpreter, processes
 
 VOCABULARY = 260
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.hasten()
 
 
 def pytest_unconfigure() -> None:

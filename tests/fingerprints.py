@@ -45,7 +45,7 @@ from prunus.run.vision.soups.recipe import SoupRecipe
 from prunus.run.vision.sweep import sweep, sweep_of
 from prunus.run.vision.train import train_run
 from prunus.score import wanda
-from prunus.solve import by_score, sparsegpt
+from prunus.solve import sparsegpt
 from prunus.stream import Fit, Work, stream
 from prunus.train import linear_warmup_decay, train
 
@@ -110,8 +110,8 @@ def demo_language(out: Path) -> dict[str, Any]:
 def run_stream(model: Any, criterion: str, **options: Any) -> Masks:
     """The masks of pruning a language model block by block, by Wanda at 60 % or by SparseGPT at 2:4."""
     if criterion == "wanda":
-        return stream(model, by_score(wanda), Unstructured("row"), 0.6, gram=False, **options).masks
-    return stream(model, sparsegpt(), NM(2, 4), 0.5, gram=True, **options).masks
+        return stream(model, wanda, Unstructured("row"), 0.6, **options).masks
+    return stream(model, sparsegpt(), NM(2, 4), 0.5, **options).masks
 
 
 def retrain_merged(model: Any, masks: Masks, batches: Callable[[int], Tensor], checkpoint: Path) -> None:

@@ -3,7 +3,7 @@
 The names that a script needs stand in `__init__.pyi`, each once with the room it lives in, and are imported when they
 are first used, so `import prunus` costs next to nothing. Everything else is reached by its room (`prunus.train`).
 
-    tokens ─▶ calibration ─▶ stream(model, by_score(wanda), NM(2, 4), ...) ─▶ Masks
+    tokens ─▶ calibration ─▶ stream(model, wanda, NM(2, 4), ...) ─▶ Masks
     adapt(model, ["mask_lora"]) ─▶ train ─▶ merge_ ─▶ perplexity ─▶ save_model
 """
 

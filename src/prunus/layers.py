@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["Inputs", "Layer", "View", "find_layers", "matches", "scan"]
+__all__ = ["Inputs", "Layer", "View", "find_layers", "matches", "parameter_shapes", "scan"]
 
 log = logging.getLogger(__name__)
 
@@ -179,6 +179,11 @@ def find_layers(
             raise ValueError(candidate.trouble)
         taken.append(candidate.view)
     return taken
+
+
+def parameter_shapes(parameters: Mapping[str, Tensor], views: Sequence[View]) -> dict[str, tuple[int, ...]]:
+    """Layer name -> shape of its parameter, such as (out, in, kh, kw); of an expert, (out, in)."""
+    return {view.name: tuple(parameters[view.parameter].shape) if view.index is None else view.shape for view in views}
 
 
 def matches(name: str, glob: str) -> bool:

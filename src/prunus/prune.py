@@ -1,105 +1,123 @@
-"""One-shot pruning of any module in memory: score every layer, allot the counts, choose the masks, apply them.
+"""Pruning of any module in memory: look at every layer, allot the counts, choose the masks, apply them.
 
-    views ─▶ score ─▶ allocation and pattern: counts ─▶ pattern: masks ─▶ applied
+    views ─▶ inputs ─▶ score ─▶ allocation and pattern: counts ─▶ criterion: weights, masks ─▶ applied
 
-Nothing changes before everything is chosen and checked. Models larger than memory, and solvers that also move the
-weights that stay, are the affair of `stream`; pruning again and again that of `retrain.imp`.
+Nothing changes before everything is chosen and checked. Models larger than memory are the affair of `stream`, pruning
+again and again that of `soup.imp`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunus.layers import Inputs, Layer, View, find_layers
+from prunus.layers import Inputs, Layer, View, find_layers, parameter_shapes
 from prunus.masks import Masks
 from prunus.patterns import Pattern, Unstructured, check_sparsity
-from prunus.score import Allocation, Score, counts_under, erk, global_, lamp, magnitude, observe, uniform, uniform_plus
+from prunus.score import (
+    Allocation,
+    Count,
+    Criterion,
+    Score,
+    Scores,
+    allocation_of,
+    check_comparable,
+    compared,
+    counts_under,
+    criterion_of,
+    global_,
+    magnitude,
+    needed,
+    observe,
+    uniform,
+)
 
-__all__ = ["ALLOCATIONS", "named_allocation", "prune"]
-
-ALLOCATIONS = ("global", "uniform", "uniform_plus", "erk", "lamp")
-_LAYER = Unstructured("layer")
+__all__ = ["prune"]
 
 
 @torch.no_grad()
 def prune(
     model: nn.Module,
-    score: Score = magnitude,
-    pattern: Pattern = _LAYER,
+    criterion: Criterion | Score = magnitude,
+    pattern: Pattern | None = None,
     sparsity: float | None = None,
     *,
-    allocation: Allocation | None = None,
+    allocation: Allocation | Count | None = None,
     views: Sequence[View] | None = None,
     within: Masks | None = None,
     batches: Iterable[Any] | None = None,
 ) -> Masks:
     """Masks of the model's prunable weights, chosen and applied: pruned entries are +0.0 in the model.
 
+    criterion: a `Criterion`, or a function layer -> score (out, in). One that moves weights changes those that stay.
+    pattern: where zeros may lie; None is any entries of a row or a layer, as the criterion compares.
     sparsity: the share of zeros over all `views` together; may be left out where the pattern fixes it.
-    allocation: how the zeros are shared out; None is `global_`, or what the pattern fixes.
+    allocation: how the zeros are shared out. None is `global_` where the criterion compares scores of a whole layer,
+        and `uniform` where it compares those of a row, where it has no scores, and where the pattern fixes the counts.
     views: the prunable weights, by default `find_layers(model)`.
     within: earlier masks. What they prune stays pruned and counts as zero: the sparsity is that of the result.
-    batches: calibration for scores that need inputs (`wanda`, `ria`): x, or tuples that begin with x, given to the
-        model in eval mode and on its device. Linear and convolutions of one group can be observed.
+    batches: calibration for criteria that need inputs: x, or tuples that begin with x, given to the model in eval mode
+        and on its device. Linear and convolutions of one group can be observed.
 
     Raises ValueError for a model without prunable weights, a sparsity outside [0, 1) or below that of `within`, a
-    pattern that does not fit a layer or `within`, scores with NaN, and a score that needs inputs when there are none.
+    pattern that does not fit a layer or `within`, scores with NaN, a criterion or allocation that needs inputs when
+    there are none, and one that cannot do what is asked of it (compare layers without scores; stay `within` masks).
 
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
     >>> prune(model, sparsity=0.75)
     Masks(2 parameters, sparsity 0.7500)
     """
+    asked = criterion_of(criterion)
+    shared = _default(asked, pattern) if allocation is None else allocation_of(allocation)
+    pattern = Unstructured(compared(asked, shared)) if pattern is None else pattern
     views = list(find_layers(model) if views is None else views)
     if not views:
         raise ValueError(
             "nothing to prune: no Linear or convolution weight was found, or include and exclude left none"
         )
     check_sparsity(pattern, sparsity)
-    inputs = {} if batches is None else _calibrate(model, views, batches)
-    parameters = dict(model.named_parameters())
-    scores: dict[str, Tensor] = {}
-    for view in views:  # all at once: an allocation reads them several times, and a random score draws anew each time
-        layer = Layer(view.name, view.matrix(parameters[view.parameter].detach()), inputs.get(view.name))
-        scores[view.name] = _limited(score(layer), view, within)
-    counts = counts_under(pattern, scores, sparsity, allocation)
-    matrices = {name: pattern.mask(scores[name], kept, name=name) for name, kept in counts.items()}
-    for name, matrix in matrices.items():
-        if within is not None and bool((scores[name][matrix] == -torch.inf).any()):
-            raise ValueError(f"{pattern} cannot keep {counts[name]} entries of '{name}' within the earlier masks")
+    check_comparable(asked, shared)
+    if asked.score is None and within is not None:
+        raise ValueError(
+            f"{asked.name} cannot stay within earlier masks: prune at once, or by a criterion with a score"
+        )
+    inputs = _inputs(model, views, batches, needed(asked, shared))
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    layers = {
+        view.name: Layer(view.name, view.matrix(parameters[view.parameter]), inputs.get(view.name)) for view in views
+    }
+    scores = _scores(asked, layers, views, within)
+    counts = counts_under(pattern, Scores(scores, parameter_shapes(parameters, views), layers), sparsity, shared)
+    if asked.score is None:
+        solved = {name: asked.solve(layers[name], pattern, kept) for name, kept in counts.items()}
+        matrices = {name: mask for name, (_, mask) in solved.items()}
+    else:  # scores may be dear, and are there
+        solved, matrices = {}, {name: pattern.mask(scores[name], kept, name=name) for name, kept in counts.items()}
+        _check_within(pattern, scores, matrices, within)
     masks = Masks.of(views, matrices, {name: parameter.shape for name, parameter in parameters.items()})
+    for view in views:
+        if view.name in solved:
+            view.write_(parameters[view.parameter], solved[view.name][0])
     masks.apply_(model)
     return masks
 
 
-def named_allocation(name: str, model: nn.Module, views: Sequence[View]) -> Allocation:
-    """The allocation that a recipe names, with what it needs of the model.
-
-    "uniform_plus" leaves the first convolution dense (without one the first layer) and spares the last linear layer;
-    "erk" takes the dimensions of the parameters. Raises ValueError for a name that is not in ALLOCATIONS.
-
-    >>> model = nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 4))
-    >>> allocation = named_allocation("uniform_plus", model, find_layers(model))
-    >>> allocation({"0": torch.ones(2, 4), "2": torch.ones(4, 2)}, 0.25)
-    {'0': 8, '2': 4}
-    """
-    parameters = dict(model.named_parameters())
-    shapes = {view.name: _shape(parameters[view.parameter], view) for view in views}
-    if name == "uniform_plus":
-        convolutions = [each for each, shape in shapes.items() if len(shape) > 2]
-        linear = [each for each, shape in shapes.items() if len(shape) == 2]
-        return uniform_plus((convolutions or list(shapes))[0], linear[-1] if linear else None)
-    plain = {"global": global_, "uniform": uniform, "lamp": lamp, "erk": erk(shapes)}
-    if name not in plain:
-        raise ValueError(f"There is no allocation {name!r}; there are {', '.join(ALLOCATIONS)}.")
-    return plain[name]
+def _default(criterion: Criterion, pattern: Pattern | None) -> Allocation:
+    open_ = pattern is None or pattern.sparsity is None
+    return allocation_of(global_ if open_ and criterion.score is not None and criterion.compare == "layer" else uniform)
 
 
-def _shape(parameter: Tensor, view: View) -> tuple[int, ...]:
-    return tuple(parameter.shape) if view.index is None else view.shape
+def _scores(
+    criterion: Criterion, layers: Mapping[str, Layer], views: Sequence[View], within: Masks | None
+) -> dict[str, Tensor]:
+    """The score of each layer, -inf where earlier masks prune; all at once, because an allocation reads them several
+    times. Of a criterion without scores, zeros that take no memory."""
+    if criterion.score is None:
+        return {name: torch.zeros(()).expand(layer.weight.shape) for name, layer in layers.items()}
+    return {view.name: _limited(criterion.score(layers[view.name]), view, within) for view in views}
 
 
 def _limited(score: Tensor, view: View, within: Masks | None) -> Tensor:
@@ -109,13 +127,25 @@ def _limited(score: Tensor, view: View, within: Masks | None) -> Tensor:
     return score.masked_fill(~view.matrix(within[view.parameter]).to(score.device), -torch.inf)
 
 
-def _calibrate(model: nn.Module, views: Sequence[View], batches: Iterable[Any]) -> dict[str, Inputs]:
-    """What each layer receives over the batches, the model in eval mode meanwhile."""
+def _check_within(
+    pattern: Pattern, scores: Mapping[str, Tensor], matrices: Mapping[str, Tensor], within: Masks | None
+) -> None:
+    for name, matrix in matrices.items():
+        if within is not None and bool((scores[name][matrix] == -torch.inf).any()):
+            raise ValueError(f"{pattern} cannot keep {int(matrix.sum())} entries of '{name}' within the earlier masks")
+
+
+def _inputs(model: nn.Module, views: Sequence[View], batches: Iterable[Any] | None, needs: str) -> Mapping[str, Inputs]:
+    """What each layer receives over the batches, the model in eval mode meanwhile; nothing where nothing is needed."""
+    if not needs:
+        return {}
+    if batches is None:
+        raise ValueError("criterion or allocation need what the layers receive: pass calibration batches")
     modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     model.eval()
     try:
-        with observe(model, views, gram=False) as inputs:
+        with observe(model, views, gram=needs == "gram") as inputs:
             for batch in batches:
                 x = batch[0] if isinstance(batch, (tuple, list)) else batch
                 model(x.to(device))

@@ -15,7 +15,6 @@ from torch import nn
 
 from prunus.patterns import Unstructured
 from prunus.score.scores import magnitude
-from prunus.solve.solvers import by_score
 from prunus.stream.ahead import ahead
 from prunus.stream.stream import stream
 from prunus.stream.work import Work
@@ -191,5 +190,5 @@ def test_a_full_disk_ends_a_pruning(tmp_path: Path) -> None:
     tokens = torch.randint(VOCABULARY, (4, 8), generator=torch.Generator().manual_seed(1))
     work = Refusing(tmp_path, "key").open()
     with pytest.raises(OSError, match=r"no space for model\.layers\.0"):
-        stream(tiny_llama(), by_score(magnitude), Unstructured("row"), 0.5, tokens=tokens, gram=False, work=work)
+        stream(tiny_llama(), magnitude, Unstructured("row"), 0.5, tokens=tokens, work=work)
     assert not list(tmp_path.glob("model*"))

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from prunus import patterns
 from prunus.patterns import NM, Block, Pattern, Rows, Unstructured, kept_of
-from prunus.score import allocations
-from prunus.score.allocations import Allocation, counts_under, erk, global_, lamp, owl, uniform, uniform_plus
+from prunus.score import Allocation, allocations, counts_under
+from prunus.score.allocations import erk, global_, lamp, owl, uniform, uniform_plus
 
 SHAPES = {
     "model.layers.0.fc1": (6, 8),
@@ -23,10 +23,9 @@ SHAPES = {
 }
 FACTORIES: dict[str, Allocation] = {
     "owl": owl(),
-    "erk": erk(SHAPES),
     "uniform_plus": uniform_plus("model.layers.1.experts.up[0]", "head"),
 }
-NAMES = [name for name in allocations.__all__ if name not in ("Allocation", "counts_under")]
+NAMES = allocations.__all__
 PATTERNS: list[Pattern] = [Unstructured("layer"), Unstructured("row"), Block(2, 3), Block(1, 4), Rows(), NM(2, 4)]
 
 
@@ -71,11 +70,12 @@ def test_every_pattern_is_here():
 @given(seed=st.integers(0, 99), sparsity=st.floats(0.1, 0.85))
 def test_masks_have_exactly_the_sparsity_under_every_pattern(name: str, pattern: Pattern, seed: int, sparsity: float):
     shapes = {"a.0.fc": (8, 12), "a.1.fc": (4, 24), "a.2.fc": (6, 36), "a.3.fc": (2, 12), "a.4.fc": (12, 12)}
-    made = {"erk": erk(shapes), "uniform_plus": uniform_plus("a.3.fc", "a.4.fc")}
+    made = {"uniform_plus": uniform_plus("a.3.fc", "a.4.fc")}
     generator = torch.Generator().manual_seed(seed)
     scores = {layer: torch.randn(shape, generator=generator).abs() for layer, shape in shapes.items()}
     fixed = pattern.sparsity is not None
-    counts = counts_under(pattern, scores, None if fixed else sparsity, None if fixed else made.get(name) or make(name))
+    allocation = uniform if fixed else made.get(name) or make(name)
+    counts = counts_under(pattern, scores, None if fixed else sparsity, allocation)
     total = sum(score.numel() for score in scores.values())
     units = [pattern.unit(shape) for shape in shapes.values()]
     if fixed:
@@ -99,7 +99,7 @@ def test_masks_have_exactly_the_sparsity_under_every_pattern(name: str, pattern:
 @given(seed=st.integers(0, 99))
 def test_what_was_pruned_before_stays_pruned(name: str, pattern: Pattern, seed: int):
     shapes = {"a.0.fc": (8, 12), "a.1.fc": (4, 24), "a.2.fc": (6, 36), "a.3.fc": (2, 12)}
-    made = {"erk": erk(shapes), "uniform_plus": uniform_plus("a.3.fc", "a.2.fc")}
+    made = {"uniform_plus": uniform_plus("a.3.fc", "a.2.fc")}
     allocation = made.get(name) or make(name)
     generator = torch.Generator().manual_seed(seed)
     scores = {layer: torch.randn(shape, generator=generator).abs() for layer, shape in shapes.items()}
@@ -119,30 +119,28 @@ def test_global_counts_of_tiles_are_those_of_one_ranking_of_tiles():
     scores = {name: torch.rand(shape, generator=generator) for name, shape in {"a": (4, 6), "b": (8, 3)}.items()}
     tiles = {name: score.unfold(0, 2, 2).unfold(1, 3, 3).mean((2, 3)).flatten() for name, score in scores.items()}
     best = torch.cat([*tiles.values()]).topk(3).values.min()
-    counts = counts_under(Block(2, 3), scores, 0.625)  # keeps 3 of 8 tiles
+    counts = counts_under(Block(2, 3), scores, 0.625, global_)  # keeps 3 of 8 tiles
     assert counts == {name: 6 * int((tile >= best).sum()) for name, tile in tiles.items()}
     assert sum(counts.values()) == 18
 
 
 def test_rows_of_several_lengths_fill_the_budget_of_entries():
     scores = {"long": torch.tensor([[5.0] * 6, [1.0] * 6]), "short": torch.tensor([[4.0, 4.0], [3.0, 3.0]])}
-    assert counts_under(Rows(), scores, 0.5) == {"long": 6, "short": 2}
+    assert counts_under(Rows(), scores, 0.5, global_) == {"long": 6, "short": 2}
 
 
 def test_an_allocation_for_a_pattern_that_fixes_the_counts_is_refused():
     with pytest.raises(ValueError, match="2:4 fixes how many entries every layer keeps"):
-        counts_under(NM(2, 4), {"a": torch.ones(2, 4)}, None, uniform)
+        counts_under(NM(2, 4), {"a": torch.ones(2, 4)}, None, erk)
 
 
 def test_a_sparsity_below_that_of_earlier_masks_is_refused():
     scores = {"a": torch.tensor([[1.0, -torch.inf, -torch.inf, -torch.inf]])}
     with pytest.raises(ValueError, match="2 entries should stay, but earlier masks left only 1"):
-        counts_under(Unstructured("layer"), scores, 0.5)
+        counts_under(Unstructured("layer"), scores, 0.5, global_)
 
 
 def test_missing_layers_are_named():
-    with pytest.raises(ValueError, match="erk needs the shape of 'a'"):
-        erk({"b": (2, 2)})({"a": torch.ones(2, 2)}, 0.5)
     for spared in (uniform_plus("b"), uniform_plus("a", "b")):
         with pytest.raises(ValueError, match="uniform_plus spares 'b', which is none of the 1 layers"):
             spared({"a": torch.ones(2, 2)}, 0.5)

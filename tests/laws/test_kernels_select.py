@@ -17,8 +17,8 @@ from prunus.kernels.switch import kernels, uses_kernels
 from prunus.layers import Inputs, Layer
 from prunus.patterns import NM, Block, Pattern, Unstructured, mask_scaled, scaled, selection
 from prunus.patterns.selection import keep_largest, keep_largest_of_all, keep_largest_of_row, kth_largest, select_global
+from prunus.score import criterion
 from prunus.score.scores import magnitude, wanda
-from prunus.solve.solvers import by_magnitude, by_score, by_wanda
 from tests.conftest import unwaited
 
 pytest.importorskip("triton")
@@ -284,10 +284,11 @@ def test_solvers_give_the_same_bits(device: str, pattern: Pattern):
     inputs.add_(made("random", 20, 16).to(device))
     layer = Layer("fc", made("random", 8, 16, torch.bfloat16).to(device), inputs)
     kept = pattern.counts((8, 16), pattern.sparsity or 0.5)
-    for ours, plain in ((by_magnitude(), by_score(magnitude)), (by_wanda(), by_score(wanda))):
-        weight, mask = ours(layer, pattern, kept)
+    for ours in (magnitude, wanda):
+        plain = criterion()(ours.score)  # the same score, written out
+        weight, mask = ours.solve(layer, pattern, kept)
         with kernels(False):
-            expected, chosen = plain(layer, pattern, kept)
+            expected, chosen = plain.solve(layer, pattern, kept)
         assert torch.equal(mask, chosen)
         assert torch.equal(weight, expected)
         assert weight.dtype == torch.bfloat16

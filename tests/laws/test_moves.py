@@ -24,7 +24,15 @@ ON_GPU = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 )
 each_device = pytest.mark.parametrize("device", [ON_CPU, ON_GPU])
-SIZES = [40000, 1, 9, 4096, 16385]
+SIZES = [1300, 1, 9, 256, 513]  # of three programs, of one, and one entry more than one reads
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that read few entries, where every step costs the interpreter milliseconds."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(programs, "_BLOCK", 256)
+        monkeypatch.setattr(programs, "_STEPS", 2)
 
 
 def made(kind: str) -> list[Tensor]:
@@ -41,13 +49,20 @@ def made(kind: str) -> list[Tensor]:
 
 
 @each_device
-@pytest.mark.parametrize("kind", ["random", "tied", "equal", "zeros", "tiny"])
-@pytest.mark.parametrize("rescale", ["none", "diameter", "fast_gradient"])
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    ("kind", "rescale"),
+    [
+        *(("random", rescale) for rescale in ("none", "diameter", "fast_gradient")),
+        *((kind, "fast_gradient") for kind in ("tied", "equal", "zeros", "tiny")),
+        ("zeros", "none"),
+    ],
+)
 def test_moves_are_those_of_each_by_itself(device: str, kind: str, rescale: str) -> None:
     moments = [each.to(device) for each in made(kind)]
     points = [torch.randn(each.shape, generator=torch.Generator().manual_seed(1)).to(device) for each in moments]
     balls = [k_support(0.3, 2.0), k_sparse(1, 0.5), lp(2, 3.0), k_sparse(0.1, 1.5), k_support(0.01, 0.7)]
-    kept = [12000, 1, 9, 410, 164]
+    kept = [390, 1, 9, 26, 5]
     halves = [ball.diameter(tuple(m.shape)) / 2 for ball, m in zip(balls, moments, strict=True)]
     rate, expected = 0.3, []
     for ball, x, m, half in zip(balls, points, moments, halves, strict=True):
@@ -62,15 +77,7 @@ def test_moves_are_those_of_each_by_itself(device: str, kind: str, rescale: str)
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs that read few entries, where every step costs milliseconds; several a tensor are the test above."""
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(programs, "_BLOCK", 256)
-        monkeypatch.setattr(programs, "_STEPS", 1)
-
-
-SHAPES = [(6, 4, 3, 3), (6, 4, 3, 3), (5, 7), (6,), (4, 6, 1, 1), (1,)]
+SHAPES = [(6, 4, 3, 3), (6, 4, 3, 3), (5, 7), (4, 6, 1, 1), (1,)]
 
 
 def run(device: str, on: bool, rescale: str, ball: Ball, layout: torch.memory_format) -> tuple[list[Tensor], list[int]]:
@@ -83,12 +90,12 @@ def run(device: str, on: bool, rescale: str, ball: Ball, layout: torch.memory_fo
     balls = [replace(ball, radius=0.5 + place) for place in range(len(SHAPES))]
     optimizer = SFW(parameters, 0.1, constraint=balls, rescale=rescale)
     with kernels(on):
-        for step in range(3):
+        for step in range(2):
             for parameter in parameters:
                 parameter.grad = torch.randn(parameter.shape, generator=generator).mul(2).round().to(device)
                 if parameter.ndim == 4:
                     parameter.grad = parameter.grad.contiguous(memory_format=layout)
-            if step == 2:
+            if step == 1:
                 optimizer.load_state_dict(deepcopy(optimizer.state_dict()))  # momentum lies elsewhere then
             optimizer.step()
         assert bool(optimizer._together) == (on and rescale != "gradient" and ball.gauge != Lp(1))
@@ -97,12 +104,18 @@ def run(device: str, on: bool, rescale: str, ball: Ball, layout: torch.memory_fo
 
 @each_device
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("rescale", ["none", "diameter", "gradient", "fast_gradient"])
+@pytest.mark.parametrize(
+    ("rescale", "layout"),
+    [
+        *((rescale, torch.contiguous_format) for rescale in ("none", "diameter", "gradient", "fast_gradient")),
+        ("diameter", torch.channels_last),
+        ("gradient", torch.channels_last),
+    ],
+)
 @pytest.mark.parametrize("ball", [k_support(0.3), k_sparse(2), lp(2), lp(1)], ids=lambda ball: str(ball.gauge))
 def test_steps_are_those_of_the_plain_path(device: str, ball: Ball, rescale: str, layout: torch.memory_format) -> None:
     plain, _ = run(device, False, rescale, ball, layout)
     found, versions = run(device, True, rescale, ball, layout)
     for one, other in zip(found, plain, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-    assert min(versions) >= 3
+    assert min(versions) >= 2

@@ -10,9 +10,23 @@ from prunus import patterns
 from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.patterns import NM, Block, Rows, Unstructured
-from prunus.prune import ALLOCATIONS, named_allocation, prune
-from prunus.score.allocations import uniform
-from prunus.score.scores import random_score, wanda
+from prunus.prune import prune
+from prunus.score import (
+    criterion,
+    erk,
+    global_,
+    lamp,
+    magnitude,
+    owl,
+    random,
+    ria,
+    uniform,
+    uniform_plus,
+    wanda,
+)
+from prunus.solve import frank_wolfe, sparsegpt
+
+ALLOCATIONS = {"global": global_, "uniform": uniform, "uniform_plus": uniform_plus(), "erk": erk, "lamp": lamp}
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -51,7 +65,7 @@ def test_masks_are_applied_and_exact_and_leave_the_rest_alone():
 @pytest.mark.parametrize("name", ALLOCATIONS)
 def test_phases_are_nested_and_end_as_one_shot(name: str, pattern: patterns.Pattern):
     model = network()
-    allocation = named_allocation(name, model, find_layers(model))
+    allocation = ALLOCATIONS[name]
     whole = prune(network(), pattern=pattern, sparsity=0.8, allocation=allocation)
     masks = None
     for sparsity in (0.3, 0.6, 0.8):
@@ -71,7 +85,7 @@ def test_phases_are_nested_and_end_as_one_shot(name: str, pattern: patterns.Patt
 def test_within_limits_what_another_allocation_may_keep(name: str):
     model = network()
     first = prune(model, sparsity=0.5)
-    allocation = named_allocation(name, model, find_layers(model))
+    allocation = ALLOCATIONS[name]
     second = prune(model, sparsity=0.6, allocation=allocation, within=first)
     assert not any((second[each] & ~first[each]).any() for each in first)
     total = sum(mask.numel() for mask in second.values())
@@ -86,11 +100,11 @@ def test_within_may_name_few_parameters():
     assert sum(kept for kept, _ in masks.table().values()) == round(0.5 * sum(n for _, n in masks.table().values()))
 
 
-def test_a_random_score_is_drawn_once():
-    masks = prune(network(), random_score(torch.Generator().manual_seed(0)), sparsity=0.7)
-    again = prune(network(), random_score(torch.Generator().manual_seed(0)), sparsity=0.7)
+def test_random_masks_depend_on_their_seed():
+    masks = prune(network(), random(0), sparsity=0.7)
+    again = prune(network(), random(0), sparsity=0.7)
     assert masks == again
-    assert masks != prune(network(), random_score(torch.Generator().manual_seed(1)), sparsity=0.7)
+    assert masks != prune(network(), random(1), sparsity=0.7)
 
 
 def test_storage_does_not_matter():
@@ -116,17 +130,55 @@ def test_include_and_exclude_are_the_views():
     assert set(prune(model, sparsity=0.5, views=find_layers(model, exclude=["0", "6"]))) == {"3.weight", "5.weight"}
 
 
-def test_named_allocations_read_the_model():
+def test_allocations_read_the_shapes_of_the_parameters():
     model = network()
-    views = find_layers(model)
-    scores = {view.name: torch.rand(view.shape) for view in views}
-    spared = named_allocation("uniform_plus", model, views)(scores, 0.85)
-    assert spared["0"] == 72
-    assert spared["6"] == 32  # a fifth of the last linear layer
-    kept = named_allocation("erk", model, views)(scores, 0.9)
-    assert kept["3"] / kept["5"] == pytest.approx((4 + 8 + 3 + 3) / (32 + 16), abs=0.03)
-    with pytest.raises(ValueError, match="no allocation 'gem'; there are global, uniform"):
-        named_allocation("gem", model, views)
+    spared = prune(model, sparsity=0.85, allocation=uniform_plus()).table()
+    assert spared["0.weight"] == (72, 72)
+    assert spared["6.weight"][0] == 32  # a fifth of the last linear layer
+    kept = {name: kept for name, (kept, _) in prune(network(), sparsity=0.9, allocation=erk).table().items()}
+    assert kept["3.weight"] / kept["5.weight"] == pytest.approx((4 + 8 + 3 + 3) / (32 + 16), abs=0.03)
+
+
+@pytest.mark.parametrize("asked", [wanda, ria, sparsegpt(), frank_wolfe(5, 5)], ids=lambda each: each.name)
+@pytest.mark.parametrize("allocation", [uniform, erk, owl(lam=0.05)], ids=lambda each: each.name)
+def test_classifiers_are_pruned_by_what_their_layers_receive(asked, allocation):
+    model, dense = network(), network()
+    batches = [torch.randn(16, 2, 6, 6, generator=torch.Generator().manual_seed(0))]
+    masks = prune(model, asked, sparsity=0.5, allocation=allocation, batches=batches)
+    masks.check(model)
+    assert masks.sparsity == pytest.approx(0.5, abs=1e-3)
+    moved = [
+        name
+        for name, mask in masks.items()
+        if not torch.equal(model.get_parameter(name), dense.get_parameter(name) * mask)
+    ]
+    assert moved == ([*masks] if asked.name == "sparsegpt" else [])
+
+
+def test_sparsegpt_serves_a_convolution_better_than_magnitude():
+    x = torch.randn(16, 2, 6, 6, generator=torch.Generator().manual_seed(0)).cumsum(-1)  # correlated
+    views = find_layers(network(), include=["0"])
+    errors = []
+    for asked in (sparsegpt(), magnitude):
+        model = network()
+        prune(model, asked, sparsity=0.5, views=views, batches=[x])
+        errors.append(float((model[0](x) - network()[0](x)).detach().square().sum()))
+    assert errors[0] < 0.8 * errors[1]
+
+
+def relative(layer):
+    """The how-to's score: Wanda's, as a share of its row."""
+    score = wanda(layer)
+    return score / score.sum(1, keepdim=True)
+
+
+def test_a_plain_score_of_inputs_is_compared_within_rows_as_wanda_is():
+    batches = [torch.randn(16, 2, 6, 6, generator=torch.Generator().manual_seed(0)).exp()]
+    plain = prune(network(), relative, sparsity=0.5, batches=batches)
+    assert plain == prune(network(), wanda, sparsity=0.5, batches=batches)  # a row's order is Wanda's
+    assert all(set(mask.flatten(1).sum(1).tolist()) <= {mask[0].numel() // 2} for mask in plain.values())
+    told = prune(network(), criterion(needs="norms", compare="layer")(relative), sparsity=0.5, batches=batches)
+    assert told == prune(network(), relative, Unstructured("layer"), 0.5, allocation=global_, batches=batches) != plain
 
 
 @pytest.mark.parametrize(
@@ -136,7 +188,12 @@ def test_named_allocations_read_the_model():
         (prune, "unstructured needs a sparsity"),
         (partial(prune, pattern=NM(2, 4)), r"2:4 needs columns divisible by 4; '0' has 18.*exclude"),
         (partial(prune, pattern=Block(4, 4), sparsity=0.5), "block 4x4 needs rows divisible by 4"),
-        (partial(prune, score=wanda, sparsity=0.5), "wanda needs the inputs of '0'"),
+        (partial(prune, criterion=wanda, sparsity=0.5), "pass calibration batches"),
+        (partial(prune, criterion=sparsegpt, sparsity=0.5), "sparsegpt is no criterion; it makes one: call it"),
+        (partial(prune, criterion=sparsegpt(), sparsity=0.5, allocation=lamp), "sparsegpt .* no scores for lamp"),
+        (partial(prune, criterion=sparsegpt(), sparsity=0.5, within=Masks({})), "sparsegpt cannot stay within earlier"),
+        (partial(prune, sparsity=0.5, allocation=owl), "owl is no allocation; it makes one: call it"),
+        (partial(prune, sparsity=0.5, allocation=owl()), "pass calibration batches"),
         (partial(prune, sparsity=0.5, views=[]), "nothing to prune"),
     ],
 )

@@ -12,7 +12,6 @@ from prunus.layers import Inputs, Layer
 from prunus.patterns import NM, Block, Pattern, Rows, Unstructured
 from prunus.score.scores import wanda
 from prunus.solve.frank_wolfe import frank_wolfe
-from prunus.solve.solvers import by_score
 from prunus.solve.swaps import swap_
 
 PATTERNS = [Unstructured("row"), Unstructured("layer"), NM(2, 4), NM(1, 4), NM(2, 3), Block(2, 2), Rows()]
@@ -39,7 +38,7 @@ def errors(layer: Layer, mask: Tensor) -> Tensor:
 
 
 def start(layer: Layer, pattern: Pattern, kept: int) -> Tensor:
-    return by_score(wanda)(layer, pattern, kept)[1]
+    return wanda.solve(layer, pattern, kept)[1]
 
 
 def all_masks_of_row(pattern: Pattern, columns: int, kept: int) -> Tensor:
@@ -59,7 +58,7 @@ def test_rows_are_near_the_best_of_all_masks_and_often_there(pattern: Pattern):
     kept = kept_of(pattern, rows, columns)
     masks = all_masks_of_row(pattern, columns, kept // rows)
     best = torch.stack([errors(layer, mask.expand(rows, columns)) for mask in masks]).amin(0)
-    found = errors(layer, frank_wolfe()(layer, pattern, kept)[1])
+    found = errors(layer, frank_wolfe().solve(layer, pattern, kept)[1])
     wandas = errors(layer, start(layer, pattern, kept))
     assert bool((found >= best * (1 - 1e-9)).all())
     exact = (found <= best * (1 + 1e-6)).float().mean()
@@ -73,7 +72,7 @@ def test_a_layer_whose_rows_compete_is_near_the_best_of_all_masks(seed: int):
     layer = make_layer(3, 4, seed)
     flat = all_masks_of_row(Unstructured("layer"), 12, 6)
     best = min(float(errors(layer, mask.view(3, 4)).sum()) for mask in flat)
-    found = float(errors(layer, frank_wolfe()(layer, Unstructured("layer"), 6)[1]).sum())
+    found = float(errors(layer, frank_wolfe().solve(layer, Unstructured("layer"), 6)[1]).sum())
     assert best * (1 - 1e-9) <= found <= 1.35 * best
 
 
@@ -108,7 +107,7 @@ def test_the_iterations_are_the_textbook_loop(pattern: Pattern, concave: tuple[f
     by = errors(layer, start(layer, pattern, kept)) - errors(layer, rounded)
     better = by > 0 if pattern.by_row else (by.sum() > 0).expand(12)
     expected = torch.where(better[:, None], rounded, start(layer, pattern, kept))
-    assert torch.equal(frank_wolfe(7, 0, concave)(layer, pattern, kept)[1], expected)
+    assert torch.equal(frank_wolfe(7, 0, concave).solve(layer, pattern, kept)[1], expected)
 
 
 def test_the_concave_term_makes_an_expected_error():
@@ -160,7 +159,7 @@ def test_counts_are_exact_and_the_error_is_never_above_wandas(
         layer.weight.fill_(0.5)
     before = layer.weight.clone()
     kept = pattern.counts((rows, columns), pattern.sparsity or sparsity)
-    weight, mask = frank_wolfe(iterations, swaps, concave)(layer, pattern, kept)
+    weight, mask = frank_wolfe(iterations, swaps, concave).solve(layer, pattern, kept)
     assert int(mask.sum()) == kept
     assert torch.equal(pattern.choose(mask.float(), kept), mask)  # within the pattern
     assert weight.dtype == dtype
@@ -181,7 +180,7 @@ def test_the_bound_holds_where_float32_sees_only_rounding(pattern: Pattern):
         inputs.add_(1.2 + 1e-4 * torch.randn(1, 16, generator=generator))
         sizes = 1 + 1e-3 * torch.randn(20, 16, generator=generator)
         layer = Layer("fc1", 1e3 * torch.randn(20, 16, generator=generator).sign() * sizes, inputs)
-        found = errors(layer, frank_wolfe()(layer, pattern, 160)[1])
+        found = errors(layer, frank_wolfe().solve(layer, pattern, 160)[1])
         wandas = errors(layer, start(layer, pattern, 160))
         assert bool((found <= wandas + 1e-12 * wandas.abs()).all())  # a rounded Gram matrix can be indefinite
 
@@ -190,7 +189,7 @@ def test_the_bound_holds_where_float32_sees_only_rounding(pattern: Pattern):
 def test_correlated_inputs_are_served_better_than_by_wanda(pattern: Pattern):
     layer = make_layer(24, 48)
     kept = kept_of(pattern, 24, 48)
-    found = float(errors(layer, frank_wolfe()(layer, pattern, kept)[1]).sum())
+    found = float(errors(layer, frank_wolfe().solve(layer, pattern, kept)[1]).sum())
     share = 0.9 if pattern in FREE[2:] else 0.75
     assert found < share * float(errors(layer, start(layer, pattern, kept)).sum())
 
@@ -200,7 +199,7 @@ def test_the_concave_term_helps_what_is_rounded():
     for pattern in (Unstructured("row"), NM(2, 4)):
         kept = kept_of(pattern, 24, 48)
         ours, convex = (
-            float(errors(layer, frank_wolfe(20, 0, concave)(layer, pattern, kept)[1]).sum())
+            float(errors(layer, frank_wolfe(20, 0, concave).solve(layer, pattern, kept)[1]).sum())
             for concave in ((0.5, 1.0), (0.0, 0.0))
         )
         assert ours < 0.95 * convex
@@ -215,7 +214,7 @@ def test_uncorrelated_inputs_are_pruned_as_wanda_does(pattern: Pattern):
         layer.inputs.gram = torch.eye(12)
         layer.inputs.squares.fill_(1)
     kept = kept_of(pattern, 6, 12)
-    assert torch.equal(frank_wolfe()(layer, pattern, kept)[1], start(layer, pattern, kept))
+    assert torch.equal(frank_wolfe().solve(layer, pattern, kept)[1], start(layer, pattern, kept))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
@@ -224,24 +223,24 @@ def test_inputs_that_were_always_zero(pattern: Pattern):
     layer.inputs.gram[[2, 7]] = layer.inputs.gram[:, [2, 7]] = 0
     layer.inputs.squares[[2, 7]] = 0
     if pattern in FREE[:2]:  # elsewhere a group or tile must take them
-        assert not bool(frank_wolfe()(layer, pattern, 24)[1][:, [2, 7]].any())
+        assert not bool(frank_wolfe().solve(layer, pattern, 24)[1][:, [2, 7]].any())
     layer.inputs.gram.zero_()
     layer.inputs.squares.zero_()
     kept = kept_of(pattern, 6, 12)
-    assert torch.equal(frank_wolfe()(layer, pattern, kept)[1], start(layer, pattern, kept))
+    assert torch.equal(frank_wolfe().solve(layer, pattern, kept)[1], start(layer, pattern, kept))
 
 
 def test_the_scale_of_the_inputs_and_the_storage_change_nothing():
     layer = make_layer(6, 16)
-    mask = frank_wolfe()(layer, NM(2, 4), 48)[1]
+    mask = frank_wolfe().solve(layer, NM(2, 4), 48)[1]
     turned = Layer("fc1", layer.weight.T.contiguous().T.requires_grad_(), layer.inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=False):
-        again, same = frank_wolfe()(turned, NM(2, 4), 48)
+        again, same = frank_wolfe().solve(turned, NM(2, 4), 48)
     assert torch.equal(same, mask)
     assert not again.requires_grad
     layer.inputs.gram *= 2.0**30
     layer.inputs.squares *= 2.0**30
-    assert torch.equal(frank_wolfe()(layer, NM(2, 4), 48)[1], mask)
+    assert torch.equal(frank_wolfe().solve(layer, NM(2, 4), 48)[1], mask)
 
 
 def test_what_it_cannot_use_is_named():
@@ -249,18 +248,18 @@ def test_what_it_cannot_use_is_named():
     norms.add_(torch.ones(1, 4))
     for inputs in (None, norms):
         with pytest.raises(ValueError, match="frank_wolfe needs the Gram matrix of 'fc1': calibrate with gram=True"):
-            frank_wolfe()(Layer("fc1", torch.ones(2, 4), inputs), NM(2, 4), 4)
+            frank_wolfe().solve(Layer("fc1", torch.ones(2, 4), inputs), NM(2, 4), 4)
     with pytest.raises(ValueError, match=r"2:4 needs columns divisible by 4; 'fc1' has 6"):
-        frank_wolfe()(make_layer(2, 6), NM(2, 4), 6)
+        frank_wolfe().solve(make_layer(2, 6), NM(2, 4), 6)
     layer = make_layer(2, 4)
     layer.inputs.gram[0, 1] = float("nan")
     with pytest.raises(ValueError, match="Gram matrix of 'fc1' holds NaN or Inf"):
-        frank_wolfe()(layer, NM(2, 4), 4)
+        frank_wolfe().solve(layer, NM(2, 4), 4)
     layer = make_layer(2, 4)
     for bad in (float("nan"), float("inf")):
         layer.weight[1, 1] = bad
         with pytest.raises(ValueError, match="weight of 'fc1' holds NaN or Inf"):
-            frank_wolfe()(layer, NM(2, 4), 4)
+            frank_wolfe().solve(layer, NM(2, 4), 4)
     for arguments in ((-1, 0), (0, -1)):
         with pytest.raises(ValueError, match="frank_wolfe needs iterations >= 0"):
             frank_wolfe(*arguments)
@@ -342,8 +341,8 @@ def test_a_gpu_finds_masks_as_good(pattern: Pattern):
     layer = make_layer(64, 96)
     kept = kept_of(pattern, 64, 96)
     there = Layer("fc1", layer.weight.cuda(), layer.inputs)  # the Gram matrix may lie elsewhere
-    mask = frank_wolfe()(there, pattern, kept)[1]
+    mask = frank_wolfe().solve(there, pattern, kept)[1]
     assert mask.is_cuda
     assert int(mask.sum()) == kept
-    expected = errors(layer, frank_wolfe()(layer, pattern, kept)[1]).sum()
+    expected = errors(layer, frank_wolfe().solve(layer, pattern, kept)[1]).sum()
     torch.testing.assert_close(errors(layer, mask.cpu()).sum(), expected, rtol=0.02, atol=0)

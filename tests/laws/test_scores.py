@@ -6,18 +6,19 @@ from torch import Tensor
 
 from prunus.layers import Inputs, Layer
 from prunus.patterns import NM, Pattern, Unstructured
-from prunus.score import scores
-from prunus.score.scores import Score, magnitude, ria, wanda
+from prunus.score import Criterion, Score, criterion, criterion_of, scores
+from prunus.score.scores import magnitude, ria, wanda
 from prunus.solve.frank_wolfe import frank_wolfe
-from prunus.solve.solvers import Solver, by_score, sparsegpt
+from prunus.solve.sweep import sparsegpt
 
-FACTORIES = {"random_score": lambda: scores.random_score(torch.Generator().manual_seed(0))}
-NAMES = [name for name in scores.__all__ if name != "Score"]
+FACTORIES = {"random"}
+NAMES = scores.__all__
 PATTERNS = [Unstructured("layer"), Unstructured("row"), NM(2, 4), NM(4, 8)]
 
 
-def make(name: str) -> Score:
-    return FACTORIES[name]() if name in FACTORIES else getattr(scores, name)
+def make(name: str) -> Criterion:
+    found = getattr(scores, name)
+    return criterion_of(found() if name in FACTORIES else found)
 
 
 def make_layer(dtype: torch.dtype = torch.float32, *, tokens: int = 20, gram: bool = False) -> Layer:
@@ -70,7 +71,7 @@ def test_scores_do_not_depend_on_storage(name: str):
 def test_by_score_keeps_exactly_what_was_asked(name: str, pattern: Pattern, dtype: torch.dtype):
     layer = make_layer(dtype)
     kept = kept_at_half(pattern, layer)
-    weight, mask = by_score(make(name))(layer, pattern, kept)
+    weight, mask = make(name).solve(layer, pattern, kept)
     assert weight.dtype == dtype
     assert int(mask.sum()) == kept
     assert torch.equal(weight[mask], layer.weight[mask])
@@ -82,10 +83,10 @@ def test_by_score_keeps_exactly_what_was_asked(name: str, pattern: Pattern, dtyp
 def test_pruning_again_changes_nothing(name: str):
     layer = make_layer()
     for pattern in (Unstructured("layer"), NM(2, 4)):
-        weight, mask = by_score(make(name))(layer, pattern, kept_at_half(pattern, layer))
-        again = by_score(make(name))(Layer("fc", weight, layer.inputs), NM(4, 8), 48)[1] if pattern.width else None
+        weight, mask = make(name).solve(layer, pattern, kept_at_half(pattern, layer))
+        again = make(name).solve(Layer("fc", weight, layer.inputs), NM(4, 8), 48)[1] if pattern.width else None
         assert again is None or bool((again == mask).all())
-        same = by_score(magnitude)(Layer("fc", weight, layer.inputs), pattern, int(mask.sum()))
+        same = magnitude.solve(Layer("fc", weight, layer.inputs), pattern, int(mask.sum()))
         assert torch.equal(same[1], mask)
 
 
@@ -93,15 +94,55 @@ def test_magnitude_by_hand():
     assert magnitude(Layer("fc", torch.tensor([[-3.0, 0.5], [0.0, -0.0]]))).tolist() == [[3.0, 0.5], [0.0, 0.0]]
 
 
-def test_random_scores_come_from_their_generator():
+def test_random_scores_come_from_their_seed_and_the_name_of_the_layer():
     layer = make_layer()
-    score = make("random_score")
-    first, second = score(layer), score(layer)
-    assert torch.equal(first, make("random_score")(layer))
-    assert not torch.equal(first, second)
     state = torch.get_rng_state()
-    score(layer)
+    assert torch.equal(scores.random(1)(layer), scores.random(1)(layer))
+    assert not torch.equal(scores.random(1)(layer), scores.random(2)(layer))
+    assert not torch.equal(scores.random(1)(layer), scores.random(1)(Layer("other", layer.weight)))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+# A plain function is a criterion: what it reads says what it needs, and within what its scores compete.
+
+
+@pytest.mark.parametrize(
+    ("score", "needs", "compare"),
+    [
+        (lambda layer: layer.weight.abs().float(), "", "layer"),
+        (lambda layer: layer.weight.abs().float() * layer.inputs.norms, "norms", "row"),
+        (lambda layer: wanda(layer) / layer.weight.norm(dim=1, keepdim=True), "norms", "row"),
+        (lambda layer: layer.weight.abs() if layer.inputs.tokens == 0 else wanda(layer), "norms", "row"),
+        (lambda layer: layer.weight.square() * layer.inputs.gram.diagonal(), "gram", "row"),
+    ],
+)
+def test_what_a_plain_score_reads_says_what_it_needs(score, needs, compare):
+    found = criterion_of(score)
+    assert (found.needs, found.compare) == (needs, compare)
+    layer = make_layer(gram=True)
+    assert torch.equal(found(layer), score(layer))
+
+
+def test_what_is_no_criterion_is_refused_before_work():
+    def fails(layer):
+        return layer.weight / {"blocks.0.fc1": 1.0}[layer.name]
+
+    with pytest.raises(ValueError, match=r"fails on a layer of 4 x 4 .* say it, criterion\(needs=\.\.\., compare"):
+        criterion_of(fails)
+    assert criterion(needs="norms")(fails)(make_layer()).shape == (6, 16)
+    for wrong in ("wanda", sparsegpt, lambda layer, pattern, kept: None):
+        with pytest.raises(ValueError, match="is no criterion"):
+            criterion_of(wrong)
+    with pytest.raises(ValueError, match="sparsegpt chooses inside one layer and has no score"):
+        sparsegpt()(make_layer())
+
+
+def test_of_scales_and_scores_written_out_the_bits_are_the_same():
+    layer = make_layer(torch.bfloat16)
+    for pattern in PATTERNS:
+        one, other = (each.solve(layer, pattern, 48) for each in (wanda, criterion()(wanda.score)))
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])
 
 
 @pytest.mark.parametrize("score", [wanda, ria])
@@ -114,17 +155,17 @@ def test_scores_that_need_inputs_say_so(score: Score):
         score(Layer("fc7", torch.ones(2, 4), broken))
 
 
-SOLVERS = {"wanda": by_score(wanda), "ria": by_score(ria), "sparsegpt": sparsegpt(), "frank_wolfe": frank_wolfe()}
+SOLVERS = {"wanda": wanda, "ria": ria, "sparsegpt": sparsegpt(), "frank_wolfe": frank_wolfe()}
 
 
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 @pytest.mark.parametrize("gram", [False, True])
-def test_a_layer_that_saw_no_token_falls_back_to_magnitude(solver: Solver, gram: bool):
+def test_a_layer_that_saw_no_token_falls_back_to_magnitude(solver: Criterion, gram: bool):
     layer = make_layer(tokens=0, gram=gram)
     assert layer.inputs.tokens == 0
     with pytest.warns(UserWarning, match=r"'blocks\.0\.fc1' saw no calibration token.*falls back to magnitude"):
-        weight, mask = solver(layer, NM(2, 4), 48)
-    expected: tuple[Tensor, Tensor] = by_score(magnitude)(layer, NM(2, 4), 48)
+        weight, mask = solver.solve(layer, NM(2, 4), 48)
+    expected: tuple[Tensor, Tensor] = magnitude.solve(layer, NM(2, 4), 48)
     assert torch.equal(mask, expected[1])
     assert torch.equal(weight, expected[0])
 
@@ -133,4 +174,4 @@ def test_nan_weights_are_refused_by_name():
     weight = torch.ones(2, 4)
     weight[0, 1] = float("nan")
     with pytest.raises(ValueError, match=r"the score of 'fc1' has 1 NaN of 8"):
-        by_score(magnitude)(Layer("fc1", weight), Unstructured("row"), 4)
+        magnitude.solve(Layer("fc1", weight), Unstructured("row"), 4)

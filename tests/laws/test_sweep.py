@@ -12,8 +12,8 @@ from torch import Tensor
 from prunus.kernels.switch import kernels
 from prunus.layers import Inputs, Layer
 from prunus.patterns import NM, Block, Pattern, Unstructured
-from prunus.solve import solvers
-from prunus.solve.solvers import sparsegpt
+from prunus.solve import sweep
+from prunus.solve.sweep import sparsegpt
 
 pytest.importorskip("triton")
 
@@ -54,7 +54,7 @@ def test_the_program_does_what_plain_operations_do(
     found: list[tuple[Tensor, Tensor]] = []
     for on in (False, True):
         with kernels(on):
-            found.append(sparsegpt(blocksize=blocksize)(layer, pattern, _kept(pattern, rows, columns)))
+            found.append(sparsegpt(blocksize=blocksize).solve(layer, pattern, _kept(pattern, rows, columns)))
     (plain, plain_mask), (weight, mask) = found
     assert torch.equal(mask, plain_mask)
     torch.testing.assert_close(weight, plain, rtol=1e-4, atol=1e-4)
@@ -70,9 +70,9 @@ def test_odd_columns_and_ties(device: str) -> None:
     layer = Layer("fc", torch.ones(7, 37, device=device), layer.inputs)
     for pattern in (Unstructured("row"), Unstructured("layer")):
         with kernels(True):
-            weight, mask = sparsegpt(blocksize=10)(layer, pattern, 7 * 20)
+            weight, mask = sparsegpt(blocksize=10).solve(layer, pattern, 7 * 20)
         with kernels(False):
-            plain, plain_mask = sparsegpt(blocksize=10)(layer, pattern, 7 * 20)
+            plain, plain_mask = sparsegpt(blocksize=10).solve(layer, pattern, 7 * 20)
         assert int(mask.sum()) == 7 * 20
         assert torch.equal(mask, plain_mask)
         torch.testing.assert_close(weight, plain)
@@ -80,7 +80,7 @@ def test_odd_columns_and_ties(device: str) -> None:
     assert layer.inputs is not None
     layer.inputs.gram, layer.inputs.tokens = torch.eye(36, device=device), 1
     with kernels(True):
-        mask = sparsegpt()(layer, NM(1, 4), 63)[1]
+        mask = sparsegpt().solve(layer, NM(1, 4), 63)[1]
     assert mask.view(7, 9, 4).int().tolist() == [[[1, 0, 0, 0]] * 9] * 7
 
 
@@ -90,7 +90,7 @@ def test_16_bit_weights_stored_transposed(device: str, dtype: torch.dtype) -> No
     layer = _layer(12, 24, device, dtype)
     stored = Layer("fc", layer.weight.T.contiguous().T, layer.inputs)
     with kernels(True):
-        one, other = (sparsegpt()(each, NM(2, 4), 144) for each in (layer, stored))
+        one, other = (sparsegpt().solve(each, NM(2, 4), 144) for each in (layer, stored))
     assert one[0].dtype == dtype
     assert torch.equal(one[0], other[0])
     assert torch.equal(one[1], other[1])
@@ -101,25 +101,25 @@ def test_what_no_program_is_written_for_takes_plain_operations(monkeypatch: pyte
     def refuse(*_: object) -> None:
         raise AssertionError("launched")
 
-    monkeypatch.setattr(solvers, "_launch_block_", refuse)
+    monkeypatch.setattr(sweep, "_launch_block_", refuse)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     layer = _layer(6, 24, device)
     with kernels(True):
-        assert int(sparsegpt()(layer, NM(1, 3), 48)[1].sum()) == 48
-        sparsegpt(blocksize=1000)(_layer(2, 300, device), NM(2, 4), 300)  # wider than a program holds
+        assert int(sparsegpt().solve(layer, NM(1, 3), 48)[1].sum()) == 48
+        sparsegpt(blocksize=1000).solve(_layer(2, 300, device), NM(2, 4), 300)  # wider than a program holds
         with pytest.raises(AssertionError, match="launched"):
-            sparsegpt()(layer, NM(2, 4), 72)
+            sparsegpt().solve(layer, NM(2, 4), 72)
     with kernels(False):
-        sparsegpt()(layer, NM(2, 4), 72)
+        sparsegpt().solve(layer, NM(2, 4), 72)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 33, 100])
 def test_the_inverse_of_a_triangular_matrix(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(solvers, "_DIRECT", 3)
+    monkeypatch.setattr(sweep, "_DIRECT", 3)
     generator = torch.Generator().manual_seed(n)
     L = (torch.randn(n, n, generator=generator, dtype=torch.float64) / n).tril(-1) + torch.eye(n).double() * 2
     inverse = L.clone()
-    solvers._invert_lower_(inverse)
+    sweep._invert_lower_(inverse)
     torch.testing.assert_close(inverse @ L, torch.eye(n, dtype=torch.float64))
     assert not inverse.triu(1).any()
 
@@ -127,9 +127,9 @@ def test_the_inverse_of_a_triangular_matrix(n: int, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("panel", [1, 3, 100])
 def test_panels_of_any_width_give_the_same(panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = _layer(6, 44, "cpu")
-    weight, mask = sparsegpt(blocksize=4)(layer, NM(2, 4), 132)
-    monkeypatch.setattr(solvers, "_PANEL", panel)
-    again, again_mask = sparsegpt(blocksize=4)(layer, NM(2, 4), 132)
+    weight, mask = sparsegpt(blocksize=4).solve(layer, NM(2, 4), 132)
+    monkeypatch.setattr(sweep, "_PANEL", panel)
+    again, again_mask = sparsegpt(blocksize=4).solve(layer, NM(2, 4), 132)
     assert torch.equal(mask, again_mask)
     torch.testing.assert_close(weight, again, rtol=1e-4, atol=1e-5)
 
@@ -140,8 +140,8 @@ def test_a_large_layer_on_the_gpu_ends_where_the_plain_path_ends() -> None:
     layer = _layer(1024, 2048, "cuda")
     for pattern in (NM(2, 4), Unstructured("row")):
         with kernels(True):
-            weight, mask = sparsegpt()(layer, pattern, 1024 * 1024)
+            weight, mask = sparsegpt().solve(layer, pattern, 1024 * 1024)
         with kernels(False):
-            plain, plain_mask = sparsegpt()(layer, pattern, 1024 * 1024)
+            plain, plain_mask = sparsegpt().solve(layer, pattern, 1024 * 1024)
         assert (mask != plain_mask).float().mean() < 1e-3
         assert abs(_error(layer, weight) / _error(layer, plain) - 1) < 1e-3

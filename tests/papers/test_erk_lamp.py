@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prunus.score import Scores
 from prunus.score.allocations import erk, global_, lamp, uniform_plus
 
 NET = {"conv": (4, 3, 3, 3), "wide": (16, 4, 1, 1), "fc": (10, 16), "tiny": (2, 2)}
@@ -34,7 +35,7 @@ def erk_by_bisection(shapes, total):
 )
 def test_erk_equals_bisection(sparsity: float, shapes: list[list[int]]):
     named = {str(i): tuple(shape) for i, shape in enumerate(shapes)}
-    counts = erk(named)(ones(named), sparsity)
+    counts = erk(Scores(ones(named), named), sparsity)
     total = sum(torch.Size(shape).numel() for shape in shapes)
     assert sum(counts.values()) == total - round(sparsity * total)
     exact = erk_by_bisection(named, sum(counts.values()))
@@ -44,12 +45,12 @@ def test_erk_equals_bisection(sparsity: float, shapes: list[list[int]]):
 def test_erk_by_hand():
     """Sums of dimensions 13, 22, 26, 4; sizes 108, 64, 160, 4. At 50 %, 168 stay: 168/65 = 2.58 would keep 10.3 of the
     4 of 'tiny'; dense, it leaves 164 / 61 = 2.689 for the others: 34.95, 59.15, 69.90."""
-    assert erk(NET)(ones(NET), 0.5) == {"conv": 35, "wide": 59, "fc": 70, "tiny": 4}
+    assert erk(Scores(ones(NET), NET), 0.5) == {"conv": 35, "wide": 59, "fc": 70, "tiny": 4}
 
 
 def test_erk_makes_layers_dense_that_only_the_second_solution_overfills():
     """At 30 %, 235 stay: first 'tiny' and 'wide' are full (c = 3.6), then conv 56, fc 111 (c = 167 / 39 = 4.28)."""
-    assert erk(NET)(ones(NET), 0.3) == {"conv": 56, "wide": 64, "fc": 111, "tiny": 4}
+    assert erk(Scores(ones(NET), NET), 0.3) == {"conv": 56, "wide": 64, "fc": 111, "tiny": 4}
 
 
 def test_lamp_by_hand():
@@ -100,7 +101,7 @@ def test_uniform_plus_above_its_limit():
     """75 %: 600 of 700 would be 0.857 > 0.8; the last loses 80, the others (600 - 80) / 600 = 13/15."""
     counts = uniform_plus("first", "last")(ones(SIZES), 0.75)
     assert counts == {"first": 100, "middle": 53, "other": 27, "last": 20}
-    assert uniform_plus("first")(ones(SIZES), 0.75) == {"first": 100, "middle": 57, "other": 29, "last": 14}
+    assert uniform_plus("first", "first")(ones(SIZES), 0.75) == {"first": 100, "middle": 57, "other": 29, "last": 14}
 
 
 def test_uniform_plus_refuses_what_it_cannot_reach():
@@ -109,7 +110,7 @@ def test_uniform_plus_refuses_what_it_cannot_reach():
     ):
         uniform_plus("first", "last")(ones(SIZES), 0.86)
     with pytest.raises(ValueError, match="cannot be reached"):
-        uniform_plus("first")(ones(SIZES), 0.9)
+        uniform_plus("first", "first")(ones(SIZES), 0.9)
 
 
 def test_global_is_the_best_of_all_choices():

@@ -19,10 +19,11 @@ from prunus.masks import Masks
 from prunus.patterns import NM, Unstructured
 from prunus.run.compress import compress
 from prunus.run.recipe import Recipe, parse
+from prunus.score import Criterion
 from prunus.score.allocations import global_
 from prunus.score.scores import magnitude, ria, wanda
 from prunus.solve.frank_wolfe import frank_wolfe
-from prunus.solve.solvers import Solver, by_score, sparsegpt
+from prunus.solve.sweep import sparsegpt
 from prunus.stream.reconstruct import Fit
 from prunus.stream.stream import stream
 from prunus.train.train import train
@@ -152,7 +153,7 @@ IMPOSSIBLE = [
 def test_impossible_sparsities_are_refused_before_any_work(pattern: Any, sparsity: float, message: str) -> None:
     model, dense = tiny_llama(), tiny_llama()
     with pytest.raises(ValueError, match=re.escape(message)):
-        stream(model, by_score(magnitude), pattern, sparsity, tokens=TOKENS)
+        stream(model, magnitude, pattern, sparsity, tokens=TOKENS)
     assert all(torch.equal(value, dense.state_dict()[name]) for name, value in model.state_dict().items())
     text = str(pattern)
     with pytest.raises(ValueError, match=rf"recipe\.yaml: prune.*{re.escape(message)}"):
@@ -179,21 +180,21 @@ def test_a_failed_factorisation_is_damped_not_replaced(caplog: pytest.LogCapture
     layer = singular()
     assert float(torch.linalg.eigvalsh(layer.inputs.gram)[0]) < 0
     with caplog.at_level(logging.WARNING):
-        weight, _ = sparsegpt(damping=1e-3)(layer, NM(2, 4), 16)
+        weight, _ = sparsegpt(damping=1e-3).solve(layer, NM(2, 4), 16)
     (used,) = [float(found) for found in re.findall(r"'fc'.*raised to (\S+) of", caplog.text)][-1:]
     assert used > 1e-3
-    assert torch.equal(weight, sparsegpt(damping=used)(layer, NM(2, 4), 16)[0])
+    assert torch.equal(weight, sparsegpt(damping=used).solve(layer, NM(2, 4), 16)[0])
     identity = Inputs(8, gram=True)
     identity.add_(torch.eye(8))
-    assert not torch.allclose(weight, sparsegpt()(Layer("fc", layer.weight, identity), NM(2, 4), 16)[0])
+    assert not torch.allclose(weight, sparsegpt().solve(Layer("fc", layer.weight, identity), NM(2, 4), 16)[0])
 
 
 # `score <= threshold` prunes every entry that equals the threshold: a constant row loses all of it.
 
 
-@pytest.mark.parametrize("solver", [by_score(magnitude), by_score(wanda), by_score(ria), sparsegpt(), frank_wolfe()])
+@pytest.mark.parametrize("solver", [magnitude, wanda, ria, sparsegpt(), frank_wolfe()])
 @pytest.mark.parametrize("pattern", [Unstructured("row"), Unstructured("layer"), NM(2, 4)])
-def test_equal_scores_are_not_all_pruned(solver: Solver, pattern: Any) -> None:
+def test_equal_scores_are_not_all_pruned(solver: Criterion, pattern: Any) -> None:
     model = tiny_llama()
     with torch.no_grad():
         for view in find_layers(model):
@@ -241,7 +242,7 @@ def test_kept_weights_that_are_zero_are_kept(subset: str) -> None:
         for name in names:  # 70 % zeros before a pruning to 50 %: 20 % are kept and zero
             weight = model.get_parameter(name)
             weight.masked_fill_(torch.rand(weight.shape, generator=torch.Generator().manual_seed(2)) < 0.7, 0.0)
-    masks = stream(model, by_score(magnitude), Unstructured("layer"), 0.5, tokens=TOKENS, gram=False).masks
+    masks = stream(model, magnitude, Unstructured("layer"), 0.5, tokens=TOKENS).masks
     inferred = Masks({name: model.get_parameter(name) != 0 for name in names})
     assert masks.sparsity == pytest.approx(0.5, abs=1e-3)
     assert inferred.sparsity > 0.65

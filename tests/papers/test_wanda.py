@@ -9,7 +9,6 @@ from torch import Tensor
 from prunus.layers import Inputs, Layer
 from prunus.patterns import NM, Unstructured
 from prunus.score.scores import ria, wanda
-from prunus.solve.solvers import by_score
 
 
 def layer_of(weight: Tensor, x: Tensor) -> Layer:
@@ -24,7 +23,7 @@ def test_wanda_by_hand():
     weight = torch.tensor([[4.0, 0.0, 1.0, -1.0], [3.0, -2.0, -1.0, -3.0], [-3.0, 1.0, 0.0, 2.0]])
     layer = layer_of(weight, x)
     assert wanda(layer).tolist() == [[32.0, 0.0, 5.0, 1.0], [24.0, 6.0, 5.0, 3.0], [24.0, 3.0, 0.0, 2.0]]
-    pruned = by_score(wanda)(layer, Unstructured("row"), 6)[0]
+    pruned = wanda.solve(layer, Unstructured("row"), 6)[0]
     assert pruned.tolist() == [[4.0, 0.0, 1.0, 0.0], [3.0, -2.0, 0.0, 0.0], [-3.0, 1.0, 0.0, 0.0]]
 
 
@@ -47,7 +46,7 @@ def test_wanda_masks_minimise_the_sum_of_what_is_lost(seed: int):
     weight, x = torch.randn(3, 8, generator=generator), torch.randn(7, 8, generator=generator)
     layer = layer_of(weight, x)
     loss = (weight.double() * x.double().norm(dim=0)).square()
-    mask = by_score(wanda)(layer, Unstructured("row"), 3 * 3)[1]
+    mask = wanda.solve(layer, Unstructured("row"), 3 * 3)[1]
     for row, keep in zip(loss, mask, strict=True):
         best = max(combinations(range(8), 3), key=lambda kept: float(row[list(kept)].sum()))
         assert tuple(keep.nonzero().flatten().tolist()) == best
@@ -59,7 +58,7 @@ def test_nm_masks_minimise_the_sum_of_what_is_lost(nm: tuple[int, int]):
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(3, 16, generator=generator), torch.randn(7, 16, generator=generator)
     loss = (weight.double() * x.double().norm(dim=0)).square()
-    mask = by_score(wanda)(layer_of(weight, x), NM(n, m), 3 * 16 * n // m)[1]
+    mask = wanda.solve(layer_of(weight, x), NM(n, m), 3 * 16 * n // m)[1]
     for group, keep in zip(loss.view(-1, m), mask.view(-1, m), strict=True):
         best = max(combinations(range(m), n), key=lambda kept: float(group[list(kept)].sum()))
         assert tuple(keep.nonzero().flatten().tolist()) == best
@@ -67,5 +66,5 @@ def test_nm_masks_minimise_the_sum_of_what_is_lost(nm: tuple[int, int]):
 
 def test_equal_scores_keep_the_lower_column():
     layer = layer_of(torch.ones(2, 8), torch.ones(3, 8))
-    assert by_score(wanda)(layer, Unstructured("row"), 8)[1].tolist() == [[True] * 4 + [False] * 4] * 2
-    assert by_score(wanda)(layer, NM(2, 4), 8)[1].tolist() == [[True, True, False, False] * 2] * 2
+    assert wanda.solve(layer, Unstructured("row"), 8)[1].tolist() == [[True] * 4 + [False] * 4] * 2
+    assert wanda.solve(layer, NM(2, 4), 8)[1].tolist() == [[True, True, False, False] * 2] * 2

@@ -15,8 +15,9 @@ from prunus.patterns import NM, Unstructured
 from prunus.run import stages
 from prunus.run.compress import compress
 from prunus.run.recipe import Recipe, parse
+from prunus.score import Criterion
 from prunus.score.scores import wanda
-from prunus.solve.solvers import Solver, by_score, sparsegpt
+from prunus.solve.sweep import sparsegpt
 from prunus.stream.reconstruct import Fit
 from prunus.stream.sources import Shards
 from prunus.stream.stream import stream
@@ -106,7 +107,7 @@ def test_only_one_block_is_on_the_device(tmp_path: Path) -> None:
     torch.cuda.reset_peak_memory_stats()
     start = torch.cuda.memory_allocated()
     stream(
-        model.eval(), by_score(wanda), Unstructured("row"), 0.5, tokens=torch.randint(256, (4, 64)), gram=False,
+        model.eval(), wanda, Unstructured("row"), 0.5, tokens=torch.randint(256, (4, 64)),
         source=Shards(model, tmp_path / "model").check(), work=Work(tmp_path / "work", "k").open(), device="cuda",
     )  # fmt: skip
     # The block, those before and after it, scores and ranks of its largest matrix (1.5 blocks here), activations; never
@@ -114,9 +115,9 @@ def test_only_one_block_is_on_the_device(tmp_path: Path) -> None:
     assert torch.cuda.max_memory_allocated() - start < 5.5 * block
 
 
-@pytest.mark.parametrize("solver", [by_score(wanda), sparsegpt()])
+@pytest.mark.parametrize("solver", [wanda, sparsegpt()])
 def test_blocks_that_travel_beside_the_computing_end_with_the_bits_of_those_that_stay(
-    tmp_path: Path, solver: Solver
+    tmp_path: Path, solver: Criterion
 ) -> None:
     config = LlamaConfig(
         vocab_size=256, hidden_size=256, intermediate_size=1024, num_hidden_layers=10, num_attention_heads=8,

@@ -9,7 +9,7 @@ from torch import nn
 
 from prunus.masks import Masks
 from prunus.prune import prune
-from prunus.score.scores import random_score
+from prunus.score.scores import random
 from prunus.soup.imp import Phase, distance, imp, phase_sparsities
 from prunus.train.lr import Original, retraining
 from prunus.train.train import Trace, train
@@ -176,10 +176,10 @@ def test_a_rewind_of_another_model_is_refused_at_once():
 
 
 def test_a_selection_that_gives_weights_back_is_refused():
-    generator = torch.Generator().manual_seed(0)
+    seeds = itertools.count()
 
     def forgetful(model: nn.Module, sparsity: float, within: Masks | None) -> Masks:
-        return prune(model, random_score(generator), sparsity=sparsity)
+        return prune(model, random(next(seeds)), sparsity=sparsity)
 
     with pytest.raises(ValueError, match=r"gave weights of '0.weight' back .* within=masks"):
         imp(network(), sparsity=0.8, phases=3, select=forgetful, retrain=lambda phase: Trace())

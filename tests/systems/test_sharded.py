@@ -6,6 +6,7 @@ import copy
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from prunus.layers import Layer, find_layers
 from prunus.machine import ranks
 from prunus.masks import Masks
 from prunus.patterns import NM, Pattern
-from prunus.solve.solvers import sparsegpt
+from prunus.solve.sweep import sparsegpt
 from prunus.stream.stream import stream
 from prunus.train import next_token
 from prunus.train.lr import linear_warmup_decay
@@ -89,18 +90,27 @@ def retrain(kind: str, *, checkpoint: Path | None = None, killed: bool = False, 
 def prune(seen: list[str] | None = None) -> Any:
     """A model whose blocks were pruned by SparseGPT, the windows and the layers shared."""
     model = build()
-    solve = sparsegpt()
+    criterion = sparsegpt()
 
     def solver(layer: Layer, pattern: Pattern, kept: int) -> tuple[Tensor, Tensor]:
         if seen is not None:
             seen.append(layer.name)
         assert layer.inputs is not None
         assert layer.inputs.tokens == 6 * 16, "every rank's windows"
-        return solve(layer, pattern, kept)
+        return criterion.solve(layer, pattern, kept)
 
     tokens = torch.cat([ids(100)[:6]])
     shared = ranks.count() > 1
-    stream(model, solver, NM(2, 4), 0.5, tokens=tokens, batch_size=2, shared=shared, include=["*"])
+    stream(
+        model,
+        replace(criterion, solve=solver),
+        NM(2, 4),
+        0.5,
+        tokens=tokens,
+        batch_size=2,
+        shared=shared,
+        include=["*"],
+    )
     return model
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,22 +14,24 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from prunus.blocks import chain as blocks
 from prunus.layers import Layer, find_layers
 from prunus.patterns import NM, Unstructured
-from prunus.score.allocations import global_, owl
+from prunus.score import Allocation, Criterion
+from prunus.score.allocations import erk, global_, lamp, owl, uniform_plus
 from prunus.score.scores import magnitude, wanda
 from prunus.solve.frank_wolfe import frank_wolfe
-from prunus.solve.solvers import by_score, sparsegpt
+from prunus.solve.sweep import sparsegpt
+from prunus.stream.allot import survey
 from prunus.stream.reconstruct import Fit
 from prunus.stream.sources import Memory, Shards
-from prunus.stream.stream import stream, survey
+from prunus.stream.stream import stream
 from prunus.stream.work import Work
 from tests.conftest import VOCABULARY, tiny_llama
 
 TOKENS = torch.randint(VOCABULARY, (12, 16), generator=torch.Generator().manual_seed(1))
-WANDA = by_score(wanda)
+WANDA = wanda
 
 
 def run(model: LlamaForCausalLM, **changes: object) -> dict[str, torch.Tensor]:
-    asked: dict[str, object] = {"tokens": TOKENS, "batch_size": 5, "gram": False} | changes
+    asked: dict[str, object] = {"tokens": TOKENS, "batch_size": 5} | changes
     streamed = stream(model, WANDA, Unstructured("row"), 0.5, **asked)  # type: ignore[arg-type]
     streamed.masks.check(model)
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
@@ -41,7 +45,7 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 
 def test_every_layer_reaches_its_count_and_the_rest_is_untouched() -> None:
     model, dense = tiny_llama(), tiny_llama()
-    streamed = stream(model, WANDA, Unstructured("row"), 0.3, tokens=TOKENS, gram=False)
+    streamed = stream(model, WANDA, Unstructured("row"), 0.3, tokens=TOKENS)
     for name, mask in streamed.masks.items():
         assert int((~mask).sum()) == round(0.3 * mask.numel())
         kept = model.get_parameter(name)[mask]
@@ -82,7 +86,7 @@ def test_shards_give_the_same_bits_as_memory(tiny_folder: Path) -> None:
     source = Shards(model, tiny_folder).check()
     work = Work(tiny_folder.parent / "shards-work", "key").open()
     streamed = stream(
-        model, WANDA, Unstructured("row"), 0.5, tokens=TOKENS, gram=False, source=source, work=work, batch_size=5,
+        model, WANDA, Unstructured("row"), 0.5, tokens=TOKENS, source=source, work=work, batch_size=5,
         device="cpu",
     )  # fmt: skip
     assert all(parameter.is_meta for parameter in model.parameters()), "a finished block stayed in memory"
@@ -114,11 +118,11 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path: Path, fit: F
 
     def solver(layer: Layer, pattern: object, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
         solved.append(layer.name)
-        return WANDA(layer, pattern, kept)  # type: ignore[arg-type]
+        return WANDA.solve(layer, pattern, kept)  # type: ignore[arg-type]
 
     model = tiny_llama()
     streamed = stream(
-        model, solver, Unstructured("row"), 0.5, tokens=TOKENS, batch_size=5, gram=False, fit=fit, work=work
+        model, replace(WANDA, solve=solver), Unstructured("row"), 0.5, tokens=TOKENS, batch_size=5, fit=fit, work=work
     )
     assert_equal(expected, model.state_dict())
     assert all(name.startswith("model.layers.1.") for name in solved)
@@ -138,7 +142,7 @@ def test_a_work_folder_of_another_job_is_refused(tmp_path: Path) -> None:
 def test_a_fit_lowers_the_error_and_keeps_every_zero(window: str, inputs: str, train: tuple[str, ...]) -> None:
     model = tiny_llama()
     fit = Fit(window=window, inputs=inputs, train=train, steps=20, lr=5e-3)  # type: ignore[arg-type]
-    streamed = stream(model, WANDA, NM(2, 4), 0.5, tokens=TOKENS, gram=False, fit=fit, batch_size=4)
+    streamed = stream(model, WANDA, NM(2, 4), 0.5, tokens=TOKENS, fit=fit, batch_size=4)
     streamed.masks.check(model)
     for report in streamed.reports:
         assert report.error_before is not None
@@ -151,7 +155,7 @@ def test_a_fit_lowers_the_error_and_keeps_every_zero(window: str, inputs: str, t
 def test_a_fit_that_would_hurt_is_put_back() -> None:
     fit = Fit(steps=3, lr=10.0)
     model = tiny_llama()
-    streamed = stream(model, WANDA, Unstructured("row"), 0.5, tokens=TOKENS, gram=False, fit=fit)
+    streamed = stream(model, WANDA, Unstructured("row"), 0.5, tokens=TOKENS, fit=fit)
     assert all(report.error_after == report.error_before for report in streamed.reports)
     assert_equal(run(tiny_llama(), batch_size=8), {k: v.detach() for k, v in model.state_dict().items()})
 
@@ -159,9 +163,9 @@ def test_a_fit_that_would_hurt_is_put_back() -> None:
 def test_the_reported_error_is_that_of_the_block() -> None:
     model = tiny_llama()
     fit = Fit(steps=1, lr=1e-12)
-    report = stream(model, WANDA, Unstructured("row"), 0.5, tokens=TOKENS, gram=False, fit=fit).reports[0]
+    report = stream(model, WANDA, Unstructured("row"), 0.5, tokens=TOKENS, fit=fit).reports[0]
     pruned, dense = tiny_llama(), tiny_llama()
-    stream(pruned, WANDA, Unstructured("row"), 0.5, tokens=TOKENS, gram=False)
+    stream(pruned, WANDA, Unstructured("row"), 0.5, tokens=TOKENS)
     with torch.no_grad():
         one = pruned(TOKENS, output_hidden_states=True).hidden_states[1]
         other = dense(TOKENS, output_hidden_states=True).hidden_states[1]
@@ -175,12 +179,12 @@ def test_norms_of_a_half_are_refused_as_empty() -> None:
 
 def test_sparsegpt_beats_wanda_beats_magnitude_on_the_output_of_a_block() -> None:
     errors = []
-    for solver, gram in ((sparsegpt(), True), (WANDA, False), (by_score(magnitude), False)):
+    for criterion in (sparsegpt(), WANDA, magnitude):
         model = tiny_llama()
         with torch.no_grad():  # inputs of very different scale, which magnitude does not see
             model.model.embed_tokens.weight.mul_(torch.logspace(-2, 1, 32))
         fit = Fit(steps=1, lr=1e-12)
-        reports = stream(model, solver, Unstructured("layer"), 0.5, tokens=TOKENS, gram=gram, fit=fit).reports
+        reports = stream(model, criterion, Unstructured("layer"), 0.5, tokens=TOKENS, fit=fit).reports
         errors.append(reports[0].error_before)
     assert errors == sorted(errors)
 
@@ -197,19 +201,66 @@ def test_masks_by_frank_wolfe_serve_a_block_better_and_are_fitted_like_others() 
     assert found["frank_wolfe"].error_after < found["frank_wolfe"].error_before
 
 
-@pytest.mark.parametrize("allocate", [global_, owl(c=2.0, lam=0.1)])
-def test_counts_of_an_allocation_are_hit_and_add_up(allocate: object) -> None:
+@pytest.mark.parametrize(
+    "allocation", [global_, lamp, erk, uniform_plus(), owl(c=2.0, lam=0.1)], ids=lambda each: each.__name__
+)
+def test_counts_of_an_allocation_are_hit_and_add_up(allocation: Allocation) -> None:
     model = tiny_llama()
     inputs = survey(model, tokens=TOKENS, batch_size=5)
     views = [view for view in find_layers(model) if view.name in inputs]
     scores = {
         v.name: wanda(Layer(v.name, v.matrix(model.get_parameter(v.parameter).detach()), inputs[v.name])) for v in views
     }
-    counts = allocate(scores, 0.6)  # type: ignore[operator]
-    streamed = stream(model, WANDA, Unstructured("layer"), 0.6, tokens=TOKENS, gram=False, counts=counts)
-    total = sum(mask.numel() for mask in streamed.masks.values())
-    assert sum(int(mask.sum()) for mask in streamed.masks.values()) == total - round(0.6 * total)
-    assert len({int(streamed.masks[v.parameter].sum()) / streamed.masks[v.parameter].numel() for v in views}) > 1
+    counts = allocation(scores, 0.6)
+    masks = stream(model, WANDA, Unstructured("layer"), 0.6, tokens=TOKENS, allocation=allocation, batch_size=5).masks
+    total = sum(mask.numel() for mask in masks.values())
+    assert sum(int(mask.sum()) for mask in masks.values()) == total - round(0.6 * total)
+    assert {v.name: int(masks[v.parameter].sum()) for v in views} == counts
+    assert len(set(counts.values())) > 1
+
+
+def test_the_criterion_says_what_is_measured() -> None:
+    """Norms for Wanda, Gram matrices for SparseGPT, nothing for magnitude, whose blocks run once: to hand on."""
+    for criterion, needs, runs in ((WANDA, "norms", 2), (sparsegpt(), "gram", 2), (magnitude, "", 1)):
+        model, seen, calls = tiny_llama(), set[str](), []
+        model.model.layers[1].register_forward_hook(lambda *_, calls=calls: calls.append(1))
+
+        def solve(
+            layer: Layer, pattern: Any, kept: int, seen: set[str] = seen, criterion: Criterion = criterion
+        ) -> Any:
+            inputs = layer.inputs
+            seen.add("" if inputs is None else "norms" if inputs.gram is None else "gram")
+            return criterion.solve(layer, pattern, kept)
+
+        stream(model, replace(criterion, solve=solve), NM(2, 4), tokens=TOKENS, batch_size=len(TOKENS))
+        assert seen == {needs}
+        assert len(calls) == runs
+
+
+def test_a_pattern_says_its_sparsity_and_plain_scores_their_rows() -> None:
+    def relative(layer: Layer) -> torch.Tensor:
+        score = wanda(layer)
+        return score / score.sum(1, keepdim=True)
+
+    pruned = [stream(tiny_llama(), each, NM(2, 4), tokens=TOKENS).masks for each in (wanda, relative)]
+    assert pruned[0] == pruned[1]
+    rows = [stream(tiny_llama(), each, None, 0.5, tokens=TOKENS).masks for each in (wanda, relative)]
+    assert rows[0] == rows[1] == stream(tiny_llama(), wanda, Unstructured("row"), 0.5, tokens=TOKENS).masks
+
+
+@pytest.mark.parametrize(
+    ("criterion", "changes", "message"),
+    [
+        (sparsegpt, {}, "sparsegpt is no criterion; it makes one: call it"),
+        (sparsegpt(), {"allocation": global_}, "sparsegpt .* no scores for global to compare"),
+        (wanda, {"allocation": owl}, "owl is no allocation; it makes one"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_work(criterion: Any, changes: dict[str, Any], message: str) -> None:
+    model = tiny_llama()
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    with pytest.raises(ValueError, match=message):
+        stream(model, criterion, Unstructured("row"), 0.5, tokens=TOKENS, **changes)
 
 
 def test_the_survey_sees_the_dense_model() -> None:
@@ -247,7 +298,7 @@ def test_the_head_is_pruned_when_asked_for_from_what_reaches_it(tied: bool) -> N
     model = LlamaForCausalLM(config).eval()
     weight = model.lm_head.weight.detach().clone()
     include = ["*_proj", "lm_head"]
-    streamed = stream(model, WANDA, Unstructured("row"), 0.5, tokens=TOKENS, gram=False, include=include, batch_size=5)
+    streamed = stream(model, WANDA, Unstructured("row"), 0.5, tokens=TOKENS, include=include, batch_size=5)
     streamed.masks.check(model)
     assert streamed.reports[-1].name == "lm_head"
     seen: list[torch.Tensor] = []
@@ -266,7 +317,7 @@ def test_the_head_is_pruned_when_asked_for_from_what_reaches_it(tied: bool) -> N
 
 
 def test_without_being_asked_the_head_stays_dense() -> None:
-    masks = stream(tiny_llama(), WANDA, Unstructured("row"), 0.5, tokens=TOKENS, gram=False).masks
+    masks = stream(tiny_llama(), WANDA, Unstructured("row"), 0.5, tokens=TOKENS).masks
     assert all(".layers." in name for name in masks)
 
 
@@ -275,7 +326,7 @@ def test_without_being_asked_the_head_stays_dense() -> None:
 def test_a_16_bit_model_is_fitted_in_float32_and_comes_back(window: str, dtype: torch.dtype) -> None:
     model = tiny_llama().to(dtype)
     fit = Fit(window=window, steps=20, lr=3e-3)  # type: ignore[arg-type]
-    streamed = stream(model, WANDA, NM(2, 4), 0.5, tokens=TOKENS, gram=False, fit=fit, batch_size=4)
+    streamed = stream(model, WANDA, NM(2, 4), 0.5, tokens=TOKENS, fit=fit, batch_size=4)
     streamed.masks.check(model)
     assert all(parameter.dtype == dtype for parameter in model.parameters())
     assert all((r.error_after or 1) < (r.error_before or 0) for r in streamed.reports)

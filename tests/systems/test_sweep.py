@@ -87,7 +87,7 @@ def test_a_sweep_may_retrain(run: Path, monkeypatch: pytest.MonkeyPatch) -> None
     retrain = {"schedule": "llr", "epochs": 1}
     (point,) = sweep(sweep_of(run, kinds=["zeros"], rates=[0.9], retrain=retrain, timed=8))["points"]
     assert parts == [1]
-    assert point["accuracy"] == point["stages"]["retrained"]["top1"] > point["stages"]["recalibrated"]["top1"]
+    assert point["accuracy"] == point["stages"]["settled"]["top1"] > point["stages"]["recalibrated"]["top1"]
     assert point["epochs"] == 1
     assert not (run / "sweep" / "work").exists()
 
@@ -96,10 +96,10 @@ def test_a_state_dict_is_swept_as_its_run_is(run: Path, tmp_path: Path) -> None:
     made = raw(tmp_path)
     del made["out"]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(made))
-    torch.save(load_file(run / "model.safetensors"), tmp_path / "weights.pt")
+    torch.save(load_file(run / "dense" / "model.safetensors"), tmp_path / "weights.pt")
     options: dict[str, Any] = {"kinds": ["zeros"], "rates": [0.5], "timed": 8}
     expected = numbers(sweep(sweep_of(run, **options)))
-    for name in ("run/model.safetensors", "weights.pt"):
+    for name in ("run/dense/model.safetensors", "weights.pt"):
         asked = sweep_of(tmp_path / name, recipe=tmp_path / "recipe.yaml", out=tmp_path / f"out-{name[:3]}", **options)
         assert numbers(sweep(asked)) == expected
     retrained = sweep_of(

@@ -28,6 +28,7 @@ from prunus.run.vision.experiment import budgets
 from prunus.run.vision.recipe import ClassifierRecipe, Retraining, dense_key
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.train import prune_run, pruning_of, train_run
+from prunus.train.batchnorm import recalibrate_
 
 TRAIN = {"epochs": 2, "batch_size": 32, "lr": 0.1, "warmup": 0, "augment": {"crop": 1}}
 
@@ -135,8 +136,8 @@ def test_what_decides_the_dense_training_is_in_its_key(tmp_path: Path) -> None:
 def test_a_run_leaves_what_it_says(tmp_path: Path) -> None:
     recipe = checked(tmp_path, **PRUNED, train={**TRAIN, "evaluate_every": 1})
     result = train_run(recipe)
-    assert list(result["stages"]) == ["dense", "pruned", "recalibrated", "retrained"]
-    assert result["accuracy"] == result["stages"]["retrained"]["top1"]
+    assert list(result["stages"]) == ["dense", "pruned", "recalibrated", "retrained", "settled"]
+    assert result["accuracy"] == result["stages"]["settled"]["top1"]
     assert result["epochs"] == 3
     assert result["phases"][0]["share"] == 0.5
     names = "dense masks.safetensors metrics.jsonl model.safetensors prunus.json recipe.yaml report.png result.json"
@@ -245,7 +246,8 @@ def test_a_method_killed_in_training_ends_with_the_same_bits(
 
 def _counting(steps: Counter[int], call: Any) -> Any:
     def counted(self: Any, step: int) -> Any:
-        steps[step] += 1
+        if self.seed < 1_000_003 * settings._SETTLING:  # a batch that is trained on
+            steps[step] += 1
         return call(self, step)
 
     return counted
@@ -265,11 +267,30 @@ def test_the_training_of_a_method_is_drawn(tmp_path: Path, monkeypatch: pytest.M
 def test_a_method_during_training_is_retrained_under_its_masks(tmp_path: Path) -> None:
     recipe = checked(tmp_path, during={"gmp": {"every": 0.25}}, **PRUNED)
     result = train_run(recipe)
-    assert list(result["stages"]) == ["pruned", "recalibrated", "retrained"]
+    assert list(result["stages"]) == ["pruned", "recalibrated", "retrained", "settled"]
     assert result["sparsity"] == pytest.approx(0.8, abs=1e-3)
     assert result["epochs"] == 3
     with pytest.raises(ValueError, match="its network was pruned while it was trained"):
         pruning_of(tmp_path, {"prune.sparsity": 0.5})
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("row", ["dense", "retrained", "during"])
+def test_every_row_ends_with_the_statistics_of_augmented_batches(tmp_path: Path, row: str) -> None:
+    """Batches of the training's size: on plain images, in batches of another size, the numbers are others."""
+    during: dict[str, Any] = {"during": {"gmp": {"every": 0.25}}, "prune": {"sparsity": 0.8}}
+    recipe = checked(tmp_path, **{"dense": {}, "retrained": PRUNED, "during": during}[row], recalibrate=0.5)
+    result, setting, model = train_run(recipe), Setting.of(recipe), Tiny()
+    model.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    left = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    batches = setting.batches(settings._SETTLING)
+    seen = recalibrate_(model, [batches(step) for step in range(setting.steps(0.5))])
+    assert seen == 22 * TRAIN["batch_size"]
+    assert all(torch.equal(left[name], buffer) for name, buffer in model.named_buffers())
+    assert accuracy(model, setting.measured()).top1 == result["accuracy"]
+    mean, std = setting.sets.mean, setting.sets.std
+    recalibrate_(model, plain_batches(setting.sets.train, batch_size=1000, mean=mean, std=std))
+    assert not torch.allclose(left["1.running_var"], dict(model.named_buffers())["1.running_var"], rtol=1e-3)
 
 
 @pytest.mark.usefixtures("tiny")

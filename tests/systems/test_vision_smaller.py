@@ -58,7 +58,7 @@ def test_kinds_exclude_what_they_cannot_do() -> None:
 def test_filters_that_go_are_those_that_weigh_least(tmp_path: Path) -> None:
     recipe = checked(tmp_path, prune={"kind": "filters", "sparsity": 0.5}, retrain={"schedule": "allr", "epochs": 1})
     result = train_run(recipe)
-    assert list(result["stages"]) == ["dense", "pruned", "recalibrated", "retrained"]
+    assert list(result["stages"]) == ["dense", "pruned", "recalibrated", "retrained", "settled"]
     dense, small = Tiny(), load_file(tmp_path / "model.safetensors")
     dense.load_state_dict(load_file(tmp_path / "dense" / "model.safetensors"))
     setting = Setting.of(recipe)

@@ -55,6 +55,10 @@ class Source(Protocol):
         """Context in which everything outside the blocks is on `device`."""
         ...
 
+    def tensor(self, name: str, device: torch.device) -> Tensor:
+        """One parameter on `device`; the model's own where that is its place."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class Arguments:

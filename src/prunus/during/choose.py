@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from prunus.patterns import Unstructured, keep_largest, kept_of
-from prunus.score import Allocation, counts_under
+from prunus.score import Allocation, Count, allocation_of, counts_under
 
-__all__ = ["keep_allocated", "keep_global", "magnitudes"]
+__all__ = ["keep_allocated", "keep_global", "magnitudes", "without_inputs"]
 
 
 @torch.no_grad()
@@ -43,7 +43,7 @@ def keep_global(scores: Mapping[str, Tensor], kept: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def keep_allocated(scores: Mapping[str, Tensor], sparsity: float, allocation: Allocation) -> dict[str, Tensor]:
+def keep_allocated(scores: Mapping[str, Tensor], sparsity: float, allocation: Allocation | Count) -> dict[str, Tensor]:
     """Masks (bool (out, in)) of the largest scores of each layer; exactly `kept_of(all entries, sparsity)` stay.
 
     scores: layer name -> (out, in) float32, -inf where an earlier choice pruned for good. What an allocation's rounding
@@ -60,3 +60,17 @@ def keep_allocated(scores: Mapping[str, Tensor], sparsity: float, allocation: Al
         counts[name] += change
         missing -= change
     return {name: keep_largest(score, counts[name]) for name, score in scores.items()}
+
+
+def without_inputs(allocation: Allocation | Count) -> Allocation:
+    """The allocation. Raises ValueError for one that looks at what layers receive: training does not measure that.
+
+    >>> without_inputs(uniform).reads
+    ''
+    """
+    found = allocation_of(allocation)
+    if found.reads == "inputs":
+        raise ValueError(
+            f"{found.name} looks at what the layers receive, which training does not measure: take another"
+        )
+    return found

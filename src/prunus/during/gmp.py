@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prunus.during.choose import keep_allocated, magnitudes
+from prunus.during.choose import keep_allocated, magnitudes, without_inputs
 from prunus.during.schedule import cubic
+from prunus.layers import parameter_shapes
 from prunus.masks import Masks
 from prunus.patterns import kept_of
-from prunus.prune import named_allocation
-from prunus.score import Allocation
+from prunus.score import Allocation, Count, Scores, global_
 from prunus.train import During, Plan
 
 __all__ = ["GMP"]
@@ -27,10 +27,10 @@ class GMP(During):
     every, start, stop: shares of the training; the k-th pruning follows step (start + k * every) * steps.
     variant: "hard", what is pruned stays zero; "recover", pruned weights keep their stored value, get no gradient (but
     weight decay) and may come back at the next pruning, as in the paper's code. Momentum of pruned weights is zeroed.
-    allocation: a function, or the name of one of `prune.ALLOCATIONS`. The paper prunes every layer to the same sparsity
-    ("uniform"); the default compares all layers ("global").
-    Raises ValueError for a sparsity outside [0, 1), an unknown variant, or (in `attach`) an unknown allocation, or
-    shares that allow no pruning.
+    allocation: one that looks at scores or shapes. The paper prunes every layer to the same sparsity (`uniform`); the
+    default compares all layers (`global_`).
+    Raises ValueError for a sparsity outside [0, 1), an unknown variant, an allocation that looks at inputs, or (in
+    `attach`) shares that allow no pruning.
 
     >>> gmp = GMP(0.9, every=0.05, stop=0.75)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -46,21 +46,19 @@ class GMP(During):
         start: float = 0.0,
         stop: float = 0.9,
         variant: Literal["hard", "recover"] = "hard",
-        allocation: str | Allocation = "global",
+        allocation: Allocation | Count = global_,
     ) -> None:
         super().__init__()
         kept_of(0, sparsity)
         if variant not in ("hard", "recover"):
             raise ValueError(f"GMP's variant is 'hard' or 'recover'; got {variant!r}")
-        self.sparsity, self.variant, self.asked = sparsity, variant, allocation
+        self.sparsity, self.variant, self.allocation = sparsity, variant, without_inputs(allocation)
         self.every, self.start, self.stop = every, start, stop
 
     def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
         """Hold masks that keep everything."""
         self.hold_masks(model, optimizer, plan.views)
-        self.views = plan.views
-        asked = self.asked
-        self.allocation = named_allocation(asked, model, plan.views) if isinstance(asked, str) else asked
+        self.views, self.shapes = plan.views, parameter_shapes(dict(model.named_parameters()), plan.views)
         self.events = cubic(self.sparsity, plan.steps, every=self.every, start=self.start, stop=self.stop)
 
     def weights(self) -> dict[str, Tensor]:
@@ -90,5 +88,5 @@ class GMP(During):
         if self.variant == "hard":
             weights = {name: weight.masked_fill_(~held[name], -torch.inf) for name, weight in weights.items()}
         scores = {view.name: view.matrix(weights[view.parameter]) for view in self.views}
-        chosen = keep_allocated(scores, sparsity, self.allocation)
+        chosen = keep_allocated(Scores(scores, self.shapes), sparsity, self.allocation)
         return Masks.of(self.views, chosen, {name: mask.shape for name, mask in held.items()})

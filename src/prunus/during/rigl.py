@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from prunus.during.choose import without_inputs
 from prunus.during.topology import exchange, random_topology
 from prunus.masks import Masks
 from prunus.patterns import kept_of
-from prunus.prune import named_allocation
+from prunus.score import Allocation, Count, erk
 from prunus.train import During, Plan
 
 __all__ = ["RigL"]
@@ -25,13 +25,13 @@ class RigL(During):
         drop the f(t) * active smallest |w|, grow as many of the largest |dL/dw| among all not kept, at weight 0
         f(t) = alpha / 2 * (1 + cos(pi * t / (stop * T)))     (Evci et al. 2020, "Rigging the Lottery")
 
-    topology: how the zeros are shared out at the start and so ever after: "erk" (Erdos-Renyi-Kernel) or "uniform".
+    topology: how the zeros are shared out at the start and so ever after: `erk` (Erdos-Renyi-Kernel), `uniform`.
     The gradient at pruned weights comes from the ordinary backward pass (they are in the forward pass, as zeros).
     Deviations: the step at which connections change is an ordinary training step too, where the paper omits it; the
     paper's "uniform" leaves the first layer dense, this one does not; clipping counts the gradient at pruned weights.
     A connection that is dropped and grown at once keeps its weight, as in the authors' code.
-    Raises ValueError for a sparsity outside [0, 1), alpha or stop outside (0, 1], delta < 1, an unknown topology, or
-    (in `attach`) when training is too short for one exchange.
+    Raises ValueError for a sparsity outside [0, 1), alpha or stop outside (0, 1], delta < 1, a topology that looks at
+    inputs, or (in `attach`) when training is too short for one exchange.
 
     >>> rigl = RigL(0.9, delta=5)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -43,7 +43,7 @@ class RigL(During):
         self,
         sparsity: float,
         *,
-        topology: Literal["erk", "uniform"] = "erk",
+        topology: Allocation | Count = erk,
         alpha: float = 0.3,
         delta: int = 100,
         stop: float = 0.75,
@@ -53,9 +53,7 @@ class RigL(During):
         kept_of(0, sparsity)
         if not (0 < alpha <= 1 and 0 < stop <= 1 and delta >= 1):
             raise ValueError(f"RigL needs alpha and stop in (0, 1] and delta >= 1; got {alpha=}, {stop=}, {delta=}")
-        if topology not in ("erk", "uniform"):
-            raise ValueError(f"RigL's topology is 'erk' or 'uniform'; got {topology!r}")
-        self.sparsity, self.topology, self.seed = sparsity, topology, seed
+        self.sparsity, self.topology, self.seed = sparsity, without_inputs(topology), seed
         self.alpha, self.delta, self.stop = alpha, delta, stop
 
     def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
@@ -66,8 +64,7 @@ class RigL(During):
                 f"RigL with delta={self.delta} changes nothing before step {self.end:g}: make delta smaller"
             )
         self.hold_masks(model, optimizer, plan.views)
-        allocation = named_allocation(self.topology, model, plan.views)
-        self.set_masks_(random_topology(model, plan.views, self.sparsity, allocation, self.seed))
+        self.set_masks_(random_topology(model, plan.views, self.sparsity, self.topology, self.seed))
         self.seen = (
             nn.Module()
         )  # the last gradients: written in every step before they are read, so no part of the state

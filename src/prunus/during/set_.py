@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import nn
 from torch.optim import Optimizer
 
+from prunus.during.choose import without_inputs
 from prunus.during.topology import exchange, random_scores, random_topology
 from prunus.masks import Masks
 from prunus.patterns import kept_of
-from prunus.prune import named_allocation
+from prunus.score import Allocation, Count, erk
 from prunus.train import During, Plan
 
 __all__ = ["SET"]
@@ -23,12 +22,12 @@ class SET(During):
         drop the zeta * active smallest |w|, grow as many others at random, at weight 0
 
     Mocanu et al. 2018 ("Scalable training of artificial neural networks with adaptive sparse connectivity",
-    zeta = 0.3). topology: how the zeros are shared out, "erk" (the paper's Erdos-Renyi, for convolutions too) or
-    "uniform".
+    zeta = 0.3). topology: how the zeros are shared out: `erk` (the paper's Erdos-Renyi, for convolutions too) or
+    `uniform`.
     Deviations: new weights start at 0 as in RigL, where the paper draws them; dropped are the smallest |w|, where the
     paper takes a share of the positive and of the negative ones; chance may grow again what was just dropped.
-    Raises ValueError for a sparsity outside [0, 1), zeta outside (0, 1], delta < 1, an unknown topology, or (in
-    `attach`) when training is too short for one exchange.
+    Raises ValueError for a sparsity outside [0, 1), zeta outside (0, 1], delta < 1, a topology that looks at inputs, or
+    (in `attach`) when training is too short for one exchange.
 
     >>> method = SET(0.9, delta=5)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -40,7 +39,7 @@ class SET(During):
         self,
         sparsity: float,
         *,
-        topology: Literal["erk", "uniform"] = "erk",
+        topology: Allocation | Count = erk,
         zeta: float = 0.3,
         delta: int | None = None,
         seed: int = 0,
@@ -49,9 +48,8 @@ class SET(During):
         kept_of(0, sparsity)
         if not 0 < zeta <= 1 or (delta is not None and delta < 1):
             raise ValueError(f"SET needs zeta in (0, 1] and delta >= 1; got {zeta=}, {delta=}")
-        if topology not in ("erk", "uniform"):
-            raise ValueError(f"SET's topology is 'erk' or 'uniform'; got {topology!r}")
-        self.sparsity, self.topology, self.zeta, self.delta, self.seed = sparsity, topology, zeta, delta, seed
+        self.sparsity, self.zeta, self.delta, self.seed = sparsity, zeta, delta, seed
+        self.topology = without_inputs(topology)
 
     def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
         """Choose the random topology; the weights are masked before the first step."""
@@ -62,8 +60,7 @@ class SET(During):
                 "or say how long an epoch is (epoch_steps)"
             )
         self.hold_masks(model, optimizer, plan.views)
-        allocation = named_allocation(self.topology, model, plan.views)
-        self.set_masks_(random_topology(model, plan.views, self.sparsity, allocation, self.seed))
+        self.set_masks_(random_topology(model, plan.views, self.sparsity, self.topology, self.seed))
 
     def before_step(self, step: int) -> None:
         """Start from the sparse network."""

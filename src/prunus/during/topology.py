@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from prunus.during.choose import keep_allocated
-from prunus.layers import View
+from prunus.layers import View, parameter_shapes
 from prunus.masks import Masks
 from prunus.patterns import keep_largest
-from prunus.score import Allocation
+from prunus.score import Allocation, Count, Scores
 
 __all__ = ["exchange", "random_scores", "random_topology"]
 
@@ -30,11 +30,12 @@ def random_scores(views: Sequence[View], seed: Sequence[int]) -> dict[str, Tenso
 
 
 def random_topology(
-    model: nn.Module, views: Sequence[View], sparsity: float, allocation: Allocation, seed: int
+    model: nn.Module, views: Sequence[View], sparsity: float, allocation: Allocation | Count, seed: int
 ) -> Masks:
     """Random masks with the allocation's counts; exactly `kept_of(all, sparsity)` connections stay."""
     parameters = dict(model.named_parameters())
-    chosen = keep_allocated(random_scores(views, [seed]), sparsity, allocation)
+    scores = Scores(random_scores(views, [seed]), parameter_shapes(parameters, views))
+    chosen = keep_allocated(scores, sparsity, allocation)
     return Masks.of(views, chosen, {view.parameter: parameters[view.parameter].shape for view in views})
 
 

@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import copy
-import zlib
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -23,14 +22,14 @@ from prunus import patterns
 from prunus.adapt import ADAPTERS, adapt, add_biases, compiled_forward, find_subset
 from prunus.blocks import Source, recomputed
 from prunus.data import ASSETS, PackedTokens, calibration, read_texts, tokenize
-from prunus.layers import Inputs, Layer, View, find_layers
+from prunus.layers import View, find_layers
 from prunus.machine import Precision, autocast, of_training, ranks
 from prunus.masks import Masks
 from prunus.measure import perplexity, streamed_perplexity
 from prunus.run.recipe import Data, FrankWolfe, Prune, Recipe, Retrain
-from prunus.score import counts_under, global_, owl, scores
-from prunus.solve import Solver, by_magnitude, by_score, by_wanda, frank_wolfe, sparsegpt
-from prunus.stream import BlockReport, Fit, Shards, Streamed, Work, stream, survey
+from prunus.score import Allocation, Count, Criterion, compared, global_, owl, scores, uniform
+from prunus.solve import frank_wolfe, sparsegpt
+from prunus.stream import BlockReport, Fit, Shards, Streamed, Work, stream
 from prunus.train import linear_warmup_decay, next_token_loss, train
 
 __all__ = ["Loaded", "Retrained", "device_of", "evaluate", "load", "precision_of", "prune", "retrain", "text_tokens"]
@@ -159,7 +158,6 @@ def prune(
 ) -> Streamed:
     """Masks and block reports after the recipe's pruning (and reconstruction) of the model in place."""
     chosen, calibrate = recipe.prune, recipe.calibrate
-    pattern = patterns.parse(chosen.pattern, per="row" if _scope(chosen) == "row" else "layer")
     tokens = calibration(
         text_tokens(calibrate.data, loaded.tokenizer), calibrate.samples, calibrate.length, calibrate.seed
     )
@@ -172,30 +170,18 @@ def prune(
         "include": chosen.include,
         "exclude": chosen.exclude,
     }
-    score = _score(chosen, calibrate.seed)
-    counts = None
-    if chosen.allocation == "owl" or chosen.scope == "model":
-        inputs = survey(loaded.model, **where)
-        metric = scores.wanda if chosen.allocation == "owl" else score
-        views = [
-            v for v in find_layers(loaded.model, include=chosen.include, exclude=chosen.exclude) if v.name in inputs
-        ]
-        allocate = owl() if chosen.allocation == "owl" else global_
-        seen = _LazyScores(loaded, views, inputs, metric, device)
-        counts = counts_under(pattern, seen, chosen.sparsity, allocate)
-    solver = _solver(chosen, score)
+    criterion, allocation = _criterion(chosen, calibrate.seed), _allocation(chosen)
+    per = compared(criterion, allocation) if chosen.scope is None else "row" if chosen.scope == "row" else "layer"
     fit = None
     if recipe.reconstruct is not None:
         fit = Fit(**recipe.reconstruct.model_dump(), precision=precision_of(recipe, device))
-    gram = chosen.criterion in ("sparsegpt", "frank_wolfe")
     shared = ranks.count() > 1 and fit is None and len(tokens) >= ranks.count()
     return stream(
         loaded.model,
-        solver,
-        pattern,
+        criterion,
+        patterns.parse(chosen.pattern, per=per),
         chosen.sparsity,
-        counts=counts,
-        gram=gram,
+        allocation=allocation,
         fit=fit,
         work=work,
         shared=shared,
@@ -204,31 +190,16 @@ def prune(
     )
 
 
-def _scope(chosen: Prune) -> str:
-    """Wanda, and what starts from it, compares within an output row, as its authors do; the others within a layer."""
-    if chosen.scope is not None:
-        return chosen.scope
-    return "row" if chosen.criterion in ("wanda", "frank_wolfe") and chosen.allocation == "uniform" else "layer"
+def _allocation(chosen: Prune) -> Allocation | Count:
+    return global_ if chosen.scope == "model" else owl() if chosen.allocation == "owl" else uniform
 
 
-def _score(chosen: Prune, seed: int) -> Callable[[Layer], Tensor]:
-    if chosen.criterion == "random":
-        # Drawn anew from (seed, layer) at each look: a resumed run and a second reading see the same scores.
-        return lambda layer: scores.random_score(_generator(seed, layer.name))(layer)
-    return getattr(scores, chosen.criterion) if chosen.criterion not in ("sparsegpt", "frank_wolfe") else scores.wanda
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    return torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
-
-
-def _solver(chosen: Prune, score: Callable[[Layer], Tensor]) -> Solver:
+def _criterion(chosen: Prune, seed: int) -> Criterion:
     if chosen.criterion == "frank_wolfe":
         return frank_wolfe(**(chosen.frank_wolfe or FrankWolfe()).model_dump())
     if chosen.criterion == "sparsegpt":
         return sparsegpt(damping=chosen.damping)
-    unwritten = {"magnitude": by_magnitude, "wanda": by_wanda}  # the same bits, without the scores' memory
-    return unwritten[chosen.criterion]() if chosen.criterion in unwritten else by_score(score)
+    return scores.random(seed) if chosen.criterion == "random" else getattr(scores, chosen.criterion)
 
 
 def summary(streamed: Streamed) -> dict[str, Any]:
@@ -242,36 +213,6 @@ def summary(streamed: Streamed) -> dict[str, Any]:
         "seconds": sum(report.seconds for report in streamed.reports),
         "blocks": [asdict(report) for report in streamed.reports],
     }
-
-
-class _LazyScores(Mapping[str, Tensor]):
-    """View name -> score matrix, computed anew at each look so that one layer's scores are in memory at a time."""
-
-    def __init__(
-        self,
-        loaded: Loaded,
-        views: Sequence[View],
-        inputs: Mapping[str, Inputs],
-        score: Callable[[Layer], Tensor],
-        device: torch.device,
-    ) -> None:
-        self.loaded, self.inputs, self.score, self.device = loaded, inputs, score, device
-        self.views = {view.name: view for view in views}
-        self.parameters = dict(loaded.model.named_parameters())
-
-    def __getitem__(self, name: str) -> Tensor:
-        view = self.views[name]
-        parameter = self.parameters[view.parameter]
-        if parameter.is_meta:
-            assert isinstance(self.loaded.source, Shards)
-            parameter = self.loaded.source.tensor(view.parameter)
-        return self.score(Layer(name, view.matrix(parameter.detach()).to(self.device), self.inputs[name]))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.views)
-
-    def __len__(self) -> int:
-        return len(self.views)
 
 
 def pruned_views(model: nn.Module, masks: Masks, recipe: Recipe) -> list[View]:

@@ -1,44 +1,41 @@
-"""How much each weight matters: a score is a function of one layer, (out, in) float32, higher is kept.
+"""How much each weight matters: criteria that keep what scores best, (out, in) float32, higher is kept.
 
     magnitude   S_ij = |W_ij|
     wanda       S_ij = |W_ij| * ||X_j||_2
     ria         S_ij = (|W_ij| / sum_k |W_kj| + |W_ij| / sum_k |W_ik|) * ||X_j||_2^(1/2)
 
-A new criterion is one function and one `__all__` entry; recipes have a list of names of their own. Which scores are
-compared with which is the pattern's affair (`patterns.py`), how many are kept the allocation's (`allocations.py`).
+    random      S_ij uniform in [0, 1)
+
+A new criterion is one function and one `__all__` entry: everything there can be named in recipes. Which scores are
+compared with which is the pattern's affair (`patterns`), how many are kept the allocation's (`allocations`).
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import zlib
 
 import torch
 from torch import Tensor
 
-from prunus.patterns import scaled
+from prunus.layers import Layer
+from prunus.score.criterion import Criterion, criterion, scaling
 
-if TYPE_CHECKING:
-    from prunus.layers import Layer
-
-__all__ = ["Score", "magnitude", "random_score", "ria", "wanda"]
-
-Score = Callable[["Layer"], Tensor]
+__all__ = ["magnitude", "random", "ria", "wanda"]
 
 
-@torch.no_grad()
-def magnitude(layer: Layer) -> Tensor:
+@scaling()
+def magnitude(layer: Layer) -> Tensor | None:
     """|W_ij|, (out, in) float32.
 
     >>> magnitude(Layer("fc", torch.tensor([[-2.0, 1.0]]))).tolist()
     [[2.0, 1.0]]
     """
-    return scaled(layer.weight, None)
+    return None
 
 
-@torch.no_grad()
-def wanda(layer: Layer) -> Tensor:
+@scaling(needs="norms", compare="row")
+def wanda(layer: Layer) -> Tensor | None:
     """|W_ij| * ||X_j||_2, (out, in) float32   (Sun et al. 2024, Eq. 1).
 
     The paper compares within output rows: `Unstructured("row")`. A layer that saw no token (an expert nobody visited)
@@ -49,10 +46,10 @@ def wanda(layer: Layer) -> Tensor:
     >>> wanda(Layer("fc", torch.tensor([[-2.0, 1.0]]), inputs)).tolist()
     [[10.0, 1.0]]
     """
-    return scaled(layer.weight, norms_of(layer, "wanda"))
+    return norms_of(layer, "wanda")
 
 
-@torch.no_grad()
+@criterion(needs="norms")
 def ria(layer: Layer) -> Tensor:
     """(|W_ij| / sum_k |W_kj| + |W_ij| / sum_k |W_ik|) * ||X_j||_2^(1/2), (out, in) float32   (Zhang et al. 2024).
 
@@ -73,20 +70,20 @@ def ria(layer: Layer) -> Tensor:
     return size.mul_(share).mul_(norms.sqrt())
 
 
-def random_score(generator: torch.Generator) -> Score:
-    """A score that draws uniform float32 numbers from `generator`: random pruning.
+def random(seed: int = 0) -> Criterion:
+    """Uniform float32 numbers drawn from (seed, layer name): random pruning, the same at each look at a layer.
 
-    Every call draws anew, so layers get different masks; the order of the layers decides which.
-
-    >>> random_score(torch.Generator().manual_seed(0))(Layer("fc", torch.ones(2, 3))).shape
+    >>> random(seed=1)(Layer("fc", torch.ones(2, 3))).shape
     torch.Size([2, 3])
     """
 
-    def draw(layer: Layer) -> Tensor:
-        numbers = torch.rand(layer.weight.shape, generator=generator, device=generator.device)
-        return numbers.to(layer.weight.device)
+    @criterion()
+    def random(layer: Layer) -> Tensor:
+        # torch's CPU generator reads the lower 32 bits of a seed alone: both numbers are hashed into these.
+        generator = torch.Generator().manual_seed(zlib.crc32(layer.name.encode(), seed % 2**32))
+        return torch.rand(layer.weight.shape, generator=generator).to(layer.weight.device)
 
-    return draw
+    return random
 
 
 def warn_unseen(layer: Layer, method: str) -> None:

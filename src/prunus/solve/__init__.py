@@ -1,6 +1,10 @@
-"""How one layer is pruned: a criterion turns (layer, pattern, count) into new weights and their mask."""
+"""Criteria that choose inside a layer, and may move the weights that stay: SparseGPT, Frank-Wolfe with swaps.
+
+A new one is a function that returns a `Criterion`, in a file of its own, and one entry in `__all__`: everything there
+can be named in recipes.
+"""
 
 from prunus.solve.frank_wolfe import frank_wolfe
-from prunus.solve.solvers import Solver, by_magnitude, by_score, by_wanda, sparsegpt
+from prunus.solve.sweep import sparsegpt
 
-__all__ = ["Solver", "by_magnitude", "by_score", "by_wanda", "frank_wolfe", "sparsegpt"]
+__all__ = ["frank_wolfe", "sparsegpt"]

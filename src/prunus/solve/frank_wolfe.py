@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from prunus.patterns import Pattern
-from prunus.score import magnitude, wanda
-from prunus.solve.solvers import Solver, by_score, seen_gram
+from prunus.score import Criterion, magnitude, wanda
 from prunus.solve.swaps import swap_
+from prunus.solve.sweep import seen_gram
 
 if TYPE_CHECKING:
     from prunus.layers import Inputs, Layer
@@ -37,8 +37,8 @@ __all__ = ["frank_wolfe"]
 _ROWS = 1 << 22  # entries whose error is computed at once in float64: 32 MiB a temporary
 
 
-def frank_wolfe(iterations: int = 30, swaps: int = 100, concave: tuple[float, float] = (0.5, 1.0)) -> Solver:
-    """A solver that keeps the weights whose loss changes the layer's outputs least, and leaves them as they are.
+def frank_wolfe(iterations: int = 30, swaps: int = 100, concave: tuple[float, float] = (0.5, 1.0)) -> Criterion:
+    """A criterion that keeps the weights whose loss changes the layer's outputs least, and leaves them as they are.
 
     iterations: of Frank-Wolfe, from Wanda's mask; each is one product (out, in) x (in, in) and one selection. 0 leaves
         all to the swaps.
@@ -48,13 +48,13 @@ def frank_wolfe(iterations: int = 30, swaps: int = 100, concave: tuple[float, fl
     The idea is that of Roux et al. 2025 (arXiv:2510.13713), who minimise the convex relaxation and round it. The
     concave term and the swaps are ours. The error of no row (of no layer, for patterns that compare rows) exceeds that
     of Wanda's mask: that is checked in float64, all else is float32. Ties break by index, counts are exact. A layer
-    that saw no token is pruned by magnitude, with a warning. The solver raises ValueError for a layer without a Gram
+    that saw no token is pruned by magnitude, with a warning. Its solve raises ValueError for a layer without a Gram
     matrix, for NaN or Inf, and as `pattern.mask`.
 
     >>> inputs = Inputs(3, gram=True)
     >>> inputs.add_(torch.tensor([[1.0, -1.0, 0.0], [0.0, 0.0, 0.9]]))
     >>> layer = Layer("fc", torch.tensor([[1.0, 1.0, 1.0]]), inputs)  # the first two outputs cancel
-    >>> frank_wolfe()(layer, Unstructured("row"), 1)[0]
+    >>> frank_wolfe().solve(layer, Unstructured("row"), 1)[0]
     tensor([[0., 0., 1.]])
     """
     if operator.index(iterations) < 0 or operator.index(swaps) < 0:
@@ -66,7 +66,7 @@ def frank_wolfe(iterations: int = 30, swaps: int = 100, concave: tuple[float, fl
     def solve(layer: Layer, pattern: Pattern, kept: int) -> tuple[Tensor, Tensor]:
         inputs = seen_gram(layer, "frank_wolfe")
         if inputs is None:
-            return by_score(magnitude)(layer, pattern, kept)
+            return magnitude.solve(layer, pattern, kept)
         start = pattern.mask(wanda(layer), kept, name=layer.name)
         gram = _scaled_gram(layer, inputs)
         weight = layer.weight.float().contiguous()
@@ -80,7 +80,7 @@ def frank_wolfe(iterations: int = 30, swaps: int = 100, concave: tuple[float, fl
         mask = _lower(weight, gram, mask, start, pattern)
         return layer.weight.masked_fill(~mask, 0.0), mask
 
-    return solve
+    return Criterion(solve, needs="gram", compare="row", name="frank_wolfe")
 
 
 def _scaled_gram(layer: Layer, inputs: Inputs) -> Tensor:

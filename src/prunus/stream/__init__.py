@@ -4,9 +4,10 @@
 """
 
 from prunus.stream.ahead import ahead
+from prunus.stream.allot import survey
 from prunus.stream.reconstruct import Fit
 from prunus.stream.sources import Shards, carried
-from prunus.stream.stream import Streamed, stream, survey
+from prunus.stream.stream import Streamed, stream
 from prunus.stream.work import BlockReport, Work
 
 __all__ = ["BlockReport", "Fit", "Shards", "Streamed", "Work", "ahead", "carried", "stream", "survey"]

@@ -9,6 +9,7 @@ one input stay together, because solvers factorise it once. Which blocks there a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +17,24 @@ from torch import Tensor, nn
 from prunus.layers import Inputs, Layer, View
 from prunus.machine import ranks
 from prunus.patterns import Pattern
-from prunus.solve import Solver
+from prunus.score import Criterion
 
-__all__ = ["add_up_", "owners", "solve_layers_"]
+__all__ = ["Task", "add_up_", "owners", "solve_layers_"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is done with every layer: counts has view name -> entries to keep."""
+
+    criterion: Criterion
+    pattern: Pattern
+    counts: Mapping[str, int]
 
 
 @torch.no_grad()
 def add_up_(views: Sequence[View], inputs: Mapping[str, Inputs]) -> None:
     """What all ranks' windows taught about the inputs of these views, in place of this rank's own."""
-    for each in {id(inputs[view.name]): inputs[view.name] for view in views}.values():
+    for each in {id(inputs[view.name]): inputs[view.name] for view in views if view.name in inputs}.values():
         tokens = torch.tensor([each.tokens], dtype=torch.int64, device=each.squares.device)
         ranks.sum_(tokens)
         each.tokens = int(tokens)
@@ -40,9 +50,9 @@ def owners(views: Sequence[View], inputs: Mapping[str, Inputs], world: int) -> d
 
     A group of inputs n costs a factorisation and sweeps, n^3 + sum of out * n^2.
     """
-    groups: dict[int, list[View]] = {}
+    groups: dict[int, list[View]] = {}  # a layer whose inputs nobody asked for stands alone
     for view in views:
-        groups.setdefault(id(inputs[view.name]), []).append(view)
+        groups.setdefault(id(inputs.get(view.name, view)), []).append(view)
     costs = [(sum(v.shape[0] for v in group) + group[0].shape[1]) * group[0].shape[1] ** 2 for group in groups.values()]
     load = [0] * world
     found: dict[str, int] = {}
@@ -57,16 +67,14 @@ def owners(views: Sequence[View], inputs: Mapping[str, Inputs], world: int) -> d
 def solve_layers_(
     parameters: Mapping[str, nn.Parameter],
     views: Sequence[View],
-    solver: Solver,
-    pattern: Pattern,
-    todo: Mapping[str, int],
+    task: Task,
     inputs: Mapping[str, Inputs],
     *,
     shared: bool = False,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Parameter name -> mask, beside the weights, which were solved in place; views that saw no token.
 
-    todo: view name -> entries to keep. shared: whether the ranks share the views; their `inputs` are added up before.
+    shared: whether the ranks share the views; their `inputs` are added up before.
     """
     by = owners(views, inputs, ranks.count() if shared else 1)
     masks: dict[str, Tensor] = {}
@@ -75,9 +83,9 @@ def solve_layers_(
         whole = masks.setdefault(view.parameter, torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device))
         if shared and by[view.name] != ranks.index():
             continue
-        layer = Layer(view.name, view.matrix(parameter.data), inputs[view.name])
+        layer = Layer(view.name, view.matrix(parameter.data), inputs.get(view.name))
         with torch.autocast(parameter.device.type, enabled=False):
-            weight, mask = solver(layer, pattern, todo[view.name])
+            weight, mask = task.criterion.solve(layer, task.pattern, task.counts[view.name])
         view.write_(parameter.data, weight.masked_fill(~mask, 0.0))
         view.write_(whole, mask)
     if shared:
@@ -86,5 +94,5 @@ def solve_layers_(
                 matrix = view.matrix(stored).contiguous()
                 ranks.send_(matrix, by[view.name])
                 view.write_(stored, matrix)
-    fallback = [view.name for view in views if inputs[view.name].tokens == 0]
+    fallback = [view.name for view in views if view.name in inputs and inputs[view.name].tokens == 0]
     return masks, fallback

@@ -44,6 +44,10 @@ class Memory:
             else:
                 each.data = each.data.to(self.home)
 
+    def tensor(self, name: str, device: torch.device) -> Tensor:
+        """One parameter, on `device`."""
+        return self.model.get_parameter(name).detach().to(device)
+
     @contextmanager
     def outside(self, device: torch.device) -> Generator[None]:
         """Everything on `device` that the blocks do not hold."""

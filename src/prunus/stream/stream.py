@@ -14,27 +14,36 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from prunus.blocks import Arguments, Source, embed, find_blocks, finish, run_block
-from prunus.layers import Inputs, View, find_layers
+from prunus.blocks import Arguments, Source, embed, finish, run_block
+from prunus.layers import Inputs, View
 from prunus.machine import Precision, autocast, ranks
 from prunus.masks import Masks, count_kept
-from prunus.patterns import Pattern, check_sparsity
-from prunus.score import observe
-from prunus.solve import Solver
+from prunus.patterns import Pattern, Unstructured, check_sparsity
+from prunus.score import (
+    Allocation,
+    Count,
+    Criterion,
+    Score,
+    check_comparable,
+    compared,
+    criterion_of,
+    observe,
+    uniform,
+)
 from prunus.stream.ahead import Ahead, ahead
-from prunus.stream.layerwise import add_up_, solve_layers_
+from prunus.stream.allot import Place, advance_, counts_of, placed
+from prunus.stream.layerwise import Task, add_up_, solve_layers_
 from prunus.stream.reconstruct import Fit, reconstruct
-from prunus.stream.sources import Memory
 from prunus.stream.work import BlockReport, Work
 
-__all__ = ["Streamed", "stream", "survey"]
+__all__ = ["Streamed", "stream"]
 
 
 @dataclass(frozen=True)
@@ -47,13 +56,12 @@ class Streamed:
 
 def stream(
     model: nn.Module,
-    solver: Solver,
-    pattern: Pattern,
-    sparsity: float,
+    criterion: Criterion | Score,
+    pattern: Pattern | None = None,
+    sparsity: float | None = None,
     *,
     tokens: Tensor,
-    counts: Mapping[str, int] | None = None,
-    gram: bool = True,
+    allocation: Allocation | Count = uniform,
     fit: Fit | None = None,
     source: Source | None = None,
     work: Work | None = None,
@@ -67,9 +75,11 @@ def stream(
 ) -> Streamed:
     """Masks and reports after pruning `model` in place, block by block.
 
+    criterion: a `Criterion`, or a function layer -> score (out, in). It says which statistics of the inputs are taken.
+    pattern: where zeros may lie; None is any entries of a row or a layer, as the criterion compares.
+    sparsity: the share of zeros; may be left out where the pattern fixes it.
     tokens: (samples, length) int64 calibration windows, run `batch_size` at a time.
-    counts: view name -> entries to keep, for non-uniform allocations; uniform otherwise.
-    gram: whether the solver needs input Gram matrices (SparseGPT) or only norms (Wanda).
+    allocation: how the zeros are shared out. For one that compares scores or inputs the dense blocks run once before.
     fit: how a pruned block is fitted to its dense outputs; None leaves it.
     precision: autocast in which blocks run; statistics and solvers are float32 throughout.
     source: where weights come from when `model` is on the meta device.
@@ -78,157 +88,124 @@ def stream(
         not with a fit.
 
     The next block is brought, and the last one is saved and freed, while one is solved (`ahead`).
-    Raises ValueError for a model whose blocks are not found, a pattern that does not fit a layer, or a sparsity
-    that does not fit the pattern, before any work is done.
+    Raises ValueError for a model whose blocks are not found, a criterion that is none, a pattern that does not fit a
+    layer, a sparsity that does not fit the pattern, or an allocation that has nothing to compare, before any work is
+    done.
     """
+    asked = criterion_of(criterion)
+    pattern = Unstructured(compared(asked, allocation)) if pattern is None else pattern
     check_sparsity(pattern, sparsity)
-    source = source or Memory(model)
-    device = torch.device(device) if device is not None else _device_of(model)
-    names = find_blocks(model)
-    views, outer = _views_by_block(model, names, include, exclude)
-    todo = {
-        view.name: counts[view.name] if counts else pattern.counts(view.shape, sparsity, name=view.name)
-        for view in [*(view for group in views.values() for view in group), *outer]
-    }
+    check_comparable(asked, allocation)
+    place = placed(model, source, device, precision, include=include, exclude=exclude)
+    counts = counts_of(place, asked, pattern, sparsity, allocation, tokens=tokens, batch_size=batch_size)
+    task = Task(asked, pattern, counts)
     if shared:
         tokens = _own_share(tokens, fit)
+    names = place.names
     done = ranks.agree([work is not None and work.has(name) for name in names]) if shared else None
-    hidden, arguments = embed(model, names, tokens, source=source, device=device, batch_size=batch_size)
-    dense = list(hidden) if fit is not None and fit.inputs == "dense" else None
-    masks: dict[str, Tensor] = {}
+    hidden, arguments = embed(model, names, tokens, source=place.source, device=place.device, batch_size=batch_size)
+    flow = _Flow(hidden, arguments, list(hidden) if fit is not None and fit.inputs == "dense" else None)
     reports: list[BlockReport] = []
-    with ahead(source, names, device) as moving:
+    with ahead(place.source, names, place.device) as moving:
         for index, name in enumerate(names):
-            step = _Step(model, name, views[name], device, moving, precision, shared)
+            step = _Step(place, name, moving, shared)
             saving = None
             if work is not None and (work.has(name) if done is None else done[index]):
-                report = step.replay_(work, masks, hidden, arguments, dense)
+                report = step.replay_(work, flow)
             else:
-                report = step.solve_(solver, pattern, todo, gram, fit, masks, hidden, arguments, dense)
-                saving = partial(_finish_, work, step, masks, report)
+                report = step.solve_(task, fit, flow)
+                saving = partial(_finish_, work, step, flow.masks, report)
             reports.append(report)
             moving.release(name, saving)
             if on_block is not None:
                 on_block(report)
-    if outer:
+    if place.outer:
         batches = list(zip(tokens.split(batch_size), hidden, strict=True))
-        with source.outside(device), autocast(device, precision):
-            reports += _solve_outside_(
-                model, names, outer, solver, pattern, todo, gram, batches, masks, work, shared=shared
-            )
-    return Streamed(Masks(masks), reports)
+        with place.source.outside(place.device), autocast(place.device, precision):
+            reports += _solve_outside_(place, task, batches, flow.masks, work, shared=shared)
+    return Streamed(Masks(flow.masks), reports)
 
 
-def survey(
-    model: nn.Module,
-    *,
-    tokens: Tensor,
-    source: Source | None = None,
-    device: torch.device | str | None = None,
-    batch_size: int = 8,
-    precision: Precision = "fp32",
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    on_block: Callable[[str], None] | None = None,
-) -> dict[str, Inputs]:
-    """View name -> input norms of every prunable layer in the dense blocks, for allocations that look at all layers."""
-    source = source or Memory(model)
-    device = torch.device(device) if device is not None else _device_of(model)
-    names = find_blocks(model)
-    views, _ = _views_by_block(model, names, include, exclude)
-    hidden, arguments = embed(model, names, tokens, source=source, device=device, batch_size=batch_size)
-    seen: dict[str, Inputs] = {}
-    with ahead(source, names, device) as moving:
-        for name in names:
-            block = moving.load(name, device)
-            with torch.no_grad(), observe(block, views[name], gram=False) as inputs, autocast(device, precision):
-                _advance_(block, hidden, arguments[name])
-            seen.update(inputs)
-            moving.release(name)
-            if on_block is not None:
-                on_block(name)
-    return seen
+@dataclass(eq=False)
+class _Flow:
+    """What runs through the blocks: per batch the hidden state (b, length, d), that of the dense network where a fit
+    asks for it, and the arguments of each block's calls; the masks so far."""
+
+    hidden: list[Tensor]
+    arguments: Mapping[str, list[Arguments]]
+    dense: list[Tensor] | None
+    masks: dict[str, Tensor] = field(default_factory=dict)
 
 
 class _Step:
     """One block on its way through the device."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        name: str,
-        views: list[View],
-        device: torch.device,
-        source: Ahead,
-        precision: Precision,
-        shared: bool,
-    ) -> None:
-        self.name, self.views, self.device, self.shared = name, views, device, shared
-        self.precision: Precision = precision
-        self.block = source.load(name, device)
+    def __init__(self, place: Place, name: str, source: Ahead, shared: bool) -> None:
+        self.place, self.name, self.views, self.shared = place, name, place.views[name], shared
+        self.block = source.load(name, place.device)
         self.started = time.perf_counter()
 
-    def solve_(
-        self,
-        solver: Solver,
-        pattern: Pattern,
-        todo: Mapping[str, int],
-        gram: bool,
-        fit: Fit | None,
-        masks: dict[str, Tensor],
-        hidden: list[Tensor],
-        arguments: Mapping[str, list[Arguments]],
-        dense: list[Tensor] | None,
-    ) -> BlockReport:
-        """Prune the block from what reaches it, fit it, and replace `hidden` by what leaves it."""
-        own = arguments[self.name]
+    def solve_(self, task: Task, fit: Fit | None, flow: _Flow) -> BlockReport:
+        """Prune the block from what reaches it, fit it, and replace `flow.hidden` by what leaves it."""
         before = copy.deepcopy(self.block) if fit is not None else None
-        with torch.no_grad(), observe(self.block, self.views, gram=gram) as inputs, self._autocast():
-            leaving: list[Tensor] = []
-            for x, call in zip(hidden, own, strict=True):
-                y = run_block(self.block, x, call)
-                if fit is not None and dense is None:  # what the dense block makes of the pruned inputs is the target
-                    leaving.append(y.to(x.device))
+        inputs, leaving = self._observe(task, flow, keep=fit is not None and flow.dense is None)
         parameters = dict(self.block.named_parameters(prefix=self.name))
         if self.shared:
             add_up_(self.views, inputs)
-        chosen, fallback = solve_layers_(parameters, self.views, solver, pattern, todo, inputs, shared=self.shared)
-        masks.update(chosen)
+        chosen, fallback = solve_layers_(parameters, self.views, task, inputs, shared=self.shared)
+        flow.masks.update(chosen)
         del inputs
         errors = None
         if fit is not None and before is not None:
-            entering = None if dense is None else list(dense)
-            if dense is not None:
-                with self._autocast():
-                    _advance_(before, dense, own)
-            targets = leaving if dense is None else dense
-            mine = Masks(chosen)
-            errors = reconstruct(
-                self.block, before, self.views, mine, fit, hidden, own, targets, entering, prefix=self.name
-            )
+            errors = self._fit_(before, fit, Masks(chosen), flow, leaving)
         del leaving
-        with self._autocast():
-            _advance_(self.block, hidden, own)
-        return _report(self.name, self.views, masks, self.started, errors, fallback)
+        self._advance_(self.block, flow.hidden, flow)
+        return _report(self.name, self.views, flow.masks, self.started, errors, fallback)
 
-    def replay_(
-        self,
-        work: Work,
-        masks: dict[str, Tensor],
-        hidden: list[Tensor],
-        arguments: Mapping[str, list[Arguments]],
-        dense: list[Tensor] | None,
-    ) -> BlockReport:
+    def replay_(self, work: Work, flow: _Flow) -> BlockReport:
         """Take the finished block from the work folder and only run it."""
-        with self._autocast():
-            if dense is not None:
-                _advance_(self.block, dense, arguments[self.name])
-            report = work.restore_(self.name, self.block, masks)
-            _advance_(self.block, hidden, arguments[self.name])
+        if flow.dense is not None:
+            self._advance_(self.block, flow.dense, flow)
+        report = work.restore_(self.name, self.block, flow.masks)
+        self._advance_(self.block, flow.hidden, flow)
         return report
 
+    @torch.no_grad()
+    def _observe(self, task: Task, flow: _Flow, *, keep: bool) -> tuple[dict[str, Inputs], list[Tensor]]:
+        """What the criterion needs of the layers' inputs, and what leaves the dense block where it is to be kept.
+
+        The block does not run where neither is asked for.
+        """
+        needs, leaving = task.criterion.needs, list[Tensor]()
+        if not needs and not keep:
+            return {}, leaving
+        seeing = observe(self.block, self.views, gram=needs == "gram") if needs else nullcontext(dict[str, Inputs]())
+        with seeing as inputs, self._autocast():
+            for x, call in zip(flow.hidden, flow.arguments[self.name], strict=True):
+                y = run_block(self.block, x, call)
+                if keep:
+                    leaving.append(y.to(x.device))
+        return inputs, leaving
+
+    def _fit_(
+        self, before: nn.Module, fit: Fit, masks: Masks, flow: _Flow, leaving: list[Tensor]
+    ) -> tuple[float, float]:
+        """The block's error before and after its fit to what the dense block makes of pruned or of dense inputs."""
+        entering, targets = None, leaving
+        if flow.dense is not None:
+            entering, targets = list(flow.dense), flow.dense
+            self._advance_(before, flow.dense, flow)
+        own = flow.arguments[self.name]
+        return reconstruct(
+            self.block, before, self.views, masks, fit, flow.hidden, own, targets, entering, prefix=self.name
+        )
+
+    def _advance_(self, block: nn.Module, hidden: list[Tensor], flow: _Flow) -> None:
+        with self._autocast():
+            advance_(block, hidden, flow.arguments[self.name])
+
     def _autocast(self) -> AbstractContextManager[object]:
-        return autocast(self.device, self.precision)
+        return autocast(self.place.device, self.place.precision)
 
 
 def _finish_(work: Work | None, step: _Step, masks: dict[str, Tensor], report: BlockReport) -> None:
@@ -244,13 +221,8 @@ def _finish_(work: Work | None, step: _Step, masks: dict[str, Tensor], report: B
 
 @torch.no_grad()
 def _solve_outside_(
-    model: nn.Module,
-    names: Sequence[str],
-    outer: Sequence[View],
-    solver: Solver,
-    pattern: Pattern,
-    todo: Mapping[str, int],
-    gram: bool,
+    place: Place,
+    task: Task,
     batches: Sequence[tuple[Tensor, Tensor]],
     masks: dict[str, Tensor],
     work: Work | None,
@@ -261,10 +233,13 @@ def _solve_outside_(
 
     batches: (token ids, hidden state that left the last block), on any device.
     """
-    started, device = time.perf_counter(), next(iter(model.get_submodule(outer[0].name).parameters())).device
-    with observe(model, outer, gram=gram) as inputs:
-        for ids, leaving in batches:
-            finish(model, names, ids.to(device), leaving.to(device))
+    started, model, outer = time.perf_counter(), place.model, place.outer
+    device = next(iter(model.get_submodule(outer[0].name).parameters())).device
+    inputs: dict[str, Inputs] = {}
+    if task.criterion.needs:
+        with observe(model, outer, gram=task.criterion.needs == "gram") as inputs:
+            for ids, leaving in batches:
+                finish(model, place.names, ids.to(device), leaving.to(device))
     if shared:
         add_up_(outer, inputs)
     reports: list[BlockReport] = []
@@ -275,7 +250,7 @@ def _solve_outside_(
             reports.append(work.restore_(view.name, module, masks))
             continue
         parameters = dict(model.named_parameters())
-        chosen, fallback = solve_layers_(parameters, [view], solver, pattern, todo, inputs, shared=shared)
+        chosen, fallback = solve_layers_(parameters, [view], task, inputs, shared=shared)
         masks.update({key: mask.cpu() for key, mask in chosen.items()})
         reports.append(_report(view.name, [view], chosen, started, None, fallback))
         if work is not None:
@@ -303,28 +278,6 @@ def _report(
     )
 
 
-@torch.no_grad()
-def _advance_(block: nn.Module, hidden: list[Tensor], arguments: Sequence[Arguments]) -> None:
-    for i, args in enumerate(arguments):
-        home = hidden[i].device
-        hidden[i] = run_block(block, hidden[i], args).to(home)
-
-
-def _views_by_block(
-    model: nn.Module, names: Sequence[str], include: Sequence[str], exclude: Sequence[str]
-) -> tuple[dict[str, list[View]], list[View]]:
-    """The views of each block, and those outside, which are only there when `include` names them."""
-    whole = find_layers(model, include=include, exclude=exclude)
-    views = {name: [view for view in whole if view.name.startswith(name + ".")] for name in names}
-    inside = {view.name for group in views.values() for view in group}
-    if not whole:
-        raise ValueError(
-            f"nothing to prune: include={list(include)}, exclude={list(exclude)} leave no layer of "
-            f"{names[0]} .. {names[-1]}"
-        )
-    return views, [view for view in whole if view.name not in inside]
-
-
 def _own_share(tokens: Tensor, fit: Fit | None) -> Tensor:
     """This rank's windows."""
     if fit is not None:
@@ -332,7 +285,3 @@ def _own_share(tokens: Tensor, fit: Fit | None) -> Tensor:
     if len(tokens) < ranks.count():
         raise ValueError(f"{len(tokens)} windows cannot be shared by {ranks.count()} processes: take at least as many")
     return tokens[ranks.share(len(tokens))]
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

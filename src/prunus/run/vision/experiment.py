@@ -1,7 +1,7 @@
 """One classifier run from end to end: dense or during a method, pruned, retrained, measured at every turn.
 
-    dense ─▶ [ prune ─▶ retrain ] * phases ─▶ measure           a method during training takes the place of the first
-          ─▶ smaller network ─▶ retrain ─▶ measure              where filters go or ranks fall
+    dense ─▶ [ prune ─▶ retrain ] * phases ─▶ settle, measure   a method during training takes the place of the first
+          ─▶ smaller network ─▶ retrain ─▶ settle, measure      where filters go or ranks fall
 
 A killed run with a work folder goes on: the training from its checkpoint, the phases from the last finished one.
 """
@@ -112,6 +112,7 @@ class _Experiment:
                 self.small = smaller(model, self.setting, self.recipe.prune, self.recipe.seed)
                 model = self.small.model
                 self._retrain_smaller(self.small, found.original, self.recipe.retrain)
+        self._settle(model)
         result = self._result(model, masks, before) | self._corrupted(model)
         return Outcome(model, masks, result | {"seconds": time.perf_counter() - started}, self.trace)
 
@@ -251,6 +252,11 @@ class _Experiment:
             stages.recalibrate(model, self.setting)
             self.notes.stage("recalibrated", stages.measure(model, self.setting))
 
+    def _settle(self, model: nn.Module) -> None:
+        """Count BatchNorm statistics anew where training came last: every row of a comparison ends alike."""
+        if self.notes.last() != "recalibrated" and stages.settle(model, self.setting):
+            self.notes.stage("settled", stages.measure(model, self.setting))
+
     def _corrupted(self, model: nn.Module) -> dict[str, Any]:
         asked = self.recipe.corruptions
         if asked is None:
@@ -263,7 +269,7 @@ class _Experiment:
 
     def _result(self, model: nn.Module, masks: Masks | None, before: Mapping[str, Tensor] | None) -> dict[str, Any]:
         notes = self.notes
-        last = next(notes.stages[name] for name in reversed(_STAGES) if name in notes.stages)
+        last = notes.stages[notes.last()]
         steps, seconds = sum(s for s, _ in notes.trained.values()), sum(s for _, s in notes.trained.values())
         result: dict[str, Any] = {"accuracy": last["top1"], **{k: last[k] for k in last if k in _KEPT}}
         result |= {
@@ -288,7 +294,7 @@ class _Experiment:
         return result
 
 
-_STAGES = ("dense", "pruned", "recalibrated", "retrained")
+_STAGES = ("dense", "pruned", "recalibrated", "retrained", "settled")
 _KEPT = ("top5", "loss", "calibration_error", "maximum_calibration_error", "worst_class", "images")
 
 
@@ -314,6 +320,10 @@ class _Notes:
     def stage(self, name: str, found: Mapping[str, Any]) -> None:
         self.stages[name] = dict(found)
         self.write()
+
+    def last(self) -> str:
+        """The name of the last stage that was measured."""
+        return next(name for name in reversed(_STAGES) if name in self.stages)
 
     def phase(self, phase: Phase, more: Mapping[str, Any]) -> None:
         sparsity = phase.masks.sparsity if phase.masks else phase.sparsity

@@ -287,7 +287,8 @@ class ClassifierRecipe(Strict):
     model: a name of `models.build_model`, such as resnet18, resnet20, wrn28_10, "timm:NAME", "torchvision:NAME".
     during: one method that prunes while training, by name, with its options; it reaches prune.sparsity.
     capture: record the training step as a CUDA graph. compile: the network's repeated blocks, by torch.compile.
-    recalibrate: share of the training images on which BatchNorm statistics are counted anew after pruning.
+    recalibrate: share of an epoch's augmented batches on which BatchNorm statistics are counted anew, after pruning and
+    at the end of every run; 0: never.
     """
 
     images: ImageSource

@@ -31,6 +31,7 @@ __all__ = ["ImageSets", "Setting"]
 
 SPLIT_SEED = 0
 _EVALUATED = 1000  # images at a time
+_SETTLING = 1009  # the part of `Setting.batches` that BatchNorm statistics are counted on: no phase has its number
 _lock = threading.RLock()  # reading, and the global generator, are one thread's at a time
 _read: dict[tuple[Any, ...], Images] = {}
 _sets: dict[tuple[Any, ...], ImageSets] = {}
@@ -142,10 +143,9 @@ class Setting:
         return self._plain(self.sets.held)
 
     def training(self, share: float) -> Iterator[tuple[Tensor, Tensor]]:
-        """A share of the training images, without augmentation: the first ones, as the source orders them."""
-        images = self.sets.train
-        count = max(1, round(share * len(images)))
-        return self._plain(images.take(torch.arange(count, device=images.pixels.device)) if share < 1 else images)
+        """That share of an epoch's batches, of the training's size and augmented as there, in an order of their own."""
+        batches = self.batches(_SETTLING)
+        return (batches(step) for step in range(self.steps(share)))
 
     def _plain(self, images: Images) -> Iterator[tuple[Tensor, Tensor]]:
         return plain_batches(

@@ -24,7 +24,7 @@ from prunus.prune import prune
 from prunus.run.vision.optimizers import make_optimizer, make_pulls
 from prunus.run.vision.recipe import Corruptions, Pruning
 from prunus.run.vision.setting import Setting
-from prunus.score import Allocation, erk, global_, lamp, scores, uniform, uniform_plus
+from prunus.score import Allocation, Count, erk, global_, lamp, scores, uniform, uniform_plus
 from prunus.train import (
     Ema,
     Multiplier,
@@ -55,6 +55,7 @@ __all__ = [
     "recalibrate",
     "schedule",
     "select",
+    "settle",
     "views_of",
 ]
 
@@ -207,7 +208,7 @@ def _means(found: Corrupted, asked: Corruptions) -> dict[str, Any]:
 
 
 def recalibrate(model: nn.Module, setting: Setting) -> None:
-    """Count the BatchNorm statistics anew on the recipe's share of the training images."""
+    """Count the BatchNorm statistics anew on the recipe's share of an epoch of augmented training batches."""
     with alone():
         recalibrate_(model, setting.training(setting.recipe.recalibrate), precision=setting.precision)
 
@@ -215,6 +216,17 @@ def recalibrate(model: nn.Module, setting: Setting) -> None:
 def has_batchnorm(model: nn.Module) -> bool:
     """Whether there are statistics to count."""
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+def settle(model: nn.Module, setting: Setting) -> bool:
+    """Recalibrate after training, as is done after pruning and averaging; whether there was anything to count.
+
+    Every row of a table ends so: some settled and some not would differ by that alone.
+    """
+    wanted = bool(setting.recipe.recalibrate) and has_batchnorm(model)
+    if wanted:
+        recalibrate(model, setting)
+    return wanted
 
 
 _operations: dict[tuple[Any, ...], dict[str, int]] = {}
@@ -252,33 +264,19 @@ def views_of(model: nn.Module, asked: Pruning) -> list[View]:
 
 def select(model: nn.Module, sparsity: float, within: Masks | None, asked: Pruning, seed: int) -> Masks:
     """Masks of a model as the recipe asks for them, chosen and applied; what `within` prunes stays pruned."""
-    views = views_of(model, asked)
-    generator = torch.Generator().manual_seed(seed)
     pattern = patterns.parse(asked.pattern, per="layer")
     return prune(
         model,
-        scores.magnitude if asked.criterion == "magnitude" else scores.random_score(generator),
+        scores.magnitude if asked.criterion == "magnitude" else scores.random(seed),
         pattern,
         None if pattern.sparsity is not None else sparsity,
-        allocation=None if pattern.sparsity is not None else _allocation(asked.allocation, model, views),
-        views=views,
+        allocation=None if pattern.sparsity is not None else _allocation(asked.allocation),
+        views=views_of(model, asked),
         within=within,
     )
 
 
-def _allocation(name: str, model: nn.Module, views: Sequence[View]) -> Allocation:
+def _allocation(name: str) -> Allocation | Count:
     if name == "uniform_plus":
-        return uniform_plus(*_ends(model, views))
-    if name == "erk":
-        parameters = dict(model.named_parameters())
-        return erk({view.name: parameters[view.parameter].shape for view in views})
-    return {"global": global_, "uniform": uniform, "lamp": lamp}[name]
-
-
-def _ends(model: nn.Module, views: Sequence[View]) -> tuple[str, str | None]:
-    """The first convolution, and the last linear layer if it is not that."""
-    modules = dict(model.named_modules())
-    linears = [view.name for view in views if isinstance(modules.get(view.name), nn.Linear)]
-    first = next((view.name for view in views if view.name not in linears), views[0].name)
-    last = linears[-1] if linears else None
-    return first, None if last == first else last
+        return uniform_plus()
+    return {"global": global_, "uniform": uniform, "lamp": lamp, "erk": erk}[name]

@@ -19,7 +19,7 @@ __all__ = ["METRICS", "across", "row", "write"]
 Result = Mapping[str, Any]
 
 PERCENT = ("accuracy", "top5", "worst_class", "calibration_error", "maximum_calibration_error", "sparsity", "reached")
-STAGES = ("dense", "pruned", "recalibrated", "retrained")
+STAGES = ("dense", "pruned", "recalibrated", "retrained", "settled")
 COSTS = ("speedup", "parameters", "nonzero")
 NUMBERS = ("loss", *COSTS, "weight_change", "epochs", "steps", "seconds", "images_per_second")
 LAST_PHASE = ("distance", "share", "initial_lr")

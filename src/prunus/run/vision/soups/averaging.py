@@ -41,10 +41,9 @@ class Meter:
         return self.model
 
     def settle(self, state: State) -> nn.Module:
-        """The network with these weights, BatchNorm counted anew on the recipe's share of the training images."""
+        """The network with these weights, BatchNorm counted anew as `stages.settle` does."""
         model = self.put(state)
-        if self.setting.recipe.recalibrate and stages.has_batchnorm(model):
-            stages.recalibrate(model, self.setting)
+        stages.settle(model, self.setting)
         return model
 
     def settled(self, state: State) -> State:

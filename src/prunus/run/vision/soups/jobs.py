@@ -45,7 +45,7 @@ __all__ = [
 
 State = Mapping[str, Tensor]
 # What decides only the start, or is said by the job itself.
-_ELSEWHERE = {"out", "during", "prune", "retrain", "recalibrate", "soup", "corruptions"}
+_ELSEWHERE = {"out", "during", "prune", "retrain", "soup", "corruptions"}
 
 
 def base_job(recipe: SoupRecipe) -> Job:
@@ -244,6 +244,7 @@ def _train(asked: Training, base: Job, job: Job, store: Store) -> dict[str, Any]
     )
     if masks is not None:
         masks.check(model)
+    stages.settle(model, setting)
     held = stages.measure_held(model, setting) if setting.sets.held is not None else None
     numbers = {"measured": stages.measure(model, setting), "held": held, "steps": steps}
     store.write_state(job, model.state_dict())

@@ -45,7 +45,7 @@ class Rows:
         """Everything but the geometry of the members."""
         before = {**self.trunk.measured, **(self._pruned() if self.recipe.during is None else {})}
         if "dense" in before:
-            self._add("dense", "dense", before["dense"], None, 0)
+            self._add("dense", "dense", self.meter.measure(self.meter.settled(self.store.state(self.base))), None, 0)
         soup = self.meter.measure(self.store.state(self.soup.state))
         taken = self.soup.steps(self.store)
         self._add("soup", f"soup, {_how(self.asked.average)}", soup, self.masks, taken)

@@ -1,13 +1,11 @@
-"""How a layer is pruned: a solver turns (layer, pattern, kept) into new weights and their mask.
+"""SparseGPT: prune a layer column by column, and move the error of what goes onto the columns to its right.
 
-`by_score(score)` zeroes what scores lowest; `by_magnitude()` and `by_wanda()` do so without writing the scores down.
-`sparsegpt()` also moves the error of every pruned weight onto the weights
-to its right, by the optimal-brain-surgeon update in the metric of the layer's inputs:
+The optimal-brain-surgeon update in the metric of the layer's inputs:
 
     H = X^T X + lam I,   H^-1 = U^T U with U upper triangular
     for each column j:   e = (W_j - M_j W_j) / U_jj,   W_k -= e U_jk for k > j
 
-Scores are in `scores.py`; where zeros may lie is the pattern's affair (`patterns.py`).
+Criteria that only score are in `score`; where zeros may lie is the pattern's affair (`patterns`).
 """
 
 from __future__ import annotations
@@ -24,15 +22,13 @@ from torch import Tensor
 
 from prunus.kernels import uses_kernels
 from prunus.machine import full_products
-from prunus.patterns import NM, Pattern, mask_scaled
-from prunus.score import Score, magnitude, norms_of, warn_unseen
+from prunus.patterns import NM, Pattern
+from prunus.score import Criterion, magnitude, warn_unseen
 
 if TYPE_CHECKING:
     from prunus.layers import Inputs, Layer
 
-__all__ = ["Solver", "by_magnitude", "by_score", "by_wanda", "sparsegpt"]
-
-Solver = Callable[["Layer", Pattern, int], tuple[Tensor, Tensor]]
+__all__ = ["seen_gram", "sparsegpt"]
 
 log = logging.getLogger(__name__)
 
@@ -44,54 +40,7 @@ _REMEMBERED = 2  # factorisations kept: q, k, v, out, up share one in parallel b
 _MOST_DAMPING = 1.0  # share of the mean diagonal; more would be magnitude pruning under another name
 
 
-def by_score(score: Score) -> Solver:
-    """A solver that keeps the best-scoring weights as they are and zeroes the others.
-
-    >>> weight, mask = by_score(magnitude)(Layer("fc", torch.tensor([[-2.0, 1.0]])), Unstructured("layer"), 1)
-    >>> weight.tolist()
-    [[-2.0, 0.0]]
-    """
-
-    @torch.no_grad()
-    def solve(layer: Layer, pattern: Pattern, kept: int) -> tuple[Tensor, Tensor]:
-        mask = pattern.mask(score(layer), kept, name=layer.name)
-        return torch.where(mask, layer.weight, 0.0), mask
-
-    return solve
-
-
-def by_magnitude() -> Solver:
-    """`by_score(magnitude)`, bit for bit; on a GPU, for N:M and rows, in one reading and without the scores' memory.
-
-    >>> by_magnitude()(Layer("fc", torch.tensor([[-2.0, 1.0]])), NM(1, 2), 1)[0].tolist()
-    [[-2.0, 0.0]]
-    """
-    return _by_scaled(lambda layer: None)
-
-
-def by_wanda() -> Solver:
-    """`by_score(wanda)`, bit for bit; on a GPU, for N:M and rows, in one reading and without the scores' memory.
-
-    >>> inputs = Inputs(2)
-    >>> inputs.add_(torch.tensor([[1.0, 3.0]]))
-    >>> by_wanda()(Layer("fc", torch.tensor([[-2.0, 1.0]]), inputs), Unstructured("row"), 1)[0].tolist()
-    [[0.0, 1.0]]
-    """
-    return _by_scaled(lambda layer: norms_of(layer, "wanda"))
-
-
-def _by_scaled(scale: Callable[[Layer], Tensor | None]) -> Solver:
-    """A solver that keeps the largest |W_ij| * s_j as they are."""
-
-    @torch.no_grad()
-    def solve(layer: Layer, pattern: Pattern, kept: int) -> tuple[Tensor, Tensor]:
-        mask = mask_scaled(pattern, layer.weight, scale(layer), kept, name=layer.name)
-        return torch.where(mask, layer.weight, 0.0), mask
-
-    return solve
-
-
-def sparsegpt(damping: float = 0.01, blocksize: int = 128) -> Solver:
+def sparsegpt(damping: float = 0.01, blocksize: int = 128) -> Criterion:
     """SparseGPT (Frantar & Alistarh 2023): chooses and compensates column block by column block.
 
     damping: lam as a share of the mean diagonal of X^T X. When the factorisation fails it grows tenfold, up to 1,
@@ -102,12 +51,12 @@ def sparsegpt(damping: float = 0.01, blocksize: int = 128) -> Solver:
     Inputs that were always zero give their weights away: those become zero, and are pruned first. The blocks' counts
     are the cumulatively rounded shares of `kept`, so the total is exact. All is float32 (never TF32);
     layers that share one `Inputs` share one factorisation. A layer that saw no token is pruned by magnitude, with a
-    warning. The solver raises ValueError for a layer without a Gram matrix, for NaN or Inf, and as `pattern.mask`.
+    warning. Its solve raises ValueError for a layer without a Gram matrix, for NaN or Inf, and as `pattern.mask`.
 
     >>> inputs = Inputs(2, gram=True)
     >>> inputs.add_(torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]]))
     >>> layer = Layer("fc", torch.tensor([[1.0, 1.0]]), inputs)
-    >>> sparsegpt(damping=0.0)(layer, Unstructured("row"), 1)[0]
+    >>> sparsegpt(damping=0.0).solve(layer, Unstructured("row"), 1)[0]
     tensor([[0.0000, 1.5000]])
     """
     if not damping >= 0 or damping > _MOST_DAMPING or blocksize < 1:
@@ -121,7 +70,7 @@ def sparsegpt(damping: float = 0.01, blocksize: int = 128) -> Solver:
     def solve(layer: Layer, pattern: Pattern, kept: int) -> tuple[Tensor, Tensor]:
         inputs = seen_gram(layer, "sparsegpt")
         if inputs is None:
-            return by_score(magnitude)(layer, pattern, kept)
+            return magnitude.solve(layer, pattern, kept)
         with full_products():
             factor = factors.get(inputs)
             if factor is None or factor.tokens != inputs.tokens:
@@ -136,7 +85,7 @@ def sparsegpt(damping: float = 0.01, blocksize: int = 128) -> Solver:
             )
         return weight, mask
 
-    return solve
+    return Criterion(solve, needs="gram", name="sparsegpt")
 
 
 @dataclass(frozen=True)
