@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import multiprocessing
 import os
 import signal
@@ -36,8 +37,8 @@ def add(acts: tuple[str, ...], job: Job, store: Store) -> dict[str, Any]:
         os.kill(os.getpid(), signal.SIGKILL)
     if act == "wait":
         time.sleep(0.5)
-    if act in ("ValueError", "RuntimeError"):
-        raise {"ValueError": ValueError, "RuntimeError": RuntimeError}[act](f"{job.key} is {act}")
+    if act in ("ValueError", "RuntimeError", "KeyboardInterrupt"):
+        raise getattr(builtins, act)(f"{job.key} is {act}")
     (store.folder_of(job) / "file").write_text(job.key)
     value = 1 + sum(store.result(need)["value"] for need in job.needs)
     return {"value": value, "drawn": torch.rand(1).item(), "process": os.getpid()}
@@ -188,6 +189,26 @@ def test_processes_share_the_work_and_one_that_is_killed_is_replaced(tmp_path: P
     assert [found.count(name) for name in ("once", "always", "after")] == [2, 2, 0]
     assert all(found.count(job.key) == 1 for job in others)
     assert os.getpid() not in {graph.store.result(job)["process"] for job in (once, *others)}
+
+
+def test_ctrl_c_leaves_nothing_claimed(tmp_path: Path) -> None:
+    job, graph = Sum("x", (), ("KeyboardInterrupt",)), Wanted(Store(tmp_path), (B,))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run([Wanted(graph.store, (job,))], Workers())
+    assert run([Wanted(graph.store, (job,))], Workers()) == []
+    assert caught is not None  # with all that it holds on to
+
+
+def test_what_passes_goes_when_nothing_that_is_left_needs_it(tmp_path: Path) -> None:
+    passing = Job("sums", "p", partial(add, ()), (), passing=True)
+    one, two = Sum("one", (passing,)), Sum("two", (passing,), ("ValueError",))
+    graph = Wanted(Store(tmp_path), (one, two))
+    assert run([graph], Workers())
+    assert graph.store.finished(passing)
+    assert run([graph], Workers()) == []
+    assert not graph.store.finished(passing)
+    assert not graph.store.path(passing).exists()
+    assert ran(tmp_path) == ["p", "one", "two", "two"]
 
 
 def test_a_store_drops_what_nothing_needs(tmp_path: Path) -> None:

@@ -208,10 +208,13 @@ def sweep(
     schedule: Annotated[str, typer.Option(help="Of retraining: ft, lrw, slr, clr, llr, allr.")] = "allr",
     epochs: Annotated[float | None, typer.Option(help="Epochs of retraining; without it there is none.")] = None,
     images: Annotated[int, typer.Option(help="Images in the batch whose forward pass is timed.")] = 128,
+    workers: Annotated[int, typer.Option(help="Processes that measure points, GPUs in turn.")] = 1,
+    ray: Annotated[str | None, typer.Option(help="Measure points as tasks of this Ray cluster, or 'local'.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the sweep; RUN/sweep if left out.")] = None,
     assign: SetOption = None,
 ) -> None:
     """Compress one dense classifier at many rates, in several ways, without retraining. A killed sweep goes on."""
+    from prunus.run.pool import Workers
     from prunus.run.show import show_sweep
     from prunus.run.vision.sweep import KINDS, RATES, sweep_of
     from prunus.run.vision.sweep import sweep as run
@@ -227,7 +230,7 @@ def sweep(
         out=out,
         timed=images,
     )
-    show_sweep(run(asked), asked.out)
+    show_sweep(run(asked, Workers(workers, ray=ray)), asked.out)
 
 
 @app.command()

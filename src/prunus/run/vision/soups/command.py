@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,39 +19,16 @@ from prunus.machine import write_json
 from prunus.measure import Energy
 from prunus.report import plot_accuracy, plot_lines, plot_plane
 from prunus.run.pool import Workers, run
-from prunus.run.store import Job, Store
-from prunus.run.vision import stages
-from prunus.run.vision.setting import Setting
+from prunus.run.store import Store
 from prunus.run.vision.soups.experiment import SoupOutcome, outcome
 from prunus.run.vision.soups.jobs import forks_after
 from prunus.run.vision.soups.phases import by_phase
 from prunus.run.vision.soups.plan import Plan
 from prunus.run.vision.soups.recipe import SoupRecipe
+from prunus.run.vision.starts import ClassifierJobs
 from prunus.run.vision.train import begin, begun, describe
 
-__all__ = ["SoupJobs", "soup_run"]
-
-
-@dataclass(frozen=True)
-class SoupJobs:
-    """The jobs of one soup, for the pool."""
-
-    store: Store
-    plan: Plan
-
-    def jobs(self) -> Sequence[Job]:
-        """All of them."""
-        return self.plan.jobs
-
-    def expected(self) -> Sequence[Job]:
-        """The same: none joins later."""
-        return self.plan.jobs
-
-    @contextmanager
-    def prepared(self) -> Generator[None]:
-        """Read the images and count the network's operations before any thread trains."""
-        stages.operations(Setting.of(self.plan.recipe))
-        yield
+__all__ = ["soup_run"]
 
 
 def soup_run(recipe: SoupRecipe, *, workers: int = 1, together: int = 1, ray: str | None = None) -> dict[str, Any]:
@@ -70,12 +44,12 @@ def soup_run(recipe: SoupRecipe, *, workers: int = 1, together: int = 1, ray: st
         return found
     setting, started = begin(recipe, key), time.perf_counter()
     forks_after(setting)
-    soup = SoupJobs(Store(out / "members", {"dense": out / "dense"}), Plan(recipe))
+    plan, store = Plan(recipe), Store(out / "members", {"dense": out / "dense"})
     with Energy() as energy:
-        wrong = run([soup], asked, name="members")
+        wrong = run([ClassifierJobs(store, plan.jobs, recipe)], asked, name="members")
         if wrong:
             raise RuntimeError(wrong[0])
-        made = outcome(soup.plan, soup.store)
+        made = outcome(plan, store)
     result = {"key": key, "model": recipe.model, "device": setting.name, **made.result, "joules": energy.joules}
     result["seconds"] = time.perf_counter() - started
     _write(out, recipe, made, result)
