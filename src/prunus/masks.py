@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from prunus.machine import write_tensors
+from prunus.machine import local_part, write_tensors
 
 if TYPE_CHECKING:
     from prunus.layers import View
 
-__all__ = ["Masks", "count_kept", "infer_masks", "kept_rows", "pack", "pack_flat", "unpack", "unpack_flat"]
+__all__ = ["Masks", "count_kept", "infer_masks", "kept_rows", "pack", "read_packed", "unpack"]
 
 _FORMAT = "prunus.masks"
 _VERSION = "1"
@@ -122,12 +122,12 @@ class Masks(Mapping[str, Tensor]):
         Raises ValueError, before anything changes, for a parameter that is missing, on meta, or of another shape.
         """
         for parameter, pruned in self._pairs(model):
-            _local(parameter).masked_fill_(pruned, 0.0)
+            local_part(parameter).masked_fill_(pruned, 0.0)
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError naming the first parameter of `model` that is nonzero where its mask prunes."""
         for name, (parameter, pruned) in zip(self, self._pairs(model), strict=True):
-            wrong = int(((_local(parameter.detach()) != 0) & pruned).sum())
+            wrong = int(((local_part(parameter.detach()) != 0) & pruned).sum())
             if wrong:
                 raise ValueError(
                     f"'{name}' has {wrong} nonzero weights under its mask: something changed them after pruning. "
@@ -162,7 +162,7 @@ class Masks(Mapping[str, Tensor]):
         """Write the masks bit-packed; the file appears complete or not at all."""
         shapes = json.dumps({name: list(mask.shape) for name, mask in self.items()})
         with ThreadPoolExecutor(_PACKERS) as pool:  # masks of 30 GB take one core long, and numpy lets others run
-            packed = dict(zip(self, map(torch.from_numpy, pool.map(pack_flat, self.values())), strict=True))
+            packed = dict(zip(self, pool.map(lambda mask: pack(mask.cpu().flatten()), self.values()), strict=True))
         write_tensors(Path(path), packed, {"format": _FORMAT, "version": _VERSION, "shapes": shapes})
 
     @classmethod
@@ -172,7 +172,7 @@ class Masks(Mapping[str, Tensor]):
         Raises FileNotFoundError, or ValueError for a file that is damaged, foreign, or of a newer version.
         """
         try:
-            with safe_open(path, framework="numpy") as file:
+            with safe_open(path, framework="pt") as file:
                 metadata: dict[str, str] = file.metadata() or {}
                 names = list(file.keys())
                 _check_metadata(path, metadata)
@@ -180,7 +180,7 @@ class Masks(Mapping[str, Tensor]):
                 if shapes.keys() != set(names):
                     raise ValueError(f"{path} is damaged: its shapes and its tensors have different names")
                 return cls(
-                    {name: unpack_flat(file.get_tensor(name), shapes[name], f"{path}: {name}") for name in shapes}
+                    {name: read_packed(file.get_tensor(name), shapes[name], f"{path}: {name}") for name in shapes}
                 )
         except (SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not a complete safetensors file of masks ({error})") from error
@@ -219,7 +219,7 @@ class _Held:
 
     def __init__(self, parameter: Tensor, pruned: Tensor) -> None:
         self.parameter, self.pruned = parameter, pruned
-        local = _local(parameter.detach())
+        local = local_part(parameter.detach())
         self.integer = _INTEGERS.get(local.element_size()) if local.numel() <= _LARGE else None
         kept = None if self.integer is None else torch.empty_like(local, dtype=self.integer).copy_(~pruned)
         self.kept = kept  # in the parameter's memory format
@@ -228,7 +228,7 @@ class _Held:
         """This rank's part of the parameter and of the optimizer's state of its shape."""
         state = optimizer.state.get(self.parameter, {}).values()
         alike = [each for each in state if isinstance(each, Tensor) and each.shape == self.parameter.shape]
-        return [_local(each) for each in (self.parameter, *alike)]
+        return [local_part(each) for each in (self.parameter, *alike)]
 
 
 def _zero_pruned_(held: Sequence[_Held], optimizer: Optimizer) -> None:
@@ -287,15 +287,6 @@ def _own_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """The part of a sharded tensor that this rank has; an ordinary tensor itself."""
-    if type(tensor) in (Tensor, nn.Parameter):
-        return tensor
-    from torch.distributed.tensor import DTensor  # slow to import, and loaded where there is one
-
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _as_placed(mask: Tensor, parameter: Tensor) -> Tensor:
     """The mask's entries for this rank's part of the parameter, on its device. Nothing is sent: all ranks have it."""
     if type(parameter) not in (Tensor, nn.Parameter):
@@ -307,16 +298,12 @@ def _as_placed(mask: Tensor, parameter: Tensor) -> Tensor:
     return mask.to(parameter.device)
 
 
-def pack_flat(mask: Tensor) -> np.ndarray:
-    return np.packbits(mask.detach().cpu().contiguous().view(-1).numpy(), bitorder="little")
-
-
-def unpack_flat(packed: np.ndarray, shape: Sequence[int], place: str) -> Tensor:
+def read_packed(packed: Tensor, shape: Sequence[int], place: str) -> Tensor:
+    """The mask of this shape that is stored as `pack(mask.flatten())`. Raises ValueError that names a damaged place."""
     count = math.prod(shape)
-    if packed.dtype != np.uint8 or packed.shape != ((count + 7) // 8,):
-        raise ValueError(f"{place} is damaged: {packed.shape} {packed.dtype} cannot hold {count} bits")
-    bits = np.unpackbits(packed, count=count, bitorder="little")
-    return torch.from_numpy(bits.view(np.bool_)).view(tuple(shape))
+    if packed.dtype != torch.uint8 or packed.shape != ((count + 7) // 8,):
+        raise ValueError(f"{place} is damaged: {tuple(packed.shape)} {packed.dtype} cannot hold {count} bits")
+    return unpack(packed, count).view(tuple(shape))
 
 
 def _check_metadata(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
@@ -338,41 +325,42 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
-# Bits: bool matrices packed by rows, 8 entries a byte, lowest bit first, every row starting in a byte of its own.
-# A mask beside a weight of 16 bits then costs a sixteenth of it, in memory and whenever it is read.
+# Bits: 8 entries a byte, lowest bit first. A matrix is packed by rows, every row starting in a byte of its own: beside
+# a weight of 16 bits it costs a sixteenth of it, in memory and whenever it is read.
 
 
 def pack(mask: Tensor) -> Tensor:
-    """(rows, columns) bool -> (rows, ceil(columns / 8)) uint8.
+    """(..., columns) bool -> (..., ceil(columns / 8)) uint8.
 
     >>> pack(torch.tensor([[True, False, True], [False, False, False]])).tolist()
     [[5], [0]]
     """
-    rows, columns = mask.shape
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.packbits(mask.numpy(), axis=-1, bitorder="little"))
+    *rows, columns = mask.shape
     width = -(-columns // 8)
-    packed = torch.empty(rows, width, dtype=torch.uint8, device=mask.device)
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
-    step = max(1, _PACKED // max(1, columns))
-    for start in range(0, rows, step):
-        part = torch.nn.functional.pad(mask[start : start + step].to(torch.uint8), (0, 8 * width - columns))
-        packed[start : start + step] = (part.view(-1, width, 8) * weights).sum(
-            -1, dtype=torch.uint8
-        )  # (rows, bytes, 8)
-    return packed
+    packed = [
+        (nn.functional.pad(part.to(torch.uint8), (0, 8 * width - columns)).view(-1, width, 8) * weights).sum(-1)
+        for part in mask.reshape(-1, columns).split(max(1, _PACKED // max(1, columns)))  # (rows, bytes, 8)
+    ]
+    return torch.cat(packed).to(torch.uint8).view(*rows, width)
 
 
 def unpack(packed: Tensor, columns: int) -> Tensor:
-    """(rows, ceil(columns / 8)) uint8 -> (rows, columns) bool.
+    """(..., ceil(columns / 8)) uint8 -> (..., columns) bool.
 
     >>> unpack(torch.tensor([[5]], dtype=torch.uint8), 3).tolist()
     [[True, False, True]]
     """
-    rows, width = packed.shape
+    if packed.device.type == "cpu":
+        bits = np.unpackbits(packed.numpy(), axis=-1, count=columns, bitorder="little")
+        return torch.from_numpy(bits.view(np.bool_))
     bytes_ = _TABLE.to(packed.device).index_select(0, packed.flatten().int())  # 8 entries each
-    return bytes_.view(torch.bool).view(rows, 8 * width)[:, :columns]
+    return bytes_.view(torch.bool).view(*packed.shape[:-1], -1)[..., :columns]
 
 
-# Byte -> its 8 entries, as the 8 bytes of an integer: one look-up a byte is 40 times faster than shifts on a CPU.
+# Byte -> its 8 entries, as the 8 bytes of an integer.
 _TABLE = ((torch.arange(256).unsqueeze(1) >> torch.arange(8)) & 1).to(torch.uint8).view(torch.int64).flatten()
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.layers import Inputs, Layer, View, find_layers, parameter_shapes
+from prunus.machine import in_mode
 from prunus.masks import Masks
 from prunus.patterns import Pattern, Unstructured, check_sparsity
 from prunus.score import (
@@ -141,15 +142,9 @@ def _inputs(model: nn.Module, views: Sequence[View], batches: Iterable[Any] | No
         return {}
     if batches is None:
         raise ValueError("criterion or allocation need what the layers receive: pass calibration batches")
-    modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
-    model.eval()
-    try:
-        with observe(model, views, gram=needs == "gram") as inputs:
-            for batch in batches:
-                x = batch[0] if isinstance(batch, (tuple, list)) else batch
-                model(x.to(device))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with in_mode(model, training=False), observe(model, views, gram=needs == "gram") as inputs:
+        for batch in batches:
+            x = batch[0] if isinstance(batch, (tuple, list)) else batch
+            model(x.to(device))
     return inputs

@@ -102,11 +102,28 @@ def test_every_form_of_file_holds_the_same_texts(tmp_path):
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
     for name in ("a.jsonl", "a.jsonl.gz", "a.parquet"):
         assert read_texts(tmp_path / name) == texts, name
+        assert read_texts(tmp_path / name, most=1) == texts[:1], name
         with pytest.raises(ValueError, match="no column 'body'"):
             read_texts(str(tmp_path / name), column="body")
     (tmp_path / "b.txt").write_text(texts[0], encoding="utf-8")
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(texts[0].encode()))
     assert read_texts(tmp_path / "b.txt") == read_texts(tmp_path / "b.txt.gz") == texts[:1]
+
+
+@pytest.mark.parametrize("most", [None, 2])
+def test_hub_data_sets_are_read_through_datasets(most, monkeypatch):
+    datasets, asked = pytest.importorskip("datasets"), []
+    rows = datasets.Dataset.from_dict({"text": ["a", "b", "c"]})
+
+    def load(name, config, *, split, streaming):
+        asked.append((name, config, split, streaming))
+        return rows.to_iterable_dataset() if streaming else rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert read_texts("owner/name:config:test", most=most) == ["a", "b", "c"][:most]
+    assert asked == [("owner/name", "config", "test", most is not None)]
+    with pytest.raises(ValueError, match="no column 'body'"):
+        read_texts("owner/name", column="body")
 
 
 def test_a_folder_is_read_by_split(tmp_path):

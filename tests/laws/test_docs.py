@@ -162,7 +162,6 @@ def words_of(annotation):
     [
         ("The recipe", "Recipe"),
         ("`prune`", "Prune"),
-        ("`prune.frank_wolfe`", "FrankWolfe"),
         ("`calibrate`", "Calibrate"),
         ("`reconstruct`", "Reconstruct"),
         ("`retrain`", "Retrain"),

@@ -98,7 +98,7 @@ def run(device: str, on: bool, rescale: str, ball: Ball, layout: torch.memory_fo
             if step == 1:
                 optimizer.load_state_dict(deepcopy(optimizer.state_dict()))  # momentum lies elsewhere then
             optimizer.step()
-        assert bool(optimizer._together) == (on and rescale != "gradient" and ball.gauge != Lp(1))
+        assert bool(optimizer._fused) == (on and rescale != "gradient" and ball.gauge != Lp(1))
     return [each.detach() for each in parameters], [each._version for each in parameters]
 
 

@@ -321,7 +321,7 @@ def test_examples_are_true(name):
 
 def worth(ball, x, basis, iterations):
     """The share of the exact minimiser's value, and the norm, of the one made of followed vectors."""
-    followed = follow_(basis, x[None], iterations)
+    followed = follow_([basis], [x[None]], iterations)[0]
     found, exact = ball.extreme([x[None]], [followed])[0][0], ball.extreme([x[None]])[0][0]
     return float((x * found).sum() / (x * exact).sum()), float(ball.norm(found))
 
@@ -342,7 +342,7 @@ def test_followed_vectors_are_as_good_as_stated(k, cold, warm, transposed):
     basis = make_basis(1, 128, 576, k, device=x.device)
     for step in range(12):
         x = 0.9 * x + signal + 0.3 * torch.randn(128, 576, generator=generator)
-        u_found, _, v_found = follow_(basis, turn(x)[None], 1 if step else COLD)
+        u_found, _, v_found = follow_([basis], [turn(x)[None]], 1 if step else COLD)[0]
     s = (u_found[0].T @ turn(x) @ v_found[0]).diagonal()
     assert float(s.norm() / torch.linalg.svdvals(x)[:k].norm()) > warm
 
@@ -358,7 +358,7 @@ def test_followed_vectors_are_never_too_long(condition):
         x = ((u * (spectrum * (torch.arange(24) < rank))) @ v.T)[None]
         basis = make_basis(1, 24, 60, 8, device=x.device)
         for _ in range(4):
-            u_found, s, v_found = follow_(basis, x, 3)
+            u_found, s, v_found = follow_([basis], [x], 3)[0]
             assert torch.isfinite(basis).all()
             assert float(torch.linalg.matrix_norm(u_found[0], 2)) < 1 + 2e-5
             assert float(torch.linalg.matrix_norm(v_found[0], 2)) < 1 + 2e-5
@@ -369,6 +369,6 @@ def test_followed_vectors_are_never_too_long(condition):
 def test_a_basis_recovers_from_a_zero_gradient():
     ball, x = sets.nuclear(), torch.randn(1, 10, 20, generator=torch.Generator().manual_seed(0))
     basis = make_basis(1, 10, 20, 1, device=x.device)
-    follow_(basis, torch.zeros_like(x), 1)
+    follow_([basis], [torch.zeros_like(x)], 1)
     quality, _ = worth(ball, x[0], basis, 30)
     assert quality > 0.99

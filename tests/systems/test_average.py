@@ -208,7 +208,7 @@ MEMORY = """
 import resource, sys, torch
 from pathlib import Path
 from prunus.save import average
-from prunus.soup import mix
+from prunus.soup.average import mix
 
 folder = Path(sys.argv[1])
 files = sorted(folder.glob("*.safetensors"))

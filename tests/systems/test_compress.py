@@ -146,9 +146,19 @@ WRONG = [
     ({"prune": {"pattern": "2:4", "sparsity": 0.7}}, "0.7"),
     ({"prune": {"criterion": "sparsegpt", "scope": "model"}}, "sparsegpt chooses inside one layer"),
     ({"prune": {"criterion": "frank_wolfe", "scope": "model"}}, "frank_wolfe chooses inside one layer"),
-    ({"prune": {"frank_wolfe": {"swaps": 5}}}, "frank_wolfe: set, but the criterion is wanda"),
-    ({"prune": {"criterion": "frank_wolfe", "frank_wolfe": {"iteration": 5}}}, "did you mean 'iterations'"),
-    ({"prune": {"criterion": "frank_wolfe", "frank_wolfe": {"concave": [0, 3]}}}, "prune.frank_wolfe.concave"),
+    ({"prune": {"criterion": "wandda"}}, "there is no criterion 'wandda'; did you mean 'wanda'? there are magnitude, "),
+    ({"prune": {"criterion": {"wanda": {"swaps": 5}}}}, "wanda has no option 'swaps'; it takes none"),
+    (
+        {"prune": {"criterion": {"frank_wolfe": {"iteration": 5}}}},
+        "did you mean 'iterations'? it takes iterations, swaps",
+    ),
+    (
+        {"prune": {"criterion": {"frank_wolfe": {"concave": [0, 3]}}}},
+        "prune.criterion: concave is (first, last), each in",
+    ),
+    ({"prune": {"criterion": {"sparsegpt": {"damping": "much"}}}}, "sparsegpt.damping: Input should be a valid number"),
+    ({"prune": {"allocation": "ring"}}, "there is no allocation 'ring'; there are erk, global, lamp, owl, uniform"),
+    ({"prune": {"criterion": "sparsegpt", "allocation": "lamp"}}, "no scores for lamp to compare"),
     ({"calibrate": {"data": "./nowhere.txt"}}, "nowhere.txt"),
     ({"retrain": {"train": ["biasses"]}}, "biasses"),
     ({"retrain": {"train": ["full", "mask_lora"]}}, "full"),
@@ -161,7 +171,7 @@ WRONG = [
     ({"retrain": {"train": ["norms"], "lrs": {"norms": -1}}}, "retrain.lrs.norms"),
     ({"evaluate": {"tasks": {"arc": "./nowhere.jsonl"}}}, "nowhere.jsonl"),
     ({"device": "gpu3"}, "'gpu3'"),
-    ({"prune": {"criterion": "sparsegpt", "damping": 3}}, "prune.damping"),
+    ({"prune": {"criterion": {"sparsegpt": {"damping": 3}}}}, "prune.criterion: sparsegpt needs 0 <= damping <= 1"),
 ]
 
 

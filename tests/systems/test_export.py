@@ -240,11 +240,11 @@ def tensors_of_many_kinds():
     }
 
 
-@pytest.mark.parametrize("lanes", [1, 3])
+@pytest.mark.parametrize("writers", [1, 3])
 @pytest.mark.parametrize("limit", [1, 64, 100, 4e9])
-def test_shards_hold_every_tensor_within_the_limit(tmp_path, limit, lanes):
+def test_shards_hold_every_tensor_within_the_limit(tmp_path, limit, writers):
     tensors = tensors_of_many_kinds()
-    with ShardWriter(tmp_path, max_shard_bytes=limit, lanes=lanes) as writer:
+    with ShardWriter(tmp_path, max_shard_bytes=limit, writers=writers) as writer:
         for name, value in tensors.items():
             writer.write(name, value)
     files = sorted(tmp_path.glob("*.safetensors"))
@@ -268,7 +268,7 @@ def test_shards_hold_every_tensor_within_the_limit(tmp_path, limit, lanes):
 
 
 def test_shards_grow_side_by_side_once_one_is_full(tmp_path):
-    with ShardWriter(tmp_path, max_shard_bytes=16, lanes=2) as writer:
+    with ShardWriter(tmp_path, max_shard_bytes=16, writers=2) as writer:
         for name in "abcdefgh":
             writer.write(name, torch.zeros(1))
         assert len(list(tmp_path.glob("*.spool"))) == 2
@@ -281,7 +281,7 @@ def test_a_write_that_fails_is_raised_and_leaves_nothing(tmp_path, monkeypatch):
         raise OSError("no space")
 
     monkeypatch.setattr("prunus.save.shards._append", fail)
-    with pytest.raises(OSError, match="no space"), ShardWriter(tmp_path, lanes=2) as writer:
+    with pytest.raises(OSError, match="no space"), ShardWriter(tmp_path, writers=2) as writer:
         writer.write("a", torch.zeros(2))
     assert list(tmp_path.iterdir()) == []
 

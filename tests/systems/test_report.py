@@ -13,7 +13,7 @@ from rich.console import Console
 
 from prunus.report import (
     append_metrics,
-    bars,
+    format_value,
     markdown_table,
     plot_accuracy,
     plot_compression,
@@ -22,10 +22,10 @@ from prunus.report import (
     print_table,
     progress,
     read_metrics,
+    terminal,
 )
 from prunus.report.curves import _limits
 from prunus.report.plots import _place, _share
-from prunus.report.table import format_value
 
 ROWS = [{"layer": "model.layers.0.mlp[3]", "zeros": 12345, "share": 0.5}, {"layer": "head", "zeros": None}]
 
@@ -117,7 +117,7 @@ def test_progress_is_silent_without_a_terminal_but_logs(caplog):
 
 def test_progress_logs_now_and_then(caplog, monkeypatch):
     clock = iter([0.0, 0.0, 10.0, 40.0, 50.0, 51.0])
-    monkeypatch.setattr(bars.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
     with caplog.at_level(logging.INFO), progress("train", 8, console=Console(file=io.StringIO())) as advance:
         advance(1)  # after 10 s: too early
         advance(1)  # after 40 s: 2 of 8, so 120 s left

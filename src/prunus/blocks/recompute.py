@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from prunus.blocks.chain import find_recomputing
+from prunus.machine import local_part
 
 __all__ = ["kept_blocks", "recomputed", "recomputing"]
 
@@ -118,7 +119,7 @@ def _keep_last_(blocks: list[Any], count: int) -> None:
 
 def _left(model: nn.Module) -> int:
     """Bytes of the model's device that nothing needs: neither what was there at the peak, nor the optimizer."""
-    trained = sum(_local(each).numel() for each in model.parameters() if each.requires_grad)
+    trained = sum(local_part(each).numel() for each in model.parameters() if each.requires_grad)
     device = next(model.parameters()).device
     if device.type != "cuda":
         return int(_MARGIN * psutil.virtual_memory().available) - _STATE * trained
@@ -136,12 +137,7 @@ def recomputing(model: nn.Module) -> list[Any]:
 
 
 def _place(tensor: Tensor) -> int:
-    return _local(tensor).untyped_storage().data_ptr()
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """The part of a sharded tensor that this rank has; an ordinary tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return,operator]
+    return local_part(tensor).untyped_storage().data_ptr()
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import re
 from difflib import get_close_matches
-from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from prunus.machine import import_extra
 
 __all__ = ["BasicBlock", "build_model"]
 
@@ -181,10 +181,7 @@ def _foreign(package: str, name: str, classes: int, channels: int) -> nn.Module:
         raise ValueError(f"'{package}:{name}': models come from timm: or torchvision:, or are one of {_FORMS}")
     if package == "torchvision" and channels != 3:
         raise ValueError(f"torchvision's models take 3 channels, the images have {channels}; use a timm: or own model")
-    try:
-        library: Any = import_module(package)
-    except ImportError as error:
-        raise ImportError(f"'{package}:{name}' needs the extra: pip install 'prunus[models]'") from error
+    library = import_extra(package, "models", f"'{package}:{name}' needs the extra")
     home = library.models if package == "torchvision" else library
     if name not in (known := list(home.list_models())):
         close = ", ".join(get_close_matches(name, known, n=3)) or "none"

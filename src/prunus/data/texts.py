@@ -11,14 +11,17 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from prunus.machine import import_extra
 
 __all__ = ["ASSETS", "SPLITS", "PackedTokens", "calibration", "read_texts", "tokenize", "tokenize_documents", "windows"]
 
@@ -28,12 +31,15 @@ _ENDINGS = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
 
 
-def read_texts(source: str | Path, *, column: str = "text", split: str | None = None) -> list[str]:
+def read_texts(
+    source: str | Path, *, column: str = "text", split: str | None = None, most: int | None = None
+) -> list[str]:
     """The texts of a file, a folder, the embedded excerpts, or a Hugging Face data set, in their order.
 
     source: `.txt[.gz]` (one text), `.jsonl[.gz]` or `.parquet` (one text a row, from `column`); a folder that holds one
     file for each split (`test.parquet`, `train-00000-of-00002.parquet`); "embedded" (excerpts of novels that the
     embedded model never saw); or "owner/name[:config[:split]]", which needs `pip install prunus[datasets]`.
+    most: the first texts only. Rows are then streamed: of a large data set or file no more is fetched than is read.
 
     Raises: FileNotFoundError for a missing file or split, ValueError for an unknown ending, column or split,
     ImportError when the data sets package is missing.
@@ -41,16 +47,20 @@ def read_texts(source: str | Path, *, column: str = "text", split: str | None = 
     >>> len(read_texts("embedded", split="test"))
     1
     """
+    return list(islice(_texts(source, column, split, streaming=most is not None), most))
+
+
+def _texts(source: str | Path, column: str, split: str | None, *, streaming: bool) -> Iterable[str]:
     if str(source) == "embedded":
-        return [path.read_text(encoding="utf-8") for path in _embedded(split)]
+        return (path.read_text(encoding="utf-8") for path in _embedded(split))
     path = Path(source)
     if path.is_dir():
-        return [text for file in _files_of_split(path, split) for text in _read_file(file, column)]
+        return (text for file in _files_of_split(path, split) for text in _read_file(file, column))
     if path.exists() or not _HUB_NAME.fullmatch(str(source)) or path.name.endswith(_ENDINGS):
         if split is not None:
             raise ValueError(f"split={split!r} was given, but {path} is one file: drop the split or name the folder.")
         return _read_file(path, column)
-    return _read_hub(str(source), column, split)
+    return _read_hub(str(source), column, split, streaming=streaming)
 
 
 def tokenize(texts: Sequence[str], tokenizer: Any, *, separator: str = "\n\n") -> Tensor:
@@ -194,50 +204,51 @@ def _files_of_split(folder: Path, split: str | None) -> list[Path]:
     return found
 
 
-def _read_file(path: Path, column: str) -> list[str]:
+# Files are read with what the package needs anyway. The data sets package would want one type for a key in all rows,
+# and keeps a copy of each file.
+
+
+def _read_file(path: Path, column: str) -> Iterator[str]:
     if not path.is_file():
         raise FileNotFoundError(f"No text file {path}; check the path (it is relative to {Path.cwd()}).")
-    if path.name.endswith(".parquet"):
-        return _read_parquet(path, column)
     if not path.name.endswith(_ENDINGS):
         raise ValueError(f"{path} ends in none of {', '.join(_ENDINGS)}; convert it or rename it.")
-    raw = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
-    text = raw.decode("utf-8")
-    if path.name.endswith((".txt", ".txt.gz")):
-        return [text]
-    # str.splitlines would also break at form feeds and other separators inside a row.
-    return [_field(line, column, f"{path}, line {number}") for number, line in enumerate(text.split("\n"), 1) if line]
+    if path.suffix == ".parquet":
+        return _read_parquet(path, column)
+    return _read_lines(path, None if path.name.endswith((".txt", ".txt.gz")) else column)
 
 
-def _field(line: str, column: str, place: str) -> str:
-    row = json.loads(line)
-    if column not in row:
-        raise ValueError(f"{place} has no column {column!r}, only {sorted(row)}; name one of them with column=.")
-    return row[column]
+def _read_lines(path: Path, column: str | None) -> Iterator[str]:
+    """The column of each row of JSON lines; without one the whole text, with the line ends that the file has."""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="\n") as file:
+        if column is None:
+            yield file.read()
+            return
+        for number, line in enumerate(file, 1):
+            if line != "\n":
+                row = json.loads(line)
+                _check_column(f"{path}, line {number}", column, row)
+                yield row[column]
 
 
-def _read_parquet(path: Path, column: str) -> list[str]:
+def _read_parquet(path: Path, column: str) -> Iterator[str]:
     import pyarrow.parquet  # slow to import, needed for this ending only
 
     table = pyarrow.parquet.ParquetFile(path)
-    names = list(table.schema_arrow.names)
-    if column not in names:
-        raise ValueError(f"{path} has no column {column!r}, only {names}; name one of them with column=.")
-    return table.read(columns=[column]).column(column).to_pylist()
+    _check_column(str(path), column, table.schema_arrow.names)
+    for batch in table.iter_batches(columns=[column]):
+        yield from batch.column(column).to_pylist()
 
 
-def _read_hub(name: str, column: str, split: str | None) -> list[str]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(
-            f"Reading the data set {name!r} needs the extra: pip install 'prunus[datasets]' "
-            "(if a file was meant: there is none of that name)."
-        ) from error
+def _read_hub(name: str, column: str, split: str | None, *, streaming: bool) -> Iterable[str]:
+    datasets = import_extra("datasets", "datasets", f"There is no file {name!r}, and reading data sets needs the extra")
     owner_name, *rest = name.split(":")
-    config = rest[0] if rest else None
     split = split or (rest[1] if len(rest) > 1 else "train")
-    rows = datasets.load_dataset(owner_name, config, split=split)
-    if column not in rows.column_names:
-        raise ValueError(f"{name} has no column {column!r}, only {rows.column_names}; name one of them with column=.")
-    return list(rows[column])
+    rows = datasets.load_dataset(owner_name, rest[0] if rest else None, split=split, streaming=streaming)
+    _check_column(name, column, rows.column_names or [column])
+    return rows[column] if not streaming else (row[column] for row in rows)
+
+
+def _check_column(place: str, column: str, names: Collection[str]) -> None:
+    if column not in names:
+        raise ValueError(f"{place} has no column {column!r}, only {list(names)}; name one of them with column=.")

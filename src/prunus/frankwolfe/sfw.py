@@ -29,9 +29,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from prunus.frankwolfe.sets.ball import Ball
+from prunus.frankwolfe.sets.fused import FusedMoves, is_fused
 from prunus.frankwolfe.sets.problems import Part, Problems, joint_problem, separate_problems
-from prunus.frankwolfe.sets.subspace import COLD, Triple, follow_all_, make_basis
-from prunus.frankwolfe.sets.together import Together, goes_together
+from prunus.frankwolfe.sets.subspace import COLD, Triple, follow_, make_basis
 
 __all__ = ["SFW", "Rescale"]
 
@@ -76,7 +76,7 @@ class SFW(Optimizer):
         capturable: bool = False,
     ) -> None:
         self._plans: dict[int, _Plan] = {}
-        self._together: dict[int, Together] = {}
+        self._fused: dict[int, FusedMoves] = {}
         defaults: dict[str, Any] = {
             "lr": lr,
             "constraint": constraint,
@@ -120,7 +120,7 @@ class SFW(Optimizer):
             if group["constraint"] is None:
                 _descend_(present, directions, group["lr"], group["decoupled_decay"])
                 continue
-            problems = self._move_together_(number, places, present, directions)
+            problems = self._move_fused_(number, places, present, directions)
             work += [_Work(group, each, present, each.gather(directions, present)) for each in problems]
         for each, leading in zip(work, self._leading(work), strict=True):
             vertices = each.problems.vertices(each.moments, leading)
@@ -179,7 +179,7 @@ class SFW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans, self._together = {}, {}
+        self._plans, self._fused = {}, {}
 
     def _directions(self, group: dict[str, Any], present: list[Tensor]) -> list[Tensor]:
         """The momentum buffers, moved on; or the gradients if there is no momentum."""
@@ -210,19 +210,19 @@ class SFW(Optimizer):
             self._plans[number] = known
         return known.problems
 
-    def _move_together_(
+    def _move_fused_(
         self, number: int, places: tuple[int, ...], present: list[Tensor], moments: list[Tensor]
     ) -> list[Problems]:
         """Move those of a group's problems that programs move at once; returns the others."""
         group, problems = self.param_groups[number], self._problems(number, places)
         if group["rescale"] == "gradient" or not group["momentum"]:  # gradients lie elsewhere each time
             return problems
-        chosen = [each for each in problems if goes_together(each, present, moments)]
+        chosen = [each for each in problems if is_fused(each, present, moments)]
         chosen = [each for each in chosen if each.radius.device == chosen[0].radius.device]
         if chosen:
-            known = self._together.get(number)
+            known = self._fused.get(number)
             if known is None or not known.fits(chosen, present, moments):
-                known = self._together[number] = Together(chosen, present, moments)
+                known = self._fused[number] = FusedMoves(chosen, present, moments)
             known.move_(present, group["lr"], group["rescale"])
         return [each for each in problems if not any(each is other for other in chosen)]
 
@@ -245,7 +245,7 @@ class SFW(Optimizer):
                 todo.setdefault(iterations, []).append((place, kept, moment))
         for iterations, parts in todo.items():
             stacks = [torch.cat(kept).to(moment.dtype) for _, kept, moment in parts]
-            triples = follow_all_(stacks, [moment for _, _, moment in parts], iterations)
+            triples = follow_(stacks, [moment for _, _, moment in parts], iterations)
             torch._foreach_copy_(
                 [each for _, kept, _ in parts for each in kept], [each for stack in stacks for each in stack.split(1)]
             )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.blocks import uncompiled
-from prunus.machine import Precision, autocast
+from prunus.machine import Precision, autocast, in_mode
 
 __all__ = ["Accuracy", "accuracy"]
 
@@ -55,21 +55,15 @@ def accuracy(
     """
     if bins < 1:
         raise ValueError(f"calibration needs at least 1 bin; got {bins}")
-    modes = {module: module.training for module in model.modules()}
     parts: list[Tensor] = []
     classes = 0
-    try:
-        model.eval()
-        with uncompiled(model) as plain:  # a program for each shape of a last batch would cost more than it saves
-            for x, y in batches:
-                device = next(model.parameters(), x).device
-                with autocast(device, precision):
-                    logits: Tensor = plain(x.to(device))
-                classes = logits.shape[1]
-                parts.append(_seen(logits.float(), y.to(device)))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with in_mode(model, training=False), uncompiled(model) as plain:  # a program for each shape of a last batch costs
+        for x, y in batches:
+            device = next(model.parameters(), x).device
+            with autocast(device, precision):
+                logits: Tensor = plain(x.to(device))
+            classes = logits.shape[1]
+            parts.append(_seen(logits.float(), y.to(device)))
     if not parts:
         raise ValueError("accuracy needs at least one batch; there was none")
     return _summary(torch.cat(parts, dim=1).cpu(), classes, bins)

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from prunus.blocks import uncompiled
+from prunus.machine import in_mode
 from prunus.masks import Masks
 
 __all__ = ["Cost", "Energy", "cost", "flops_of", "weight_change"]
@@ -151,14 +152,8 @@ class _Counter(TorchDispatchMode):
 
 def own_flops(model: nn.Module, x: Tensor) -> dict[str, int]:
     """Module name -> operations of its own forward, without those of the modules inside it."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with uncompiled(model) as plain, FlopCounterMode(display=False) as counter:
-            plain(x)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with in_mode(model, training=False), uncompiled(model) as plain, FlopCounterMode(display=False) as counter:
+        plain(x)
     root = type(model).__name__
     found = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
     names = [name for name, _ in model.named_modules()]

@@ -8,7 +8,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from prunus.machine import Precision, autocast
+from prunus.machine import Precision, autocast, in_mode
 
 __all__ = ["latency"]
 
@@ -27,18 +27,12 @@ def latency(model: nn.Module, x: Tensor, *, precision: Precision = "fp32", repea
     """
     if repeats < 1:
         raise ValueError(f"latency needs at least 1 repeat; got {repeats}")
-    modes = {module: module.training for module in model.modules()}
     found: list[float] = []
-    try:
-        model.eval()
-        with autocast(x.device, precision):
-            for _ in range(_WARM + repeats):
-                started = _now(x.device)
-                model(x)
-                found.append(_now(x.device) - started)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with in_mode(model, training=False), autocast(x.device, precision):
+        for _ in range(_WARM + repeats):
+            started = _now(x.device)
+            model(x)
+            found.append(_now(x.device) - started)
     return statistics.median(found[_WARM:])
 
 

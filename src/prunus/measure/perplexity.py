@@ -9,13 +9,12 @@ windows times L give the same number, since all windows are equally long.)
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from prunus.data import windows
+from prunus.machine import in_mode
 
 __all__ = ["perplexity"]
 
@@ -41,7 +40,7 @@ def perplexity(
     place = torch.device(device) if device is not None else next(model.parameters()).device
     rows = windows(tokens, window)
     total = torch.zeros((), dtype=torch.float64, device=place)
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), in_mode(model, training=False):
         for ids in rows.split(batch_size):
             ids = ids.to(place).long()
             total += summed_loss(model(input_ids=ids, use_cache=False).logits, ids)
@@ -55,14 +54,3 @@ def summed_loss(logits: Tensor, ids: Tensor) -> Tensor:
         for row, targets in zip(logits, ids, strict=True)
     ]
     return torch.stack(losses).sum().to(ids.device)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Generator[None, None, None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

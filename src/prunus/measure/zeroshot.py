@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prunus.machine import import_extra
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -130,15 +132,12 @@ def _entailment_line(path: Path, number: int, row: Mapping[str, str | None]) -> 
 
 def _wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | str) -> Any:
     """lm-eval's HFLM around the model where it is."""
-    try:
-        from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ImportError("zero-shot evaluation needs lm-eval: pip install 'prunus[zeroshot]'") from error
+    library = import_extra("lm_eval.models.huggingface", "zeroshot", "zero-shot evaluation needs lm-eval")
     talk = logging.getLogger("lm_eval.models.huggingface")
     level = talk.level
     talk.setLevel(logging.ERROR)  # it warns of every model that is not named by a string
     try:
-        return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # type: ignore[arg-type]
+        return library.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     finally:
         talk.setLevel(level)
 

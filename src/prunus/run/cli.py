@@ -35,9 +35,7 @@ SetOption = Annotated[
 def compress(
     recipe: RecipeArg = None,
     model: Annotated[str | None, typer.Option(help="Hugging Face name or folder, .gguf file, or 'embedded'.")] = None,
-    criterion: Annotated[
-        str | None, typer.Option(help="magnitude, random, wanda, ria, sparsegpt or frank_wolfe.")
-    ] = None,
+    criterion: Annotated[str | None, typer.Option(help="Which weights go; `prunus show --names` lists them.")] = None,
     pattern: Annotated[
         str | None, typer.Option(help="'unstructured' or N:M, at most N nonzeros of M, such as 2:4.")
     ] = None,
@@ -340,10 +338,20 @@ def pretrain(
 
 
 @app.command()
-def show(recipe: RecipeArg = None, assign: SetOption = None) -> None:
-    """Print a recipe with every default filled in, after checking it."""
+def show(
+    recipe: RecipeArg = None,
+    names: Annotated[bool, typer.Option("--names", help="Print what recipes may name instead, with options.")] = False,
+    assign: SetOption = None,
+) -> None:
+    """Print a recipe with every default filled in, after checking it; or all that recipes may name."""
     import yaml
 
+    if names:
+        from prunus.report import print_table
+        from prunus.run.names import rows
+
+        print_table(list(rows()), title="what recipes may name")
+        return
     from prunus.run.recipe import load_recipe, merge, parse, read_yaml
     from prunus.run.vision.soups.recipe import class_of
 

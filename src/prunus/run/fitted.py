@@ -16,8 +16,8 @@ __all__ = ["fitted", "home"]
 
 log = logging.getLogger(__name__)
 
-_RESIDENT = {"sparsegpt": 0.4}  # largest share of a GPU's free memory that weights take which stay there:
-_RESIDENT_ELSE = 0.75  # solvers that factorise need several matrices of (in, in) beside them
+_RESIDENT = 0.75  # largest share of a GPU's free memory that weights take which stay there
+_RESIDENT_GRAM = 0.4  # criteria that read Gram matrices need several matrices of (in, in) beside them
 
 
 def fitted(recipe: Recipe, device: torch.device) -> Recipe:
@@ -55,7 +55,8 @@ def home(recipe: Recipe, device: torch.device) -> torch.device:
         return torch.device("cpu")
     size = sum(path.stat().st_size for path in files) * (2 if recipe.dtype == "float32" else 1)
     free = torch.cuda.mem_get_info(device)[0]
-    return device if size <= free * _RESIDENT.get(recipe.prune.criterion, _RESIDENT_ELSE) else torch.device("cpu")
+    share = _RESIDENT_GRAM if recipe.prune.how().needs == "gram" else _RESIDENT
+    return device if size <= free * share else torch.device("cpu")
 
 
 def _check(key: str, value: int, limit: int, model: str) -> None:

@@ -27,9 +27,19 @@ from pydantic import (
     model_validator,
 )
 
-from prunus import patterns
 from prunus.adapt import subsets
+from prunus.patterns import Pattern, check_sparsity
+from prunus.run.names import (
+    AllocationName,
+    CriterionName,
+    PatternName,
+    allocations,
+    criteria,
+    fixed_sparsity,
+    pattern_of,
+)
 from prunus.run.plain import read_yaml, yaml_value
+from prunus.score import Allocation, Criterion, allocation_of, check_comparable, compared, criterion_of, global_
 
 __all__ = [
     "Calibrate",
@@ -50,7 +60,6 @@ __all__ = [
     "yaml_value",
 ]
 
-Criterion = Literal["magnitude", "random", "wanda", "ria", "sparsegpt", "frank_wolfe"]
 Init = Literal["kaiming", "gaussian"]
 Section = TypeVar("Section", bound=BaseModel)
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -125,58 +134,49 @@ class Calibrate(Strict):
     seed: int = 0
 
 
-class FrankWolfe(Strict):
-    """How criterion `frank_wolfe` chooses its masks."""
-
-    iterations: Annotated[int, Field(ge=0)] = 30
-    swaps: Annotated[int, Field(ge=0)] = 100
-    concave: tuple[Annotated[float, Field(ge=0, le=2)], Annotated[float, Field(ge=0, le=2)]] = (0.5, 1.0)
-
-
 class Prune(Strict):
     """Which weights go: a criterion, a pattern and a sparsity (the share of zeros, in [0, 1))."""
 
-    criterion: Criterion = "wanda"
-    pattern: str = "unstructured"
+    criterion: CriterionName = "wanda"
+    pattern: PatternName = "unstructured"
     sparsity: float = 0.5
     scope: Literal["row", "layer", "model"] | None = None
-    allocation: Literal["uniform", "owl"] = "uniform"
+    allocation: AllocationName = "uniform"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    damping: Annotated[float, Field(gt=0, le=1)] = 0.01
-    frank_wolfe: FrankWolfe | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _implied(cls, value: Any) -> Any:
         """An N:M pattern says its own sparsity."""
-        if isinstance(value, dict) and "sparsity" not in value and ":" in str(value.get("pattern", "")):
-            fixed = patterns.parse(str(value["pattern"])).sparsity
-            return {**value, "sparsity": fixed}
-        return value
+        fixed = fixed_sparsity(value)
+        return value if fixed is None else {"sparsity": fixed, **value}
 
     @model_validator(mode="after")
     def _check(self) -> Prune:
-        pattern = patterns.parse(self.pattern)
-        patterns.check_sparsity(pattern, self.sparsity)
-        if pattern.sparsity is not None and (self.scope is not None or self.allocation != "uniform"):
+        pattern, allocation = pattern_of(self.pattern), self.sharing()
+        check_sparsity(pattern, self.sparsity)
+        if pattern.sparsity is not None and (self.scope is not None or allocation.reads):
             raise ValueError(
                 f"pattern {self.pattern!r} fixes the share of zeros in every group: leave out scope and allocation"
             )
-        if self.scope == "model" and self.criterion in ("sparsegpt", "frank_wolfe"):
-            raise ValueError(
-                f"{self.criterion} chooses inside one layer: scope 'model' needs magnitude, random, wanda or ria"
-            )
-        if self.frank_wolfe is not None and self.criterion != "frank_wolfe":
-            raise ValueError(f"frank_wolfe: set, but the criterion is {self.criterion}: leave it out, or choose it")
-        if self.scope == "model" and self.allocation != "uniform":
+        check_comparable(self.how(), allocation)
+        if self.scope == "model" and allocations.make(self.allocation).reads:
             raise ValueError("scope 'model' is an allocation already: leave out allocation")
         return self
 
-    @model_serializer(mode="wrap")
-    def _plain(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `frank_wolfe` when it is not set: recipes written before it was there keep their hashes."""
-        return {key: value for key, value in inner(self).items() if key != "frank_wolfe" or value is not None}
+    def how(self, seed: int = 0) -> Criterion:
+        """The criterion; seed: of one that draws, unless the recipe gives it its own."""
+        return criterion_of(criteria.make(self.criterion, seed=seed))
+
+    def sharing(self) -> Allocation:
+        """The allocation; scope model is that of one selection over all layers."""
+        return allocation_of(global_ if self.scope == "model" else allocations.make(self.allocation))
+
+    def where(self) -> Pattern:
+        """The pattern, with the scope that is asked for, or that the criterion and the allocation imply."""
+        own = compared(self.how(), self.sharing()) if self.scope is None else self.scope
+        return pattern_of(self.pattern, "row" if own == "row" else "layer")
 
 
 class Retrain(Strict):

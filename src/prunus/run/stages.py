@@ -18,7 +18,6 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from prunus import patterns
 from prunus.adapt import ADAPTERS, adapt, add_biases, compiled_forward, find_subset
 from prunus.blocks import Source, recomputed
 from prunus.data import ASSETS, PackedTokens, calibration, read_texts, tokenize
@@ -26,9 +25,7 @@ from prunus.layers import View, find_layers
 from prunus.machine import Precision, autocast, of_training, ranks
 from prunus.masks import Masks
 from prunus.measure import perplexity, streamed_perplexity
-from prunus.run.recipe import Data, FrankWolfe, Prune, Recipe, Retrain
-from prunus.score import Allocation, Count, Criterion, compared, global_, owl, scores, uniform
-from prunus.solve import frank_wolfe, sparsegpt
+from prunus.run.recipe import Data, Recipe, Retrain
 from prunus.stream import BlockReport, Fit, Shards, Streamed, Work, stream
 from prunus.train import linear_warmup_decay, next_token_loss, train
 
@@ -170,36 +167,22 @@ def prune(
         "include": chosen.include,
         "exclude": chosen.exclude,
     }
-    criterion, allocation = _criterion(chosen, calibrate.seed), _allocation(chosen)
-    per = compared(criterion, allocation) if chosen.scope is None else "row" if chosen.scope == "row" else "layer"
     fit = None
     if recipe.reconstruct is not None:
         fit = Fit(**recipe.reconstruct.model_dump(), precision=precision_of(recipe, device))
     shared = ranks.count() > 1 and fit is None and len(tokens) >= ranks.count()
     return stream(
         loaded.model,
-        criterion,
-        patterns.parse(chosen.pattern, per=per),
+        chosen.how(calibrate.seed),
+        chosen.where(),
         chosen.sparsity,
-        allocation=allocation,
+        allocation=chosen.sharing(),
         fit=fit,
         work=work,
         shared=shared,
         on_block=on_block,
         **where,
     )
-
-
-def _allocation(chosen: Prune) -> Allocation | Count:
-    return global_ if chosen.scope == "model" else owl() if chosen.allocation == "owl" else uniform
-
-
-def _criterion(chosen: Prune, seed: int) -> Criterion:
-    if chosen.criterion == "frank_wolfe":
-        return frank_wolfe(**(chosen.frank_wolfe or FrankWolfe()).model_dump())
-    if chosen.criterion == "sparsegpt":
-        return sparsegpt(damping=chosen.damping)
-    return scores.random(seed) if chosen.criterion == "random" else getattr(scores, chosen.criterion)
 
 
 def summary(streamed: Streamed) -> dict[str, Any]:

@@ -18,24 +18,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from prunus.machine import write_json, write_text
-from prunus.save.card import model_card
-from prunus.save.config import _RUNTIME, write_config
+from prunus.masks import count_kept, unpack
 from prunus.save.folder import (
     CARD_NAME,
     FORMAT,
     INFO_NAME,
     MASKS_NAME,
+    RUNTIME,
     SavedModel,
     _copy_small_files,
     _partial,
     _replace,
     _versions,
     load_info,
+    model_card,
+    write_config,
 )
 from prunus.save.shards import SINGLE_NAME, ShardWriter
 from prunus.save.stored import Stored, read_header, weight_files
@@ -117,7 +118,7 @@ def _check_member(place: int, member: _Member, first: _Member) -> None:
                 f"{name!r} is {_shown(one)} in {first.path} and {_shown(other)} in {member.path}: average checkpoints "
                 "of one network in one dtype"
             )
-    for key in sorted((first.config.keys() | member.config.keys()) - _RUNTIME):
+    for key in sorted((first.config.keys() | member.config.keys()) - RUNTIME):
         if first.config.get(key) != member.config.get(key):
             raise ValueError(
                 f"config.json says {key}: {first.config.get(key)!r} in {first.path} and {member.config.get(key)!r} in "
@@ -156,7 +157,7 @@ def _bits(packed: Stored) -> Iterator[Tensor]:
 
 def _count(packed: Stored) -> int:
     """Entries kept; bits past the last entry are zero."""
-    return sum(int(np.unpackbits(piece.numpy()).sum(dtype=np.int64)) for piece in _bits(packed))
+    return sum(count_kept(unpack(piece, 8 * piece.numel())) for piece in _bits(packed))
 
 
 def _mean(name: str, members: Sequence[_Member], shares: Sequence[float], zeros: list[int]) -> Tensor:
@@ -181,8 +182,7 @@ def _check_zeros(name: str, members: Sequence[_Member], pieces: Sequence[Tensor]
     if mask is None or tuple(members[0].mask_shapes[name]) != members[0].tensors[name].shape:
         return
     stop = start + pieces[0].numel()  # start is a multiple of 8: _PIECE is
-    packed = mask.piece(start // 8, (stop + 7) // 8).numpy()
-    pruned = torch.from_numpy(np.unpackbits(packed, count=stop - start, bitorder="little") == 0)
+    pruned = ~unpack(mask.piece(start // 8, (stop + 7) // 8), stop - start)
     for member, piece in zip(members, pieces, strict=True):
         wrong = int((_comparable(piece)[pruned] != 0).sum())
         if wrong:

@@ -23,30 +23,53 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from prunus import __version__
 from prunus.machine import write_json, write_text
-from prunus.save.card import SIZE_NOTE, model_card
-from prunus.save.config import source_folder, write_config
 from prunus.save.shards import ShardWriter
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from prunus.masks import Masks
 
-__all__ = ["FORMAT", "SavedModel", "load_info", "save_model", "save_tensors"]
+__all__ = ["FORMAT", "SIZE_NOTE", "SavedModel", "load_info", "model_card", "save_model", "save_tensors", "write_config"]
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 INFO_NAME, MASKS_NAME, CARD_NAME = "prunus.json", "masks.safetensors", "README.md"
-_LANES = 4  # shards of a large model written side by side; a file in memory takes about 1 GB/s
+SIZE_NOTE = (
+    "The weight files are as large as those of the dense model: pruned weights are stored as zeros in ordinary dense "
+    "tensors, so that every program that reads the dense model reads this one. Zeros alone save neither disk, memory "
+    "nor time. A general compressor (zstd, gzip) makes the files smaller for storage and transfer; a speed-up needs a "
+    "runtime with kernels for the pattern (2:4 on recent NVIDIA GPUs, for example) and its own conversion step."
+)
+_WRITERS = 4  # shards of a large model written side by side; a file in memory takes about 1 GB/s
 # Of the source folder, what transformers and serving stacks read beside weights and config.json.
 _COPIED = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
     "chat_template*", "generation_config.json", "*processor_config.json", "*.py", "LICENSE*",
 )  # fmt: skip
+# What loading and training set on a config object without changing the model.
+RUNTIME = {
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "_experts_implementation",
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "output_attentions",
+    "output_hidden_states",
+    "quantization_config",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
 
 
 @dataclass(frozen=True)
@@ -108,7 +131,7 @@ def save_tensors(
     """
     with _partial(folder) as partial:
         dtypes: set[Any] = set()
-        with ShardWriter(partial, max_shard_bytes=max_shard_bytes, lanes=_LANES) as writer:
+        with ShardWriter(partial, max_shard_bytes=max_shard_bytes, writers=_WRITERS) as writer:
             for name, tensor in tensors:
                 writer.write(name, tensor)
                 dtypes |= {tensor.dtype} if tensor.is_floating_point() else set()
@@ -245,3 +268,123 @@ def _replace(partial: Path, folder: Path) -> None:
         os.replace(folder, old)
     os.replace(partial, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+# config.json: the source's own bytes, or its text with the few keys that had to change
+
+
+def source_folder(source: str | Path | None) -> Path | None:
+    """The local folder behind a folder path or a Hugging Face name (its cached snapshot); None when there is none."""
+    if source is None or Path(source).is_dir():
+        return None if source is None else Path(source)
+    if str(source).count("/") > 1 or Path(source).exists():
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(str(source), "config.json")
+    except HFValidationError:
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def write_config(config: Any, path: Path, source: Path | None, *, dtype: torch.dtype | None) -> None:
+    """Write `path` from the source folder's config.json if there is one, else leave what transformers wrote.
+
+    config: the model's transformers config, or None for unchanged.
+    dtype: of the saved weights. A source that declares another one gets this key changed, since loaders cast to it.
+
+    Raises ValueError when neither the source nor the folder has a config.json.
+    """
+    origin = source / "config.json" if source is not None else None
+    if origin is None or not origin.is_file():
+        if not path.is_file():
+            raise ValueError(f"{source} has no config.json and no model was given to write one from")
+        return
+    text = origin.read_text(encoding="utf-8")
+    stored = json.loads(text)
+    changes = {} if config is None else _changes(config, origin)
+    key = "torch_dtype" if "torch_dtype" in stored else "dtype"
+    if dtype is not None and key in stored and stored[key] != str(dtype).removeprefix("torch."):
+        changes[key] = str(dtype).removeprefix("torch.")
+    if changes:
+        text = json.dumps({**stored, **changes}, indent=2, ensure_ascii=False) + "\n"
+        write_text(path, text)
+    else:
+        path.unlink(missing_ok=True)
+        path.write_bytes(origin.read_bytes())
+
+
+def _changes(config: Any, origin: Path) -> dict[str, Any]:
+    """Keys of `config` whose values differ from what the source's config.json gives."""
+    now: dict[str, Any] = config.to_dict()
+    then: dict[str, Any] = type(config).from_pretrained(str(origin.parent)).to_dict()
+    return {key: value for key, value in now.items() if key not in RUNTIME and then.get(key) != value}
+
+
+# README.md: what the model is, how it was made, what was measured, and what its size means
+
+
+def model_card(name: str, info: Mapping[str, Any]) -> str:
+    """Markdown for the model `name` from the contents of its prunus.json.
+
+    Reads `model`, `pattern`, `sparsity`, `recipe`, `metrics` (or `perplexity`, `zero_shot`) and `versions`; what is
+    missing is left out.
+    """
+    sparsity: Mapping[str, Any] = info.get("sparsity", {})
+    lines = [f"# {name}", "", _summary(info, sparsity), "", "## Size", "", SIZE_NOTE, ""]
+    metrics = info.get("metrics") or {key: info[key] for key in ("perplexity", "zero_shot") if key in info}
+    if metrics:
+        lines += ["## Results", "", *_metric_table(metrics), ""]
+    recipe = info.get("recipe")
+    if recipe:
+        lines += [
+            "## Recipe",
+            "",
+            "```yaml",
+            yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).rstrip(),
+            "```",
+            "",
+        ]
+    layers: Mapping[str, float] = sparsity.get("layers", {})
+    if layers:
+        lines += ["## Sparsity by layer", "", "| layer | zeros |", "|---|---|"]
+        lines += [f"| `{layer}` | {100 * share:.2f} % |" for layer, share in layers.items()] + [""]
+    lines += ["## Files", "", *_files(info), ""]
+    return "\n".join(lines)
+
+
+def _summary(info: Mapping[str, Any], sparsity: Mapping[str, Any]) -> str:
+    base = f" of `{info['model']}`" if info.get("model") else ""
+    pattern = f" ({info['pattern']})" if info.get("pattern") else ""
+    share = sparsity.get("pruned")
+    what = f"{100 * share:.2f} % of the weights of its pruned layers are zero{pattern}. " if share is not None else ""
+    return (
+        f"A sparse version{base}, made with Prunus {info.get('versions', {}).get('prunus', '')}. {what}"
+        "It is an ordinary dense checkpoint and loads with `transformers.AutoModelForCausalLM.from_pretrained`."
+    )
+
+
+def _metric_table(metrics: Mapping[str, Any]) -> list[str]:
+    rows = list(_flat(metrics))
+    return ["| measured | value |", "|---|---|", *(f"| {name} | {_number(value)} |" for name, value in rows)]
+
+
+def _flat(metrics: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, value in metrics.items():
+        name = f"{prefix}{key}"
+        rows += _flat(value, f"{name}, ") if isinstance(value, Mapping) else [(name, value)]
+    return rows
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+
+
+def _files(info: Mapping[str, Any]) -> list[str]:
+    lines = ["- `prunus.json`: recipe, sparsity by layer, metrics and the versions it was made with"]
+    if info.get("masks"):
+        lines.append("- `masks.safetensors`: the pruning masks, eight to a byte; read with `prunus.masks.Masks.load`")
+    return lines

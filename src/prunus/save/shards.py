@@ -91,7 +91,7 @@ class ShardWriter:
     """Takes named tensors one after another and writes them as the safetensors shards of a Hugging Face folder.
 
     max_shard_bytes: a shard is closed before it would hold more; a tensor larger than that is a shard of its own.
-    lanes: shards that grow side by side, once the first is full; each next tensor goes to the emptiest.
+    writers: shards that grow side by side, once the first is full; each next tensor goes to the emptiest.
     Memory: two tensors and one for each lane. Disk: a shard that is laid out anew, twice. `close` (or leaving the
     `with` block without an error) gives the shards their final names and writes the index, or one `model.safetensors`
     when a shard was enough.
@@ -102,8 +102,8 @@ class ShardWriter:
     Raises ValueError for a name written twice, a dtype that safetensors lacks, or no tensor at all.
     """
 
-    def __init__(self, folder: str | Path, *, max_shard_bytes: float = 4e9, lanes: int = 1) -> None:
-        self.folder, self.max_shard_bytes, self.lanes = Path(folder), int(max_shard_bytes), lanes
+    def __init__(self, folder: str | Path, *, max_shard_bytes: float = 4e9, writers: int = 1) -> None:
+        self.folder, self.max_shard_bytes, self.writers = Path(folder), int(max_shard_bytes), writers
         self.total_bytes = 0
         self._parts: dict[int, Path] = {}  # number of a full shard -> its file
         self._names: dict[str, int] = {}  # tensor -> number of its shard
@@ -171,7 +171,7 @@ class ShardWriter:
         if shard is not None and shard.entries and shard.filled + size > self.max_shard_bytes:
             self._close_shard(shard)
             shard = None
-        if shard is not None and len(self._open) >= min(self.lanes, len(self._parts) + 1):
+        if shard is not None and len(self._open) >= min(self.writers, len(self._parts) + 1):
             return shard
         return self._open_shard()
 

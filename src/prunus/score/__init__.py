@@ -15,7 +15,7 @@ from prunus.score.counts import (
     needed,
     round_to_total,
 )
-from prunus.score.criterion import Compare, Criterion, Needs, Score, Solve, criterion, criterion_of, scaling
+from prunus.score.criterion import Compare, Criterion, Needs, Score, Solve, criterion, criterion_of, required, scaling
 from prunus.score.observe import observe
 from prunus.score.scores import magnitude, norms_of, random, ria, wanda, warn_unseen
 
@@ -46,6 +46,7 @@ __all__ = [
     "observe",
     "owl",
     "random",
+    "required",
     "ria",
     "round_to_total",
     "scaling",

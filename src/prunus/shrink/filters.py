@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prunus.layers import matches
+from prunus.machine import import_extra
 from prunus.patterns import keep_largest, kept_of
 from prunus.shrink.lowrank import _empty_pair, _replaced
 
@@ -213,10 +214,7 @@ class _Graph:
     """torch-pruning's graph of a copy of the model on the CPU, with names for modules."""
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
-        try:
-            import torch_pruning
-        except ImportError as error:
-            raise ImportError("removing filters needs the extra: pip install 'prunus[shrink]'") from error
+        torch_pruning = import_extra("torch_pruning", "shrink", "removing filters needs the extra")
         self.model = copy.deepcopy(model).cpu().float().eval().requires_grad_(True)
         self.names = {module: name for name, module in self.model.named_modules()}
         with warnings.catch_warnings(), torch.enable_grad():

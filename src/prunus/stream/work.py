@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from prunus.machine import write_json, write_tensors
-from prunus.masks import pack_flat, unpack_flat
+from prunus.masks import pack, read_packed
 
 __all__ = ["BlockReport", "Work"]
 
@@ -75,7 +74,7 @@ class Work:
         if not self.writes:
             return
         tensors = {f"weight:{key}": value for key, value in block.state_dict().items()}
-        tensors |= {f"mask:{key}": torch.from_numpy(pack_flat(mask)) for key, mask in masks.items()}
+        tensors |= {f"mask:{key}": pack(mask.cpu().flatten()) for key, mask in masks.items()}
         shapes = {key: list(mask.shape) for key, mask in masks.items()}
         write_tensors(self._path(name), tensors, {"report": json.dumps(asdict(report)), "masks": json.dumps(shapes)})
 
@@ -90,9 +89,9 @@ class Work:
     def masks(self, name: str) -> dict[str, Tensor]:
         """Parameter name -> mask of a finished block."""
         path = self._path(name)
-        with safe_open(path, framework="numpy") as file:
+        with safe_open(path, framework="pt") as file:
             shapes: dict[str, list[int]] = json.loads(file.metadata()["masks"])
-            return {key: unpack_flat(file.get_tensor(f"mask:{key}"), shape, str(path)) for key, shape in shapes.items()}
+            return {key: read_packed(file.get_tensor(f"mask:{key}"), shape, str(path)) for key, shape in shapes.items()}
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Parameter and buffer name inside the block -> tensor of a finished block."""

@@ -8,6 +8,7 @@ from prunus.train.lr import (
     Multiplier,
     Original,
     allr,
+    clr,
     constant,
     cosine,
     exponential,
@@ -19,6 +20,7 @@ from prunus.train.lr import (
     multistep,
     one_cycle,
     retraining,
+    slr,
 )
 from prunus.train.train import Trace, classification_loss, next_token_loss, train
 
@@ -33,6 +35,7 @@ __all__ = [
     "allr",
     "alone",
     "classification_loss",
+    "clr",
     "constant",
     "cosine",
     "exponential",
@@ -47,5 +50,6 @@ __all__ = [
     "one_cycle",
     "recalibrate_",
     "retraining",
+    "slr",
     "train",
 ]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prunus.blocks import uncompiled
-from prunus.machine import Precision, autocast
+from prunus.machine import Precision, autocast, in_mode
 
 __all__ = ["recalibrate_"]
 
@@ -75,7 +75,6 @@ class _Pooled:
 @contextmanager
 def _counting(model: nn.Module, norms: dict[str, _BatchNorm]) -> Generator[dict[str, _Pooled], None, None]:
     """What each BatchNorm receives while it normalises by the batch and leaves its running statistics alone."""
-    modes = {module: module.training for module in model.modules()}
     pooled: dict[str, _Pooled] = {}
 
     def watch(name: str) -> Any:
@@ -90,17 +89,15 @@ def _counting(model: nn.Module, norms: dict[str, _BatchNorm]) -> Generator[dict[
 
     hooks = [norm.register_forward_pre_hook(watch(name)) for name, norm in norms.items()]
     try:
-        model.eval()
-        for norm in norms.values():
-            norm.training, norm.track_running_stats = True, False
-        yield pooled
+        with in_mode(model, training=False):
+            for norm in norms.values():
+                norm.training, norm.track_running_stats = True, False
+            yield pooled
     finally:
         for hook in hooks:
             hook.remove()
         for norm in norms.values():
             norm.track_running_stats = True
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _pool(x: Tensor) -> _Pooled:

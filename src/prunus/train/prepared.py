@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from prunus.machine import Precision, ranks
+from prunus.machine import Precision, in_mode, ranks
 from prunus.train.sharded import asked, sharded
 
 if TYPE_CHECKING:
@@ -81,7 +81,6 @@ def _wrapped(
     masks: Masks | None,
     replicated: bool,
 ) -> Generator[tuple[nn.Module, torch.optim.Optimizer], None, None]:
-    modes = {module: module.training for module in model.modules()}
     own_forward = model.__dict__.get("forward")
     rates = [group["lr"] for group in optimizer.param_groups]
     # Masks are the same everywhere: sending them with every step would cost more than the gradients.
@@ -94,9 +93,9 @@ def _wrapped(
     try:
         if masks is not None:
             held = masks.hold(model, optimizer)
-        model.train()
         optimizer.zero_grad()
-        yield wrapped, stepper
+        with in_mode(model, training=True):
+            yield wrapped, stepper
     finally:
         if held is not None:
             held.remove()
@@ -109,8 +108,6 @@ def _wrapped(
         optimizer.zero_grad()
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _masks_of(model: nn.Module) -> list[str]:

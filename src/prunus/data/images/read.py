@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from prunus.data.images.sets import Images
+from prunus.machine import import_extra
 
 __all__ = ["read_images"]
 
@@ -103,23 +104,14 @@ def _read_arrays(path: Path) -> Images:
 
 
 def _read_digits() -> Images:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError("the digits come with scikit-learn: pip install 'prunus[images]'") from error
-    values, labels = load_digits(return_X_y=True)  # (N, 64) in 0..16
+    load = import_extra("sklearn.datasets", "images", "the digits come with scikit-learn").load_digits
+    values, labels = load(return_X_y=True)  # (N, 64) in 0..16
     pixels = torch.from_numpy(np.rint(values * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
     return Images(pixels, torch.from_numpy(labels).long(), 10)
 
 
 def _read_hub(source: str, split: str | None) -> Images:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(
-            f"reading the data set '{source}' needs the extra: pip install 'prunus[datasets]' "
-            "(if a folder was meant: there is none of that name)"
-        ) from error
+    datasets = import_extra("datasets", "datasets", f"there is no folder '{source}', and data sets need the extra")
     if split is None:
         raise ValueError(f"'{source}' is a data set: say which split to read, for example split='test'")
     name, _, config = source.partition(":")
@@ -163,19 +155,16 @@ def _decoded(encoded: Sequence[Any], labels: Sequence[int], classes: int, place:
 
 def _decode(encoded: Any, place: str) -> np.ndarray:
     """One image as (H, W, 1 or 3) uint8."""
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError as error:
-        raise ImportError("decoding images needs the extra: pip install 'prunus[images]'") from error
+    pillow = import_extra("PIL.Image", "images", "decoding images needs the extra")
     content = encoded
     if isinstance(encoded, Mapping):
         content = encoded["bytes"] if encoded.get("bytes") is not None else Path(encoded["path"]).read_bytes()
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with pillow.open(io.BytesIO(content)) as image:
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"{place} has more than 8 bits a pixel (mode {image.mode}); convert it to 8 bits")
             array = np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
-    except UnidentifiedImageError as error:
+    except pillow.UnidentifiedImageError as error:
         raise ValueError(f"{place} is no image that Pillow can read; check the column, or Pillow's formats") from error
     return array[:, :, None] if array.ndim == 2 else array
 

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["COLD", "Triple", "follow_", "follow_all_", "make_basis"]
+__all__ = ["COLD", "Triple", "follow_", "make_basis"]
 
 Triple = tuple[Tensor, Tensor, Tensor]  # U, s, V
 
@@ -41,17 +41,13 @@ def make_basis(problems: int, rows: int, columns: int, k: int, *, device: torch.
     return torch.randn(problems, min(rows, columns), k, generator=generator).to(device)
 
 
-def follow_(basis: Tensor, x: Tensor, iterations: int = 1) -> Triple:
-    """Turn the basis towards x's leading singular vectors; returns U (.., rows, k), s (.., k), V (.., columns, k).
+def follow_(bases: Sequence[Tensor], xs: Sequence[Tensor], iterations: int = 1) -> list[Triple]:
+    """Turn the bases towards the xs' leading singular vectors; returns U (.., rows, k), s (.., k), V (.., columns, k).
 
-    x: (problems, rows, columns) float; basis: (problems, min(rows, columns), k) float, changed in place.
-    Where x has fewer than k singular values, columns of U shrink to zero and their s is 0.
+    xs: (problems, rows, columns) float; bases: (problems, min(rows, columns), k) float, changed in place. Where an x
+    has fewer than k singular values, columns of U shrink to zero and their s is 0. All go in step: factorisations of
+    one width are done at once, for they are small and slow.
     """
-    return follow_all_([basis], [x], iterations)[0]
-
-
-def follow_all_(bases: Sequence[Tensor], xs: Sequence[Tensor], iterations: int = 1) -> list[Triple]:
-    """`follow_` of many, in step: factorisations of one width are done at once, for they are small and slow."""
     talls = [x if x.shape[1] >= x.shape[2] else x.mT for x in xs]
     largest = [torch.linalg.vector_norm(x, math.inf, (1, 2), keepdim=True) for x in xs]
     peaks = [each.clamp_min(torch.finfo(each.dtype).tiny) for each in largest]

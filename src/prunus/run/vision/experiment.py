@@ -8,7 +8,6 @@ A killed run with a work folder goes on: the training from its checkpoint, the p
 
 from __future__ import annotations
 
-import inspect
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -24,13 +23,14 @@ from prunus.during import During
 from prunus.machine import write_json
 from prunus.masks import Masks
 from prunus.measure import weight_change
+from prunus.run.names import methods, retrainings
 from prunus.run.vision import stages
 from prunus.run.vision.dense import Dense, dense, losses_by_epoch
-from prunus.run.vision.recipe import ClassifierRecipe, Pruning, Retraining, methods
+from prunus.run.vision.recipe import ClassifierRecipe, Pruning, Retraining
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.smaller import Smaller, smaller
 from prunus.soup import Phase, imp, phase_sparsities, split_steps
-from prunus.train import Original, Trace, retraining
+from prunus.train import Original, Trace
 
 __all__ = ["Outcome", "budgets", "experiment"]
 
@@ -189,7 +189,7 @@ class _Experiment:
             sparsity=asked.sparsity,
             phases=asked.phases,
             select=lambda network, sparsity, within: stages.select(
-                network, sparsity, within, asked, self.recipe.seed + 7919 * seeds[sparsity]
+                network, sparsity, within, asked, self.recipe.seed + 7919 * seeds[sparsity], setting=self.setting
             ),
             retrain=retrained,
             rewind=rewind,
@@ -201,7 +201,7 @@ class _Experiment:
 
     def _retrain(self, model: nn.Module, phase: Phase, original: Original, asked: Retraining, steps: int) -> Trace:
         signals = phase.signals(steps, original)
-        multiplier = retraining(
+        multiplier = retrainings.make(
             asked.schedule, original, steps, distance=signals.distance, share=signals.share, warmup=asked.warmup
         )
         peak = asked.lr or original.peak
@@ -338,10 +338,7 @@ class _Notes:
 
 def _method(name: str, options: Mapping[str, Any], sparsity: float, seed: int) -> During:
     """The method, with the run's seed if it takes one."""
-    made = methods()[name]
-    takes = inspect.signature(made).parameters
-    own = {"seed": seed} if "seed" in takes else {}
-    return made(sparsity, **{**own, **options})
+    return methods.make({name: dict(options)}, sparsity, seed=seed)
 
 
 def _finished(method: During, name: str, model: nn.Module) -> Masks:

@@ -8,7 +8,6 @@ A recipe with the key `images` is a classifier recipe; lengths are in epochs of 
 from __future__ import annotations
 
 import difflib
-import inspect
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -25,10 +24,22 @@ from pydantic import (
     model_validator,
 )
 
-from prunus import patterns
 from prunus.data import CORRUPTIONS, Strengths
+from prunus.patterns import Pattern, check_sparsity
+from prunus.run.names import (
+    AllocationName,
+    CriterionName,
+    PatternName,
+    RetrainingName,
+    allocations,
+    criteria,
+    fixed_sparsity,
+    methods,
+    pattern_of,
+)
 from prunus.run.recipe import Device, Share, Strict, digest, looks_local, merge, parse, read_yaml
 from prunus.run.vision.optimizers import Decay, OptimizerChoice, Pull
+from prunus.score import Allocation, Criterion, allocation_of, check_comparable, compared, criterion_of
 
 __all__ = [
     "Augmentation",
@@ -41,7 +52,6 @@ __all__ = [
     "dense_key",
     "dense_of",
     "load_classifier",
-    "methods",
 ]
 
 Positive = Annotated[float, Field(gt=0)]
@@ -157,9 +167,9 @@ class Pruning(Strict):
 
     sparsity: float = 0.9
     kind: Kind = "zeros"
-    criterion: Literal["magnitude", "random"] = "magnitude"
-    allocation: Literal["global", "uniform", "uniform_plus", "erk", "lamp"] = "global"
-    pattern: str = "unstructured"
+    criterion: CriterionName = "magnitude"
+    allocation: AllocationName = "global"
+    pattern: PatternName = "unstructured"
     phases: Count = 1
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -170,22 +180,35 @@ class Pruning(Strict):
         """An N:M pattern says its own sparsity, and is the same in every layer; smaller networks are, too."""
         if isinstance(value, dict) and value.get("kind", "zeros") != "zeros":
             return {"allocation": "uniform", **value}
-        if isinstance(value, dict) and ":" in str(value.get("pattern", "")):
-            fixed = {"sparsity": patterns.parse(str(value["pattern"])).sparsity, "allocation": "uniform"}
-            return {**fixed, **value}
-        return value
+        fixed = fixed_sparsity(value)
+        return value if fixed is None else {"sparsity": fixed, "allocation": "uniform", **value}
 
     @model_validator(mode="after")
     def _check(self) -> Pruning:
-        pattern = patterns.parse(self.pattern)
-        patterns.check_sparsity(pattern, self.sparsity)
+        pattern, criterion, allocation = pattern_of(self.pattern), self.how(), self.sharing()
+        check_sparsity(pattern, self.sparsity)
         if self.kind != "zeros":
             self._check_smaller()
-        if pattern.sparsity is not None and (self.allocation != "uniform" or self.phases > 1):
+        if pattern.sparsity is not None and (allocation.reads or self.phases > 1):
             raise ValueError(
                 f"pattern {self.pattern!r} fixes the share of zeros in every group: leave out allocation and phases"
             )
+        check_comparable(criterion, allocation)
+        if criterion.score is None and self.phases > 1:
+            raise ValueError(f"{criterion.name} cannot stay within the masks of an earlier phase: leave out phases")
         return self
+
+    def how(self, seed: int = 0) -> Criterion:
+        """The criterion; seed: of one that draws, unless the recipe gives it its own."""
+        return criterion_of(criteria.make(self.criterion, seed=seed))
+
+    def sharing(self) -> Allocation:
+        """The allocation."""
+        return allocation_of(allocations.make(self.allocation))
+
+    def where(self) -> Pattern:
+        """The pattern; scores compete within rows or layers as the criterion and the allocation imply."""
+        return pattern_of(self.pattern, compared(self.how(), self.sharing()))
 
     def _check_smaller(self) -> None:
         fixed = {"pattern": "unstructured", "phases": 1}
@@ -193,6 +216,8 @@ class Pruning(Strict):
         strange = [key for key, value in fixed.items() if getattr(self, key) != value]
         if strange:
             raise ValueError(f"kind {self.kind} makes the network smaller at once: leave out {strange[0]}")
+        if self.kind == "filters" and self.criterion not in ("magnitude", "random"):
+            raise ValueError(f"kind filters ranks them by magnitude or at random; got {self.criterion!r}")
         if self.allocation not in ("uniform", "global"):
             raise ValueError(f"kind {self.kind} knows the allocations uniform and global; got {self.allocation!r}")
 
@@ -205,7 +230,7 @@ class Retraining(Strict):
     take before retraining; it must be one of train.snapshots. lr: another peak than the training's.
     """
 
-    schedule: Literal["ft", "lrw", "slr", "clr", "llr", "allr"] = "allr"
+    schedule: RetrainingName = "allr"
     epochs: Positive | None = None
     share: Positive | None = None
     of: Literal["phase", "total"] = "phase"
@@ -247,38 +272,12 @@ class Corruptions(Strict):
         return {key: value for key, value in handler(self).items() if key != "images" or value is not None}
 
 
-def methods() -> dict[str, Any]:
-    """Name in recipes -> class, of every method that prunes during training."""
-    from prunus import during
-
-    found = {name: getattr(during, name) for name in during.__all__}
-    return {
-        name.lower(): each
-        for name, each in found.items()
-        if isinstance(each, type) and issubclass(each, during.During) and each is not during.During
-    }
-
-
 def _during(value: Any) -> Any:
     """One method by name with the options that its class takes."""
-    value = {value: {}} if isinstance(value, str) else value
     if value is None:
         return None
-    known = methods()
-    if not isinstance(value, dict) or len(value) != 1:
-        raise ValueError(f"{value!r} is not one method with its options; methods are {', '.join(known)}")
-    name, options = next(iter(value.items()))
-    if str(name).lower() not in known:
-        close = difflib.get_close_matches(str(name).lower(), known, n=1)
-        raise ValueError(f"no method {name!r}; " + (f"did you mean {close[0]!r}?" if close else ", ".join(known)))
-    options = dict(options or {})
-    takes = list(inspect.signature(known[name.lower()]).parameters)[1:]
-    strange = [option for option in options if option not in takes]
-    if strange:
-        close = difflib.get_close_matches(strange[0], takes, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(takes) or 'none'}"
-        raise ValueError(f"{name} has no option {strange[0]!r}; {hint}")
-    return {name.lower(): options}
+    choice = methods.check(value)
+    return {choice: {}} if isinstance(choice, str) else choice
 
 
 class ClassifierRecipe(Strict):
@@ -340,7 +339,7 @@ class ClassifierRecipe(Strict):
         assert self.during is not None
         name, options = next(iter(self.during.items()))
         try:
-            methods()[name](prune.sparsity, **options)
+            methods.make({name: options}, prune.sparsity)
         except TypeError as error:
             raise ValueError(f"during.{name}: {error}") from None
 

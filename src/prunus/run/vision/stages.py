@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus import patterns
 from prunus.data import CORRUPTIONS, Images
 from prunus.during import During
 from prunus.frankwolfe import KeptGradients
@@ -24,7 +24,7 @@ from prunus.prune import prune
 from prunus.run.vision.optimizers import make_optimizer, make_pulls
 from prunus.run.vision.recipe import Corruptions, Pruning
 from prunus.run.vision.setting import Setting
-from prunus.score import Allocation, Count, erk, global_, lamp, scores, uniform, uniform_plus
+from prunus.score import needed
 from prunus.train import (
     Ema,
     Multiplier,
@@ -60,6 +60,7 @@ __all__ = [
 ]
 
 OnStep = Callable[[int, float], None]
+_CALIBRATED = 1024  # images
 
 
 def schedule(setting: Setting) -> tuple[Multiplier, int]:
@@ -262,21 +263,23 @@ def views_of(model: nn.Module, asked: Pruning) -> list[View]:
     return find_layers(model, include=asked.include, exclude=asked.exclude)
 
 
-def select(model: nn.Module, sparsity: float, within: Masks | None, asked: Pruning, seed: int) -> Masks:
-    """Masks of a model as the recipe asks for them, chosen and applied; what `within` prunes stays pruned."""
-    pattern = patterns.parse(asked.pattern, per="layer")
-    return prune(
-        model,
-        scores.magnitude if asked.criterion == "magnitude" else scores.random(seed),
-        pattern,
-        None if pattern.sparsity is not None else sparsity,
-        allocation=None if pattern.sparsity is not None else _allocation(asked.allocation),
-        views=views_of(model, asked),
-        within=within,
-    )
+def select(
+    model: nn.Module, sparsity: float, within: Masks | None, asked: Pruning, seed: int, *, setting: Setting
+) -> Masks:
+    """Masks of a model as the recipe asks for them, chosen and applied; what `within` prunes stays pruned.
 
-
-def _allocation(name: str) -> Allocation | Count:
-    if name == "uniform_plus":
-        return uniform_plus()
-    return {"global": global_, "uniform": uniform, "lamp": lamp, "erk": erk}[name]
+    What layers receive, where criterion or allocation need it, is measured on the first training images.
+    """
+    criterion, allocation, pattern = asked.how(seed), asked.sharing(), asked.where()
+    batches = setting.training(min(1.0, _CALIBRATED / len(setting.sets.train)))
+    with alone() if needed(criterion, allocation) else nullcontext():
+        return prune(
+            model,
+            criterion,
+            pattern,
+            None if pattern.sparsity is not None else sparsity,
+            allocation=allocation,
+            views=views_of(model, asked),
+            within=within,
+            batches=batches,
+        )

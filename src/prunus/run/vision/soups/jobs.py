@@ -19,6 +19,7 @@ from torch import Tensor
 
 from prunus.during import During, Part, cubic
 from prunus.masks import Masks
+from prunus.run.names import criteria, retrainings
 from prunus.run.recipe import digest
 from prunus.run.store import Job, Store
 from prunus.run.vision import stages
@@ -29,7 +30,7 @@ from prunus.run.vision.soups.averaging import Average, Meter, averaged, plain_st
 from prunus.run.vision.soups.recipe import SoupRecipe, member_of, order_of
 from prunus.run.vision.starts import dense_job
 from prunus.soup import average, average_and_reprune, distance, phase_sparsities
-from prunus.train import Multiplier, Original, Swa, retraining
+from prunus.train import Multiplier, Original, Swa
 
 __all__ = [
     "Training",
@@ -91,7 +92,7 @@ def pruned_job(recipe: SoupRecipe, before: Job, phase: int, within: Job | None, 
     target = phase_sparsities(asked.sparsity, phases or asked.phases)[phase]
     last, seed = target == asked.sparsity, recipe.seed + 7919 * phase  # as `experiment` draws them
     how = [asked.model_dump(mode="json", exclude={"sparsity", "phases"}), target, last and recipe.recalibrate]
-    drawn = seed if asked.criterion == "random" else None
+    drawn = seed if "seed" in criteria.takes(asked.criterion) else None
     key = digest(["pruned", before.key, None if within is None else within.key, how, drawn])[:24]
     needs = (before,) if within is None else (before, within)
     return Job("starts", key, partial(_prune, recipe, target, seed), needs)
@@ -212,7 +213,7 @@ def _prune(recipe: SoupRecipe, target: float, seed: int, job: Job, store: Store)
     before, *more = job.needs
     within = store.masks(more[0]) if more else None
     meter, state = Meter.of(recipe), store.state(before)
-    masks = stages.select(meter.put(state), target, within, asked, seed)
+    masks = stages.select(meter.put(state), target, within, asked, seed, setting=meter.setting)
     pruned: State = plain_state(meter.model)
     if target == asked.sparsity:  # the last phase begins with settled statistics, as that of `experiment` does
         pruned = meter.settled(pruned)
@@ -264,7 +265,7 @@ def _rates(asked: Training, trunk: Trunk, lost: float, setting: Setting) -> tupl
         return (lambda step: whole(trunk.steps + step // asked.slower)), steps, own.train.lr
     each = budgets(own.retrain, own.prune.phases, trunk.original.steps, setting.epoch_steps)
     steps = asked.slower * (sum(each) if asked.whole else each[asked.phase])
-    multiplier = retraining(
+    multiplier = retrainings.make(
         own.retrain.schedule,
         trunk.original,
         steps,
@@ -305,7 +306,7 @@ def _select(recipe: SoupRecipe, meter: Meter, mean: State) -> Masks:
     assert asked is not None
     for name, value in mean.items():
         parameters[name].copy_(value)
-    return _on_cpu(stages.select(meter.model, asked.sparsity, None, asked, recipe.seed))
+    return _on_cpu(stages.select(meter.model, asked.sparsity, None, asked, recipe.seed, setting=meter.setting))
 
 
 def _on_cpu(masks: Masks) -> Masks:

@@ -19,12 +19,12 @@ from prunus.frankwolfe.sets.protocol import count_of
 from prunus.frankwolfe.sets.sparse import KSparse, KSupport
 from prunus.kernels import uses_kernels
 
-__all__ = ["Together", "goes_together"]
+__all__ = ["FusedMoves", "is_fused"]
 
 _MOST = 2**31 - 2**16  # entries that programs count in int32
 
 
-def goes_together(problems: Problems, tensors: Sequence[Tensor], moments: Sequence[Tensor]) -> bool:
+def is_fused(problems: Problems, tensors: Sequence[Tensor], moments: Sequence[Tensor]) -> bool:
     """Whether programs move these problems; the tensors and moments are those of all problems of the group."""
     if len(problems.parts) != 1 or problems.parts[0].joined or _kind(problems) is None:
         return False
@@ -32,7 +32,7 @@ def goes_together(problems: Problems, tensors: Sequence[Tensor], moments: Sequen
     return all(_plain(x) and _plain(m) and uses_kernels(x) and _order(x) == _order(m) for x, m in pairs)
 
 
-class Together:
+class FusedMoves:
     """A plan to move the tensors of some problems, which is good while they lie where they lie."""
 
     def __init__(self, problems: Sequence[Problems], tensors: Sequence[Tensor], moments: Sequence[Tensor]) -> None:

@@ -1,0 +1,143 @@
+"""What a terminal shows: tables (in files as Markdown, with one formatting of numbers), and how far the work is.
+
+Elsewhere than on a terminal, progress is a line in the log now and then.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+__all__ = ["Advance", "format_value", "markdown_table", "print_table", "progress"]
+
+log = logging.getLogger(__name__)
+
+_LOG_EVERY = 30.0  # seconds
+
+Row = Mapping[str, Any]
+
+
+def print_table(
+    rows: Sequence[Row], columns: Sequence[str] | None = None, title: str = "", *, console: Console | None = None
+) -> None:
+    """Print rows (column -> value) as a table; numbers to the right, a missing value as a dash.
+
+    columns: which, in order; those of all rows, as they come, if left out. Raises ValueError without rows or for a
+    column that no row has.
+
+    >>> print_table([{"stage": "dense", "perplexity": 12.345}], title="Result")
+    """
+    columns = _columns(rows, columns)
+    table = Table(title=title or None, title_justify="left", header_style="bold")
+    for column in columns:
+        numeric = any(isinstance(row.get(column), (int, float)) for row in rows)
+        # Names are long and unique in their ends: fold, never cut.
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
+    for row in rows:
+        table.add_row(*(format_value(row.get(column)) for column in columns))
+    (console or Console()).print(table, markup=False)
+
+
+def markdown_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:
+    """The same table as GitHub Markdown."""
+    columns = _columns(rows, columns)
+    numeric = {c: any(isinstance(row.get(c), (int, float)) for row in rows) for c in columns}
+    lines = [columns, ["---:" if numeric[c] else "---" for c in columns]]
+    lines += [[format_value(row.get(c)).replace("|", "\\|") for c in columns] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def format_value(value: Any) -> str:
+    """Four significant digits for a float, thousands apart in a whole number, a dash for None, else the text."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if not math.isfinite(value) or not value:
+        return f"{value:g}"
+    if abs(value) >= 1e5 or abs(value) < 1e-3:
+        return f"{value:.2e}"
+    return f"{value:.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
+
+
+def _columns(rows: Sequence[Row], columns: Sequence[str] | None) -> list[str]:
+    if not rows:
+        raise ValueError("a table needs at least one row")
+    present = list(dict.fromkeys(key for row in rows for key in row))
+    unknown = [column for column in columns or () if column not in present]
+    if unknown:
+        raise ValueError(f"no row has column {unknown[0]!r}; there are {', '.join(present)}")
+    return list(columns) if columns is not None else present
+
+
+class Advance(Protocol):
+    """Says how far the work is: `advance(n)` by n more, `advance.to(done)` to an absolute count."""
+
+    def __call__(self, steps: float = 1) -> None:
+        """`steps` more are done."""
+        ...
+
+    def to(self, done: float) -> None:
+        """`done` in all are done, counted from the beginning."""
+        ...
+
+
+@contextmanager
+def progress(description: str, total: float | None, *, console: Console | None = None) -> Generator[Advance]:
+    """A bar of `total` steps (None: unknown, the bar pulses) on stderr while the block runs.
+
+    Without a terminal nothing is drawn; the start, the end and every half minute between are logged at INFO.
+
+    >>> with progress("prune", 12) as advance:
+    ...     advance(1)
+    """
+    console = console or Console(stderr=True)
+    started = time.monotonic()
+    if console.is_terminal:
+        columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn())
+        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
+            yield _Bar(bar, description, total)
+    else:
+        log.info("%s: started", description)
+        yield _Log(description, total)
+    log.info("%s: done in %.1f s", description, time.monotonic() - started)
+
+
+class _Bar:
+    def __init__(self, bar: Progress, description: str, total: float | None) -> None:
+        self.bar = bar
+        self.task = bar.add_task(description, total=total)
+
+    def __call__(self, steps: float = 1) -> None:
+        self.bar.advance(self.task, steps)
+
+    def to(self, done: float) -> None:
+        self.bar.update(self.task, completed=done)
+
+
+class _Log:
+    def __init__(self, description: str, total: float | None) -> None:
+        self.description, self.total, self.done = description, total, 0.0
+        self.started = self.last = time.monotonic()
+
+    def __call__(self, steps: float = 1) -> None:
+        self.to(self.done + steps)
+
+    def to(self, done: float) -> None:
+        self.done = done
+        now = time.monotonic()
+        if now - self.last < _LOG_EVERY or done <= 0:
+            return
+        self.last = now
+        left = f" of {self.total:g}, {(now - self.started) * (self.total / done - 1):.0f} s left" if self.total else ""
+        log.info("%s: %g%s", self.description, done, left)

@@ -1,0 +1,331 @@
+"""What recipes may name: everything in the `__all__` of a family's modules, with the options of its signature.
+
+    criterion: wanda                    a name
+    criterion: {sparsegpt: {damping: 0.02}}    a name with options
+
+A recipe's name is the Python name in small letters, without a last underscore (`global_` is global). A new criterion,
+allocation, ... is named in recipes, listed by `prunus show --names` and found by error messages once it stands in its
+`__all__`; there is no other list.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
+
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
+
+if TYPE_CHECKING:
+    from prunus.patterns import Pattern
+
+__all__ = [
+    "FAMILIES",
+    "AllocationName",
+    "Choice",
+    "CriterionName",
+    "Family",
+    "PatternName",
+    "RetrainingName",
+    "allocations",
+    "criteria",
+    "fixed_sparsity",
+    "methods",
+    "pattern_of",
+    "patterns",
+    "retrainings",
+    "rows",
+    "schedules",
+    "sets",
+]
+
+Choice = str | dict[str, dict[str, Any]]
+_OFFERED = ("seed",)  # a run fills these in where a recipe leaves them open, so their default means something else
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of things that recipes name.
+
+    word: what messages call one. modules: imported when they are first looked at. belongs: which of their public names
+    are members. ready: members that are used as they are; the others are called with their options. given: parameters
+    that are no options, because a run knows them.
+    """
+
+    word: str
+    modules: Callable[[], Sequence[ModuleType]]
+    belongs: Callable[[Any], bool] = lambda member: True
+    ready: Callable[[Any], bool] = lambda member: False
+    given: tuple[str, ...] = ()
+
+    def members(self) -> dict[str, Any]:
+        """Name in recipes -> function, class or value.
+
+        >>> sorted(criteria.members())[:2]
+        ['frank_wolfe', 'magnitude']
+        """
+        found = {name: getattr(module, name) for module in self.modules() for name in module.__all__}
+        return {name.lower().rstrip("_"): each for name, each in found.items() if self.belongs(each)}
+
+    def options(self, name: str) -> dict[str, inspect.Parameter]:
+        """What may be said of a member in a recipe, by its signature."""
+        member = self.members()[name]
+        if self.ready(member):
+            return {}
+        found = inspect.signature(member).parameters.values()
+        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        return {each.name: each for each in found if each.kind in kinds and each.name not in self.given}
+
+    def check(self, value: Any) -> Choice:
+        """The choice in its shortest form: a name, or {name: {option: value}}.
+
+        Raises ValueError for an unknown name or option, with those there are, and for a value of another type.
+
+        >>> criteria.check({"sparsegpt": {}})
+        'sparsegpt'
+        """
+        name, options = self._parted(value)
+        self._typed(name, options, ())
+        return {name: options} if options else name
+
+    def lean(self, choice: Choice) -> Choice:
+        """The choice without options that have their default value: recipes that mean the same have one hash.
+
+        >>> criteria.lean({"sparsegpt": {"damping": 0.01}})
+        'sparsegpt'
+        """
+        name, options = self._parted(choice)
+        takes, typed = self.options(name), self._typed(name, options, ())
+        left = {key: value for key, value in options.items() if key in _OFFERED or typed[key] != takes[key].default}
+        return {name: left} if left else name
+
+    def make(self, choice: Choice, *given: Any, **offered: Any) -> Any:
+        """The thing that a choice names.
+
+        given: the first arguments of members that are called. offered: what a run knows, for parameters of that name
+        that a member has and the choice leaves open.
+
+        >>> criteria.make({"sparsegpt": {"damping": 0.02}}).needs
+        'gram'
+        """
+        name, options = self._parted(choice)
+        member = self.members()[name]
+        if self.ready(member):
+            return member
+        takes = inspect.signature(member).parameters
+        known = {key: value for key, value in offered.items() if key in takes and key not in options}
+        return member(*given, **known, **self._typed(name, options, known))
+
+    def takes(self, choice: Choice) -> list[str]:
+        """The options that are open to a choice.
+
+        >>> criteria.takes("random")
+        ['seed']
+        """
+        return list(self.options(self._parted(choice)[0]))
+
+    def _parted(self, value: Any) -> tuple[str, dict[str, Any]]:
+        """Name and options of a choice."""
+        if isinstance(value, str):
+            value = {value: None}
+        if not isinstance(value, Mapping) or len(value) != 1:
+            raise ValueError(f"give one {self.word}: a name, or {{name: {{option: value}}}}")
+        asked, options = next(iter(value.items()))
+        name, known = str(asked).lower(), self.members()
+        if name not in known:
+            raise ValueError(f"there is no {self.word} {asked!r}; {_closest(name, known)}there are {', '.join(known)}")
+        if options is not None and not isinstance(options, Mapping):
+            raise ValueError(f"options of {name} are {{option: value}}; got {options!r}")
+        return name, dict(options or {})
+
+    def _typed(self, name: str, options: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+        """The options as the signature wants them."""
+        takes = self.options(name)
+        for option in options:
+            if option not in takes:
+                listed = f"it takes {', '.join(takes) or 'none'}"
+                raise ValueError(f"{name} has no option {option!r}; {_closest(option, takes)}{listed}")
+        left = takes.keys() - options.keys() - set(known)
+        missing = [name for name in takes if name in left and takes[name].default is inspect.Parameter.empty]
+        if missing:
+            raise ValueError(f"{name} needs the option {missing[0]!r}")
+        hints = _hints(self.members()[name])
+        return {option: _as(hints.get(option, Any), value, f"{name}.{option}") for option, value in options.items()}
+
+
+def _as(hint: Any, value: Any, where: str) -> Any:
+    """A value from a recipe as a parameter wants it: of its type, and by its name where that is a family's."""
+    from prunus.score import Allocation
+
+    if Allocation in (hint, *get_args(hint)):
+        return allocations.make(value)
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        message = error.errors()[0]["msg"]
+        raise ValueError(f"{where}: {message} (got {value!r})") from None
+
+
+def _hints(member: Any) -> dict[str, Any]:
+    """The types of a member's parameters; none where they are not to be read (names that only checkers see)."""
+    try:
+        return get_type_hints(member.__init__ if inspect.isclass(member) else member)
+    except NameError:
+        return {}
+
+
+def _closest(name: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}? " if close else ""
+
+
+def _criteria() -> list[ModuleType]:
+    from prunus import solve
+    from prunus.score import scores
+
+    return [scores, solve]
+
+
+def _is_criterion(member: Any) -> bool:
+    from prunus.score import Criterion, required
+
+    return isinstance(member, Criterion) or required(member) == 1
+
+
+def _allocations() -> list[ModuleType]:
+    from prunus.score import allocations
+
+    return [allocations]
+
+
+def _is_allocation(member: Any) -> bool:
+    from prunus.score import Allocation, required
+
+    return isinstance(member, Allocation) or required(member) == 2
+
+
+def _patterns() -> list[ModuleType]:
+    from prunus import patterns
+
+    return [patterns]
+
+
+def _during() -> list[ModuleType]:
+    from prunus import during
+
+    return [during]
+
+
+def _is_method(member: Any) -> bool:
+    from prunus.during import During
+
+    return inspect.isclass(member) and issubclass(member, During) and next(iter(_takes(member)), "") == "sparsity"
+
+
+def _lr() -> list[ModuleType]:
+    return [import_module("prunus.train")]  # not `from prunus import train`, which is the function
+
+
+def _sets() -> list[ModuleType]:
+    from prunus.frankwolfe import sets
+
+    return [sets]
+
+
+def _returns(member: Any, name: str) -> bool:
+    return inspect.isfunction(member) and member.__annotations__.get("return") == name
+
+
+def _takes(member: Any) -> list[str]:
+    return list(inspect.signature(member).parameters)
+
+
+criteria = Family("criterion", _criteria, ready=_is_criterion)
+allocations = Family("allocation", _allocations, ready=_is_allocation)
+patterns = Family(
+    "pattern", _patterns, belongs=lambda each: inspect.isclass(each) and not getattr(each, "_is_protocol", 0)
+)
+methods = Family("method", _during, belongs=_is_method, given=("sparsity",))
+retrainings = Family(
+    "retraining schedule",
+    _lr,
+    belongs=lambda each: _returns(each, "Multiplier") and _takes(each)[0] == "original",
+    given=("original", "steps", "distance", "share"),
+)
+schedules = Family(
+    "schedule",
+    _lr,
+    belongs=lambda each: _returns(each, "Multiplier") and _takes(each)[0] == "steps",
+    given=("steps", "warmup"),
+)
+sets = Family("set", _sets, belongs=lambda each: _returns(each, "Ball"), given=("radius",))
+FAMILIES = (criteria, allocations, patterns, methods, schedules, retrainings, sets)
+
+
+def _made(family: Family) -> BeforeValidator:
+    """Checks a choice by making what it names: what it refuses is refused before any work."""
+
+    def check(value: Any) -> Choice:
+        choice = family.check(value)
+        family.make(choice)
+        return family.lean(choice)
+
+    return BeforeValidator(check)
+
+
+CriterionName = Annotated[Choice, _made(criteria)]
+AllocationName = Annotated[Choice, _made(allocations)]
+RetrainingName = Annotated[Choice, BeforeValidator(retrainings.check)]
+
+
+def pattern_of(value: Choice, per: str = "row") -> Pattern:
+    """The pattern that a recipe names: "unstructured", N:M, "block RxC", "filters", or a class with its options.
+
+    >>> pattern_of("2:4"), pattern_of({"block": {"rows": 2, "columns": 4}})
+    (NM(n=2, m=4), Block(rows=2, columns=4))
+    """
+    from prunus.patterns import parse
+
+    if isinstance(value, str) and value not in patterns.members().keys() - {"unstructured"}:
+        return parse(value, "row" if per == "row" else "layer")
+    return patterns.make(value, per=per)
+
+
+def _pattern(value: Any) -> Choice:
+    pattern_of(value)
+    return value if isinstance(value, str) else patterns.check(value)
+
+
+def fixed_sparsity(section: Any) -> float | None:
+    """The sparsity that the pattern of a section fixes; None where it is open, or no pattern, which is refused later.
+
+    >>> fixed_sparsity({"pattern": "2:4"}), fixed_sparsity({"pattern": "filters"})
+    (0.5, None)
+    """
+    try:
+        return pattern_of(section["pattern"]).sparsity
+    except (TypeError, KeyError, ValueError):
+        return None
+
+
+PatternName = Annotated[Choice, BeforeValidator(_pattern)]
+
+
+def rows() -> Iterator[dict[str, str]]:
+    """A row for everything that recipes may name: its kind, name, options with their defaults, and what it is."""
+    for family in FAMILIES:
+        for name, member in family.members().items():
+            options = [
+                each.name if each.default is each.empty else f"{each.name}={_shown(each.default)}"
+                for each in family.options(name).values()
+            ]
+            first = (member.__doc__ or "").strip().split("\n")[0]
+            yield {"kind": family.word, "name": name, "options": ", ".join(options), "what": first}
+
+
+def _shown(default: Any) -> str:
+    return str(getattr(default, "__name__", default)).rstrip("_")

@@ -1,0 +1,128 @@
+"""What stands in the `__all__` of a family can be named in recipes, with the options of its signature."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from prunus.layers import Layer
+from prunus.patterns import NM, Block, Unstructured
+from prunus.run import names
+from prunus.run.names import FAMILIES, Family, allocations, criteria, methods, pattern_of, retrainings
+from prunus.run.recipe import Recipe, parse
+from prunus.run.vision.recipe import ClassifierRecipe
+from prunus.score import scores, wanda
+
+MEMBERS = [(family, name) for family in FAMILIES for name in family.members()]
+
+
+@pytest.mark.parametrize(("family", "name"), MEMBERS, ids=lambda value: value if isinstance(value, str) else value.word)
+def test_every_member_says_what_it_is_and_what_its_options_are(family: Family, name: str) -> None:
+    member = family.members()[name]
+    assert (member.__doc__ or "").strip()
+    hints = names._hints(member)
+    for option in family.options(name).values():
+        assert option.name in hints, f"{name}: {option.name} has no type"
+    bad = {"no_such_option": 1}
+    with pytest.raises(ValueError, match=f"{name} has no option 'no_such_option'; .*it takes"):
+        family.check({name: bad})
+
+
+def test_families_hold_what_their_modules_say() -> None:
+    assert set(criteria.members()) == {"magnitude", "random", "wanda", "ria", "sparsegpt", "frank_wolfe"}
+    assert set(allocations.members()) == {"uniform", "uniform_plus", "global", "lamp", "erk", "owl"}
+    assert set(retrainings.members()) == {"ft", "lrw", "slr", "clr", "llr", "allr"}
+    assert {"gmp", "str", "rigl", "set"} <= set(methods.members())
+    assert not {"cubic", "part", "plan"} & set(methods.members())
+
+
+def test_choices_are_kept_in_their_shortest_form_and_made_with_their_types() -> None:
+    assert criteria.check("Wanda") == criteria.check({"wanda": None}) == criteria.check({"wanda": {}}) == "wanda"
+    assert criteria.check({"sparsegpt": {"damping": 0.1}}) == {"sparsegpt": {"damping": 0.1}}
+    assert methods.make({"gmp": {"allocation": {"uniform_plus": {"most": 0.7}}}}, 0.9).allocation.name == "uniform_plus"
+    lean = {"frank_wolfe": {"iterations": 30, "swaps": 0, "concave": [0.5, 1.0]}}
+    assert parse({"prune": {"criterion": lean}}, Recipe, "r").prune.criterion == {"frank_wolfe": {"swaps": 0}}
+    assert parse({"prune": {"criterion": {"random": {"seed": 0}}}}, Recipe, "r").prune.criterion != "random"
+    layer = Layer("fc", torch.ones(2, 3))
+    drawn = [criteria.make(choice, seed=seed)(layer) for choice, seed in (("random", 3), ({"random": {"seed": 3}}, 4))]
+    assert torch.equal(drawn[0], drawn[1])  # what the recipe says comes before what the run offers
+    assert pattern_of("unstructured", "layer") == Unstructured("layer")
+    assert (pattern_of("2:4"), pattern_of({"block": {"rows": 2, "columns": 3}})) == (NM(2, 4), Block(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("wandda", "there is no criterion 'wandda'; did you mean 'wanda'\\? there are magnitude, random"),
+        (["wanda"], "give one criterion: a name, or"),
+        ({"wanda": 1, "ria": 2}, "give one criterion"),
+        ({"sparsegpt": 0.1}, "options of sparsegpt are"),
+        ({"sparsegpt": {"dampin": 0.1}}, "no option 'dampin'; did you mean 'damping'\\? it takes damping, blocksize"),
+        ({"sparsegpt": {"blocksize": 1.5}}, "sparsegpt.blocksize: Input should be a valid integer.*got 1.5"),
+    ],
+)
+def test_wrong_choices_are_refused_with_those_there_are(value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        criteria.check(value)
+
+
+def relative(layer: Layer) -> torch.Tensor:
+    """Wanda's score as a share of its row."""
+    score = wanda(layer)
+    return score / score.sum(1, keepdim=True)
+
+
+def thick(first: float = 0.5) -> Any:
+    """A criterion with an option: magnitude in the first column times `first`."""
+
+    def thick(layer: Layer) -> torch.Tensor:
+        score = layer.weight.abs().float()
+        return torch.cat([score[:, :1] * first, score[:, 1:]], 1)
+
+    return thick
+
+
+def test_a_new_criterion_needs_one_entry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A function and its name in `__all__`: recipes of both tasks, the command and messages know it."""
+    from prunus.run import stages
+    from prunus.run.cli import app
+
+    for each in (relative, thick):
+        monkeypatch.setattr(scores, each.__name__, each, raising=False)
+        monkeypatch.setattr(scores, "__all__", [*scores.__all__, each.__name__])
+
+    def masks_of(criterion: Any) -> Any:
+        calibrate = {"samples": 4, "length": 32}
+        asked = parse(
+            {"prune": {"criterion": criterion, "include": ["layers.0.*"]}, "calibrate": calibrate}, Recipe, "r"
+        )
+        return stages.prune(stages.load(asked), asked, torch.device("cpu")).masks
+
+    assert masks_of("relative") == masks_of("wanda")  # compared within rows, as it reads the inputs
+    assert masks_of({"thick": {"first": 1.0}}) == masks_of("magnitude") != masks_of("thick")
+    classifier = {"images": "digits", "prune": {"criterion": "relative", "allocation": "uniform"}}
+    asked = parse(classifier, ClassifierRecipe, "r").prune
+    assert asked is not None
+    assert asked.how().needs == "norms"
+    with pytest.raises(ValueError, match="did you mean 'relative'"):
+        parse({"prune": {"criterion": "relativ"}}, Recipe, "r")
+    assert "Wanda's score as a share of its row." in {row["what"] for row in names.rows()}
+    shown = CliRunner().invoke(app, ["show", "--names"], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0
+    assert "relative" in shown.output
+    assert "first=0.5" in shown.output
+
+
+def test_no_other_file_lists_what_can_be_named() -> None:
+    """Adding a criterion touches one file: no other one of run/ spells two of them on a line."""
+    spelled = [f'"{name}"' for name in criteria.members()]
+    folder = Path(inspect.getfile(names)).parent
+    for path in folder.rglob("*.py"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            found = [name for name in spelled if name in line]
+            assert len(found) < 2 or "kind filters" in line or "self.criterion not in" in line, f"{path.name}: {line}"
