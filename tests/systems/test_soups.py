@@ -96,20 +96,24 @@ def test_the_recipe_is_the_library_s_loop(tmp_path: Path) -> None:
     def retrain(copy: nn.Module, phase: Phase, place: int) -> None:
         own = replace(setting, recipe=member_of(recipe, place))
         if phase.index == 1:  # as every run begins its last phase
-            recalibrate_(copy, own.training(1.0))
+            stages.settle(copy, setting)
         steps = own.epoch_steps
         signals = phase.signals(steps, dense.original)
         rates = retraining("allr", dense.original, steps, distance=signals.distance, share=signals.share)
         stages.fit(copy, own, rates, steps=steps, part=phase.index + 1, lr=0.1, masks=phase.masks)
+        stages.settle(copy, own)
+
+    def select(network: nn.Module, sparsity: float, within: Masks | None) -> Masks:
+        return stages.select(network, sparsity, within, recipe.prune, 0, setting=setting)  # pyright: ignore
 
     masks = sms_(
         model,
         sparsity=0.9,
         phases=2,
         members=3,
-        select=lambda network, sparsity, within: stages.select(network, sparsity, within, recipe.prune, 0),  # pyright: ignore
+        select=select,
         retrain=retrain,
-        settle=lambda network: recalibrate_(network, setting.training(1.0)),
+        settle=lambda network: stages.settle(network, setting),
     )
     assert masks == Masks.load(tmp_path / "masks.safetensors")
     state = load_file(tmp_path / "model.safetensors")
