@@ -136,10 +136,11 @@ class Store:
         """Let what failed or was killed in earlier calls be tried anew, unless a living process has it."""
         for folder in (self.folder, *self.rooms.values()):
             for path in [*folder.rglob(f"*{_ERROR}"), *folder.rglob(f"*{_TRIES}")]:
-                stem = path.name.removesuffix(_ERROR).removesuffix(_TRIES)
-                lock = _locked(path.with_name(stem + _LOCK))
+                claim = path.with_name(path.name.removesuffix(_ERROR).removesuffix(_TRIES) + _LOCK)
+                lock = _locked(claim)
                 if lock is not None:
                     path.unlink(missing_ok=True)
+                    claim.unlink(missing_ok=True)
                     lock.release()
 
     def pack(self, job: Job) -> dict[str, bytes]:
