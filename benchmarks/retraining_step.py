@@ -41,7 +41,7 @@ from prunus.adapt.adapt import adapt
 from prunus.adapt.fused import compiled_forward
 from prunus.blocks.recompute import kept_blocks, recomputed
 from prunus.layers import View, find_layers
-from prunus.machine.precision import of_training
+from prunus.machine import of_training
 from prunus.masks import Masks
 from prunus.patterns import NM
 from prunus.train.train import train

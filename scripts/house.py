@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib
+import inspect
 import io
 import sys
 import tempfile
@@ -96,40 +97,50 @@ def executed(run: Callable[[], Any]) -> set[Path]:
     finally:
         sys.setprofile(None)
         threading.setprofile(None)  # pyright: ignore[reportArgumentType]
-    bodies = {code for code in seen if code.co_flags & 2}  # CO_NEWLOCALS: neither a module nor a class
+    bodies = {code for code in seen if code.co_flags & inspect.CO_OPTIMIZED}  # neither a module nor a class
     return {Path(code.co_filename).resolve() for code in bodies} & set(FILES)
 
 
-def wanda_runs() -> dict[str, Callable[[], Any]]:
-    """One Wanda run through each door."""
+def pruned() -> Callable[[], Any]:
+    """Wanda of a small module in memory."""
     import torch
     from torch import nn
-    from transformers import AutoModelForCausalLM
 
-    import prunus
-    from prunus.data import ASSETS
+    from prunus import prune, wanda
 
     small = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
-    tokens = torch.randint(0, 1000, (2, 32))
+    return lambda: prune(small, wanda, sparsity=0.5, batches=[torch.randn(4, 8)])
+
+
+def streamed() -> Callable[[], Any]:
+    """Wanda of the embedded model, block by block."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from prunus import stream, wanda
+    from prunus.data import ASSETS
+
     model = AutoModelForCausalLM.from_pretrained(ASSETS)
-
-    rows = prunus.Unstructured("row")
-    prune, stream, wanda, by_wanda = prunus.prune, prunus.stream, prunus.wanda, prunus.by_wanda
-    return {
-        "prune": lambda: prune(small, wanda, rows, 0.5, batches=[torch.randn(4, 8)]),
-        "stream": lambda: stream(model, by_wanda(), rows, 0.5, tokens=tokens),
-        "command": command,
-    }
+    tokens = torch.randint(0, 1000, (2, 32))
+    return lambda: stream(model, wanda, sparsity=0.5, tokens=tokens)
 
 
-def command() -> None:
-    """The command, with few windows and no retraining."""
+def commanded() -> Callable[[], Any]:
+    """The whole command, with few windows and no retraining."""
     from prunus.run.cli import app
 
-    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-        few = ["calibrate.samples=2", "calibrate.length=32", "evaluate.window=32"]
-        keys = [f"--set={key}" for key in few]
-        app(["compress", "--sparsity", "0.5", "--criterion", "wanda", "--out", out, *keys], standalone_mode=False)
+    verb = "run" if any(each.callback.__name__ == "run" for each in app.registered_commands) else "compress"  # type: ignore[union-attr]
+    few = ["prune.sparsity=0.5", "prune.criterion=wanda", "calibrate.samples=2", "calibrate.length=32"]
+    keys = [f"--set={key}" for key in (*few, "evaluate.window=32")]
+
+    def run() -> None:
+        with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
+            app([verb, "--out", out, *keys], standalone_mode=False)
+
+    return run
+
+
+WANDA = {"prune": pruned, "stream": streamed, "command": commanded}
 
 
 def show(title: str, *figures: object) -> None:
@@ -160,8 +171,8 @@ def main() -> None:
     for name in MODULES:
         with contextlib.suppress(ImportError):  # an extra that is missing
             importlib.import_module(name)
-    for name, run in wanda_runs().items():
-        show_all(f"files that a Wanda run executes: {name}", map(inside, executed(run)))
+    for name, make in WANDA.items():
+        show_all(f"files that a Wanda run executes: {name}", map(inside, executed(make())))
 
 
 if __name__ == "__main__":

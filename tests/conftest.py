@@ -27,6 +27,7 @@ VOCABULARY = 260
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.hasten()
+processes.forked()
 
 
 def pytest_unconfigure() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from prunus.adapt.adapt import adapt
 from prunus.layers import find_layers
-from prunus.machine.precision import Precision, autocast, of_training
+from prunus.machine import Precision, autocast, of_training
 from prunus.train.next_token import next_token_loss
 from tests.conftest import VOCABULARY, tiny_llama
 

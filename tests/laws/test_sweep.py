@@ -98,7 +98,7 @@ def test_16_bit_weights_stored_transposed(device: str, dtype: torch.dtype) -> No
 
 
 def test_what_no_program_is_written_for_takes_plain_operations(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise AssertionError("launched")
 
     monkeypatch.setattr(sweep, "_launch_block_", refuse)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,6 +21,7 @@ from prunus.run import fitted as fitting
 from prunus.run.compress import compress
 from prunus.run.fitted import fitted
 from prunus.run.recipe import Recipe, load_recipe, parse, yaml_value
+from tests.processes import start_command
 from tests.systems.test_compress import raw
 
 OPTIONS = {
@@ -261,12 +260,6 @@ def test_only_compress_takes_several_processes(call, monkeypatch: pytest.MonkeyP
         assert f"{command[0]} runs in one process, not in 2" in refused(call, *command)
 
 
-def start(*arguments: object) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-m", "prunus.run.cli", *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
 @pytest.mark.slow
 def test_a_run_killed_for_good_ends_with_the_same_bits(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     recipes: dict[str, Any] = {}
@@ -275,15 +268,16 @@ def test_a_run_killed_for_good_ends_with_the_same_bits(tiny_folder: Path, text_f
         asked["retrain"]["steps"] = 200
         recipes[name] = parse(asked, Recipe, name)
     (tmp_path / "killed.yaml").write_text(yaml.safe_dump(recipes["killed"].model_dump(mode="json")))
-    process = start("compress", tmp_path / "killed.yaml")
+    process = start_command("compress", tmp_path / "killed.yaml")
     block = tmp_path / "killed" / "work" / "blocks" / "model.layers.0.safetensors"
     deadline = time.monotonic() + 120
     while not block.exists():
-        assert process.poll() is None, "the run ended before it was killed"
+        assert process.exitcode is None, "the run ended before it was killed"
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "killed" / "result.json").exists()
 
     compress(recipes["whole"])

@@ -39,7 +39,7 @@ from prunus.soup.average import average
 from prunus.soup.imp import Phase, imp
 from prunus.train.batchnorm import recalibrate_
 from prunus.train.lr import retraining
-from tests.systems.test_cli import start
+from tests.processes import start_command
 from tests.systems.test_vision import Tiny, raw, tiny
 
 __all__ = ["tiny"]
@@ -378,14 +378,15 @@ def test_the_command_shows_a_table_or_one_line(tmp_path: Path, monkeypatch: pyte
 def test_a_soup_killed_for_good_keeps_its_members(tmp_path: Path, flags: tuple[str, ...]) -> None:
     made = asked(tmp_path / "killed", {"baselines": ["imp"]}).model_dump(mode="json")
     (tmp_path / "soup.yaml").write_text(yaml.safe_dump(made))
-    process = start("soup", tmp_path / "soup.yaml", *flags)
+    process = start_command("soup", tmp_path / "soup.yaml", *flags)
     deadline = time.monotonic() + 240
     while not (done := list((tmp_path / "killed" / "members" / "trainings").glob("*.json"))):
-        assert process.poll() is None, "the soup ended before it was killed"
+        assert process.exitcode is None, "the soup ended before it was killed"
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "killed" / "result.json").exists()
     times = {path: path.stat().st_mtime_ns for path in done}
     resumed = soup_run(parse(made, SoupRecipe, "killed"))
@@ -603,8 +604,9 @@ def test_a_ray_run_on_local_workers_is_the_sequential_one(tmp_path: Path) -> Non
     for name, flags in (("one", ()), ("ray", ("--ray", "local"))):
         made = asked(tmp_path / name, {"baselines": ["longer", "swa"], "plane": 0}).model_dump(mode="json")
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(made))
-        process = start("soup", tmp_path / f"{name}.yaml", *flags)
-        assert process.wait(timeout=280) == 0
+        process = start_command("soup", tmp_path / f"{name}.yaml", *flags)
+        process.join(timeout=280)
+        assert process.exitcode == 0
         done[name] = json.loads((tmp_path / name / "result.json").read_text())
     assert [each["loss"] for each in done["ray"]["rows"]] == [each["loss"] for each in done["one"]["rows"]]
     assert done["ray"]["between"] == done["one"]["between"]

@@ -79,6 +79,14 @@ WRONG = [
     ({"train": {"nesterov": True, "momentum": 0}}, "nesterov needs momentum"),
     ({"prune": {"sparsity": 1.0}}, "[0, 1)"),
     ({"prune": {"pattern": "2:4", "phases": 2}}, "leave out allocation and phases"),
+    ({"prune": {"criterion": "sparsegpt"}}, "no scores for global to compare"),
+    (
+        {"prune": {"criterion": "sparsegpt", "allocation": "erk", "phases": 2}},
+        "cannot stay within the masks of an earlier",
+    ),
+    ({"prune": {}, "retrain": {"schedule": "alr", "epochs": 1}}, "no retraining schedule 'alr'; did you mean 'allr'?"),
+    ({"prune": {}, "during": {"gmp": {"allocation": "ring"}}}, "there is no allocation 'ring'"),
+    ({"prune": {}, "during": {"rigl": {"topology": "owl"}}}, "owl looks at what the layers receive"),
     ({"prune": {}, "retrain": {"schedule": "llr"}}, "give either epochs or share"),
     ({"prune": {}, "retrain": {"epochs": 1, "share": 0.1}}, "not both"),
     ({"prune": {}, "retrain": {"epochs": 1, "rewind": 1}}, "set train.snapshots: [1]"),
@@ -158,6 +166,26 @@ def test_a_run_leaves_what_it_says(tmp_path: Path) -> None:
     assert train_run(recipe) == json.loads((tmp_path / "result.json").read_text())
     with pytest.raises(ValueError, match="result of another recipe"):
         train_run(checked(tmp_path, **PRUNED))
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(
+    "prune",
+    [
+        {"criterion": "wanda", "allocation": "owl", "sparsity": 0.5},
+        {"criterion": {"sparsegpt": {"damping": 0.05}}, "allocation": "erk", "sparsity": 0.6},
+        {"criterion": "ria", "allocation": "lamp", "sparsity": 0.6, "phases": 2},
+        {"criterion": "frank_wolfe", "allocation": "uniform", "sparsity": 0.5},
+    ],
+    ids=lambda prune: str(prune["criterion"]),
+)
+def test_classifiers_take_the_criteria_that_need_inputs(tmp_path: Path, prune: dict[str, Any]) -> None:
+    asked = checked(tmp_path / "run", prune=prune, retrain={"schedule": "llr", "epochs": 1})
+    result = train_run(asked)
+    assert result["sparsity"] == pytest.approx(prune["sparsity"], abs=2e-3)
+    again = checked(tmp_path / "again", prune=prune, retrain={"schedule": "llr", "epochs": 1})
+    train_run(again)
+    assert same_bits(tmp_path / "run", tmp_path / "again")
 
 
 class Killed(Exception):

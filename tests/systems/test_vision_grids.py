@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -21,7 +20,7 @@ from prunus.run.vision import demo as showing
 from prunus.run.vision import stages
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.train import train_run
-from tests.systems.test_cli import start
+from tests.processes import start_command
 from tests.systems.test_vision import raw, tiny
 
 __all__ = ["tiny"]
@@ -276,14 +275,14 @@ def test_a_grid_killed_for_good_repeats_nothing_finished(tmp_path: Path) -> None
         return made
 
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(asked(tmp_path / "killed")))
-    process = start("compare", tmp_path / "grid.yaml", "--workers", "2")
+    process = start_command("compare", tmp_path / "grid.yaml", "--workers", "2")
     deadline = time.monotonic() + 120
     while not (done := list((tmp_path / "killed").glob("dense/*/metrics.json"))):
-        assert process.poll() is None, "the grid ended before it was killed"
+        assert process.exitcode is None, "the grid ended before it was killed"
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     times = {path: path.stat().st_mtime_ns for path in done}
     resumed = compare(parse(asked(tmp_path / "killed"), Grid, "killed"))
     whole = compare(parse(asked(tmp_path / "whole"), Grid, "whole"))

@@ -44,8 +44,11 @@ WRONG = [
     ({"optimizer": {"sfw": {"size": {"radius": 0}}}}, "greater than 0 (got 0)"),
     ({"optimizer": {"sfw": {"set": "ksupport"}}}, "'k_support'"),
     ({"optimizer": {"sfw": {"k": 1.5}}}, "K is a count (an int of at least 1) or a share"),
-    ({"optimizer": {"sfw": {"set": "nuclear", "k": 3}}}, "the set nuclear has no K; leave k out"),
-    ({"optimizer": {"sfw": {"p": 2}}}, "takes no p; leave it out, or use set: lp"),
+    (
+        {"optimizer": {"sfw": {"set": "nuclear", "k": 3}}},
+        "the set nuclear takes no k; leave it out, or use group_k_support",
+    ),
+    ({"optimizer": {"sfw": {"p": 2}}}, "the set k_support takes no p; leave it out, or use lp"),
     ({"optimizer": {"sfw": {"rescale": "slow"}}}, "'fast_gradient'"),
     ({"optimizer": {"prox": {}}}, "give either groups or nuclear"),
     ({"penalty": {"groups": 1, "nuclear": 1}}, "give either groups or nuclear"),

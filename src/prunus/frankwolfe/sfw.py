@@ -55,9 +55,11 @@ class SFW(Optimizer):
     hold the constraints: those of the optimizer that loads one stay. Raises ValueError for options out of range, balls
     that do not fit the parameters, weight decay with a constraint, sparse gradients.
 
-    >>> optimizer = SFW(model.parameters(), lr=0.1, constraint=k_support(0.3, radius=10.0), rescale="fast_gradient")
+    >>> layer = nn.Linear(8, 4, bias=False)
+    >>> optimizer = SFW(layer.parameters(), lr=0.1, constraint=k_support(0.3, radius=10.0), rescale="fast_gradient")
     >>> optimizer.start_()
-    >>> trace = train(model, batches, optimizer, linear_warmup_decay(10), steps=10)
+    >>> layer(torch.ones(1, 8)).sum().backward()
+    >>> optimizer.step()
     """
 
     def __init__(

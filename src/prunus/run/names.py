@@ -120,13 +120,21 @@ class Family:
         known = {key: value for key, value in offered.items() if key in takes and key not in options}
         return member(*given, **known, **self._typed(name, options, known))
 
+    def name(self, choice: Choice) -> str:
+        """The name in a choice. Raises ValueError for one that no member has.
+
+        >>> criteria.name("Wanda")
+        'wanda'
+        """
+        return self._parted(choice)[0]
+
     def takes(self, choice: Choice) -> list[str]:
         """The options that are open to a choice.
 
         >>> criteria.takes("random")
         ['seed']
         """
-        return list(self.options(self._parted(choice)[0]))
+        return list(self.options(self.name(choice)))
 
     def _parted(self, value: Any) -> tuple[str, dict[str, Any]]:
         """Name and options of a choice."""

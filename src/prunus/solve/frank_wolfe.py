@@ -72,7 +72,7 @@ def frank_wolfe(iterations: int = 30, swaps: int = 100, concave: tuple[float, fl
         weight = layer.weight.float().contiguous()
         mask = start
         if iterations:
-            relaxed = _relax(weight, gram, start, pattern, kept, iterations, concave)
+            relaxed = _relax(weight, gram, start, pattern, kept, iterations=iterations, concave=concave)
             mask = _lower(weight, gram, pattern.choose(relaxed, kept), start, pattern)
         if swaps and pattern.unit((weight.shape[0], weight.shape[1]), name=layer.name) == 1:
             mask = mask.clone()
@@ -101,6 +101,7 @@ def _relax(
     start: Tensor,
     pattern: Pattern,
     kept: int,
+    *,
     iterations: int,
     concave: tuple[float, float],
 ) -> Tensor:

@@ -198,7 +198,9 @@ def _sweep(layer: Layer, pattern: Pattern, kept: int, factor: _Factor, blocksize
         inside, first = slice(start, stop), start // (_PANEL * block) * _PANEL * block
         last = min(first + _PANEL * block, columns)
         own = errors[start - first : stop - first]
-        compensate_(weight[inside], mask[inside], own, upper[inside, inside], scale[inside], pattern, count)
+        compensate_(
+            weight[inside], mask[inside], own, upper[inside, inside], scale[inside], pattern=pattern, kept=count
+        )
         weight[stop:last].addmm_(upper[inside, stop:last].T, own, alpha=-1)
         if stop == last:
             weight[last:].addmm_(upper[first:last, last:].T, errors[: last - first], alpha=-1)
@@ -216,7 +218,7 @@ def _compensation(weight: Tensor, pattern: Pattern, block: int) -> Callable[...,
 
 
 def _launch_block_(
-    weight: Tensor, mask: Tensor, errors: Tensor, upper: Tensor, scale: Tensor, pattern: Pattern, kept: int
+    weight: Tensor, mask: Tensor, errors: Tensor, upper: Tensor, scale: Tensor, *, pattern: Pattern, kept: int
 ) -> None:
     """`_sweep_block_` in one launch, and the selection before it where the pattern is not N:M."""
     from prunus.kernels import sweep_block_
@@ -227,7 +229,7 @@ def _launch_block_(
 
 
 def _sweep_block_(
-    weight: Tensor, mask: Tensor, errors: Tensor, upper: Tensor, scale: Tensor, pattern: Pattern, kept: int
+    weight: Tensor, mask: Tensor, errors: Tensor, upper: Tensor, scale: Tensor, *, pattern: Pattern, kept: int
 ) -> None:
     """Choose the mask of a block of columns and compensate inside it; `errors` receives e of every column.
 

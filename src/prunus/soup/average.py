@@ -170,7 +170,10 @@ def learn_weights(
     or the members' averaged ones (eval, whose own slope is left out); it is not changed. Raises ValueError for members
     that do not fit together, FloatingPointError for a loss that is not finite.
 
-    >>> weights = learn_weights([a, b], model, batches, classification_loss())
+    >>> layer, states = nn.Linear(2, 2), [nn.Linear(2, 2).state_dict() for _ in range(3)]
+    >>> batch = torch.ones(4, 2), torch.zeros(4, dtype=torch.long)
+    >>> len(learn_weights(states, layer, lambda step: batch, classification_loss(), steps=2))
+    3
     """
     check_alike(states)
     if steps < 1:

@@ -120,8 +120,9 @@ def sms_(
     Raises ValueError for members or phases < 1, a sparsity outside [0, 1), masks that give pruned weights back, and
     members that are not zero under their mask.
 
+    >>> layer = nn.Linear(4, 2)
     >>> select = lambda model, s, within: prune(model, sparsity=s, within=within)
-    >>> sms_(model, sparsity=0.75, phases=2, members=3, select=select, retrain=lambda copy, phase, member: None)
+    >>> sms_(layer, sparsity=0.75, phases=2, members=3, select=select, retrain=lambda copy, phase, member: None)
     Masks(1 parameters, sparsity 0.7500)
     """
     targets = phase_sparsities(sparsity, phases)

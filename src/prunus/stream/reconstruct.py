@@ -26,7 +26,7 @@ from prunus.machine import Precision, autocast
 from prunus.masks import Masks
 from prunus.train import linear_warmup_decay, train
 
-__all__ = ["Fit", "reconstruct"]
+__all__ = ["Fit", "Passing", "reconstruct"]
 
 log = logging.getLogger(__name__)
 
@@ -64,45 +64,50 @@ class _Unit:
     free: tuple[str, ...] | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Passing:
+    """What runs through a block, per batch: hidden (b, length, d), which enters the pruned block; the other arguments
+    of the call; targets, what the dense block gave; dense, what entered the dense block where that is not `hidden`."""
+
+    hidden: Sequence[Tensor]
+    arguments: Sequence[Arguments]
+    targets: Sequence[Tensor]
+    dense: Sequence[Tensor] | None
+
+
 Example = dict[str, Any]  # target: (b, ..., d); args, kwargs: what the unit receives
 
 
 def reconstruct(
     block: nn.Module,
     dense: nn.Module,
+    fit: Fit,
+    passing: Passing,
+    *,
     views: Sequence[View],
     masks: Masks,
-    fit: Fit,
-    hidden: Sequence[Tensor],
-    arguments: Sequence[Arguments],
-    targets: Sequence[Tensor],
-    dense_hidden: Sequence[Tensor] | None,
-    *,
     prefix: str,
 ) -> tuple[float, float]:
     """The block's relative squared output error before and after it was fitted in place.
 
     block, dense: the pruned block and its dense twin on one device; prefix: the block's name in the model.
-    hidden: per batch (b, length, d) entering the pruned block; targets: per batch what the dense block gave;
-    dense_hidden: per batch what entered the dense block, when that is not `hidden` (`inputs="dense"`).
     A window whose fit ends worse than it began is put back.
 
     Raises ValueError when a subset of `fit.train` is empty in a window (norms of an attention half).
     """
     whole: list[Example] = [
         {"target": target, "args": (x, call), "kwargs": {}}
-        for x, call, target in zip(hidden, arguments, targets, strict=True)
+        for x, call, target in zip(passing.hidden, passing.arguments, passing.targets, strict=True)
     ]
     units = _units(block, views, fit.window, prefix)
     if len(units) == 1 and units[0].path == "":
-        return _fit_(block, units[0], whole, masks, fit, prefix)
+        return _fit_(block, units[0], whole, masks=masks, fit=fit, prefix=prefix)
     holder = _hold(block)
     before = _error(holder, whole, fit.precision)
     for unit in units:
-        entering = hidden if dense_hidden is None else dense_hidden
         with autocast(_device(block), fit.precision):
-            examples = whole if unit.path == "" else _examples(block, dense, unit, hidden, entering, arguments)
-        _fit_(block, unit, examples, masks, fit, prefix)
+            examples = whole if unit.path == "" else _examples(block, dense, unit, passing)
+        _fit_(block, unit, examples, masks=masks, fit=fit, prefix=prefix)
     return before, _error(holder, whole, fit.precision)
 
 
@@ -133,13 +138,12 @@ def _examples(
     block: nn.Module,
     dense: nn.Module,
     unit: _Unit,
-    hidden: Sequence[Tensor],
-    entering: Sequence[Tensor],
-    arguments: Sequence[Arguments],
+    passing: Passing,
 ) -> list[Example]:
     """What a part of the block receives in the pruned block, with the dense part's answer."""
     examples: list[Example] = []
-    for x, e, call in zip(hidden, entering, arguments, strict=True):
+    entering = passing.hidden if passing.dense is None else passing.dense
+    for x, e, call in zip(passing.hidden, entering, passing.arguments, strict=True):
         [(args, kwargs)] = _calls(block, unit.path, lambda x=x, call=call: run_block(block, x, call))
         if e is x:
             target = _first(dense.get_submodule(unit.path)(*args, **kwargs))
@@ -177,7 +181,7 @@ def _outputs(block: nn.Module, path: str, run: Callable[[], object]) -> list[Ten
 
 
 def _fit_(
-    block: nn.Module, unit: _Unit, examples: list[Example], masks: Masks, fit: Fit, prefix: str
+    block: nn.Module, unit: _Unit, examples: list[Example], *, masks: Masks, fit: Fit, prefix: str
 ) -> tuple[float, float]:
     """Relative error of one unit before and after its fit in place; its weights are put back when the error grew."""
     module = block.get_submodule(unit.path)
@@ -185,7 +189,7 @@ def _fit_(
     place = f"{prefix}.{unit.path}" if unit.path else prefix
     before = _error(holder, examples, fit.precision)
     saved = {name: value.detach().clone() for name, value in module.state_dict().items()}
-    _train_(holder, unit, examples, masks, fit, place)
+    _train_(holder, unit, examples, masks=masks, fit=fit, place=place)
     after = _error(holder, examples, fit.precision)
     if after <= before:
         return before, after
@@ -194,7 +198,7 @@ def _fit_(
     return before, before
 
 
-def _train_(holder: nn.Module, unit: _Unit, examples: list[Example], masks: Masks, fit: Fit, place: str) -> None:
+def _train_(holder: nn.Module, unit: _Unit, examples: list[Example], *, masks: Masks, fit: Fit, place: str) -> None:
     views = [
         replace(view, name=_within(view.name, place), parameter=_within(view.parameter, place)) for view in unit.views
     ]

@@ -40,7 +40,7 @@ from prunus.score import (
 from prunus.stream.ahead import Ahead, ahead
 from prunus.stream.allot import Place, advance_, counts_of, placed
 from prunus.stream.layerwise import Task, add_up_, solve_layers_
-from prunus.stream.reconstruct import Fit, reconstruct
+from prunus.stream.reconstruct import Fit, Passing, reconstruct
 from prunus.stream.work import BlockReport, Work
 
 __all__ = ["Streamed", "stream"]
@@ -160,7 +160,7 @@ class _Step:
             errors = self._fit_(before, fit, Masks(chosen), flow, leaving)
         del leaving
         self._advance_(self.block, flow.hidden, flow)
-        return _report(self.name, self.views, flow.masks, self.started, errors, fallback)
+        return _report(self.name, self.views, flow.masks, started=self.started, fallback=fallback, errors=errors)
 
     def replay_(self, work: Work, flow: _Flow) -> BlockReport:
         """Take the finished block from the work folder and only run it."""
@@ -195,10 +195,8 @@ class _Step:
         if flow.dense is not None:
             entering, targets = list(flow.dense), flow.dense
             self._advance_(before, flow.dense, flow)
-        own = flow.arguments[self.name]
-        return reconstruct(
-            self.block, before, self.views, masks, fit, flow.hidden, own, targets, entering, prefix=self.name
-        )
+        passing = Passing(flow.hidden, flow.arguments[self.name], targets, entering)
+        return reconstruct(self.block, before, fit, passing, views=self.views, masks=masks, prefix=self.name)
 
     def _advance_(self, block: nn.Module, hidden: list[Tensor], flow: _Flow) -> None:
         with self._autocast():
@@ -252,7 +250,7 @@ def _solve_outside_(
         parameters = dict(model.named_parameters())
         chosen, fallback = solve_layers_(parameters, [view], task, inputs, shared=shared)
         masks.update({key: mask.cpu() for key, mask in chosen.items()})
-        reports.append(_report(view.name, [view], chosen, started, None, fallback))
+        reports.append(_report(view.name, [view], chosen, started=started, fallback=fallback))
         if work is not None:
             work.save(view.name, module, chosen, reports[-1])
     return reports
@@ -262,9 +260,10 @@ def _report(
     name: str,
     views: Sequence[View],
     masks: Mapping[str, Tensor],
+    *,
     started: float,
-    errors: tuple[float, float] | None,
     fallback: Sequence[str],
+    errors: tuple[float, float] | None = None,
 ) -> BlockReport:
     names = list(dict.fromkeys(view.parameter for view in views))
     return BlockReport(

@@ -22,7 +22,7 @@ from prunus.train.lr import (
     retraining,
     slr,
 )
-from prunus.train.train import Trace, classification_loss, next_token_loss, train
+from prunus.train.train import Substituted, Trace, classification_loss, next_token_loss, train
 
 __all__ = [
     "During",
@@ -30,6 +30,7 @@ __all__ = [
     "Multiplier",
     "Original",
     "Plan",
+    "Substituted",
     "Swa",
     "Trace",
     "allr",

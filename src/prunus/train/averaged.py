@@ -69,7 +69,10 @@ class Swa(During):
     Raises ValueError for a start or a distance outside its range.
 
     >>> swa = Swa(start=0.5, every=10)
-    >>> train(model, batches, optimizer, lr, steps=100, during=[swa])
+    >>> layer, x = nn.Linear(2, 1), torch.ones(1, 2)
+    >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    >>> trace = train(layer, lambda step: x, optimizer, lambda step: 1.0, steps=20,
+    ...               loss=lambda layer, x: layer(x).sum(), during=[swa])
     >>> swa.finish()
     """
 

@@ -35,7 +35,7 @@ from prunus.train.sharded import asked
 if TYPE_CHECKING:
     from prunus.masks import Masks
 
-__all__ = ["Trace", "classification_loss", "next_token_loss", "train"]
+__all__ = ["Substituted", "Trace", "classification_loss", "next_token_loss", "train"]
 
 
 @dataclass(frozen=True)
@@ -233,17 +233,22 @@ class _Run:
         if not weights:
             return self.wrapped
         prefix = "" if self.wrapped is self.model else "module."  # of DistributedDataParallel
-        return _Substituted(self.wrapped, {prefix + name: weight for name, weight in weights.items()})
+        return Substituted(self.wrapped, {prefix + name: weight for name, weight in weights.items()})
 
 
-class _Substituted(nn.Module):
-    """A model run with other weights than its own, which it keeps."""
+class Substituted(nn.Module):
+    """A model run with other weights (parameter name -> weight) than its own, which it keeps.
+
+    >>> Substituted(nn.Linear(1, 1, bias=False), {"weight": torch.ones(1, 1)})(torch.ones(1))
+    tensor([1.])
+    """
 
     def __init__(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
         super().__init__()
         self.model, self.weights = model, weights
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output."""
         return torch.func.functional_call(self.model, self.weights, args, kwargs)
 
 

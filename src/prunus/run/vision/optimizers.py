@@ -9,10 +9,10 @@ Momentum and weight decay are those of the section `train`; parameters in a feas
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch import nn
 
 from prunus.during import During
@@ -27,14 +27,14 @@ from prunus.frankwolfe import (
     sets,
 )
 from prunus.layers import View, find_layers
+from prunus.run import names
 from prunus.run.recipe import Strict
 
 __all__ = ["Decay", "FrankWolfe", "OptimizerChoice", "Pull", "Size", "make_optimizer", "make_pulls"]
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-WithK = Literal["k_support", "k_sparse", "group_k_support", "spectral_k_support", "spectral_k_sparse"]
-_WITH_K = get_args(WithK)
-_USUAL_K = 0.3
+_USUAL = {"k": 0.3, "p": 2.0}
+SetName = Annotated[str, AfterValidator(names.sets.name)]
 
 
 class OneOf(Strict):
@@ -77,7 +77,7 @@ class FrankWolfe(Strict):
     training. joint: one set over all. dampening: of the momentum. iterations: of the singular vectors, each step.
     """
 
-    set: WithK | Literal["lp", "nuclear"] = "k_support"
+    set: SetName = "k_support"
     k: int | float | None = None
     p: Annotated[float, Field(ge=1)] | None = None
     size: Size = Size(initial=10.0)
@@ -96,29 +96,28 @@ class FrankWolfe(Strict):
         """K and p have usual values in the sets that take them."""
         if not isinstance(value, dict):
             return value
-        name = value.get("set", "k_support")
-        if name in _WITH_K and value.get("k") is None:
-            return {**value, "k": _USUAL_K}
-        return {**value, "p": 2.0} if name == "lp" and value.get("p") is None else value
+        takes = _usual(value.get("set", "k_support"))
+        return {**value, **{key: usual for key, usual in takes.items() if value.get(key) is None}}
 
     @model_validator(mode="after")
     def _check(self) -> FrankWolfe:
-        if self.k is not None and self.set not in _WITH_K:
-            raise ValueError(f"k: the set {self.set} has no K; leave k out, or use one of {', '.join(_WITH_K)}")
-        if self.p is not None and self.set != "lp":
-            raise ValueError(f"p: the set {self.set} takes no p; leave it out, or use set: lp")
+        for key in _USUAL:
+            if getattr(self, key) is not None and key not in names.sets.takes(self.set):
+                able = [name for name in names.sets.members() if key in names.sets.takes(name)]
+                raise ValueError(f"{key}: the set {self.set} takes no {key}; leave it out, or use {', '.join(able)}")
         if self.k is not None:
             count_of(self.k, 1)
         return self
 
     def ball(self) -> sets.Ball:
         """The set, of radius 1."""
-        if self.set == "lp":
-            return sets.lp(self.p or 2.0)
-        if self.set == "nuclear":
-            return sets.nuclear()
-        made: dict[str, Callable[[int | float], sets.Ball]] = {name: getattr(sets, name) for name in _WITH_K}
-        return made[self.set](self.k or _USUAL_K)
+        return names.sets.make({self.set: {key: getattr(self, key) for key in _usual(self.set)}})
+
+
+def _usual(name: Any) -> dict[str, float]:
+    """The options of a set that have a usual value here, and it."""
+    takes = names.sets.takes(name) if name in names.sets.members() else []
+    return {key: usual for key, usual in _USUAL.items() if key in takes}
 
 
 class Pull(Strict):

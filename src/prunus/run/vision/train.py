@@ -33,6 +33,7 @@ from prunus.run.vision.experiment import Outcome, experiment
 from prunus.run.vision.recipe import ClassifierRecipe, dense_key
 from prunus.run.vision.setting import Setting
 from prunus.save import FORMAT, INFO_NAME, MASKS_NAME
+from prunus.train import Substituted
 
 __all__ = ["begin", "begun", "describe", "prune_run", "pruning_of", "train_run"]
 
@@ -146,20 +147,8 @@ class _Watch(During):
         model, method = self.seen
         with torch.no_grad():
             weights = {} if method is None else method.weights()
-            found = stages.measure(_Effective(model, weights) if weights else model, self.setting)
+            found = stages.measure(Substituted(model, weights) if weights else model, self.setting)
         append_metrics(self.log, {"stage": "train", "epoch": epoch, **found})
-
-
-class _Effective(nn.Module):
-    """A model with other weights than its own."""
-
-    def __init__(self, model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-        super().__init__()
-        self.model, self.weights = model, dict(weights)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The model's outputs."""
-        return torch.func.functional_call(self.model, self.weights, (x,))
 
 
 def _write(out: Path, recipe: ClassifierRecipe, outcome: Outcome, result: dict[str, Any], dense: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from prunus.run.names import RetrainingName
 from prunus.run.recipe import Strict, merge, parse, read_yaml
 from prunus.run.vision.recipe import Augmentation, ClassifierRecipe, Count, Positive
 
@@ -26,7 +27,6 @@ __all__ = [
     "order_of",
 ]
 
-Schedule = Literal["ft", "lrw", "slr", "clr", "llr", "allr"]
 Baseline = Literal["imp", "longer", "reprune", "dense", "swa"]
 Chosen = Literal["uniform", "greedy", "learned"]
 BASELINES: tuple[Baseline, ...] = ("imp", "longer", "reprune", "dense", "swa")
@@ -44,7 +44,7 @@ class Vary(Strict):
     seed: Literal["all", "order", "same"] = "all"
     weight_decay: tuple[Annotated[float, Field(ge=0)], ...] = ()
     lr: tuple[Positive, ...] = ()
-    schedule: tuple[Schedule, ...] = ()
+    schedule: tuple[RetrainingName, ...] = ()
     epochs: tuple[Positive, ...] = ()
     augment: tuple[Augmentation, ...] = ()
 

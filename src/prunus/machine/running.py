@@ -1,15 +1,31 @@
-"""In which precision matrix products are done while a model runs: one word for training, calibration and evaluation."""
+"""How a model runs: its precision and mode, a rank's part of a sharded tensor, random numbers, optional packages.
+
+One word for the precision of matrix products serves training, calibration and evaluation.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal
+from importlib import import_module
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Precision", "autocast", "full_products", "no_autocast", "of_training", "product_dtype"]
+__all__ = [
+    "Precision",
+    "autocast",
+    "full_products",
+    "import_extra",
+    "in_mode",
+    "local_part",
+    "no_autocast",
+    "of_training",
+    "product_dtype",
+    "random_state",
+    "set_random_state",
+]
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -79,3 +95,53 @@ def product_dtype(weight: Tensor) -> torch.dtype:
     """
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+@contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Generator[None]:
+    """Context in which every module is in training or in evaluation mode; afterwards each is in its own again.
+
+    >>> with in_mode(nn.Dropout(), training=False):
+    ...     pass
+    """
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.train(training)
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that this rank has; an ordinary tensor itself."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        return tensor
+    from torch.distributed.tensor import DTensor  # slow to import, and loaded where there is one
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def import_extra(module: str, extra: str, needed: str) -> Any:
+    """An optional package. Raises ImportError with what `needed` it and how to install it.
+
+    >>> import_extra("math", "images", "pi is needed").pi
+    3.141592653589793
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{needed}: pip install 'prunus[{extra}]'") from error
+
+
+def random_state() -> dict[str, Tensor]:
+    """The states of the CPU's generator and, where CUDA is in use, of the current device's."""
+    states = {"cpu": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
+
+
+def set_random_state(states: Mapping[str, Tensor]) -> None:
+    """Put the generators back to what `random_state` returned; CUDA's is left out where there is none."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
