@@ -6,7 +6,7 @@
     python benchmarks/retraining_step.py --compile     # instead: compiled blocks, against both textbook loops
 
 Eight blocks of OPT-6.7B's shape (random weights, bfloat16, pruned 2:4), 2 x 2,048 tokens a step, AdamW on float32
-trainables. Ours is `adapt`, `recomputed` and `train` as `prunus compress` calls them. The textbook loop is written out
+trainables. Ours is `adapt`, `recomputed` and `train` as `prunus run` calls them. The textbook loop is written out
 below: activation checkpointing of all blocks, mixed precision by autocast, logits and their loss in full, the adapter's
 published expression in place of every linear layer of a block. Each row is a step; the note has tokens per second.
 

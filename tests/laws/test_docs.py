@@ -1,6 +1,7 @@
 """What the documentation shows is true: Python blocks and examples run, YAML blocks and recipes/ are recipes, commands
 parse, tables of keys and flags are complete, links lead somewhere."""
 
+import json
 import re
 import runpy
 import shlex
@@ -9,6 +10,7 @@ from typing import Literal, get_args, get_origin
 
 import pytest
 import yaml
+from pretrain import read_recipe
 from pydantic import BaseModel
 
 ROOT = Path(__file__).parents[2]
@@ -68,17 +70,19 @@ def touch_files_named_in(text):
 
 
 def check_recipe(text):
-    """The text is a recipe of one of our five kinds."""
+    """The text is a recipe of one of our kinds."""
     from prunus.run.grid import load_grid
-    from prunus.run.pretrain import read_recipe
     from prunus.run.recipe import load_recipe
     from prunus.run.vision.recipe import load_classifier
     from prunus.run.vision.soups.recipe import load_soup
+    from prunus.run.vision.sweep import SweepFile
 
     touch_files_named_in(text)
     path, raw = Path("checked.yaml"), yaml.safe_load(text)
     path.write_text(text)
-    if "axes" in raw:
+    if "sweep" in raw:
+        assert SweepFile.model_validate(raw).sweep.rates
+    elif "axes" in raw:
         grid = load_grid(path, None)
         assert sum(len(grid.cell_seeds(cell)) for cell in grid.cells()) > 1
     elif "held_out" in raw:
@@ -112,31 +116,62 @@ def test_a_wrong_recipe_is_noticed(tmp_path, monkeypatch):
         check_recipe("prune: {sparsty: 0.5}")
 
 
+def checked(path, overrides, **how):
+    """In place of a run: what would be run. Of the folder of a run no recipe is there."""
+    from prunus.run.task import load
+
+    recipe = load(path, overrides) if path is None or path.suffix else None
+    return lambda: recipe
+
+
+def commands_of(text):
+    """The commands of a page; recipe.yaml is the recipe above each."""
+    Path("recipe.yaml").touch()
+    for language, body in FENCE.findall(text):
+        if language == "yaml" and not {"axes", "sweep"} & set(yaml.safe_load(body)):
+            touch_files_named_in(body)
+            Path("recipe.yaml").write_text(body)
+        elif language == "console":
+            yield from re.findall(r"^\$ (.+)$", body, re.MULTILINE)
+
+
 @with_block("console")
 def test_commands_parse(page, tmp_path, monkeypatch):
-    """`prunus show` runs; `compress` runs up to its checked recipe; of the others the arguments are read."""
+    """`prunus show` runs; `run` runs up to its checked recipe; of the others the arguments are read."""
     from typer.main import get_command
     from typer.testing import CliRunner
 
     from prunus.run.cli import app
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("prunus.run.compress.compress", lambda recipe: {"recipe": recipe})
-    monkeypatch.setattr("prunus.run.show.show_result", lambda result, out: None)
-    monkeypatch.setattr("prunus.machine.ranks.is_main", lambda: False)
-    for line in re.findall(r"^\$ (.+)$", "".join(blocks(page.read_text(encoding="utf-8"), "console")), re.MULTILINE):
+    monkeypatch.setattr("prunus.run.cli.run_recipe", checked)
+    for line in commands_of(page.read_text(encoding="utf-8")):
         words = shlex.split(line)
         start = next((i for i, word in enumerate(words) if word in ("prunus", "prunus.run.cli")), None)
         if start is None:
             continue
         touch_files_named_in(line)
-        Path("recipe.yaml").touch()
         name, *arguments = words[start + 1 :]
-        if name in ("show", "compress"):
+        if name in ("show", "run"):
             done = CliRunner().invoke(app, [name, *arguments])
             assert done.exit_code == 0, f"{line}: {done.exception} {done.output}"
         else:
             get_command(app).commands[name].make_context(name, arguments)
+
+
+@named(sorted(ROOT.glob("docs/results/**/members.jsonl")))
+def test_results_are_kept_under_the_hash_of_their_recipe(page, tmp_path, monkeypatch):
+    """So that tables can be made of them again, and their grids go on."""
+    from prunus.run.recipe import Recipe, digest, parse, said
+    from prunus.run.vision.soups.recipe import class_of
+
+    monkeypatch.chdir(tmp_path)
+    lines = page.read_text(encoding="utf-8").splitlines()
+    for line in lines[:: max(1, len(lines) // 8)]:
+        touch_files_named_in(line)
+        row = json.loads(line)
+        recipe = parse(row["recipe"], class_of(row["recipe"]) if "images" in row["recipe"] else Recipe, row["key"])
+        assert digest(said(recipe, but={"out", "save"}))[:24] == row["key"]
 
 
 REFERENCE = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
@@ -211,11 +246,15 @@ def test_the_reference_of_keys_is_complete_and_true(heading, section):
 def test_the_table_of_flags_is_complete():
     from typer.main import get_command
 
-    from prunus.run.cli import app
+    from prunus.run.cli import RUN_FLAGS, app
 
-    command = get_command(app).commands["compress"]
+    command = get_command(app).commands["run"]
     flags = {option for param in command.params if param.name != "recipe" for option in param.opts}
-    assert {row[0].strip("`") for row in table_under("Flags")} == flags
+    rows = [[cell.strip("`") for cell in row] for row in table_under("Flags")]
+    assert {row[0] for row in rows} == flags
+    assert {row[0]: row[1] for row in rows if row[0][2:] in {flag.name for flag in RUN_FLAGS}} == {
+        f"--{flag.name}": flag.key for flag in RUN_FLAGS
+    }
 
 
 @named(PAGES)

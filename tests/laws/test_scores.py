@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from prunus import solve
 from prunus.layers import Inputs, Layer
 from prunus.patterns import NM, Pattern, Unstructured
 from prunus.score import Criterion, Score, criterion, criterion_of, scores
 from prunus.score.scores import magnitude, ria, wanda
-from prunus.solve.frank_wolfe import frank_wolfe
-from prunus.solve.sweep import sparsegpt
+from prunus.solve import sparsegpt
 
 FACTORIES = {"random"}
 NAMES = scores.__all__
@@ -155,7 +155,24 @@ def test_scores_that_need_inputs_say_so(score: Score):
         score(Layer("fc7", torch.ones(2, 4), broken))
 
 
-SOLVERS = {"wanda": wanda, "ria": ria, "sparsegpt": sparsegpt(), "frank_wolfe": frank_wolfe()}
+SOLVERS = {"wanda": wanda, "ria": ria} | {name: getattr(solve, name)() for name in solve.__all__}
+
+
+@pytest.mark.parametrize("name", solve.__all__)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_criteria_that_choose_inside_a_layer_keep_exactly_what_was_asked(
+    name: str, pattern: Pattern, dtype: torch.dtype
+):
+    layer = make_layer(dtype, gram=True)
+    before, kept = layer.weight.clone(), kept_at_half(pattern, layer)
+    weight, mask = SOLVERS[name].solve(layer, pattern, kept)
+    assert weight.dtype == dtype
+    assert int(mask.sum()) == kept
+    assert bool(weight.isfinite().all())
+    assert bool((weight[~mask] == 0).all())
+    assert not bool(weight[~mask].signbit().any())
+    assert torch.equal(layer.weight, before)
 
 
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)

@@ -20,23 +20,20 @@ from prunus.run import cli
 from prunus.run import fitted as fitting
 from prunus.run.compress import compress
 from prunus.run.fitted import fitted
-from prunus.run.recipe import Recipe, load_recipe, parse, yaml_value
+from prunus.run.recipe import Recipe, digest, load_recipe, parse, said, yaml_value
+from prunus.run.vision.recipe import dense_key
+from prunus.run.vision.soups.recipe import class_of
 from tests.processes import start_command
 from tests.systems.test_compress import raw
 
 OPTIONS = {
-    "compress": "recipe --model --criterion --pattern --sparsity --train --steps --lr --device --out --set",
-    "evaluate": "model --data --split --window --batch-size --device --task --out",
+    "run": "recipe --set --workers --together --ray " + " ".join(f"--{flag.name}" for flag in cli.RUN_FLAGS),
+    "grid": "recipes --out --workers --together --ray --minutes",
+    "evaluate": "model --data --set --out " + " ".join(f"--{flag.name}" for flag in cli.EVALUATE_FLAGS),
     "inspect": "path --out",
-    "demo": "what --out --sparsity",
-    "train": "recipe --device --out --set",
-    "prune": "run --sparsity --schedule --epochs --phases --pattern --kind --out --set",
-    "sweep": "source --recipe --kinds --rates --schedule --epochs --images --out --set",
-    "compare": "recipes --out --workers --together --minutes",
-    "soup": "recipe --out --workers --together --ray --set",
     "average": "checkpoints --out --weights --greedy",
-    "pretrain": "recipe --out",
-    "show": "recipe --set",
+    "show": "recipe --set --names",
+    "demo": "what --out --sparsity",
 }
 
 
@@ -79,45 +76,51 @@ def refused(call, *arguments: object) -> str:
 
 
 MISTAKES = [
-    (["compress", "nowhere.yaml"], "no recipe 'nowhere.yaml'", "see recipes/"),
-    (["compress", "{f}/unknown.yaml"], "unknown key 'prune.sparsty'", "did you mean 'sparsity'"),
-    (["compress", "{f}/torn.yaml"], "torn.yaml is not YAML", "line 1"),
-    (["compress", "{f}/list.yaml"], "a recipe is a mapping", "list"),
-    (["compress", "--sparsity", "1.5"], "1.5", "[0, 1)"),
-    (["compress", "--pattern", "2:4", "--sparsity", "0.7"], "0.7", "0.5"),
-    (["compress", "--model", "./no-model"], "no file or folder './no-model'", "seen from"),
-    (["compress", "--model", "{f}"], "is neither a model folder nor a hub name", "config.json"),
-    (["compress", "--set", "prune.sparsity"], "'prune.sparsity'", "key=value"),
-    (["compress", "--set", "prune={"], "--set prune={", "not YAML"),
-    (["compress", "--device", "cudda"], "'cudda'", "a device is auto, cpu, cuda"),
-    (["compress", "--set", "calibrate.length=513"], "calibrate.length: 513 tokens", "set calibrate.length to 512"),
+    (["run", "nowhere.yaml"], "no recipe 'nowhere.yaml'", "see recipes/"),
+    (["run", "{f}/unknown.yaml"], "unknown key 'prune.sparsty'", "did you mean 'sparsity'"),
+    (["run", "{f}/torn.yaml"], "torn.yaml is not YAML", "line 1"),
+    (["run", "{f}/list.yaml"], "a recipe is a mapping", "list"),
+    (["run", "--sparsity", "1.5"], "1.5", "[0, 1)"),
+    (["run", "--pattern", "2:4", "--sparsity", "0.7"], "0.7", "0.5"),
+    (["run", "--model", "./no-model"], "no file or folder './no-model'", "seen from"),
+    (["run", "--model", "{f}"], "is neither a model folder nor a hub name", "config.json"),
+    (["run", "--set", "prune.sparsity"], "'prune.sparsity'", "key=value"),
+    (["run", "--set", "prune={"], "--set prune={", "not YAML"),
+    (["run", "--device", "cudda"], "'cudda'", "a device is auto, cpu, cuda"),
+    (["run", "--set", "calibrate.length=513"], "calibrate.length: 513 tokens", "set calibrate.length to 512"),
     (["evaluate", "embedded", "--window", "513"], "evaluate.window: 513 tokens", "set evaluate.window to 512"),
     (["evaluate", "{tiny}", "--window", "64", "--data", "{f}/short.txt"], "no window of 64", "more text"),
     (["evaluate", "{tiny}", "--data", "{f}/missing.txt"], "missing.txt", "give an existing path"),
     (["evaluate", "{tiny}", "--data", "owner/name"], "'owner/name'", "pip install 'prunus[datasets]'"),
-    (["evaluate", "{tiny}", "--task", "rte"], "--task 'rte'", "name=file"),
+    (["evaluate", "{tiny}", "--tasks", "rte"], "evaluate.tasks", "'rte'"),
+    (["evaluate", "{tiny}", "--windows", "64"], "No such option: --windows", "--window"),
     (["inspect", "{f}/nowhere"], "nowhere is not there", "give a local model folder"),
     (["inspect", "{f}"], "holds no .safetensors file", "Give a folder"),
     (["inspect", "{f}/pickled/pytorch_model.bin"], "pickles", "save_pretrained"),
-    (["compare", "{f}/nowhere.yaml"], "nowhere.yaml", ""),
-    (["compare", "{f}/grid.yaml"], "unknown key 'axis'", "did you mean 'axes'"),
-    (["pretrain", "{f}/nowhere.yaml"], "no recipe", "nowhere.yaml"),
-    (["pretrain", "{f}/books.yaml"], "unknown key 'model.layer'", "did you mean 'layers'"),
+    (["grid", "{f}/nowhere.yaml"], "nowhere.yaml", ""),
+    (["grid", "{f}/grid.yaml"], "unknown key 'axis'", "did you mean 'axes'"),
+    (["run", "{f}/small.yaml"], "with the key 'axes' this is a grid", "run it with `prunus grid`"),
+    (["grid", "{f}/digits.yaml"], "without the key 'axes' this is no grid", "run it with `prunus run`"),
+    (["run", "--lrr", "1"], "No such option: --lrr", "--lr"),
+    (["run", "--steps", "many"], "retrain.steps", "many"),
+    (["run", "--workers", "2"], "workers, together and ray", "this recipe has none"),
+    (["grid"], "Missing argument 'recipes'", "--help"),
+    (["compress"], "No such command 'compress'", "--help"),
+    (["average", "{f}/pickled", "--out", "x", "--weights", "a"], "--weights 'a'", "as in 0.5"),
     (["demo", "--sparsity", "2"], "2.0", "[0, 1)"),
     (["show", "--set", "prunes=1"], "unknown key 'prunes'", "did you mean 'prune'"),
     (["show", "--set", "images=digits", "--set", "modle=resnet8"], "unknown key 'modle'", "did you mean 'model'"),
     (["demo", "sound"], "'sound'", "use language or vision"),
     (["demo", "vision", "--sparsity", "1"], "1.0", "[0, 1)"),
-    (["train", "{f}/nowhere.yaml"], "no recipe", "see recipes/"),
-    (["train", "{f}/unknown.yaml"], "no key 'images'", "prunus compress"),
-    (["train", "{f}/digits.yaml", "--set", "train.batch=64"], "unknown key 'train.batch'", "'batch_size'"),
-    (["train", "{f}/digits.yaml", "--set", "model=resnet9"], "no model 'resnet9'", "known are"),
-    (["train", "{f}/digits.yaml", "--set", "train.batch_size=5000"], "5000", "1438 training images"),
-    (["train", "{f}/digits.yaml", "--set", "images.source=owner/name"], "'owner/name'", "prunus[datasets]"),
-    (["prune", "{f}/nowhere", "--sparsity", "0.5"], "no run of `prunus train`", "train one first"),
-    (["compare", "{f}/classifiers.yaml"], "tune", "by: accuracy"),
-    (["compare", "{f}/small.yaml", "--together", "2"], "together", "use workers"),
-    (["compare", "{f}/small.yaml", "--minutes=-1"], "minutes=-1", "at least 0"),
+    (["run", "{f}/nowhere.yaml"], "no recipe", "see recipes/"),
+    (["run", "{f}/digits.yaml", "--set", "train.batch=64"], "unknown key 'train.batch'", "'batch_size'"),
+    (["run", "{f}/digits.yaml", "--set", "model=resnet9"], "no model 'resnet9'", "known are"),
+    (["run", "{f}/digits.yaml", "--set", "train.batch_size=5000"], "5000", "1438 training images"),
+    (["run", "{f}/digits.yaml", "--set", "images.source=owner/name"], "'owner/name'", "prunus[datasets]"),
+    (["run", "{f}/pickled", "--sparsity", "0.5"], "no run of a classifier", "run its recipe first"),
+    (["grid", "{f}/classifiers.yaml"], "tune", "by: accuracy"),
+    (["grid", "{f}/small.yaml", "--together", "2"], "together", "use workers"),
+    (["grid", "{f}/small.yaml", "--minutes=-1"], "minutes=-1", "at least 0"),
 ]
 
 
@@ -125,14 +128,12 @@ MISTAKES = [
 def wrong(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of inputs with one mistake each."""
     folder = tmp_path_factory.mktemp("wrong")
-    held_out = "{train: [a], validation: [b], test: [c]}"
     texts = {
         "unknown.yaml": "prune: {sparsty: 0.5}",
         "torn.yaml": "prune: {sparsity: 0.5",
         "list.yaml": "- prune",
         "short.txt": "A plum.",
         "grid.yaml": "base: {}\naxis: {}\naxes: {a: {b: {}}}\n",
-        "books.yaml": f"data: x.txt\nheld_out: {held_out}\nmodel: {{layer: 2}}\n",
         "pickled/pytorch_model.bin": "never opened",
         "digits.yaml": "images: digits\nmodel: resnet8",
         "small.yaml": "base: {}\naxes: {a: {b: {}}}\n",
@@ -164,7 +165,7 @@ def test_what_the_hub_says_is_put_in_one_line(call, monkeypatch: pytest.MonkeyPa
         raise OSError("We couldn't connect\nto the hub.\n")
 
     monkeypatch.setattr(fitting.AutoConfig, "from_pretrained", offline)
-    line = refused(call, "compress", "--model", "owner/name")
+    line = refused(call, "run", "--model", "owner/name")
     assert "model: 'owner/name' is neither" in line
     assert "(We couldn't connect to the hub.)" in line
 
@@ -189,7 +190,7 @@ def test_flags_win_over_set_and_set_over_the_recipe(call, tiny_folder: Path, tex
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(asked))
     arguments = ["--sparsity", 0.25, "--set", "prune={criterion: magnitude, sparsity: 0.7}", "--train", "norms"]
     arguments += ["--steps", 2, "--set", f"retrain.data={text_file}", "--set", "retrain.length=32"]
-    status, out, err = call("compress", tmp_path / "recipe.yaml", *arguments)
+    status, out, err = call("run", tmp_path / "recipe.yaml", *arguments)
     assert status == 0, err
     assert "norms: " in out
     used = load_recipe(tmp_path / "out" / "recipe.yaml")
@@ -212,6 +213,24 @@ def test_flags_win_over_set_and_set_over_the_recipe(call, tiny_folder: Path, tex
     ]
 
 
+def test_a_hash_is_of_what_a_recipe_says_beside_its_defaults() -> None:
+    """So that a new key changes none, and results of before it are found."""
+
+    def keys(*raws: dict[str, Any]) -> set[str]:
+        return {digest(parse(raw, class_of(raw) if "images" in raw else Recipe, "")) for raw in raws}
+
+    assert said(Recipe()) == {}
+    digits: dict[str, Any] = {"images": "digits", "model": "resnet8"}
+    whole = parse(digits, class_of(digits), "").model_dump(mode="json")
+    assert len(keys(digits, whole, digits | {"corruptions": None})) == 1
+    asked = digits | {"corruptions": {"severities": [1, 2, 3, 4, 5]}}
+    assert len(keys(digits, digits | {"corruptions": {}}, asked)) == 2
+    assert dense_key(parse(asked, class_of(asked), "")) == dense_key(parse(digits, class_of(digits), ""))
+    retrained = [{"retrain": {}}, {"retrain": {"compile": False, "lr": 1e-4}}, {"retrain": {}, "soup": None}]
+    assert len(keys(*retrained)) == 1
+    assert len(keys({}, {"retrain": {}}, {"retrain": {"lr": 2e-4}}, {"retrain": {}, "soup": {}})) == 4
+
+
 def test_show_prints_a_recipe_that_reads_back(call, tmp_path: Path) -> None:
     status, out, _ = call("show", "--set", "prune.pattern=2:4", "--set", "retrain.lr=1e-3")
     assert status == 0
@@ -228,7 +247,7 @@ def test_without_arguments_the_embedded_model_is_compressed(call, tmp_path: Path
     assert fitted(Recipe(), torch.device("cuda")).dtype == "auto"
     monkeypatch.chdir(tmp_path)
     few = ["--set", "calibrate.samples=2", "--set", f"evaluate.data={text_file}"]  # for the sake of time
-    status, out, err = call("compress", *few)
+    status, out, err = call("run", *few)
     assert status == 0, err
     assert "embedded" in out
     assert (tmp_path / "runs" / "compress" / "model" / "model.safetensors").exists()
@@ -239,25 +258,33 @@ def test_a_classifier_is_trained_pruned_and_compared(call, tmp_path: Path) -> No
     base["train"] = {"epochs": 1, "batch_size": 256, "warmup": 0}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(base))
     out = ["--out", tmp_path / "run"]
-    status, shown, err = call("train", tmp_path / "recipe.yaml", *out)
+    status, shown, err = call("run", tmp_path / "recipe.yaml", *out)
     assert status == 0, err
     assert "dense" in shown
-    status, shown, err = call("prune", tmp_path / "run", "--sparsity", 0.5, "--epochs", 1, "--schedule", "slr")
+    status, shown, err = call("run", tmp_path / "run", "--sparsity", 0.5, "--epochs", 1, "--schedule", "slr")
     assert status == 0, err
     assert all(word in shown for word in ("dense", "recalibrated", "retrained", "50.0", "pruned/report.png"))
+    numbers = tmp_path / "numbers.json"
+    status, shown, err = call("evaluate", tmp_path / "run" / "pruned", "--out", numbers)
+    assert status == 0, err
+    result = json.loads((tmp_path / "run" / "pruned" / "result.json").read_text())
+    found = json.loads(numbers.read_text())["accuracy"]
+    assert (found["top1"], found["loss"]) == (result["accuracy"], result["loss"])
+    assert f"{100 * result['accuracy']:.2f} %" in shown
     labels = {"dense": {}, "pruned": {"prune.sparsity": 0.5}}
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump({"base": base, "axes": {"method": labels}}))
-    status, shown, err = call("compare", tmp_path / "grid.yaml", "--out", tmp_path / "grid")
+    status, shown, err = call("grid", tmp_path / "grid.yaml", "--out", tmp_path / "grid")
     assert status == 0, err
     assert all(word in shown for word in ("accuracy", "dense", "pruned", "table.md"))
     status, shown, _ = call("show", tmp_path / "recipe.yaml", "--set", "prune.sparsity=0.9")
     assert yaml_value(shown, "")["prune"]["allocation"] == "global"
 
 
-def test_only_compress_takes_several_processes(call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_run_takes_several_processes(call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for command in (["demo"], ["compare", "x"], ["train", "x"], ["prune", "x"], ["pretrain", "x"], ["evaluate", "x"]):
+    for command in (["demo"], ["grid", "x"], ["average", "x", "--out", "y"], ["evaluate", "x"]):
         assert f"{command[0]} runs in one process, not in 2" in refused(call, *command)
+    assert "a classifier is trained in one process" in refused(call, "run", "--set", "images=digits")
 
 
 @pytest.mark.slow
@@ -268,7 +295,7 @@ def test_a_run_killed_for_good_ends_with_the_same_bits(tiny_folder: Path, text_f
         asked["retrain"]["steps"] = 200
         recipes[name] = parse(asked, Recipe, name)
     (tmp_path / "killed.yaml").write_text(yaml.safe_dump(recipes["killed"].model_dump(mode="json")))
-    process = start_command("compress", tmp_path / "killed.yaml")
+    process = start_command("run", tmp_path / "killed.yaml")
     block = tmp_path / "killed" / "work" / "blocks" / "model.layers.0.safetensors"
     deadline = time.monotonic() + 120
     while not block.exists():

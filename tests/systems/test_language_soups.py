@@ -18,7 +18,7 @@ from prunus.run import soups, stages
 from prunus.run.compare import compare
 from prunus.run.compress import compress
 from prunus.run.grid import Grid
-from prunus.run.recipe import Recipe, Retrain, Soup, digest, parse
+from prunus.run.recipe import Recipe, Retrain, Soup, parse
 from prunus.run.show import show_result
 from prunus.run.soups import BEST, LONGER, MEAN, SOUP
 from prunus.save import load_info
@@ -215,12 +215,6 @@ def test_wrong_soups_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as caught:
         parse(change, Recipe, "recipe.yaml")
     assert message in str(caught.value)
-
-
-def test_recipes_without_a_soup_keep_their_hash() -> None:
-    asked = parse({"retrain": {}}, Recipe, "")
-    assert "soup" not in asked.model_dump(mode="json")
-    assert digest(parse({"retrain": {}, "soup": {}}, Recipe, "")) != digest(asked)
 
 
 def test_a_grid_of_soups(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:

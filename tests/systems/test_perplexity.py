@@ -7,9 +7,9 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from ngram import count_ngrams, fit_weights, trigram_perplexity, unigram_perplexity
 from transformers import OPTConfig, OPTForCausalLM
 
-from prunus.measure.ngram import count_ngrams, fit_weights, trigram_perplexity, unigram_perplexity
 from prunus.measure.perplexity import perplexity
 
 

@@ -4,14 +4,14 @@ import json
 import random
 from pathlib import Path
 
+import pretrain as module
 import pytest
 import torch
+from pretrain import HeldOut, ModelSize, PretrainRecipe, main, pretrain, read_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prunus.data.texts import tokenize_documents
 from prunus.measure.perplexity import perplexity
-from prunus.run import pretrain as module
-from prunus.run.pretrain import HeldOut, ModelSize, PretrainRecipe, pretrain, read_recipe
 
 NOUNS, VERBS = ["cat", "dog", "warden", "ship", "island", "lady"], ["sees", "finds", "loves", "leaves", "fears"]
 
@@ -111,6 +111,13 @@ def test_wrong_recipes_are_refused(tmp_path, recipe):
     path.write_text("data: x.txt\nheld_out: {train: [a], validation: [b], test: [c]}\nstep: 5\n")
     with pytest.raises(ValueError, match=r"recipe.yaml: unknown key 'step'; did you mean 'steps'"):
         read_recipe(path)
+
+
+def test_a_mistake_is_one_line_and_status_2(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([str(tmp_path / "nowhere.yaml")])
+    assert caught.value.code == 2
+    assert "no recipe" in capsys.readouterr().err
 
 
 def test_the_embedded_recipe_reads():

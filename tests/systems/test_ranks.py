@@ -31,18 +31,18 @@ SHARED = {"prune": {"criterion": "sparsegpt", "pattern": "2:4"}}  # calibration 
 
 
 def two_processes(recipe: Path, launcher: bool) -> str:
-    """What `prunus compress` printed in all, begun by torchrun or as two ranks that know each other already."""
+    """What `prunus run` printed in all, begun by torchrun or as two ranks that know each other already."""
     if not launcher:
         return "".join(run_ranks(command, str(recipe), folder=recipe.parent))
     own = os.environ | {"OMP_NUM_THREADS": "1"}
-    called = [sys.executable, "-m", *LAUNCH, "compress", str(recipe)]
+    called = [sys.executable, "-m", *LAUNCH, "run", str(recipe)]
     done = subprocess.run(called, env=own, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 def command(recipe: str) -> None:
-    sys.argv = ["prunus", "compress", recipe]
+    sys.argv = ["prunus", "run", recipe]
     with pytest.raises(SystemExit, match="0"):
         main()
 

@@ -169,12 +169,6 @@ def test_sets_made_ahead_are_those_that_a_run_reads(tmp_path: Path, monkeypatch:
     assert whole["sets"]["contrast"]["2"]["images"] == 30
 
 
-def test_a_recipe_without_a_count_of_images_keeps_its_hash(tmp_path: Path) -> None:
-    plain, some = ({"names": ["fog"], **more} for more in ({}, {"images": 10}))
-    keys = [asked(tmp_path, corruptions=each).model_dump(mode="json")["corruptions"] for each in (plain, some)]
-    assert [key.get("images", "left out") for key in keys] == ["left out", 10]
-
-
 def test_the_tables_say_what_the_results_say() -> None:
     """Two seeds of which the soup wins one."""
 

@@ -40,9 +40,9 @@ from prunus.soup.imp import Phase, imp
 from prunus.train.batchnorm import recalibrate_
 from prunus.train.lr import retraining
 from tests.processes import start_command
-from tests.systems.test_vision import Tiny, raw, tiny
+from tests.systems.test_vision import Tiny, few, raw, tiny
 
-__all__ = ["tiny"]
+__all__ = ["few", "tiny"]
 
 PRUNED: dict[str, Any] = {"prune": {"sparsity": 0.9, "phases": 2}, "retrain": {"schedule": "allr", "epochs": 1}}
 
@@ -84,7 +84,7 @@ def test_a_soup_leaves_what_it_says(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("tiny")
 def test_the_recipe_is_the_library_s_loop(tmp_path: Path) -> None:
-    """Every phase of `prunus soup` against `sms_` with `train` called by hand: the same bits."""
+    """Every phase of `prunus run` against `sms_` with `train` called by hand: the same bits."""
     recipe = asked(tmp_path)
     result = soup_run(recipe)
     setting, dense = Setting.of(recipe), read_dense(next((tmp_path / "dense").glob("*/")))
@@ -278,7 +278,7 @@ def test_soups_of_three_and_five_share_their_members(tmp_path: Path, monkeypatch
     found = {(each["members"], each["sparsity"]): each["metrics"] for each in rows}
     assert found["3", "90 %"]["epochs"]["mean"] == 5
     assert found["1", "90 %"]["mean_member"] == found["5", "90 %"]["imp"] == found["3", "90 %"]["imp"]
-    assert len(list((tmp_path / "grid" / "dense").glob("*/"))) == 2
+    assert len([each for each in (tmp_path / "grid" / "dense").iterdir() if each.is_dir()]) == 2
     assert "| members | sparsity | accuracy | imp | mean_member |" in (tmp_path / "grid" / "table.md").read_text()
     alone = soup_run(asked(tmp_path / "alone", {"members": 5}, prune={"sparsity": 0.9}, seed=1))
     lines = [json.loads(line) for line in (tmp_path / "grid" / "members.jsonl").read_text().splitlines()]
@@ -358,27 +358,39 @@ def test_the_command_shows_a_table_or_one_line(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("COLUMNS", "200")  # paths are not broken
     made = asked(tmp_path / "out").model_dump(mode="json")
     (tmp_path / "soup.yaml").write_text(yaml.safe_dump(made))
-    done = CliRunner().invoke(app, ["soup", str(tmp_path / "soup.yaml"), "--out", str(tmp_path / "out")])
+    done = CliRunner().invoke(app, ["run", str(tmp_path / "soup.yaml"), "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     assert all(word in done.output for word in ("mean member", "ensemble", "inference", "result.json"))
     shown = CliRunner().invoke(app, ["show", str(tmp_path / "soup.yaml")])
     assert yaml.safe_load(shown.output)["soup"]["members"] == 3
-    other = CliRunner().invoke(app, ["soup", str(tmp_path / "soup.yaml"), "--set", "soup.members=2"])
+    other = CliRunner().invoke(app, ["run", str(tmp_path / "soup.yaml"), "--set", "soup.members=2"])
     assert "holds the result of another recipe" in str(other.exception)
-    none = CliRunner().invoke(app, ["soup", str(tmp_path / "soup.yaml"), "--workers", "0"])
+    none = CliRunner().invoke(app, ["run", str(tmp_path / "soup.yaml"), "--workers", "0"])
     assert "workers and together are at least 1" in str(none.exception)
     del made["soup"]
     (tmp_path / "plain.yaml").write_text(yaml.safe_dump(made))
-    plain = CliRunner().invoke(app, ["soup", str(tmp_path / "plain.yaml")])
-    assert "add soup: {members: 3}" in str(plain.exception)
+    plain = CliRunner().invoke(app, ["run", str(tmp_path / "plain.yaml"), "--workers", "2"])
+    assert "this recipe has none" in str(plain.exception)
+
+
+def killable(out: Path, images: str) -> dict[str, Any]:
+    return asked(out, {"baselines": ["imp"]}, images={"source": images}).model_dump(mode="json")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, few: str) -> dict[str, Any]:
+    """The soup that is killed below, run to its end at once."""
+    return soup_run(parse(killable(tmp_path_factory.mktemp("unbroken") / "out", few), SoupRecipe, "whole"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [("--together", "2"), ("--workers", "2")], ids=" ".join)
-def test_a_soup_killed_for_good_keeps_its_members(tmp_path: Path, flags: tuple[str, ...]) -> None:
-    made = asked(tmp_path / "killed", {"baselines": ["imp"]}).model_dump(mode="json")
+def test_a_soup_killed_for_good_keeps_its_members(
+    tmp_path: Path, flags: tuple[str, ...], few: str, unbroken: dict[str, Any]
+) -> None:
+    made = killable(tmp_path / "killed", few)
     (tmp_path / "soup.yaml").write_text(yaml.safe_dump(made))
-    process = start_command("soup", tmp_path / "soup.yaml", *flags)
+    process = start_command("run", tmp_path / "soup.yaml", *flags)
     deadline = time.monotonic() + 240
     while not (done := list((tmp_path / "killed" / "members" / "trainings").glob("*.json"))):
         assert process.exitcode is None, "the soup ended before it was killed"
@@ -390,8 +402,7 @@ def test_a_soup_killed_for_good_keeps_its_members(tmp_path: Path, flags: tuple[s
     assert not (tmp_path / "killed" / "result.json").exists()
     times = {path: path.stat().st_mtime_ns for path in done}
     resumed = soup_run(parse(made, SoupRecipe, "killed"))
-    whole = soup_run(parse(made | {"out": str(tmp_path / "whole")}, SoupRecipe, "whole"))
-    assert [each["loss"] for each in resumed["rows"]] == [each["loss"] for each in whole["rows"]]
+    assert [each["loss"] for each in resumed["rows"]] == [each["loss"] for each in unbroken["rows"]]
     assert {path: path.stat().st_mtime_ns for path in done} == times
 
 
@@ -604,7 +615,7 @@ def test_a_ray_run_on_local_workers_is_the_sequential_one(tmp_path: Path) -> Non
     for name, flags in (("one", ()), ("ray", ("--ray", "local"))):
         made = asked(tmp_path / name, {"baselines": ["longer", "swa"], "plane": 0}).model_dump(mode="json")
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(made))
-        process = start_command("soup", tmp_path / f"{name}.yaml", *flags)
+        process = start_command("run", tmp_path / f"{name}.yaml", *flags)
         process.join(timeout=280)
         assert process.exitcode == 0
         done[name] = json.loads((tmp_path / name / "result.json").read_text())

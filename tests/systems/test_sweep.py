@@ -1,4 +1,4 @@
-"""`prunus sweep`: many compression rates of one dense training, resumed, from runs and from files, and its mistakes."""
+"""Sweeps: many compression rates of one dense training, resumed, from runs and from files, and its mistakes."""
 
 from __future__ import annotations
 
@@ -95,51 +95,52 @@ def test_a_sweep_may_retrain(run: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_state_dict_is_swept_as_its_run_is(run: Path, tmp_path: Path) -> None:
     made = raw(tmp_path)
     del made["out"]
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(made))
     torch.save(load_file(run / "dense" / "model.safetensors"), tmp_path / "weights.pt")
     options: dict[str, Any] = {"kinds": ["zeros"], "rates": [0.5], "timed": 8}
     expected = numbers(sweep(sweep_of(run, **options)))
     for name in ("run/dense/model.safetensors", "weights.pt"):
-        asked = sweep_of(tmp_path / name, recipe=tmp_path / "recipe.yaml", out=tmp_path / f"out-{name[:3]}", **options)
+        asked = sweep_of(tmp_path / name, recipe=made, out=tmp_path / f"out-{name[:3]}", **options)
         assert numbers(sweep(asked)) == expected
-    retrained = sweep_of(
-        tmp_path / "weights.pt", recipe=tmp_path / "recipe.yaml", retrain={"epochs": 1}, out=tmp_path / "r", **options
-    )
+    retrained = sweep_of(tmp_path / "weights.pt", recipe=made, retrain={"epochs": 1}, out=tmp_path / "r", **options)
     assert sweep(retrained)["points"][0]["epochs"] == 1
 
 
 def test_mistakes_end_in_one_line(run: Path, tmp_path: Path, call: Any) -> None:
     other = {**raw(tmp_path), "model": "resnet8"}
     del other["out"]
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(other))
     (tmp_path / "broken.safetensors").write_bytes(b"nonsense")
     (tmp_path / "empty").mkdir()
     torch.save([1], tmp_path / "list.pt")
     torch.save({"0.weight": torch.zeros(1)}, tmp_path / "other.pt")
-    recipe = ("--recipe", tmp_path / "recipe.yaml", "--out", tmp_path / "out")
-    wrong: list[tuple[tuple[Any, ...], str]] = [
-        ((tmp_path / "nowhere",), "is not there; give the folder of a finished run"),
-        ((tmp_path / "empty",), "train one first"),
-        ((run, "--kinds", "zeroes"), "kinds: there is no 'zeroes'; there are zeros"),
-        ((run, "--rates", "0.5,1"), "sparsity is the share of zeros, in [0, 1)"),
-        ((run, "--rates", "half"), "is not numbers with commas"),
-        ((run, "--images", "0"), "an image to time"),
-        ((run, "--epochs", "-1"), "retrain.epochs"),
-        ((run, "--epochs", "1", "--schedule", "lr"), "retrain.schedule"),
-        ((run, "--set", "train.lr=1"), "was trained otherwise"),
-        ((run / "model.safetensors",), "needs --recipe"),
-        ((tmp_path / "broken.safetensors", *recipe), "is no state dict that can be read"),
-        ((tmp_path / "list.pt", *recipe), "holds a list, not a state dict"),
-        ((tmp_path / "other.pt", *recipe), "is not of the recipe's network"),
+    wrong: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+        ({"start": tmp_path / "nowhere"}, {}, "is not there; give the folder of a finished run"),
+        ({"start": tmp_path / "empty"}, {}, "run its recipe first"),
+        ({"kinds": ["zeroes"]}, {}, "sweep.kinds.0: Input should be 'zeros'"),
+        ({"rates": [0.5, 1]}, {}, "sparsity is the share of zeros, in [0, 1)"),
+        ({"rates": "half"}, {}, "sweep.rates"),
+        ({"timed": 0}, {}, "sweep.timed"),
+        ({"image": 8}, {}, "unknown key 'sweep.image'"),
+        ({}, {"retrain": {"epochs": -1}}, "retrain.epochs"),
+        ({}, {"retrain": {"epochs": 1, "schedule": "lr"}}, "retrain.schedule"),
+        ({}, {"train": {"lr": 1}}, "was trained otherwise"),
+        ({"start": run / "model.safetensors"}, {}, "needs the recipe of its network as `base`"),
+        ({"start": tmp_path / "broken.safetensors"}, other, "is no state dict that can be read"),
+        ({"start": tmp_path / "list.pt"}, other, "holds a list, not a state dict"),
+        ({"start": tmp_path / "other.pt"}, other, "is not of the recipe's network"),
     ]
-    for arguments, message in wrong:
-        status, _, error = call("sweep", *arguments)
-        assert (status, message in error, error.count("\n")) == (2, True, 1), (arguments, error)
+    for asked, base, message in wrong:
+        file = {"sweep": {"start": str(run), **asked}, "base": base}
+        file["sweep"]["start"] = str(file["sweep"]["start"])
+        (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(file))
+        status, _, error = call("grid", tmp_path / "sweep.yaml")
+        assert (status, message in error, error.count("\n")) == (2, True, 1), (file, error)
     assert not (run / "sweep").exists()
 
 
-def test_the_command_shows_a_row_a_point(run: Path, call: Any) -> None:
-    status, out, _ = call("sweep", run, "--kinds", "zeros", "--rates", "0.5,0.8", "--images", "8")
+def test_the_command_shows_a_row_a_point(run: Path, tmp_path: Path, call: Any) -> None:
+    asked = {"start": str(run), "kinds": ["zeros"], "rates": [0.5, 0.8], "timed": 8}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"sweep": asked}))
+    status, out, _ = call("grid", tmp_path / "sweep.yaml")
     assert status == 0
     assert out.count("zeros") >= 2
     assert "sweep.json" in out

@@ -21,9 +21,9 @@ from prunus.run.vision import stages
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.train import train_run
 from tests.processes import start_command
-from tests.systems.test_vision import raw, tiny
+from tests.systems.test_vision import few, raw, tiny
 
-__all__ = ["tiny"]
+__all__ = ["few", "tiny"]
 
 
 def grid(out: Path, **changes: Any) -> Grid:
@@ -268,14 +268,15 @@ def test_wrong_grids_of_classifiers_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_grid_killed_for_good_repeats_nothing_finished(tmp_path: Path) -> None:
+def test_a_grid_killed_for_good_repeats_nothing_finished(tmp_path: Path, few: str) -> None:
     def asked(out: Path) -> dict[str, Any]:
         made = grid(out, **SMALL).model_dump(mode="json")
+        made["base"]["images"] = few
         made["base"]["train"]["epochs"] = 1
         return made
 
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(asked(tmp_path / "killed")))
-    process = start_command("compare", tmp_path / "grid.yaml", "--workers", "2")
+    process = start_command("grid", tmp_path / "grid.yaml", "--workers", "2")
     deadline = time.monotonic() + 120
     while not (done := list((tmp_path / "killed").glob("dense/*/metrics.json"))):
         assert process.exitcode is None, "the grid ended before it was killed"

@@ -1,11 +1,10 @@
-"""Measurements of a model, and the baselines they are held against."""
+"""Measurements of a model."""
 
 from prunus.measure.accuracy import Accuracy, accuracy
 from prunus.measure.corruptions import MEASURES, Corrupted, corrupted_accuracy, corrupted_sets
 from prunus.measure.cost import Cost, Energy, cost, flops_of, own_flops, weight_change
 from prunus.measure.ensemble import Ensemble, ensemble_accuracy
 from prunus.measure.latency import latency
-from prunus.measure.ngram import count_ngrams, fit_weights, trigram_perplexity, unigram_perplexity
 from prunus.measure.perplexity import perplexity
 from prunus.measure.streamed import streamed_perplexity
 from prunus.measure.zeroshot import read_task, zero_shot
@@ -21,17 +20,13 @@ __all__ = [
     "corrupted_accuracy",
     "corrupted_sets",
     "cost",
-    "count_ngrams",
     "ensemble_accuracy",
-    "fit_weights",
     "flops_of",
     "latency",
     "own_flops",
     "perplexity",
     "read_task",
     "streamed_perplexity",
-    "trigram_perplexity",
-    "unigram_perplexity",
     "weight_change",
     "zero_shot",
 ]

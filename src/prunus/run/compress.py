@@ -30,7 +30,7 @@ from prunus.masks import Masks
 from prunus.report import Advance, append_metrics, plot_compression, progress, read_metrics
 from prunus.run import stages
 from prunus.run.fitted import fitted, home
-from prunus.run.recipe import Recipe, digest
+from prunus.run.recipe import Recipe, digest, said
 from prunus.run.soups import Pruned, blend
 from prunus.save import save_model, save_tensors
 from prunus.stream import BlockReport, Shards, Streamed, Work
@@ -114,9 +114,7 @@ class _Run:
     def _prune(self, loaded: stages.Loaded) -> Streamed:
         # The work folder's blocks depend on these sections alone, so a run may be resumed with other retraining.
         recipe = self.recipe
-        decides = recipe.model_dump(
-            mode="json", include={"model", "dtype", "precision", "prune", "calibrate", "reconstruct"}
-        )
+        decides = said(recipe, only={"model", "dtype", "precision", "prune", "calibrate", "reconstruct"})
         work = Work(self._blocks(), digest(decides), writes=ranks.is_main()).open()
         blocks = int(getattr(loaded.model.config, "num_hidden_layers", 0)) or None
         with self._bar("prune", blocks) as advance:
@@ -252,7 +250,7 @@ class _Run:
 def _check_shares(recipe: Recipe) -> None:
     asked, world = recipe.retrain, ranks.count()
     if recipe.soup is not None and world > 1:
-        raise ValueError(f"soup: members are trained in one process, not in {world}; start `prunus compress` alone")
+        raise ValueError(f"soup: members are trained in one process, not in {world}; start `prunus run` alone")
     if asked is not None and asked.batch_size % world:
         raise ValueError(
             f"retrain.batch_size: {asked.batch_size} sequences cannot be shared by {world} processes; "

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from prunus.run.layout import Layout, Show
-from prunus.run.recipe import Strict, digest, merge, parse, read_yaml
+from prunus.run.recipe import Strict, digest, merge, parse, read_yaml, said
 from prunus.run.store import Job, Store
 from prunus.run.tasks import Task, task_of
 
@@ -184,7 +184,7 @@ class Member:
     @cached_property
     def key(self) -> str:
         """Name of the member's result file: a hash of what decides the result."""
-        return digest(self.recipe.model_dump(mode="json", exclude={"out", "save"}))[:24]
+        return digest(said(self.recipe, but={"out", "save"}))[:24]
 
     @cached_property
     def job(self) -> Job:

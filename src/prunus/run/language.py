@@ -23,7 +23,7 @@ from prunus.run import stages
 from prunus.run.fitted import fitted
 from prunus.run.language_tables import row, write
 from prunus.run.layout import Show
-from prunus.run.recipe import Recipe, Retrain, digest, merge, parse
+from prunus.run.recipe import Recipe, Retrain, digest, merge, parse, said
 from prunus.run.soups import LONGER, SOUP, Pruned, averaged, longer_of, member_key, members_of
 from prunus.run.store import Job, Store
 
@@ -39,7 +39,7 @@ def pruned_job(recipe: Recipe) -> Job:
 
     What was fitted block by block is another one for each setting of that, and changes everything: it is not kept.
     """
-    key = digest(recipe.model_dump(mode="json", include=_DECIDES))[:24]
+    key = digest(said(recipe, only=_DECIDES))[:24]
     return Job("starts", key, partial(_prune, recipe), passing=recipe.reconstruct is not None)
 
 

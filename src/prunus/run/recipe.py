@@ -11,19 +11,17 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-import pydantic
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
-    model_serializer,
     model_validator,
 )
 
@@ -57,11 +55,13 @@ __all__ = [
     "merge",
     "parse",
     "read_yaml",
+    "said",
     "yaml_value",
 ]
 
 Init = Literal["kaiming", "gaussian"]
 Section = TypeVar("Section", bound=BaseModel)
+Keys = set[str] | Mapping[str, Any]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -83,7 +83,13 @@ Device = Annotated[str, AfterValidator(_device)]
 class Strict(BaseModel):
     """A frozen section that refuses keys it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), ser_json_inf_nan="constants")
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+        ser_json_inf_nan="constants",
+        use_attribute_docstrings=True,
+    )
 
 
 class Data(Strict):
@@ -138,12 +144,19 @@ class Prune(Strict):
     """Which weights go: a criterion, a pattern and a sparsity (the share of zeros, in [0, 1))."""
 
     criterion: CriterionName = "wanda"
+    """How weights are scored, or layers solved."""
     pattern: PatternName = "unstructured"
+    """unstructured, N:M (at most N nonzeros of M) such as 2:4, block RxC, filters."""
     sparsity: float = 0.5
+    """Share of zeros, in [0, 1)."""
     scope: Literal["row", "layer", "model"] | None = None
+    """Which scores compete."""
     allocation: AllocationName = "uniform"
+    """How many weights each layer keeps."""
     include: tuple[str, ...] = ()
+    """Globs of layers: only these are pruned."""
     exclude: tuple[str, ...] = ()
+    """Globs of layers that stay dense."""
 
     @model_validator(mode="before")
     @classmethod
@@ -183,28 +196,35 @@ class Retrain(Strict):
     """Which parameters are retrained on packed text, and how (AdamW, linear decay after a linear warm-up)."""
 
     train: Subsets = ("mask_lora",)
+    """Parameters: biases,norms or mask_lora or full ..."""
     data: Data = Data(source="embedded", split="train")
     steps: Annotated[int, Field(ge=1)] = 200
+    """Optimizer steps."""
     batch_size: Annotated[int, Field(ge=1)] = 8
+    """Sequences at a time."""
     length: Annotated[int, Field(ge=2)] = 1024
+    """Tokens a sequence."""
     accumulate: Annotated[int, Field(ge=1)] = 1
+    """Batches whose gradients make one step."""
     lr: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate."""
     lrs: dict[str, Annotated[float, Field(gt=0)]] = {}
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the steps in which the rate rises."""
     rank: Annotated[int, Field(ge=1)] = 16
+    """Of adapters."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Of adapters: the update is scaled by alpha / rank."""
     init: Init = "kaiming"
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     add_biases: bool = False
+    """Give layers zero biases first."""
     checkpointing: bool | Literal["auto"] = False
     keep_effective: bool = False
     compile: bool = False
+    """Compile the blocks."""
     seed: int = 0
-
-    @model_serializer(mode="wrap")
-    def _plain(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `compile` when it is not set: recipes written before it was there keep their hashes."""
-        return {key: value for key, value in inner(self).items() if key != "compile" or value}
+    """Of the order of sequences, and of adapters."""
 
     @model_validator(mode="after")
     def _check(self) -> Retrain:
@@ -265,9 +285,13 @@ class Evaluate(Strict):
 
     data: dict[str, Data] = {"held-out": Data(source="embedded", split="test")}
     window: Annotated[int, Field(ge=2)] | None = None
+    """Tokens a window; the model's own length (at most 2048) if left out."""
     batch_size: Annotated[int, Field(ge=1)] = 4
+    """Windows at a time."""
     tasks: dict[str, str] = {}
+    """Zero-shot tasks and their files (needs the extra 'zeroshot')."""
     task_batch_size: Annotated[int, Field(ge=1)] = 16
+    """Requests of zero-shot tasks at a time."""
 
     @model_validator(mode="after")
     def _check_tasks(self) -> Evaluate:
@@ -287,17 +311,20 @@ class Evaluate(Strict):
 class Recipe(Strict):
     """A whole compression run: load, prune, (reconstruct), (retrain, merge), evaluate, save.
 
-    model: a Hugging Face name or folder, a .gguf file, or "embedded".
-    dtype: of the weights in memory and on disk; "auto" is the checkpoint's own.
-    precision: of matrix products while retraining (autocast); trained parameters are float32 throughout.
-    streaming: read blocks from the checkpoint one at a time (for models larger than memory).
+    model: a Hugging Face name or folder, a .gguf file, or "embedded". dtype: "auto" is the checkpoint's own.
+    precision: autocast while retraining; trained parameters are float32 throughout.
     """
 
     model: str = "embedded"
+    """Name, folder or file; 'embedded'; or a network such as resnet18."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the weights in memory and on disk."""
     device: Device = "auto"
+    """auto, cpu, cuda or one GPU such as cuda:1."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of matrix products."""
     streaming: bool = False
+    """Read blocks from the checkpoint one at a time, for models larger than memory."""
     prune: Prune = Prune()
     calibrate: Calibrate = Calibrate()
     reconstruct: Reconstruct | None = None
@@ -305,12 +332,9 @@ class Recipe(Strict):
     soup: Soup | None = None
     evaluate: Evaluate = Evaluate()
     out: str = "runs/compress"
+    """Run folder."""
     save: bool = True
-
-    @pydantic.model_serializer(mode="wrap")
-    def _lean(self, handler: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `soup` where there is none, so that recipes older than the key keep their hashes."""
-        return {key: value for key, value in handler(self).items() if key != "soup" or value is not None}
+    """Whether the model is written."""
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -364,9 +388,18 @@ def merge(raw: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+def said(section: BaseModel, *, only: Keys | None = None, but: Keys | None = None) -> dict[str, Any]:
+    """What a recipe or a section says beside its defaults, as JSON: what hashes are made of.
+
+    A key that is added later, with a default that means what was done before, changes no hash. only, but: keys of the
+    section, or nested mappings of them.
+    """
+    return section.model_dump(mode="json", exclude_defaults=True, include=only, exclude=but)
+
+
 def digest(value: Any) -> str:
-    """Hash of a JSON-like value or a recipe, independent of key order."""
-    plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+    """Hash of a JSON-like value, or of what a recipe says, independent of key order."""
+    plain = said(value) if isinstance(value, BaseModel) else value
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -41,7 +41,13 @@ def _retrainings(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def show_evaluation(model: str, numbers: Mapping[str, Any]) -> None:
-    """The table of one evaluation."""
+    """The table of one evaluation, of a language model or of a classifier."""
+    if "accuracy" in numbers:
+        print_table(
+            [{"accuracy": _percent(numbers["accuracy"]["top1"]), **_companions(numbers["accuracy"])}], title=model
+        )
+        _show_corrupted(numbers.get("corrupted", {}))
+        return
     print_table([{"data": name, "perplexity": value} for name, value in numbers["perplexity"].items()], title=model)
     _show_tasks(numbers.get("zero_shot", {}))
 
@@ -138,20 +144,27 @@ def _on_corrupted(row: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str
     return {"corrupted": f"{100 * row['corrupted']['top1']:.2f} %" if "corrupted" in row else None}
 
 
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def _companions(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands beside an accuracy."""
+    return {
+        "loss": found["loss"],
+        "calibration error": found["calibration_error"],
+        "its maximum": found["maximum_calibration_error"],
+        "worst class": _percent(found["worst_class"]),
+    }
+
+
 def _show_corrupted(found: Mapping[str, Any]) -> None:
     """A row a corruption and one a severity, each a mean over the sets it has, and the mean of all."""
     if not found:
         return
     rows = {**found["by_name"], **{f"severity {k}": row for k, row in found["by_severity"].items()}}
     shown = [
-        {
-            "corruption": name,
-            "accuracy": f"{100 * row['top1']:.2f} %",
-            "loss": row["loss"],
-            "calibration error": row["calibration_error"],
-            "its maximum": row["maximum_calibration_error"],
-            "worst class": f"{100 * row['worst_class']:.2f} %",
-        }
+        {"corruption": name, "accuracy": _percent(row["top1"]), **_companions(row)}
         for name, row in {**rows, "mean": found["mean"]}.items()
     ]
     print_table(shown, title="corrupted images")

@@ -23,7 +23,7 @@ import torch
 from prunus.machine import write_json
 from prunus.masks import Masks
 from prunus.run import stages
-from prunus.run.recipe import Recipe, Retrain, digest
+from prunus.run.recipe import Recipe, Retrain, digest, said
 from prunus.save import average_folders, save_model
 from prunus.soup import check_weights, sms
 
@@ -119,8 +119,7 @@ def longer_of(recipe: Recipe) -> Retrain | None:
 
 def member_key(recipe: Recipe, asked: Retrain) -> str:
     """Hash of what decides a member: everything but the other members, the output and what is done later."""
-    whole = recipe.model_dump(mode="json", exclude={"soup", "out", "save"})
-    return digest({**whole, "retrain": asked.model_dump(mode="json")})
+    return digest({**said(recipe, but={"soup", "out", "save"}), "retrain": said(asked)})
 
 
 def blend(pruned: Pruned, folder: Path, soup: Path) -> Souped:

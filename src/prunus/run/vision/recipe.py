@@ -18,9 +18,7 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
-    SerializerFunctionWrapHandler,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
@@ -37,7 +35,7 @@ from prunus.run.names import (
     methods,
     pattern_of,
 )
-from prunus.run.recipe import Device, Share, Strict, digest, looks_local, merge, parse, read_yaml
+from prunus.run.recipe import Device, Share, Strict, digest, looks_local, merge, parse, read_yaml, said
 from prunus.run.vision.optimizers import Decay, OptimizerChoice, Pull
 from prunus.score import Allocation, Criterion, allocation_of, check_comparable, compared, criterion_of
 
@@ -121,7 +119,7 @@ class Training(Strict):
     penalty: what is added to the loss of the first training, not of retraining.
     clip: largest norm of the gradient. ema: decay of a running mean of the weights, which then is what is measured.
     snapshots: epochs after which the weights are kept, for weight rewinding.
-    evaluate_every: epochs between measurements while `prunus train` trains; 0 measures at the end alone.
+    evaluate_every: epochs between measurements while `prunus run` trains; 0 measures at the end alone.
     """
 
     epochs: Count = 30
@@ -167,10 +165,15 @@ class Pruning(Strict):
 
     sparsity: float = 0.9
     kind: Kind = "zeros"
+    """What becomes of the network: zeros, or a smaller one."""
     criterion: CriterionName = "magnitude"
+    """How weights are scored, or layers solved."""
     allocation: AllocationName = "global"
+    """How many weights each layer keeps."""
     pattern: PatternName = "unstructured"
+    """unstructured, N:M (at most N nonzeros of M) such as 2:4, block RxC, filters."""
     phases: Count = 1
+    """Prune and retrain that many times."""
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
@@ -231,11 +234,16 @@ class Retraining(Strict):
     """
 
     schedule: RetrainingName = "allr"
+    """Of the learning rate."""
     epochs: Positive | None = None
+    """How long, in epochs of the training images."""
     share: Positive | None = None
+    """How long, as a share of the dense training."""
     of: Literal["phase", "total"] = "phase"
+    """The budget is that of each phase, or of all together."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     rewind: Annotated[int, Field(ge=0)] | None = None
+    """Epoch whose weights the surviving ones take again."""
     lr: Positive | None = None
 
     @model_validator(mode="after")
@@ -266,11 +274,6 @@ class Corruptions(Strict):
     images: Count | None = None
     seed: int = 0
 
-    @model_serializer(mode="wrap")
-    def _lean(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `images` where all are taken, so that recipes older than the key keep their hashes."""
-        return {key: value for key, value in handler(self).items() if key != "images" or value is not None}
-
 
 def _during(value: Any) -> Any:
     """One method by name with the options that its class takes."""
@@ -293,11 +296,13 @@ class ClassifierRecipe(Strict):
     images: ImageSource
     model: str = "resnet18"
     seed: int = 0
+    """Of weights, order and augmentation."""
     train: Training = Training()
     during: Annotated[dict[str, dict[str, Any]] | None, BeforeValidator(_during)] = None
     prune: Pruning | None = None
     retrain: Retraining | None = None
     recalibrate: Share = 1.0
+    """Share of the images that count BatchNorm anew."""
     corruptions: Corruptions | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: Device = "auto"
@@ -305,12 +310,6 @@ class ClassifierRecipe(Strict):
     compile: bool = False
     channels_last: Literal["auto"] | bool = "auto"
     out: str = "runs/train"
-
-    @model_serializer(mode="wrap")
-    def _lean(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `corruptions` where there are none, so that recipes older than the key keep their hashes."""
-        whole = handler(self)
-        return {key: value for key, value in whole.items() if key != "corruptions" or value is not None}
 
     @model_validator(mode="after")
     def _check(self) -> ClassifierRecipe:
@@ -361,8 +360,7 @@ def load_classifier(path: Path | None, overrides: dict[str, Any] | None = None) 
     raw = merge({} if path is None else read_yaml(path), overrides or {})
     if "images" not in raw:
         raise ValueError(
-            f"{path or 'flags'}: no key 'images', so this is no classifier recipe; add images: {{source: ...}}, "
-            "or run it with `prunus compress`"
+            f"{path or 'flags'}: no key 'images', so this is no classifier recipe; add images: {{source: ...}}"
         )
     return parse(raw, ClassifierRecipe, str(path or "flags"))
 
@@ -376,8 +374,8 @@ def dense_of(recipe: ClassifierRecipe) -> ClassifierRecipe:
 
 def dense_key(recipe: ClassifierRecipe) -> str:
     """Hash of what decides the dense training: recipes that agree on it share the run."""
-    plain: dict[str, Any] = dense_of(recipe).model_dump(mode="json", exclude={"out"})
-    del plain["train"]["evaluate_every"]
-    if plain["images"]["measure_on"] == "both":  # which trains on the images that "validation" trains on
-        plain["images"]["measure_on"] = "validation"
-    return digest(plain)[:24]
+    dense = dense_of(recipe)
+    if dense.images.measure_on == "both":  # which trains on the images that "validation" trains on
+        images = dense.images.model_copy(update={"measure_on": "validation"})
+        dense = dense.model_copy(update={"images": images})
+    return digest(said(dense, but={"out": True, "train": {"evaluate_every"}}))[:24]

@@ -1,8 +1,10 @@
-"""`prunus sweep`: one finished dense training, many compression rates, kind by kind, measured right after pruning.
+"""A sweep: one finished dense training, many compression rates, kind by kind, measured right after pruning.
 
     dense ─▶ kind x rate ─▶ [pruned, BatchNorm counted anew, (retrained)] ─▶ accuracy, parameters, operations, latency
 
     out/sweep.json    everything      out/table.md, out/sweep.png    for people      out/points/    one file a point
+
+    prunus grid sweep.yaml      sweep: {start: runs/dense, kinds: [filters], rates: [0.3, 0.5]}, base: {...}, out: ...
 
 A killed sweep goes on: points that are finished are not repeated.
 """
@@ -18,25 +20,27 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from prunus.machine import write_json, write_text
 from prunus.measure import latency
 from prunus.report import markdown_table, plot_sweep
 from prunus.run.pool import Workers, run
-from prunus.run.recipe import digest
+from prunus.run.recipe import Strict, digest, merge, parse, read_yaml, said
 from prunus.run.store import Job, Store
 from prunus.run.vision import stages
 from prunus.run.vision.dense import adopt
 from prunus.run.vision.experiment import experiment
-from prunus.run.vision.recipe import ClassifierRecipe, Kind, dense_of, load_classifier
+from prunus.run.vision.recipe import ClassifierRecipe, Kind, dense_of
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.starts import ClassifierJobs
 from prunus.run.vision.train import pruning_of
 
-__all__ = ["KINDS", "RATES", "Sweep", "rows_of", "sweep", "sweep_of"]
+__all__ = ["KINDS", "RATES", "Sweep", "SweepFile", "Swept", "load_sweep", "rows_of", "sweep", "sweep_of"]
 
 KINDS: tuple[str, ...] = get_args(Kind)
+_OF_POINTS = ("prune", "retrain", "recalibrate")  # what a state dict's recipe says of every point
 RATES = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 
 
@@ -53,10 +57,53 @@ class Sweep:
     timed: int = 128
 
 
+class Swept(Strict):
+    """What a file with the key `sweep` asks for.
+
+    start: the folder of a finished run, or a file with a state dict. timed: images in a batch whose forward pass is
+    timed.
+    """
+
+    start: str
+    kinds: tuple[Kind, ...] = get_args(Kind)
+    rates: tuple[float, ...] = RATES
+    timed: int = Field(default=128, ge=1)
+
+
+class SweepFile(Strict):
+    """A sweep as YAML says it. base: keys of every point's recipe, and of a state dict the recipe of its network."""
+
+    sweep: Swept
+    base: dict[str, Any] = Field(default_factory=dict)
+    out: str | None = None
+
+
+def load_sweep(path: Path, out: Path | None = None) -> Sweep:
+    """The checked sweep of a YAML file. Raises as `parse` and `sweep_of` do."""
+    asked = parse(read_yaml(path) | ({"out": str(out)} if out else {}), SweepFile, str(path))
+    return sweep_of(
+        Path(asked.sweep.start),
+        recipe=asked.base if "images" in asked.base else None,
+        kinds=asked.sweep.kinds,
+        rates=asked.sweep.rates,
+        overrides=_dotted({k: v for k, v in asked.base.items() if "images" not in asked.base or k in _OF_POINTS}),
+        out=None if asked.out is None else Path(asked.out),
+        timed=asked.sweep.timed,
+    )
+
+
+def _dotted(raw: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """The leaves of a nested mapping by dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in raw.items():
+        found |= _dotted(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
+    return found
+
+
 def sweep_of(
     source: Path,
     *,
-    recipe: Path | None = None,
+    recipe: Mapping[str, Any] | None = None,
     kinds: Sequence[str] = KINDS,
     rates: Sequence[float] = RATES,
     retrain: Mapping[str, Any] | None = None,
@@ -76,20 +123,20 @@ def sweep_of(
     if not kinds or not rates or timed < 1:
         raise ValueError(f"a sweep needs a kind, a rate and an image to time; got {kinds=}, {rates=}, images={timed}")
     retrain = retrain or None
-    changes = [
-        {"prune": {"kind": kind, "sparsity": rate}, "retrain": retrain, **(overrides or {})}
-        for kind in kinds
-        for rate in rates
-    ]
+    given = {"prune": {}, "retrain": retrain, **(overrides or {})}
+    changes = [{**given, "prune.kind": kind, "prune.sparsity": rate} for kind in kinds for rate in rates]
     if source.is_dir():
         out = out or source / "sweep"
         points = tuple(pruning_of(source, change, out) for change in changes)
         return Sweep(points, source / "dense", out, timed)
     if recipe is None or not source.is_file():
-        found = "needs --recipe, which says what network it is of" if source.is_file() else "is not there"
+        found = "needs the recipe of its network as `base`" if source.is_file() else "is not there"
         raise ValueError(f"{source} {found}; give the folder of a finished run, or a state dict and its recipe")
     out = out or source.with_suffix("") / "sweep"
-    points = tuple(load_classifier(recipe, {"during": None, **change, "out": str(out)}) for change in changes)
+    points = tuple(
+        parse(merge(dict(recipe), {"during": None, **change, "out": str(out)}), ClassifierRecipe, str(source))
+        for change in changes
+    )
     adopt(Setting.of(dense_of(points[0])), source, out / "dense")
     return Sweep(points, out / "dense", out, timed)
 
@@ -148,7 +195,7 @@ _COUNTED = ("dense_flops", "sparse_flops", "speedup", "parameters", "nonzero", "
 
 def _job(asked: Sweep, recipe: ClassifierRecipe) -> Job:
     """A point; the dense network is one that is not pruned."""
-    key = digest([recipe.model_dump(mode="json", exclude={"out"}), asked.timed, _source(asked.dense)])[:24]
+    key = digest([said(recipe, but={"out"}), asked.timed, _source(asked.dense)])[:24]
     return Job("points", key, partial(_point, recipe, asked.dense.resolve(), asked.timed))
 
 

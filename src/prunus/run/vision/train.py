@@ -1,4 +1,4 @@
-"""`prunus train` and `prunus prune`: a classifier run in a folder that resumes, with its network, numbers and picture.
+"""`prunus run` of a classifier: a run in a folder that resumes, with its network, numbers and picture.
 
     out/recipe.yaml      the resolved recipe          out/metrics.jsonl      what was measured, also while it trained
     out/result.json      what the table shows         out/model.safetensors  the network; masks.safetensors, prunus.json
@@ -26,7 +26,7 @@ from prunus.machine import write_json, write_text
 from prunus.masks import Masks
 from prunus.measure import Energy
 from prunus.report import append_metrics, plot_run, progress, read_metrics
-from prunus.run.recipe import digest, merge, parse, read_yaml
+from prunus.run.recipe import digest, merge, parse, read_yaml, said
 from prunus.run.vision import stages
 from prunus.run.vision.dense import read_dense, write_state
 from prunus.run.vision.experiment import Outcome, experiment
@@ -68,7 +68,7 @@ def begun(recipe: ClassifierRecipe) -> tuple[Path, str, dict[str, Any] | None]:
 
     Raises ValueError when the folder holds another recipe's run, finished or not.
     """
-    out, key = Path(recipe.out), digest(recipe.model_dump(mode="json", exclude={"out"}))
+    out, key = Path(recipe.out), digest(said(recipe, but={"out"}))
     finished = out / "result.json"
     if finished.exists():
         found = json.loads(finished.read_text(encoding="utf-8"))
@@ -95,7 +95,7 @@ def pruning_of(run: Path, overrides: Mapping[str, Any], out: Path | None = None)
     overrides that would change how it was trained.
     """
     if not (run / "recipe.yaml").exists():
-        raise FileNotFoundError(f"{run} holds no run of `prunus train`: there is no recipe.yaml; train one first")
+        raise FileNotFoundError(f"{run} holds no run of a classifier: there is no recipe.yaml; run its recipe first")
     raw = read_yaml(run / "recipe.yaml")
     found = read_dense(run / "dense")
     if found is None or raw.get("during"):

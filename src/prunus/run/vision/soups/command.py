@@ -1,4 +1,4 @@
-"""`prunus soup`: a soup in a folder that resumes, with its network, its numbers, a table and pictures.
+"""`prunus run`: a soup in a folder that resumes, with its network, its numbers, a table and pictures.
 
     out/recipe.yaml      the resolved recipe          out/model.safetensors  the soup; masks.safetensors, prunus.json
     out/result.json      a row for each run           out/accuracy.png       accuracy by phase

@@ -20,7 +20,7 @@ from torch import Tensor
 from prunus.during import During, Part, cubic
 from prunus.masks import Masks
 from prunus.run.names import criteria, retrainings
-from prunus.run.recipe import digest
+from prunus.run.recipe import digest, said
 from prunus.run.store import Job, Store
 from prunus.run.vision import stages
 from prunus.run.vision.dense import read_dense
@@ -58,8 +58,7 @@ def base_job(recipe: SoupRecipe) -> Job:
     """
     if recipe.during is None:
         return dense_job(recipe)
-    whole = recipe.model_dump(mode="json", exclude={"out", "soup", "retrain"})
-    whole["train"].pop("evaluate_every")
+    whole = said(recipe, but={"out": True, "soup": True, "retrain": True, "train": {"evaluate_every"}})
     return Job("starts", digest(["method", whole, recipe.retrain is None])[:24], partial(_train_method, recipe))
 
 
@@ -91,7 +90,7 @@ def pruned_job(recipe: SoupRecipe, before: Job, phase: int, within: Job | None, 
     assert asked is not None
     target = phase_sparsities(asked.sparsity, phases or asked.phases)[phase]
     last, seed = target == asked.sparsity, recipe.seed + 7919 * phase  # as `experiment` draws them
-    how = [asked.model_dump(mode="json", exclude={"sparsity", "phases"}), target, last and recipe.recalibrate]
+    how = [said(asked, but={"sparsity", "phases"}), target, last and recipe.recalibrate]
     drawn = seed if "seed" in criteria.takes(asked.criterion) else None
     key = digest(["pruned", before.key, None if within is None else within.key, how, drawn])[:24]
     needs = (before,) if within is None else (before, within)
@@ -119,8 +118,7 @@ def trained_job(asked: Training, start: Job, base: Job) -> Job:
     """A member's training from `start`; base: the training that its rates are those of."""
     own, order = member_of(asked.recipe, asked.place), order_of(asked.recipe, asked.place)
     assert own.prune is not None
-    recipe = own.model_dump(mode="json", exclude=_ELSEWHERE)
-    retrain = None if own.retrain is None else own.retrain.model_dump(mode="json")
+    recipe, retrain = said(own, but=_ELSEWHERE), None if own.retrain is None else said(own.retrain)
     split = own.prune.phases if asked.whole or (own.retrain is not None and own.retrain.of == "total") else 1
     how = [asked.phase, asked.slower, asked.whole, asked.swa, order, split]
     key = digest(["trained", recipe, retrain, how, start.key, base.key])[:24]
@@ -145,7 +143,7 @@ def mean_job(recipe: SoupRecipe, members: Sequence[Job]) -> Job:
 def repruned_job(recipe: SoupRecipe, runs: Sequence[tuple[Job, Job]]) -> Job:
     """The mean of runs with masks of their own, pruned again: IMP-RePrune. runs: (what was pruned, the training)."""
     assert recipe.prune is not None
-    how = [recipe.prune.model_dump(mode="json"), recipe.recalibrate, recipe.seed]
+    how = [said(recipe.prune), recipe.recalibrate, recipe.seed]
     key = digest(["repruned", how, [trained.key for _, trained in runs]])[:24]
     return Job("starts", key, partial(_reprune, recipe), tuple(job for run in runs for job in run))
 

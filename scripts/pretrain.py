@@ -1,5 +1,7 @@
 """Train a small OPT-style language model from text, with its tokenizer, its log and the baselines it must beat.
 
+    python scripts/pretrain.py recipes/embedded/pretrain.yaml --out runs/embedded
+
     recipe -> split (whole books held out) -> tokenizer -> tokens -> train -> perplexities -> folder
 
 The folder holds an ordinary Hugging Face model (float16) with its tokenizer, `text/<split>.txt` (excerpts of the books
@@ -8,8 +10,10 @@ held out), `metrics.jsonl`, `baselines.json` and `recipe.yaml`. A killed run, ca
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +22,7 @@ from typing import Any
 
 import torch
 import yaml
+from ngram import count_ngrams, fit_weights, trigram_perplexity, unigram_perplexity
 from pydantic import Field
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -26,7 +31,8 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 from prunus.blocks import compile_blocks_
 from prunus.data import SPLITS, PackedTokens, read_texts, tokenize_documents
 from prunus.machine import Precision, atomic, write_json, write_text
-from prunus.measure import count_ngrams, fit_weights, perplexity, trigram_perplexity, unigram_perplexity
+from prunus.measure import perplexity
+from prunus.report import print_table, progress
 from prunus.run.recipe import Strict, parse, read_yaml
 from prunus.train import Trace, linear_warmup_decay, train
 
@@ -63,7 +69,7 @@ class ModelSize(Strict):
 
 
 class PretrainRecipe(Strict):
-    """Everything `prunus pretrain` needs; see recipes/embedded/pretrain.yaml."""
+    """Everything a pretraining needs; see recipes/embedded/pretrain.yaml."""
 
     data: str
     title_column: str = "title"
@@ -368,3 +374,24 @@ def _cached(path: Path, compute: Callable[[], Tensor]) -> Tensor:
         with atomic(path) as partial:
             torch.save(compute(), partial)
     return torch.load(path, weights_only=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the recipe named on the command line; a wrong one is a line on stderr and exit status 2."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("recipe", type=Path, help="YAML recipe; see recipes/embedded/pretrain.yaml")
+    parser.add_argument("--out", type=Path, default=Path("runs/pretrain"), help="output folder")
+    asked = parser.parse_args(arguments)
+    try:
+        recipe = read_recipe(asked.recipe)
+        # With `minutes` the number of steps is known only once some were timed.
+        with progress("pretrain", recipe.steps if recipe.minutes is None else None) as advance:
+            summary = pretrain(recipe, asked.out, on_step=lambda done, _steps, _loss: advance.to(done))
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"pretrain: {error}\n")
+        sys.exit(2)
+    print_table([{"text": text, **found} for text, found in summary["perplexity"].items()], title=str(asked.out))
+
+
+if __name__ == "__main__":
+    main()

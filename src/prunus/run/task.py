@@ -1,0 +1,118 @@
+"""Which task a recipe is of, and how it is run: what stands in the recipe decides, not the command.
+
+    images, soup ─▶ a soup of classifiers       images ─▶ a classifier       axes ─▶ a grid       else a language model
+
+A folder of a finished classifier run in place of a recipe is that run's recipe, and starts from its dense network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prunus.run.recipe import Recipe, merge, parse, read_yaml
+
+__all__ = ["Unfinished", "is_sweep", "load", "run_recipe"]
+
+Show = Callable[[], None]
+GRIDS = ("axes", "sweep")
+
+
+class Unfinished(RuntimeError):
+    """Some members failed for good; what is finished is kept, and the same command goes on."""
+
+
+def load(path: Path | None, overrides: Mapping[str, Any]) -> Any:
+    """The checked recipe of a YAML file, of whichever task, with dotted overrides put on top.
+
+    Raises ValueError that lists every wrong key with its value and mend; FileNotFoundError for a missing recipe.
+    """
+    raw = merge({} if path is None else read_yaml(path), dict(overrides))
+    found = next((key for key in GRIDS if key in raw), None)
+    if found is not None:
+        raise ValueError(f"{path}: with the key {found!r} this is a grid, not one recipe; run it with `prunus grid`")
+    if "images" not in raw:
+        return parse(raw, Recipe, str(path or "flags"))
+    from prunus.run.vision.soups.recipe import class_of
+
+    return parse(raw, class_of(raw), str(path or "flags"))
+
+
+def is_sweep(paths: Sequence[Path]) -> bool:
+    """Whether a YAML file is of a sweep of rates; grids are several files, too.
+
+    Raises FileNotFoundError without a file; ValueError for one that is of a single recipe, and for a sweep among grids.
+    """
+    raws = {path: read_yaml(path) for path in paths}
+    for path, raw in raws.items():
+        if not any(key in raw for key in ("base", *GRIDS)):
+            raise ValueError(f"{path}: without the key 'axes' this is no grid but one recipe; run it with `prunus run`")
+        if "sweep" in raw and len(paths) > 1:
+            raise ValueError(f"{path}: a sweep runs by itself; leave out the other files")
+    return any("sweep" in raw for raw in raws.values())
+
+
+def run_recipe(
+    path: Path | None,
+    overrides: Mapping[str, Any],
+    *,
+    workers: int = 1,
+    together: int = 1,
+    ray: str | None = None,
+) -> Show:
+    """Run a recipe to its end; returns what shows the result.
+
+    path: a YAML file, or the folder of a finished classifier run, whose dense network is pruned as `overrides` say.
+    workers, together, ray: of the members of a soup of classifiers. Raises ValueError for them with any other task.
+    """
+    recipe = _pruning(path, overrides) if path is not None and path.is_dir() else load(path, overrides)
+    soup = "images" in type(recipe).model_fields and "soup" in type(recipe).model_fields
+    if not soup and (workers != 1 or together != 1 or ray is not None):
+        raise ValueError("workers, together and ray share the members of a soup of classifiers; this recipe has none")
+    if isinstance(recipe, Recipe):
+        return _language(recipe)
+    _one_process()
+    return _soup(recipe, workers, together, ray) if soup else _classifier(recipe, path)
+
+
+def _language(recipe: Recipe) -> Show:
+    from prunus.run.compress import compress
+    from prunus.run.show import show_result
+
+    result = compress(recipe)
+    return lambda: show_result(result, Path(recipe.out))
+
+
+def _classifier(recipe: Any, path: Path | None) -> Show:
+    from prunus.run.show import show_run
+    from prunus.run.vision.train import prune_run, train_run
+
+    result = prune_run(recipe, path) if path is not None and path.is_dir() else train_run(recipe)
+    return lambda: show_run(result, Path(recipe.out))
+
+
+def _soup(recipe: Any, workers: int, together: int, ray: str | None) -> Show:
+    from prunus.run.show import show_soup
+    from prunus.run.vision.soups.command import soup_run
+
+    try:
+        result = soup_run(recipe, workers=workers, together=together, ray=ray)
+    except RuntimeError as error:  # members failed for good; the others are kept
+        raise Unfinished(str(error)) from None
+    return lambda: show_soup(result, Path(recipe.out))
+
+
+def _pruning(run: Path, overrides: Mapping[str, Any]) -> Any:
+    from prunus.run.vision.train import pruning_of
+
+    out = overrides.get("out")
+    rest = {key: value for key, value in overrides.items() if key != "out"}
+    return pruning_of(run, rest, None if out is None else Path(out))
+
+
+def _one_process() -> None:
+    from prunus.machine import ranks
+
+    if ranks.count() > 1:
+        raise ValueError(f"a classifier is trained in one process, not in {ranks.count()}; start `prunus run` alone")
