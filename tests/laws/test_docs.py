@@ -200,6 +200,7 @@ def words_of(annotation):
         ("`calibrate`", "Calibrate"),
         ("`reconstruct`", "Reconstruct"),
         ("`retrain`", "Retrain"),
+        ("`retrain.dense`", "DenseRates"),
         ("`soup`", "Soup"),
         ("`evaluate`", "Evaluate"),
         ("Texts", "Data"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from prunus.masks import Masks
 from prunus.run import stages
 from prunus.run.compress import compress
 from prunus.run.fitted import home
-from prunus.run.recipe import Recipe, load_recipe, parse
-from prunus.train import next_token
+from prunus.run.recipe import DenseRates, Recipe, load_recipe, parse
+from prunus.soup import distance
+from prunus.train import Original, allr, ft, llr, next_token, slr
 from tests.conftest import byte_tokenizer, tiny_llama
 
 
@@ -274,3 +276,45 @@ def test_weights_stay_on_a_gpu_that_has_room_for_them_and_the_work(
     assert home(asked.model_copy(update={"dtype": "float32"}), gpu) == cpu
     meta = stages.load(asked, torch.device("meta")).model
     assert all(parameter.is_meta for parameter in meta.parameters()), "read to the home that was asked for"
+
+
+SCHEDULED: list[tuple[Any, dict[str, int] | None]] = [
+    (ft, {"steps": 40}),
+    (slr, {"steps": 40, "warmup": 5}),
+    (llr, None),
+    (allr, {"steps": 40}),
+]
+
+
+@pytest.mark.parametrize(("schedule", "dense"), SCHEDULED, ids=[each.__name__ for each, _ in SCHEDULED])
+def test_retraining_takes_the_schedules_of_classifiers(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: Any, dense: Any
+) -> None:
+    rates: list[Any] = []
+    train = stages.train
+    monkeypatch.setattr(stages, "train", lambda *args, **more: (rates.append(args[3]), train(*args, **more))[1])
+    asked = raw(tiny_folder, text_file, tmp_path / "run")
+    asked["retrain"] |= {"schedule": schedule.__name__, "dense": dense, "steps": 4, "warmup": 0.25}
+    result = compress(parse(asked, Recipe, "test"))
+    original = Original.of([1.0]) if dense is None else DenseRates(**dense).original(1.0)
+    own: dict[str, Any] = {} if schedule is ft else {"warmup": 0.25}
+    if schedule is allr:
+        before = AutoModelForCausalLM.from_pretrained(tiny_folder)
+        masks = Masks.load(tmp_path / "run" / "model" / "masks.safetensors")
+        own |= {"distance": distance(dict(before.named_parameters()), masks), "share": 0.1}
+        assert 0.1 < result["distance"] == own["distance"] < 1
+    expected = schedule(original, 4, **own)
+    assert [rates[0](step) for step in range(4)] == pytest.approx([expected(step) for step in range(4)])
+
+
+def test_a_schedule_that_goes_by_the_dense_training_needs_it(
+    tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    asked = raw(tiny_folder, text_file, tmp_path)
+    for change, message in [
+        ({"schedule": "slr"}, "schedule slr goes by the dense training: give dense: {steps: 100000}"),
+        ({"schedule": "slrr"}, "did you mean 'slr'"),
+        ({"schedule": "slr", "dense": {"steps": 5, "warmup": 5}}, "set fewer"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            parse(asked | {"retrain": asked["retrain"] | change}, Recipe, "test")

@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from prunus.run.fitted import fitted, home
 from prunus.run.recipe import Recipe, digest, said
 from prunus.run.soups import Pruned, blend
 from prunus.save import save_model, save_tensors
+from prunus.soup import distance
 from prunus.stream import BlockReport, Shards, Streamed, Work
 
 __all__ = ["compress", "prunus_info"]
@@ -94,7 +95,12 @@ class _Run:
         result: dict[str, Any] = {"key": self.key, "model": recipe.model, "device": _device_name(self.device)}
         result |= {"processes": ranks.count(), "perplexity": {}}
         result["perplexity"]["dense"] = self._measured("dense", loaded)
+        before = stages.weights_to_compare(loaded, recipe)
         streamed = self._prune(loaded)
+        if before:
+            loaded = replace(loaded, distance=distance(before, streamed.masks))
+            result["distance"] = loaded.distance
+            before.clear()
         result["pruning"] = stages.summary(streamed)
         if recipe.streaming:
             loaded = self._assembled(loaded, streamed)
@@ -155,6 +161,7 @@ class _Run:
                 checkpoint=self.out / "work" / f"retrain-{self.key[:16]}.pt",
                 on_step=lambda done, _loss: advance.to(done),
                 before_merge=lambda: perplexities.update(retrained=self._measured("retrained", loaded)),
+                distance=loaded.distance,
             )
         perplexities["merged"] = self._measured("merged", loaded)
         model.to(self.home)

@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from prunus.run.layout import Show
 from prunus.run.recipe import Recipe, Retrain, digest, merge, parse, said
 from prunus.run.soups import LONGER, SOUP, Pruned, averaged, longer_of, member_key, members_of
 from prunus.run.store import Job, Store
+from prunus.soup import distance
 
 __all__ = ["LANGUAGE", "pruned_job"]
 
@@ -157,6 +158,7 @@ def _retrain(pruned: Pruned) -> dict[str, Any]:
         stages.text_tokens(recipe.retrain.data, pruned.loaded.tokenizer),
         recipe.retrain,
         precision=stages.precision_of(recipe, pruned.device),
+        distance=pruned.loaded.distance,
     )
     shown = asdict(report) | {"tokens_per_second": report.tokens_per_second}
     return shown | {"merge": _merge_summary(report.merge)}
@@ -187,4 +189,6 @@ def _pruned(recipe: Recipe, store: Store) -> tuple[Pruned, dict[str, Any]]:
     model = copy.deepcopy(dense.model)
     model.load_state_dict(store.state(job), strict=False)
     loaded = stages.Loaded(model, dense.tokenizer, dense.folder)
+    if recipe.retrain is not None and recipe.retrain.schedule == "allr":
+        loaded = replace(loaded, distance=distance(dict(dense.model.named_parameters()), masks))
     return Pruned(loaded, masks, within, device), store.result(job)

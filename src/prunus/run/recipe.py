@@ -29,15 +29,18 @@ from prunus.adapt import subsets
 from prunus.patterns import Pattern, check_sparsity
 from prunus.run.names import (
     AllocationName,
+    Choice,
     CriterionName,
     PatternName,
     allocations,
     criteria,
     fixed_sparsity,
     pattern_of,
+    retrainings,
 )
 from prunus.run.plain import read_yaml, yaml_value
 from prunus.score import Allocation, Criterion, allocation_of, check_comparable, compared, criterion_of, global_
+from prunus.train import Multiplier, Original, constant, cosine, linear, linear_warmup_decay
 
 __all__ = [
     "Calibrate",
@@ -192,8 +195,42 @@ class Prune(Strict):
         return pattern_of(self.pattern, "row" if own == "row" else "layer")
 
 
+def _schedule(value: Any) -> Any:
+    """The linear schedule, or one of retraining by name."""
+    return value if value == "linear" else retrainings.check(value)
+
+
+class DenseRates(Strict):
+    """What the learning rate did in the training of the dense model, as its authors say; its peak is retrain.lr."""
+
+    steps: Annotated[int, Field(ge=1)]
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup: Annotated[int, Field(ge=0)] = 0
+    end: Annotated[float, Field(ge=0, le=1)] = 0.1
+
+    @model_validator(mode="after")
+    def _check(self) -> DenseRates:
+        if self.warmup >= self.steps:
+            raise ValueError(f"warmup: {self.warmup} steps leave none of the {self.steps}; set fewer")
+        return self
+
+    def original(self, peak: float) -> Original:
+        """The learning rate of every step."""
+        warmup = self.warmup
+        made = {
+            "constant": lambda: constant(self.steps, warmup=warmup),
+            "linear": lambda: linear(self.steps, self.end, warmup=warmup),
+            "cosine": lambda: cosine(self.steps, self.end, warmup=warmup),
+        }[self.schedule]()
+        return Original.of((peak * made(step) for step in range(self.steps)), warmup)
+
+
 class Retrain(Strict):
-    """Which parameters are retrained on packed text, and how (AdamW, linear decay after a linear warm-up)."""
+    """Which parameters are retrained on packed text, and how: by AdamW, on one schedule.
+
+    schedule: "linear" falls linearly after a linear warm-up; or one of those of retraining, of which all but llr go by
+    the `dense` training.
+    """
 
     train: Subsets = ("mask_lora",)
     """Parameters: biases,norms or mask_lora or full ..."""
@@ -209,6 +246,9 @@ class Retrain(Strict):
     lr: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate."""
     lrs: dict[str, Annotated[float, Field(gt=0)]] = {}
+    schedule: Annotated[Choice, BeforeValidator(_schedule)] = "linear"
+    """Of the learning rate: linear, ft, lrw, slr, clr, llr or allr."""
+    dense: DenseRates | None = None
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the steps in which the rate rises."""
     rank: Annotated[int, Field(ge=1)] = 16
@@ -231,7 +271,17 @@ class Retrain(Strict):
         strange = [name for name in self.lrs if name not in self.train]
         if strange:
             raise ValueError(f"lrs names {strange[0]!r}, which is not in train={list(self.train)}")
+        if self.dense is None and self.schedule not in ("linear", "llr"):
+            raise ValueError(f"schedule {self.schedule} goes by the dense training: give dense: {{steps: 100000}}")
         return self
+
+    def rates(self, distance: float = 1.0) -> Multiplier:
+        """The learning rate of every step, in units of its peak. distance: what pruning took away, for allr."""
+        if self.schedule == "linear":
+            return linear_warmup_decay(self.steps, self.warmup)
+        original = Original.of([self.lr]) if self.dense is None else self.dense.original(self.lr)
+        share = min(1.0, self.steps / original.steps)
+        return retrainings.make(self.schedule, original, self.steps, distance=distance, share=share, warmup=self.warmup)
 
 
 class Soup(Strict):
@@ -351,6 +401,8 @@ class Recipe(Strict):
             )
         if Path(self.out).is_file():
             raise ValueError(f"out: {self.out!r} is a file; give a folder")
+        if self.streaming and self.retrain is not None and self.retrain.schedule == "allr":
+            raise ValueError("retrain.schedule: allr compares with the dense weights: leave out streaming, or use llr")
         if self.streaming and self.evaluate.tasks and self.retrain is None:
             raise ValueError("evaluate.tasks need the whole model in memory: leave out tasks or streaming")
         return self

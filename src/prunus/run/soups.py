@@ -73,6 +73,7 @@ class Pruned:
                 asked,
                 precision=stages.precision_of(self.recipe, self.device),
                 checkpoint=checkpoint,
+                distance=self.loaded.distance,
                 on_step=None if advance is None else lambda done, _loss: advance.to(done),
             )
         with self.bar(f"evaluate {name}", None):

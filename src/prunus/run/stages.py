@@ -27,7 +27,7 @@ from prunus.masks import Masks
 from prunus.measure import perplexity, streamed_perplexity
 from prunus.run.recipe import Data, Recipe, Retrain
 from prunus.stream import BlockReport, Fit, Shards, Streamed, Work, stream
-from prunus.train import linear_warmup_decay, next_token_loss, train
+from prunus.train import next_token_loss, train
 
 __all__ = ["Loaded", "Retrained", "device_of", "evaluate", "load", "precision_of", "prune", "retrain", "text_tokens"]
 
@@ -36,12 +36,16 @@ OnStep = Callable[[int, float], None]
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with its tokenizer; `folder` is the local folder it came from, `source` its shards when streamed."""
+    """A model with its tokenizer; `folder` is the local folder it came from, `source` its shards when streamed.
+
+    distance: what pruning took away from it, as `soup.distance` measures it.
+    """
 
     model: Any
     tokenizer: Any
     folder: Path | None
     source: Source | None = None
+    distance: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -198,6 +202,15 @@ def summary(streamed: Streamed) -> dict[str, Any]:
     }
 
 
+def weights_to_compare(loaded: Loaded, recipe: Recipe) -> dict[str, Tensor]:
+    """Copies of the prunable weights where the schedule of retraining goes by what pruning takes away, else nothing."""
+    if recipe.retrain is None or recipe.retrain.schedule != "allr":
+        return {}
+    views = find_layers(loaded.model, include=recipe.prune.include, exclude=recipe.prune.exclude)
+    parameters = dict(loaded.model.named_parameters())
+    return {view.parameter: parameters[view.parameter].detach().to("cpu", copy=True) for view in views}
+
+
 def pruned_views(model: nn.Module, masks: Masks, recipe: Recipe) -> list[View]:
     """The layers of `model` that the recipe pruned: those that an adapter adapts."""
     found = find_layers(model, include=recipe.prune.include, exclude=recipe.prune.exclude)
@@ -215,10 +228,11 @@ def retrain(
     checkpoint: Path | None = None,
     on_step: OnStep | None = None,
     before_merge: Callable[[], None] | None = None,
+    distance: float = 1.0,
 ) -> Retrained:
     """What happened while the chosen parameters of `model` were retrained on packed `tokens` and merged, in place.
 
-    before_merge is called between training and merging, with the adapters still in place.
+    before_merge is called between training and merging, with the adapters still in place. distance: for allr.
     """
     if asked.add_biases:
         add_biases(model)
@@ -247,7 +261,7 @@ def retrain(
             model,
             lambda step: packed.at(step, batch=asked.batch_size, seed=asked.seed),
             optimizer,
-            linear_warmup_decay(asked.steps, asked.warmup),
+            asked.rates(distance),
             steps=asked.steps,
             loss=next_token_loss,
             masks=masks if "full" in asked.train else None,
