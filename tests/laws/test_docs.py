@@ -72,9 +72,7 @@ def touch_files_named_in(text):
 def check_recipe(text):
     """The text is a recipe of one of our kinds."""
     from prunus.run.grid import load_grid
-    from prunus.run.recipe import load_recipe
-    from prunus.run.vision.recipe import load_classifier
-    from prunus.run.vision.soups.recipe import load_soup
+    from prunus.run.task import load
     from prunus.run.vision.sweep import SweepFile
 
     touch_files_named_in(text)
@@ -87,12 +85,9 @@ def check_recipe(text):
         assert sum(len(grid.cell_seeds(cell)) for cell in grid.cells()) > 1
     elif "held_out" in raw:
         assert read_recipe(path).held_out.test
-    elif "soup" in raw and "images" in raw:
-        assert load_soup(path).out == raw.get("out", "runs/soup")
-    elif "images" in raw:
-        assert load_classifier(path).out == raw.get("out", "runs/train")
     else:
-        assert load_recipe(path, {}).out == raw.get("out", "runs/compress")
+        usual = "runs/compress" if "images" not in raw else "runs/soup" if "soup" in raw else "runs/train"
+        assert load(path, {}).out == raw.get("out", usual)
 
 
 @with_block("yaml")

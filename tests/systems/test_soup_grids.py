@@ -115,9 +115,9 @@ def test_what_members_start_from_is_chosen_once(tmp_path: Path, monkeypatch: pyt
     calls: list[float] = []
     select = stages.select
 
-    def counted(model: Any, sparsity: float, *args: Any) -> Any:
+    def counted(model: Any, sparsity: float, *args: Any, **options: Any) -> Any:
         calls.append(sparsity)
-        return select(model, sparsity, *args)
+        return select(model, sparsity, *args, **options)
 
     monkeypatch.setattr(stages, "select", counted)
     axes = {"members": {str(m): {"soup.members": m} for m in (2, 3)}}

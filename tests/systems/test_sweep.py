@@ -42,8 +42,9 @@ def test_a_sweep_measures_what_pruning_alone_leaves(run: Path) -> None:
     whole, half, tenth = result["points"]
     model, setting = Tiny(), Setting.of(checked(run))
     model.load_state_dict(load_file(run / "model.safetensors"))
-    assert whole["stages"]["pruned"]["top1"] == accuracy(model, setting.measured()).top1 > 0.5
-    assert result["dense"]["accuracy"] == whole["stages"]["pruned"]["top1"]
+    assert whole["stages"]["pruned"] == whole["stages"]["dense"]
+    assert whole["stages"]["recalibrated"]["top1"] == accuracy(model, setting.measured()).top1 > 0.5
+    assert result["dense"]["accuracy"] == whole["stages"]["recalibrated"]["top1"]
     assert whole["nonzero"] == whole["parameters"] == sum(p.numel() for p in model.parameters())
     assert half["nonzero"] == pytest.approx(whole["nonzero"] - 0.5 * 1864, abs=1)  # 1,864 prunable weights
     assert whole["sparse_flops"] > half["sparse_flops"] > tenth["sparse_flops"]

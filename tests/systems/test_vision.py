@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from prunus.data import read_images
+from prunus.data import Images, read_images
 from prunus.data.images import plain_batches
 from prunus.masks import Masks
 from prunus.measure.accuracy import accuracy
@@ -45,9 +46,19 @@ class Tiny(nn.Sequential):
         )
 
 
+@cache
+def some_digits() -> dict[tuple[str, str], Images]:
+    """The first 800 digits, train and test, as the settings keep what they have read."""
+    first = read_images("digits", None).take(torch.arange(800))
+    train, test = first.split(0.2, seed=0)
+    return {("digits", "train"): train, ("digits", "test"): test}
+
+
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recipes build the tiny network, whatever they name."""
+    """Recipes build the tiny network, whatever they name, and train it on fewer digits."""
+    monkeypatch.setattr(settings, "_read", dict(some_digits()))
+    monkeypatch.setattr(settings, "_sets", {})
     monkeypatch.setattr(settings, "build_model", lambda name, *, classes, channels: Tiny())
     monkeypatch.setattr(stages, "_operations", {})
 
@@ -264,7 +275,7 @@ def test_a_method_killed_in_training_ends_with_the_same_bits(
 
     def dying(model: Any, batches: Any, *args: Any, **kwargs: Any) -> Any:
         def until_killed(step: int) -> Any:
-            if step == 50:
+            if step == 30:
                 raise Killed
             return batches(step)
 
@@ -278,7 +289,7 @@ def test_a_method_killed_in_training_ends_with_the_same_bits(
         settings.ImageBatches, "__call__", _counting(steps := Counter(), settings.ImageBatches.__call__)
     )
     assert train_run(checked(tmp_path / "killed", **changes))["stages"] == whole["stages"]
-    assert min(steps) == 40
+    assert min(steps) == 20
     assert same_bits(tmp_path / "whole", tmp_path / "killed")
 
 
@@ -323,7 +334,7 @@ def test_every_row_ends_with_the_statistics_of_augmented_batches(tmp_path: Path,
     left = {name: buffer.clone() for name, buffer in model.named_buffers()}
     batches = setting.batches(settings._SETTLING)
     seen = recalibrate_(model, [batches(step) for step in range(setting.steps(0.5))])
-    assert seen == 22 * TRAIN["batch_size"]
+    assert seen == 10 * TRAIN["batch_size"]
     assert all(torch.equal(left[name], buffer) for name, buffer in model.named_buffers())
     assert accuracy(model, setting.measured()).top1 == result["accuracy"]
     mean, std = setting.sets.mean, setting.sets.std

@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 
-from prunus.machine import ranks, write_json, write_text
+from prunus.machine import ranks, write_json
 from prunus.masks import Masks
 from prunus.report import Advance, append_metrics, plot_compression, progress, read_metrics
 from prunus.run import stages
 from prunus.run.fitted import fitted, home
+from prunus.run.folder import device_name, device_of, finished, write_recipe
 from prunus.run.recipe import Recipe, digest, said
 from prunus.run.soups import Pruned, blend
 from prunus.save import save_model, save_tensors
@@ -48,14 +48,17 @@ def compress(recipe: Recipe) -> dict[str, Any]:
     lengths, or the launched processes cannot share a batch.
     """
     keeps_dtype = recipe.dtype == "auto"
-    recipe = fitted(recipe, stages.device_of(recipe))
+    recipe = fitted(recipe, device_of(recipe))
     _check_shares(recipe)
-    device = ranks.join(stages.device_of(recipe))
+    device = ranks.join(device_of(recipe))
     out, key = Path(recipe.out), digest(recipe)
-    finished = _claim(out, recipe, key)
-    if finished is not None:
+    found = finished(out, key)
+    ranks.wait()  # nothing is written before every process has looked
+    if found is not None:
         log.info("%s is finished already; nothing was repeated", out)
-        return finished
+        return found
+    if ranks.is_main():
+        write_recipe(out, recipe)
     stored = torch.float16 if keeps_dtype and recipe.dtype == "float32" else None
     result = _Run(out, recipe, key, device, stored).execute()
     ranks.wait()
@@ -92,7 +95,7 @@ class _Run:
         with self._bar("load", None):
             loaded = stages.load(recipe, self.home)
         stages.check_trainable(loaded.model, recipe)
-        result: dict[str, Any] = {"key": self.key, "model": recipe.model, "device": _device_name(self.device)}
+        result: dict[str, Any] = {"key": self.key, "model": recipe.model, "device": device_name(self.device)}
         result |= {"processes": ranks.count(), "perplexity": {}}
         result["perplexity"]["dense"] = self._measured("dense", loaded)
         before = stages.weights_to_compare(loaded, recipe)
@@ -279,19 +282,3 @@ def _logged(path: Path) -> set[str]:
 
 def _text(row: dict[str, Any]) -> str:
     return json.dumps(row, sort_keys=True, default=str)
-
-
-def _claim(out: Path, recipe: Recipe, key: str) -> dict[str, Any] | None:
-    """The stored result of this very recipe, or None after the folder was made ready for it."""
-    result = out / "result.json"
-    found = json.loads(result.read_text(encoding="utf-8")) if result.exists() else None
-    if found is not None and found.get("key") != key:
-        raise ValueError(f"out: {out} holds the result of another recipe; give another folder with --out, or delete it")
-    ranks.wait()  # nothing is written before every process has looked
-    if found is None and ranks.is_main():
-        write_text(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-    return found
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

@@ -18,6 +18,7 @@ from prunus.machine import write_json
 from prunus.report import plot_compression, progress
 from prunus.run import stages
 from prunus.run.compress import prunus_info
+from prunus.run.folder import device_of
 from prunus.run.recipe import Recipe, parse
 from prunus.run.show import show_result
 from prunus.save import save_model
@@ -43,7 +44,7 @@ def demo(out: Path, sparsity: float = 0.6) -> dict[str, Any]:
     """
     raw = {**RECIPE, "prune": {**RECIPE["prune"], "sparsity": sparsity}, "out": str(out)}
     recipe = parse(raw, Recipe, "demo")
-    device = stages.device_of(recipe)
+    device = device_of(recipe)
     started = time.perf_counter()
     loaded = stages.load(recipe)
     loaded.model.to(device)
@@ -84,7 +85,7 @@ def _retrain(
             stages.pruned_views(model, streamed.masks, recipe),
             tokens,
             asked,
-            precision=stages.precision_of(recipe, stages.device_of(recipe)),
+            precision=stages.precision_of(recipe, device_of(recipe)),
             on_step=lambda done, _loss: advance.to(done),
         )
     kept = {k: v for k, v in asdict(report).items() if k not in ("losses", "merge")}

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from prunus.run.folder import device_of
 from prunus.run.recipe import Recipe, merge, parse, read_yaml
 
 __all__ = ["evaluate_model"]
@@ -30,7 +31,7 @@ def _language_model(model: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     from prunus.run.fitted import fitted
 
     checked = parse(merge({"model": model}, dict(overrides)), Recipe, "flags")
-    device = stages.device_of(checked)
+    device = device_of(checked)
     checked = fitted(checked, device)
     loaded = stages.load(checked)
     found: dict[str, Any] = {"perplexity": stages.evaluate(loaded, checked, device)}

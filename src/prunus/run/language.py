@@ -21,6 +21,7 @@ import torch
 
 from prunus.run import stages
 from prunus.run.fitted import fitted
+from prunus.run.folder import device_of
 from prunus.run.language_tables import row, write
 from prunus.run.layout import Show
 from prunus.run.recipe import Recipe, Retrain, digest, merge, parse, said
@@ -45,7 +46,7 @@ def pruned_job(recipe: Recipe) -> Job:
 
 
 def _prune(recipe: Recipe, job: Job, store: Store) -> dict[str, Any]:
-    device = stages.device_of(recipe)
+    device = device_of(recipe)
     within = fitted(recipe, device)
     dense = _dense(within, device)
     model = copy.deepcopy(dense.model)
@@ -58,7 +59,7 @@ def _prune(recipe: Recipe, job: Job, store: Store) -> dict[str, Any]:
 
 
 def _measure_dense(recipe: Recipe, job: Job, store: Store) -> dict[str, Any]:
-    device = stages.device_of(recipe)
+    device = device_of(recipe)
     return stages.evaluate(_dense(recipe, device), recipe, device)
 
 
@@ -182,7 +183,7 @@ def _dense(recipe: Recipe, device: torch.device) -> stages.Loaded:
 
 def _pruned(recipe: Recipe, store: Store) -> tuple[Pruned, dict[str, Any]]:
     """A pruned copy of the dense model, and how it was pruned."""
-    job, device = pruned_job(recipe), stages.device_of(recipe)
+    job, device = pruned_job(recipe), device_of(recipe)
     within, masks = fitted(recipe, device), store.masks(job)
     assert masks is not None
     dense = _dense(within, device)

@@ -42,13 +42,14 @@ def scorer(path: Path) -> Scorer:
 def _language_models(path: Path) -> Scorer:
     from prunus.run import stages
     from prunus.run.fitted import fitted
+    from prunus.run.folder import device_of
 
     raw = read_yaml(path)
     parse(raw, Recipe, str(path))  # mistakes show before anything is averaged
 
     def score(checkpoint: Path) -> float:
         recipe = parse(merge(raw, {"model": str(checkpoint)}), Recipe, str(path))
-        device = stages.device_of(recipe)
+        device = device_of(recipe)
         recipe = fitted(recipe, device)
         loaded = stages.load(recipe)
         return -next(iter(stages.evaluate(loaded, recipe, device).values()))
@@ -57,13 +58,13 @@ def _language_models(path: Path) -> Scorer:
 
 
 def _classifiers(path: Path) -> Scorer:
+    from prunus.run.task import load
     from prunus.run.vision import stages
-    from prunus.run.vision.recipe import load_classifier
     from prunus.run.vision.setting import Setting
 
     images = read_yaml(path)["images"]
     source = {"images.source": images} if isinstance(images, str) else {}
-    setting = Setting.of(load_classifier(path, {**source, "images.measure_on": "validation"}))
+    setting = Setting.of(load(path, {**source, "images.measure_on": "validation"}))
     model = setting.new_model()
 
     def read(checkpoint: Path) -> nn.Module:

@@ -29,7 +29,7 @@ from prunus.run.recipe import Data, Recipe, Retrain
 from prunus.stream import BlockReport, Fit, Shards, Streamed, Work, stream
 from prunus.train import next_token_loss, train
 
-__all__ = ["Loaded", "Retrained", "device_of", "evaluate", "load", "precision_of", "prune", "retrain", "text_tokens"]
+__all__ = ["Loaded", "Retrained", "evaluate", "load", "precision_of", "prune", "retrain", "text_tokens"]
 
 OnStep = Callable[[int, float], None]
 
@@ -64,19 +64,6 @@ class Retrained:
     def tokens_per_second(self) -> float:
         """Useful tokens a second: every token of a packed window is trained on."""
         return self.tokens / max(self.seconds, 1e-9)
-
-
-def device_of(recipe: Recipe) -> torch.device:
-    """The device of a recipe; "auto" is the first GPU if there is one.
-
-    Raises ValueError when a CUDA device is asked for and none is there.
-    """
-    if recipe.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(recipe.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: {recipe.device!r} asked for, but torch sees no GPU; use device: auto or cpu")
-    return device
 
 
 def precision_of(recipe: Recipe, device: torch.device) -> Precision:

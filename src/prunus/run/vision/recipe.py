@@ -35,7 +35,7 @@ from prunus.run.names import (
     methods,
     pattern_of,
 )
-from prunus.run.recipe import Device, Share, Strict, digest, looks_local, merge, parse, read_yaml, said
+from prunus.run.recipe import Device, Share, Strict, digest, looks_local, said
 from prunus.run.vision.optimizers import Decay, OptimizerChoice, Pull
 from prunus.score import Allocation, Criterion, allocation_of, check_comparable, compared, criterion_of
 
@@ -49,7 +49,6 @@ __all__ = [
     "Training",
     "dense_key",
     "dense_of",
-    "load_classifier",
 ]
 
 Positive = Annotated[float, Field(gt=0)]
@@ -350,19 +349,6 @@ def _check_model(name: str) -> None:
 
     with torch.device("meta"):
         build_model(name, classes=10)
-
-
-def load_classifier(path: Path | None, overrides: dict[str, Any] | None = None) -> ClassifierRecipe:
-    """The checked classifier recipe of a YAML file with dotted overrides put on top.
-
-    Raises ValueError that lists every wrong key with its value and mend; FileNotFoundError for a missing recipe.
-    """
-    raw = merge({} if path is None else read_yaml(path), overrides or {})
-    if "images" not in raw:
-        raise ValueError(
-            f"{path or 'flags'}: no key 'images', so this is no classifier recipe; add images: {{source: ...}}"
-        )
-    return parse(raw, ClassifierRecipe, str(path or "flags"))
 
 
 def dense_of(recipe: ClassifierRecipe) -> ClassifierRecipe:

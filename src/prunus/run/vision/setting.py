@@ -25,6 +25,7 @@ from prunus.data import (
     read_images,
 )
 from prunus.machine import Precision
+from prunus.run.folder import device_name, device_of
 from prunus.run.vision.recipe import ClassifierRecipe, ImageSource
 
 __all__ = ["ImageSets", "Setting"]
@@ -70,7 +71,7 @@ class Setting:
         Raises ValueError for a GPU that is not there, and for images that cannot be read, corrupted as asked for, or
         are fewer than a batch; ImportError for a package that corruptions need.
         """
-        device = _device(recipe.device)
+        device = device_of(recipe)
         cuda = device.type == "cuda"
         if cuda:
             torch.backends.cudnn.benchmark = True
@@ -91,8 +92,7 @@ class Setting:
     @property
     def name(self) -> str:
         """The device in words."""
-        cuda = self.device.type == "cuda"
-        return torch.cuda.get_device_name(self.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+        return device_name(self.device)
 
     @property
     def epoch_steps(self) -> int:
@@ -155,15 +155,6 @@ class Setting:
             std=self.sets.std,
             channels_last=self.channels_last,
         )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: {name!r} asked for, but torch sees no GPU; use device: auto or cpu")
-    return device
 
 
 def _image_sets(asked: ImageSource, device: torch.device) -> ImageSets:

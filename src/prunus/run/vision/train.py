@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 from torch.optim import Optimizer
 
@@ -26,6 +25,7 @@ from prunus.machine import write_json, write_text
 from prunus.masks import Masks
 from prunus.measure import Energy
 from prunus.report import append_metrics, plot_run, progress, read_metrics
+from prunus.run.folder import finished, write_recipe
 from prunus.run.recipe import digest, merge, parse, read_yaml, said
 from prunus.run.vision import stages
 from prunus.run.vision.dense import read_dense, write_state
@@ -69,14 +69,10 @@ def begun(recipe: ClassifierRecipe) -> tuple[Path, str, dict[str, Any] | None]:
     Raises ValueError when the folder holds another recipe's run, finished or not.
     """
     out, key = Path(recipe.out), digest(said(recipe, but={"out"}))
-    finished = out / "result.json"
-    if finished.exists():
-        found = json.loads(finished.read_text(encoding="utf-8"))
-        if found.get("key") != key:
-            raise ValueError(f"out: {out} holds the result of another recipe; give another folder, or delete it")
-        return out, key, found
-    _check_work(out, key)
-    return out, key, None
+    found = finished(out, key)
+    if found is None:
+        _check_work(out, key)
+    return out, key, found
 
 
 def begin(recipe: ClassifierRecipe, key: str) -> Setting:
@@ -84,7 +80,7 @@ def begin(recipe: ClassifierRecipe, key: str) -> Setting:
     setting = Setting.of(recipe)
     setting.new_model()
     write_text(Path(recipe.out) / "work" / "key", key)
-    write_text(Path(recipe.out) / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    write_recipe(Path(recipe.out), recipe)
     return setting
 
 

@@ -6,13 +6,12 @@ train ─▶ [ prune ─▶ retrain `members` copies that `vary` ─▶ average 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from prunus.run.names import RetrainingName
-from prunus.run.recipe import Strict, merge, parse, read_yaml
+from prunus.run.recipe import Strict
 from prunus.run.vision.recipe import Augmentation, ClassifierRecipe, Count, Positive
 
 __all__ = [
@@ -22,7 +21,6 @@ __all__ = [
     "Souping",
     "Vary",
     "class_of",
-    "load_soup",
     "member_of",
     "order_of",
 ]
@@ -160,15 +158,3 @@ def order_of(recipe: SoupRecipe, place: int | None) -> int | None:
 def class_of(raw: dict[str, Any]) -> type[ClassifierRecipe]:
     """The class of a plain classifier recipe: with the key `soup` it is a soup's."""
     return SoupRecipe if raw.get("soup") is not None else ClassifierRecipe
-
-
-def load_soup(path: Path, overrides: dict[str, Any] | None = None) -> SoupRecipe:
-    """The checked soup recipe of a YAML file with dotted overrides put on top.
-
-    Raises ValueError that lists every wrong key with its value and mend; FileNotFoundError for a missing recipe.
-    """
-    raw = merge(read_yaml(path), overrides or {})
-    for key, remedy in (("images", "images: {source: ...}"), ("soup", "soup: {members: 3}")):
-        if key not in raw:
-            raise ValueError(f"{path}: no key {key!r}, so this is no recipe of a soup of classifiers; add {remedy}")
-    return parse(raw if raw["soup"] is not None else {**raw, "soup": {}}, SoupRecipe, str(path))
