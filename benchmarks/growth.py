@@ -27,7 +27,7 @@ from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.patterns import Unstructured
 from prunus.score import Criterion
-from prunus.score.scores import wanda
+from prunus.score.criteria import wanda
 from prunus.solve.sweep import sparsegpt
 from prunus.stream.stream import stream
 from prunus.train.next_token import next_token_loss

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from prunus.patterns import Unstructured
-from prunus.score.scores import magnitude
-from prunus.stream.ahead import ahead
+from prunus.score.criteria import magnitude
+from prunus.stream.sources import ahead
 from prunus.stream.stream import stream
 from prunus.stream.work import Work
 from tests.conftest import VOCABULARY, tiny_llama

@@ -18,7 +18,7 @@ from prunus.layers import Inputs, Layer
 from prunus.patterns import NM, Block, Pattern, Unstructured, mask_scaled, scaled, selection
 from prunus.patterns.selection import keep_largest, keep_largest_of_all, keep_largest_of_row, kth_largest, select_global
 from prunus.score import criterion
-from prunus.score.scores import magnitude, wanda
+from prunus.score.criteria import magnitude, wanda
 from tests.conftest import unwaited
 
 pytest.importorskip("triton")

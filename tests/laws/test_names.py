@@ -10,13 +10,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from prunus import score
 from prunus.layers import Layer
 from prunus.patterns import NM, Block, Unstructured
 from prunus.run import names
 from prunus.run.names import FAMILIES, Family, allocations, criteria, methods, pattern_of, retrainings
 from prunus.run.recipe import Recipe, parse
 from prunus.run.vision.recipe import ClassifierRecipe
-from prunus.score import scores, wanda
 
 MEMBERS = [(family, name) for family in FAMILIES for name in family.members()]
 
@@ -73,8 +73,8 @@ def test_wrong_choices_are_refused_with_those_there_are(value: Any, message: str
 
 def relative(layer: Layer) -> torch.Tensor:
     """Wanda's score as a share of its row."""
-    score = wanda(layer)
-    return score / score.sum(1, keepdim=True)
+    found = score.wanda(layer)
+    return found / found.sum(1, keepdim=True)
 
 
 def thick(first: float = 0.5) -> Any:
@@ -93,8 +93,8 @@ def test_a_new_criterion_needs_one_entry(monkeypatch: pytest.MonkeyPatch, tmp_pa
     from prunus.run.cli import app
 
     for each in (relative, thick):
-        monkeypatch.setattr(scores, each.__name__, each, raising=False)
-        monkeypatch.setattr(scores, "__all__", [*scores.__all__, each.__name__])
+        monkeypatch.setattr(score.criteria, each.__name__, each, raising=False)
+        monkeypatch.setattr(score.criteria, "__all__", [*score.criteria.__all__, each.__name__])
 
     def masks_of(criterion: Any) -> Any:
         calibrate = {"samples": 4, "length": 32}

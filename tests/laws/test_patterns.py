@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from prunus import patterns
-from prunus.patterns import NM, Block, Rows, Unstructured, check_sparsity, kept_of, keys, parse, selection
+from prunus.patterns import NM, Block, Rows, Unstructured, check_sparsity, kept_of, parse, selection
 from prunus.patterns.selection import keep_largest, kth_largest, select_global, select_global_share
 
 INF = float("inf")
@@ -32,8 +32,7 @@ def scores(draw: st.DrawFn, width: int = 1, dtypes: list[torch.dtype] = DTYPES) 
 @pytest.fixture(params=[None, 3], ids=["whole", "chunked"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param:
-        for module in (keys, selection):
-            monkeypatch.setattr(module, "CHUNK", request.param)
+        monkeypatch.setattr(selection, "_CHUNK", request.param)
 
 
 def first_best(numbers: list[float], kept: int) -> set[int]:
@@ -327,7 +326,7 @@ def test_model_wide_selection_refuses_what_it_cannot_order():
 def test_bit_search_equals_kthvalue(score: Tensor, share: float):
     flat = score.flatten()
     k = max(1, round(share * len(flat)))
-    assert keys.kth_by_bits(flat, k).to(flat.dtype) == flat.kthvalue(len(flat) - k + 1).values
+    assert selection._kth_by_bits(flat, k).to(flat.dtype) == flat.kthvalue(len(flat) - k + 1).values
 
 
 @pytest.mark.gpu

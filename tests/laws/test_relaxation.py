@@ -1,6 +1,7 @@
 """Masks by Frank-Wolfe: against all masks of tiny layers, a textbook loop in float64, and Wanda's masks."""
 
 import itertools
+from importlib import import_module
 
 import pytest
 import torch
@@ -10,9 +11,8 @@ from torch import Tensor
 
 from prunus.layers import Inputs, Layer
 from prunus.patterns import NM, Block, Pattern, Rows, Unstructured
-from prunus.score.scores import wanda
-from prunus.solve.frank_wolfe import frank_wolfe
-from prunus.solve.swaps import swap_
+from prunus.score.criteria import wanda
+from prunus.solve.frank_wolfe import frank_wolfe, swap_
 
 PATTERNS = [Unstructured("row"), Unstructured("layer"), NM(2, 4), NM(1, 4), NM(2, 3), Block(2, 2), Rows()]
 FREE = (Unstructured("row"), Unstructured("layer"), Block(2, 2), Rows())
@@ -318,7 +318,7 @@ def test_many_exchanges_at_once_are_those_one_at_a_time(monkeypatch: pytest.Monk
         for _ in range(20):
             swap_(one, layer.weight, layer.inputs.gram, most=1, width=width)
         swap_(many, layer.weight, layer.inputs.gram, most=20, width=width)
-        monkeypatch.setattr("prunus.solve.swaps._CHUNK", 24 * 7)
+        monkeypatch.setattr(import_module("prunus.solve.frank_wolfe"), "_CHUNK", 24 * 7)  # the name is the function
         swap_(chunked, layer.weight, layer.inputs.gram, most=20, width=width)
         monkeypatch.undo()
         assert torch.equal(one, many)

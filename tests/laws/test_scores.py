@@ -7,17 +7,17 @@ from torch import Tensor
 from prunus import solve
 from prunus.layers import Inputs, Layer
 from prunus.patterns import NM, Pattern, Unstructured
-from prunus.score import Criterion, Score, criterion, criterion_of, scores
-from prunus.score.scores import magnitude, ria, wanda
+from prunus.score import Criterion, Score, criteria, criterion, criterion_of
+from prunus.score.criteria import magnitude, ria, wanda
 from prunus.solve import sparsegpt
 
 FACTORIES = {"random"}
-NAMES = scores.__all__
+NAMES = criteria.__all__
 PATTERNS = [Unstructured("layer"), Unstructured("row"), NM(2, 4), NM(4, 8)]
 
 
 def make(name: str) -> Criterion:
-    found = getattr(scores, name)
+    found = getattr(criteria, name)
     return criterion_of(found() if name in FACTORIES else found)
 
 
@@ -97,9 +97,9 @@ def test_magnitude_by_hand():
 def test_random_scores_come_from_their_seed_and_the_name_of_the_layer():
     layer = make_layer()
     state = torch.get_rng_state()
-    assert torch.equal(scores.random(1)(layer), scores.random(1)(layer))
-    assert not torch.equal(scores.random(1)(layer), scores.random(2)(layer))
-    assert not torch.equal(scores.random(1)(layer), scores.random(1)(Layer("other", layer.weight)))
+    assert torch.equal(criteria.random(1)(layer), criteria.random(1)(layer))
+    assert not torch.equal(criteria.random(1)(layer), criteria.random(2)(layer))
+    assert not torch.equal(criteria.random(1)(layer), criteria.random(1)(Layer("other", layer.weight)))
     assert torch.equal(torch.get_rng_state(), state)
 
 

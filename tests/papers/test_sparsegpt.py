@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prunus.layers import Inputs, Layer
 from prunus.patterns import NM, Pattern, Unstructured
-from prunus.score.scores import magnitude, wanda
+from prunus.score.criteria import magnitude, wanda
 from prunus.solve.sweep import sparsegpt
 
 DAMPING = 0.01

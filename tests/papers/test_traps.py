@@ -21,7 +21,7 @@ from prunus.run.compress import compress
 from prunus.run.recipe import Recipe, parse
 from prunus.score import Criterion
 from prunus.score.allocations import global_
-from prunus.score.scores import magnitude, ria, wanda
+from prunus.score.criteria import magnitude, ria, wanda
 from prunus.solve.frank_wolfe import frank_wolfe
 from prunus.solve.sweep import sparsegpt
 from prunus.stream.reconstruct import Fit

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from prunus.layers import Inputs, Layer
 from prunus.patterns import NM, Unstructured
-from prunus.score.scores import ria, wanda
+from prunus.score.criteria import ria, wanda
 
 
 def layer_of(weight: Tensor, x: Tensor) -> Layer:

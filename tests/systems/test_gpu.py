@@ -16,7 +16,7 @@ from prunus.run import stages
 from prunus.run.compress import compress
 from prunus.run.recipe import Recipe, parse
 from prunus.score import Criterion
-from prunus.score.scores import wanda
+from prunus.score.criteria import wanda
 from prunus.solve.sweep import sparsegpt
 from prunus.stream.reconstruct import Fit
 from prunus.stream.sources import Shards

@@ -16,13 +16,12 @@ from prunus.layers import Layer, find_layers
 from prunus.patterns import NM, Unstructured
 from prunus.score import Allocation, Criterion
 from prunus.score.allocations import erk, global_, lamp, owl, uniform_plus
-from prunus.score.scores import magnitude, wanda
+from prunus.score.criteria import magnitude, wanda
 from prunus.solve.frank_wolfe import frank_wolfe
 from prunus.solve.sweep import sparsegpt
-from prunus.stream.allot import survey
 from prunus.stream.reconstruct import Fit
 from prunus.stream.sources import Memory, Shards
-from prunus.stream.stream import stream
+from prunus.stream.stream import stream, survey
 from prunus.stream.work import Work
 from tests.conftest import VOCABULARY, tiny_llama
 

@@ -7,18 +7,11 @@
     Block(rows, columns)    whole tiles of rows x columns weights, by the mean score of each
     Rows()                  whole output rows (neurons, filters), by the mean score of each
 
-A new pattern is one frozen dataclass with these methods. How the largest scores are found is in `selection.py`, how
-many entries each layer keeps in `allocations.py`.
+A new pattern is one frozen dataclass with the methods of `Pattern`. How the largest scores are found is in
+`selection.py`; how many entries each layer keeps is an allocation's affair.
 """
 
-from __future__ import annotations
-
-import re
-from typing import Literal
-
-from prunus.patterns.entries import NM, Unstructured
-from prunus.patterns.protocol import Pattern, check_sparsity
-from prunus.patterns.scaled import mask_scaled, scaled
+from prunus.patterns.patterns import NM, Block, Pattern, Rows, Unstructured, check_sparsity, mask_scaled, parse, scaled
 from prunus.patterns.selection import (
     check_scores,
     goes_to_kernels,
@@ -27,7 +20,6 @@ from prunus.patterns.selection import (
     kept_of,
     select_global_share,
 )
-from prunus.patterns.tiles import Block, Rows
 
 __all__ = [
     "NM",
@@ -46,29 +38,3 @@ __all__ = [
     "scaled",
     "select_global_share",
 ]
-
-
-def parse(text: str, per: Literal["row", "layer"] = "row") -> Pattern:
-    """The pattern that a recipe names: "unstructured" (compared per row or per layer), "N:M", "block RxC" or "filters".
-
-    Raises ValueError for anything else.
-
-    >>> parse("2:4")
-    NM(n=2, m=4)
-    """
-    if text == "unstructured":
-        return Unstructured(per)
-    if text == "filters":
-        return Rows()
-    if tile := re.fullmatch(r"block (\d+)x(\d+)", text):
-        return Block(int(tile[1]), int(tile[2]))
-    match = re.fullmatch(r"(\d+):(\d+)", text)
-    if match is None:
-        raise ValueError(
-            f"Pattern {text!r} is not N:M (2:4 keeps 2 of 4 consecutive weights), not 'unstructured', not 'block RxC' "
-            "(block 4x4 prunes tiles of 4 rows and 4 columns) and not 'filters'"
-        )
-    n, m = int(match[1]), int(match[2])
-    if not 0 < n < m:
-        raise ValueError(f"Pattern {text!r} must keep N of M weights with 0 < N < M, as 2:4 does")
-    return NM(n, m)

@@ -6,8 +6,11 @@ sorting a matrix or a model.
 
     keep = score > t  or  (score == t and this is one of the first `kept - #(score > t)` equals)
 
-On a GPU the same masks come from the Triton programs in `kernels/`. Searches by integer keys are in `keys`, what a
-pattern means in `patterns`.
+Some searches go by integer keys: a float's bits, read as an integer, are in the floats' order once those of negative
+ones, but for the sign, are turned round. Bits are fixed from the top by counting; or the upper and then the lower 16
+are counted all at once, which needs one reading each of scores that come tensor by tensor.
+
+On a GPU the same masks come from the Triton programs in `kernels/`. What a pattern means is in `patterns`.
 """
 
 from __future__ import annotations
@@ -20,7 +23,6 @@ import torch
 from torch import Tensor
 
 from prunus.kernels import uses_kernels
-from prunus.patterns.keys import CHUNK, check_rank, flat_chunks, high_histogram, kth_by_bits, refine
 
 __all__ = [
     "check_scores",
@@ -40,6 +42,7 @@ __all__ = [
 _TOPK = 1 << 22  # largest CUDA problem given to topk, which allocates its result
 _Kth = tuple[float, int | None, int]  # a k-th largest score; where known, how many are larger, and how many equal it
 _WIDTHS = (torch.float32, torch.bfloat16, torch.float16)  # what the programs read; float64 takes the plain path
+_CHUNK = 1 << 22  # entries worked on at once: bounds the temporaries (12 bytes an entry) to about 50 MB
 
 
 def kept_of(numel: int, sparsity: float) -> int:
@@ -160,7 +163,7 @@ def keep_largest_of_group(score: Tensor, kept: int) -> Tensor:
     [True, True, False, False]
     """
     m = score.shape[-1]
-    if score.numel() * m <= CHUNK:  # one comparison of all pairs: fewest kernel launches
+    if score.numel() * m <= _CHUNK:  # one comparison of all pairs: fewest kernel launches
         mine, other = score.unsqueeze(-1), score.unsqueeze(-2)
         earlier = torch.ones(m, m, dtype=torch.bool, device=score.device).tril_(-1)
         return ((other > mine) | ((other == mine) & earlier)).sum(-1) < kept
@@ -233,6 +236,55 @@ def keep_largest_of_all(scores: Mapping[str, Tensor], kept: int) -> dict[str, Te
     return {name: keep_largest(score, counts[name]) for name, score in scores.items()}
 
 
+def _kth_by_bits(flat: Tensor, k: int) -> Tensor:
+    """The k-th largest by fixing one bit of its integer key after the other, from the top.
+
+    On CUDA kthvalue gives one long row to a single block; this reads the keys 32 times with the whole device.
+    """
+    keys, bits = _keys(flat)
+    found = torch.full((), -(1 << (bits - 1)), dtype=keys.dtype, device=keys.device)
+    for bit in reversed(range(bits)):
+        flip = 1 << bit if bit < bits - 1 else -(1 << (bits - 1))
+        trial = found ^ flip
+        found = torch.where((keys >= trial).sum() >= k, trial, found)
+    return _unkey(found)
+
+
+def _high_histogram(score: Tensor) -> Tensor:
+    """Counts of the upper 16 key bits of a tensor, (65536,) int64 on the CPU."""
+    histogram = torch.zeros(65536, dtype=torch.int64)
+    for part in _flat_chunks(score):
+        high = (_keys(part)[0] >> 16) + 32768
+        histogram += torch.bincount(high, minlength=65536).cpu()
+    return histogram
+
+
+def _refine(scores: Mapping[str, Tensor], k: int, histogram: Tensor) -> float:
+    """The k-th largest of all, where the `high_histogram` of all is known."""
+    _check_rank(k, int(histogram.sum()))
+    high, above = _bin_of(histogram, k)
+    low = torch.zeros(65536, dtype=torch.int64)
+    for score in scores.values():
+        for part in _flat_chunks(score):
+            keys = _keys(part)[0]
+            inside = keys[(keys >> 16) + 32768 == high] & 0xFFFF
+            low += torch.bincount(inside, minlength=65536).cpu()
+    key = ((high - 32768) << 16) | _bin_of(low, k - above)[0]
+    return float(_unkey(torch.tensor(key, dtype=torch.int32)))
+
+
+def _check_rank(k: int, total: int) -> None:
+    """Raise ValueError unless k is in 1..total."""
+    if not 1 <= operator.index(k) <= total:
+        raise ValueError(f"there is no {k}-th largest of {total} entries")
+
+
+def _flat_chunks(score: Tensor) -> Iterator[Tensor]:
+    """Its entries in float32, some at a time."""
+    for part in score.detach().reshape(-1).split(_CHUNK):
+        yield part.float()  # a threshold of another dtype must not be rounded to a tensor's own
+
+
 def _select(scores: Mapping[str, Tensor], kept: int, total: int, kth: Callable[[int], _Kth]) -> dict[str, int]:
     if not 0 <= operator.index(kept) <= total:
         raise ValueError(f"cannot keep {kept} of {total} entries")
@@ -276,7 +328,7 @@ def _count(score: Tensor, threshold: float) -> Tensor:
 
         return count_of(score, torch.full((), threshold, device=score.device)).sum(1)
     count = torch.zeros(2, dtype=torch.int64, device=score.device)
-    for part in flat_chunks(score):
+    for part in _flat_chunks(score):
         count += torch.stack([(part > threshold).sum(), (part == threshold).sum()])
     return count
 
@@ -295,10 +347,10 @@ def _first_reading(scores: Mapping[str, Tensor]) -> tuple[int, Callable[[int], _
 
             samples.append(sample_of(score).to((samples or [score])[0].device))
         else:
-            histogram += high_histogram(score)
+            histogram += _high_histogram(score)
     if sampled:
         return total, lambda k: _kth_by_sample(scores, k, torch.cat(samples), total)
-    return total, lambda k: (refine(scores, k, histogram), None, 0)
+    return total, lambda k: (_refine(scores, k, histogram), None, 0)
 
 
 def _check_width(score: Tensor, name: str, *, nan: bool) -> None:
@@ -314,7 +366,7 @@ def _kth(score: Tensor, k: int) -> Tensor:
     if not flat.is_cuda:
         return flat.kthvalue(smaller).values
     if flat.numel() > _TOPK:
-        return kth_by_bits(flat, k)
+        return _kth_by_bits(flat, k)
     if k <= smaller:
         return flat.topk(k, sorted=False).values.min()
     return flat.topk(smaller, largest=False, sorted=False).values.max()
@@ -325,7 +377,7 @@ def _keep_in_kernels(score: Tensor, kept: int) -> Tensor:
 
     found = kth_of([score], sample_of(score), kept, score.numel())
     if found is None or math.isnan(found.value):
-        return keep_first(score, kth_by_bits(score.reshape(-1), kept).float(), kept)
+        return keep_first(score, _kth_by_bits(score.reshape(-1), kept).float(), kept)
     if found.equal <= LISTED or found.above + found.equal == kept:
         return keep_of_all([score], found, kept)[0]
     return keep_first(score, torch.full((), found.value, device=score.device), kept)
@@ -334,13 +386,13 @@ def _keep_in_kernels(score: Tensor, kept: int) -> Tensor:
 def _kth_by_sample(scores: Mapping[str, Tensor], k: int, sample: Tensor, total: int) -> _Kth:
     from prunus.kernels import kth_of
 
-    check_rank(k, total)
+    _check_rank(k, total)
     found = kth_of(scores.values(), sample, k, total)
     if found is None or math.isnan(found.value):
         for name, score in scores.items():
             check_scores(score, f"score of '{name}'")
-        histogram = sum((high_histogram(score) for score in scores.values()), torch.tensor(0))
-        return refine(scores, k, histogram), None, 0
+        histogram = sum((_high_histogram(score) for score in scores.values()), torch.tensor(0))
+        return _refine(scores, k, histogram), None, 0
     return found
 
 
@@ -352,6 +404,29 @@ def _above_or_first(score: Tensor, threshold: Tensor, wanted: Tensor) -> Tensor:
 
 def _row_chunks(score: Tensor) -> Iterator[slice]:
     rows, columns = score.shape
-    step = max(1, CHUNK // max(1, columns))
+    step = max(1, _CHUNK // max(1, columns))
     for start in range(0, rows, step):
         yield slice(start, min(rows, start + step))
+
+
+def _keys(flat: Tensor) -> tuple[Tensor, int]:
+    """Integers in the order of the floats, and their width in bits. -0 gets a key below +0: compare by value after."""
+    if flat.dtype == torch.float64:
+        raw = flat.view(torch.int64)
+        return raw ^ ((raw >> 63) & 0x7FFFFFFFFFFFFFFF), 64
+    raw = flat.float().view(torch.int32)
+    return raw ^ ((raw >> 31) & 0x7FFFFFFF), 32
+
+
+def _unkey(key: Tensor) -> Tensor:
+    if key.dtype == torch.int64:
+        return (key ^ ((key >> 63) & 0x7FFFFFFFFFFFFFFF)).view(torch.float64)
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).view(torch.float32)
+
+
+def _bin_of(histogram: Tensor, k: int) -> tuple[int, int]:
+    """The bin that holds the k-th largest, and how many entries lie in higher bins."""
+    from_top = histogram.flip(0).cumsum(0)
+    place = int(torch.searchsorted(from_top, torch.tensor(k)))
+    above = int(from_top[place - 1]) if place else 0
+    return len(histogram) - 1 - place, above

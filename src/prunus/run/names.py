@@ -193,9 +193,9 @@ def _closest(name: str, known: Mapping[str, Any]) -> str:
 
 def _criteria() -> list[ModuleType]:
     from prunus import solve
-    from prunus.score import scores
+    from prunus.score import criteria
 
-    return [scores, solve]
+    return [criteria, solve]
 
 
 def _is_criterion(member: Any) -> bool:

@@ -1,8 +1,7 @@
 """How much each weight matters, what calibration learnt to say it, and how many weights each layer keeps."""
 
-from prunus.score import allocations, scores
-from prunus.score.allocations import erk, global_, lamp, owl, uniform, uniform_plus
-from prunus.score.counts import (
+from prunus.score import allocations, criteria
+from prunus.score.allocations import (
     Allocation,
     Count,
     Scored,
@@ -12,12 +11,33 @@ from prunus.score.counts import (
     check_comparable,
     compared,
     counts_under,
+    erk,
+    global_,
+    lamp,
     needed,
+    owl,
     round_to_total,
+    uniform,
+    uniform_plus,
 )
-from prunus.score.criterion import Compare, Criterion, Needs, Score, Solve, criterion, criterion_of, required, scaling
+from prunus.score.criteria import (
+    Compare,
+    Criterion,
+    Needs,
+    Score,
+    Solve,
+    criterion,
+    criterion_of,
+    magnitude,
+    norms_of,
+    random,
+    required,
+    ria,
+    scaling,
+    wanda,
+    warn_unseen,
+)
 from prunus.score.observe import observe
-from prunus.score.scores import magnitude, norms_of, random, ria, wanda, warn_unseen
 
 __all__ = [
     "Allocation",
@@ -35,6 +55,7 @@ __all__ = [
     "check_comparable",
     "compared",
     "counts_under",
+    "criteria",
     "criterion",
     "criterion_of",
     "erk",
@@ -50,7 +71,6 @@ __all__ = [
     "ria",
     "round_to_total",
     "scaling",
-    "scores",
     "uniform",
     "uniform_plus",
     "wanda",

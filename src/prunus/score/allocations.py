@@ -1,5 +1,7 @@
 """How many entries each layer keeps: an allocation turns scores and a sparsity into integer counts.
 
+    scores and shapes of all layers, a sparsity ─▶ allocation ─▶ entries that each keeps ─▶ whole tiles of the pattern
+
     uniform        the same sparsity in every layer
     uniform_plus   the same in every layer but the first, which stays dense, and the last, which keeps a fifth
     global_        what one model-wide selection of the largest scores leaves to each layer
@@ -7,7 +9,7 @@
     erk            survivors in proportion to the sum of a layer's dimensions
     owl            less sparsity for blocks whose scores have more outliers
 
-A new allocation is one function and one `__all__` entry: everything there can be named in recipes. Its counts add up to
+A new allocation is one function and one `__all__` entry: recipes find it there. Its counts add up to
 `kept_of(all entries, sparsity)` (`round_to_total`). Mappings of scores are read in order and more than once, one tensor
 at a time, so their values may be computed on access. A score of -inf marks what was pruned before. Which entries are
 kept is the pattern's affair; `counts_under` makes an allocation's counts fit a pattern.
@@ -15,16 +17,178 @@ kept is the pattern's affair; `counts_under` makes an allocation's counts fit a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from prunus.patterns import check_scores, kept_of, select_global_share
-from prunus.score.counts import Allocation, Scores, allocation, fill, mapped, round_to_total, shapes_of, sizes_of
-from prunus.score.scores import wanda
+from prunus.layers import Layer
+from prunus.patterns import Pattern, check_scores, check_sparsity, kept_of, select_global_share
+from prunus.score.criteria import Compare, Criterion, Needs, Score, required, wanda
 
-__all__ = ["erk", "global_", "lamp", "owl", "uniform", "uniform_plus"]
+__all__ = ["erk", "global_", "lamp", "owl", "uniform", "uniform_plus"]  # what recipes name; `prunus.score` has the rest
+
+Count = Callable[[Mapping[str, Tensor], float], dict[str, int]]
+Reads = Literal["", "shapes", "scores", "inputs"]
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How many entries each layer keeps: (scores of all layers, sparsity) -> layer name -> count.
+
+    reads: what it must be given of the layers: "" (each by itself), their "shapes", their "scores", or their "inputs",
+    what they receive. A plain function is an allocation that reads scores.
+
+    >>> Allocation(lambda scores, sparsity: {name: 1 for name in scores}, "shapes")({"a": torch.ones(2, 2)}, 0.75)
+    {'a': 1}
+    """
+
+    count: Count
+    reads: Reads = "scores"
+    name: str = "allocation"
+
+    def __call__(self, scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
+        """Layer name -> entries to keep."""
+        return self.count(scores, sparsity)
+
+
+def allocation(*, reads: Reads) -> Callable[[Count], Allocation]:
+    """Makes an allocation of a function, saying what it reads."""
+
+    def make(count: Count) -> Allocation:
+        name = getattr(count, "__name__", "allocation")
+        made = Allocation(count, reads, name)
+        vars(made).update(__doc__=count.__doc__, __name__=name, __module__=count.__module__)
+        return made
+
+    return make
+
+
+def allocation_of(value: Allocation | Count) -> Allocation:
+    """The allocation that a value or a plain function is. Raises ValueError for what is neither.
+
+    >>> allocation_of(lambda scores, sparsity: {}).reads
+    'scores'
+    """
+    if isinstance(value, Allocation):
+        return value
+    name = getattr(value, "__name__", repr(value)).rstrip("_")
+    if not callable(value) or required(value) != 2:
+        made = "; it makes one: call it" if callable(value) and required(value) == 0 else ""
+        raise ValueError(f"{name} is no allocation{made}. An allocation is a function (scores, sparsity) -> counts")
+    return Allocation(value, name=name)
+
+
+@dataclass(frozen=True, eq=False)
+class Scores(Mapping[str, Tensor]):
+    """Layer name -> score (out, in), and what else an allocation may ask of the layers.
+
+    shapes: of the parameters, such as (out, in, kh, kw). layers: weights and inputs, where they are known. change: is
+    applied to each score when it is read.
+    """
+
+    found: Mapping[str, Tensor]
+    shapes: Mapping[str, tuple[int, ...]]
+    layers: Mapping[str, Layer] | None = None
+    change: Callable[[str, Tensor], Tensor] | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.found[name] if self.change is None else self.change(name, self.found[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.found)
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def by(self, score: Score) -> Scores:
+        """Other scores of the same layers, computed when they are read; themselves where no layers are known."""
+        return self if self.layers is None else replace(self, found=Scored(self.layers, score))
+
+
+@dataclass(frozen=True, eq=False)
+class Scored(Mapping[str, Tensor]):
+    """The score of each layer, computed anew at each look, so that one layer's is in memory at a time."""
+
+    layers: Mapping[str, Layer]
+    score: Score
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.score(self.layers[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
+def compared(criterion: Criterion, allocation: Allocation | Count) -> Compare:
+    """Within what scores compete where the pattern leaves it open: as the criterion says, but in the whole layer where
+    an allocation has compared layers.
+
+    >>> compared(wanda, uniform), compared(wanda, global_)
+    ('row', 'layer')
+    """
+    return criterion.compare if not allocation_of(allocation).reads else "layer"
+
+
+def needed(criterion: Criterion, allocation: Allocation | Count) -> Needs:
+    """What must be measured for both: "", "norms" or "gram"."""
+    return criterion.needs or ("norms" if allocation_of(allocation).reads == "inputs" else "")
+
+
+def check_comparable(criterion: Criterion, allocation: Allocation | Count) -> None:
+    """Raise ValueError for an allocation that compares layers by scores that the criterion does not have."""
+    if criterion.score is None and allocation_of(allocation).reads == "scores":
+        raise ValueError(
+            f"{criterion.name} chooses inside one layer and has no scores for {allocation_of(allocation).name} to "
+            "compare: take uniform, or an allocation that looks at shapes or inputs (erk, owl)"
+        )
+
+
+def counts_under(
+    pattern: Pattern, scores: Mapping[str, Tensor], sparsity: float | None, allocation: Allocation | Count
+) -> dict[str, int]:
+    """How many entries each layer keeps under a pattern: the allocation's counts, made whole tiles or rows of it.
+
+    The allocation sees at each entry the score by which its tile or row competes. What it asks of a
+    layer beyond the entries that are not -inf goes to the others, in proportion to their counts. Rounded to whole tiles
+    the total stays as near as half of the largest one. A pattern that fixes the sparsity also fixes the counts.
+
+    Raises ValueError as pattern and allocation do, for an allocation where the pattern fixes the counts, and for a
+    sparsity that scores of -inf exceed already.
+
+    >>> scores = {"a": torch.tensor([[1.0, 9.0, 2.0, 3.0]]), "b": torch.tensor([[4.0, 4.0]])}
+    >>> counts_under(Block(1, 2), scores, 0.5, global_)
+    {'a': 2, 'b': 2}
+    """
+    share = check_sparsity(pattern, sparsity)
+    if pattern.sparsity is not None:
+        if allocation_of(allocation).reads:
+            raise ValueError(
+                f"{pattern} fixes how many entries every layer keeps: leave out {allocation_of(allocation).name}"
+            )
+        return {name: pattern.counts(_matrix(score), sparsity, name=name) for name, score in scores.items()}
+    units = {name: pattern.unit(_matrix(score), name=name) for name, score in scores.items()}
+    pooled = _mapped(scores, lambda name, score: pattern.pool(score))
+    counts = allocation(pooled, share)
+    left = {name: int((score > -torch.inf).sum()) for name, score in pooled.items()}
+    if any(counts[name] > left[name] for name in left):
+        counts = _within(counts, left)
+    return _whole(counts, units)
+
+
+def round_to_total(exact: Sequence[float], total: int) -> list[int]:
+    """Integers next to the exact numbers that add up to `total`: the largest remainders are rounded up."""
+    floors = [int(value) for value in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: floors[i] - exact[i])  # stable: ties by order
+    for i in by_remainder[: total - sum(floors)]:
+        floors[i] += 1
+    return floors
 
 
 @allocation(reads="")
@@ -34,7 +198,7 @@ def uniform(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
     >>> uniform({"a": torch.ones(2, 5), "b": torch.ones(1, 10)}, 0.7)
     {'a': 3, 'b': 3}
     """
-    return {name: kept_of(size, sparsity) for name, size in sizes_of(scores).items()}
+    return {name: kept_of(size, sparsity) for name, size in _sizes_of(scores).items()}
 
 
 def global_(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
@@ -61,7 +225,7 @@ def lamp(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
     >>> lamp({"a": torch.tensor([[1.0, 2.0, 3.0]]), "b": torch.tensor([[9.0, 9.0, 9.0]])}, 0.5)
     {'a': 1, 'b': 2}
     """
-    return select_global_share(mapped(scores, _relative_to_larger), sparsity)
+    return select_global_share(_mapped(scores, _relative_to_larger), sparsity)
 
 
 def uniform_plus(first: str | None = None, last: str | None = None, *, most: float = 0.8) -> Allocation:
@@ -80,7 +244,7 @@ def uniform_plus(first: str | None = None, last: str | None = None, *, most: flo
 
     @allocation(reads="shapes")
     def uniform_plus(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
-        sizes = sizes_of(scores)
+        sizes = _sizes_of(scores)
         whole, spared = _ends(scores, first, last)
         total = kept_of(sum(sizes.values()), sparsity)
         pruned = sum(sizes.values()) - total
@@ -108,9 +272,9 @@ def erk(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
     >>> erk({"wide": torch.ones(4, 40), "fc": torch.ones(10, 20)}, 0.8)
     {'wide': 43, 'fc': 29}
     """
-    shapes, sizes = shapes_of(scores), sizes_of(scores)
+    shapes, sizes = _shapes_of(scores), _sizes_of(scores)
     total = kept_of(sum(sizes.values()), sparsity)
-    exact = fill([sum(shapes[name]) for name in sizes], list(sizes.values()), total)
+    exact = _fill([sum(shapes[name]) for name in sizes], list(sizes.values()), total)
     return dict(zip(sizes, round_to_total(exact, total), strict=True))
 
 
@@ -153,6 +317,65 @@ def owl(c: float = 5.0, lam: float = 0.08) -> Allocation:
     return owl
 
 
+def _mapped(scores: Mapping[str, Tensor], change: Callable[[str, Tensor], Tensor]) -> Scores:
+    """The scores with a function applied to each when it is read."""
+    if not isinstance(scores, Scores):
+        return Scores(scores, _shapes_of(scores), change=change)
+    inner = scores.change
+    return replace(scores, change=change if inner is None else lambda name, score: change(name, inner(name, score)))
+
+
+def _shapes_of(scores: Mapping[str, Tensor]) -> Mapping[str, tuple[int, ...]]:
+    """Layer name -> shape of its parameter; of a plain mapping, that of the matrix."""
+    return scores.shapes if isinstance(scores, Scores) else {name: tuple(each.shape) for name, each in scores.items()}
+
+
+def _sizes_of(scores: Mapping[str, Tensor]) -> dict[str, int]:
+    """Layer name -> number of entries."""
+    return {name: math.prod(shape) for name, shape in _shapes_of(scores).items()}
+
+
+def _fill(weights: Sequence[int], sizes: Sequence[int], total: int) -> list[float]:
+    """min(size, c * weight) for each, with the c for which they add up to total (at most the sum of the sizes)."""
+    full: set[int] = set()
+    while True:
+        free = [i for i in range(len(sizes)) if i not in full]
+        rest, weight = total - sum(sizes[i] for i in full), sum(weights[i] for i in free)
+        if free and rest and not weight:  # nothing was asked of these: what they have decides
+            weights, weight = sizes, sum(sizes[i] for i in free)
+        exact = [float(size) if i in full else weights[i] * rest / max(weight, 1) for i, size in enumerate(sizes)]
+        over = {i for i in free if exact[i] > sizes[i]}
+        if not over:
+            return exact
+        full |= over
+
+
+def _within(counts: Mapping[str, int], left: Mapping[str, int]) -> dict[str, int]:
+    """Counts with the same total of which none exceeds what is left."""
+    total = sum(counts.values())
+    if total > sum(left.values()):
+        raise ValueError(
+            f"{total} entries should stay, but earlier masks left only {sum(left.values())}: raise the sparsity"
+        )
+    exact = _fill([counts[name] for name in left], list(left.values()), total)
+    return dict(zip(left, round_to_total(exact, total), strict=True))
+
+
+def _whole(counts: Mapping[str, int], units: Mapping[str, int]) -> dict[str, int]:
+    """Multiples of each layer's unit next to the counts; largest remainders go up while that nears the total."""
+    whole = {name: counts[name] // unit * unit for name, unit in units.items()}
+    missing = sum(counts.values()) - sum(whole.values())
+    for name in sorted(units, key=lambda name: (whole[name] - counts[name]) / units[name]):  # stable: ties by order
+        if whole[name] < counts[name] and 2 * missing >= units[name]:
+            whole[name] += units[name]
+            missing -= units[name]
+    return whole
+
+
+def _matrix(score: Tensor) -> tuple[int, int]:
+    return score.shape[0], score.shape[1]
+
+
 def _share(pruned: float, size: int, sparsity: float) -> float:
     if pruned > size:
         raise ValueError(
@@ -164,7 +387,7 @@ def _share(pruned: float, size: int, sparsity: float) -> float:
 
 def _ends(scores: Mapping[str, Tensor], first: str | None, last: str | None) -> tuple[str, str | None]:
     """The layers that uniform_plus spares: those named, else those of the paper."""
-    shapes = shapes_of(scores)
+    shapes = _shapes_of(scores)
     for name in (first, last):
         if name is not None and name not in shapes:
             raise ValueError(f"uniform_plus spares {name!r}, which is none of the {len(shapes)} layers pruned")

@@ -6,14 +6,23 @@ after its last one:
 
     hidden_0 = embed(tokens);  for each block l:  W_l <- solve(W_l, inputs);  hidden_l+1 = block_l(hidden_l)
 
-What a block is asked, and how it is run, is in `blocks.py`; the fit of a pruned block is in `reconstruct.py`.
+Before the first block, counts say how many entries each layer keeps. For an allocation that compares scores or inputs
+of all layers the dense blocks run once, one at a time; a score is computed at each look, a layer at a time.
+
+The layers of a block are solved by one process, or shared among several:
+
+    inputs_r = statistics of rank r's windows;   inputs = sum_r inputs_r;   each layer is solved by one rank and sent
+
+Every rank ends with the same bits: sums come out alike everywhere, and weights and masks are their solver's.
+
+How a block is run is in `blocks`, where it comes from in `sources`; the fit of a pruned block is in `reconstruct`.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,8 +30,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from prunus.blocks import Arguments, Source, embed, finish, run_block
-from prunus.layers import Inputs, View
+from prunus.blocks import Arguments, Source, embed, find_blocks, finish, run_block
+from prunus.layers import Inputs, Layer, View, find_layers, parameter_shapes
 from prunus.machine import Precision, autocast, ranks
 from prunus.masks import Masks, count_kept
 from prunus.patterns import Pattern, Unstructured, check_sparsity
@@ -31,19 +40,22 @@ from prunus.score import (
     Count,
     Criterion,
     Score,
+    Scored,
+    Scores,
+    allocation_of,
     check_comparable,
     compared,
+    counts_under,
     criterion_of,
+    needed,
     observe,
     uniform,
 )
-from prunus.stream.ahead import Ahead, ahead
-from prunus.stream.allot import Place, advance_, counts_of, placed
-from prunus.stream.layerwise import Task, add_up_, solve_layers_
 from prunus.stream.reconstruct import Fit, Passing, reconstruct
+from prunus.stream.sources import Ahead, Memory, ahead
 from prunus.stream.work import BlockReport, Work
 
-__all__ = ["Streamed", "stream"]
+__all__ = ["Streamed", "stream", "survey"]
 
 
 @dataclass(frozen=True)
@@ -96,9 +108,9 @@ def stream(
     pattern = Unstructured(compared(asked, allocation)) if pattern is None else pattern
     check_sparsity(pattern, sparsity)
     check_comparable(asked, allocation)
-    place = placed(model, source, device, precision, include=include, exclude=exclude)
-    counts = counts_of(place, asked, pattern, sparsity, allocation, tokens=tokens, batch_size=batch_size)
-    task = Task(asked, pattern, counts)
+    place = _placed(model, source, device, precision, include=include, exclude=exclude)
+    counts = _counts_of(place, asked, pattern, sparsity, allocation, tokens=tokens, batch_size=batch_size)
+    task = _Task(asked, pattern, counts)
     if shared:
         tokens = _own_share(tokens, fit)
     names = place.names
@@ -126,6 +138,168 @@ def stream(
     return Streamed(Masks(flow.masks), reports)
 
 
+def survey(
+    model: nn.Module,
+    *,
+    tokens: Tensor,
+    source: Source | None = None,
+    device: torch.device | str | None = None,
+    batch_size: int = 8,
+    precision: Precision = "fp32",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    on_block: Callable[[str], None] | None = None,
+) -> dict[str, Inputs]:
+    """View name -> input norms (in,) of every prunable layer, in the dense blocks."""
+    place = _placed(model, source, device, precision, include=include, exclude=exclude)
+    return _survey(place, tokens, batch_size, on_block=on_block)
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """A model whose blocks are brought to a device one by one: their names in order, the prunable layers of each, and
+    those outside the blocks, which are only there when they are asked for by name."""
+
+    model: nn.Module
+    source: Source
+    device: torch.device
+    precision: Precision
+    names: list[str]
+    views: dict[str, list[View]]
+    outer: list[View]
+
+    @property
+    def inner(self) -> list[View]:
+        """The layers of all blocks."""
+        return [view for name in self.names for view in self.views[name]]
+
+
+def _placed(
+    model: nn.Module,
+    source: Source | None,
+    device: torch.device | str | None,
+    precision: Precision,
+    *,
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> _Place:
+    """The model's blocks and layers. Raises ValueError when no blocks are found, or nothing is left to prune."""
+    device = torch.device(device) if device is not None else next(model.parameters()).device
+    names = find_blocks(model)
+    views, outer = _views_by_block(model, names, include, exclude)
+    return _Place(model, source or Memory(model), device, precision, names, views, outer)
+
+
+@torch.no_grad()
+def _counts_of(
+    place: _Place,
+    criterion: Criterion,
+    pattern: Pattern,
+    sparsity: float | None,
+    allocation: Allocation | Count,
+    *,
+    tokens: Tensor,
+    batch_size: int,
+) -> dict[str, int]:
+    """View name -> entries to keep. Layers outside the blocks keep the share that the sparsity says."""
+    views = place.inner
+    counts = {view.name: pattern.counts(view.shape, sparsity, name=view.name) for view in [*views, *place.outer]}
+    asked = allocation_of(allocation)
+    if asked.reads:
+        needs = needed(criterion, asked) if asked.reads in ("scores", "inputs") else ""
+        inputs = _survey(place, tokens, batch_size, gram=needs == "gram") if needs else {}
+        layers = _Layers(place, {view.name: view for view in views}, inputs)
+        shapes = parameter_shapes(dict(place.model.named_parameters()), views)
+        alike = {view.name: torch.zeros(()).expand(view.shape) for view in views}  # scores that nobody compares
+        found = Scored(layers, criterion) if asked.reads == "scores" else alike
+        counts |= counts_under(pattern, Scores(found, shapes, layers), sparsity, asked)
+    return counts
+
+
+@torch.no_grad()
+def _advance_(block: nn.Module, hidden: list[Tensor], arguments: Sequence[Arguments]) -> None:
+    """Each hidden state becomes what the block makes of it, where it lies."""
+    for i, args in enumerate(arguments):
+        home = hidden[i].device
+        hidden[i] = run_block(block, hidden[i], args).to(home)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is done with every layer: counts has view name -> entries to keep."""
+
+    criterion: Criterion
+    pattern: Pattern
+    counts: Mapping[str, int]
+
+
+@torch.no_grad()
+def _add_up_(views: Sequence[View], inputs: Mapping[str, Inputs]) -> None:
+    """What all ranks' windows taught about the inputs of these views, in place of this rank's own."""
+    for each in {id(inputs[view.name]): inputs[view.name] for view in views if view.name in inputs}.values():
+        tokens = torch.tensor([each.tokens], dtype=torch.int64, device=each.squares.device)
+        ranks.sum_(tokens)
+        each.tokens = int(tokens)
+        if each.gram is None:
+            ranks.sum_(each.squares)
+        else:
+            ranks.sum_(each.gram)
+            each.squares.copy_(each.gram.diagonal())
+
+
+def _owners(views: Sequence[View], inputs: Mapping[str, Inputs], world: int) -> dict[str, int]:
+    """View name -> rank that solves it: groups of one input, the dearest first, each to the rank with least to do.
+
+    A group of inputs n costs a factorisation and sweeps, n^3 + sum of out * n^2.
+    """
+    groups: dict[int, list[View]] = {}  # a layer whose inputs nobody asked for stands alone
+    for view in views:
+        groups.setdefault(id(inputs.get(view.name, view)), []).append(view)
+    costs = [(sum(v.shape[0] for v in group) + group[0].shape[1]) * group[0].shape[1] ** 2 for group in groups.values()]
+    load = [0] * world
+    found: dict[str, int] = {}
+    for cost, group in sorted(zip(costs, groups.values(), strict=True), key=lambda each: -each[0]):
+        rank = load.index(min(load))
+        load[rank] += cost
+        found |= {view.name: rank for view in group}
+    return found
+
+
+@torch.no_grad()
+def _solve_layers_(
+    parameters: Mapping[str, nn.Parameter],
+    views: Sequence[View],
+    task: _Task,
+    inputs: Mapping[str, Inputs],
+    *,
+    shared: bool = False,
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Parameter name -> mask, beside the weights, which were solved in place; views that saw no token.
+
+    shared: whether the ranks share the views; their `inputs` are added up before.
+    """
+    by = _owners(views, inputs, ranks.count() if shared else 1)
+    masks: dict[str, Tensor] = {}
+    for view in views:
+        parameter = parameters[view.parameter]
+        whole = masks.setdefault(view.parameter, torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device))
+        if shared and by[view.name] != ranks.index():
+            continue
+        layer = Layer(view.name, view.matrix(parameter.data), inputs.get(view.name))
+        with torch.autocast(parameter.device.type, enabled=False):
+            weight, mask = task.criterion.solve(layer, task.pattern, task.counts[view.name])
+        view.write_(parameter.data, weight.masked_fill(~mask, 0.0))
+        view.write_(whole, mask)
+    if shared:
+        for view in views:
+            for stored in (parameters[view.parameter].data, masks[view.parameter]):
+                matrix = view.matrix(stored).contiguous()
+                ranks.send_(matrix, by[view.name])
+                view.write_(stored, matrix)
+    fallback = [view.name for view in views if view.name in inputs and inputs[view.name].tokens == 0]
+    return masks, fallback
+
+
 @dataclass(eq=False)
 class _Flow:
     """What runs through the blocks: per batch the hidden state (b, length, d), that of the dense network where a fit
@@ -140,19 +314,19 @@ class _Flow:
 class _Step:
     """One block on its way through the device."""
 
-    def __init__(self, place: Place, name: str, source: Ahead, shared: bool) -> None:
+    def __init__(self, place: _Place, name: str, source: Ahead, shared: bool) -> None:
         self.place, self.name, self.views, self.shared = place, name, place.views[name], shared
         self.block = source.load(name, place.device)
         self.started = time.perf_counter()
 
-    def solve_(self, task: Task, fit: Fit | None, flow: _Flow) -> BlockReport:
+    def solve_(self, task: _Task, fit: Fit | None, flow: _Flow) -> BlockReport:
         """Prune the block from what reaches it, fit it, and replace `flow.hidden` by what leaves it."""
         before = copy.deepcopy(self.block) if fit is not None else None
         inputs, leaving = self._observe(task, flow, keep=fit is not None and flow.dense is None)
         parameters = dict(self.block.named_parameters(prefix=self.name))
         if self.shared:
-            add_up_(self.views, inputs)
-        chosen, fallback = solve_layers_(parameters, self.views, task, inputs, shared=self.shared)
+            _add_up_(self.views, inputs)
+        chosen, fallback = _solve_layers_(parameters, self.views, task, inputs, shared=self.shared)
         flow.masks.update(chosen)
         del inputs
         errors = None
@@ -171,7 +345,7 @@ class _Step:
         return report
 
     @torch.no_grad()
-    def _observe(self, task: Task, flow: _Flow, *, keep: bool) -> tuple[dict[str, Inputs], list[Tensor]]:
+    def _observe(self, task: _Task, flow: _Flow, *, keep: bool) -> tuple[dict[str, Inputs], list[Tensor]]:
         """What the criterion needs of the layers' inputs, and what leaves the dense block where it is to be kept.
 
         The block does not run where neither is asked for.
@@ -200,7 +374,7 @@ class _Step:
 
     def _advance_(self, block: nn.Module, hidden: list[Tensor], flow: _Flow) -> None:
         with self._autocast():
-            advance_(block, hidden, flow.arguments[self.name])
+            _advance_(block, hidden, flow.arguments[self.name])
 
     def _autocast(self) -> AbstractContextManager[object]:
         return autocast(self.place.device, self.place.precision)
@@ -219,8 +393,8 @@ def _finish_(work: Work | None, step: _Step, masks: dict[str, Tensor], report: B
 
 @torch.no_grad()
 def _solve_outside_(
-    place: Place,
-    task: Task,
+    place: _Place,
+    task: _Task,
     batches: Sequence[tuple[Tensor, Tensor]],
     masks: dict[str, Tensor],
     work: Work | None,
@@ -239,7 +413,7 @@ def _solve_outside_(
             for ids, leaving in batches:
                 finish(model, place.names, ids.to(device), leaving.to(device))
     if shared:
-        add_up_(outer, inputs)
+        _add_up_(outer, inputs)
     reports: list[BlockReport] = []
     for view in outer:
         module = model.get_submodule(view.name)
@@ -248,7 +422,7 @@ def _solve_outside_(
             reports.append(work.restore_(view.name, module, masks))
             continue
         parameters = dict(model.named_parameters())
-        chosen, fallback = solve_layers_(parameters, [view], task, inputs, shared=shared)
+        chosen, fallback = _solve_layers_(parameters, [view], task, inputs, shared=shared)
         masks.update({key: mask.cpu() for key, mask in chosen.items()})
         reports.append(_report(view.name, [view], chosen, started=started, fallback=fallback))
         if work is not None:
@@ -284,3 +458,65 @@ def _own_share(tokens: Tensor, fit: Fit | None) -> Tensor:
     if len(tokens) < ranks.count():
         raise ValueError(f"{len(tokens)} windows cannot be shared by {ranks.count()} processes: take at least as many")
     return tokens[ranks.share(len(tokens))]
+
+
+def _survey(
+    place: _Place,
+    tokens: Tensor,
+    batch_size: int,
+    *,
+    gram: bool = False,
+    on_block: Callable[[str], None] | None = None,
+) -> dict[str, Inputs]:
+    model, names, device = place.model, place.names, place.device
+    hidden, arguments = embed(model, names, tokens, source=place.source, device=device, batch_size=batch_size)
+    seen: dict[str, Inputs] = {}
+    with ahead(place.source, names, device) as moving:
+        for name in names:
+            block = moving.load(name, device)
+            with (
+                torch.no_grad(),
+                observe(block, place.views[name], gram=gram) as inputs,
+                autocast(device, place.precision),
+            ):
+                _advance_(block, hidden, arguments[name])
+            seen.update(inputs)
+            moving.release(name)
+            if on_block is not None:
+                on_block(name)
+    return seen
+
+
+@dataclass(frozen=True, eq=False)
+class _Layers(Mapping[str, Layer]):
+    """Each layer on the device, brought at each look."""
+
+    place: _Place
+    views: Mapping[str, View]
+    inputs: Mapping[str, Inputs]
+
+    def __getitem__(self, name: str) -> Layer:
+        view = self.views[name]
+        parameter = self.place.source.tensor(view.parameter, self.place.device)
+        return Layer(name, view.matrix(parameter), self.inputs.get(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.views)
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+
+def _views_by_block(
+    model: nn.Module, names: Sequence[str], include: Sequence[str], exclude: Sequence[str]
+) -> tuple[dict[str, list[View]], list[View]]:
+    """The views of each block, and those outside, which are only there when `include` names them."""
+    whole = find_layers(model, include=include, exclude=exclude)
+    views = {name: [view for view in whole if view.name.startswith(name + ".")] for name in names}
+    inside = {view.name for group in views.values() for view in group}
+    if not whole:
+        raise ValueError(
+            f"nothing to prune: include={list(include)}, exclude={list(exclude)} leave no layer of "
+            f"{names[0]} .. {names[-1]}"
+        )
+    return views, [view for view in whole if view.name not in inside]

@@ -1,4 +1,11 @@
-"""A criterion: how one layer is pruned, as a value that carries what its callers must know.
+"""Criteria: what one is, and those that keep what scores best; scores are (out, in) float32, higher is kept.
+
+    magnitude   S_ij = |W_ij|
+    wanda       S_ij = |W_ij| * ||X_j||_2
+    ria         S_ij = (|W_ij| / sum_k |W_kj| + |W_ij| / sum_k |W_ik|) * ||X_j||_2^(1/2)
+    random      S_ij uniform in [0, 1)
+
+A criterion is a value that carries what its callers must know:
 
     solve     (layer, pattern, kept) -> new weight and mask
     score     (layer) -> S, where the mask is the pattern's best of S; None for criteria that choose inside one layer
@@ -6,12 +13,16 @@
     compare   within what scores compete, where neither pattern nor allocation says it: each "row", or the "layer"
 
 `prune`, `stream` and recipes take these values, and know none by name. A plain function `layer -> score` is one as well
-(`criterion_of`); `criterion` and `scaling` make one of a function where it is written.
+(`criterion_of`); `criterion` and `scaling` make one of a function where it is written. A new criterion is one function
+and one `__all__` entry: recipes find it there. Where zeros may lie is the pattern's affair (`patterns`), how many
+entries are kept the allocation's (`allocations`).
 """
 
 from __future__ import annotations
 
 import inspect
+import warnings
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -25,7 +36,7 @@ from prunus.patterns import mask_scaled, scaled
 if TYPE_CHECKING:
     from prunus.patterns import Pattern
 
-__all__ = ["Compare", "Criterion", "Needs", "Score", "Solve", "criterion", "criterion_of", "required", "scaling"]
+__all__ = ["magnitude", "random", "ria", "wanda"]  # those that recipes name; `prunus.score` exports the rest too
 
 Needs = Literal["", "norms", "gram"]
 Compare = Literal["row", "layer"]
@@ -144,6 +155,98 @@ def required(function: Any) -> int:
     return sum(each.default is inspect.Parameter.empty and each.kind in positional for each in found)
 
 
+def _name(value: Any) -> str:
+    return getattr(value, "__name__", None) or repr(value)
+
+
+def _documented(made: Criterion, source: Any) -> Criterion:
+    """The criterion with the docstring and the name of the function that it was made of."""
+    vars(made).update(__doc__=source.__doc__, __name__=made.name, __module__=source.__module__)
+    return made
+
+
+@scaling()
+def magnitude(layer: Layer) -> Tensor | None:
+    """|W_ij|, (out, in) float32.
+
+    >>> magnitude(Layer("fc", torch.tensor([[-2.0, 1.0]]))).tolist()
+    [[2.0, 1.0]]
+    """
+    return None
+
+
+@scaling(needs="norms", compare="row")
+def wanda(layer: Layer) -> Tensor | None:
+    """|W_ij| * ||X_j||_2, (out, in) float32   (Sun et al. 2024, Eq. 1).
+
+    The paper compares within output rows: `Unstructured("row")`. A layer that saw no token (an expert nobody visited)
+    gets its magnitude, with a warning. Raises ValueError when the layer has no inputs, or they hold NaN or Inf.
+
+    >>> inputs = Inputs(2)
+    >>> inputs.add_(torch.tensor([[3.0, 1.0], [4.0, 0.0]]))
+    >>> wanda(Layer("fc", torch.tensor([[-2.0, 1.0]]), inputs)).tolist()
+    [[10.0, 1.0]]
+    """
+    return norms_of(layer, "wanda")
+
+
+@criterion(needs="norms")
+def ria(layer: Layer) -> Tensor:
+    """(|W_ij| / sum_k |W_kj| + |W_ij| / sum_k |W_ik|) * ||X_j||_2^(1/2), (out, in) float32   (Zhang et al. 2024).
+
+    The exponent 1/2 is the default of the authors' released code. An all-zero row or column scores zero. A layer that
+    saw no token gets its magnitude, with a warning. Raises ValueError as `wanda`.
+
+    >>> inputs = Inputs(2)
+    >>> inputs.add_(torch.tensor([[4.0, 1.0]]))
+    >>> ria(Layer("fc", torch.tensor([[-1.0, 1.0]]), inputs)).tolist()
+    [[3.0, 1.5]]
+    """
+    norms = norms_of(layer, "ria")
+    size = magnitude(layer)
+    if norms is None:
+        return size
+    tiny = torch.finfo(torch.float32).tiny  # only keeps 0/0 out
+    share = 1 / size.sum(0, keepdim=True).clamp_(min=tiny) + 1 / size.sum(1, keepdim=True).clamp_(min=tiny)
+    return size.mul_(share).mul_(norms.sqrt())
+
+
+def random(seed: int = 0) -> Criterion:
+    """Uniform float32 numbers drawn from (seed, layer name): random pruning, the same at each look at a layer.
+
+    >>> random(seed=1)(Layer("fc", torch.ones(2, 3))).shape
+    torch.Size([2, 3])
+    """
+
+    @criterion()
+    def random(layer: Layer) -> Tensor:
+        # torch's CPU generator reads the lower 32 bits of a seed alone: both numbers are hashed into these.
+        generator = torch.Generator().manual_seed(zlib.crc32(layer.name.encode(), seed % 2**32))
+        return torch.rand(layer.weight.shape, generator=generator).to(layer.weight.device)
+
+    return random
+
+
+def warn_unseen(layer: Layer, method: str) -> None:
+    """Warn that a layer saw no calibration token, so that `method` prunes it by magnitude."""
+    warnings.warn(
+        f"'{layer.name}' saw no calibration token (an expert that none was sent to?): {method} falls back to magnitude "
+        "there. Calibrate on more text",
+        stacklevel=4,
+    )
+
+
+def norms_of(layer: Layer, method: str) -> Tensor | None:
+    """||X_j||_2 (in,) float32 on the weight's device; None, with a warning, when no token was seen."""
+    if layer.inputs is None:
+        raise ValueError(f"{method} needs the inputs of '{layer.name}': pass calibration batches, or use magnitude")
+    if layer.inputs.tokens == 0:
+        warn_unseen(layer, method)
+        return None
+    layer.inputs.check(layer.name)
+    return layer.inputs.norms.to(layer.weight.device)
+
+
 class _Watched:
     """Inputs that remember what was asked of them."""
 
@@ -169,13 +272,3 @@ def _read(score: Score) -> set[str]:
             f"criterion(needs=..., compare=...)({_name(score)})"
         ) from error
     return watched.read
-
-
-def _name(value: Any) -> str:
-    return getattr(value, "__name__", None) or repr(value)
-
-
-def _documented(made: Criterion, source: Any) -> Criterion:
-    """The criterion with the docstring and the name of the function that it was made of."""
-    vars(made).update(__doc__=source.__doc__, __name__=made.name, __module__=source.__module__)
-    return made
