@@ -37,10 +37,13 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_benchmark_measures_at_small_sizes(name: str, load):
+def test_a_benchmark_measures_at_small_sizes(name: str, load, monkeypatch: pytest.MonkeyPatch):
     claims: ModuleType = load("claims")
     args = claims.parse("", ["--device", "cpu", "--scale", "0.01", "--repeats", "1"])
-    rows = list(load(name).measure(args))
+    script = load(name)
+    if name == "retraining_step":  # two steps of each of its twenty loops say what eight do
+        monkeypatch.setattr(script, "STEPS", 2)
+    rows = list(script.measure(args))
     assert rows
     for row in rows:
         assert isinstance(row, claims.Row)
@@ -126,10 +129,9 @@ def test_a_page_of_single_runs(load, tmp_path: Path, monkeypatch: pytest.MonkeyP
         every.read(tmp_path, None)
 
 
-@pytest.mark.parametrize("name", ["stacked", "training", "frank_wolfe"])
+@pytest.mark.parametrize("name", ["training", "frank_wolfe"])
 def test_scripts_of_training_run_from_their_command_line(name: str, load, monkeypatch: pytest.MonkeyPatch, capsys):
     options = {
-        "stacked": ["--models", "resnet8", "--members", "2", "--batch-size", "4", "--images", "16", "--steps", "1"],
         "training": ["--model", "resnet8", "--batch-size", "4", "--images", "16", "--steps", "1", "--together", "2"],
         "frank_wolfe": ["--model", "resnet8", "--batch-size", "4", "--steps", "1"],
     }

@@ -31,7 +31,7 @@ from prunus.run import stages
 from prunus.run.fitted import fitted, home
 from prunus.run.folder import device_name, device_of, finished, write_recipe
 from prunus.run.recipe import Recipe, digest, said
-from prunus.run.soups import blend
+from prunus.run.soups import Pruned, blend
 from prunus.save import save_model, save_tensors
 from prunus.soup import distance, phase_sparsities
 from prunus.stream import BlockReport, Shards, Streamed, Work
@@ -206,8 +206,8 @@ class _Run:
 
     def _soup(self, loaded: stages.Loaded, masks: Masks, result: dict[str, Any]) -> stages.Loaded:
         """The average of several retrained copies of the pruned model; what was measured of it goes into `result`."""
-        soup = self.out / "work" / "soup"
-        found = blend(loaded, masks, self.recipe, self.device, self.out / "members", soup, bar=self._bar)
+        pruned = Pruned(loaded, masks, self.recipe, self.device, self._bar)
+        found = blend(pruned, self.out / "members", self.out / "work" / "soup")
         for stage, perplexity in found.perplexity.items():
             self._log({"stage": stage, "perplexity": perplexity})
         result["perplexity"] |= found.perplexity
