@@ -21,7 +21,6 @@ from prunus.train.lr import (
     one_cycle,
     slr,
 )
-from prunus.train.stacked import Stacked, member_batches, together
 from prunus.train.train import Substituted, Trace, classification_loss, next_token_loss, train
 
 __all__ = [
@@ -30,7 +29,6 @@ __all__ = [
     "Multiplier",
     "Original",
     "Plan",
-    "Stacked",
     "Substituted",
     "Swa",
     "Trace",
@@ -47,12 +45,10 @@ __all__ = [
     "llr",
     "lrw",
     "masks_by_magnitude",
-    "member_batches",
     "multistep",
     "next_token_loss",
     "one_cycle",
     "recalibrate_",
     "slr",
-    "together",
     "train",
 ]
