@@ -77,6 +77,8 @@ class _Language:
 
     def recipe(self, raw: Mapping[str, Any], seed: int, *, tuning: bool, where: str) -> Recipe:
         raw = merge(dict(raw), {"save": False})
+        if (raw.get("prune") or {}).get("phases", 1) != 1:
+            raise ValueError(f"{where}: prune.phases of language models are run by `prunus run`, not by grids")
         for section in ("retrain", "reconstruct"):
             if raw.get(section) is not None:
                 raw = merge(raw, {f"{section}.seed": seed})
