@@ -14,7 +14,7 @@ from prunus.run.vision import stages
 from prunus.run.vision.recipe import ClassifierRecipe
 from prunus.run.vision.setting import Setting
 from prunus.soup import average, check_masks, greedy, learn_weights
-from prunus.train import alone, classification_loss
+from prunus.train import classification_loss, unrecorded
 
 __all__ = ["Average", "Meter", "averaged", "on_device", "plain_state"]
 
@@ -97,7 +97,7 @@ def _learned(states: Sequence[State], meter: Meter) -> list[float]:
         channels_last=setting.channels_last,
     )
     meter.model.train()
-    with alone():
+    with unrecorded():
         loss = classification_loss(setting.recipe.train.label_smoothing)
         return learn_weights(states, meter.model, batches, loss)
 
