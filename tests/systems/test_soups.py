@@ -46,7 +46,7 @@ from prunus.soup.average import average
 from prunus.soup.imp import Phase, imp
 from prunus.soup.sms import sms
 from prunus.train.batchnorm import recalibrate_
-from prunus.train.lr import retraining
+from prunus.train.lr import allr
 from tests.processes import start_command
 from tests.systems.test_vision import Tiny, few, raw, tiny
 
@@ -107,7 +107,7 @@ def test_the_recipe_is_the_library_s_loop(tmp_path: Path) -> None:
             recalibrate_(copy, own.training(1.0))
         steps = own.epoch_steps
         signals = phase.signals(steps, dense.original)
-        rates = retraining("allr", dense.original, steps, distance=signals.distance, share=signals.share)
+        rates = allr(dense.original, steps, distance=signals.distance, share=signals.share)
         stages.fit(copy, own, rates, steps=steps, part=phase.index + 1, lr=0.1, masks=phase.masks)
 
     masks = sms(

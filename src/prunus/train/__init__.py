@@ -19,7 +19,7 @@ from prunus.train.lr import (
     lrw,
     multistep,
     one_cycle,
-    retraining,
+    risen,
     slr,
 )
 from prunus.train.stacked import Stacked, member_batches, together
@@ -53,7 +53,7 @@ __all__ = [
     "next_token_loss",
     "one_cycle",
     "recalibrate_",
-    "retraining",
+    "risen",
     "slr",
     "together",
     "train",

@@ -29,11 +29,13 @@ from prunus.run.names import (
     CriterionName,
     PatternName,
     RetrainingName,
+    ScheduleName,
     allocations,
     criteria,
     fixed_sparsity,
     methods,
     pattern_of,
+    schedules,
 )
 from prunus.run.recipe import Device, Share, Strict, digest, looks_local, said
 from prunus.run.vision.optimizers import Decay, OptimizerChoice, Pull
@@ -54,8 +56,6 @@ __all__ = [
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Kind = Literal["zeros", "filters", "low_rank"]
-WORDS = ("constant", "linear", "cosine")
-OPTIONS = {"multistep": "milestones in epochs", "exponential": "a factor an epoch", "one_cycle": "the peak's share"}
 
 
 class ImageSource(Strict):
@@ -98,20 +98,6 @@ class Augmentation(Strict):
     cutout: Annotated[int, Field(ge=0)] = 0
 
 
-def _schedule(value: Any) -> Any:
-    """One of the words, or a mapping of one name to its argument."""
-    if value in WORDS:
-        return value
-    known = f"use {', '.join(WORDS)}, or one of " + ", ".join(f"{{{k}: {what}}}" for k, what in OPTIONS.items())
-    if not isinstance(value, dict) or len(value) != 1 or next(iter(value)) not in OPTIONS:
-        raise ValueError(f"{value!r} is no schedule; {known}")
-    name, argument = next(iter(value.items()))
-    numbers = argument if name == "multistep" else [argument]
-    if not isinstance(numbers, (list, tuple)) or not all(isinstance(x, (int, float)) and x > 0 for x in numbers):
-        raise ValueError(f"{name} takes {OPTIONS[name]}, above 0; got {argument!r}")
-    return {name: argument}
-
-
 class Training(Strict):
     """How the network is trained, by SGD or another `optimizer`; `warmup`, milestones and `snapshots` are in epochs.
 
@@ -124,7 +110,7 @@ class Training(Strict):
     epochs: Count = 30
     batch_size: Count = 512
     lr: Positive = 0.4
-    schedule: Annotated[str | dict[str, Any], BeforeValidator(_schedule)] = "linear"
+    schedule: ScheduleName = "linear"
     warmup: Annotated[float, Field(ge=0)] = 2
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
@@ -142,8 +128,8 @@ class Training(Strict):
     def _check(self) -> Training:
         if self.warmup >= self.epochs:
             raise ValueError(f"warmup: {self.warmup:g} epochs leave none of the {self.epochs}; set a smaller warmup")
-        if self.warmup and "one_cycle" in self.schedule:
-            raise ValueError("schedule one_cycle rises by itself: set warmup: 0")
+        if self.warmup and not schedules.knows(self.schedule, "warmup"):
+            raise ValueError(f"schedule {schedules.name(self.schedule)} rises by itself: set warmup: 0")
         late = [epoch for epoch in self.snapshots if epoch > self.epochs]
         if late:
             raise ValueError(f"snapshots: epoch {late[0]} lies behind the end, epochs: {self.epochs}")

@@ -21,6 +21,7 @@ from prunus.layers import View, find_layers
 from prunus.masks import Masks
 from prunus.measure import Accuracy, Corrupted, Cost, accuracy, corrupted_sets, own_flops
 from prunus.prune import prune
+from prunus.run.names import schedules
 from prunus.run.vision.optimizers import make_optimizer, make_pulls
 from prunus.run.vision.recipe import Corruptions, Pruning
 from prunus.run.vision.setting import Setting
@@ -31,13 +32,8 @@ from prunus.train import (
     Trace,
     alone,
     classification_loss,
-    constant,
-    cosine,
-    exponential,
-    linear,
-    multistep,
-    one_cycle,
     recalibrate_,
+    risen,
     train,
 )
 
@@ -68,16 +64,8 @@ def schedule(setting: Setting) -> tuple[Multiplier, int]:
     asked = setting.recipe.train
     steps = setting.steps(asked.epochs)
     warmup = round(asked.warmup * setting.epoch_steps)
-    if isinstance(asked.schedule, str):
-        made = {"constant": constant, "linear": linear, "cosine": cosine}[asked.schedule]
-        return made(steps, warmup=warmup), warmup
-    name, argument = next(iter(asked.schedule.items()))
-    if name == "multistep":
-        milestones = [setting.steps(epoch) for epoch in argument]
-        return multistep(steps, milestones, warmup=warmup), warmup
-    if name == "exponential":
-        return exponential(steps, argument ** (1 / setting.epoch_steps), warmup=warmup), warmup
-    return one_cycle(steps, argument), int(argument * steps)
+    made = schedules.make(asked.schedule, steps, warmup=warmup, epoch=setting.epoch_steps)
+    return made, warmup or risen(made, steps)
 
 
 def fit(
