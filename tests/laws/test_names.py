@@ -14,7 +14,17 @@ from prunus import score
 from prunus.layers import Layer
 from prunus.patterns import NM, Block, Unstructured
 from prunus.run import names
-from prunus.run.names import FAMILIES, Family, allocations, criteria, methods, pattern_of, retrainings, schedules
+from prunus.run.names import (
+    FAMILIES,
+    Family,
+    allocations,
+    criteria,
+    methods,
+    optimizers,
+    pattern_of,
+    retrainings,
+    schedules,
+)
 from prunus.run.recipe import Recipe, parse
 from prunus.run.vision.recipe import ClassifierRecipe
 
@@ -38,6 +48,7 @@ def test_families_hold_what_their_modules_say() -> None:
     assert set(allocations.members()) == {"uniform", "uniform_plus", "global", "lamp", "erk", "owl"}
     assert set(retrainings.members()) == {"ft", "lrw", "slr", "clr", "llr", "allr"}
     assert set(schedules.members()) >= {"constant", "linear", "cosine", "multistep", "exponential", "one_cycle"}
+    assert set(optimizers.members()) == {"prox", "sfw", "sgd"}
     assert {"gmp", "str", "rigl", "set"} <= set(methods.members())
     assert not {"cubic", "part", "plan"} & set(methods.members())
 

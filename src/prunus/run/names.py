@@ -18,7 +18,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
-from pydantic import BeforeValidator, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, TypeAdapter, ValidationError
 
 if TYPE_CHECKING:
     from prunus.patterns import Pattern
@@ -36,6 +36,7 @@ __all__ = [
     "criteria",
     "fixed_sparsity",
     "methods",
+    "optimizers",
     "pattern_of",
     "patterns",
     "retrainings",
@@ -199,8 +200,9 @@ def _as(hint: Any, value: Any, where: str) -> Any:
 
 def _hints(member: Any) -> dict[str, Any]:
     """The types of a member's parameters; none where they are not to be read (names that only checkers see)."""
+    section = inspect.isclass(member) and issubclass(member, BaseModel)  # whose fields are its options
     try:
-        return get_type_hints(member.__init__ if inspect.isclass(member) else member)
+        return get_type_hints(member.__init__ if inspect.isclass(member) and not section else member)
     except NameError:
         return {}
 
@@ -263,6 +265,15 @@ def _sets() -> list[ModuleType]:
     return [sets]
 
 
+def _optimizers() -> list[ModuleType]:
+    return [import_module("prunus.run.vision.optimizers")]  # which reads `sets` of this file
+
+
+def _is_optimizer(member: Any) -> bool:
+    base = _optimizers()[0].Optimizer
+    return inspect.isclass(member) and issubclass(member, base) and member is not base
+
+
 def _returns(member: Any, name: str) -> bool:
     return inspect.isfunction(member) and member.__annotations__.get("return") == name
 
@@ -291,7 +302,8 @@ schedules = Family(
     short=True,
 )
 sets = Family("set", _sets, belongs=lambda each: _returns(each, "Ball"), given=("radius",))
-FAMILIES = (criteria, allocations, patterns, methods, schedules, retrainings, sets)
+optimizers = Family("optimizer", _optimizers, belongs=_is_optimizer)
+FAMILIES = (criteria, allocations, patterns, methods, schedules, retrainings, optimizers, sets)
 
 
 def _made(family: Family) -> BeforeValidator:
@@ -365,4 +377,6 @@ def rows() -> Iterator[dict[str, str]]:
 
 
 def _shown(default: Any) -> str:
+    if isinstance(default, BaseModel):
+        return str(default.model_dump(exclude_defaults=True))
     return str(getattr(default, "__name__", default)).rstrip("_")

@@ -11,13 +11,14 @@ import difflib
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    create_model,
     field_validator,
     model_validator,
 )
@@ -34,11 +35,12 @@ from prunus.run.names import (
     criteria,
     fixed_sparsity,
     methods,
+    optimizers,
     pattern_of,
     schedules,
 )
 from prunus.run.recipe import Device, Share, Strict, digest, looks_local, said
-from prunus.run.vision.optimizers import Decay, OptimizerChoice, Pull
+from prunus.run.vision.optimizers import OneOptimizer, Optimizer, Pull, Sgd
 from prunus.score import Allocation, Criterion, allocation_of, check_comparable, compared, criterion_of
 
 __all__ = [
@@ -98,6 +100,13 @@ class Augmentation(Strict):
     cutout: Annotated[int, Field(ge=0)] = 0
 
 
+if TYPE_CHECKING:
+    OptimizerChoice = OneOptimizer
+else:
+    _fields: dict[str, Any] = {name: (each | None, None) for name, each in optimizers.members().items()}
+    OptimizerChoice = create_model("OptimizerChoice", __base__=OneOptimizer, __module__=__name__, **_fields)
+
+
 class Training(Strict):
     """How the network is trained, by SGD or another `optimizer`; `warmup`, milestones and `snapshots` are in epochs.
 
@@ -124,6 +133,11 @@ class Training(Strict):
     snapshots: tuple[Annotated[int, Field(ge=0)], ...] = ()
     evaluate_every: Annotated[int, Field(ge=0)] = 0
 
+    @property
+    def chosen(self) -> Optimizer:
+        """The optimizer: SGD where none is named."""
+        return Sgd() if self.optimizer is None else self.optimizer.one
+
     @model_validator(mode="after")
     def _check(self) -> Training:
         if self.warmup >= self.epochs:
@@ -135,7 +149,7 @@ class Training(Strict):
             raise ValueError(f"snapshots: epoch {late[0]} lies behind the end, epochs: {self.epochs}")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs momentum above 0")
-        if self.nesterov and self.optimizer is not None and self.optimizer != OptimizerChoice(sgd=Decay()):
+        if self.nesterov and self.chosen != Sgd():
             raise ValueError("nesterov is a form of plain SGD: leave out nesterov or optimizer")
         return self
 
