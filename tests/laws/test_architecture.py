@@ -81,7 +81,6 @@ def test_files_say_what_they_hold(path):
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{path.name} does not say what it holds"
 
 
-@pytest.mark.xfail(reason="the circles of run/ go with its workers", strict=True)
 def test_no_module_reaches_itself():
     modules = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in FILES}
     graph = {}

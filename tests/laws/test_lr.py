@@ -5,37 +5,31 @@ import math
 import pytest
 import torch
 
-from prunus.run.names import retrainings, schedules
+from prunus.run import names
 from prunus.train import lr
 from prunus.train.lr import Multiplier, Original, allr, linear, risen, scheduler
 
 ORIGINAL = Original.of([0.05, 0.1, 0.1, 0.1, 0.01, 0.01, 0.001], warmup=1)
-TRAINING = {
-    "constant": lr.constant,
-    "multistep": lambda steps, **warmup: lr.multistep(steps, [3, 5], **warmup),
-    "exponential": lambda steps, **warmup: lr.exponential(steps, 0.9, **warmup),
-    "linear": lr.linear,
-    "cosine": lr.cosine,
-    "one_cycle": lr.one_cycle,
-    "linear_warmup_decay": lr.linear_warmup_decay,
-}
-RETRAINING = retrainings.members()
-OTHERS = {"Multiplier", "Original", "risen", "scheduler"}
+NEEDED = {"multistep": {"milestones": [3, 5]}, "exponential": {"gamma": 0.9}}
+TRAINING, RETRAINING = list(names.schedules.members()), list(names.retrainings.members())
+
+
+def make(name: str, steps: int, warmup: int = 0) -> Multiplier:
+    return names.schedules.make({name: NEEDED.get(name, {})}, steps, warmup=warmup)
 
 
 def retrain(name: str, steps: int, warmup: float = 0.1) -> Multiplier:
-    return retrainings.make(name, ORIGINAL, steps, distance=0.5, share=0.2, warmup=warmup)
+    return names.retrainings.make(name, ORIGINAL, steps, distance=0.5, share=0.2, warmup=warmup)
 
 
 def test_every_public_schedule_is_here():
-    assert set(lr.__all__) == set(TRAINING) | set(RETRAINING) | OTHERS
-    assert set(schedules.members()) == set(TRAINING)
+    assert set(lr.__all__) == {*TRAINING, *RETRAINING, "Multiplier", "Original", "risen", "scheduler"}
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 41])
 @pytest.mark.parametrize("name", [*TRAINING, *RETRAINING])
 def test_no_step_is_wasted_and_none_exceeds_the_peak(name: str, steps: int):
-    multiplier = TRAINING[name](steps) if name in TRAINING else retrain(name, steps)
+    multiplier = make(name, steps) if name in TRAINING else retrain(name, steps)
     values = [multiplier(step) for step in range(steps)]
     assert all(0 < value <= 1 for value in values)
     assert values == [multiplier(step) for step in range(steps)]  # no state
@@ -44,7 +38,7 @@ def test_no_step_is_wasted_and_none_exceeds_the_peak(name: str, steps: int):
 
 @pytest.mark.parametrize("name", [name for name in TRAINING if name not in ("one_cycle", "linear_warmup_decay")])
 def test_linear_warm_up_reaches_its_top_in_its_last_step(name: str):
-    values = [TRAINING[name](20, warmup=4)(step) for step in range(6)]
+    values = [make(name, 20, warmup=4)(step) for step in range(6)]
     passed = 0.1 if name == "multistep" else 1.0  # its milestones count from 0: 3 lies in the warm-up
     assert values[:4] == pytest.approx([0.25, 0.5, 0.75, passed])
 
@@ -61,7 +55,7 @@ def test_retraining_warms_up_along_a_cosine(name: str, steps: int, share: float,
 @pytest.mark.parametrize("name", [*TRAINING, *RETRAINING])
 def test_no_steps_are_refused(name: str):
     with pytest.raises(ValueError, match="at least 1 step; got 0"):
-        TRAINING[name](0) if name in TRAINING else retrain(name, 0)
+        make(name, 0) if name in TRAINING else retrain(name, 0)
 
 
 @pytest.mark.parametrize("name", ["slr", "clr", "llr", "allr"])
@@ -109,6 +103,10 @@ def test_signals_are_checked():
     for distance, share in ((-0.1, 0.1), (0.1, float("nan"))):
         with pytest.raises(ValueError, match="signals are at least 0"):
             allr(ORIGINAL, 10, distance=distance, share=share)
+    with pytest.raises(TypeError, match="share"):
+        names.retrainings.make("allr", ORIGINAL, 10, distance=0.5)
+    with pytest.raises(ValueError, match=r"no retraining schedule 'lr'; .*there are"):
+        names.retrainings.make("lr", ORIGINAL, 10)
 
 
 @pytest.mark.parametrize(("share", "rise"), [(0.0, 0), (0.1, 0), (0.2, 2), (0.5, 5), (0.9, 9)])

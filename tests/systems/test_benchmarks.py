@@ -129,10 +129,9 @@ def test_a_page_of_single_runs(load, tmp_path: Path, monkeypatch: pytest.MonkeyP
         every.read(tmp_path, None)
 
 
-@pytest.mark.parametrize("name", ["stacked", "training", "frank_wolfe"])
+@pytest.mark.parametrize("name", ["training", "frank_wolfe"])
 def test_scripts_of_training_run_from_their_command_line(name: str, load, monkeypatch: pytest.MonkeyPatch, capsys):
     options = {
-        "stacked": ["--models", "resnet8", "--members", "2", "--batch-size", "4", "--images", "16", "--steps", "1"],
         "training": ["--model", "resnet8", "--batch-size", "4", "--images", "16", "--steps", "1", "--together", "2"],
         "frank_wolfe": ["--model", "resnet8", "--batch-size", "4", "--steps", "1"],
     }

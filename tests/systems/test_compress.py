@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from prunus.masks import Masks
+from prunus.report import read_metrics
 from prunus.run import stages
 from prunus.run.compress import compress
 from prunus.run.fitted import home
@@ -318,3 +319,32 @@ def test_a_schedule_that_goes_by_the_dense_training_needs_it(
     ]:
         with pytest.raises(ValueError, match=re.escape(message)):
             parse(asked | {"retrain": asked["retrain"] | change}, Recipe, "test")
+
+
+def test_a_language_model_is_pruned_in_phases(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """Each phase prunes within the one before and retrains; the result has exactly the sparsity asked for."""
+    asked = raw(tiny_folder, text_file, tmp_path / "run", prune={"sparsity": 0.75, "phases": 2})
+    result = compress(parse(asked, Recipe, "test"))
+    assert result["pruning"]["sparsity"] == pytest.approx(0.75, abs=1e-3)
+    masks = Masks.load(tmp_path / "run" / "model" / "masks.safetensors")
+    first = raw(tiny_folder, text_file, tmp_path / "first", prune={"sparsity": 0.5})
+    compress(parse(first, Recipe, "test"))
+    before = Masks.load(tmp_path / "first" / "model" / "masks.safetensors")
+    assert all(not bool((mask & ~before[name]).any()) for name, mask in masks.items())
+    stages_seen = [row["stage"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "perplexity" in row]
+    assert stages_seen == ["dense", "phase 1", "pruned", "retrained", "merged"]
+    once = raw(tiny_folder, text_file, tmp_path / "once", prune={"sparsity": 0.75})
+    assert compress(parse(once, Recipe, "test"))["perplexity"]["merged"] != result["perplexity"]["merged"]
+
+
+def test_phases_of_a_language_model_are_refused_where_they_cannot_be(
+    tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    asked = raw(tiny_folder, text_file, tmp_path, prune={"sparsity": 0.75, "phases": 2})
+    for change, message in [
+        ({"retrain": None}, "give a section retrain"),
+        ({"soup": {}}, "leave out soup"),
+        ({"prune": {"pattern": "2:4", "phases": 2}}, "leave out phases"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            parse(asked | change, Recipe, "test")

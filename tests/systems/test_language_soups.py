@@ -231,6 +231,7 @@ def test_a_grid_of_soups(tiny_folder: Path, text_file: Path, tmp_path: Path) -> 
     assert len(rows) == 4
     cells = {(row["pattern"], row["soup"]): row for row in rows}
     assert not list((tmp_path / "grid").glob("members/*.work"))
+    assert not list((tmp_path / "grid" / "soups").iterdir())
     alone = compress(recipe(tiny_folder, text_file, tmp_path / "one", save=False, retrain=base["retrain"], soup={}))
     member = next(
         json.loads(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import multiprocessing
 import os
 import signal
@@ -36,8 +37,8 @@ def add(acts: tuple[str, ...], job: Job, store: Store) -> dict[str, Any]:
         os.kill(os.getpid(), signal.SIGKILL)
     if act == "wait":
         time.sleep(0.5)
-    if act in ("ValueError", "RuntimeError"):
-        raise {"ValueError": ValueError, "RuntimeError": RuntimeError}[act](f"{job.key} is {act}")
+    if act in ("ValueError", "RuntimeError", "KeyboardInterrupt"):
+        raise getattr(builtins, act)(f"{job.key} is {act}")
     (store.folder_of(job) / "file").write_text(job.key)
     value = 1 + sum(store.result(need)["value"] for need in job.needs)
     return {"value": value, "drawn": torch.rand(1).item(), "process": os.getpid()}
@@ -113,7 +114,9 @@ def test_what_waits_on_a_failed_job_says_so_and_no_other_is_lost(tmp_path: Path,
     after, later = Sum("after", (bad, A)), Sum("other", (A,))
     graph = Wanted(Store(tmp_path), (Sum("last", (after,)), later))
     (message,) = run([graph], workers)
-    assert message.startswith(f"1 jobs failed; the first: ValueError: bad is ValueError (see {tmp_path}/sums/bad.error")
+    assert message.startswith(
+        f"1 jobs failed, 1 for want of them; the first: ValueError: bad is ValueError (see {tmp_path}"
+    )
     assert graph.store.error(after).startswith("what it starts from failed")
     assert graph.store.finished(later)
     assert ran(tmp_path).count("bad") == 1  # wrong values stay wrong
@@ -181,11 +184,31 @@ def test_processes_share_the_work_and_one_that_is_killed_is_replaced(tmp_path: P
     others = tuple(Sum(f"n{number}", (), ("wait",)) for number in range(4))
     graph = Wanted(Store(tmp_path), (once, always, Sum("after", (always,)), *others))
     (message,) = run([graph], Workers(processes=2))
-    assert message.startswith("2 jobs failed; the first: its process died, 2 times")
+    assert message.startswith("1 jobs failed, 1 for want of them; the first: its process died, 2 times")
     found = ran(tmp_path)
     assert [found.count(name) for name in ("once", "always", "after")] == [2, 2, 0]
     assert all(found.count(job.key) == 1 for job in others)
     assert os.getpid() not in {graph.store.result(job)["process"] for job in (once, *others)}
+
+
+def test_ctrl_c_leaves_nothing_claimed(tmp_path: Path) -> None:
+    job, graph = Sum("x", (), ("KeyboardInterrupt",)), Wanted(Store(tmp_path), (B,))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run([Wanted(graph.store, (job,))], Workers())
+    assert run([Wanted(graph.store, (job,))], Workers()) == []
+    assert caught is not None  # with all that it holds on to
+
+
+def test_what_passes_goes_when_nothing_that_is_left_needs_it(tmp_path: Path) -> None:
+    passing = Job("sums", "p", partial(add, ()), (), passing=True)
+    one, two = Sum("one", (passing,)), Sum("two", (passing,), ("ValueError",))
+    graph = Wanted(Store(tmp_path), (one, two))
+    assert run([graph], Workers())
+    assert graph.store.finished(passing)
+    assert run([graph], Workers()) == []
+    assert not graph.store.finished(passing)
+    assert not graph.store.path(passing).exists()
+    assert ran(tmp_path) == ["p", "one", "two", "two"]
 
 
 def test_a_store_drops_what_nothing_needs(tmp_path: Path) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from prunus.data.images import plain_batches
@@ -20,13 +23,14 @@ from prunus.run.compare import compare
 from prunus.run.grid import Grid
 from prunus.run.recipe import parse
 from prunus.run.show import show_soup
+from prunus.run.store import Store
 from prunus.run.vision import stages
 from prunus.run.vision.setting import Setting
-from prunus.run.vision.soups import experiment, outside
-from prunus.run.vision.soups.branches import Store
+from prunus.run.vision.soups import corrupted, jobs
+from prunus.run.vision.soups.averaging import averaged
 from prunus.run.vision.soups.command import soup_run
-from prunus.run.vision.soups.mixing import mixer
 from prunus.run.vision.soups.phases import by_phase
+from prunus.run.vision.soups.recipe import SoupRecipe
 from tests.systems.test_soups import asked, held_out, row
 from tests.systems.test_vision import raw, tiny
 
@@ -44,9 +48,9 @@ def test_corruptions_are_measured_of_all_that_stands_beside_a_soup(
 ) -> None:
     """Against each network, put together again, on each set, in turn."""
     chosen: list[Any] = []
-    watched = outside.outside
+    watched = corrupted.corrupted
     monkeypatch.setattr(
-        "prunus.run.vision.soups.rows.outside", lambda begin, *rest: chosen.append(rest) or watched(begin, *rest)
+        "prunus.run.vision.soups.rows.corrupted", lambda *asked: chosen.append(asked[2:]) or watched(*asked)
     )
     corruptions = {"names": ["contrast", "fog"], "severities": [1, 5], "images": 50, "folder": str(tmp_path / "sets")}
     recipe = asked(tmp_path / "soup", {"baselines": ["imp", "longer"]}, corruptions=corruptions)
@@ -68,7 +72,7 @@ def test_corruptions_are_measured_of_all_that_stands_beside_a_soup(
 
     states, branches = chosen[0]
     members = [mean(store.state(branch)) for branch in branches]
-    clean = [store.numbers(branch)["measured"]["top1"] for branch in branches]
+    clean = [store.result(branch)["measured"]["top1"] for branch in branches]
     singles = [network(store.state(branch)) for branch in branches]
     expected = {
         "soup": mean(load_file(tmp_path / "soup" / "model.safetensors")),
@@ -95,7 +99,7 @@ def test_a_grid_measures_corruptions_with_members_that_are_there_already(
     changes = {"prune": {"sparsity": 0.9}}
     plain = grid_of(tmp_path / "grid", {"sparsity": {"80 %": {}, "90 %": {}}}, **changes)
     before = compare(parse(plain, Grid, "grid"))
-    monkeypatch.setattr("prunus.run.vision.soups.units.grow", lambda *_: pytest.fail("a member is trained again"))
+    monkeypatch.setattr(stages, "fit", lambda *_, **__: pytest.fail("a member is trained again"))
     columns = ["corrupted.accuracy", "corrupted.mean_member", "corrupted.severity_3"]
     raw_grid = grid_of(tmp_path / "grid", axes, **changes) | {"show": {"columns": columns}}
     rows = compare(parse(raw_grid, Grid, "grid"))
@@ -192,19 +196,14 @@ def test_averages_made_beside_trainings_are_those_of_their_members(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Work of one lane that did not wait for another would show: everything is computed again when all is quiet."""
-    made: list[tuple[Any, Any, Any]] = []
+    made: list[tuple[Any, Any]] = []
 
-    def recorded(*args: Any) -> Any:
-        mix = mixer(*args)
+    def recorded(asked: Any, states: Any, masks: Any, meter: Any) -> Any:
+        found = averaged(asked, states, masks, meter)
+        made.append((states, found[0]))
+        return found
 
-        def mixed(store: Any, branches: Any, masks: Any) -> Any:
-            found = mix(store, branches, masks)
-            made.append((store, branches, found))
-            return found
-
-        return mixed
-
-    monkeypatch.setattr(experiment, "mixer", recorded)
+    monkeypatch.setattr(jobs, "averaged", recorded)
     axes = {
         "members": {str(m): {"soup.members": m} for m in (3, 5)},
         "sparsity": {"80 %": {"prune.sparsity": 0.8}, "90 %": {"prune.sparsity": 0.9}},
@@ -217,15 +216,33 @@ def test_averages_made_beside_trainings_are_those_of_their_members(
     rows = compare(parse(grid, Grid, "grid"), together=4)
     assert all(each["accuracy"]["mean"] > 70 for each in rows)
     torch.cuda.synchronize()
-    for store, branches, found in made:
-        states = [store.state(branch) for branch in branches]
-        for name, value in found.state.items():
+    for states, found in made:
+        for name, value in found.items():
             if value.is_floating_point() and "running" not in name:
                 mean = torch.stack([state[name].double() for state in states]).mean(0)
                 torch.testing.assert_close(value.double(), mean, rtol=1e-5, atol=1e-7)
-        for branch, state in zip(branches, states, strict=True):
-            setting = Setting.of(branch.recipe)
-            model = setting.new_model()
-            model.load_state_dict(state)
-            again = stages.measure(model, setting)["top1"]
-            assert again == pytest.approx(store.numbers(branch)["measured"]["top1"], abs=0.005)
+    store, asked_ = parse(grid, Grid, "grid").store, parse({**grid["base"], "out": "x"}, SoupRecipe, "test")
+    setting = Setting.of(asked_)
+    for path in store.folder.glob("trainings/*/model.safetensors"):
+        model = setting.new_model()
+        model.load_state_dict(load_file(path))
+        numbers = json.loads(path.parent.with_suffix(".json").read_text())
+        assert stages.measure(model, setting)["top1"] == pytest.approx(numbers["measured"]["top1"], abs=0.005)
+
+
+@pytest.mark.parametrize("name", ["resnet18-grid", "smollm2"])
+def test_packed_results_of_the_documentation_make_their_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """From the results alone: neither the recipe's images nor its model are there."""
+    root = Path(__file__).parents[2]
+    shutil.copytree(root / "docs" / "results" / "soups" / name, tmp_path / "out")
+    kept = (tmp_path / "out" / "table.json").read_text()
+    (tmp_path / "out" / "table.json").unlink()
+    text = (root / "recipes" / "soups" / f"{name}.yaml").read_text()
+    monkeypatch.chdir(tmp_path)
+    for place in re.findall(r"\./data/[\w./-]+", text):
+        Path(place).parent.mkdir(parents=True, exist_ok=True)
+        Path(place).touch()
+    compare(parse({**yaml.safe_load(text), "out": str(tmp_path / "out")}, Grid, name), workers=0)
+    assert (tmp_path / "out" / "table.json").read_text() == kept

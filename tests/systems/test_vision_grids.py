@@ -177,7 +177,7 @@ def test_what_starts_from_a_failed_training_fails_with_it_and_no_other(
 
     with monkeypatch.context() as patch:
         patch.setattr(stages, "fit", failing)
-        with pytest.raises(RuntimeError, match="2 jobs failed; the first: RuntimeError: out of memory"):
+        with pytest.raises(RuntimeError, match="1 jobs failed, 2 for want of them; the first: RuntimeError: out of"):
             compare(grid(tmp_path, **SMALL))
     errors = [path.read_text() for path in tmp_path.glob("members/*.error.txt")]
     assert ["what it starts from failed" in error for error in errors] == [True, True]

@@ -92,13 +92,14 @@ def grid(
 ) -> None:
     """Run grids of recipes, side by side; a killed grid goes on and repeats nothing that is finished."""
     from prunus.run.compare import compare_all, load_grids
+    from prunus.run.pool import Workers as Pool
     from prunus.run.show import show_grid, show_sweep
     from prunus.run.vision.sweep import load_sweep, sweep
 
     _alone("grid")
     if is_sweep(recipes):
         asked = load_sweep(recipes[0], out)
-        show_sweep(sweep(asked), asked.out)
+        show_sweep(sweep(asked, Pool(max(workers, 1), together, ray)), asked.out)
         return
     grids = load_grids(recipes, out)
     try:

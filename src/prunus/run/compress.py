@@ -31,9 +31,9 @@ from prunus.run import stages
 from prunus.run.fitted import fitted, home
 from prunus.run.folder import device_name, device_of, finished, write_recipe
 from prunus.run.recipe import Recipe, digest, said
-from prunus.run.soups import blend
+from prunus.run.soups import Pruned, blend
 from prunus.save import save_model, save_tensors
-from prunus.soup import distance
+from prunus.soup import distance, phase_sparsities
 from prunus.stream import BlockReport, Shards, Streamed, Work
 
 __all__ = ["compress", "prunus_info"]
@@ -98,6 +98,8 @@ class _Run:
         result: dict[str, Any] = {"key": self.key, "model": recipe.model, "device": device_name(self.device)}
         result |= {"processes": ranks.count(), "perplexity": {}}
         result["perplexity"]["dense"] = self._measured("dense", loaded)
+        if recipe.prune.phases > 1:
+            loaded = self._phases(loaded)
         before = stages.weights_to_compare(loaded, recipe)
         streamed = self._prune(loaded)
         if before:
@@ -120,10 +122,38 @@ class _Run:
             self._save(loaded, streamed.masks, result)
         return result
 
+    def _phases(self, loaded: stages.Loaded) -> stages.Loaded:
+        """The model after all phases but the last; a killed run does them again, to the same bits.
+
+        Zeros have the lowest scores, so each phase prunes what the one before did.
+        """
+        asked, retrain = self.recipe.prune, self.recipe.retrain
+        assert retrain is not None
+        for place, sparsity in enumerate(phase_sparsities(asked.sparsity, asked.phases)[:-1], 1):
+            recipe = self.recipe.model_copy(update={"prune": asked.model_copy(update={"sparsity": sparsity})})
+            before = stages.weights_to_compare(loaded, recipe)
+            masks = stages.prune(loaded, recipe, self.device).masks
+            lost = distance(before, masks) if before else 1.0
+            with self._bar(f"retrain {place}/{asked.phases}", retrain.steps) as advance:
+                stages.retrain(
+                    loaded.model.to(self.device),
+                    masks,
+                    stages.pruned_views(loaded.model, masks, recipe),
+                    stages.text_tokens(retrain.data, loaded.tokenizer),
+                    retrain,
+                    precision=stages.precision_of(recipe, self.device),
+                    on_step=lambda done, _loss, advance=advance: advance.to(done),
+                    distance=lost,
+                )
+            loaded.model.to(self.home)
+            self._measured(f"phase {place}", loaded)
+        return loaded
+
     def _prune(self, loaded: stages.Loaded) -> Streamed:
         # The work folder's blocks depend on these sections alone, so a run may be resumed with other retraining.
         recipe = self.recipe
-        decides = said(recipe, only={"model", "dtype", "precision", "prune", "calibrate", "reconstruct"})
+        sections = {"model", "dtype", "precision", "prune", "calibrate", "reconstruct"}
+        decides = said(recipe, only=sections | ({"retrain"} if recipe.prune.phases > 1 else set()))
         work = Work(self._blocks(), digest(decides), writes=ranks.is_main()).open()
         blocks = int(getattr(loaded.model.config, "num_hidden_layers", 0)) or None
         with self._bar("prune", blocks) as advance:
@@ -176,8 +206,8 @@ class _Run:
 
     def _soup(self, loaded: stages.Loaded, masks: Masks, result: dict[str, Any]) -> stages.Loaded:
         """The average of several retrained copies of the pruned model; what was measured of it goes into `result`."""
-        soup = self.out / "work" / "soup"
-        found = blend(loaded, masks, self.recipe, self.device, self.out / "members", soup, bar=self._bar)
+        pruned = Pruned(loaded, masks, self.recipe, self.device, self._bar)
+        found = blend(pruned, self.out / "members", self.out / "work" / "soup")
         for stage, perplexity in found.perplexity.items():
             self._log({"stage": stage, "perplexity": perplexity})
         result["perplexity"] |= found.perplexity
@@ -261,6 +291,8 @@ def _check_shares(recipe: Recipe) -> None:
     asked, world = recipe.retrain, ranks.count()
     if recipe.soup is not None and world > 1:
         raise ValueError(f"soup: members are trained in one process, not in {world}; start `prunus run` alone")
+    if recipe.prune.phases > 1 and world > 1:
+        raise ValueError(f"prune.phases: in one process, not in {world}; start `prunus run` alone")
     if asked is not None and asked.batch_size % world:
         raise ValueError(
             f"retrain.batch_size: {asked.batch_size} sequences cannot be shared by {world} processes; "

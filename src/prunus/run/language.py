@@ -1,8 +1,9 @@
 """Grids of language-model recipes: what members share, and the numbers of one.
 
     out/dense.json    perplexities of the unpruned model      out/starts/KEY/    a pruned model that members retrain
+    out/soups/KEY/    a member of soups, until they are measured
 
-Members that prune alike share the pruned model, so a grid prunes each (criterion, pattern) once.
+Members that prune alike share the pruned model, so a grid prunes each (criterion, pattern) once; soups share members.
 """
 
 from __future__ import annotations
@@ -18,14 +19,13 @@ from typing import Any
 
 import torch
 
-from prunus.masks import Masks
 from prunus.run import stages
 from prunus.run.fitted import fitted
 from prunus.run.folder import device_of
 from prunus.run.language_tables import row, write
 from prunus.run.layout import Show
-from prunus.run.recipe import Recipe, digest, merge, parse, said
-from prunus.run.soups import SOUP, blend
+from prunus.run.recipe import Recipe, Retrain, digest, merge, parse, said
+from prunus.run.soups import LONGER, SOUP, Pruned, averaged, longer_of, member_key, members_of
 from prunus.run.store import Job, Store
 from prunus.soup import distance
 
@@ -37,17 +37,25 @@ _read: dict[str, Any] = {}  # the dense and the pruned model that were used last
 
 
 def pruned_job(recipe: Recipe) -> Job:
-    """The pruned model of the recipe's sections that decide it: the weights that changed, with their masks."""
-    return Job("starts", digest(said(recipe, only=_DECIDES))[:24], partial(_prune_once, recipe))
+    """The pruned model of the recipe's sections that decide it: the weights that changed, with their masks.
+
+    What was fitted block by block is another one for each setting of that, and changes everything: it is not kept.
+    """
+    key = digest(said(recipe, only=_DECIDES))[:24]
+    return Job("starts", key, partial(_prune, recipe), passing=recipe.reconstruct is not None)
 
 
-def _prune_once(recipe: Recipe, job: Job, store: Store) -> dict[str, Any]:
+def _prune(recipe: Recipe, job: Job, store: Store) -> dict[str, Any]:
     device = device_of(recipe)
     within = fitted(recipe, device)
-    model, masks, report = _prune(_dense(within, device), within, device)
+    dense = _dense(within, device)
+    model = copy.deepcopy(dense.model)
+    streamed = stages.prune(stages.Loaded(model, dense.tokenizer, dense.folder), within, device)
     parameters = dict(model.named_parameters())
-    store.write_state(job, {name: parameters[name] for name in masks}, masks)
-    return report
+    names = streamed.masks if recipe.reconstruct is None else parameters
+    store.write_state(job, {name: parameters[name] for name in names}, streamed.masks)
+    errors = [(r.error_before, r.error_after) for r in streamed.reports if r.error_before is not None]
+    return {"seconds": sum(r.seconds for r in streamed.reports), "errors": errors}
 
 
 def _measure_dense(recipe: Recipe, job: Job, store: Store) -> dict[str, Any]:
@@ -69,6 +77,8 @@ class _Language:
 
     def recipe(self, raw: Mapping[str, Any], seed: int, *, tuning: bool, where: str) -> Recipe:
         raw = merge(dict(raw), {"save": False})
+        if (raw.get("prune") or {}).get("phases", 1) != 1:
+            raise ValueError(f"{where}: prune.phases of language models are run by `prunus run`, not by grids")
         for section in ("retrain", "reconstruct"):
             if raw.get(section) is not None:
                 raw = merge(raw, {f"{section}.seed": seed})
@@ -81,8 +91,8 @@ class _Language:
         return float(result["perplexity"][text])
 
     def needs(self, recipe: Recipe) -> tuple[Job, ...]:
-        """The pruned model; what is fitted block by block depends on more, and is made by the member itself."""
-        return () if recipe.reconstruct is not None else (pruned_job(recipe),)
+        """The pruned model; of a soup its members, too."""
+        return (pruned_job(recipe), *(_soup_jobs(recipe) if recipe.soup is not None else ()))
 
     def beside(self, recipes: Sequence[Recipe]) -> tuple[Job, ...]:
         return tuple(Job(".", "dense", partial(_measure_dense, recipe)) for recipe in recipes[:1])
@@ -97,42 +107,61 @@ class _Language:
         _read.clear()
 
     def run(self, recipe: Recipe, job: Job, store: Store) -> dict[str, Any]:
-        started, device = time.perf_counter(), device_of(recipe)
-        model, masks, pruning = _pruned(recipe, store, device)
-        recipe = fitted(recipe, device)
-        dense = _dense(recipe, device)
-        pruned = stages.Loaded(model, dense.tokenizer, dense.folder)
-        if recipe.retrain is not None and recipe.retrain.schedule == "allr":
-            pruned = replace(pruned, distance=distance(dict(dense.model.named_parameters()), masks))
-        result: dict[str, Any] = {"pruning": pruning, "sparsity": masks.sparsity}
+        started = time.perf_counter()
+        pruned, pruning = _pruned(recipe, store)
+        recipe, loaded = pruned.recipe, pruned.loaded
+        result: dict[str, Any] = {"pruning": pruning, "sparsity": pruned.masks.sparsity}
         if recipe.soup is not None:
-            folder = store.work(job)
-            found = blend(pruned, masks, recipe, device, folder, folder / "soup")
-            pruned, result["perplexity"] = found.loaded, found.perplexity[SOUP]
-            result["soup"] = {**found.summary, "perplexity": found.perplexity, "retraining": found.retraining}
+            _, *members = job.needs
+            numbers = [store.result(member) for member in members]
+            each = [(store.path(m), found) for m, found in zip(members, numbers, strict=True)][: recipe.soup.members]
+            souped = averaged(pruned, each, numbers[-1] if recipe.soup.longer else None, store.work(job) / "soup")
+            loaded, result["perplexity"] = souped.loaded, souped.perplexity[SOUP]
+            result["soup"] = {**souped.summary, "perplexity": souped.perplexity, "retraining": souped.retraining}
         else:
             if recipe.retrain is not None:
-                result["retraining"] = _retrain(pruned, masks, recipe, device)
-            result["perplexity"] = stages.evaluate(pruned, recipe, device)
+                result["retraining"] = _retrain(pruned)
+            result["perplexity"] = stages.evaluate(loaded, recipe, pruned.device)
         if recipe.evaluate.tasks:
-            result["zero_shot"] = stages.zero_shot(pruned.model, dense.tokenizer, recipe, device)
+            result["zero_shot"] = stages.zero_shot(loaded.model, loaded.tokenizer, recipe, pruned.device)
         return result | {"seconds": time.perf_counter() - started, "recipe": recipe.model_dump(mode="json")}
 
 
 LANGUAGE = _Language()
 
 
-def _retrain(pruned: stages.Loaded, masks: Masks, recipe: Recipe, device: torch.device) -> dict[str, Any]:
+def _soup_jobs(recipe: Recipe) -> list[Job]:
+    """The members of a soup, and the run as long as all of them, whose model is not kept."""
+    each, longer = members_of(recipe), longer_of(recipe)
+    jobs = [_member_job(recipe, asked, f"member {place}") for place, asked in enumerate(each, 1)]
+    return jobs + ([] if longer is None else [_member_job(recipe, longer, LONGER)])
+
+
+def _member_job(recipe: Recipe, asked: Retrain, name: str) -> Job:
+    key = digest([member_key(recipe, asked), name == LONGER])[:24]
+    return Job("soups", key, partial(_train_member, recipe, asked, name), (pruned_job(recipe),), passing=True)
+
+
+def _train_member(recipe: Recipe, asked: Retrain, name: str, job: Job, store: Store) -> dict[str, Any]:
+    pruned, _ = _pruned(recipe, store)
+    model, found = pruned.retrained(name, asked, store.checkpoint(job))
+    if name != LONGER:
+        pruned.save(model, store.path(job), job.key, found)
+    return found
+
+
+def _retrain(pruned: Pruned) -> dict[str, Any]:
     """What retraining a pruned model in place did."""
+    recipe = pruned.recipe
     assert recipe.retrain is not None
     report = stages.retrain(
-        pruned.model,
-        masks,
-        stages.pruned_views(pruned.model, masks, recipe),
-        stages.text_tokens(recipe.retrain.data, pruned.tokenizer),
+        pruned.loaded.model,
+        pruned.masks,
+        stages.pruned_views(pruned.loaded.model, pruned.masks, recipe),
+        stages.text_tokens(recipe.retrain.data, pruned.loaded.tokenizer),
         recipe.retrain,
-        precision=stages.precision_of(recipe, device),
-        distance=pruned.distance,
+        precision=stages.precision_of(recipe, pruned.device),
+        distance=pruned.loaded.distance,
     )
     shown = asdict(report) | {"tokens_per_second": report.tokens_per_second}
     return shown | {"merge": _merge_summary(report.merge)}
@@ -154,21 +183,15 @@ def _dense(recipe: Recipe, device: torch.device) -> stages.Loaded:
     return _read["dense"][1]
 
 
-def _pruned(recipe: Recipe, store: Store, device: torch.device) -> tuple[Any, Masks, dict[str, Any]]:
-    """A pruned copy of the dense model, its masks, and how it was pruned: what `Pruned` left, or done here."""
-    within = fitted(recipe, device)
-    dense = _dense(within, device)
-    if recipe.reconstruct is not None:
-        return _prune(dense, within, device)
-    start, model = pruned_job(recipe), copy.deepcopy(dense.model)
-    model.load_state_dict(store.state(start), strict=False)
-    masks = store.masks(start)
+def _pruned(recipe: Recipe, store: Store) -> tuple[Pruned, dict[str, Any]]:
+    """A pruned copy of the dense model, and how it was pruned."""
+    job, device = pruned_job(recipe), device_of(recipe)
+    within, masks = fitted(recipe, device), store.masks(job)
     assert masks is not None
-    return model, masks, store.result(start)
-
-
-def _prune(dense: stages.Loaded, recipe: Recipe, device: torch.device) -> tuple[Any, Masks, dict[str, Any]]:
+    dense = _dense(within, device)
     model = copy.deepcopy(dense.model)
-    streamed = stages.prune(stages.Loaded(model, dense.tokenizer, dense.folder), recipe, device)
-    errors = [(r.error_before, r.error_after) for r in streamed.reports if r.error_before is not None]
-    return model, streamed.masks, {"seconds": sum(r.seconds for r in streamed.reports), "errors": errors}
+    model.load_state_dict(store.state(job), strict=False)
+    loaded = stages.Loaded(model, dense.tokenizer, dense.folder)
+    if recipe.retrain is not None and recipe.retrain.schedule == "allr":
+        loaded = replace(loaded, distance=distance(dict(dense.model.named_parameters()), masks))
+    return Pruned(loaded, masks, within, device), store.result(job)

@@ -256,7 +256,9 @@ def _is_method(member: Any) -> bool:
 
 
 def _lr() -> list[ModuleType]:
-    return [import_module("prunus.train")]  # not `from prunus import train`, which is the function
+    from prunus.train import lr
+
+    return [lr]
 
 
 def _sets() -> list[ModuleType]:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from multiprocessing import connection
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -103,10 +104,13 @@ def run(graphs: Sequence[Graph], workers: Workers, *, name: str = "run") -> list
 def failures(graphs: Sequence[Graph]) -> list[str]:
     """How what was asked for failed: one line, or none."""
     failed = [(graph.store, job) for graph in graphs for job in graph.jobs() if graph.store.failed(job)]
+    causes = {store.path(job): (store, job) for store, job in (_cause(*each) for each in failed)}
     if not failed:
         return []
-    store, job = _cause(*failed[0])
-    return [f"{len(failed)} jobs failed; the first: {store.error(job)} (see {store.path(job, '.error.txt')})"]
+    store, job = next(iter(causes.values()))
+    more = sum(store.path(job) not in causes for store, job in failed)
+    count = f"{len(causes)} jobs failed" + (f", {more} for want of them" if more else "")
+    return [f"{count}; the first: {store.error(job)} (see {store.path(job, '.error.txt')})"]
 
 
 def own_stream() -> AbstractContextManager[Any]:
@@ -304,7 +308,7 @@ def _in_processes(
     spare *= workers.processes
     try:
         while running:
-            time.sleep(_WAIT)
+            connection.wait([process.sentinel for process in running.values()], timeout=10 * _WAIT)
             on_look()
             for place, status in [(place, each.exitcode) for place, each in running.items()]:
                 if status is not None:
@@ -394,8 +398,11 @@ class _Loop:
             if bad is not None:
                 store.fail(job, f"what it starts from failed: {store.path(bad, '.error.txt')}\n")
             elif (tries := store.begin(job)) <= _TRIES:
-                future = self.executor.submit(job, store)
-                self.running[future] = _Running(store, job, lock, tries)
+                try:
+                    self.running[self.executor.submit(job, store)] = _Running(store, job, lock, tries)
+                except BaseException:  # Ctrl-C in a job that runs here
+                    store.release(job, lock)
+                    raise
                 return False
             else:
                 store.fail(job, f"{job}\nits process died, {_TRIES} times: killed, or out of memory\n")
@@ -408,10 +415,21 @@ class _Loop:
             each, error = self.running.pop(future), future.exception()
             if error is None:
                 each.store.put(each.job, future.result())
+                self._tidy(each)
             else:
                 self._failed(each, error)
             each.store.release(each.job, each.lock)
             self.on_end()
+
+    def _tidy(self, each: _Running) -> None:
+        """Delete what nothing needs any more, now that a job is done."""
+        store, spent = each.store, [need for need in each.job.needs if need.passing]
+        if spent:
+            todo = [job for graph in self.graphs for job in closure(graph.expected(), graph.store.finished)]
+            wanted = {store.path(need) for job in todo for need in job.needs}
+            for need in spent:
+                if store.path(need) not in wanted:
+                    store.drop(need)
 
     def _failed(self, each: _Running, error: BaseException) -> None:
         text = "".join(traceback.format_exception(error))

@@ -156,6 +156,8 @@ class Prune(Strict):
     """Which scores compete."""
     allocation: AllocationName = "uniform"
     """How many weights each layer keeps."""
+    phases: Annotated[int, Field(ge=1)] = 1
+    """Prune and retrain that many times."""
     include: tuple[str, ...] = ()
     """Globs of layers: only these are pruned."""
     exclude: tuple[str, ...] = ()
@@ -176,6 +178,8 @@ class Prune(Strict):
             raise ValueError(
                 f"pattern {self.pattern!r} fixes the share of zeros in every group: leave out scope and allocation"
             )
+        if pattern.sparsity is not None and self.phases > 1:
+            raise ValueError(f"pattern {self.pattern!r} fixes the share of zeros in every group: leave out phases")
         check_comparable(self.how(), allocation)
         if self.scope == "model" and allocations.make(self.allocation).reads:
             raise ValueError("scope 'model' is an allocation already: leave out allocation")
@@ -401,11 +405,20 @@ class Recipe(Strict):
             )
         if Path(self.out).is_file():
             raise ValueError(f"out: {self.out!r} is a file; give a folder")
+        if self.prune.phases > 1:
+            self._check_phases()
         if self.streaming and self.retrain is not None and self.retrain.schedule == "allr":
             raise ValueError("retrain.schedule: allr compares with the dense weights: leave out streaming, or use llr")
         if self.streaming and self.evaluate.tasks and self.retrain is None:
             raise ValueError("evaluate.tasks need the whole model in memory: leave out tasks or streaming")
         return self
+
+    def _check_phases(self) -> None:
+        if self.retrain is None or self.retrain.add_biases:
+            raise ValueError("prune.phases: each is retrained: give a section retrain, without add_biases")
+        strange = [key for key in ("streaming", "reconstruct", "soup") if getattr(self, key)]
+        if strange:
+            raise ValueError(f"prune.phases: the whole model is retrained in each: leave out {strange[0]}")
 
 
 def load_recipe(path: Path | None, overrides: dict[str, Any] | None = None) -> Recipe:

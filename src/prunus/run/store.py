@@ -36,7 +36,7 @@ class Job:
 
     room: the part of the store that its result is in; key: hash of what decides the result. what: (the job, the store)
     -> its numbers; what is too large for them goes to `store.folder_of(job)`. needs: what must have ended well before;
-    it reads nothing else from the store.
+    it reads nothing else from the store. passing: deleted when no job that is still to be done needs it.
 
     >>> Job("dense", digest(recipe), partial(train_dense, recipe))
     """
@@ -45,6 +45,7 @@ class Job:
     key: str
     what: Callable[[Job, Store], dict[str, Any]]
     needs: tuple[Job, ...] = ()
+    passing: bool = False
 
     def run(self, store: Store) -> dict[str, Any]:
         """Its numbers."""
@@ -74,6 +75,11 @@ class Store:
     def work(self, job: Job) -> Path:
         """A folder from which the job goes on if it is killed; gone when it has ended well."""
         return self.path(job, ".work")
+
+    def checkpoint(self, job: Job) -> Path:
+        """The file in it from which a training goes on."""
+        self.work(job).mkdir(parents=True, exist_ok=True)
+        return self.work(job) / "checkpoint.pt"
 
     def finished(self, job: Job) -> bool:
         """Whether its result is there."""
@@ -130,10 +136,11 @@ class Store:
         """Let what failed or was killed in earlier calls be tried anew, unless a living process has it."""
         for folder in (self.folder, *self.rooms.values()):
             for path in [*folder.rglob(f"*{_ERROR}"), *folder.rglob(f"*{_TRIES}")]:
-                stem = path.name.removesuffix(_ERROR).removesuffix(_TRIES)
-                lock = _locked(path.with_name(stem + _LOCK))
+                claim = path.with_name(path.name.removesuffix(_ERROR).removesuffix(_TRIES) + _LOCK)
+                lock = _locked(claim)
                 if lock is not None:
                     path.unlink(missing_ok=True)
+                    claim.unlink(missing_ok=True)
                     lock.release()
 
     def pack(self, job: Job) -> dict[str, bytes]:

@@ -1,6 +1,6 @@
 """Pruning and retraining in phases, and averages of members that share a mask.
 
-`imp` is the loop over phases, `sms` the same loop with several members a phase, `average` how they are mixed.
+`imp` is the loop over phases, `sms` the loop with several members a phase, `average` how they are mixed.
 """
 
 from prunus.soup.average import (
@@ -16,7 +16,7 @@ from prunus.soup.average import (
 )
 from prunus.soup.geometry import Line, Plane, distances, loss_line, loss_plane
 from prunus.soup.imp import Distance, Phase, bimp_budget, distance, imp, phase_sparsities, split_steps
-from prunus.soup.sms import sms
+from prunus.soup.sms import Souped, sms, sms_, uniform
 
 __all__ = [
     "Distance",
@@ -24,6 +24,7 @@ __all__ = [
     "Line",
     "Phase",
     "Plane",
+    "Souped",
     "average",
     "average_and_reprune",
     "bimp_budget",
@@ -40,5 +41,7 @@ __all__ = [
     "mean_tensor",
     "phase_sparsities",
     "sms",
+    "sms_",
     "split_steps",
+    "uniform",
 ]

@@ -184,7 +184,7 @@ def imp(
     for index in range(done, phases):
         before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         chosen = select(model, targets[index], masks)
-        _check_nested(chosen, masks)
+        check_nested(chosen, masks)
         phase = Phase(index, phases, targets[index], chosen, distance(before, chosen, masks))
         del before
         _rewind_(model, rewind or {})
@@ -260,7 +260,8 @@ def _check_rewind(model: nn.Module, rewind: Mapping[str, Tensor]) -> None:
             )
 
 
-def _check_nested(masks: Masks, within: Masks | None) -> None:
+def check_nested(masks: Masks, within: Masks | None) -> None:
+    """Raise ValueError for masks that give weights back which those of the phase before pruned."""
     for name, earlier in (within or {}).items():
         later = masks.get(name)
         if later is None or bool((later & ~earlier.to(later.device)).any()):

@@ -4,16 +4,19 @@
                                    ├─ ...               ├─ average ─▶ theta_j
                                    └─ retrain member m ─┘
 
-Members share their zeros because they were pruned once, together. This is `retrain.imp` whose retraining is a soup, so
-sparsities, masks and the folder of finished phases are those of `imp`. How states are averaged is in `soup`.
+Members share their zeros because they were pruned once, together. `sms` is the loop, whatever is pruned: networks, or
+jobs that will make them (as recipes do). `sms_` is the same for a network in place.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -22,15 +25,63 @@ from torch import Tensor, nn
 from prunus.machine import write_tensors
 from prunus.masks import Masks
 from prunus.soup.average import average
-from prunus.soup.imp import Phase, imp
-from prunus.train import Trace
+from prunus.soup.imp import Phase, check_nested, distance, phase_sparsities
 
 if TYPE_CHECKING:
     from prunus.soup.imp import Select
 
-__all__ = ["sms", "uniform"]
+__all__ = ["Souped", "sms", "sms_", "uniform"]
 
 State = dict[str, Tensor]
+P = TypeVar("P")
+T = TypeVar("T")
+S = TypeVar("S")
+Map = Callable[[Callable[[int], Any], Iterable[int]], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Souped(Generic[P, T, S]):
+    """One phase of a soup: what was pruned, the members retrained from it, and their average."""
+
+    pruned: P
+    members: tuple[T, ...]
+    average: S
+
+
+def sms(
+    start: S,
+    *,
+    phases: int,
+    members: int,
+    prune: Callable[[S, int, P | None], P],
+    retrain: Callable[[P, int, int], T],
+    average: Callable[[P, tuple[T, ...]], S],
+    map: Map = map,
+) -> list[Souped[P, T, S]]:
+    """The phases of a soup: prune, retrain `members` times from there, average, and go on with the average.
+
+    prune: (what is averaged, phase from 0, what was pruned in the phase before or None). retrain: (what is pruned,
+    phase, member from 0). average: (what is pruned, its members). map: how the members of a phase are run, such as
+    that of an executor of `concurrent.futures`.
+
+    Source: Zimmer, Spiegel & Pokutta 2024, algorithm 1. One member is iterative pruning.
+    Raises ValueError for phases or members < 1.
+
+    >>> mean = lambda pruned, members: sum(members) / len(members)
+    >>> halve, nudge = lambda x, phase, before: x / 2, lambda x, phase, member: x + member
+    >>> [each.average for each in sms(8.0, phases=2, members=3, prune=halve, retrain=nudge, average=mean)]
+    [5.0, 3.5]
+    """
+    if members < 1 or phases < 1:
+        raise ValueError(f"a soup needs at least one member and one phase; got {members=}, {phases=}")
+    done: list[Souped[P, T, S]] = []
+    state, pruned = start, None
+    for phase in range(phases):
+        pruned = prune(state, phase, pruned)
+        each = tuple(map(partial(retrain, pruned, phase), range(members)))
+        state = average(pruned, each)
+        done.append(Souped(pruned, each, state))
+    return done
 
 
 def uniform(states: Sequence[State], masks: Masks) -> State:
@@ -42,7 +93,7 @@ def uniform(states: Sequence[State], masks: Masks) -> State:
     return average(states, masks=[masks] * len(states))
 
 
-def sms(
+def sms_(
     model: nn.Module,
     *,
     sparsity: float,
@@ -55,61 +106,65 @@ def sms(
     on_soup: Callable[[Phase, Sequence[State]], None] | None = None,
     seed: int = 0,
     folder: Path | None = None,
+    map: Map = map,
 ) -> Masks:
     """Prune, retrain `members` copies and average them in place, `phases` times; the masks of the last phase.
 
     select: as `imp` takes it. retrain: (a copy of the pruned model, phase, member from 0) trains the copy in place
-    under `phase.masks`. mix: (states, masks) -> state, such as `uniform`, or `soup.greedy` with a score. settle: mends
-    the averaged model in place, as `recalibrate_` does where there is BatchNorm. on_soup: is shown every phase's
-    members when their average is in the model. seed: of torch's generators while a member is retrained; they are as
-    before afterwards. folder: keeps finished members and phases; a killed call that is repeated goes on from there.
+    under `phase.masks`. mix: (states, masks) -> state, such as `uniform`, or `greedy` with a score. settle: mends the
+    averaged model in place, as `recalibrate_` does where there is BatchNorm. on_soup: is shown every phase's members
+    when their average is in the model. seed: of torch's generators while a member is retrained; they are as before
+    afterwards. folder: keeps finished members; a killed call that is repeated trains only the others, and ends as the
+    unbroken one. map: as in `sms`; generators are the process's, so members in threads must draw from their own.
 
-    Source: Zimmer, Spiegel & Pokutta 2024, algorithm 1. One member is `imp`.
-    Raises ValueError for members < 1, members that are not zero under their mask, and as `imp`.
+    Raises ValueError for members or phases < 1, a sparsity outside [0, 1), masks that give pruned weights back, and
+    members that are not zero under their mask.
 
     >>> layer = nn.Linear(4, 2)
     >>> select = lambda model, s, within: prune(model, sparsity=s, within=within)
-    >>> sms(layer, sparsity=0.75, phases=2, members=3, select=select, retrain=lambda copy, phase, member: None)
+    >>> sms_(layer, sparsity=0.75, phases=2, members=3, select=select, retrain=lambda copy, phase, member: None)
     Masks(1 parameters, sparsity 0.7500)
     """
-    if members < 1:
-        raise ValueError(f"a soup needs at least one member; got {members}")
+    targets = phase_sparsities(sparsity, phases)
 
-    def soup(phase: Phase) -> Trace:
-        states = [
-            _member(model, phase, place, retrain, seed + members * phase.index + place, folder)
-            for place in range(members)
-        ]
+    def pruned(_: nn.Module, index: int, before: Phase | None) -> Phase:
+        weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        within = None if before is None else before.masks
+        masks = select(model, targets[index], within)
+        check_nested(masks, within)
+        masks.apply_(model)
+        return Phase(index, phases, targets[index], masks, distance(weights, masks, within))
+
+    def member(phase: Phase, index: int, place: int) -> State:
+        path = None if folder is None else Path(folder) / f"phase-{index + 1}-member-{place + 1}.safetensors"
+        if path is not None and path.exists():
+            return load_file(path)
+        own = copy.deepcopy(model)
+        with _drawing(seed + members * index + place, own):
+            retrain(own, phase, place)
+        phase.masks.check(own)
+        state = {name: value.detach() for name, value in own.state_dict().items()}
+        if path is not None:
+            write_tensors(path, state)
+        return state
+
+    def averaged(phase: Phase, states: tuple[State, ...]) -> nn.Module:
         model.load_state_dict(mix(states, phase.masks))
         phase.masks.check(model)
         if settle is not None:
             settle(model)
         if on_soup is not None:
             on_soup(phase, states)
-        return Trace()
+        return model
 
-    return imp(model, sparsity=sparsity, phases=phases, select=select, retrain=soup, folder=folder)
+    done = sms(model, phases=phases, members=members, prune=pruned, retrain=member, average=averaged, map=map)
+    return done[-1].pruned.masks
 
 
-def _member(
-    model: nn.Module,
-    phase: Phase,
-    place: int,
-    retrain: Callable[[nn.Module, Phase, int], object],
-    seed: int,
-    folder: Path | None,
-) -> State:
-    """The state of one member, from its file if it is finished there."""
-    path = None if folder is None else Path(folder) / f"phase-{phase.index + 1}-member-{place + 1}.safetensors"
-    if path is not None and path.exists():
-        return load_file(path)
-    own = copy.deepcopy(model)
-    device = next(own.parameters()).device
+@contextmanager
+def _drawing(seed: int, model: nn.Module) -> Generator[None]:
+    """Context in which torch's generators begin at a seed; they are as before afterwards."""
+    device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        retrain(own, phase, place)
-    phase.masks.check(own)
-    state = {name: value.detach() for name, value in own.state_dict().items()}
-    if path is not None:
-        write_tensors(path, state)
-    return state
+        yield

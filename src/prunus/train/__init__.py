@@ -22,7 +22,6 @@ from prunus.train.lr import (
     risen,
     slr,
 )
-from prunus.train.stacked import Stacked, member_batches, together
 from prunus.train.train import Substituted, Trace, classification_loss, next_token_loss, train
 
 __all__ = [
@@ -31,7 +30,6 @@ __all__ = [
     "Multiplier",
     "Original",
     "Plan",
-    "Stacked",
     "Substituted",
     "Swa",
     "Trace",
@@ -48,13 +46,11 @@ __all__ = [
     "llr",
     "lrw",
     "masks_by_magnitude",
-    "member_batches",
     "multistep",
     "next_token_loss",
     "one_cycle",
     "recalibrate_",
     "risen",
     "slr",
-    "together",
     "train",
 ]

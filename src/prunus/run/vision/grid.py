@@ -1,7 +1,7 @@
 """Grids of classifier recipes: seeds, tuning by validation accuracy, shared dense trainings, the numbers of a member.
 
 out/dense/KEY/    a dense training, done once for all members that start from it (see `dense`); or in the grid's `dense`
-out/soups/        the members of soups, and what they start from, each once for all cells
+out/starts/, out/trainings/    what members of soups start from, and themselves, each once for all cells
 """
 
 from __future__ import annotations
@@ -11,12 +11,18 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from prunus.run.layout import Layout, Show
+from prunus.run.layout import Show
 from prunus.run.recipe import merge, parse
 from prunus.run.store import Job, Store
+from prunus.run.vision.experiment import experiment
 from prunus.run.vision.recipe import ClassifierRecipe
+from prunus.run.vision.setting import Setting
+from prunus.run.vision.soups.experiment import outcome
+from prunus.run.vision.soups.plan import Plan
 from prunus.run.vision.soups.recipe import SoupRecipe, class_of
+from prunus.run.vision.stages import operations
 from prunus.run.vision.starts import dense_job
+from prunus.run.vision.tables import METRICS, row, write
 
 __all__ = ["CLASSIFIERS"]
 
@@ -27,10 +33,9 @@ class _Classifiers:
     """The task of grids over `ClassifierRecipe`; see `tasks.Task`."""
 
     threads = True
+    row, write = staticmethod(row), staticmethod(write)
 
     def check(self, tune: Mapping[str, Any] | None, show: Show) -> None:
-        from prunus.run.vision.tables import METRICS
-
         if tune is not None and tune["by"] is None:
             raise ValueError("tune: classifiers are chosen by validation accuracy: by: accuracy, not text")
         strange = [column for column in show.columns if column not in METRICS]
@@ -55,7 +60,9 @@ class _Classifiers:
         return -float(result["accuracy"])
 
     def needs(self, recipe: ClassifierRecipe) -> tuple[Job, ...]:
-        """The dense training; methods that prune during training start from none."""
+        """The dense training, which methods that prune during training have none of; of a soup everything."""
+        if isinstance(recipe, SoupRecipe):
+            return Plan(recipe).jobs
         return () if recipe.during is not None else (dense_job(recipe),)
 
     def beside(self, recipes: Sequence[ClassifierRecipe]) -> tuple[Job, ...]:
@@ -68,47 +75,21 @@ class _Classifiers:
     @contextmanager
     def prepared(self, recipes: Sequence[ClassifierRecipe]) -> Generator[None]:
         """Read the images and count the operations of each network."""
-        from prunus.run.vision.setting import Setting
-        from prunus.run.vision.stages import operations
-
         for recipe in {(str(each.images), each.model, each.device): each for each in recipes}.values():
             operations(Setting.of(recipe))
         yield
 
     def run(self, recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str, Any]:
         """No model is written but dense ones, and what soups share."""
-        from prunus.run.vision.experiment import experiment
-        from prunus.run.vision.setting import Setting
-
-        setting, dense = Setting.of(recipe), store.path(dense_job(recipe))
+        setting = Setting.of(recipe)
         if isinstance(recipe, SoupRecipe):
-            found = _soup(setting, dense, store)
+            found = outcome(Plan(recipe), store, picture=False).result
         else:
-            found = experiment(setting, dense, work=store.work(job)).result
+            found = experiment(setting, store.path(dense_job(recipe)), work=store.work(job)).result
         return {**found, "device": setting.name}
-
-    def row(self, results: Sequence[Result]) -> dict[str, Any]:
-        from prunus.run.vision.tables import row
-
-        return row(results)
-
-    def write(self, layout: Layout, rows: Sequence[Mapping[str, Any]]) -> None:
-        from prunus.run.vision.tables import write
-
-        write(layout, rows)
 
 
 CLASSIFIERS = _Classifiers()
-
-
-def _soup(setting: Any, dense: Any, store: Store) -> dict[str, Any]:
-    """A soup's numbers; its members are trained once for all soups of the grid, whoever needs one first."""
-    from prunus.run.vision.soups.branches import Store as Branches
-    from prunus.run.vision.soups.experiment import soup_experiment
-    from prunus.run.vision.soups.pools import OneByOne
-
-    branches = Branches(store.folder / "soups")
-    return soup_experiment(setting, dense, branches, OneByOne(branches), picture=False).result
 
 
 def _epochs(recipe: ClassifierRecipe) -> float:

@@ -1,16 +1,43 @@
-"""What classifiers start from: a job for each network that several of them share."""
+"""Jobs of classifiers: the dense training that others start from, and any fixed number of them as a graph."""
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from prunus.run.store import Job, Store
+from prunus.run.vision import stages
 from prunus.run.vision.dense import dense
 from prunus.run.vision.recipe import ClassifierRecipe, dense_key
 from prunus.run.vision.setting import Setting
 
-__all__ = ["dense_job"]
+__all__ = ["ClassifierJobs", "dense_job"]
+
+
+@dataclass(frozen=True)
+class ClassifierJobs:
+    """Jobs of one network on one set of images, all known from the beginning, for the pool."""
+
+    store: Store
+    wanted: tuple[Job, ...]
+    recipe: ClassifierRecipe
+
+    def jobs(self) -> Sequence[Job]:
+        """All of them."""
+        return self.wanted
+
+    def expected(self) -> Sequence[Job]:
+        """The same: none joins later."""
+        return self.wanted
+
+    @contextmanager
+    def prepared(self) -> Generator[None]:
+        """Read the images and count the network's operations before any thread trains."""
+        stages.operations(Setting.of(self.recipe))
+        yield
 
 
 def dense_job(recipe: ClassifierRecipe) -> Job:
@@ -19,6 +46,4 @@ def dense_job(recipe: ClassifierRecipe) -> Job:
 
 
 def _dense(recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str, Any]:
-    work = store.work(job)
-    work.mkdir(parents=True, exist_ok=True)
-    return dict(dense(Setting.of(recipe), store.path(job), checkpoint=work / "dense.pt").metrics)
+    return dict(dense(Setting.of(recipe), store.path(job), checkpoint=store.checkpoint(job)).metrics)

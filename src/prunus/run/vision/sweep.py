@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,13 +25,16 @@ from torch import nn
 
 from prunus.machine import write_json, write_text
 from prunus.measure import latency
-from prunus.report import markdown_table, plot_sweep, progress
+from prunus.report import markdown_table, plot_sweep
+from prunus.run.pool import Workers, run
 from prunus.run.recipe import Strict, digest, merge, parse, read_yaml, said
+from prunus.run.store import Job, Store
 from prunus.run.vision import stages
 from prunus.run.vision.dense import adopt
 from prunus.run.vision.experiment import experiment
 from prunus.run.vision.recipe import ClassifierRecipe, Kind, dense_of
 from prunus.run.vision.setting import Setting
+from prunus.run.vision.starts import ClassifierJobs
 from prunus.run.vision.train import pruning_of
 
 __all__ = ["KINDS", "RATES", "Sweep", "SweepFile", "Swept", "load_sweep", "rows_of", "sweep", "sweep_of"]
@@ -138,18 +141,19 @@ def sweep_of(
     return Sweep(points, out / "dense", out, timed)
 
 
-def sweep(asked: Sweep) -> dict[str, Any]:
+def sweep(asked: Sweep, workers: Workers = Workers()) -> dict[str, Any]:  # noqa: B008 - it is frozen
     """Everything measured, as `out/sweep.json` holds it; tables and pictures are written too.
 
-    Raises ValueError for images or devices that are not there, and for a dense folder of another training.
+    workers: who measures; what runs beside others takes longer, and latencies say so.
+    Raises ValueError for images or devices that are not there, and for a dense folder of another training; RuntimeError
+    at the end when a point failed.
     """
     setting = Setting.of(asked.points[0])
-    reference = _dense(asked, setting)
-    found: list[dict[str, Any]] = []
-    with progress("sweep", len(asked.points)) as advance:
-        for recipe in asked.points:
-            found.append(_point(asked, recipe))
-            advance(1)
+    dense = setting.recipe.model_copy(update={"prune": None, "retrain": None})
+    jobs = ClassifierJobs(Store(asked.out), tuple(_job(asked, recipe) for recipe in (dense, *asked.points)), dense)
+    if wrong := run([jobs], workers, name="sweep"):
+        raise RuntimeError(wrong[0])
+    reference, *found = [jobs.store.result(job) for job in jobs.wanted]
     result = {
         "model": setting.recipe.model,
         "measured_on": setting.recipe.images.measure_on,
@@ -162,7 +166,6 @@ def sweep(asked: Sweep) -> dict[str, Any]:
     write_json(asked.out / "sweep.json", result)
     write_text(asked.out / "table.md", markdown_table(rows_of(result)))
     plot_sweep(result, asked.out / "sweep.png")
-    shutil.rmtree(asked.out / "work", ignore_errors=True)
     return result
 
 
@@ -190,43 +193,27 @@ def _row(found: Mapping[str, Any], stages_seen: Sequence[str]) -> dict[str, Any]
 _COUNTED = ("dense_flops", "sparse_flops", "speedup", "parameters", "nonzero", "sparsity")
 
 
-def _dense(asked: Sweep, setting: Setting) -> dict[str, Any]:
-    """The dense network's numbers; measured where `experiment` finds it, timed here."""
-    plain = setting.recipe.model_copy(update={"prune": None, "retrain": None})
-    return _kept(asked, "dense", plain, {})
+def _job(asked: Sweep, recipe: ClassifierRecipe) -> Job:
+    """A point; the dense network is one that is not pruned."""
+    key = digest([said(recipe, but={"out"}), asked.timed, _source(asked.dense)])[:24]
+    return Job("points", key, partial(_point, recipe, asked.dense.resolve(), asked.timed))
 
 
-def _point(asked: Sweep, recipe: ClassifierRecipe) -> dict[str, Any]:
-    assert recipe.prune is not None
-    head = {"kind": recipe.prune.kind, "rate": recipe.prune.sparsity}
-    return _kept(asked, f"{recipe.prune.kind}-{recipe.prune.sparsity:g}", recipe, head)
-
-
-def _kept(asked: Sweep, name: str, recipe: ClassifierRecipe, head: Mapping[str, Any]) -> dict[str, Any]:
-    """A point, read where it is finished, else measured and written."""
-    path = asked.out / "points" / f"{name}.json"
-    key = digest([said(recipe, but={"out"}), asked.timed, _source(asked.dense)])
-    if path.exists():
-        known = json.loads(path.read_text(encoding="utf-8"))
-        if known.get("key") == key:
-            return known
-    setting, work = Setting.of(recipe), asked.out / "work" / key[:16]
-    outcome = experiment(setting, asked.dense, work=work)
+def _point(recipe: ClassifierRecipe, dense: Path, timed: int, job: Job, store: Store) -> dict[str, Any]:
+    setting = Setting.of(recipe)
+    outcome = experiment(setting, dense, work=store.work(job))
     result = outcome.result
+    head = {} if recipe.prune is None else {"kind": recipe.prune.kind, "rate": recipe.prune.sparsity}
     counted = _whole(outcome.model, setting) | {name: result[name] for name in _COUNTED if name in result}
-    found = {
-        "key": key,
+    return {
         **head,
         "accuracy": result["accuracy"],
         "stages": {name: {"top1": stage["top1"], "loss": stage["loss"]} for name, stage in result["stages"].items()},
         **counted,
         "epochs": 0.0 if recipe.retrain is None else result["phases"][-1]["epochs"],
         "left_alone": result.get("left_alone", {}),
-        "latency": _latencies(outcome.model, setting, asked.timed),
+        "latency": _latencies(outcome.model, setting, timed),
     }
-    write_json(path, found)
-    shutil.rmtree(work, ignore_errors=True)
-    return found
 
 
 def _source(dense: Path) -> str:

@@ -22,7 +22,6 @@ __all__ = [
     "Vary",
     "class_of",
     "member_of",
-    "obstacle",
     "order_of",
 ]
 
@@ -62,8 +61,7 @@ class Souping(Strict):
 
     average: "uniform", "greedy", "learned" (these two choose by held-out images), or a weight for each member. also:
     further averages of the last phase's members. swa: where in the last retraining stochastic weight averaging begins,
-    as a share. stacked: members of one phase as one vectorised network. line, plane: points along lines between two
-    members and a side of the plane of three; 0 leaves them out. retries: of a member that dies.
+    as a share. line, plane: points along lines between two members and a side of the plane of three; 0 leaves them out.
     """
 
     members: Count = 3
@@ -72,10 +70,8 @@ class Souping(Strict):
     also: tuple[Chosen, ...] = ()
     baselines: tuple[Baseline, ...] = BASELINES
     swa: Annotated[float, Field(ge=0, lt=1)] = 0.75
-    stacked: Literal["auto"] | bool = "auto"
     line: Annotated[int, Field(ge=0)] = 11
     plane: Annotated[int, Field(ge=0)] = 9
-    retries: Annotated[int, Field(ge=0)] = 2
 
     @model_validator(mode="after")
     def _check(self) -> Souping:
@@ -112,8 +108,6 @@ class SoupRecipe(ClassifierRecipe):
                 f"soup: {choosing[0]} averages are chosen by held-out images: set images.measure_on: both (the test "
                 "images measure), or validation"
             )
-        if self.soup.stacked is True and (why := obstacle(self)):
-            raise ValueError(f"soup.stacked: {why}; leave it out, or set stacked: false")
         self._check_members()
         return self
 
@@ -159,15 +153,6 @@ def member_of(recipe: SoupRecipe, place: int | None) -> SoupRecipe:
 def order_of(recipe: SoupRecipe, place: int | None) -> int | None:
     """The seed of the images' order where that alone differs."""
     return None if place is None or recipe.soup.vary.seed != "order" else recipe.seed + _APART * place
-
-
-def obstacle(recipe: ClassifierRecipe) -> str:
-    """Why the members of a recipe cannot be trained stacked, as one vectorised network; empty when they can."""
-    if recipe.train.clip is not None:
-        return "train.clip would be over all members together"
-    if recipe.train.ema is not None:
-        return "train.ema follows one network"
-    return ""
 
 
 def class_of(raw: dict[str, Any]) -> type[ClassifierRecipe]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from prunus.masks import Masks
 from prunus.measure import ensemble_accuracy
+from prunus.run.store import Job, Store
 from prunus.run.vision import stages
-from prunus.run.vision.soups.begin import Begin
-from prunus.run.vision.soups.branches import on_device
-from prunus.run.vision.soups.chains import Cooked, Phase
-from prunus.run.vision.soups.mixing import mixer
-from prunus.run.vision.soups.outside import outside
+from prunus.run.vision.soups.averaging import Meter, averaged, on_device
+from prunus.run.vision.soups.corrupted import corrupted
+from prunus.run.vision.soups.jobs import Trunk
+from prunus.run.vision.soups.plan import Plan, Run
 from prunus.soup import distances
 from prunus.train import alone
 
@@ -33,102 +33,94 @@ State = Mapping[str, Tensor]
 class Rows:
     """The rows of the table, each measured once."""
 
-    def __init__(self, begin: Begin, found: Mapping[str, Any]) -> None:
-        self.begin, self.found, self.asked = begin, found, begin.recipe.soup
-        self.soup: Cooked = found["soup"]
-        self.last: Phase = self.soup.phases[-1]
+    def __init__(self, plan: Plan, store: Store, meter: Meter) -> None:
+        self.recipe, self.runs, self.store, self.meter = plan.recipe, plan.runs, store, meter
+        self.asked, self.soup = plan.recipe.soup, plan.runs["soup"]
+        self.base, self.last = plan.base, self.soup.phases[-1]
+        self.trunk = Trunk.of(plan.base, store, meter)
+        self.masks = self._masks(self.last.pruned)
         self.rows: list[dict[str, Any]] = []
-        self.networks: dict[str, State] = {"soup": self.soup.state}  # of which corruptions are measured, too
 
     def result(self) -> dict[str, Any]:
-        """Everything but what lies between members."""
-        begin = self.begin
-        before = {**begin.measured, **(self._pruned() if begin.masks is None else {})}
+        """Everything but the geometry of the members."""
+        before = {**self.trunk.measured, **(self._pruned() if self.recipe.during is None else {})}
         if "dense" in before:
-            self._add("dense", begin.measure(begin.settled(begin.state)), None, 0)
-        soup = begin.measure(self.soup.state)
-        self._add(f"soup, {_how(self.asked.average)}", soup, self.soup.masks, self.soup.steps, "soup")
-        self._members()
+            self._add("dense", "dense", self.meter.measure(self.meter.settled(self.store.state(self.base))), None, 0)
+        soup = self.meter.measure(self.store.state(self.soup.state))
+        taken = self.soup.steps(self.store)
+        self._add("soup", f"soup, {_how(self.asked.average)}", soup, self.masks, taken)
+        self._members(taken)
         self._baselines()
-        own = {key: value for key, value in soup.items() if key != "top1"}
-        cost = stages.cost_of(begin.model, self.soup.masks, begin.setting)
-        steps = begin.steps + self.soup.steps
-        result: dict[str, Any] = {"accuracy": soup["top1"], **own}
-        result |= {"measured_on": begin.recipe.images.measured, "stages": before | {"retrained": soup}}
+        steps, epoch = self.trunk.steps + taken, self.meter.setting.epoch_steps
+        result: dict[str, Any] = {"accuracy": soup["top1"], **{k: v for k, v in soup.items() if k != "top1"}}
+        result |= {"measured_on": self.recipe.images.measured, "stages": before | {"retrained": soup}}
         result |= {"phases": [self._phase(index) for index in range(len(self.soup.phases))]}
         result |= {"rows": self.rows, "soup": {row["name"]: row["accuracy"] for row in self.rows}}
-        result |= {"sparsity": self.soup.masks.sparsity, "steps": steps, "epochs": steps / begin.setting.epoch_steps}
+        result |= {"sparsity": self.masks.sparsity, "steps": steps, "epochs": steps / epoch}
         result |= self._corrupted()
-        trained = sum(begin.store.numbers(branch)["seconds"] for branch in self.soup.members)
-        result |= {"train_seconds": trained, **cost}
-        return result | {"by_layer": {n: 1 - kept / total for n, (kept, total) in self.soup.masks.table().items()}}
+        result["train_seconds"] = sum(self.store.result(job)["seconds"] for job in self.soup.trainings)
+        result |= stages.cost_of(self.meter.model, self.masks, self.meter.setting)
+        return result | {"by_layer": {n: 1 - kept / total for n, (kept, total) in self.masks.table().items()}}
+
+    def _masks(self, job: Job) -> Masks:
+        masks = self.store.masks(job)
+        assert masks is not None
+        return masks
 
     def _pruned(self) -> dict[str, Any]:
         """The network that the last phase's members start from, as pruning left it and with BatchNorm settled."""
-        before = self.soup.phases[-2].mixed.state if len(self.soup.phases) > 1 else self.begin.state
-        self.last.masks.apply_(self.begin.put(before))
-        found = {"pruned": stages.measure(self.begin.model, self.begin.setting)}
-        if self.begin.recipe.recalibrate and stages.has_batchnorm(self.begin.model):
-            found["recalibrated"] = self.begin.measure(self.begin.store.start(self.last.branches[0].start)[0])
+        before = self.soup.phases[-2].average if len(self.soup.phases) > 1 else self.base
+        self.masks.apply_(self.meter.put(self.store.state(before)))
+        found = {"pruned": stages.measure(self.meter.model, self.meter.setting)}
+        if self.recipe.recalibrate and stages.has_batchnorm(self.meter.model):
+            found["recalibrated"] = self.meter.measure(self.store.state(self.last.pruned))
         return found
 
-    def _members(self) -> None:
+    def _members(self, taken: int) -> None:
         """What else the last phase's members give: other averages, their mean, the best of them, the ensemble."""
-        begin, masks, steps = self.begin, self.last.masks, self.soup.steps
+        states = [self.store.state(job) for job in self.last.members]
         for word in self.asked.also:
-            mixed = mixer(word, begin.setting, begin.model)(begin.store, self.last.branches, masks)
-            found = begin.measure(mixed.state) | {"shares": list(mixed.shares)}
-            self._add(f"soup, last phase {word}", found, masks, steps, word)
-        singles = [begin.store.numbers(branch)["measured"] for branch in self.last.branches]
-        own = [branch.steps for branch in self.last.branches]
-        mean = {
-            key: statistics.fmean(each[key] for each in singles) for key in singles[0] if _all_numbers(singles, key)
-        }
+            state, shares = averaged(word, states, self.masks, self.meter)
+            self._add(
+                word, f"soup, last phase {word}", self.meter.measure(state) | {"shares": [*shares]}, self.masks, taken
+            )
+        results = [self.store.result(job) for job in self.last.members]
+        singles, own = [each["measured"] for each in results], [each["steps"] for each in results]
+        keys = [key for key in singles[0] if all(isinstance(each[key], (int, float)) for each in singles)]
+        mean = {key: statistics.fmean(each[key] for each in singles) for key in keys}
+        self._add("mean_member", "mean member", mean, self.masks, taken - sum(own) + statistics.fmean(own))
         best = max(singles, key=lambda each: each["top1"])
-        self._add("mean member", mean, masks, steps - sum(own) + statistics.fmean(own), "mean_member")
-        self._add("best member", best, masks, steps, "best_member")
-        models = [copy.deepcopy(begin.put(begin.store.state(branch))) for branch in self.last.branches]
+        self._add("best_member", "best member", best, self.masks, taken)
+        models = [copy.deepcopy(self.meter.put(state)) for state in states]
         with alone():
-            together = ensemble_accuracy(models, begin.setting.measured(), precision=begin.setting.precision)
-        self._add("ensemble", asdict(together), masks, steps, "ensemble", networks=len(models))
+            found = ensemble_accuracy(models, self.meter.setting.measured(), precision=self.meter.setting.precision)
+        self._add("ensemble", "ensemble", asdict(found), self.masks, taken, networks=len(models))
 
     def _baselines(self) -> None:
         """What was asked for beside the soup."""
-        begin, found = self.begin, self.found
-        if "imp" in found:
-            self._cooked(self._single(), "imp")
-        if "longer" in found:
-            if "longer" in self.asked.baselines:
-                self._cooked(f"{self._single()}, {self.asked.members} times as long", "longer")
-            if "swa" in self.asked.baselines:
-                run: Cooked = found["longer"]
-                mean = begin.settled(begin.store.mean(run.phases[-1].branches[0]))
-                self._add(f"SWA in that longer {self._single()}", begin.measure(mean), run.masks, run.steps, "swa")
-        if "reprune" in found:
-            self._cooked("IMP-RePrune", "reprune")
-        if "dense" in found:
-            mean, shot, again = found["dense"]
-            steps = shot.steps
-            self._add("dense soup", begin.measure(mean), None, steps, "dense_soup")
-            self._add("dense soup, pruned", begin.measure(shot.state), shot.masks, steps, "dense_soup_pruned")
-            name = "dense soup, retrained"
-            self._add(name, begin.measure(again.state), again.masks, again.steps, "dense_soup_retrained")
+        single = "imp" if self.recipe.during is None else next(iter(self.recipe.during))
+        labels = {"imp": single, "longer": f"{single}, {self.asked.members} times as long", "swa": ""}
+        labels |= {"reprune": "IMP-RePrune", "dense_soup": "dense soup", "dense_soup_pruned": "dense soup, pruned"}
+        labels |= {"dense_soup_retrained": "dense soup, retrained"}
+        for name, label in labels.items():
+            if name == "swa" and "swa" in self.asked.baselines:
+                run = self.runs["longer"]
+                mean = self.meter.settled(self.store.state(run.phases[-1].members[0], "swa"))
+                self._run(name, f"SWA in that longer {single}", run, mean)
+            elif name in self.runs and (name != "longer" or "longer" in self.asked.baselines):
+                self._run(name, label, self.runs[name], self.store.state(self.runs[name].state))
 
-    def _single(self) -> str:
-        """What a run without members is called."""
-        return "imp" if self.begin.recipe.during is None else next(iter(self.begin.recipe.during))
-
-    def _cooked(self, label: str, name: str) -> None:
-        run: Cooked = self.found[name]
-        self._add(label, self.begin.measure(run.state), run.masks, run.steps, name)
-        if name in ("imp", "longer"):
-            self.networks[name] = run.state
+    def _run(self, name: str, label: str, run: Run, state: State) -> None:
+        masks = None if run.masks is None else self._masks(run.masks)
+        self._add(name, label, self.meter.measure(state), masks, run.steps(self.store))
 
     def _corrupted(self) -> dict[str, Any]:
-        """What the soup and what stands beside it make of corrupted images, if that is asked for; see `outside`."""
-        if self.begin.recipe.corruptions is None:
+        """What the soup and what stands beside it make of corrupted images, if that is asked for; see `corrupted`."""
+        if self.recipe.corruptions is None:
             return {}
-        found = outside(self.begin, self.networks, self.last.branches)
+        named = ["soup", *(name for name in ("imp", "longer") if name in self.asked.baselines)]
+        states = {name: self.store.state(self.runs[name].state) for name in named}
+        found = corrupted(self.meter, self.store, states, self.last.members)
         for row in self.rows:
             if row["name"] in found:
                 row["corrupted"] = found[row["name"]]["mean"]
@@ -136,57 +128,47 @@ class Rows:
 
     def _add(
         self,
+        name: str,
         label: str,
         measured: Mapping[str, Any],
         masks: Masks | None,
         steps: float,
-        name: str = "dense",
         *,
         networks: int = 1,
     ) -> None:
         """A row. steps: of training after the dense one. inference: operations, as a share of the dense network's."""
-        begin = self.begin
-        cost = stages.cost_of(begin.model, masks, begin.setting) if masks is not None else None
+        setting = self.meter.setting
+        cost = stages.cost_of(self.meter.model, masks, setting) if masks is not None else None
         share = 1.0 if cost is None else cost["sparse_flops"] / cost["dense_flops"]
-        row = {
-            "row": label,
-            "name": name,
-            "accuracy": measured["top1"],
-            **{k: v for k, v in measured.items() if k != "top1"},
-        }
-        row |= {
-            "sparsity": 0.0 if masks is None else masks.sparsity,
-            "networks": networks,
-            "inference": networks * share,
-        }
-        self.rows.append(row | {"epochs": (begin.steps + steps) / begin.setting.epoch_steps})
+        row = {"row": label, "name": name, "accuracy": measured["top1"]}
+        row |= {key: value for key, value in measured.items() if key != "top1"}
+        row |= {"sparsity": 0.0 if masks is None else masks.sparsity, "networks": networks}
+        row |= {"inference": networks * share, "epochs": (self.trunk.steps + steps) / setting.epoch_steps}
+        self.rows.append(row)
 
     def _phase(self, index: int) -> dict[str, Any]:
         """One phase of the soup: its members, and what the other runs had reached by then."""
-        begin, phase = self.begin, self.soup.phases[index]
-        numbers = [begin.store.numbers(branch) for branch in phase.branches]
-        accuracies = [each["measured"]["top1"] for each in numbers]
-        states = on_device([begin.store.state(branch) for branch in phase.branches], begin.setting.device)
-        row: dict[str, Any] = {"phase": index + 1, "sparsity": phase.masks.sparsity, "distance": phase.distance}
-        steps = statistics.fmean(branch.steps for branch in phase.branches)
+        phase, setting, store = self.soup.phases[index], self.meter.setting, self.store
+        numbers = [store.result(job) for job in phase.members]
+        states = on_device([store.state(job) for job in phase.members], setting.device)
+        masks, steps = self._masks(phase.pruned), statistics.fmean(each["steps"] for each in numbers)
+        row: dict[str, Any] = {"phase": index + 1, "sparsity": masks.sparsity}
         row |= {
-            "share": min(1.0, steps / begin.original.steps),
-            "steps": steps,
-            "epochs": steps / begin.setting.epoch_steps,
+            "distance": store.result(phase.pruned)["distance"],
+            "share": min(1.0, steps / self.trunk.original.steps),
         }
-        row |= {"initial_lr": statistics.fmean(each["initial_lr"] for each in numbers), "members": accuracies}
-        row |= {"soup": begin.measure(phase.mixed.state)["top1"], "shares": list(phase.mixed.shares)}
+        row |= {"steps": steps, "epochs": steps / setting.epoch_steps}
+        row["initial_lr"] = statistics.fmean(each["initial_lr"] for each in numbers)
+        row["members"] = [each["measured"]["top1"] for each in numbers]
+        row["soup"] = self.meter.measure(store.state(phase.average))["top1"]
+        row["shares"] = store.result(phase.average)["shares"]
         with alone():
-            row |= {"between": distances(states, list(phase.masks)).summary() if len(states) > 1 else {}}
+            row["between"] = distances(states, list(masks)).summary() if len(states) > 1 else {}
         for name in ("imp", "longer"):
-            if name in self.found:
-                row[name] = begin.store.numbers(self.found[name].phases[index].branches[0])["measured"]["top1"]
+            if name in self.runs:
+                row[name] = store.result(self.runs[name].phases[index].members[0])["measured"]["top1"]
         return row
 
 
 def _how(average: Any) -> str:
     return average if isinstance(average, str) else "given weights"
-
-
-def _all_numbers(rows: Sequence[Mapping[str, Any]], key: str) -> bool:
-    return all(isinstance(row[key], (int, float)) for row in rows)

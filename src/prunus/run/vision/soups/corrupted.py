@@ -10,28 +10,30 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunus.measure import Ensemble
+from prunus.run.store import Job, Store
 from prunus.run.vision import stages
-from prunus.run.vision.soups.begin import Begin
-from prunus.run.vision.soups.branches import Branch
+from prunus.run.vision.soups.averaging import Meter
 
-__all__ = ["outside"]
+__all__ = ["corrupted"]
 
 
-def outside(begin: Begin, states: Mapping[str, Mapping[str, Tensor]], members: Sequence[Branch]) -> dict[str, Any]:
+def corrupted(
+    meter: Meter, store: Store, states: Mapping[str, Mapping[str, Tensor]], members: Sequence[Job]
+) -> dict[str, Any]:
     """Name -> {"mean", "by_severity", "by_name"} over all corrupted sets, of each state and of what members give.
 
     The best member is that of the highest accuracy on images as they are. All networks are measured on a set before the
     next one is made or read.
     """
-    asked = begin.recipe.corruptions
+    asked = meter.setting.recipe.corruptions
     assert asked is not None
-    networks: dict[str, nn.Module] = {name: copy.deepcopy(begin.put(state)) for name, state in states.items()}
-    singles = [copy.deepcopy(begin.put(begin.store.state(branch))) for branch in members]
+    networks: dict[str, nn.Module] = {name: copy.deepcopy(meter.put(state)) for name, state in states.items()}
+    singles = [copy.deepcopy(meter.put(store.state(member))) for member in members]
     networks |= {f"member {place}": single for place, single in enumerate(singles)} | {"ensemble": Ensemble(singles)}
-    whole = stages.all_corrupted(networks, begin.setting, asked)
+    whole = stages.all_corrupted(networks, meter.setting, asked)
     found = {name: {key: value for key, value in each.items() if key != "sets"} for name, each in whole.items()}
     each = [found.pop(f"member {place}") for place in range(len(members))]
-    clean = [begin.store.numbers(branch)["measured"]["top1"] for branch in members]
+    clean = [store.result(member)["measured"]["top1"] for member in members]
     return found | {"mean_member": _mean(each), "best_member": each[max(range(len(each)), key=clean.__getitem__)]}
 
 

@@ -12,13 +12,12 @@ import numpy as np
 from torch import Tensor
 
 from prunus.run.vision import stages
-from prunus.run.vision.soups.begin import Begin
-from prunus.run.vision.soups.branches import on_device
-from prunus.run.vision.soups.mixing import settle_
+from prunus.run.vision.soups.averaging import Meter, on_device
+from prunus.run.vision.soups.recipe import SoupRecipe
 from prunus.soup import Line, Plane, distances, loss_line, loss_plane
 from prunus.train import alone
 
-__all__ = ["Between", "between"]
+__all__ = ["Geometry", "geometry"]
 
 log = logging.getLogger(__name__)
 State = Mapping[str, Tensor]
@@ -27,7 +26,7 @@ _SETTLED = 5000  # images, because there are a hundred points
 
 
 @dataclass(frozen=True)
-class Between:
+class Geometry:
     """Distances between members, lines between the first of them by name, and the plane of three, if asked for."""
 
     distances: dict[str, float]
@@ -44,20 +43,20 @@ class Between:
         return {**self.distances, "lines": lines, "plane": plane}
 
 
-def between(begin: Begin, states: Sequence[State], names: Sequence[str], *, picture: bool) -> Between:
+def geometry(meter: Meter, states: Sequence[State], names: Sequence[str], *, picture: bool) -> Geometry:
     """What lies between members; names: the tensors that distances are taken over, the prunable ones.
 
     Losses are those on what the recipe measures on, BatchNorm settled at every point on at most 5,000 images. picture:
     whether the plane is measured too, which takes the most.
     """
-    asked, states = begin.recipe.soup, on_device(states, begin.setting.device)
-    share = min(begin.recipe.recalibrate, _SETTLED / len(begin.setting.sets.train))
-    setting = replace(begin.setting, recipe=begin.recipe.model_copy(update={"recalibrate": share}))
+    setting, recipe, states = meter.setting, meter.setting.recipe, on_device(states, meter.setting.device)
+    assert isinstance(recipe, SoupRecipe)
+    asked, share = recipe.soup, min(recipe.recalibrate, _SETTLED / len(setting.sets.train))
+    few = replace(meter, setting=replace(setting, recipe=recipe.model_copy(update={"recalibrate": share})))
 
     def loss(state: dict[str, Tensor]) -> float:
-        settle_(state, setting, begin.model)
         try:
-            return float(stages.measure(begin.model, setting)["loss"])
+            return float(stages.measure(few.settle(state), setting)["loss"])
         except FloatingPointError:  # beyond the members weights may overflow; such points stay white
             return float("nan")
 
@@ -70,7 +69,7 @@ def between(begin: Begin, states: Sequence[State], names: Sequence[str], *, pict
             log.warning("no plane: %s", error)
     with alone():
         apart = distances(states, names).summary()
-    return Between(apart, lines, plane)
+    return Geometry(apart, lines, plane)
 
 
 def _lines(states: Sequence[State], loss: Callable[[dict[str, Tensor]], float], points: int) -> dict[str, Line]:

@@ -1,0 +1,140 @@
+"""A soup and what it is compared with, as a graph of jobs.
+
+    base ─┬─ soup: prune ─▶ members ─▶ average, * phases        longer, imp: the same with one member
+          ├─ reprune: m runs of imp ─▶ mean ─▶ prune again
+          └─ dense: m dense members ─▶ mean ─▶ prune ─▶ retrain
+
+The loop is `prunus.soup.sms` over jobs: it says what is made of what, and the pool makes whatever is ready. After a
+method that prunes during training there is one phase, under its masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from prunus.run.store import Job, Store
+from prunus.run.vision.soups.jobs import (
+    Training,
+    averaged_job,
+    base_job,
+    mean_job,
+    pruned_job,
+    repruned_job,
+    trained_job,
+)
+from prunus.run.vision.soups.recipe import SoupRecipe
+from prunus.soup import Souped, sms
+
+__all__ = ["Plan", "Run"]
+
+Phase = Souped[Job, Job, Job]
+Average = Callable[[Job, tuple[Job, ...]], Job]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run ends with, a network and the job that left its masks; its trainings; its phases, if it has any."""
+
+    state: Job
+    masks: Job | None
+    trainings: tuple[Job, ...]
+    phases: tuple[Phase, ...] = ()
+
+    @property
+    def jobs(self) -> list[Job]:
+        """All of them, in the order in which they are wanted."""
+        phases = [job for each in self.phases for job in (each.pruned, *each.members, each.average)]
+        return [*phases, *self.trainings, *([] if self.masks is None else [self.masks]), self.state]
+
+    def steps(self, store: Store) -> int:
+        """Training steps after the dense training, each training once."""
+        return sum(store.result(job)["steps"] for job in {job.key: job for job in self.trainings}.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The runs that a recipe asks for, by the names of their rows."""
+
+    recipe: SoupRecipe
+
+    @cached_property
+    def base(self) -> Job:
+        """What all begin with."""
+        return base_job(self.recipe)
+
+    @cached_property
+    def runs(self) -> dict[str, Run]:
+        """The soup and its baselines; a longer run also takes the snapshots of stochastic weight averaging.
+
+        After a method that pruned there is neither another mask to average over nor a dense network.
+        """
+        asked, dense = self.recipe.soup, self.recipe.during is None
+        runs = {"soup": self._run(range(asked.members), lambda *phase: averaged_job(self.recipe, *phase))}
+        if "imp" in asked.baselines:
+            runs["imp"] = self._run([None], _single)
+        if "reprune" in asked.baselines and dense:
+            runs["reprune"] = self._repruned()
+        if "dense" in asked.baselines and dense:
+            runs |= self._dense()
+        if "longer" in asked.baselines or "swa" in asked.baselines:
+            swa = asked.swa if "swa" in asked.baselines else None
+            runs["longer"] = self._run([None], _single, slower=asked.members, swa=swa)
+        return runs
+
+    @cached_property
+    def jobs(self) -> tuple[Job, ...]:
+        """All jobs, each once, in the order in which they are wanted."""
+        return tuple(
+            {job.key: job for job in (self.base, *(j for run in self.runs.values() for j in run.jobs))}.values()
+        )
+
+    def _run(self, places: Sequence[int | None], average: Average, *, slower: int = 1, swa: float | None = None) -> Run:
+        """The loop. places: the members of each phase; [None] is one run as the recipe itself says it, which is imp."""
+        recipe = self.recipe
+        assert recipe.prune is not None
+        count = recipe.prune.phases
+
+        def prune(state: Job, phase: int, before: Job | None) -> Job:
+            return state if recipe.during is not None else pruned_job(recipe, state, phase, before)
+
+        def retrain(start: Job, phase: int, member: int) -> Job:
+            last = phase + 1 == count
+            return trained_job(
+                Training(recipe, places[member], phase, slower, swa=swa if last else None), start, self.base
+            )
+
+        phases = sms(self.base, phases=count, members=len(places), prune=prune, retrain=retrain, average=average)
+        trainings = tuple(job for phase in phases for job in phase.members)
+        return Run(phases[-1].average, phases[-1].pruned, trainings, tuple(phases))
+
+    def _repruned(self) -> Run:
+        """As many runs of imp as members, averaged and pruned again; in one phase this is the uniform soup."""
+        runs = [self._run([place], _single) for place in range(self.recipe.soup.members)]
+        pairs = [(run.phases[-1].pruned, run.state) for run in runs]
+        state = repruned_job(self.recipe, pairs)
+        return Run(state, state, tuple(job for run in runs for job in run.trainings))
+
+    def _dense(self) -> dict[str, Run]:
+        """An average of dense members; pruned in one shot; and that retrained once, as a member of the soup is.
+
+        Each dense member is trained on, without masks, for as long as a member of the soup is in all phases together.
+        """
+        recipe = self.recipe
+        assert recipe.prune is not None
+        asked = [Training(recipe, place, 0, whole=True) for place in range(recipe.soup.members)]
+        members = tuple(trained_job(each, self.base, self.base) for each in asked)
+        mean = mean_job(recipe, members)
+        shot = pruned_job(recipe, mean, 0, None, phases=1)
+        again = trained_job(Training(recipe, None, recipe.prune.phases - 1), shot, self.base)
+        return {
+            "dense_soup": Run(mean, None, members),
+            "dense_soup_pruned": Run(shot, shot, members),
+            "dense_soup_retrained": Run(again, shot, (*members, again)),
+        }
+
+
+def _single(_: Job, members: tuple[Job, ...]) -> Job:
+    """The one member, as its training left it."""
+    return members[0]
