@@ -7,7 +7,7 @@ import torch
 
 from prunus.run import names
 from prunus.train import lr
-from prunus.train.lr import Multiplier, Original, allr, linear, scheduler
+from prunus.train.lr import Multiplier, Original, allr, linear, risen, scheduler
 
 ORIGINAL = Original.of([0.05, 0.1, 0.1, 0.1, 0.01, 0.01, 0.001], warmup=1)
 NEEDED = {"multistep": {"milestones": [3, 5]}, "exponential": {"gamma": 0.9}}
@@ -23,7 +23,7 @@ def retrain(name: str, steps: int, warmup: float = 0.1) -> Multiplier:
 
 
 def test_every_public_schedule_is_here():
-    assert set(lr.__all__) == {*TRAINING, *RETRAINING, "Multiplier", "Original", "scheduler"}
+    assert set(lr.__all__) == {*TRAINING, *RETRAINING, "Multiplier", "Original", "risen", "scheduler"}
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 41])
@@ -68,8 +68,6 @@ def test_a_warm_up_share_outside_zero_to_one_is_refused(name: str, share: float)
 def test_a_warm_up_that_leaves_nothing_is_refused():
     with pytest.raises(ValueError, match="got 5 of 5 steps"):
         linear(5, warmup=5)
-    with pytest.raises(ValueError, match="rises by itself"):
-        lr.one_cycle(5, warmup=1)
 
 
 def test_an_original_knows_its_peak_and_its_least_value_after_the_warm_up():
@@ -101,7 +99,7 @@ def test_an_impossible_original_is_refused(lrs: list[float], warmup: int, messag
         Original.of(lrs, warmup)
 
 
-def test_signals_and_names_are_checked():
+def test_signals_are_checked():
     for distance, share in ((-0.1, 0.1), (0.1, float("nan"))):
         with pytest.raises(ValueError, match="signals are at least 0"):
             allr(ORIGINAL, 10, distance=distance, share=share)
@@ -109,6 +107,25 @@ def test_signals_and_names_are_checked():
         names.retrainings.make("allr", ORIGINAL, 10, distance=0.5)
     with pytest.raises(ValueError, match=r"no retraining schedule 'lr'; .*there are"):
         names.retrainings.make("lr", ORIGINAL, 10)
+
+
+@pytest.mark.parametrize(("share", "rise"), [(0.0, 0), (0.1, 0), (0.2, 2), (0.5, 5), (0.9, 9)])
+def test_how_long_a_schedule_rises_is_seen(share: float, rise: int):
+    assert risen(lr.one_cycle(10, share), 10) == rise  # a rise of one step is none: it begins at the top
+    assert risen(lr.constant(10, warmup=rise), 10) == rise
+    assert risen(lr.cosine(10), 10) == risen(lr.multistep(10, [3]), 10) == 0
+
+
+def test_milestones_and_factors_may_be_in_epochs():
+    for epochs, steps in (
+        (lr.multistep(40, [1.5, 3], epoch=10), lr.multistep(40, [15, 30])),
+        (lr.exponential(40, 0.5, warmup=3, epoch=10), lr.exponential(40, 0.5**0.1, warmup=3)),
+    ):
+        assert [epochs(step) for step in range(40)] == [steps(step) for step in range(40)]
+    with pytest.raises(ValueError, match="above 0; got \\[0, 3\\]"):
+        lr.multistep(10, [0, 3])
+    with pytest.raises(ValueError, match="a factor above 0; got -1"):
+        lr.exponential(10, -1)
 
 
 def test_scheduler_is_pytorch_s_and_resumes():

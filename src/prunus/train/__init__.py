@@ -19,6 +19,7 @@ from prunus.train.lr import (
     lrw,
     multistep,
     one_cycle,
+    risen,
     slr,
 )
 from prunus.train.train import Substituted, Trace, classification_loss, next_token_loss, train
@@ -48,6 +49,7 @@ __all__ = [
     "next_token_loss",
     "one_cycle",
     "recalibrate_",
+    "risen",
     "slr",
     "train",
     "unrecorded",
