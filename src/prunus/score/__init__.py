@@ -38,6 +38,7 @@ from prunus.score.criteria import (
     warn_unseen,
 )
 from prunus.score.observe import observe
+from prunus.score.within import check_within, limited, staying
 
 __all__ = [
     "Allocation",
@@ -53,6 +54,7 @@ __all__ = [
     "allocation_of",
     "allocations",
     "check_comparable",
+    "check_within",
     "compared",
     "counts_under",
     "criteria",
@@ -61,6 +63,7 @@ __all__ = [
     "erk",
     "global_",
     "lamp",
+    "limited",
     "magnitude",
     "needed",
     "norms_of",
@@ -71,6 +74,7 @@ __all__ = [
     "ria",
     "round_to_total",
     "scaling",
+    "staying",
     "uniform",
     "uniform_plus",
     "wanda",
