@@ -2,7 +2,7 @@
 
 A mask is a value of its own. It is never read off the weights, because trained weights pass through zero; the one
 exception is `infer_masks`, for foreign checkpoints. Pruned entries are stored as +0.0. How a mask is chosen is in
-`patterns.py`.
+`patterns`.
 
 File: safetensors with one uint8 vector a parameter, 8 entries a byte, lowest bit first, shapes in the metadata.
 """

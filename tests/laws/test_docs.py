@@ -202,7 +202,7 @@ def words_of(annotation):
         ("The classifier recipe", "ClassifierRecipe"),
         ("Classifier `images`", "ImageSource"),
         ("Classifier `train`", "Training"),
-        ("Classifier `optimizer`", "FrankWolfe"),
+        ("Classifier `optimizer`", "Sfw"),
         ("Classifier `augment`", "Augmentation"),
         ("Classifier `prune`", "Pruning"),
         ("Classifier `retrain`", "Retraining"),

@@ -5,35 +5,31 @@ import math
 import pytest
 import torch
 
+from prunus.run import names
 from prunus.train import lr
-from prunus.train.lr import RETRAINING, Multiplier, Original, allr, linear, retraining, scheduler
+from prunus.train.lr import Multiplier, Original, allr, linear, risen, scheduler
 
 ORIGINAL = Original.of([0.05, 0.1, 0.1, 0.1, 0.01, 0.01, 0.001], warmup=1)
-TRAINING = {
-    "constant": lr.constant,
-    "multistep": lambda steps, **warmup: lr.multistep(steps, [3, 5], **warmup),
-    "exponential": lambda steps, **warmup: lr.exponential(steps, 0.9, **warmup),
-    "linear": lr.linear,
-    "cosine": lr.cosine,
-    "one_cycle": lr.one_cycle,
-    "linear_warmup_decay": lr.linear_warmup_decay,
-}
-OTHERS = {"RETRAINING", "Multiplier", "Original", "retraining", "scheduler"}
+NEEDED = {"multistep": {"milestones": [3, 5]}, "exponential": {"gamma": 0.9}}
+TRAINING, RETRAINING = list(names.schedules.members()), list(names.retrainings.members())
+
+
+def make(name: str, steps: int, warmup: int = 0) -> Multiplier:
+    return names.schedules.make({name: NEEDED.get(name, {})}, steps, warmup=warmup)
 
 
 def retrain(name: str, steps: int, warmup: float = 0.1) -> Multiplier:
-    return retraining(name, ORIGINAL, steps, distance=0.5, share=0.2, warmup=warmup)
+    return names.retrainings.make(name, ORIGINAL, steps, distance=0.5, share=0.2, warmup=warmup)
 
 
 def test_every_public_schedule_is_here():
-    assert set(lr.__all__) == set(TRAINING) | set(RETRAINING) | OTHERS
-    assert all(RETRAINING[name] is getattr(lr, name) for name in RETRAINING)
+    assert set(lr.__all__) == {*TRAINING, *RETRAINING, "Multiplier", "Original", "risen", "scheduler"}
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 41])
 @pytest.mark.parametrize("name", [*TRAINING, *RETRAINING])
 def test_no_step_is_wasted_and_none_exceeds_the_peak(name: str, steps: int):
-    multiplier = TRAINING[name](steps) if name in TRAINING else retrain(name, steps)
+    multiplier = make(name, steps) if name in TRAINING else retrain(name, steps)
     values = [multiplier(step) for step in range(steps)]
     assert all(0 < value <= 1 for value in values)
     assert values == [multiplier(step) for step in range(steps)]  # no state
@@ -42,7 +38,7 @@ def test_no_step_is_wasted_and_none_exceeds_the_peak(name: str, steps: int):
 
 @pytest.mark.parametrize("name", [name for name in TRAINING if name not in ("one_cycle", "linear_warmup_decay")])
 def test_linear_warm_up_reaches_its_top_in_its_last_step(name: str):
-    values = [TRAINING[name](20, warmup=4)(step) for step in range(6)]
+    values = [make(name, 20, warmup=4)(step) for step in range(6)]
     passed = 0.1 if name == "multistep" else 1.0  # its milestones count from 0: 3 lies in the warm-up
     assert values[:4] == pytest.approx([0.25, 0.5, 0.75, passed])
 
@@ -59,7 +55,7 @@ def test_retraining_warms_up_along_a_cosine(name: str, steps: int, share: float,
 @pytest.mark.parametrize("name", [*TRAINING, *RETRAINING])
 def test_no_steps_are_refused(name: str):
     with pytest.raises(ValueError, match="at least 1 step; got 0"):
-        TRAINING[name](0) if name in TRAINING else retrain(name, 0)
+        make(name, 0) if name in TRAINING else retrain(name, 0)
 
 
 @pytest.mark.parametrize("name", ["slr", "clr", "llr", "allr"])
@@ -72,8 +68,6 @@ def test_a_warm_up_share_outside_zero_to_one_is_refused(name: str, share: float)
 def test_a_warm_up_that_leaves_nothing_is_refused():
     with pytest.raises(ValueError, match="got 5 of 5 steps"):
         linear(5, warmup=5)
-    with pytest.raises(ValueError, match="rises by itself"):
-        lr.one_cycle(5, warmup=1)
 
 
 def test_an_original_knows_its_peak_and_its_least_value_after_the_warm_up():
@@ -105,14 +99,33 @@ def test_an_impossible_original_is_refused(lrs: list[float], warmup: int, messag
         Original.of(lrs, warmup)
 
 
-def test_signals_and_names_are_checked():
+def test_signals_are_checked():
     for distance, share in ((-0.1, 0.1), (0.1, float("nan"))):
         with pytest.raises(ValueError, match="signals are at least 0"):
             allr(ORIGINAL, 10, distance=distance, share=share)
-    with pytest.raises(ValueError, match="allr needs its signals"):
-        retraining("allr", ORIGINAL, 10, distance=0.5)
-    with pytest.raises(ValueError, match="no retraining schedule 'lr'; there are ft, lrw, slr, clr, llr, allr"):
-        retraining("lr", ORIGINAL, 10)
+    with pytest.raises(TypeError, match="share"):
+        names.retrainings.make("allr", ORIGINAL, 10, distance=0.5)
+    with pytest.raises(ValueError, match=r"no retraining schedule 'lr'; .*there are"):
+        names.retrainings.make("lr", ORIGINAL, 10)
+
+
+@pytest.mark.parametrize(("share", "rise"), [(0.0, 0), (0.1, 0), (0.2, 2), (0.5, 5), (0.9, 9)])
+def test_how_long_a_schedule_rises_is_seen(share: float, rise: int):
+    assert risen(lr.one_cycle(10, share), 10) == rise  # a rise of one step is none: it begins at the top
+    assert risen(lr.constant(10, warmup=rise), 10) == rise
+    assert risen(lr.cosine(10), 10) == risen(lr.multistep(10, [3]), 10) == 0
+
+
+def test_milestones_and_factors_may_be_in_epochs():
+    for epochs, steps in (
+        (lr.multistep(40, [1.5, 3], epoch=10), lr.multistep(40, [15, 30])),
+        (lr.exponential(40, 0.5, warmup=3, epoch=10), lr.exponential(40, 0.5**0.1, warmup=3)),
+    ):
+        assert [epochs(step) for step in range(40)] == [steps(step) for step in range(40)]
+    with pytest.raises(ValueError, match="above 0; got \\[0, 3\\]"):
+        lr.multistep(10, [0, 3])
+    with pytest.raises(ValueError, match="a factor above 0; got -1"):
+        lr.exponential(10, -1)
 
 
 def test_scheduler_is_pytorch_s_and_resumes():

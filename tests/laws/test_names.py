@@ -10,11 +10,21 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from prunus import score
+from prunus import score, solve
 from prunus.layers import Layer
 from prunus.patterns import NM, Block, Unstructured
 from prunus.run import names
-from prunus.run.names import FAMILIES, Family, allocations, criteria, methods, pattern_of, retrainings
+from prunus.run.names import (
+    FAMILIES,
+    Family,
+    allocations,
+    criteria,
+    methods,
+    optimizers,
+    pattern_of,
+    retrainings,
+    schedules,
+)
 from prunus.run.recipe import Recipe, parse
 from prunus.run.vision.recipe import ClassifierRecipe
 
@@ -34,9 +44,12 @@ def test_every_member_says_what_it_is_and_what_its_options_are(family: Family, n
 
 
 def test_families_hold_what_their_modules_say() -> None:
-    assert set(criteria.members()) == {"magnitude", "random", "wanda", "ria", "sparsegpt", "frank_wolfe"}
-    assert set(allocations.members()) == {"uniform", "uniform_plus", "global", "lamp", "erk", "owl"}
-    assert set(retrainings.members()) == {"ft", "lrw", "slr", "clr", "llr", "allr"}
+    assert {"magnitude", "random", "wanda", "ria", "sparsegpt", "frank_wolfe"} <= set(criteria.members())
+    assert {"uniform", "uniform_plus", "global", "lamp", "erk", "owl"} <= set(allocations.members())
+    assert {"ft", "lrw", "slr", "clr", "llr", "allr"} <= set(retrainings.members())
+    assert len(criteria.members()) == len(score.criteria.__all__) + len(solve.__all__)
+    assert not set(schedules.members()) & {*retrainings.members(), "original", "scheduler"}
+    assert set(optimizers.members()) == {"prox", "sfw", "sgd"}
     assert {"gmp", "str", "rigl", "set"} <= set(methods.members())
     assert not {"cubic", "part", "plan"} & set(methods.members())
 
@@ -55,10 +68,20 @@ def test_choices_are_kept_in_their_shortest_form_and_made_with_their_types() -> 
     assert (pattern_of("2:4"), pattern_of({"block": {"rows": 2, "columns": 3}})) == (NM(2, 4), Block(2, 3))
 
 
+def test_the_first_option_of_a_schedule_needs_no_name() -> None:
+    for value in ({"multistep": [3, 5]}, {"multistep": {"milestones": [3, 5]}}):
+        assert schedules.check(value) == {"multistep": [3, 5]}
+        assert schedules.make(value, 10, warmup=0, epoch=2)(9) == pytest.approx(0.1)
+    assert schedules.check({"multistep": {"milestones": [3], "gamma": 0.2}})["multistep"]["gamma"] == 0.2
+    assert schedules.check("cosine") == schedules.check({"cosine": {}}) == "cosine"
+    with pytest.raises(ValueError, match="multistep needs the option 'milestones'"):
+        schedules.check("multistep")
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("wandda", "there is no criterion 'wandda'; did you mean 'wanda'\\? there are magnitude, random"),
+        ("wandda", "there is no criterion 'wandda'; did you mean 'wanda'\\? there are .*magnitude, random"),
         (["wanda"], "give one criterion: a name, or"),
         ({"wanda": 1, "ria": 2}, "give one criterion"),
         ({"sparsegpt": 0.1}, "options of sparsegpt are"),

@@ -9,9 +9,10 @@ from torch import nn
 
 from prunus.masks import Masks
 from prunus.prune import prune
+from prunus.run.names import retrainings
 from prunus.score.criteria import random
 from prunus.soup.imp import Phase, distance, imp, phase_sparsities
-from prunus.train.lr import Original, retraining
+from prunus.train.lr import Original
 from prunus.train.train import Trace, train
 
 ORIGINAL = Original.of([0.1] * 30 + [0.01] * 10)
@@ -40,7 +41,7 @@ def retrainer(model: nn.Module, name: str = "allr"):
     def retrain(phase: Phase) -> Trace:
         signals = phase.signals(STEPS, ORIGINAL)
         optimizer = torch.optim.SGD(model.parameters(), lr=ORIGINAL.peak, momentum=0.9, weight_decay=1e-3)
-        schedule = retraining(name, ORIGINAL, STEPS, distance=signals.distance, share=signals.share)
+        schedule = retrainings.make(name, ORIGINAL, STEPS, distance=signals.distance, share=signals.share)
         return train(model, batch, optimizer, schedule, steps=STEPS, loss=loss, masks=phase.masks)
 
     return retrain

@@ -38,7 +38,7 @@ from prunus.soup import sms_
 from prunus.soup.average import average
 from prunus.soup.imp import Phase, imp
 from prunus.train.batchnorm import recalibrate_
-from prunus.train.lr import retraining
+from prunus.train.lr import allr
 from tests.processes import start_command
 from tests.systems.test_vision import Tiny, few, raw, tiny
 
@@ -99,7 +99,7 @@ def test_the_recipe_is_the_library_s_loop(tmp_path: Path) -> None:
             stages.settle(copy, setting)
         steps = own.epoch_steps
         signals = phase.signals(steps, dense.original)
-        rates = retraining("allr", dense.original, steps, distance=signals.distance, share=signals.share)
+        rates = allr(dense.original, steps, distance=signals.distance, share=signals.share)
         stages.fit(copy, own, rates, steps=steps, part=phase.index + 1, lr=0.1, masks=phase.masks)
         stages.settle(copy, own)
 

@@ -18,8 +18,8 @@ from prunus.run.compare import compare
 from prunus.run.grid import Grid
 from prunus.run.recipe import parse
 from prunus.run.vision import stages
-from prunus.run.vision.optimizers import OptimizerChoice, make_optimizer
-from prunus.run.vision.recipe import ClassifierRecipe, dense_key
+from prunus.run.vision.optimizers import Given
+from prunus.run.vision.recipe import ClassifierRecipe, OptimizerChoice, dense_key
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.train import train_run
 from tests.systems.test_vision import TRAIN, Killed, Tiny, checked, raw, same_bits, tiny
@@ -39,7 +39,7 @@ def trained_by(optimizer: Any, **changes: Any) -> dict[str, Any]:
 WRONG = [
     ({"optimizer": "sgdd"}, "did you mean 'sgd'?"),
     ({"optimizer": {"sfw": {"kk": 3}}}, "unknown key 'train.optimizer.sfw.kk'"),
-    ({"optimizer": {"sfw": {}, "prox": {"groups": 1}}}, "give exactly one of sgd, sfw, prox; got sfw, prox"),
+    ({"optimizer": {"sfw": {}, "prox": {"groups": 1}}}, "give exactly one of prox, sfw, sgd; got prox, sfw"),
     ({"optimizer": {"sfw": {"size": {"radius": 1, "initial": 2}}}}, "exactly one of radius, diameter, initial"),
     ({"optimizer": {"sfw": {"size": {"radius": 0}}}}, "greater than 0 (got 0)"),
     ({"optimizer": {"sfw": {"set": "ksupport"}}}, "'k_support'"),
@@ -78,7 +78,7 @@ def test_a_written_recipe_is_read_as_the_same(tmp_path: Path) -> None:
 
 def made(optimizer: Any, model: Tiny, **changes: Any) -> torch.optim.Optimizer:
     options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 1e-3} | changes
-    return make_optimizer(model, OptimizerChoice.model_validate(optimizer), reference=Tiny, **options)
+    return OptimizerChoice.model_validate(optimizer).one.made(model, Given(reference=Tiny, **options))
 
 
 def test_which_parameters_are_constrained_and_what_the_others_get() -> None:
@@ -116,9 +116,7 @@ def test_measured_norms_are_those_before_training() -> None:
         for parameter in model.parameters():
             parameter.mul_(7)
     choice = OptimizerChoice.model_validate({"sfw": {"norms": "measured", "size": {"initial": 2.0}}})
-    optimizer = make_optimizer(
-        model, choice, lr=0.1, momentum=0.9, nesterov=False, weight_decay=0, reference=lambda: fresh
-    )
+    optimizer = choice.one.made(model, Given(0.1, 0.9, False, 0.0, lambda: fresh))
     radii = [ball.radius for ball in optimizer.param_groups[0]["constraint"]]
     norms = [float(parameter.detach().norm()) for parameter in fresh.parameters()]
     assert radii == pytest.approx([2 * norm if norm else 2.0 for norm in norms], rel=1e-5)

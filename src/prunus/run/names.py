@@ -18,7 +18,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
-from pydantic import BeforeValidator, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, TypeAdapter, ValidationError
 
 if TYPE_CHECKING:
     from prunus.patterns import Pattern
@@ -31,10 +31,12 @@ __all__ = [
     "Family",
     "PatternName",
     "RetrainingName",
+    "ScheduleName",
     "allocations",
     "criteria",
     "fixed_sparsity",
     "methods",
+    "optimizers",
     "pattern_of",
     "patterns",
     "retrainings",
@@ -43,7 +45,7 @@ __all__ = [
     "sets",
 ]
 
-Choice = str | dict[str, dict[str, Any]]
+Choice = str | dict[str, Any]
 _OFFERED = ("seed",)  # a run fills these in where a recipe leaves them open, so their default means something else
 
 
@@ -53,7 +55,8 @@ class Family:
 
     word: what messages call one. modules: imported when they are first looked at. belongs: which of their public names
     are members. ready: members that are used as they are; the others are called with their options. given: parameters
-    that are no options, because a run knows them.
+    that are no options, because a run knows them. short: the first option needs no name where it is the only one
+    ({multistep: [91, 136]}).
     """
 
     word: str
@@ -61,6 +64,7 @@ class Family:
     belongs: Callable[[Any], bool] = lambda member: True
     ready: Callable[[Any], bool] = lambda member: False
     given: tuple[str, ...] = ()
+    short: bool = False
 
     def members(self) -> dict[str, Any]:
         """Name in recipes -> function, class or value.
@@ -90,7 +94,7 @@ class Family:
         """
         name, options = self._parted(value)
         self._typed(name, options, ())
-        return {name: options} if options else name
+        return self._said(name, options)
 
     def lean(self, choice: Choice) -> Choice:
         """The choice without options that have their default value: recipes that mean the same have one hash.
@@ -101,7 +105,7 @@ class Family:
         name, options = self._parted(choice)
         takes, typed = self.options(name), self._typed(name, options, ())
         left = {key: value for key, value in options.items() if key in _OFFERED or typed[key] != takes[key].default}
-        return {name: left} if left else name
+        return self._said(name, left)
 
     def make(self, choice: Choice, *given: Any, **offered: Any) -> Any:
         """The thing that a choice names.
@@ -136,6 +140,20 @@ class Family:
         """
         return list(self.options(self.name(choice)))
 
+    def knows(self, choice: Choice, parameter: str) -> bool:
+        """Whether what a choice names has a parameter that a run fills in.
+
+        >>> schedules.knows("cosine", "warmup"), schedules.knows("one_cycle", "warmup")
+        (True, False)
+        """
+        return parameter in inspect.signature(self.members()[self.name(choice)]).parameters
+
+    def _said(self, name: str, options: dict[str, Any]) -> Choice:
+        """A choice in its shortest form."""
+        if self.short and list(options) == self.takes(name)[:1] != []:
+            return {name: next(iter(options.values()))}
+        return {name: options} if options else name
+
     def _parted(self, value: Any) -> tuple[str, dict[str, Any]]:
         """Name and options of a choice."""
         if isinstance(value, str):
@@ -146,6 +164,8 @@ class Family:
         name, known = str(asked).lower(), self.members()
         if name not in known:
             raise ValueError(f"there is no {self.word} {asked!r}; {_closest(name, known)}there are {', '.join(known)}")
+        if self.short and not isinstance(options, (Mapping, type(None))):
+            options = dict.fromkeys([*self.options(name), "option"][:1], options)
         if options is not None and not isinstance(options, Mapping):
             raise ValueError(f"options of {name} are {{option: value}}; got {options!r}")
         return name, dict(options or {})
@@ -180,8 +200,9 @@ def _as(hint: Any, value: Any, where: str) -> Any:
 
 def _hints(member: Any) -> dict[str, Any]:
     """The types of a member's parameters; none where they are not to be read (names that only checkers see)."""
+    section = inspect.isclass(member) and issubclass(member, BaseModel)  # whose fields are its options
     try:
-        return get_type_hints(member.__init__ if inspect.isclass(member) else member)
+        return get_type_hints(member.__init__ if inspect.isclass(member) and not section else member)
     except NameError:
         return {}
 
@@ -235,13 +256,24 @@ def _is_method(member: Any) -> bool:
 
 
 def _lr() -> list[ModuleType]:
-    return [import_module("prunus.train")]  # not `from prunus import train`, which is the function
+    from prunus.train import lr
+
+    return [lr]
 
 
 def _sets() -> list[ModuleType]:
     from prunus.frankwolfe import sets
 
     return [sets]
+
+
+def _optimizers() -> list[ModuleType]:
+    return [import_module("prunus.run.vision.optimizers")]  # which reads `sets` of this file
+
+
+def _is_optimizer(member: Any) -> bool:
+    base = _optimizers()[0].Optimizer
+    return inspect.isclass(member) and issubclass(member, base) and member is not base
 
 
 def _returns(member: Any, name: str) -> bool:
@@ -268,10 +300,12 @@ schedules = Family(
     "schedule",
     _lr,
     belongs=lambda each: _returns(each, "Multiplier") and _takes(each)[0] == "steps",
-    given=("steps", "warmup"),
+    given=("steps", "warmup", "epoch"),
+    short=True,
 )
 sets = Family("set", _sets, belongs=lambda each: _returns(each, "Ball"), given=("radius",))
-FAMILIES = (criteria, allocations, patterns, methods, schedules, retrainings, sets)
+optimizers = Family("optimizer", _optimizers, belongs=_is_optimizer)
+FAMILIES = (criteria, allocations, patterns, methods, schedules, retrainings, optimizers, sets)
 
 
 def _made(family: Family) -> BeforeValidator:
@@ -288,6 +322,15 @@ def _made(family: Family) -> BeforeValidator:
 CriterionName = Annotated[Choice, _made(criteria)]
 AllocationName = Annotated[Choice, _made(allocations)]
 RetrainingName = Annotated[Choice, BeforeValidator(retrainings.check)]
+
+
+def _schedule(value: Any) -> Choice:
+    choice = schedules.check(value)
+    schedules.make(choice, 1_000_000)  # what it refuses is refused before any work
+    return choice
+
+
+ScheduleName = Annotated[Choice, BeforeValidator(_schedule)]
 
 
 def pattern_of(value: Choice, per: str = "row") -> Pattern:
@@ -336,4 +379,6 @@ def rows() -> Iterator[dict[str, str]]:
 
 
 def _shown(default: Any) -> str:
+    if isinstance(default, BaseModel):
+        return str(default.model_dump(exclude_defaults=True))
     return str(getattr(default, "__name__", default)).rstrip("_")

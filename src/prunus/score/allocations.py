@@ -274,7 +274,7 @@ def erk(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
     """
     shapes, sizes = _shapes_of(scores), _sizes_of(scores)
     total = kept_of(sum(sizes.values()), sparsity)
-    exact = _fill([sum(shapes[name]) for name in sizes], list(sizes.values()), total)
+    exact = fill([sum(shapes[name]) for name in sizes], list(sizes.values()), total)
     return dict(zip(sizes, round_to_total(exact, total), strict=True))
 
 
@@ -335,7 +335,7 @@ def _sizes_of(scores: Mapping[str, Tensor]) -> dict[str, int]:
     return {name: math.prod(shape) for name, shape in _shapes_of(scores).items()}
 
 
-def _fill(weights: Sequence[int], sizes: Sequence[int], total: int) -> list[float]:
+def fill(weights: Sequence[int], sizes: Sequence[int], total: int) -> list[float]:
     """min(size, c * weight) for each, with the c for which they add up to total (at most the sum of the sizes)."""
     full: set[int] = set()
     while True:
@@ -357,7 +357,7 @@ def _within(counts: Mapping[str, int], left: Mapping[str, int]) -> dict[str, int
         raise ValueError(
             f"{total} entries should stay, but earlier masks left only {sum(left.values())}: raise the sparsity"
         )
-    exact = _fill([counts[name] for name in left], list(left.values()), total)
+    exact = fill([counts[name] for name in left], list(left.values()), total)
     return dict(zip(left, round_to_total(exact, total), strict=True))
 
 

@@ -19,7 +19,7 @@ from prunus.train.lr import (
     lrw,
     multistep,
     one_cycle,
-    retraining,
+    risen,
     slr,
 )
 from prunus.train.train import Substituted, Trace, classification_loss, next_token_loss, train
@@ -50,7 +50,7 @@ __all__ = [
     "next_token_loss",
     "one_cycle",
     "recalibrate_",
-    "retraining",
+    "risen",
     "slr",
     "train",
 ]

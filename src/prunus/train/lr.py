@@ -5,6 +5,10 @@ No recursion and no state: step t of T alone decides, so that a resumed run need
     training     constant, multistep, exponential, linear, cosine, one_cycle, linear_warmup_decay
     retraining   ft, lrw, slr, clr, llr, allr: given the `Original` schedule of the dense run, in units of its peak M
 
+A new one is a function that returns a `Multiplier`, and one `__all__` entry: recipes find it there. Its first argument
+is `steps` (training) or `original` (retraining); what a run knows (`warmup`, `epoch`, a phase's signals) it takes under
+these names, if it wants it.
+
 With T steps, W of warm-up, R = T - W and u = t - W, every warm-up reaches its top in its last step and wastes none: its
 first step is already 1 / W along. Schedulers of other libraries often begin with a step of learning rate zero.
 """
@@ -20,7 +24,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 __all__ = [
-    "RETRAINING",
     "Multiplier",
     "Original",
     "allr",
@@ -35,7 +38,7 @@ __all__ = [
     "lrw",
     "multistep",
     "one_cycle",
-    "retraining",
+    "risen",
     "scheduler",
     "slr",
 ]
@@ -110,16 +113,21 @@ def constant(steps: int, warmup: int = 0) -> Multiplier:
     return _after(warmup, _straight, lambda u: 1.0)
 
 
-def multistep(steps: int, milestones: Sequence[int], gamma: float = 0.1, warmup: int = 0) -> Multiplier:
+def multistep(
+    steps: int, milestones: Sequence[float], gamma: float = 0.1, warmup: int = 0, epoch: int = 1
+) -> Multiplier:
     """gamma to the number of milestones passed:  m(t) = min(1, (t + 1) / W) * gamma^#{i: milestones_i <= t}.
 
-    Milestones are steps counted from the start, warm-up included.
+    Milestones are counted from the start, warm-up included, in epochs of `epoch` steps (left out: in steps). Raises
+    ValueError for one that is not above 0.
 
     >>> [multistep(4, [2, 3], gamma=0.5)(t) for t in range(4)]
     [1.0, 1.0, 0.5, 0.25]
     """
     _check(steps, warmup)
-    places = tuple(milestones)
+    if not all(each > 0 for each in milestones):
+        raise ValueError(f"milestones are above 0; got {list(milestones)}")
+    places = tuple(max(1, round(each * epoch)) for each in milestones)
 
     def multiplier(step: int) -> float:
         rise = (step + 1) / warmup if step < warmup else 1.0
@@ -128,14 +136,19 @@ def multistep(steps: int, milestones: Sequence[int], gamma: float = 0.1, warmup:
     return multiplier
 
 
-def exponential(steps: int, gamma: float, warmup: int = 0) -> Multiplier:
-    """gamma^u, gamma being the factor of one step, after a linear warm-up.
+def exponential(steps: int, gamma: float, warmup: int = 0, epoch: int = 1) -> Multiplier:
+    """gamma^(u / epoch), gamma being the factor of `epoch` steps, after a linear warm-up.
+
+    Raises ValueError for a factor that is not above 0.
 
     >>> [exponential(3, gamma=0.5)(t) for t in range(3)]
     [1.0, 0.5, 0.25]
     """
     _check(steps, warmup)
-    return _after(warmup, _straight, lambda u: gamma**u)
+    if not gamma > 0:
+        raise ValueError(f"gamma is a factor above 0; got {gamma}")
+    factor = gamma ** (1 / epoch)
+    return _after(warmup, _straight, lambda u: factor**u)
 
 
 def linear(steps: int, end: float = 0.0, warmup: int = 0) -> Multiplier:
@@ -158,17 +171,14 @@ def cosine(steps: int, end: float = 0.0, warmup: int = 0) -> Multiplier:
     return _after(warmup, _straight, _half_wave(steps - warmup, end))
 
 
-def one_cycle(steps: int, peak_share: float = 0.3, warmup: int = 0) -> Multiplier:
+def one_cycle(steps: int, peak_share: float = 0.3) -> Multiplier:
     """Linearly up to 1 in the first floor(peak_share * steps) steps, then linearly down to 0 (Smith & Topin 2019).
 
-    The rise is the warm-up, so `warmup` must be 0; it is there because all schedules have it. The third phase of the
-    paper, further down, is left out.
+    It rises by itself, so it takes no warm-up. The third phase of the paper, further down, is left out.
 
     >>> [one_cycle(4, 0.5)(t) for t in range(4)]
     [0.5, 1.0, 1.0, 0.5]
     """
-    if warmup:
-        raise ValueError(f"one_cycle rises by itself; got warmup={warmup}. Set peak_share instead.")
     return linear_warmup_decay(steps, peak_share)
 
 
@@ -272,43 +282,15 @@ def allr(original: Original, steps: int, *, distance: float, share: float, warmu
     return _after(rise, lambda x: start * _wave(x), lambda u: start * fall(u))
 
 
-RETRAINING: dict[str, Callable[..., Multiplier]] = {
-    "ft": ft,
-    "lrw": lrw,
-    "slr": slr,
-    "clr": clr,
-    "llr": llr,
-    "allr": allr,
-}
+def risen(multiplier: Multiplier, steps: int) -> int:
+    """In how many first steps a schedule rises, the last of them at its top; 0 for one that begins there.
 
-
-def retraining(
-    name: str,
-    original: Original,
-    steps: int,
-    *,
-    distance: float | None = None,
-    share: float | None = None,
-    warmup: float = 0.1,
-) -> Multiplier:
-    """The retraining schedule of this name; the others leave aside allr's signals, ft and lrw also the warm-up.
-
-    Raises ValueError for a name that is not in RETRAINING, and for allr without its signals.
-
-    >>> retraining("llr", Original.of([0.1]), 4, warmup=0)(3)
-    0.25
+    >>> risen(one_cycle(10, 0.3), 10), risen(cosine(10), 10)
+    (3, 0)
     """
-    if name not in RETRAINING:
-        raise ValueError(f"There is no retraining schedule {name!r}; there are {', '.join(RETRAINING)}.")
-    if name in ("ft", "lrw"):
-        return RETRAINING[name](original, steps)
-    if name == "allr":
-        if distance is None or share is None:
-            raise ValueError(
-                "allr needs its signals: pass distance (retrain.distance) and share (steps / original.steps)."
-            )
-        return allr(original, steps, distance=distance, share=share, warmup=warmup)
-    return RETRAINING[name](original, steps, warmup=warmup)
+    falls = (step for step in range(steps - 1) if multiplier(step + 1) <= multiplier(step))
+    last = next(falls, steps - 1)
+    return last + 1 if last else 0
 
 
 def scheduler(optimizer: Optimizer, multiplier: Multiplier) -> LambdaLR:

@@ -3,12 +3,14 @@
     train.optimizer   none: SGD    {sgd: {decoupled_decay: ..}}    {sfw: {set: k_support, k: 0.3, ..}}    {prox: {..}}
     train.penalty     {groups: strength} or {nuclear: strength}, added to the loss
 
-Momentum and weight decay are those of the section `train`; parameters in a feasible set take no weight decay.
+Momentum and weight decay are those of the section `train`; parameters in a feasible set take no weight decay. A new
+optimizer is a subclass of `Optimizer` and one `__all__` entry: recipes find it there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -19,6 +21,7 @@ from prunus.during import During
 from prunus.frankwolfe import (
     SFW,
     GroupLasso,
+    KeptGradients,
     NuclearNorm,
     NuclearSteps,
     ProximalSGD,
@@ -27,10 +30,11 @@ from prunus.frankwolfe import (
     sets,
 )
 from prunus.layers import View, find_layers
+from prunus.masks import Masks
 from prunus.run import names
 from prunus.run.recipe import Strict
 
-__all__ = ["Decay", "FrankWolfe", "OptimizerChoice", "Pull", "Size", "make_optimizer", "make_pulls"]
+__all__ = ["Given", "OneOptimizer", "Optimizer", "Prox", "Pull", "Sfw", "Sgd", "Size"]
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _USUAL = {"k": 0.3, "p": 2.0}
@@ -66,7 +70,48 @@ class Size(OneOf):
         return {"radius": sets.Radius, "diameter": sets.Diameter, "initial": sets.Initial}[name](value)
 
 
-class FrankWolfe(Strict):
+@dataclass(frozen=True)
+class Given:
+    """What a run says to every optimizer. reference: makes the untrained network, whose norms may size sets."""
+
+    lr: float
+    momentum: float
+    nesterov: bool
+    weight_decay: float
+    reference: Callable[[], nn.Module]
+
+
+class Optimizer(Strict):
+    """What makes an optimizer of a run. A new one is a subclass with its options and one `__all__` entry."""
+
+    def made(self, model: nn.Module, given: Given) -> torch.optim.Optimizer:
+        """The optimizer, which a captured step may record where its arithmetic allows it."""
+        raise NotImplementedError
+
+    def beside(self, model: nn.Module, masks: Masks | None) -> list[During]:
+        """What takes part in training beside it. masks: those that hold."""
+        return []
+
+    def retraining(self, *, smaller: bool) -> Optimizer:
+        """What retrains a pruned network. smaller: it has lost filters or ranks instead of getting zeros."""
+        return self
+
+
+class Sgd(Optimizer):
+    """SGD, with decoupled weight decay, w <- (1 - lr * decoupled_decay) w, beside or in place of train.weight_decay."""
+
+    decoupled_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+
+    def made(self, model: nn.Module, given: Given) -> torch.optim.Optimizer:
+        """PyTorch's; with decoupled decay SFW without sets, which is SGD."""
+        shared: dict[str, Any] = {"lr": given.lr, "momentum": given.momentum, "weight_decay": given.weight_decay}
+        cuda = _recorded(model)
+        if self.decoupled_decay:
+            return SFW(model.parameters(), decoupled_decay=self.decoupled_decay, capturable=cuda, **shared)
+        return torch.optim.SGD(model.parameters(), nesterov=given.nesterov, fused=cuda, **shared)
+
+
+class Sfw(Optimizer):
     """Stochastic Frank-Wolfe: which set, how large, which parameters are in it, and what the others get.
 
     k: a count (an integer) or a share (a float in (0, 1]), for sets with a K. p: of the set lp.
@@ -100,7 +145,7 @@ class FrankWolfe(Strict):
         return {**value, **{key: usual for key, usual in takes.items() if value.get(key) is None}}
 
     @model_validator(mode="after")
-    def _check(self) -> FrankWolfe:
+    def _check(self) -> Sfw:
         for key in _USUAL:
             if getattr(self, key) is not None and key not in names.sets.takes(self.set):
                 able = [name for name in names.sets.members() if key in names.sets.takes(name)]
@@ -112,6 +157,29 @@ class FrankWolfe(Strict):
     def ball(self) -> sets.Ball:
         """The set, of radius 1."""
         return names.sets.make({self.set: {key: getattr(self, key) for key in _usual(self.set)}})
+
+    def made(self, model: nn.Module, given: Given) -> torch.optim.Optimizer:
+        """SFW, its parameters scaled down to the borders of their sets."""
+        groups = _groups(model, self, given.weight_decay, given.reference)
+        made = SFW(
+            groups,
+            lr=given.lr,
+            momentum=given.momentum,
+            rescale=self.rescale,
+            dampening=self.dampening,
+            iterations=self.iterations,
+            capturable=_recorded(model),
+        )
+        made.start_()
+        return made
+
+    def beside(self, model: nn.Module, masks: Masks | None) -> list[During]:
+        """What keeps pruned weights out of the steps."""
+        return [] if masks is None else [KeptGradients(masks)]
+
+    def retraining(self, *, smaller: bool) -> Optimizer:
+        """Itself, but for a smaller network, which no longer fits the sets."""
+        return Sgd() if smaller else self
 
 
 def _usual(name: Any) -> dict[str, float]:
@@ -140,28 +208,45 @@ class Pull(Strict):
             raise ValueError("every goes with nuclear, whose decompositions are dear; leave it out")
         return self
 
-    @property
-    def strength(self) -> float:
-        """The one strength that is given."""
-        return self.groups or self.nuclear or 0.0
+    def penalty(self, model: nn.Module) -> During:
+        """The pull as a term of the loss."""
+        if self.nuclear is not None:
+            return NuclearNorm(self.nuclear, self.views(model), every=self.every)
+        return GroupLasso(self.groups or 0.0, self.views(model))
 
     def views(self, model: nn.Module) -> tuple[View, ...]:
         """The layers that are pulled. Raises ValueError for a glob that matches none."""
         return tuple(find_layers(model, include=self.include, exclude=self.exclude))
 
 
-class Decay(Strict):
-    """SGD with decoupled weight decay, w <- (1 - lr * decoupled_decay) w, beside or in place of train.weight_decay."""
+class Prox(Pull, Optimizer):
+    """Proximal SGD, the exact steps of a pull: of groups inside the optimizer, of nuclear norms beside plain SGD."""
 
-    decoupled_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    def made(self, model: nn.Module, given: Given) -> torch.optim.Optimizer:
+        """Proximal SGD of groups, or plain SGD."""
+        if self.groups is None:
+            return Sgd().made(model, given)
+        return ProximalSGD(
+            _pulled(model, self),
+            proximal="groups",
+            strength=self.groups,
+            weight_decay=given.weight_decay,
+            capturable=_recorded(model),
+            lr=given.lr,
+            momentum=given.momentum,
+        )
+
+    def beside(self, model: nn.Module, masks: Masks | None) -> list[During]:
+        """The proximal steps of nuclear norms."""
+        return [] if self.nuclear is None else [NuclearSteps(self.nuclear, self.views(model), every=self.every)]
+
+    def retraining(self, *, smaller: bool) -> Optimizer:
+        """SGD: what the steps were to bring about is there."""
+        return Sgd()
 
 
-class OptimizerChoice(OneOf):
+class OneOptimizer(OneOf):
     """One optimizer by name with its options."""
-
-    sgd: Decay | None = None
-    sfw: FrankWolfe | None = None
-    prox: Pull | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -172,63 +257,20 @@ class OptimizerChoice(OneOf):
         alone = isinstance(value, dict) and len(value) == 1
         return {name: {} if part is None else part for name, part in value.items()} if alone else value
 
-
-def make_optimizer(
-    model: nn.Module,
-    choice: OptimizerChoice | None,
-    *,
-    lr: float,
-    momentum: float,
-    nesterov: bool,
-    weight_decay: float,
-    reference: Callable[[], nn.Module],
-) -> torch.optim.Optimizer:
-    """The optimizer of a run, which a captured step may record where its arithmetic allows it.
-
-    reference: makes the untrained network, whose norms size the sets with norms "measured". Parameters outside their
-    sets are scaled down to the border. Raises ValueError for globs that match no layer.
-    """
-    shared: dict[str, Any] = {"lr": lr, "momentum": momentum}
-    cuda = next(model.parameters()).is_cuda
-    if choice is not None and choice.sfw is not None:
-        made = SFW(_groups(model, choice.sfw, weight_decay, reference), capturable=cuda, **_steps(choice.sfw), **shared)
-        made.start_()
-        return made
-    if choice is not None and choice.prox is not None and choice.prox.groups is not None:
-        return ProximalSGD(
-            _pulled(model, choice.prox),
-            proximal="groups",
-            strength=choice.prox.groups,
-            weight_decay=weight_decay,
-            capturable=cuda,
-            **shared,
-        )
-    if choice is not None and choice.sgd is not None and choice.sgd.decoupled_decay:
-        decay = choice.sgd.decoupled_decay
-        return SFW(model.parameters(), weight_decay=weight_decay, decoupled_decay=decay, capturable=cuda, **shared)
-    return torch.optim.SGD(model.parameters(), nesterov=nesterov, weight_decay=weight_decay, fused=cuda, **shared)
+    @property
+    def one(self) -> Optimizer:
+        """The one that is given."""
+        (found,) = self.given.values()
+        return found
 
 
-def make_pulls(model: nn.Module, choice: OptimizerChoice | None, penalty: Pull | None) -> list[During]:
-    """What pulls towards structure beside the optimizer, as methods that take part in training: nothing, a penalty,
-    proximal steps of the nuclear norm."""
-    found: list[During] = []
-    if penalty is not None and penalty.nuclear is not None:
-        found.append(NuclearNorm(penalty.nuclear, penalty.views(model), every=penalty.every))
-    elif penalty is not None:
-        found.append(GroupLasso(penalty.strength, penalty.views(model)))
-    prox = choice.prox if choice is not None else None
-    if prox is not None and prox.nuclear is not None:
-        found.append(NuclearSteps(prox.nuclear, prox.views(model), every=prox.every))
-    return found
-
-
-def _steps(asked: FrankWolfe) -> dict[str, Any]:
-    return {"rescale": asked.rescale, "dampening": asked.dampening, "iterations": asked.iterations}
+def _recorded(model: nn.Module) -> bool:
+    """Whether its steps may be recorded: on CUDA."""
+    return next(model.parameters()).is_cuda
 
 
 def _groups(
-    model: nn.Module, asked: FrankWolfe, weight_decay: float, reference: Callable[[], nn.Module]
+    model: nn.Module, asked: Sfw, weight_decay: float, reference: Callable[[], nn.Module]
 ) -> list[dict[str, Any]]:
     """Parameter groups: those in sets, and those without, which alone take weight decay."""
     only = None

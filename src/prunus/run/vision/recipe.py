@@ -11,13 +11,14 @@ import difflib
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    create_model,
     field_validator,
     model_validator,
 )
@@ -29,14 +30,17 @@ from prunus.run.names import (
     CriterionName,
     PatternName,
     RetrainingName,
+    ScheduleName,
     allocations,
     criteria,
     fixed_sparsity,
     methods,
+    optimizers,
     pattern_of,
+    schedules,
 )
 from prunus.run.recipe import Device, Share, Strict, digest, looks_local, said
-from prunus.run.vision.optimizers import Decay, OptimizerChoice, Pull
+from prunus.run.vision.optimizers import OneOptimizer, Optimizer, Pull, Sgd
 from prunus.score import Allocation, Criterion, allocation_of, check_comparable, compared, criterion_of
 
 __all__ = [
@@ -54,8 +58,6 @@ __all__ = [
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Kind = Literal["zeros", "filters", "low_rank"]
-WORDS = ("constant", "linear", "cosine")
-OPTIONS = {"multistep": "milestones in epochs", "exponential": "a factor an epoch", "one_cycle": "the peak's share"}
 
 
 class ImageSource(Strict):
@@ -98,18 +100,11 @@ class Augmentation(Strict):
     cutout: Annotated[int, Field(ge=0)] = 0
 
 
-def _schedule(value: Any) -> Any:
-    """One of the words, or a mapping of one name to its argument."""
-    if value in WORDS:
-        return value
-    known = f"use {', '.join(WORDS)}, or one of " + ", ".join(f"{{{k}: {what}}}" for k, what in OPTIONS.items())
-    if not isinstance(value, dict) or len(value) != 1 or next(iter(value)) not in OPTIONS:
-        raise ValueError(f"{value!r} is no schedule; {known}")
-    name, argument = next(iter(value.items()))
-    numbers = argument if name == "multistep" else [argument]
-    if not isinstance(numbers, (list, tuple)) or not all(isinstance(x, (int, float)) and x > 0 for x in numbers):
-        raise ValueError(f"{name} takes {OPTIONS[name]}, above 0; got {argument!r}")
-    return {name: argument}
+if TYPE_CHECKING:
+    OptimizerChoice = OneOptimizer
+else:
+    _fields: dict[str, Any] = {name: (each | None, None) for name, each in optimizers.members().items()}
+    OptimizerChoice = create_model("OptimizerChoice", __base__=OneOptimizer, __module__=__name__, **_fields)
 
 
 class Training(Strict):
@@ -124,7 +119,7 @@ class Training(Strict):
     epochs: Count = 30
     batch_size: Count = 512
     lr: Positive = 0.4
-    schedule: Annotated[str | dict[str, Any], BeforeValidator(_schedule)] = "linear"
+    schedule: ScheduleName = "linear"
     warmup: Annotated[float, Field(ge=0)] = 2
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
@@ -138,18 +133,23 @@ class Training(Strict):
     snapshots: tuple[Annotated[int, Field(ge=0)], ...] = ()
     evaluate_every: Annotated[int, Field(ge=0)] = 0
 
+    @property
+    def chosen(self) -> Optimizer:
+        """The optimizer: SGD where none is named."""
+        return Sgd() if self.optimizer is None else self.optimizer.one
+
     @model_validator(mode="after")
     def _check(self) -> Training:
         if self.warmup >= self.epochs:
             raise ValueError(f"warmup: {self.warmup:g} epochs leave none of the {self.epochs}; set a smaller warmup")
-        if self.warmup and "one_cycle" in self.schedule:
-            raise ValueError("schedule one_cycle rises by itself: set warmup: 0")
+        if self.warmup and not schedules.knows(self.schedule, "warmup"):
+            raise ValueError(f"schedule {schedules.name(self.schedule)} rises by itself: set warmup: 0")
         late = [epoch for epoch in self.snapshots if epoch > self.epochs]
         if late:
             raise ValueError(f"snapshots: epoch {late[0]} lies behind the end, epochs: {self.epochs}")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs momentum above 0")
-        if self.nesterov and self.optimizer is not None and self.optimizer != OptimizerChoice(sgd=Decay()):
+        if self.nesterov and self.chosen != Sgd():
             raise ValueError("nesterov is a form of plain SGD: leave out nesterov or optimizer")
         return self
 

@@ -16,12 +16,12 @@ from torch import nn
 
 from prunus.data import CORRUPTIONS, Images
 from prunus.during import During
-from prunus.frankwolfe import KeptGradients
 from prunus.layers import View, find_layers
 from prunus.masks import Masks
 from prunus.measure import Accuracy, Corrupted, Cost, accuracy, corrupted_sets, own_flops
 from prunus.prune import prune
-from prunus.run.vision.optimizers import make_optimizer, make_pulls
+from prunus.run.names import schedules
+from prunus.run.vision.optimizers import Given
 from prunus.run.vision.recipe import Corruptions, Pruning
 from prunus.run.vision.setting import Setting
 from prunus.score import needed
@@ -31,13 +31,8 @@ from prunus.train import (
     Trace,
     alone,
     classification_loss,
-    constant,
-    cosine,
-    exponential,
-    linear,
-    multistep,
-    one_cycle,
     recalibrate_,
+    risen,
     train,
 )
 
@@ -68,16 +63,8 @@ def schedule(setting: Setting) -> tuple[Multiplier, int]:
     asked = setting.recipe.train
     steps = setting.steps(asked.epochs)
     warmup = round(asked.warmup * setting.epoch_steps)
-    if isinstance(asked.schedule, str):
-        made = {"constant": constant, "linear": linear, "cosine": cosine}[asked.schedule]
-        return made(steps, warmup=warmup), warmup
-    name, argument = next(iter(asked.schedule.items()))
-    if name == "multistep":
-        milestones = [setting.steps(epoch) for epoch in argument]
-        return multistep(steps, milestones, warmup=warmup), warmup
-    if name == "exponential":
-        return exponential(steps, argument ** (1 / setting.epoch_steps), warmup=warmup), warmup
-    return one_cycle(steps, argument), int(argument * steps)
+    made = schedules.make(asked.schedule, steps, warmup=warmup, epoch=setting.epoch_steps)
+    return made, warmup or risen(made, steps)
 
 
 def fit(
@@ -100,23 +87,11 @@ def fit(
     they were to bring about is there. A network that has become smaller (no masks) no longer fits those sets.
     """
     asked = setting.recipe.train
-    choice, methods = (
-        asked.optimizer,
-        [*during, *(make_pulls(model, asked.optimizer, asked.penalty) if part == 0 else [])],
-    )
-    if part > 0 and choice is not None and (choice.prox is not None or (choice.sfw is not None and masks is None)):
-        choice = None
-    if masks is not None and choice is not None and choice.sfw is not None:
-        methods.append(KeptGradients(masks))
-    optimizer = make_optimizer(
-        model,
-        choice,
-        lr=lr or asked.lr,
-        momentum=asked.momentum,
-        nesterov=asked.nesterov,
-        weight_decay=asked.weight_decay,
-        reference=setting.new_model,
-    )
+    chosen = asked.chosen if part == 0 else asked.chosen.retraining(smaller=masks is None)
+    penalty = [asked.penalty.penalty(model)] if part == 0 and asked.penalty is not None else []
+    methods = [*during, *penalty, *chosen.beside(model, masks)]
+    given = Given(lr or asked.lr, asked.momentum, asked.nesterov, asked.weight_decay, setting.new_model)
+    optimizer = chosen.made(model, given)
     mean = [Ema(asked.ema)] if asked.ema is not None else []
     trace = train(
         model,
