@@ -254,6 +254,11 @@ def test_the_table_of_flags_is_complete():
 
 
 @named(PAGES)
+def test_no_page_keeps_the_marks_of_a_merge(page):
+    assert not re.search(r"^(<{7}|>{7}) ", page.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@named(PAGES)
 def test_links_lead_somewhere(page):
     for target in links(page.read_text(encoding="utf-8")):
         file, _, anchor = target.partition("#")
