@@ -26,6 +26,7 @@ from prunus.score import (
     Scores,
     allocation_of,
     check_comparable,
+    check_within,
     compared,
     counts_under,
     criterion_of,
@@ -33,6 +34,7 @@ from prunus.score import (
     magnitude,
     needed,
     observe,
+    staying,
     uniform,
 )
 
@@ -81,23 +83,23 @@ def prune(
         )
     check_sparsity(pattern, sparsity)
     check_comparable(asked, shared)
-    if asked.score is None and within is not None:
-        raise ValueError(
-            f"{asked.name} cannot stay within earlier masks: prune at once, or by a criterion with a score"
-        )
+    if within is not None:
+        asked = staying(asked, views, within)
     inputs = _inputs(model, views, batches, needed(asked, shared))
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     layers = {
         view.name: Layer(view.name, view.matrix(parameters[view.parameter]), inputs.get(view.name)) for view in views
     }
-    scores = _scores(asked, layers, views, within)
+    scores = _scores(asked, layers)
     counts = counts_under(pattern, Scores(scores, parameter_shapes(parameters, views), layers), sparsity, shared)
     if asked.score is None:
         solved = {name: asked.solve(layers[name], pattern, kept) for name, kept in counts.items()}
         matrices = {name: mask for name, (_, mask) in solved.items()}
     else:  # scores may be dear, and are there
         solved, matrices = {}, {name: pattern.mask(scores[name], kept, name=name) for name, kept in counts.items()}
-        _check_within(pattern, scores, matrices, within)
+        if within is not None:
+            for name, mask in matrices.items():
+                check_within(pattern, scores[name], mask, name=name)
     masks = Masks.of(views, matrices, {name: parameter.shape for name, parameter in parameters.items()})
     for view in views:
         if view.name in solved:
@@ -111,29 +113,12 @@ def _default(criterion: Criterion, pattern: Pattern | None) -> Allocation:
     return allocation_of(global_ if open_ and criterion.score is not None and criterion.compare == "layer" else uniform)
 
 
-def _scores(
-    criterion: Criterion, layers: Mapping[str, Layer], views: Sequence[View], within: Masks | None
-) -> dict[str, Tensor]:
-    """The score of each layer, -inf where earlier masks prune; all at once, because an allocation reads them several
-    times. Of a criterion without scores, zeros that take no memory."""
+def _scores(criterion: Criterion, layers: Mapping[str, Layer]) -> dict[str, Tensor]:
+    """The score of each layer; all at once, because an allocation reads them several times. Of a criterion without
+    scores, zeros that take no memory."""
     if criterion.score is None:
         return {name: torch.zeros(()).expand(layer.weight.shape) for name, layer in layers.items()}
-    return {view.name: _limited(criterion.score(layers[view.name]), view, within) for view in views}
-
-
-def _limited(score: Tensor, view: View, within: Masks | None) -> Tensor:
-    """The score with -inf where earlier masks prune."""
-    if within is None or view.parameter not in within:
-        return score
-    return score.masked_fill(~view.matrix(within[view.parameter]).to(score.device), -torch.inf)
-
-
-def _check_within(
-    pattern: Pattern, scores: Mapping[str, Tensor], matrices: Mapping[str, Tensor], within: Masks | None
-) -> None:
-    for name, matrix in matrices.items():
-        if within is not None and bool((scores[name][matrix] == -torch.inf).any()):
-            raise ValueError(f"{pattern} cannot keep {int(matrix.sum())} entries of '{name}' within the earlier masks")
+    return {name: criterion.score(layer) for name, layer in layers.items()}
 
 
 def _inputs(model: nn.Module, views: Sequence[View], batches: Iterable[Any] | None, needs: str) -> Mapping[str, Inputs]:

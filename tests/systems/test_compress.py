@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from prunus.layers import Layer
 from prunus.masks import Masks
 from prunus.report import read_metrics
 from prunus.run import stages
 from prunus.run.compress import compress
 from prunus.run.fitted import home
 from prunus.run.recipe import DenseRates, Recipe, load_recipe, parse
+from prunus.score import criteria, criterion
 from prunus.soup import distance
 from prunus.train import Original, allr, ft, llr, next_token, slr
 from tests.conftest import byte_tokenizer, tiny_llama
@@ -337,6 +340,43 @@ def test_a_language_model_is_pruned_in_phases(tiny_folder: Path, text_file: Path
     assert compress(parse(once, Recipe, "test"))["perplexity"]["merged"] != result["perplexity"]["merged"]
 
 
+@criterion()
+def largest(layer: Layer) -> torch.Tensor:
+    """Scores that zeros win."""
+    return -layer.weight.abs().float()
+
+
+@pytest.mark.parametrize("schedule", ["linear", "allr"])
+def test_no_phase_of_a_language_model_gives_weights_back(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str
+) -> None:
+    """Not even by a criterion that zeros score best by; distances are of what the phase took away."""
+    monkeypatch.setattr(criteria, "largest", largest, raising=False)
+    monkeypatch.setattr(criteria, "__all__", [*criteria.__all__, "largest"])
+    pruned: list[tuple[dict[str, torch.Tensor], Masks]] = []
+    prune = stages.prune
+
+    def seen(loaded: stages.Loaded, *args: Any, **more: Any) -> Any:
+        before = {name: value.detach().clone() for name, value in loaded.model.named_parameters()}
+        streamed = prune(loaded, *args, **more)
+        pruned.append((before, streamed.masks))
+        return streamed
+
+    monkeypatch.setattr(stages, "prune", seen)
+    asked = raw(
+        tiny_folder, text_file, tmp_path, prune={"criterion": "largest", "sparsity": 0.75, "phases": 3}, save=False
+    )
+    asked["retrain"] |= {"schedule": schedule, "steps": 4} | ({"dense": {"steps": 40}} if schedule == "allr" else {})
+    result = compress(parse(asked, Recipe, "test"))
+    masks = [each for _, each in pruned]
+    assert len(masks) == 3
+    for earlier, later in pairwise(masks):
+        assert not any(bool((mask & ~earlier[name]).any()) for name, mask in later.items())
+    assert result["pruning"]["sparsity"] == pytest.approx(0.75, abs=1e-3)
+    if schedule == "allr":
+        assert result["distance"] == distance(pruned[-1][0], masks[-1], masks[-2])
+
+
 def test_phases_of_a_language_model_are_refused_where_they_cannot_be(
     tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -345,6 +385,8 @@ def test_phases_of_a_language_model_are_refused_where_they_cannot_be(
         ({"retrain": None}, "give a section retrain"),
         ({"soup": {}}, "leave out soup"),
         ({"prune": {"pattern": "2:4", "phases": 2}}, "leave out phases"),
+        ({"prune": {"criterion": "sparsegpt", "phases": 2}}, "sparsegpt cannot stay within .*: leave out phases"),
+        ({"prune": {"criterion": "frank_wolfe", "phases": 2}}, "frank_wolfe cannot stay within .*: leave out phases"),
     ]:
         with pytest.raises(ValueError, match=message):
             parse(asked | change, Recipe, "test")

@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from prunus.blocks import chain as blocks
 from prunus.layers import Layer, find_layers
-from prunus.patterns import NM, Unstructured
-from prunus.score import Allocation, Criterion
+from prunus.masks import Masks
+from prunus.patterns import NM, Block, Pattern, Unstructured
+from prunus.score import Allocation, Criterion, uniform
 from prunus.score.allocations import erk, global_, lamp, owl, uniform_plus
 from prunus.score.criteria import magnitude, wanda
 from prunus.solve.frank_wolfe import frank_wolfe
@@ -216,6 +217,73 @@ def test_counts_of_an_allocation_are_hit_and_add_up(allocation: Allocation) -> N
     assert sum(int(mask.sum()) for mask in masks.values()) == total - round(0.6 * total)
     assert {v.name: int(masks[v.parameter].sum()) for v in views} == counts
     assert len(set(counts.values())) > 1
+
+
+def largest(layer: Layer) -> torch.Tensor:
+    """Scores that zeros win."""
+    return -layer.weight.abs().float()
+
+
+def drifting(scores: Any, sparsity: float) -> dict[str, int]:
+    """Counts that are not monotone in the sparsity: the layers that keep the most keep the least at 0.75."""
+    shares = [0.5, 0.1, 0.3, 0.1] if sparsity < 0.7 else [0.1, 0.5, 0.1, 0.3]
+    exact = [(shares[i % 4] + 0.25 * (sparsity < 0.7)) * each.numel() for i, each in enumerate(scores.values())]
+    return {name: int(count) for name, count in zip(scores, exact, strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("criterion", "pattern", "allocation"),
+    [
+        (largest, Unstructured("layer"), uniform),
+        (largest, Unstructured("row"), uniform),
+        (largest, Block(2, 2), uniform),
+        (largest, Unstructured("layer"), owl(lam=0.2)),
+        (wanda, Unstructured("layer"), drifting),
+        (wanda, Unstructured("layer"), global_),
+        (magnitude, Unstructured("layer"), erk),
+    ],
+)
+def test_what_an_earlier_phase_pruned_stays_pruned(criterion: Any, pattern: Pattern, allocation: Any) -> None:
+    """Also where zeros score best, and where a layer should keep more than the phase before left it."""
+    model = tiny_llama()
+    asked: dict[str, Any] = {"tokens": TOKENS, "allocation": allocation, "include": ["model.layers.*", "lm_head"]}
+    first = stream(model, criterion, pattern, 0.5, **asked).masks
+    second = stream(model, criterion, pattern, 0.75, within=first, **asked).masks
+    second.check(model)
+    assert second.keys() == first.keys()
+    assert not any(bool((second[name] & ~first[name]).any()) for name in first)
+    if allocation is not drifting:
+        assert second.sparsity == pytest.approx(0.75, abs=1e-3)
+
+
+def test_a_phase_that_cannot_stay_within_the_one_before_is_refused() -> None:
+    """A criterion without scores and a sparsity below the earlier one before any work, a pattern before its block."""
+    model = tiny_llama()
+    first = stream(model, WANDA, Unstructured("row"), 0.75, tokens=TOKENS).masks
+    for criterion, pattern, sparsity, message in (
+        (WANDA, Unstructured("row"), 0.5, "earlier masks left only"),
+        (sparsegpt(), Unstructured("row"), 0.8, "sparsegpt cannot stay within earlier masks"),
+        (WANDA, NM(2, 4), 0.5, r"2:4 cannot keep \d+ entries of 'model.layers.0"),
+    ):
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(ValueError, match=message):
+            stream(model, criterion, pattern, sparsity, tokens=TOKENS, within=first)
+        assert_equal(before, model.state_dict())
+
+
+def test_masks_of_few_layers_limit_those_alone() -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    shape = tiny_llama().get_parameter(name).shape
+    masks = stream(
+        tiny_llama(),
+        WANDA,
+        Unstructured("row"),
+        0.5,
+        tokens=TOKENS,
+        within=Masks({name: torch.arange(shape[1]).expand(shape) % 2 == 0}),
+    ).masks
+    assert not masks[name][:, 1::2].any()
+    assert masks.sparsity == pytest.approx(0.5, abs=1e-3)
 
 
 def test_the_criterion_says_what_is_measured() -> None:

@@ -98,12 +98,11 @@ class _Run:
         result: dict[str, Any] = {"key": self.key, "model": recipe.model, "device": device_name(self.device)}
         result |= {"processes": ranks.count(), "perplexity": {}}
         result["perplexity"]["dense"] = self._measured("dense", loaded)
-        if recipe.prune.phases > 1:
-            loaded = self._phases(loaded)
+        loaded, within = self._phases(loaded)
         before = stages.weights_to_compare(loaded, recipe)
-        streamed = self._prune(loaded)
+        streamed = self._prune(loaded, within)
         if before:
-            loaded = replace(loaded, distance=distance(before, streamed.masks))
+            loaded = replace(loaded, distance=distance(before, streamed.masks, within))
             result["distance"] = loaded.distance
             before.clear()
         result["pruning"] = stages.summary(streamed)
@@ -122,18 +121,15 @@ class _Run:
             self._save(loaded, streamed.masks, result)
         return result
 
-    def _phases(self, loaded: stages.Loaded) -> stages.Loaded:
-        """The model after all phases but the last; a killed run does them again, to the same bits.
-
-        Zeros have the lowest scores, so each phase prunes what the one before did.
-        """
-        asked, retrain = self.recipe.prune, self.recipe.retrain
-        assert retrain is not None
+    def _phases(self, loaded: stages.Loaded) -> tuple[stages.Loaded, Masks | None]:
+        """The model after all phases but the last, and its masks; a killed run does them again, to the same bits."""
+        asked, retrain, within = self.recipe.prune, self.recipe.retrain, None
         for place, sparsity in enumerate(phase_sparsities(asked.sparsity, asked.phases)[:-1], 1):
             recipe = self.recipe.model_copy(update={"prune": asked.model_copy(update={"sparsity": sparsity})})
             before = stages.weights_to_compare(loaded, recipe)
-            masks = stages.prune(loaded, recipe, self.device).masks
-            lost = distance(before, masks) if before else 1.0
+            assert retrain is not None
+            masks = stages.prune(loaded, recipe, self.device, within=within).masks
+            lost = distance(before, masks, within) if before else 1.0
             with self._bar(f"retrain {place}/{asked.phases}", retrain.steps) as advance:
                 stages.retrain(
                     loaded.model.to(self.device),
@@ -147,9 +143,10 @@ class _Run:
                 )
             loaded.model.to(self.home)
             self._measured(f"phase {place}", loaded)
-        return loaded
+            within = masks
+        return loaded, within
 
-    def _prune(self, loaded: stages.Loaded) -> Streamed:
+    def _prune(self, loaded: stages.Loaded, within: Masks | None) -> Streamed:
         # The work folder's blocks depend on these sections alone, so a run may be resumed with other retraining.
         recipe = self.recipe
         sections = {"model", "dtype", "precision", "prune", "calibrate", "reconstruct"}
@@ -162,7 +159,7 @@ class _Run:
                 self._log({"stage": "prune", **asdict(report)})
                 advance(1)
 
-            streamed = stages.prune(loaded, recipe, self.device, work=work, on_block=on_block)
+            streamed = stages.prune(loaded, recipe, self.device, within=within, work=work, on_block=on_block)
         ranks.wait()
         return streamed if ranks.is_main() else self._as_written(work, loaded, streamed)
 

@@ -180,6 +180,11 @@ class Prune(Strict):
             )
         if pattern.sparsity is not None and self.phases > 1:
             raise ValueError(f"pattern {self.pattern!r} fixes the share of zeros in every group: leave out phases")
+        if self.how().score is None and self.phases > 1:
+            raise ValueError(
+                f"{self.how().name} cannot stay within the masks of an earlier phase: leave out phases, or take a "
+                "criterion with a score"
+            )
         check_comparable(self.how(), allocation)
         if self.scope == "model" and allocations.make(self.allocation).reads:
             raise ValueError("scope 'model' is an allocation already: leave out allocation")

@@ -141,10 +141,14 @@ def prune(
     recipe: Recipe,
     device: torch.device,
     *,
+    within: Masks | None = None,
     work: Work | None = None,
     on_block: Callable[[BlockReport], None] | None = None,
 ) -> Streamed:
-    """Masks and block reports after the recipe's pruning (and reconstruction) of the model in place."""
+    """Masks and block reports after the recipe's pruning (and reconstruction) of the model in place.
+
+    within: the masks of an earlier phase; what they prune stays pruned.
+    """
     chosen, calibrate = recipe.prune, recipe.calibrate
     tokens = calibration(
         text_tokens(calibrate.data, loaded.tokenizer), calibrate.samples, calibrate.length, calibrate.seed
@@ -168,6 +172,7 @@ def prune(
         chosen.where(),
         chosen.sparsity,
         allocation=chosen.sharing(),
+        within=within,
         fit=fit,
         work=work,
         shared=shared,

@@ -39,6 +39,7 @@ from prunus.score.criteria import (
     warn_unseen,
 )
 from prunus.score.observe import observe
+from prunus.score.within import check_within, limited, staying
 
 __all__ = [
     "Allocation",
@@ -54,6 +55,7 @@ __all__ = [
     "allocation_of",
     "allocations",
     "check_comparable",
+    "check_within",
     "compared",
     "counts_under",
     "criteria",
@@ -63,6 +65,7 @@ __all__ = [
     "fill",
     "global_",
     "lamp",
+    "limited",
     "magnitude",
     "needed",
     "norms_of",
@@ -73,6 +76,7 @@ __all__ = [
     "ria",
     "round_to_total",
     "scaling",
+    "staying",
     "uniform",
     "uniform_plus",
     "wanda",

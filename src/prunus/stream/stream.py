@@ -24,7 +24,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -47,8 +47,10 @@ from prunus.score import (
     compared,
     counts_under,
     criterion_of,
+    limited,
     needed,
     observe,
+    staying,
     uniform,
 )
 from prunus.stream.reconstruct import Fit, Passing, reconstruct
@@ -74,6 +76,7 @@ def stream(
     *,
     tokens: Tensor,
     allocation: Allocation | Count = uniform,
+    within: Masks | None = None,
     fit: Fit | None = None,
     source: Source | None = None,
     work: Work | None = None,
@@ -92,6 +95,7 @@ def stream(
     sparsity: the share of zeros; may be left out where the pattern fixes it.
     tokens: (samples, length) int64 calibration windows, run `batch_size` at a time.
     allocation: how the zeros are shared out. For one that compares scores or inputs the dense blocks run once before.
+    within: earlier masks. What they prune stays pruned and counts as zero: the sparsity is that of the result.
     fit: how a pruned block is fitted to its dense outputs; None leaves it.
     precision: autocast in which blocks run; statistics and solvers are float32 throughout.
     source: where weights come from when `model` is on the meta device.
@@ -101,15 +105,20 @@ def stream(
 
     The next block is brought, and the last one is saved and freed, while one is solved (`ahead`).
     Raises ValueError for a model whose blocks are not found, a criterion that is none, a pattern that does not fit a
-    layer, a sparsity that does not fit the pattern, or an allocation that has nothing to compare, before any work is
-    done.
+    layer, a sparsity that does not fit the pattern or exceeds what `within` left, an allocation that has nothing to
+    compare, or a criterion without a score that is to stay `within` masks, before any work is done; for a pattern that
+    cannot, when it comes to the layer.
     """
     asked = criterion_of(criterion)
     pattern = Unstructured(compared(asked, allocation)) if pattern is None else pattern
     check_sparsity(pattern, sparsity)
     check_comparable(asked, allocation)
     place = _placed(model, source, device, precision, include=include, exclude=exclude)
-    counts = _counts_of(place, asked, pattern, sparsity, allocation, tokens=tokens, batch_size=batch_size)
+    if within is not None:
+        asked = staying(asked, [*place.inner, *place.outer], within)
+    counts = _counts_of(
+        place, asked, pattern, sparsity, allocation, within=within, tokens=tokens, batch_size=batch_size
+    )
     task = _Task(asked, pattern, counts)
     if shared:
         tokens = _own_share(tokens, fit)
@@ -198,6 +207,7 @@ def _counts_of(
     sparsity: float | None,
     allocation: Allocation | Count,
     *,
+    within: Masks | None,
     tokens: Tensor,
     batch_size: int,
 ) -> dict[str, int]:
@@ -205,15 +215,26 @@ def _counts_of(
     views = place.inner
     counts = {view.name: pattern.counts(view.shape, sparsity, name=view.name) for view in [*views, *place.outer]}
     asked = allocation_of(allocation)
-    if asked.reads:
+    if within is not None:
+        counts |= counts_under(pattern, _scores_of(place, place.outer, within), sparsity, uniform)
+    if asked.reads or within is not None:
         needs = needed(criterion, asked) if asked.reads in ("scores", "inputs") else ""
         inputs = _survey(place, tokens, batch_size, gram=needs == "gram") if needs else {}
         layers = _Layers(place, {view.name: view for view in views}, inputs)
-        shapes = parameter_shapes(dict(place.model.named_parameters()), views)
-        alike = {view.name: torch.zeros(()).expand(view.shape) for view in views}  # scores that nobody compares
-        found = Scored(layers, criterion) if asked.reads == "scores" else alike
-        counts |= counts_under(pattern, Scores(found, shapes, layers), sparsity, asked)
+        scores = _scores_of(place, views, within)
+        found = Scored(layers, criterion) if asked.reads == "scores" else scores.found
+        counts |= counts_under(pattern, replace(scores, found=found, layers=layers), sparsity, asked)
     return counts
+
+
+def _scores_of(place: _Place, views: Sequence[View], within: Masks | None) -> Scores:
+    """Scores that are all alike, but -inf where earlier masks prune."""
+    by_name = {view.name: view for view in views}
+    alike = {name: torch.zeros(()).expand(view.shape) for name, view in by_name.items()}
+    shapes = parameter_shapes(dict(place.model.named_parameters()), views)
+    if within is None:
+        return Scores(alike, shapes)
+    return Scores(alike, shapes, change=lambda name, score: limited(score, by_name[name], within))
 
 
 @torch.no_grad()
