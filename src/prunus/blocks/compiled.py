@@ -24,7 +24,7 @@ def compile_blocks_(model: nn.Module, *, backend: str = "inductor") -> int:
     """Compile the repeated blocks of `model` in place; how many there are.
 
     A block is the outermost module of a class, not one of torch.nn's, that occurs more than once in the model. Nothing
-    is traced before the first call. Threads must not run compiled models at the same time (see `capture.alone`).
+    is traced before the first call. Threads must not run compiled models at the same time (see `capture.unrecorded`).
     Raises ValueError for a model without such blocks.
 
     >>> from prunus.data import build_model

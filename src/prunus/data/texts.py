@@ -1,7 +1,7 @@
 """Text and tokens: where they are read, how they are packed, which batch a step sees.
 
 Everything here is a plain value or a pure function. Sequences are packed (no padding), and the batch of a step depends
-on (seed, step) alone, so a resumed run needs no state of its data. Image batches do not live here yet.
+on (seed, step) alone, so a resumed run needs no state of its data.
 
     read_texts -> tokenize -> windows | calibration | PackedTokens(tokens, length).at(step, batch=..., seed=...)
 """

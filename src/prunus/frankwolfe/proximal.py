@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from prunus.frankwolfe.sets.protocol import matrix_of
 from prunus.layers import View
-from prunus.train import During, Plan, alone
+from prunus.train import During, Plan, unrecorded
 
 __all__ = ["GroupLasso", "NuclearNorm", "NuclearSteps", "ProximalSGD", "shrink_groups", "shrink_singular_values"]
 
@@ -193,7 +193,7 @@ class NuclearNorm(_Pull):
     def before_step(self, step: int) -> None:
         """Renew the subgradient when it is time."""
         if step % self.every == 0:
-            with alone():
+            with unrecorded():
                 for (view, weight), direction in zip(self.weighed, self.kept.buffers(), strict=True):
                     view.write_(direction, _rescaled(view.matrix(weight), _inverse))
 
@@ -232,7 +232,7 @@ class NuclearSteps(_Pull):
         if (step + 1) % self.every:
             return
         threshold = self.every * self.strength * self.optimizer.param_groups[0]["lr"]
-        with alone():
+        with unrecorded():
             for view, weight in self.weighed:
                 found = _rescaled(view.matrix(weight), lambda s: (1 - threshold / s.clamp_min(_TINY)).clamp_min(0))
                 view.write_(weight, found)

@@ -92,7 +92,7 @@ class ShardWriter:
 
     max_shard_bytes: a shard is closed before it would hold more; a tensor larger than that is a shard of its own.
     writers: shards that grow side by side, once the first is full; each next tensor goes to the emptiest.
-    Memory: two tensors and one for each lane. Disk: a shard that is laid out anew, twice. `close` (or leaving the
+    Memory: two tensors and one for each writer. Disk: a shard that is laid out anew, twice. `close` (or leaving the
     `with` block without an error) gives the shards their final names and writes the index, or one `model.safetensors`
     when a shard was enough.
 

@@ -139,16 +139,16 @@ def _relax(
     d G is carried along: a step changes it by the same share as d.
     """
     m = start.float()
-    alone = weight.square().mul_(gram.diagonal())  # q: what each weight's loss costs by itself
+    own = weight.square().mul_(gram.diagonal())  # q: what each weight's loss costs by itself
     product = (weight * (1 - m)) @ gram  # d G
     for t in range(iterations):
         c = concave[0] + (concave[1] - concave[0]) * t / max(1, iterations - 1)
-        gradient = (alone * (c - 2 * c * m)).addcmul_(weight, product, value=-2)
+        gradient = (own * (c - 2 * c * m)).addcmul_(weight, product, value=-2)
         direction = pattern.choose(-gradient, kept).float().sub_(m)
         change = (weight * direction).neg_()
         change_product = change @ gram
         slope = _sum(gradient.mul_(direction), pattern)
-        bend = _sum(change.mul_(change_product).addcmul_(alone, direction.square(), value=-c), pattern)
+        bend = _sum(change.mul_(change_product).addcmul_(own, direction.square(), value=-c), pattern)
         step = _line_search(slope, bend)
         m.addcmul_(step, direction)
         product.addcmul_(step, change_product)
@@ -192,7 +192,7 @@ class _Rows:
     weight: Tensor
     mask: Tensor
     product: Tensor
-    alone: Tensor
+    own: Tensor
     error: Tensor
 
     def only(self, which: Tensor) -> _Rows:
@@ -202,9 +202,9 @@ class _Rows:
 def _swap_chunk_(mask: Tensor, weight: Tensor, gram: Tensor, most: int, width: int | None) -> None:
     lost = weight * ~mask
     product = lost @ gram
-    alone = weight.square().mul_(gram.diagonal())
+    own = weight.square().mul_(gram.diagonal())
     place = torch.arange(len(weight), device=weight.device)
-    rows = _Rows(place, weight, mask.clone(), product, alone, (lost * product).sum(1))
+    rows = _Rows(place, weight, mask.clone(), product, own, (lost * product).sum(1))
     for _ in range(most):
         out, back, change = _best_in_row(rows, gram) if width is None else _best_in_group(rows, gram, width)
         better = change < -_LEAST * rows.error.abs()  # where all cancels, rounding can make it negative
@@ -223,9 +223,7 @@ def _swap_chunk_(mask: Tensor, weight: Tensor, gram: Tensor, most: int, width: i
 def _costs(rows: _Rows) -> tuple[Tensor, Tensor]:
     """A where a weight is kept and B where it is pruned, +inf elsewhere; (rows, in) each."""
     cross = 2 * rows.weight * rows.product
-    return (rows.alone + cross).masked_fill_(~rows.mask, torch.inf), (rows.alone - cross).masked_fill_(
-        rows.mask, torch.inf
-    )
+    return (rows.own + cross).masked_fill_(~rows.mask, torch.inf), (rows.own - cross).masked_fill_(rows.mask, torch.inf)
 
 
 def _best_in_row(rows: _Rows, gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from prunus.soup.average import State, average, check_weights, learn_weights
 from prunus.soup.average import greedy as take_greedily
-from prunus.train import alone
+from prunus.train import unrecorded
 
 __all__ = ["Held", "greedy", "learned", "uniform"]
 
@@ -54,6 +54,6 @@ def greedy(states: Sequence[State], held: Held) -> Averaged:
 def learned(states: Sequence[State], held: Held, steps: int = 50, lr: float = 0.1) -> Averaged:
     """The mean with weights learned on held-out data, BatchNorm using each batch's own statistics."""
     held.model.train()
-    with alone():
+    with unrecorded():
         shares = learn_weights(states, held.model, held.batches, held.loss, steps=steps, lr=lr)
     return average(states, shares), tuple(shares)

@@ -2,7 +2,7 @@
 
 from prunus.train.averaged import Ema, Swa
 from prunus.train.batchnorm import recalibrate_
-from prunus.train.capture import alone
+from prunus.train.capture import unrecorded
 from prunus.train.hooks import During, Plan, masks_by_magnitude
 from prunus.train.lr import (
     Multiplier,
@@ -34,7 +34,6 @@ __all__ = [
     "Swa",
     "Trace",
     "allr",
-    "alone",
     "classification_loss",
     "clr",
     "constant",
@@ -53,4 +52,5 @@ __all__ = [
     "risen",
     "slr",
     "train",
+    "unrecorded",
 ]

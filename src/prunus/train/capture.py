@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CapturedStep", "alone", "check_capture", "set_rates_", "settled"]
+__all__ = ["CapturedStep", "check_capture", "set_rates_", "settled", "unrecorded"]
 
 _AHEAD = 8  # replays that may wait for the device: a recording waits for what all threads have queued by then
 _WARM = 3  # steps that run as they are: cuDNN chooses its algorithms, the optimizer makes its state
 # Two things wait for the whole device, which no thread may do while another records: the beginning of a recording, and
 # cuDNN when it tries its algorithms, as it does the first time that it meets a shape.
-_ALONE = threading.RLock()
+_RECORDING = threading.RLock()
 # One stream a device warms up and records for all threads, one at a time. It has a priority of its own because torch
 # deals streams out of a pool for each priority, in turns: the 33rd is the first again, and may be the one on which
 # another thread works.
@@ -30,13 +30,13 @@ _STREAMS: dict[int, torch.cuda.Stream] = {}
 
 
 @contextmanager
-def alone() -> Generator[None]:
-    """Context for work on a GPU that meets new shapes (an evaluation, say) while other threads may record their steps.
+def unrecorded() -> Generator[None]:
+    """Context in which no other thread records a step: for work on a GPU that meets new shapes (an evaluation, say).
 
-    >>> with alone():
+    >>> with unrecorded():
     ...     found = accuracy(model, batches)
     """
-    with _ALONE:
+    with _RECORDING:
         yield
 
 
@@ -103,7 +103,7 @@ class CapturedStep:
     def _plain(self, parts: list[Any]) -> Tensor:
         # On the stream that will record: lazily made workspaces belong to a stream.
         here = torch.cuda.current_stream(self.device)
-        with alone():
+        with unrecorded():
             stream = _stream(self.device)
             stream.wait_stream(here)
             with torch.cuda.stream(stream):
@@ -114,13 +114,13 @@ class CapturedStep:
     def _record(self, parts: list[Any]) -> None:
         self.static = [_cloned(part) for part in parts]
         graph = torch.cuda.CUDAGraph()
-        with alone(), torch.cuda.graph(graph, stream=_stream(self.device), capture_error_mode="thread_local"):
+        with unrecorded(), torch.cuda.graph(graph, stream=_stream(self.device), capture_error_mode="thread_local"):
             self.loss = self.step(self.static)
         self.graph = graph
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream that warms up and records; only for who is `alone`."""
+    """The stream that warms up and records; only inside `unrecorded`."""
     with torch.cuda.device(device):  # which may be "cuda", without a number
         place = torch.cuda.current_device()
         if place not in _STREAMS:

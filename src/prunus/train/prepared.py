@@ -39,16 +39,16 @@ def make_accelerator(precision: Precision, accumulate: int, device: torch.device
 def _make(precision: Precision, accumulate: int, device: torch.device) -> Accelerator:
     mixed = "no" if precision == "fp32" else precision
     # Precision and device are kept in process-wide singletons that refuse to change; a process group stays.
-    state, alone = AcceleratorState._shared_state, ranks.count() == 1
-    if state and alone and torch.device(state["device"]).type != device.type:
+    state, single = AcceleratorState._shared_state, ranks.count() == 1
+    if state and single and torch.device(state["device"]).type != device.type:
         AcceleratorState._reset_state(reset_partial_state=True)
     elif state and state.get("_mixed_precision", mixed) != mixed:
         AcceleratorState._reset_state()
     return Accelerator(
         mixed_precision=mixed,
         gradient_accumulation_steps=accumulate,
-        cpu=alone and device.type == "cpu",
-        device_placement=not alone,
+        cpu=single and device.type == "cpu",
+        device_placement=not single,
     )
 
 

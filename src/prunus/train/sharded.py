@@ -48,15 +48,15 @@ def sharded(model: nn.Module, optimizer: torch.optim.Optimizer) -> Generator[nn.
     _shard_(twin, own)
     parts = dict(twin.named_parameters())
     _swap_(optimizer, {id(parameter): parts[name] for name, parameter in own.items()})
-    alone: BaseException | None = None
+    mine: BaseException | None = None
     try:
         yield twin
     except BaseException as error:
-        alone = None if ranks.all_failed() else error
+        mine = None if ranks.all_failed() else error
         raise
     finally:
-        if alone is not None:  # the others would wait in another collective than the one that gathers
-            raise RuntimeError("this process failed alone, and the sharded model cannot be gathered") from alone
+        if mine is not None:  # the others would wait in another collective than the one that gathers
+            raise RuntimeError("this process failed alone, and the sharded model cannot be gathered") from mine
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.data = whole(parts[name]).detach()

@@ -26,7 +26,7 @@ from prunus.shrink import (
     ranks_by_share,
     remove_filters,
 )
-from prunus.train import alone
+from prunus.train import unrecorded
 
 __all__ = ["Smaller", "smaller"]
 
@@ -55,7 +55,7 @@ def smaller(model: nn.Module, setting: Setting, asked: Pruning, seed: int) -> Sm
     Raises ValueError for globs that match no layer, budgets too small, and networks whose graph cannot be read.
     """
     example = torch.zeros(1, *setting.sets.train.pixels.shape[1:])
-    with alone():
+    with unrecorded():
         made = _without_filters if asked.kind == "filters" else _low_rank
         small, kept, lost = made(model, example, asked, seed)
         if setting.channels_last:

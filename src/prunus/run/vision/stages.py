@@ -29,11 +29,11 @@ from prunus.train import (
     Ema,
     Multiplier,
     Trace,
-    alone,
     classification_loss,
     recalibrate_,
     risen,
     train,
+    unrecorded,
 )
 
 __all__ = [
@@ -119,13 +119,13 @@ def fit(
 
 def measure(model: nn.Module, setting: Setting) -> dict[str, Any]:
     """Accuracy and its companions (shares in [0, 1]) on what the recipe measures on."""
-    with alone():
+    with unrecorded():
         return asdict(accuracy(model, setting.measured(), precision=setting.precision))
 
 
 def measure_held(model: nn.Module, setting: Setting) -> dict[str, Any]:
     """The same on the images that the recipe holds out, by which soups are chosen."""
-    with alone():
+    with unrecorded():
         return asdict(accuracy(model, setting.held(), precision=setting.precision))
 
 
@@ -146,7 +146,7 @@ def all_corrupted(
     sets: dict[str, dict[str, dict[int, Accuracy]]] = {name: {} for name in networks}
 
     def measured(images: Images) -> dict[str, Accuracy]:
-        with alone():
+        with unrecorded():
             return {
                 name: accuracy(network, setting._plain(images), precision=setting.precision)
                 for name, network in networks.items()
@@ -185,7 +185,7 @@ def _means(found: Corrupted, asked: Corruptions) -> dict[str, Any]:
 
 def recalibrate(model: nn.Module, setting: Setting) -> None:
     """Count the BatchNorm statistics anew on the recipe's share of an epoch of augmented training batches."""
-    with alone():
+    with unrecorded():
         recalibrate_(model, setting.training(setting.recipe.recalibrate), precision=setting.precision)
 
 
@@ -247,7 +247,7 @@ def select(
     """
     criterion, allocation, pattern = asked.how(seed), asked.sharing(), asked.where()
     batches = setting.training(min(1.0, _CALIBRATED / len(setting.sets.train)))
-    with alone() if needed(criterion, allocation) else nullcontext():
+    with unrecorded() if needed(criterion, allocation) else nullcontext():
         return prune(
             model,
             criterion,

@@ -15,7 +15,7 @@ from prunus.run.vision import stages
 from prunus.run.vision.soups.averaging import Meter, on_device
 from prunus.run.vision.soups.recipe import SoupRecipe
 from prunus.soup import Line, Plane, distances, loss_line, loss_plane
-from prunus.train import alone
+from prunus.train import unrecorded
 
 __all__ = ["Geometry", "geometry"]
 
@@ -67,7 +67,7 @@ def geometry(meter: Meter, states: Sequence[State], names: Sequence[str], *, pic
             plane = loss_plane(states[0], states[1], states[2], loss, points=(asked.plane, asked.plane), names=names)
         except ValueError as error:  # members on one line span none
             log.warning("no plane: %s", error)
-    with alone():
+    with unrecorded():
         apart = distances(states, names).summary()
     return Geometry(apart, lines, plane)
 

@@ -24,7 +24,7 @@ from prunus.run.vision.soups.corrupted import corrupted
 from prunus.run.vision.soups.jobs import Trunk
 from prunus.run.vision.soups.plan import Plan, Run
 from prunus.soup import distances
-from prunus.train import alone
+from prunus.train import unrecorded
 
 __all__ = ["Rows"]
 
@@ -93,7 +93,7 @@ class Rows:
         best = max(singles, key=lambda each: each["top1"])
         self._add("best_member", "best member", best, self.masks, taken)
         models = [copy.deepcopy(self.meter.put(state)) for state in states]
-        with alone():
+        with unrecorded():
             found = ensemble_accuracy(models, self.meter.setting.measured(), precision=self.meter.setting.precision)
         self._add("ensemble", "ensemble", asdict(found), self.masks, taken, networks=len(models))
 
@@ -163,7 +163,7 @@ class Rows:
         row["members"] = [each["measured"]["top1"] for each in numbers]
         row["soup"] = self.meter.measure(store.state(phase.average))["top1"]
         row["shares"] = store.result(phase.average)["shares"]
-        with alone():
+        with unrecorded():
             row["between"] = distances(states, list(masks)).summary() if len(states) > 1 else {}
         for name in ("imp", "longer"):
             if name in self.runs:
