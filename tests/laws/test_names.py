@@ -18,6 +18,7 @@ from prunus.run.names import (
     FAMILIES,
     Family,
     allocations,
+    averages,
     criteria,
     methods,
     optimizers,
@@ -49,6 +50,7 @@ def test_families_hold_what_their_modules_say() -> None:
     assert {"ft", "lrw", "slr", "clr", "llr", "allr"} <= set(retrainings.members())
     assert len(criteria.members()) == len(score.criteria.__all__) + len(solve.__all__)
     assert not set(schedules.members()) & {*retrainings.members(), "original", "scheduler"}
+    assert set(averages.members()) == {"uniform", "greedy", "learned"}
     assert set(optimizers.members()) == {"prox", "sfw", "sgd"}
     assert {"gmp", "str", "rigl", "set"} <= set(methods.members())
     assert not {"cubic", "part", "plan"} & set(methods.members())

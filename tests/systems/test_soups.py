@@ -326,7 +326,7 @@ WRONG = [
     ({"retrain": None}, "give a section retrain"),
     ({"prune": None, "retrain": None}, "soup needs prune.sparsity"),
     ({"soup": {"members": 0}}, "soup.members"),
-    ({"soup": {"average": "best"}}, "soup.average"),
+    ({"soup": {"average": "best"}}, "soup.average: there is no average 'best'; there are greedy, learned, uniform"),
     ({"soup": {"average": [0.5, 0.5]}}, "2 weights for 3 members"),
     ({"soup": {"average": [0.5, 0.5, 0.5]}}, "weights add up to 1"),
     ({"soup": {"average": "greedy"}}, "set images.measure_on: both"),

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FAMILIES",
     "AllocationName",
+    "AverageName",
     "Choice",
     "CriterionName",
     "Family",
@@ -33,6 +34,7 @@ __all__ = [
     "RetrainingName",
     "ScheduleName",
     "allocations",
+    "averages",
     "criteria",
     "fixed_sparsity",
     "methods",
@@ -276,6 +278,12 @@ def _is_optimizer(member: Any) -> bool:
     return inspect.isclass(member) and issubclass(member, base) and member is not base
 
 
+def _averages() -> list[ModuleType]:
+    from prunus.soup import averages
+
+    return [averages]
+
+
 def _returns(member: Any, name: str) -> bool:
     return inspect.isfunction(member) and member.__annotations__.get("return") == name
 
@@ -305,7 +313,8 @@ schedules = Family(
 )
 sets = Family("set", _sets, belongs=lambda each: _returns(each, "Ball"), given=("radius",))
 optimizers = Family("optimizer", _optimizers, belongs=_is_optimizer)
-FAMILIES = (criteria, allocations, patterns, methods, schedules, retrainings, optimizers, sets)
+averages = Family("average", _averages, belongs=inspect.isfunction, given=("states", "held"))
+FAMILIES = (criteria, allocations, patterns, methods, schedules, retrainings, optimizers, averages, sets)
 
 
 def _made(family: Family) -> BeforeValidator:
@@ -321,6 +330,7 @@ def _made(family: Family) -> BeforeValidator:
 
 CriterionName = Annotated[Choice, _made(criteria)]
 AllocationName = Annotated[Choice, _made(allocations)]
+AverageName = Annotated[Choice, BeforeValidator(averages.check)]
 RetrainingName = Annotated[Choice, BeforeValidator(retrainings.check)]
 
 

@@ -3,8 +3,8 @@
     theta = sum_i weight_i * theta_i,   weight_i >= 0,  sum_i weight_i = 1
 
 Members are plain state dicts (name -> tensor). They share their zeros because they were pruned once, before they were
-trained apart; that is checked, never assumed. How far apart members are is in `geometry`, members trained in one
-process are in `stacked`, checkpoints on disk in `export.average`. BatchNorm statistics are averaged like everything
+trained apart; that is checked, never assumed. How far apart members are is in `geometry`, which averages
+recipes name in `averages`, checkpoints on disk in `save`. BatchNorm statistics are averaged like everything
 else and fit the averaged weights badly: count them anew (`batchnorm.recalibrate_`) before an average is measured.
 """
 

@@ -10,16 +10,17 @@ from torch import Tensor, nn
 
 from prunus.data import ImageBatches
 from prunus.masks import Masks
+from prunus.run.names import Choice, averages
 from prunus.run.vision import stages
 from prunus.run.vision.recipe import ClassifierRecipe
 from prunus.run.vision.setting import Setting
-from prunus.soup import average, check_masks, greedy, learn_weights
-from prunus.train import classification_loss, unrecorded
+from prunus.soup import Held, average, check_masks
+from prunus.train import classification_loss
 
 __all__ = ["Average", "Meter", "averaged", "on_device", "plain_state"]
 
 State = Mapping[str, Tensor]
-Average = str | tuple[float, ...]
+Average = Choice | tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,35 @@ class Meter:
         """What is measured of these weights."""
         return stages.measure(self.put(state), self.setting)
 
+    def held(self) -> Held:
+        """What the held-out images say, as they are: of accuracy with BatchNorm settled, as the average would be used,
+        and of the loss."""
+        setting, images = self.setting, self.setting.sets.held
+        assert images is not None
+        batches = ImageBatches(
+            images,
+            batch_size=min(setting.recipe.train.batch_size, len(images)),
+            seed=setting.recipe.seed,
+            mean=setting.sets.mean,
+            std=setting.sets.std,
+            channels_last=setting.channels_last,
+        )
+        return Held(self._top1, self.model, batches, classification_loss(setting.recipe.train.label_smoothing))
+
+    def _top1(self, state: State) -> float:
+        return float(stages.measure_held(self.settle(state), self.setting)["top1"])
+
 
 def averaged(asked: Average, states: Sequence[State], masks: Masks, meter: Meter) -> tuple[State, tuple[float, ...]]:
     """The average that a recipe asks for, BatchNorm settled, and the share of each member in it."""
     states = on_device(states, meter.setting.device)
     check_masks(states, [masks] * len(states))
-    if asked == "greedy":
-        chosen, state = greedy(states, lambda state: _score(state, meter))
-        shares = tuple(1 / len(chosen.members) if i in chosen.members else 0.0 for i in range(len(states)))
+    if isinstance(asked, tuple):
+        state, shares = average(states, asked), asked
     else:
-        shares = _shares(asked, states, meter)
-        state = average(states, shares)
-    return meter.settled(state), tuple(shares)
+        held = {"held": meter.held()} if averages.knows(asked, "held") else {}
+        state, shares = averages.make(asked, states, **held)
+    return meter.settled(state), shares
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
@@ -76,32 +94,3 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
 def on_device(states: Sequence[State], device: Any) -> list[dict[str, Tensor]]:
     """The states on a device, where averages and distances take a hundredth of the time."""
     return [{name: value.to(device) for name, value in state.items()} for state in states]
-
-
-def _shares(asked: Average, states: Sequence[State], meter: Meter) -> Sequence[float]:
-    if asked == "learned":
-        return _learned(states, meter)
-    return [1 / len(states)] * len(states) if isinstance(asked, str) else asked
-
-
-def _learned(states: Sequence[State], meter: Meter) -> list[float]:
-    """Weights learned on the held-out images, which are not augmented; BatchNorm uses each batch's own statistics."""
-    setting, held = meter.setting, meter.setting.sets.held
-    assert held is not None
-    batches = ImageBatches(
-        held,
-        batch_size=min(setting.recipe.train.batch_size, len(held)),
-        seed=setting.recipe.seed,
-        mean=setting.sets.mean,
-        std=setting.sets.std,
-        channels_last=setting.channels_last,
-    )
-    meter.model.train()
-    with unrecorded():
-        loss = classification_loss(setting.recipe.train.label_smoothing)
-        return learn_weights(states, meter.model, batches, loss)
-
-
-def _score(state: State, meter: Meter) -> float:
-    """Accuracy on the held-out images with BatchNorm settled, as the average would be used."""
-    return float(stages.measure_held(meter.settle(state), meter.setting)["top1"])

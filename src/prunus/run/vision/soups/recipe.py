@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from prunus.run.names import RetrainingName
+from prunus.run.names import AverageName, Choice, RetrainingName, averages
 from prunus.run.recipe import Strict
 from prunus.run.vision.recipe import Augmentation, ClassifierRecipe, Count, Positive
 
@@ -26,7 +26,6 @@ __all__ = [
 ]
 
 Baseline = Literal["imp", "longer", "reprune", "dense", "swa"]
-Chosen = Literal["uniform", "greedy", "learned"]
 BASELINES: tuple[Baseline, ...] = ("imp", "longer", "reprune", "dense", "swa")
 FORKING = ("gmp", "dpf")  # methods whose mask is final some time before the training ends
 _APART = 15_485_863  # between the seeds of members, so that those of one run are not those of the next seed's
@@ -48,12 +47,10 @@ class Vary(Strict):
 
 
 def _average(value: Any) -> Any:
-    """A word, or a weight for each member."""
+    """A name, or a weight for each member."""
     if isinstance(value, (list, tuple)) and all(isinstance(x, (int, float)) and x >= 0 for x in value):
         return tuple(float(x) for x in value)
-    if value not in ("uniform", "greedy", "learned"):
-        raise ValueError("an average is uniform, greedy, learned, or a list of weights that are at least 0")
-    return value
+    return averages.check(value)
 
 
 class Souping(Strict):
@@ -66,8 +63,8 @@ class Souping(Strict):
 
     members: Count = 3
     vary: Vary = Vary()
-    average: Annotated[Chosen | tuple[float, ...], BeforeValidator(_average)] = "uniform"
-    also: tuple[Chosen, ...] = ()
+    average: Annotated[Choice | tuple[float, ...], BeforeValidator(_average)] = "uniform"
+    also: tuple[AverageName, ...] = ()
     baselines: tuple[Baseline, ...] = BASELINES
     swa: Annotated[float, Field(ge=0, lt=1)] = 0.75
     line: Annotated[int, Field(ge=0)] = 11
@@ -75,7 +72,7 @@ class Souping(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Souping:
-        if not isinstance(self.average, str):
+        if isinstance(self.average, tuple):
             if len(self.average) != self.members:
                 raise ValueError(f"average: {len(self.average)} weights for {self.members} members; give one each")
             if abs(math.fsum(self.average) - 1) > 1e-6:
@@ -102,7 +99,8 @@ class SoupRecipe(ClassifierRecipe):
             )
         if self.retrain is not None and self.retrain.rewind is not None:
             raise ValueError("retrain.rewind would throw the average of every phase away; leave it out")
-        choosing = [word for word in (self.soup.average, *self.soup.also) if word in ("greedy", "learned")]
+        named = [each for each in (self.soup.average, *self.soup.also) if not isinstance(each, tuple)]
+        choosing = [averages.name(each) for each in named if averages.knows(each, "held")]
         if choosing and self.images.measure_on == "test":
             raise ValueError(
                 f"soup: {choosing[0]} averages are chosen by held-out images: set images.measure_on: both (the test "

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prunus.masks import Masks
 from prunus.measure import ensemble_accuracy
+from prunus.run.names import averages
 from prunus.run.store import Job, Store
 from prunus.run.vision import stages
 from prunus.run.vision.soups.averaging import Meter, averaged, on_device
@@ -79,8 +80,8 @@ class Rows:
     def _members(self, taken: int) -> None:
         """What else the last phase's members give: other averages, their mean, the best of them, the ensemble."""
         states = [self.store.state(job) for job in self.last.members]
-        for word in self.asked.also:
-            state, shares = averaged(word, states, self.masks, self.meter)
+        for asked in self.asked.also:
+            word, (state, shares) = averages.name(asked), averaged(asked, states, self.masks, self.meter)
             self._add(
                 word, f"soup, last phase {word}", self.meter.measure(state) | {"shares": [*shares]}, self.masks, taken
             )
@@ -171,4 +172,4 @@ class Rows:
 
 
 def _how(average: Any) -> str:
-    return average if isinstance(average, str) else "given weights"
+    return "given weights" if isinstance(average, tuple) else averages.name(average)
