@@ -1,6 +1,7 @@
 """Cost: operations and parameters counted by hand on a small network; weight change; energy where it is told."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from torch import nn
 
 from prunus.data.models import build_model
 from prunus.masks import Masks
-from prunus.measure import cost as cost_module
 from prunus.measure.cost import Cost, Energy, cost, flops_of, weight_change
+
+cost_module = sys.modules[cost.__module__]  # `prunus.measure.cost` is the function
 
 
 def network():
