@@ -1,18 +1,16 @@
 """The README's first command: the main job on the embedded model and text, offline, in about two minutes on two cores.
 
 One pruning, two ways back: biases and norms, and MaskLoRA merged into the zeros' neighbours. What is shown is what
-`compress` measures; only the second retraining, from the same pruned weights, is added here.
+`prunus run` measures; only the second retraining, from the same pruned weights, is added here.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from prunus.machine import write_json
 from prunus.report import plot_compression, progress
@@ -22,6 +20,7 @@ from prunus.run.folder import device_of
 from prunus.run.recipe import Recipe, parse
 from prunus.run.show import show_result
 from prunus.save import save_model
+from prunus.stream import Streamed
 
 __all__ = ["RECIPE", "demo"]
 
@@ -55,10 +54,9 @@ def demo(out: Path, sparsity: float = 0.6) -> dict[str, Any]:
     pruned = copy.deepcopy(loaded.model)
     report = {}
     for name, change in (("biases and norms", {}), ("MaskLoRA, merged", MASK_LORA)):
-        model = copy.deepcopy(pruned)
-        report[name] = _retrain(model, loaded, streamed, recipe, change, name)
-        perplexities[name] = stages.evaluate(stages.Loaded(model, loaded.tokenizer, loaded.folder), recipe, device)
-        loaded = stages.Loaded(model, loaded.tokenizer, loaded.folder)
+        loaded = replace(loaded, model=copy.deepcopy(pruned))
+        report[name] = _retrain(loaded, streamed, recipe, change, name=name)
+        perplexities[name] = stages.evaluate(loaded, recipe, device)
     result: dict[str, Any] = {"model": "embedded", "perplexity": perplexities, "pruning": stages.summary(streamed)}
     result |= {"retraining": report, "seconds": time.perf_counter() - started, "device": str(device)}
     info = prunus_info(recipe, result)
@@ -73,16 +71,16 @@ def demo(out: Path, sparsity: float = 0.6) -> dict[str, Any]:
 
 
 def _retrain(
-    model: torch.nn.Module, loaded: stages.Loaded, streamed: Any, recipe: Recipe, change: dict[str, Any], name: str
+    loaded: stages.Loaded, streamed: Streamed, recipe: Recipe, change: dict[str, Any], *, name: str
 ) -> dict[str, Any]:
     assert recipe.retrain is not None
     asked = recipe.retrain.model_copy(update={**change, "train": tuple(change.get("train", recipe.retrain.train))})
     tokens = stages.text_tokens(asked.data, loaded.tokenizer)
     with progress(f"retrain {name}", asked.steps) as advance:
         report = stages.retrain(
-            model,
+            loaded.model,
             streamed.masks,
-            stages.pruned_views(model, streamed.masks, recipe),
+            stages.pruned_views(loaded.model, streamed.masks, recipe),
             tokens,
             asked,
             precision=stages.precision_of(recipe, device_of(recipe)),

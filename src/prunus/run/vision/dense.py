@@ -112,7 +112,7 @@ def _trained(
         checkpoint=checkpoint,
         on_step=on_step,
     )
-    _write(partial, model, setting, trace, warmup, dense_key(setting.recipe))
+    _write(partial, model, setting, trace, warmup)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
     if checkpoint is not None:
@@ -219,12 +219,12 @@ class Snapshots(During):
             write_state(path, self.network[0])
 
 
-def _write(folder: Path, model: nn.Module, setting: Setting, trace: Trace, warmup: int, key: str) -> None:
+def _write(folder: Path, model: nn.Module, setting: Setting, trace: Trace, warmup: int) -> None:
     write_state(folder / "model.safetensors", model)
     original = Original.of(trace.lrs, warmup)
     by_epoch = losses_by_epoch(trace.losses, setting.epoch_steps)
     write_json(folder / "trace.json", {"lrs": original.runs(), "warmup": warmup, "losses": by_epoch})
-    metrics = {"key": key, **stages.measure(model, setting), "measured_on": setting.recipe.images.measured}
+    metrics = {"key": dense_key(setting.recipe), **stages.measure(model, setting), "measured_on": setting.recipe.images.measured}
     images = len(trace.losses) * setting.recipe.train.batch_size
     metrics |= {"epochs": setting.recipe.train.epochs, "steps": len(trace.losses), "seconds": trace.seconds}
     write_json(folder / "metrics.json", metrics | {"images_per_second": images / max(trace.seconds, 1e-9)})

@@ -60,7 +60,7 @@ def smaller(model: nn.Module, setting: Setting, asked: Pruning, seed: int) -> Sm
         small, kept, lost = made(model, example, asked, seed)
         if setting.channels_last:
             small.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's stub lacks it
-        return _accounted(model, small, example, setting, kept, lost)
+        return _accounted(model, small, example, setting, kept, lost=lost)
 
 
 def _without_filters(
@@ -100,7 +100,7 @@ def _low_rank(
 
 
 def _accounted(
-    model: nn.Module, small: nn.Module, example: Tensor, setting: Setting, left: Mapping[str, str], lost: float | None
+    model: nn.Module, small: nn.Module, example: Tensor, setting: Setting, left: Mapping[str, str], *, lost: float | None
 ) -> Smaller:
     """The numbers; lost: energy of the weights that went, where it is not what is missing."""
     before, after = _weights(model), _weights(small)
