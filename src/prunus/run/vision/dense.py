@@ -224,7 +224,11 @@ def _write(folder: Path, model: nn.Module, setting: Setting, trace: Trace, warmu
     original = Original.of(trace.lrs, warmup)
     by_epoch = losses_by_epoch(trace.losses, setting.epoch_steps)
     write_json(folder / "trace.json", {"lrs": original.runs(), "warmup": warmup, "losses": by_epoch})
-    metrics = {"key": dense_key(setting.recipe), **stages.measure(model, setting), "measured_on": setting.recipe.images.measured}
+    metrics = {
+        "key": dense_key(setting.recipe),
+        **stages.measure(model, setting),
+        "measured_on": setting.recipe.images.measured,
+    }
     images = len(trace.losses) * setting.recipe.train.batch_size
     metrics |= {"epochs": setting.recipe.train.epochs, "steps": len(trace.losses), "seconds": trace.seconds}
     write_json(folder / "metrics.json", metrics | {"images_per_second": images / max(trace.seconds, 1e-9)})

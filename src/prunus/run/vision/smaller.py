@@ -100,7 +100,13 @@ def _low_rank(
 
 
 def _accounted(
-    model: nn.Module, small: nn.Module, example: Tensor, setting: Setting, left: Mapping[str, str], *, lost: float | None
+    model: nn.Module,
+    small: nn.Module,
+    example: Tensor,
+    setting: Setting,
+    left: Mapping[str, str],
+    *,
+    lost: float | None,
 ) -> Smaller:
     """The numbers; lost: energy of the weights that went, where it is not what is missing."""
     before, after = _weights(model), _weights(small)
