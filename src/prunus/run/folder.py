@@ -1,6 +1,7 @@
 """What a run of any task stands on: its folder, claimed by the hash of its recipe, and its device.
 
 out/recipe.yaml    the resolved recipe, before any work      out/result.json    what the run found, when it is finished
+out/.prunus-run    that the folder is a run's: where it is missing and other files are, nothing is written or deleted
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from prunus.machine import write_text
 
 __all__ = ["device_name", "device_of", "finished", "write_recipe"]
 
+_MARKER = ".prunus-run"
+
 
 class Placed(Protocol):
     """A recipe that says where it runs."""
@@ -28,9 +31,13 @@ class Placed(Protocol):
 def finished(out: Path, key: str) -> dict[str, Any] | None:
     """The result of a finished run in its folder, None where there is none. key: the hash of its recipe.
 
-    Raises ValueError for the result of another recipe.
+    Raises ValueError for the result of another recipe, and for a folder with files that no run of Prunus left: a run
+    overwrites and deletes what has its names.
     """
     path = out / "result.json"
+    if not path.exists() and not (out / _MARKER).exists() and out.is_dir() and any(out.iterdir()):
+        inside = sorted(each.name for each in out.iterdir())
+        raise ValueError(f"out: {out} is no run folder and has other files ({inside[0]!r}, ...); give another --out")
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     if found is not None and found.get("key") != key:
         raise ValueError(f"out: {out} holds the result of another recipe; give another folder with --out, or delete it")
@@ -38,7 +45,8 @@ def finished(out: Path, key: str) -> dict[str, Any] | None:
 
 
 def write_recipe(out: Path, recipe: BaseModel) -> None:
-    """Write the resolved recipe of a run that begins."""
+    """Make the folder that of a run which begins, with its resolved recipe."""
+    write_text(out / _MARKER, "A run of Prunus; it may overwrite and delete what has its names here.\n")
     write_text(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
 
 

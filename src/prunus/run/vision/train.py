@@ -79,8 +79,8 @@ def begin(recipe: ClassifierRecipe, key: str) -> Setting:
     """The setting of a run whose folder is begun: what cannot be run is refused before anything is written."""
     setting = Setting.of(recipe)
     setting.new_model()
-    write_text(Path(recipe.out) / "work" / "key", key)
     write_recipe(Path(recipe.out), recipe)
+    write_text(Path(recipe.out) / "work" / "key", key)
     return setting
 
 
