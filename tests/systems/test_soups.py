@@ -65,7 +65,7 @@ def test_a_soup_leaves_what_it_says(tmp_path: Path) -> None:
     recipe = asked(tmp_path)
     result = soup_run(recipe)
     names = "accuracy.png lines.png masks.safetensors model.safetensors plane.png prunus.json recipe.yaml result.json"
-    assert {path.name for path in tmp_path.iterdir()} == {*names.split(), "members", "dense"}
+    assert {path.name for path in tmp_path.iterdir()} == {*names.split(), ".prunus-run", "members", "dense"}
     model, setting = Tiny(), Setting.of(recipe)
     model.load_state_dict(load_file(tmp_path / "model.safetensors"))
     masks = Masks.load(tmp_path / "masks.safetensors")
@@ -638,6 +638,7 @@ def test_dropout_draws_the_same_whatever_was_drawn_before(tmp_path: Path, monkey
         folder = tmp_path / name
         if name == "other":  # the dense training is another's to repeat
             shutil.copytree(tmp_path / "one" / "dense", folder / "dense")
+            shutil.copy(tmp_path / "one" / ".prunus-run", folder)
         losses.append(soup_run(asked(folder, prune={"sparsity": 0.8}))["loss"])
         assert name == "one" or torch.equal(before, torch.get_rng_state())
     assert losses[0] == losses[1]

@@ -170,7 +170,7 @@ def test_a_run_leaves_what_it_says(tmp_path: Path) -> None:
     assert result["epochs"] == 3
     assert result["phases"][0]["share"] == 0.5
     names = "dense masks.safetensors metrics.jsonl model.safetensors prunus.json recipe.yaml report.png result.json"
-    assert sorted(path.name for path in tmp_path.iterdir()) == names.split()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".prunus-run", *names.split()]
 
     model, setting = Tiny(), Setting.of(recipe)
     model.load_state_dict(load_file(tmp_path / "model.safetensors"))
