@@ -129,13 +129,12 @@ def commanded() -> Callable[[], Any]:
     """The whole command, with few windows and no retraining."""
     from prunus.run.cli import app
 
-    verb = "run" if any(each.callback.__name__ == "run" for each in app.registered_commands) else "compress"  # type: ignore[union-attr]
     few = ["prune.sparsity=0.5", "prune.criterion=wanda", "calibrate.samples=2", "calibrate.length=32"]
     keys = [f"--set={key}" for key in (*few, "evaluate.window=32")]
 
     def run() -> None:
         with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-            app([verb, "--out", out, *keys], standalone_mode=False)
+            app(["run", "--out", out, *keys], standalone_mode=False)
 
     return run
 
