@@ -35,11 +35,13 @@ def finished(out: Path, key: str) -> dict[str, Any] | None:
     overwrites and deletes what has its names.
     """
     path = out / "result.json"
-    if not path.exists() and not (out / _MARKER).exists() and out.is_dir() and any(out.iterdir()):
-        inside = sorted(each.name for each in out.iterdir())
-        raise ValueError(f"out: {out} is no run folder and has other files ({inside[0]!r}, ...); give another --out")
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    if found is not None and found.get("key") != key:
+    if not path.exists():
+        names = sorted(each.name for each in out.iterdir()) if out.is_dir() else []
+        if names and _MARKER not in names:
+            raise ValueError(f"out: {out} is no run folder and has other files ({names[0]!r}, ...); give another --out")
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found.get("key") != key:
         raise ValueError(f"out: {out} holds the result of another recipe; give another folder with --out, or delete it")
     return found
 
