@@ -32,7 +32,7 @@ from prunus.run.vision.smaller import Smaller, smaller
 from prunus.soup import Phase, imp, phase_sparsities, split_steps
 from prunus.train import Original, Trace
 
-__all__ = ["Outcome", "budgets", "experiment"]
+__all__ = ["Outcome", "budgets", "experiment", "masks_of", "method_of"]
 
 Bar = Callable[[str, int], AbstractContextManager[Any]]
 Watch = Callable[[nn.Module, During | None], list[During]]
@@ -144,7 +144,7 @@ class _Experiment:
         setting, prune = self.setting, self.recipe.prune
         assert prune is not None
         name, options = next(iter(asked.items()))
-        method = _method(name, options, prune.sparsity, self.recipe.seed)
+        method = method_of(name, options, prune.sparsity, self.recipe.seed)
         model = setting.new_model()
         multiplier, warmup = stages.schedule(setting)
         steps = setting.steps(self.recipe.train.epochs)
@@ -161,7 +161,7 @@ class _Experiment:
                 on_step=_reports(advance),
             )
         self.notes.count(name, len(trace.losses), trace.seconds)
-        masks = _finished(method, name, model)
+        masks = masks_of(method, name, model)
         alone = dict(method.named_buffers()).get("reached")
         self.reached = None if alone is None else float(alone)
         self._measure_pruned(model)
@@ -336,12 +336,12 @@ class _Notes:
         self.write()
 
 
-def _method(name: str, options: Mapping[str, Any], sparsity: float, seed: int) -> During:
+def method_of(name: str, options: Mapping[str, Any], sparsity: float, seed: int) -> During:
     """The method, with the run's seed if it takes one."""
     return methods.make({name: dict(options)}, sparsity, seed=seed)
 
 
-def _finished(method: During, name: str, model: nn.Module) -> Masks:
+def masks_of(method: During, name: str, model: nn.Module) -> Masks:
     """The masks that a method leaves after its training, in the weights too."""
     masks = method.finish()
     if masks is None:

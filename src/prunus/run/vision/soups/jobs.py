@@ -24,7 +24,7 @@ from prunus.run.recipe import digest, said
 from prunus.run.store import Job, Store
 from prunus.run.vision import stages
 from prunus.run.vision.dense import read_dense
-from prunus.run.vision.experiment import _finished, _method, budgets
+from prunus.run.vision.experiment import budgets, masks_of, method_of
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.soups.averaging import Average, Meter, averaged, plain_state
 from prunus.run.vision.soups.recipe import SoupRecipe, member_of, order_of
@@ -158,7 +158,7 @@ def forks_after(setting: Setting) -> int:
         return whole
     assert recipe.prune is not None
     name, options = next(iter(recipe.during.items()))
-    method: Any = _method(name, options, recipe.prune.sparsity, recipe.seed)
+    method: Any = method_of(name, options, recipe.prune.sparsity, recipe.seed)
     last = max(cubic(recipe.prune.sparsity, whole, every=method.every, start=method.start, stop=method.stop))
     if last >= whole:
         raise ValueError(
@@ -173,7 +173,7 @@ def _train_method(recipe: SoupRecipe, job: Job, store: Store) -> dict[str, Any]:
     assert recipe.prune is not None
     setting = Setting.of(recipe)
     name, options = next(iter(recipe.during.items()))
-    method = _method(name, options, recipe.prune.sparsity, recipe.seed)
+    method = method_of(name, options, recipe.prune.sparsity, recipe.seed)
     whole, steps = setting.steps(recipe.train.epochs), forks_after(setting)
     taking: During = method if steps == whole else Part(method, whole)
     multiplier, warmup = stages.schedule(setting)
@@ -188,7 +188,7 @@ def _train_method(recipe: SoupRecipe, job: Job, store: Store) -> dict[str, Any]:
         views=stages.views_of(model, recipe.prune),
         checkpoint=store.checkpoint(job),
     )
-    masks = _finished(taking, name, model)
+    masks = masks_of(taking, name, model)
     measured = {"pruned": stages.measure(model, setting)}
     if recipe.retrain is not None and recipe.recalibrate and stages.has_batchnorm(model):  # as `experiment` does
         stages.recalibrate(model, setting)
