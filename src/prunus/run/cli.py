@@ -96,7 +96,7 @@ def grid(
     from prunus.run.show import show_grid, show_sweep
     from prunus.run.vision.sweep import load_sweep, sweep
 
-    _alone("grid")
+    _check_single("grid")
     if is_sweep(recipes):
         asked = load_sweep(recipes[0], out)
         show_sweep(sweep(asked, Pool(max(workers, 1), together, ray)), asked.out)
@@ -127,7 +127,7 @@ def evaluate(
     from prunus.run.evaluate import evaluate_model
     from prunus.run.show import show_evaluation
 
-    _alone("evaluate")
+    _check_single("evaluate")
     asked = overrides(EVALUATE_FLAGS, flags, assign) | ({} if data is None else {"evaluate.data": data})
     found = evaluate_model(model, asked)
     show_evaluation(model, found)
@@ -165,7 +165,7 @@ def average(
     from prunus.run.average import average_checkpoints, average_greedily
     from prunus.run.scored import scorer
 
-    _alone("average")
+    _check_single("average")
     if greedy is not None and weights is not None:
         raise ValueError("--weights and --greedy contradict each other: a greedy soup weighs its members alike")
     if greedy is None:
@@ -202,7 +202,7 @@ def demo(
     sparsity: Annotated[float | None, typer.Option(help="Share of zeros, in [0, 1); 0.6, and 0.95 for vision.")] = None,
 ) -> None:
     """Show what Prunus does, offline: on a small language model (two minutes), or on handwritten digits (one)."""
-    _alone("demo")
+    _check_single("demo")
     if what == "vision":
         from prunus.run.vision.demo import demo as run_vision
 
@@ -233,7 +233,7 @@ def _options(
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
 
 
-def _alone(command: str) -> None:
+def _check_single(command: str) -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
         raise ValueError(f"{command} runs in one process, not in {processes}; launch `prunus run` on several GPUs")

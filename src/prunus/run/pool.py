@@ -154,7 +154,7 @@ class _Inline:
 
     def submit(self, job: Job, store: Store) -> Future[Result]:
         done = Future[Result]()
-        _fulfil(done, lambda: _alone(job, store))
+        _fulfil(done, lambda: _run_seeded(job, store))
         return done
 
 
@@ -222,7 +222,7 @@ def _elsewhere(job: Job, *needs: Mapping[str, bytes]) -> tuple[Result, dict[str,
         store = Store(Path(folder))
         for need, files in zip(job.needs, needs, strict=True):
             store.unpack(need, files)
-        result = _alone(job, store)
+        result = _run_seeded(job, store)
         return result, store.pack(job)
 
 
@@ -263,7 +263,7 @@ def _cluster(address: str) -> Generator[Any]:
             module.shutdown()
 
 
-def _alone(job: Job, store: Store) -> Result:
+def _run_seeded(job: Job, store: Store) -> Result:
     """Run a job with torch's own generators (dropout) at a place of its key's own; they are as before afterwards.
 
     They are the process's, so this is for a job that runs alone in it.
