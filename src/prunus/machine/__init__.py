@@ -1,7 +1,7 @@
 """What a process runs on: files that are complete or absent, ranks, and how a model runs."""
 
 from prunus.machine import ranks
-from prunus.machine.files import atomic, write_json, write_tensors, write_text
+from prunus.machine.files import atomic, atomic_folder, hidden_folder, write_json, write_tensors, write_text
 from prunus.machine.running import (
     Precision,
     autocast,
@@ -19,8 +19,10 @@ from prunus.machine.running import (
 __all__ = [
     "Precision",
     "atomic",
+    "atomic_folder",
     "autocast",
     "full_products",
+    "hidden_folder",
     "import_extra",
     "in_mode",
     "local_part",
