@@ -26,12 +26,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prunus.during import During, Plan
 from prunus.machine import read_json, write_json, write_tensors
 from prunus.run.vision import stages
 from prunus.run.vision.recipe import dense_key
 from prunus.run.vision.setting import Setting
-from prunus.train import Original, Trace
+from prunus.train import During, Original, Plan, Trace
 
 __all__ = ["Dense", "Snapshots", "adopt", "dense", "losses_by_epoch", "read_dense", "write_state"]
 

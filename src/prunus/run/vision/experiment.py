@@ -18,7 +18,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunus.data import CORRUPTIONS
-from prunus.during import During
 from prunus.machine import read_json, write_json
 from prunus.masks import Masks
 from prunus.measure import weight_change
@@ -29,7 +28,7 @@ from prunus.run.vision.recipe import ClassifierRecipe, Pruning, Retraining
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.smaller import Smaller, smaller
 from prunus.soup import Phase, imp, phase_sparsities, split_steps
-from prunus.train import Original, Trace
+from prunus.train import During, Original, Trace
 
 __all__ = ["Outcome", "budgets", "experiment", "masks_of", "method_of"]
 

@@ -19,7 +19,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from prunus import __version__
-from prunus.during import During, Plan
 from prunus.machine import read_json, write_json, write_text
 from prunus.masks import Masks
 from prunus.measure import Energy
@@ -32,7 +31,7 @@ from prunus.run.vision.experiment import Outcome, experiment
 from prunus.run.vision.recipe import ClassifierRecipe, dense_key
 from prunus.run.vision.setting import Setting
 from prunus.save import FORMAT, INFO_NAME, MASKS_NAME
-from prunus.train import Substituted
+from prunus.train import During, Plan, Substituted
 
 __all__ = ["begin", "begun", "describe", "prune_run", "pruning_of", "train_run"]
 
