@@ -1,6 +1,7 @@
 """Files are complete or absent, whatever is written; generators of random numbers go back to where they stood."""
 
 import json
+import math
 import os
 import signal
 
@@ -14,6 +15,7 @@ from prunus.machine import (
     atomic_folder,
     hidden_folder,
     random_state,
+    read_json,
     set_random_state,
     write_json,
     write_tensors,
@@ -78,6 +80,23 @@ def test_what_a_killed_process_left_goes_and_nothing_else(tmp_path, moves):
 def test_json_writes_what_it_does_not_know_as_text(tmp_path):
     write_json(tmp_path / "a.json", {"path": tmp_path})
     assert json.loads((tmp_path / "a.json").read_text()) == {"path": str(tmp_path)}
+
+
+def test_no_bare_nan_is_written_and_numbers_come_back(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"perplexity": {"dense": 2.5, "pruned": math.nan}, "each": (torch.tensor(math.inf), -math.inf)})
+    json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    found = read_json(path)
+    assert found["each"] == [math.inf, -math.inf]
+    assert found["perplexity"]["dense"] == 2.5
+    assert math.isnan(found["perplexity"]["pruned"])
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe{}"])
+def test_a_file_that_is_no_json_is_named(tmp_path, content):
+    (tmp_path / "result.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"result\.json is not JSON .* get it again"):
+        read_json(tmp_path / "result.json")
 
 
 def test_tied_and_strided_tensors_are_written_each_by_itself(tmp_path):
