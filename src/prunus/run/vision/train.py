@@ -9,7 +9,6 @@ A killed run goes on from out/work, which is gone when the run is done.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from prunus import __version__
-from prunus.machine import write_json, write_text
+from prunus.machine import read_json, write_json, write_text
 from prunus.masks import Masks
 from prunus.measure import Energy
 from prunus.report import append_metrics, plot_run, progress, read_metrics
@@ -164,7 +163,7 @@ def _write(out: Path, recipe: ClassifierRecipe, outcome: Outcome, result: dict[s
 
 def _trace(dense: Path) -> dict[str, Any]:
     path = dense / "trace.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def describe(
