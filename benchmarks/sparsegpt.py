@@ -61,22 +61,22 @@ def textbook(weight: Tensor, gram: Tensor, pattern: Pattern, damping: float = 0.
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:
     """Both shapes, half of the weights and 2:4."""
-    rate = _float32_rate(args)
+    rate = float32_rate(args)
     for out, in_, target in SHAPES:
         for pattern in (Unstructured("layer"), NM(2, 4)):
             yield _row(args, rate, sized(out, args), sized(in_, args), pattern, target)
 
 
 def _row(args: argparse.Namespace, rate: float, out: int, in_: int, pattern: Pattern, target: float) -> Row:
-    layer = _layer(args, out, in_)
+    layer = make_layer(args, out, in_)
     assert layer.inputs is not None
     gram = layer.inputs.gram
     assert gram is not None
     kept = out * in_ // 2
     ours = cost(lambda: sparsegpt().solve(layer, pattern, kept), args, repeats=3)
     published = cost(lambda: textbook(layer.weight, gram, pattern), args, repeats=1)
-    found = _error(layer.weight, sparsegpt().solve(layer, pattern, kept)[0], gram)
-    expected = _error(layer.weight, textbook(layer.weight, gram, pattern), gram)
+    found = output_error(layer.weight, sparsegpt().solve(layer, pattern, kept)[0], gram)
+    expected = output_error(layer.weight, textbook(layer.weight, gram, pattern), gram)
     floor = (2 * in_**3 / 3 + out * in_**2) / rate
     return Row(
         f"SparseGPT, {'2:4' if isinstance(pattern, NM) else '50 %'}", f"{out} x {in_} bfloat16", "published algorithm",
@@ -85,7 +85,7 @@ def _row(args: argparse.Namespace, rate: float, out: int, in_: int, pattern: Pat
     )  # fmt: skip
 
 
-def _layer(args: argparse.Namespace, out: int, in_: int) -> Layer:
+def make_layer(args: argparse.Namespace, out: int, in_: int) -> Layer:
     """Random weights, and inputs of unequal scale that share a component, 4,096 tokens at full scale."""
     torch.manual_seed(args.seed)
     inputs = Inputs(in_, gram=True, device=args.device)
@@ -97,13 +97,13 @@ def _layer(args: argparse.Namespace, out: int, in_: int) -> Layer:
     return Layer("layer", torch.randn(out, in_, device=args.device).mul_(0.02).bfloat16(), inputs)
 
 
-def _error(weight: Tensor, new: Tensor, gram: Tensor) -> float:
+def output_error(weight: Tensor, new: Tensor, gram: Tensor) -> float:
     """||X (W - W')^T||^2."""
     change = weight.float() - new.float()
     return float(((change @ gram) * change).sum(dtype=torch.float64))
 
 
-def _float32_rate(args: argparse.Namespace) -> float:
+def float32_rate(args: argparse.Namespace) -> float:
     """Operations a millisecond of a large float32 product."""
     n = sized(8192, args)
     x = torch.randn(n, n, device=args.device)

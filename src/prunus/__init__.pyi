@@ -67,7 +67,9 @@ from .score import wanda as wanda
 from .shrink import decompose as decompose
 from .shrink import find_channels as find_channels
 from .shrink import remove_filters as remove_filters
+from .solve import admm as admm
 from .solve import frank_wolfe as frank_wolfe
+from .solve import refit as refit
 from .solve import sparsegpt as sparsegpt
 from .soup import average as average
 from .soup import greedy as greedy

@@ -60,6 +60,10 @@ def test_choices_are_kept_in_their_shortest_form_and_made_with_their_types() -> 
     assert criteria.check("Wanda") == criteria.check({"wanda": None}) == criteria.check({"wanda": {}}) == "wanda"
     assert criteria.check({"sparsegpt": {"damping": 0.1}}) == {"sparsegpt": {"damping": 0.1}}
     assert methods.make({"gmp": {"allocation": {"uniform_plus": {"most": 0.7}}}}, 0.9).allocation.name == "uniform_plus"
+    nested = {"refit": {"of": {"admm": {"iterations": 30}}}}
+    assert parse({"prune": {"criterion": nested}}, Recipe, "r").prune.criterion == nested
+    assert criteria.make(nested).name == "admm with refit"
+    assert criteria.lean({"refit": {"of": "wanda"}}) == "refit"
     lean = {"frank_wolfe": {"iterations": 30, "swaps": 0, "concave": [0.5, 1.0]}}
     assert parse({"prune": {"criterion": lean}}, Recipe, "r").prune.criterion == {"frank_wolfe": {"swaps": 0}}
     assert parse({"prune": {"criterion": {"random": {"seed": 0}}}}, Recipe, "r").prune.criterion != "random"
@@ -87,6 +91,7 @@ def test_the_first_option_of_a_schedule_needs_no_name() -> None:
         (["wanda"], "give one criterion: a name, or"),
         ({"wanda": 1, "ria": 2}, "give one criterion"),
         ({"sparsegpt": 0.1}, "options of sparsegpt are"),
+        ({"refit": {"of": "wandda"}}, "there is no criterion 'wandda'; did you mean 'wanda'"),
         ({"sparsegpt": {"dampin": 0.1}}, "no option 'dampin'; did you mean 'damping'\\? it takes damping, blocksize"),
         ({"sparsegpt": {"blocksize": 1.5}}, "sparsegpt.blocksize: Input should be a valid integer.*got 1.5"),
     ],

@@ -189,10 +189,11 @@ class Family:
 
 def _as(hint: Any, value: Any, where: str) -> Any:
     """A value from a recipe as a parameter wants it: of its type, and by its name where that is a family's."""
-    from prunus.score import Allocation
+    from prunus.score import Allocation, Criterion
 
-    if Allocation in (hint, *get_args(hint)):
-        return allocations.make(value)
+    for kind, family in ((Allocation, allocations), (Criterion, criteria)):
+        if kind in (hint, *get_args(hint)):
+            return family.make(value)
     try:
         return TypeAdapter(hint).validate_python(value)
     except ValidationError as error:

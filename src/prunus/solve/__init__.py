@@ -1,4 +1,4 @@
-"""Criteria that choose inside a layer, and may move the weights that stay: SparseGPT, Frank-Wolfe with swaps.
+"""Criteria that choose inside a layer, and may move the weights that stay: SparseGPT, ADMM, Frank-Wolfe, refit.
 
 A new one is a function that returns a `Criterion`, in a file of its own, and one line in `__init__.pyi`: everything
 there can be named in recipes.

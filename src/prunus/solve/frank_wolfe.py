@@ -26,7 +26,6 @@ The weights that are kept stay as they are; `reconstruct` or a retraining may mo
 
 from __future__ import annotations
 
-import math
 import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -36,14 +35,13 @@ from torch import Tensor
 
 from prunus.patterns import Pattern
 from prunus.score import Criterion, magnitude, wanda
-from prunus.solve.sweep import seen_gram
+from prunus.solve.quadratic import row_errors, row_slices, scaled_gram, seen_gram
 
 if TYPE_CHECKING:
-    from prunus.layers import Inputs, Layer
+    from prunus.layers import Layer
 
 __all__ = ["frank_wolfe", "swap_"]
 
-_ROWS = 1 << 22  # entries whose error is computed at once in float64: 32 MiB a temporary
 _CHUNK = 1 << 22  # entries worked on at once: bounds the temporaries, about ten times 16 MB
 _LEAST = 1e-5  # share of its error that an exchange must save: float32 cannot tell less from nothing
 
@@ -79,7 +77,7 @@ def frank_wolfe(iterations: int = 30, swaps: int = 100, concave: tuple[float, fl
         if inputs is None:
             return magnitude.solve(layer, pattern, kept)
         start = pattern.mask(wanda(layer), kept, name=layer.name)
-        gram = _scaled_gram(layer, inputs)
+        gram = scaled_gram(layer, inputs)
         weight = layer.weight.float().contiguous()
         mask = start
         if iterations:
@@ -106,22 +104,8 @@ def swap_(mask: Tensor, weight: Tensor, gram: Tensor, *, most: int, width: int |
     >>> mask.tolist()
     [[False, False, True]]
     """
-    columns = weight.shape[1]
-    for start in range(0, len(weight), max(1, _CHUNK // max(1, columns))):
-        rows = slice(start, start + max(1, _CHUNK // max(1, columns)))
+    for rows in row_slices(weight, _CHUNK):
         _swap_chunk_(mask[rows], weight[rows], gram, most, width)
-
-
-def _scaled_gram(layer: Layer, inputs: Inputs) -> Tensor:
-    """The Gram matrix with mean diagonal near 1, on the weight's device.
-
-    A power of two as scale loses no bit, and changes no mask.
-    """
-    assert inputs.gram is not None
-    if not bool(inputs.gram.isfinite().all()):
-        raise ValueError(f"the Gram matrix of '{layer.name}' holds NaN or Inf: calibrate in bfloat16 or float32")
-    mean = float(inputs.gram.diagonal().mean(dtype=torch.float64))
-    return (inputs.gram * 2.0 ** min(-math.frexp(mean)[1], 126)).to(layer.weight.device)
 
 
 def _relax(
@@ -169,19 +153,8 @@ def _line_search(slope: Tensor, bend: Tensor) -> Tensor:
 
 def _lower(weight: Tensor, gram: Tensor, mask: Tensor, start: Tensor, pattern: Pattern) -> Tensor:
     """Of two masks the one with the lower error, row by row where the pattern allows; `start` at a tie."""
-    gain = _sum((_errors(weight, gram, start) - _errors(weight, gram, mask))[:, None], pattern)
+    gain = _sum((row_errors(weight * ~start, gram) - row_errors(weight * ~mask, gram))[:, None], pattern)
     return torch.where(gain > 0, mask, start)
-
-
-def _errors(weight: Tensor, gram: Tensor, mask: Tensor) -> Tensor:
-    """d G d^T of every row, (out,) float64: nothing is lost to rounding where two masks are compared."""
-    exact = gram.double()
-    parts: list[Tensor] = []
-    for rows in torch.arange(len(weight)).split(max(1, _ROWS // max(1, weight.shape[1]))):
-        inside = slice(int(rows[0]), int(rows[-1]) + 1)
-        out = (weight[inside] * ~mask[inside]).double()
-        parts.append(((out @ exact) * out).sum(1))
-    return torch.cat(parts)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -23,12 +22,13 @@ from torch import Tensor
 from prunus.kernels import uses_kernels
 from prunus.machine import full_products
 from prunus.patterns import NM, Pattern
-from prunus.score import Criterion, magnitude, warn_unseen
+from prunus.score import Criterion, magnitude
+from prunus.solve.quadratic import finite_gram, once_per_inputs, seen_gram
 
 if TYPE_CHECKING:
     from prunus.layers import Inputs, Layer
 
-__all__ = ["seen_gram", "sparsegpt"]
+__all__ = ["sparsegpt"]
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,6 @@ _INNER = 32  # columns swept before the next ones in the block are brought up to
 _PANEL = 8  # blocks after which all later columns are brought up to date: one wide product instead of eight thin ones
 _KERNEL_BLOCK = 256  # most columns that a program holds in registers
 _DIRECT = 1024  # columns of a triangular matrix that are inverted by substitution; more are by matrix products
-_REMEMBERED = 2  # factorisations kept: q, k, v, out, up share one in parallel blocks; a hundred experts do not add up
 _MOST_DAMPING = 1.0  # share of the mean diagonal; more would be magnitude pruning under another name
 
 
@@ -64,7 +63,7 @@ def sparsegpt(damping: float = 0.01, blocksize: int = 128) -> Criterion:
             f"sparsegpt needs 0 <= damping <= {_MOST_DAMPING} and blocksize >= 1; "
             f"got damping={damping}, blocksize={blocksize}"
         )
-    factors: WeakKeyDictionary[Inputs, _Factor] = WeakKeyDictionary()
+    factorise = once_per_inputs(lambda layer, inputs: _factorise(layer, inputs, damping))
 
     @torch.no_grad()
     def solve(layer: Layer, pattern: Pattern, kept: int) -> tuple[Tensor, Tensor]:
@@ -72,11 +71,7 @@ def sparsegpt(damping: float = 0.01, blocksize: int = 128) -> Criterion:
         if inputs is None:
             return magnitude.solve(layer, pattern, kept)
         with full_products():
-            factor = factors.get(inputs)
-            if factor is None or factor.tokens != inputs.tokens:
-                factor = factors[inputs] = _factorise(layer, inputs, damping)
-                if len(factors) > _REMEMBERED:
-                    del factors[next(iter(factors))]
+            factor = factorise(layer, inputs)
             weight, mask = _sweep(layer, pattern, kept, factor.to(layer.weight.device), blocksize)
         if not bool(weight.isfinite().all()):
             raise ValueError(
@@ -95,25 +90,9 @@ class _Factor:
     upper: Tensor
     dead: Tensor
     damping: float
-    tokens: int
 
     def to(self, device: torch.device) -> _Factor:
-        return _Factor(self.upper.to(device), self.dead.to(device), self.damping, self.tokens)
-
-
-def seen_gram(layer: Layer, solver: str) -> Inputs | None:
-    """What a solver of this name knows of the layer's inputs, with their Gram matrix; None after a warning if unseen.
-
-    Raises ValueError for a layer without a Gram matrix, and for a weight that holds NaN or Inf.
-    """
-    if layer.inputs is None or (layer.inputs.gram is None and layer.inputs.tokens > 0):
-        raise ValueError(f"{solver} needs the Gram matrix of '{layer.name}': calibrate with gram=True")
-    if layer.inputs.tokens == 0:
-        warn_unseen(layer, solver)
-        return None
-    if not bool(layer.weight.isfinite().all()):
-        raise ValueError(f"weight of '{layer.name}' holds NaN or Inf: the checkpoint is damaged")
-    return layer.inputs
+        return _Factor(self.upper.to(device), self.dead.to(device), self.damping)
 
 
 def _factorise(layer: Layer, inputs: Inputs, damping: float) -> _Factor:
@@ -121,14 +100,12 @@ def _factorise(layer: Layer, inputs: Inputs, damping: float) -> _Factor:
 
     With P the reversal of order, P H P = L L^T gives U = P L^-1 P: no inverse is formed.
     """
-    assert inputs.gram is not None
     inputs.check(layer.name)
-    if not bool(inputs.gram.isfinite().all()):
-        raise ValueError(f"the Gram matrix of '{layer.name}' holds NaN or Inf: calibrate in bfloat16 or float32")
-    diagonal = inputs.gram.diagonal()
+    gram = finite_gram(layer, inputs)
+    diagonal = gram.diagonal()
     dead = diagonal == 0
     mean = float(diagonal.mean(dtype=torch.float64)) or 1.0
-    hessian = inputs.gram.flip(0, 1).div_(mean)
+    hessian = gram.flip(0, 1).div_(mean)
     own = hessian.diagonal().clone().masked_fill_(dead.flip(0), 1.0)
     used = damping
     while True:
@@ -145,7 +122,7 @@ def _factorise(layer: Layer, inputs: Inputs, damping: float) -> _Factor:
         log.warning("'%s': factorisation failed, damping raised to %g of the mean diagonal", layer.name, used)
     del hessian
     _invert_lower_(lower)
-    return _Factor(lower.flip(0, 1).contiguous(), dead, used, inputs.tokens)
+    return _Factor(lower.flip(0, 1).contiguous(), dead, used)
 
 
 def _invert_lower_(L: Tensor) -> None:

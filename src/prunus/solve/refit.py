@@ -1,0 +1,97 @@
+"""Least-squares weights on a mask that is chosen already: conjugate gradients for all rows of a layer at once.
+
+    minimise E(W) = tr((W - W0) G (W - W0)^T) over W = M * W
+
+    R = ((W0 - W) G) * M,  P = R;   repeat:  Q = (P G) * M,  a = <R, R> / <P, Q>,  W += a P,  R -= a Q,
+                                             b = <R, R> new / old,  P = R + b P      (a and b for each row)
+
+in the columns' own units, w_j sqrt(G_jj), which equals preconditioning by the diagonal of G. Every iteration lowers the
+error of every row, so that few iterations regularise where tokens are few.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from prunus.machine import full_products
+from prunus.patterns import Pattern
+from prunus.score import Criterion, Score, criterion_of, wanda
+from prunus.solve.quadratic import row_errors, row_slices, scaled_gram, seen_gram
+
+if TYPE_CHECKING:
+    from prunus.layers import Layer
+
+__all__ = ["column_scale", "refit"]
+
+_CHUNK = 1 << 26  # entries worked on at once: five temporaries of 256 MB
+
+
+def refit(of: Criterion | Score = wanda, iterations: int = 20) -> Criterion:
+    """A criterion with the mask of another, and on it the weights whose outputs are nearest to the dense layer's.
+
+    of: the criterion that chooses; any. iterations: of conjugate gradients, each one product (out, in) x (in, in).
+
+    Float32 products (never TF32), compared in float64 after rounding to the weight's dtype: no row's error on the
+    calibration text exceeds what `of` left, which stays where nothing better was found. A layer that saw no token stays
+    as `of` left it. Its solve raises ValueError for a layer without a Gram matrix, for NaN or Inf, and as that of `of`.
+
+    >>> inputs = Inputs(2, gram=True)
+    >>> inputs.add_(torch.tensor([[1.0, 1.0], [1.0, 0.0]]))
+    >>> refit().solve(Layer("fc", torch.tensor([[2.0, 1.0]]), inputs), Unstructured("row"), 1)[0]
+    tensor([[2.5000, 0.0000]])
+    """
+    if operator.index(iterations) < 1:
+        raise ValueError(f"refit needs iterations >= 1; got {iterations}")
+    asked = criterion_of(of)
+
+    @torch.no_grad()
+    def solve(layer: Layer, pattern: Pattern, kept: int) -> tuple[Tensor, Tensor]:
+        weight, mask = asked.solve(layer, pattern, kept)
+        inputs = seen_gram(layer, "refit")
+        if inputs is None:
+            return weight, mask
+        gram = scaled_gram(layer, inputs)
+        scale = column_scale(gram)
+        with full_products():
+            parts = [
+                _least_squares(layer.weight[rows], weight[rows], mask[rows], gram, scale, iterations)
+                for rows in row_slices(weight, _CHUNK)
+            ]
+        return torch.cat(parts), mask
+
+    return Criterion(solve, needs="gram", compare=asked.compare, name=f"{asked.name} with refit")
+
+
+def column_scale(gram: Tensor) -> Tensor:
+    """sqrt(G_jj) (in,), 1 where an input was always zero."""
+    own = gram.diagonal()
+    return torch.where(own > 0, own.sqrt(), 1.0)
+
+
+def _least_squares(dense: Tensor, start: Tensor, mask: Tensor, gram: Tensor, scale: Tensor, iterations: int) -> Tensor:
+    """The weight (rows, in) in the dtype of `start`, which stays in rows that nothing improves."""
+    unit = gram / scale / scale[:, None]
+    change = (dense.float() - start.float()) * scale
+    weight = start.float() * scale
+    residual = (change @ unit).mul_(mask)
+    direction = residual.clone()
+    squares = residual.square().sum(1, keepdim=True)
+    for _ in range(iterations):
+        product = (direction @ unit).mul_(mask)
+        step = _ratio(squares, (direction * product).sum(1, keepdim=True))
+        weight.addcmul_(step, direction)
+        residual.addcmul_(step, product, value=-1)
+        before, squares = squares, residual.square().sum(1, keepdim=True)
+        direction.mul_(_ratio(squares, before)).add_(residual)
+    fitted = torch.where(mask, weight / scale, 0.0).to(start.dtype)
+    errors = (row_errors(dense.float() - each.float(), gram) for each in (fitted, start))
+    return torch.where(torch.lt(*errors)[:, None], fitted, start)
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    """above / below; 0 where a row is at its optimum."""
+    return torch.where(below > 0, above / below, 0.0)

@@ -1,0 +1,130 @@
+"""ADMM in one layer (Boza 2024) against a float64 loop, all masks of tiny layers, and a case worked by hand."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from prunus.layers import Inputs, Layer
+from prunus.patterns import NM, Block, Pattern, Rows, Unstructured
+from prunus.score import wanda
+from prunus.solve import admm, refit, sparsegpt
+
+from .test_sparsegpt import layer_with_gram, make_layer, sorted_mask
+
+PATTERNS = [Unstructured("row"), Unstructured("layer"), NM(2, 4), NM(1, 4)]
+
+
+def kept_of(pattern: Pattern, rows: int, columns: int, sparsity: float = 0.5) -> int:
+    return pattern.counts((rows, columns), pattern.sparsity or sparsity)
+
+
+def textbook(layer: Layer, pattern: Pattern, kept: int, iterations: int, choosing: int) -> tuple[Tensor, Tensor]:
+    """The loop in float64, masks by stable sorts, W by solving the linear system anew each time."""
+    gram = layer.inputs.gram.double()
+    scale = gram.diagonal().sqrt()
+    unit = gram / torch.outer(scale, scale) + 0.1 * torch.eye(len(gram), dtype=torch.float64)
+    dense = layer.weight.double() * scale
+    weight, multipliers, mask = dense, torch.zeros_like(dense), torch.ones_like(dense, dtype=torch.bool)
+    for t in range(iterations):
+        if t < choosing:
+            zeros = dense.numel() - kept
+            now = zeros if pattern.sparsity or t + 1 == choosing else int(zeros * (1 - (1 - (t + 1) / choosing) ** 3))
+            mask = of_groups(pattern, (weight + multipliers).abs(), dense.numel() - now)
+        sparse = torch.where(mask, weight + multipliers, 0.0)
+        multipliers = multipliers + weight - sparse
+        right = dense @ unit + sparse - multipliers
+        weight = torch.linalg.solve(unit + torch.eye(len(unit), dtype=torch.float64), right.T).T
+    return sparse / scale, mask
+
+
+def of_groups(pattern: Pattern, score: Tensor, kept: int) -> Tensor:
+    if not isinstance(pattern, NM):
+        return sorted_mask(pattern, score, kept)
+    rows = score.reshape(-1, pattern.m)
+    return sorted_mask(Unstructured("row"), rows, kept).view(score.shape)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+@pytest.mark.parametrize(("iterations", "choosing"), [(20, 15), (4, 4), (1, 1)])
+def test_it_is_the_textbook_loop(pattern: Pattern, iterations: int, choosing: int):
+    layer = make_layer(5, 16)
+    kept = kept_of(pattern, 5, 16, 0.6)
+    weight, mask = admm(iterations, choosing).solve(layer, pattern, kept)
+    expected, expected_mask = textbook(layer, pattern, kept, iterations, choosing)
+    assert torch.equal(mask, expected_mask)
+    torch.testing.assert_close(weight.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def error(layer: Layer, weight: Tensor) -> float:
+    change = layer.weight.double() - weight.double()
+    return float(((change @ layer.inputs.gram.double()) * change).sum())
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS, Block(2, 2), Rows()], ids=repr)
+def test_counts_are_exact_and_zeros_are_zero(pattern: Pattern):
+    layer = make_layer(6, 16)
+    kept = kept_of(pattern, 6, 16)
+    weight, mask = admm().solve(layer, pattern, kept)
+    assert int(mask.sum()) == kept
+    assert not weight[~mask].any()
+    assert torch.equal(mask, pattern.mask(mask.float(), kept))  # it has the pattern
+
+
+def test_correlated_inputs_are_served_better_than_by_anything_else():
+    sums = dict.fromkeys(("wanda", "sparsegpt", "admm", "refitted"), 0.0)
+    for seed in range(4):
+        layer = make_layer(16, 48, seed)
+        for name, each in zip(sums, (refit(wanda), refit(sparsegpt()), admm(), refit(admm())), strict=True):
+            sums[name] += error(layer, each.solve(layer, Unstructured("row"), 16 * 19)[0])
+    assert sums["refitted"] < 0.95 * min(sums["wanda"], sums["sparsegpt"])
+    assert sums["refitted"] < sums["admm"] < sums["wanda"]
+
+
+def test_one_iteration_by_hand():
+    # G is diagonal, so nothing can be moved: the units are (1, 2), and B = (3, 4) keeps its larger entry as it is
+    weight, mask = admm(1, 1).solve(layer_with_gram([[3.0, 2.0]], [[1.0, 0.0], [0.0, 4.0]]), Unstructured("row"), 1)
+    assert weight.tolist() == [[0.0, 2.0]]
+    assert mask.tolist() == [[False, True]]
+
+
+def test_inputs_that_were_always_zero_leave_finite_weights():
+    inputs = Inputs(4, gram=True)
+    inputs.add_(torch.tensor([[1.0, 2.0, 0.0, 3.0], [4.0, 1.0, 0.0, 1.0]]))
+    weight, mask = admm().solve(Layer("fc", torch.arange(1.0, 9.0).view(2, 4), inputs), NM(2, 4), 4)
+    assert bool(weight.isfinite().all())
+    assert int(mask.sum()) == 4
+
+
+def test_layers_that_share_inputs_share_one_inverse(monkeypatch: pytest.MonkeyPatch):
+    layer, solver, calls = make_layer(4, 8), admm(), []
+    monkeypatch.setattr(torch, "cholesky_inverse", lambda L, plain=torch.cholesky_inverse: calls.append(1) or plain(L))
+    for weight in (layer.weight, layer.weight * 2):
+        solver.solve(Layer("q", weight, layer.inputs), NM(2, 4), 16)
+    assert len(calls) == 1
+
+
+def test_what_is_refused():
+    with pytest.raises(ValueError, match="admm needs 1 <= choosing <= iterations; got choosing=15, iterations=10"):
+        admm(10)
+    with pytest.raises(ValueError, match="admm needs damping >= 0 and rho > 0"):
+        admm(rho=0.0)
+    with pytest.raises(ValueError, match="admm needs the Gram matrix of 'fc1'"):
+        admm().solve(Layer("fc1", torch.ones(2, 4)), NM(2, 4), 4)
+    layer = layer_with_gram([[6e4, 6e4]], [[1.0, 0.999], [0.999, 1.0]], torch.float16)
+    with pytest.raises(ValueError, match=r"admm's weights of 'fc1' overflow torch\.float16: raise rho"):
+        admm().solve(layer, Unstructured("row"), 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("pattern", [*PATTERNS, Block(2, 2)], ids=repr)
+def test_a_gpu_ends_as_near(pattern: Pattern):
+    layer = make_layer(64, 96)
+    kept = kept_of(pattern, 64, 96)
+    there = Layer("fc1", layer.weight.cuda(), layer.inputs)  # the Gram matrix may lie elsewhere
+    for each in (admm(), refit(admm())):
+        weight, mask = each.solve(there, pattern, kept)
+        assert weight.is_cuda
+        assert int(mask.sum()) == kept
+        expected = error(layer, each.solve(layer, pattern, kept)[0])
+        assert error(layer, weight.cpu()) == pytest.approx(expected, rel=0.02)
