@@ -1,22 +1,28 @@
 """A training step recorded once as a CUDA graph and replayed: small networks are bound by launches, not by arithmetic.
 
     the first steps run as they are ─▶ one is recorded ─▶ every later one copies its batch in and replays it
+                                           └ not possible, and capture is "auto": all run as they are
 
 Learning rates are tensors on the device while a step is captured, because a number would be recorded too.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CapturedStep", "check_capture", "set_rates_", "settled", "unrecorded"]
+__all__ = ["Capture", "CapturedStep", "captures", "set_rates_", "settled", "unrecorded"]
+
+Capture = bool | Literal["auto"]
+
+log = logging.getLogger(__name__)
 
 _AHEAD = 8  # replays that may wait for the device: a recording waits for what all threads have queued by then
 _WARM = 3  # steps that run as they are: cuDNN chooses its algorithms, the optimizer makes its state
@@ -58,12 +64,24 @@ class CapturedStep:
     """`step(parts)` as a CUDA graph; parts: the tensors of a step, in lists, tuples or dicts, always of one shape.
 
     step: runs forward, backward and optimizer, and returns the loss (scalar on the device).
+    forget: called where recording fails and need not succeed (`must`): drops what the recording left, the gradients.
+        From then on steps run as they are, and `failure` says why.
     Raises ValueError for a batch of another shape than the recorded one.
     """
 
-    def __init__(self, step: Callable[[list[Any]], Tensor], device: torch.device) -> None:
+    def __init__(
+        self,
+        step: Callable[[list[Any]], Tensor],
+        device: torch.device,
+        *,
+        must: bool = True,
+        forget: Callable[[], None] = lambda: None,
+    ) -> None:
         self.step = step
         self.device = device
+        self.must = must
+        self.forget = forget
+        self.failure = ""
         self.graph: torch.cuda.CUDAGraph | None = None
         self.static: list[Any] = []
         self.loss: Tensor | None = None
@@ -72,11 +90,13 @@ class CapturedStep:
 
     def __call__(self, parts: list[Any]) -> Tensor:
         """The loss of one step, a tensor of its own."""
-        if self.done < _WARM:
+        if self.done < _WARM or self.failure:
             self.done += 1
             return self._plain(parts)
         if self.graph is None:
             self._record(parts)
+            if self.failure:
+                return self._plain(parts)
         else:
             for old, new in zip(_tensors(self.static), _tensors(parts), strict=True):
                 if old.shape != new.shape:
@@ -114,8 +134,17 @@ class CapturedStep:
     def _record(self, parts: list[Any]) -> None:
         self.static = [_cloned(part) for part in parts]
         graph = torch.cuda.CUDAGraph()
-        with unrecorded(), torch.cuda.graph(graph, stream=_stream(self.device), capture_error_mode="thread_local"):
-            self.loss = self.step(self.static)
+        try:
+            with unrecorded(), torch.cuda.graph(graph, stream=_stream(self.device), capture_error_mode="thread_local"):
+                self.loss = self.step(self.static)
+        except (RuntimeError, NotImplementedError) as error:
+            if self.must:
+                raise
+            self.failure = str(error).split("\n")[0]
+            log.warning("training steps are not recorded as a CUDA graph: %s", self.failure)
+            self.static.clear()
+            self.forget()
+            return
         self.graph = graph
 
 
@@ -128,18 +157,27 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return _STREAMS[place]
 
 
-def check_capture(model: nn.Module, optimizer: torch.optim.Optimizer, *, shared: bool, scaled: bool) -> None:
-    """Raise ValueError when a step of this run cannot be recorded."""
+def captures(asked: Capture, model: nn.Module, optimizer: torch.optim.Optimizer, *, shared: bool, scaled: bool) -> bool:
+    """Whether the steps of a run are to be recorded. Raises ValueError when they must be and cannot."""
+    why = _obstacle(model, optimizer, shared=shared, scaled=scaled) if asked else ""
+    if why and asked is True:
+        raise ValueError(f"{why}; use capture=False.")
+    return bool(asked) and not why
+
+
+def _obstacle(model: nn.Module, optimizer: torch.optim.Optimizer, *, shared: bool, scaled: bool) -> str:
+    """Why a step of this run cannot be recorded; nothing where it can, as far as one sees without trying."""
     device = next(model.parameters()).device
     if device.type != "cuda":
-        raise ValueError(f"capture=True records a CUDA graph, and the model is on {device}; use capture=False.")
+        return f"capture=True records a CUDA graph, and the model is on {device}"
     if shared or scaled:
-        raise ValueError("capture=True goes with one process and with bf16 or fp32; use capture=False.")
+        return "capture=True goes with one process and with bf16 or fp32"
     if not all(group.get("fused") or group.get("capturable") for group in optimizer.param_groups):
-        raise ValueError(
+        return (
             f"capture=True needs an optimizer that reads its learning rate on the device: make it with fused=True "
-            f"(SGD) or capturable=True (Adam), not {type(optimizer).__name__} as it is; or use capture=False."
+            f"(SGD) or capturable=True (Adam), not {type(optimizer).__name__} as it is"
         )
+    return ""
 
 
 def set_rates_(optimizer: torch.optim.Optimizer, rates: list[float], captured: bool) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from prunus.layers import View, find_layers
 from prunus.machine import Precision
-from prunus.train.capture import CapturedStep, check_capture, set_rates_, settled
+from prunus.train.capture import Capture, CapturedStep, captures, set_rates_, settled
 from prunus.train.checkpoint import Checkpoint
 from prunus.train.hooks import During, Plan
 from prunus.train.next_token import next_token_loss
@@ -89,7 +89,7 @@ def train(
     accumulate: int = 1,
     precision: Precision = "fp32",
     clip: float | None = None,
-    capture: bool = False,
+    capture: Capture = False,
     checkpoint: Path | None = None,
     save_every: int = 1000,
     report_every: int = 50,
@@ -103,7 +103,8 @@ def train(
     each parameter group's own learning rate. accumulate: micro batches per step. clip: largest gradient norm.
     masks: pruned entries that stay zero. during: methods that take part; they are told `epoch_steps` (default: all
     steps) and the prunable `views` (default: `find_layers(model)`); the caller calls their `finish()` afterwards.
-    capture: record the step as a CUDA graph and replay it, which helps small networks (batches of one shape only).
+    capture: record the step as a CUDA graph and replay it, which helps where launches cost more than arithmetic
+    (batches of one shape only); "auto" does so where it can be done, and logs why where a recording fails.
     checkpoint: a file, written every `save_every` steps and at the end, from which an interrupted call resumes.
     on_step(steps done, mean loss since the last call) is called every `report_every` steps and at the end: reading a
     loss makes the host wait for the device, so it is done no more often.
@@ -127,8 +128,7 @@ def train(
     device = next(model.parameters()).device
     accelerator = make_accelerator(precision, accumulate, device)
     shared = shared and accelerator.num_processes > 1
-    if capture:
-        check_capture(model, optimizer, shared=shared, scaled=precision == "fp16")
+    recorded = captures(capture, model, optimizer, shared=shared, scaled=precision == "fp16")
     if during and shared and asked():
         raise ValueError("Methods that take part in training need whole weights: launch without --use_fsdp.")
     if during:
@@ -140,17 +140,17 @@ def train(
     started = time.perf_counter()
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     wrap = prepared(model, optimizer, accelerator, masks, shared)
-    with wrap as (inner, wrapped, stepper), settled(device if capture else None):
+    with wrap as (inner, wrapped, stepper), settled(device if recorded else None):
         key = {"steps": steps, "accumulate": accumulate, "base_lrs": rates}
         saved = Checkpoint(checkpoint, key, accelerator, inner, optimizer, during, shared)
         first, past = saved.load()
         run = _Run(accelerator, inner, wrapped, stepper, loss, clip, accumulate, tuple(during), shared)
-        step_of = CapturedStep(run.step, device) if capture else run.step
+        step_of = CapturedStep(run.step, device, must=capture is True, forget=run.forget) if recorded else run.step
         own = next(inner.parameters()).device
         trace = _Log(Trace(**past), every=report_every, steps=steps, on_step=on_step, started=started, device=own)
         for step in range(first, steps):
             multiplier = lr(step)
-            set_rates_(optimizer, [rate * multiplier for rate in rates], capture)
+            set_rates_(optimizer, [rate * multiplier for rate in rates], recorded)
             for method in during:
                 method.before_step(step)
             parts, seen = run.parts(batches, step)
@@ -218,6 +218,11 @@ class _Run:
                 self.stepper.zero_grad()
         mean = total / self.accumulate
         return self.accelerator.reduce(mean, reduction="mean") if self.shared else mean  # pyright: ignore[reportReturnType]
+
+    def forget(self) -> None:
+        """Drop what a step left that was begun and not done: gradients, and how many micro batches were counted."""
+        self.stepper.zero_grad()
+        self.accelerator.step = 0
 
     def _before_optimizer(self) -> None:
         if self.clip is not None:

@@ -1,0 +1,117 @@
+"""Retraining steps of a small language model, recorded as a CUDA graph
+
+    python benchmarks/recorded_step.py
+    python benchmarks/recorded_step.py --device cpu --scale 0.03    # scales down; nothing is recorded on a CPU
+
+SmolLM2-135M's shape (random weights, bfloat16, pruned 50 %), 4 and 16 x 1,024 tokens a step, AdamW on float32
+trainables through `prunus.train`, with `capture="auto"` and, as the reference, without. The note has tokens per second
+and the largest relative difference between the two runs' losses. The floor counts the products alone: 2 operations a
+weight and token in the forward pass, for the gradient of the input, and, where a weight or a masked update is trained,
+for its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+
+import torch
+from claims import Row, floor_ms, main, sized
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from prunus.adapt import adapt
+from prunus.data import PackedTokens
+from prunus.layers import find_layers
+from prunus.machine import of_training
+from prunus.prune import prune
+from prunus.train import linear_warmup_decay, train
+
+STEPS, COMPARED = 60, 200  # timed steps of a run, of which the first third is not; steps whose losses are compared
+SUBSETS = {"norms": ("norms",), "MaskLoRA": ("mask_lora",), "everything": ("full",)}
+
+
+def measure(args: argparse.Namespace) -> Iterator[Row]:
+    """Each subset at both batches."""
+    for batch in (4, 16):
+        for name, subset in SUBSETS.items():
+            yield _row(args, name, subset, batch)
+
+
+def _row(args: argparse.Namespace, name: str, subset: tuple[str, ...], batch: int) -> Row:
+    steps = STEPS if args.scale == 1 else 4
+    length = sized(1024, args)
+    plain, _ = _run(args, subset, (batch, length), steps, capture=False)
+    ours, weights = _run(args, subset, (batch, length), steps, capture=True)
+    tokens = batch * length
+    far = _difference(args, subset, (batch, length)) if batch == 4 and args.scale == 1 else None
+    note = f"{tokens / ours * 1e3:,.0f} tokens a second, {tokens / plain * 1e3:,.0f} without"
+    return Row(
+        name, f"{batch} x {length} tokens", "steps not recorded", ours, plain,
+        floor_ms(args, operations=(4 if subset == ("norms",) else 6) * weights * tokens),
+        note=note if far is None else f"{note}; losses of {COMPARED} steps differ by at most {far:.1e}",
+    )  # fmt: skip
+
+
+def _run(
+    args: argparse.Namespace, subset: tuple[str, ...], shape: tuple[int, int], steps: int, *, capture: bool
+) -> tuple[float, int]:
+    """Milliseconds of a step after the first third, and how many weights the products have."""
+    marks: list[float] = []
+
+    def mark(_done: int, _loss: float) -> None:
+        marks.append(time.perf_counter())
+
+    model, losses = _trained(args, subset, shape, steps, capture=capture, every=max(1, steps // 3), on_step=mark)
+    del losses
+    weights = sum(each.numel() for each in model.parameters() if each.ndim == 2)
+    return (marks[-1] - marks[0]) / (steps - max(1, steps // 3)) * 1e3, weights
+
+
+def _difference(args: argparse.Namespace, subset: tuple[str, ...], shape: tuple[int, int]) -> float:
+    runs = [
+        _trained(args, subset, shape, COMPARED, capture=capture, every=COMPARED, on_step=None)[1]
+        for capture in (False, True)
+    ]
+    plain, recorded = (torch.tensor(losses) for losses in runs)
+    return float(((plain - recorded) / plain).abs().max())
+
+
+def _trained(args, subset, shape, steps, *, capture, every, on_step):  # type: ignore[no-untyped-def]
+    torch.manual_seed(args.seed)
+    config = LlamaConfig(
+        vocab_size=sized(49152, args),
+        hidden_size=sized(576, args),
+        intermediate_size=sized(1536, args),
+        num_hidden_layers=30 if args.scale == 1 else 2,
+        num_attention_heads=9 if args.scale == 1 else 1,
+        num_key_value_heads=3 if args.scale == 1 else 1,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).to(args.device, torch.bfloat16)
+    views = [view for view in find_layers(model) if "layers" in view.name]
+    masks = prune(model, sparsity=0.5, views=views)
+    generator = torch.Generator().manual_seed(args.seed)
+    adaptation = adapt(model, subset, masks=masks, views=views, generator=generator)
+    precision = "bf16" if subset == ("full",) else of_training(model, "bf16")
+    cuda = torch.device(args.device).type == "cuda"
+    packed = PackedTokens(torch.randint(config.vocab_size, (1 << 18,), generator=generator), shape[1])
+    trace = train(
+        model,
+        lambda step: packed.at(step, batch=shape[0], seed=0),
+        torch.optim.AdamW(adaptation.param_groups(1e-4), weight_decay=0.0, capturable=cuda),
+        linear_warmup_decay(steps, 0.1),
+        steps=steps,
+        masks=masks if subset == ("full",) else None,
+        precision=precision if cuda else "fp32",
+        clip=1.0,
+        capture="auto" if capture else False,
+        report_every=every,
+        on_step=on_step,
+    )
+    return model, trace.losses
+
+
+if __name__ == "__main__":
+    main(__doc__, measure)
