@@ -1,4 +1,4 @@
-"""The loss of language models, without ever holding all logits: head and cross-entropy over chunks of tokens.
+"""The losses of language models, without ever holding all logits: head and cross-entropy over chunks of tokens.
 
     hidden = blocks(ids)                                    (batch, length, d), with its graph
     for a chunk h of its rows:   l += CE(tail(h), next ids),   dl/dh and dl/dtheta of the tail, and the logits are freed
@@ -6,6 +6,8 @@
 The tail is the model's own code after its blocks, run with a stand-in for them: bias, soft-capping, scaling, tied or
 adapted heads are whatever that model does. Its gradients are formed in the forward pass, so nothing is recomputed.
 In float32 a step of 4,096 tokens and 50,272 words would hold four copies of 824 MB; a chunk holds a sixth of each.
+
+What the rows' logits are held against is an `Aim`: the next tokens here, a teacher besides in `distill`.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from prunus.machine import is_pretrained
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["next_token_loss"]
+__all__ = ["Aim", "aimed_loss", "inner_model", "next_token_loss", "row_logits"]
 
 _ENTRIES = 1 << 25  # logits formed at once: 128 MiB in float32, and wide enough for full speed of the product
 _TILE = 256  # rows: a product on a GPU takes so many at a time, or half of them
@@ -43,16 +45,36 @@ def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
     >>> next_token_loss(model, torch.zeros(2, 8, dtype=torch.long)).shape
     torch.Size([])
     """
-    inner = next((module for module in model.modules() if is_pretrained(module)), None)
-    if inner is None or ids.shape[1] < 2 or not _is_large(inner, ids):
-        return _whole(model, ids)
+    return aimed_loss(model, ids, Aim)
+
+
+class Aim:
+    """What the logits of packed rows are held against: the tokens that come next, of ids (batch, length)."""
+
+    def __init__(self, ids: Tensor) -> None:
+        self.targets = ids[:, 1:].flatten()  # (n,)
+
+    def value(self, z: Tensor, inside: slice) -> Tensor:
+        """The summed loss (scalar, float32) of the rows' logits z: (n, words)."""
+        return F.cross_entropy(z.float(), self.targets[inside], reduction="sum")
+
+    def gradient(self, z: Tensor, inside: slice) -> tuple[Tensor, Tensor]:
+        """The same of logits without a graph, and its gradient by z."""
+        return _cross_entropy(z, self.targets[inside])
+
+
+def aimed_loss(model: nn.Module, ids: Tensor, aim_at: Callable[[Tensor], Aim]) -> Tensor:
+    """The mean loss (scalar, float32) of packed rows by their aim, as `next_token_loss` forms it."""
+    inner, aim = inner_model(model), aim_at(ids)
+    if inner is None or not _is_large(inner, ids):
+        return _whole(model, ids, aim)
     trunks = _trunks(inner)
     if not trunks or _is_compiled(model, inner) or _is_sharded_apart(inner, trunks):
-        return _whole(model, ids)
+        return _whole(model, ids, aim)
     before = vars(inner).get("forward")
     forward: Callable[..., Any] = inner.forward
     try:  # the wrapper's hooks run around it, as they do around the model's own forward
-        inner.forward = lambda ids: _chunked(inner, forward, trunks, ids)  # type: ignore[assignment]
+        inner.forward = lambda ids: _chunked(inner, forward, trunks, ids, aim)  # type: ignore[assignment]
         return model(ids)
     finally:
         del inner.forward
@@ -60,28 +82,53 @@ def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
             inner.forward = before
 
 
-def _whole(model: nn.Module, ids: Tensor) -> Tensor:
+def inner_model(model: nn.Module) -> PreTrainedModel | None:
+    """The transformers model inside its wrappers."""
+    return next((module for module in model.modules() if is_pretrained(module)), None)
+
+
+@torch.no_grad()
+def row_logits(model: nn.Module, ids: Tensor) -> Callable[[slice], Tensor]:
+    """The logits (n, words) of packed rows but their last, some rows at a time; no more are formed at once."""
+    inner = inner_model(model)
+    trunks = _trunks(inner) if inner is not None and _is_large(inner, ids) and inner is model else []
+    if trunks:
+        assert inner is not None
+        tail = _Tail(inner, inner.forward, trunks, ids)
+        hidden = tail.enter()
+        if hidden is not None:
+            rows = hidden[:, :-1].flatten(0, 1)
+            return lambda inside: tail.logits(rows[inside])
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    return lambda inside: logits[inside]
+
+
+def _whole(model: nn.Module, ids: Tensor, aim: Aim) -> Tensor:
     """The loss as everyone writes it."""
-    logits = model(input_ids=ids, use_cache=False).logits
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+    return _mean(model(input_ids=ids, use_cache=False).logits, aim)
+
+
+def _mean(logits: Tensor, aim: Aim) -> Tensor:
+    return aim.value(logits[:, :-1].flatten(0, 1), slice(None)) / len(aim.targets)
 
 
 def _is_large(model: PreTrainedModel, ids: Tensor) -> bool:
     words = getattr(model.config.get_text_config(), "vocab_size", None)
-    return isinstance(words, int) and ids.numel() * words > _ENTRIES
+    return isinstance(words, int) and ids.shape[1] > 1 and ids.numel() * words > _ENTRIES
 
 
-def _chunked(model: PreTrainedModel, forward: Callable[..., Any], trunks: list[nn.Module], ids: Tensor) -> Tensor:
+def _chunked(
+    model: PreTrainedModel, forward: Callable[..., Any], trunks: list[nn.Module], ids: Tensor, aim: Aim
+) -> Tensor:
     """The loss, from inside the model's forward."""
     call = _Tail(model, forward, trunks, ids)
     hidden = call.enter()
     if hidden is None:  # what is before the head hands on something unheard of
-        logits = forward(input_ids=ids, use_cache=False).logits
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
-    rows, targets = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()  # (n, d), (n,)
+        return _mean(forward(input_ids=ids, use_cache=False).logits, aim)
+    rows = hidden[:, :-1].flatten(0, 1)  # (n, d)
     if not torch.is_grad_enabled():
-        return call.loss(rows, targets)
-    return _Loss.apply(call, rows, targets, *call.trained())  # type: ignore[no-any-return]
+        return call.loss(rows, aim)
+    return _Loss.apply(call, rows, aim, *call.trained())  # type: ignore[no-any-return]
 
 
 class _Tail:
@@ -122,14 +169,15 @@ class _Tail:
         reached = _leaves(self.logits(hidden.detach()[0, :1]))
         return [each for each in wanted if id(each) in reached]
 
-    def loss(self, rows: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, rows: Tensor, aim: Aim) -> Tensor:
         """The mean loss, without gradients."""
-        total = torch.zeros((), device=rows.device)
-        for h, y in zip(rows.split(self._step()), targets.split(self._step()), strict=True):
-            total += F.cross_entropy(self.logits(h).float(), y, reduction="sum")
-        return total / len(targets)
+        total, step = torch.zeros((), device=rows.device), self._step()
+        for start in range(0, len(rows), step):
+            inside = slice(start, start + step)
+            total += aim.value(self.logits(rows[inside]), inside)
+        return total / len(rows)
 
-    def gradients(self, rows: Tensor, targets: Tensor, trained: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
+    def gradients(self, rows: Tensor, aim: Aim, trained: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
         """The summed loss, and its gradients by the rows and by the trained parameters.
 
         The sum's, not the mean's: divided by the count they could vanish in float16.
@@ -143,7 +191,7 @@ class _Tail:
             inside = slice(start, start + step)
             h = rows[inside].detach().requires_grad_()
             z = self.logits(h)
-            value, dz = _cross_entropy(z.detach(), targets[inside])
+            value, dz = aim.gradient(z.detach(), inside)
             by_rows[inside], *fresh = torch.autograd.grad(z, (h, *trained), dz, materialize_grads=True)
             total += value
             del z, dz  # before the next ones are formed
@@ -175,12 +223,12 @@ class _Loss(torch.autograd.Function):
     """The mean loss of hidden rows; its gradients are formed with it."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Tail, rows: Tensor, targets: Tensor, *trained: Tensor) -> Tensor:
+    def forward(ctx: Any, call: _Tail, rows: Tensor, aim: Aim, *trained: Tensor) -> Tensor:
         with torch.enable_grad():
-            total, gradients = call.gradients(rows, targets, trained)
+            total, gradients = call.gradients(rows, aim, trained)
         ctx.save_for_backward(*gradients)
-        ctx.count, ctx.dtypes = len(targets), [each.dtype for each in trained]
-        return total / len(targets)
+        ctx.count, ctx.dtypes = len(rows), [each.dtype for each in trained]
+        return total / len(rows)
 
     @staticmethod
     @once_differentiable

@@ -1,0 +1,158 @@
+"""Losses that also hold a network against a teacher, usually itself before it was pruned.
+
+    L = a T^2 KL(softmax(z_T / T) || softmax(z_S / T)) + (1 - a) CE(z_S, labels)          (Hinton et al. 2015)
+
+    dL/dz_S = a T (softmax(z_S / T) - softmax(z_T / T)) + (1 - a) (softmax(z_S) - onehot)
+
+over the full vocabulary; a the weight, T the temperature; mean over predicted tokens, or images. For language models
+both networks' logits are formed chunk by chunk, like those of `next_token_loss`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prunus.train.next_token import Aim, aimed_loss, row_logits
+
+if TYPE_CHECKING:
+    from prunus.masks import Masks
+
+__all__ = ["distilled_classification", "distilled_next_token", "share_frozen_"]
+
+
+@dataclass(frozen=True)
+class _Mixed:
+    """L of logits z (n, classes), those of the teacher and labels (n,), summed over rows."""
+
+    weight: float
+    temperature: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight <= 1 or not 0 < self.temperature < float("inf"):
+            raise ValueError(
+                f"distillation needs a weight in (0, 1] and a temperature > 0; got weight={self.weight}, "
+                f"temperature={self.temperature}"
+            )
+
+    def value(self, z: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """The summed loss (scalar, float32), with its graph."""
+        return self._divergence(z, teacher) + self._entropy(z, labels)
+
+    def gradient(self, z: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The same without a graph, and its gradient by z, in the dtype of z."""
+        a, T = self.weight, self.temperature
+        student, taught = (each.float().div(T).softmax(-1) for each in (z, teacher))
+        dz = student.sub_(taught).mul_(a * T)
+        del taught
+        if a < 1:
+            own = z.float().softmax(-1)
+            own[torch.arange(len(labels), device=z.device), labels] -= 1
+            dz.add_(own, alpha=1 - a)
+        return self.value(z, teacher, labels), dz.to(z.dtype)
+
+    def _divergence(self, z: Tensor, teacher: Tensor) -> Tensor:
+        a, T = self.weight, self.temperature
+        taught = F.log_softmax(teacher.float() / T, -1)
+        return a * T**2 * F.kl_div(F.log_softmax(z.float() / T, -1), taught, reduction="sum", log_target=True)
+
+    def _entropy(self, z: Tensor, labels: Tensor) -> Tensor:
+        if self.weight == 1:
+            return z.new_zeros((), dtype=torch.float32)
+        return (1 - self.weight) * F.cross_entropy(z.float(), labels, reduction="sum")
+
+
+def distilled_next_token(
+    teacher: nn.Module, weight: float = 0.5, temperature: float = 1.0
+) -> Callable[[nn.Module, Tensor], Tensor]:
+    """The loss of (model, packed ids (batch, length)) that holds a language model against a teacher of its vocabulary.
+
+    teacher: a transformers model, run without gradients in the mode and dtype in which it is. weight: a; 1 is the
+    divergence alone. temperature: T. Logits are never whole where there are more than 2^25 of them.
+
+    The loss raises ValueError for a teacher with another number of words.
+
+    >>> loss = distilled_next_token(dense, weight=0.5)
+    >>> train(model, batches, optimizer, lr, steps=100, loss=loss)
+    """
+    mixed = _Mixed(weight, temperature)
+
+    class Taught(Aim):
+        """Next tokens, and what the teacher says of them."""
+
+        def __init__(self, ids: Tensor) -> None:
+            super().__init__(ids)
+            self.logits = row_logits(teacher, ids)
+
+        def value(self, z: Tensor, inside: slice) -> Tensor:
+            return mixed.value(z, self._taught(z, inside), self.targets[inside])
+
+        def gradient(self, z: Tensor, inside: slice) -> tuple[Tensor, Tensor]:
+            return mixed.gradient(z, self._taught(z, inside), self.targets[inside])
+
+        def _taught(self, z: Tensor, inside: slice) -> Tensor:
+            with torch.no_grad():
+                taught = self.logits(inside)
+            _check_classes(z, taught)
+            return taught
+
+    return lambda model, ids: aimed_loss(model, ids, Taught)
+
+
+def distilled_classification(
+    teacher: nn.Module, weight: float = 0.5, temperature: float = 1.0
+) -> Callable[[nn.Module, tuple[Tensor, Tensor]], Tensor]:
+    """The loss of (model, (inputs, labels)) that holds a classifier against a teacher of its classes.
+
+    teacher, weight, temperature: as in `distilled_next_token`. Models return logits (batch, classes), or an object that
+    has them. The loss raises ValueError for a teacher with other classes.
+
+    >>> loss = distilled_classification(dense)
+    >>> loss(pruned, (torch.zeros(2, 4), torch.tensor([0, 1]))).shape
+    torch.Size([])
+    """
+    mixed = _Mixed(weight, temperature)
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        z = _logits(model(batch[0]))
+        with torch.no_grad():
+            taught = _logits(teacher(batch[0]))
+        _check_classes(z, taught)
+        return mixed.value(z, taught, batch[1]) / len(batch[1])
+
+    return loss
+
+
+def share_frozen_(teacher: nn.Module, model: nn.Module, masks: Masks) -> int:
+    """Let the teacher hold the model's own tensors where they are equal and stay so; returns how many bytes that saves.
+
+    Those that are pruned, or require gradients, are not shared. Both on one device.
+
+    >>> share_frozen_(dense, model, masks)
+    """
+    own, saved = dict(model.named_parameters()), 0
+    for name, parameter in teacher.named_parameters():
+        mine = own.get(name)
+        if mine is None or mine.requires_grad or name in masks or mine.dtype != parameter.dtype:
+            continue
+        if mine.device == parameter.device and torch.equal(mine, parameter):
+            parameter.data = mine.data
+            saved += mine.numel() * mine.element_size()
+    return saved
+
+
+def _logits(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def _check_classes(z: Tensor, taught: Tensor) -> None:
+    if z.shape != taught.shape:
+        raise ValueError(
+            f"the teacher returns {taught.shape[-1]} logits and the model {z.shape[-1]}: a teacher knows the same "
+            "words or classes"
+        )

@@ -1,0 +1,137 @@
+"""Distillation against its formula written out and differentiated by autograd: whole, in chunks, for classifiers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from prunus.adapt import adapt
+from prunus.layers import find_layers
+from prunus.prune import prune
+from prunus.train import (
+    distilled_classification,
+    distilled_next_token,
+    next_token,
+    next_token_loss,
+    share_frozen_,
+    train,
+)
+from tests.conftest import VOCABULARY, tiny_llama
+from tests.laws.test_next_token import build, gradients, tokens
+
+
+def written_out(z: Tensor, taught: Tensor, labels: Tensor, weight: float, temperature: float) -> Tensor:
+    """a T^2 sum_c p_T (log p_T - log p_S) + (1 - a) (-log p_S(label)), mean over rows."""
+    z, taught = z.double(), taught.double()
+    p = (taught / temperature).softmax(-1)
+    divergence = (p * ((taught / temperature).log_softmax(-1) - (z / temperature).log_softmax(-1))).sum(-1)
+    entropy = -z.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    return (weight * temperature**2 * divergence + (1 - weight) * entropy).mean()
+
+
+def plain(teacher: nn.Module, weight: float, temperature: float) -> Any:
+    def loss(model: nn.Module, ids: Tensor) -> Tensor:
+        z = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        with torch.no_grad():
+            taught = teacher(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        return written_out(z, taught, ids[:, 1:].flatten(), weight, temperature)
+
+    return loss
+
+
+def pair(family: str) -> tuple[Any, Any, Tensor]:
+    teacher = build(family)
+    model = copy.deepcopy(teacher)
+    prune(model, sparsity=0.5, views=[view for view in find_layers(model) if view.shape[0] != 64])
+    return model, teacher, tokens(min(64, model.config.vocab_size))
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize(("weight", "temperature"), [(0.5, 1.0), (1.0, 1.0), (0.3, 2.0), (1.0, 4.0)])
+@pytest.mark.parametrize("family", ["llama", "gemma2-capped", "phi-bias"])
+def test_value_and_gradients_are_those_of_the_formula(
+    family: str, weight: float, temperature: float, chunked: bool, monkeypatch: pytest.MonkeyPatch
+):
+    if chunked:
+        monkeypatch.setattr(next_token, "_ENTRIES", 64 * 5)  # five rows at a time
+    model, teacher, ids = pair(family)
+    expected, wanted = gradients(model, ids, plain(teacher, weight, temperature))
+    value, found = gradients(model, ids, distilled_next_token(teacher, weight, temperature))
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+    assert found.keys() == wanted.keys()
+    for name, grad in wanted.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-6 + 1e-5 * grad.abs().max().item(), msg=name)
+    with torch.no_grad():
+        again = distilled_next_token(teacher, weight, temperature)(model, ids)
+    torch.testing.assert_close(again.double(), expected, rtol=1e-5, atol=1e-6)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_a_teacher_that_agrees_teaches_nothing():
+    model, _, ids = pair("llama")
+    value, found = gradients(model, ids, distilled_next_token(model, weight=1.0))
+    assert abs(float(value)) < 1e-6
+    assert all(float(grad.abs().max()) < 1e-6 for grad in found.values())
+
+
+def test_adapters_learn_from_the_dense_model_under_their_masks():
+    teacher, ids = tiny_llama(), tokens(VOCABULARY, batch=4, length=16)
+    model = copy.deepcopy(teacher)
+    masks, views = prune(model, sparsity=0.7), find_layers(model)
+    adaptation = adapt(model, ["mask_lora"], masks=masks, views=views, rank=8)
+    loss = distilled_next_token(teacher, weight=1.0)
+    optimizer = torch.optim.AdamW(adaptation.param_groups(2e-2))
+    losses = train(model, lambda _: ids, optimizer, lambda _: 1.0, steps=40, loss=loss).losses
+    assert losses[-1] < 0.5 * losses[0]
+    adaptation.merge_()
+    masks.check(model)
+
+
+@pytest.mark.parametrize(("weight", "temperature"), [(0.5, 1.0), (1.0, 3.0)])
+def test_classifiers_have_the_formula_too(weight: float, temperature: float):
+    torch.manual_seed(0)
+    model, teacher = nn.Linear(6, 5), nn.Linear(6, 5)
+    x, labels = torch.randn(7, 6), torch.randint(5, (7,))
+    value = distilled_classification(teacher, weight, temperature)(model, (x, labels))
+    expected = written_out(model(x), teacher(x), labels, weight, temperature)
+    torch.testing.assert_close(value.double(), expected)
+    own, other = (torch.autograd.grad(each, model.weight)[0] for each in (value, expected))
+    torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_teacher_shares_what_stays_as_it_is():
+    teacher, ids = tiny_llama(), tokens(VOCABULARY)
+    model = copy.deepcopy(teacher)
+    masks = prune(model, sparsity=0.5)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("norm" in name)
+    with torch.no_grad():
+        before = teacher(ids).logits
+        saved = share_frozen_(teacher, model, masks)
+        table = model.get_input_embeddings().weight
+        assert saved == table.numel() * 4
+        assert teacher.get_input_embeddings().weight.data_ptr() == table.data_ptr()
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(1.0)
+        assert torch.equal(teacher(ids).logits, before)
+
+
+def test_what_is_refused():
+    for weight, temperature in ((0.0, 1.0), (1.5, 1.0), (0.5, 0.0), (0.5, float("inf")), (float("nan"), 1.0)):
+        with pytest.raises(ValueError, match="distillation needs a weight in \\(0, 1\\] and a temperature > 0"):
+            distilled_next_token(nn.Linear(1, 1), weight, temperature)
+    model, teacher = nn.Linear(6, 5), nn.Linear(6, 4)
+    with pytest.raises(ValueError, match="the teacher returns 4 logits and the model 5"):
+        distilled_classification(teacher)(model, (torch.zeros(2, 6), torch.tensor([0, 1])))
+
+
+def test_cross_entropy_is_the_limit():
+    model, teacher, ids = pair("llama")
+    with torch.no_grad():
+        near = distilled_next_token(teacher, weight=1e-6)(model, ids)
+        torch.testing.assert_close(near, next_token_loss(model, ids), rtol=1e-4, atol=0)
