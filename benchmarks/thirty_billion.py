@@ -53,7 +53,7 @@ from transformers import AutoConfig, OPTConfig, OPTForCausalLM
 
 from prunus.adapt.adapt import adapt
 from prunus.blocks.recompute import recomputed
-from prunus.data.texts import PackedTokens
+from prunus.data import PackedTokens
 from prunus.layers import Layer, find_layers
 from prunus.machine.files import write_json
 from prunus.masks import Masks

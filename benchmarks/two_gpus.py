@@ -38,7 +38,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from prunus.adapt.adapt import adapt
 from prunus.blocks.recompute import recomputed
-from prunus.data.texts import PackedTokens
+from prunus.data import PackedTokens
 from prunus.layers import find_layers
 from prunus.machine import ranks
 from prunus.machine.files import write_json

@@ -1,5 +1,6 @@
 """What networks learn from and are judged by: token windows of texts, image sets, and the classifiers of the papers."""
 
+from prunus.data.chats import read_chats
 from prunus.data.images import (
     CORRUPTIONS,
     Augment,
@@ -13,12 +14,16 @@ from prunus.data.images import (
 )
 from prunus.data.images.corruptions import Strengths
 from prunus.data.models import build_model
-from prunus.data.texts import (
-    ASSETS,
-    SPLITS,
+from prunus.data.texts import ASSETS, ENDINGS, SPLITS, TextSource, read_texts
+from prunus.data.tokens import (
+    IGNORED,
     PackedTokens,
+    Tokens,
     calibration,
-    read_texts,
+    head_of,
+    labels,
+    mixed,
+    read_tokens,
     tokenize,
     tokenize_documents,
     windows,
@@ -27,6 +32,8 @@ from prunus.data.texts import (
 __all__ = [
     "ASSETS",
     "CORRUPTIONS",
+    "ENDINGS",
+    "IGNORED",
     "SPLITS",
     "Augment",
     "ImageBatches",
@@ -34,13 +41,20 @@ __all__ = [
     "LoaderBatches",
     "PackedTokens",
     "Strengths",
+    "TextSource",
+    "Tokens",
     "build_model",
     "calibration",
     "check_corruptions",
     "corrupt",
+    "head_of",
+    "labels",
+    "mixed",
     "plain_batches",
+    "read_chats",
     "read_images",
     "read_texts",
+    "read_tokens",
     "tokenize",
     "tokenize_documents",
     "windows",
