@@ -13,7 +13,9 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["atomic", "write_json", "write_tensors", "write_text"]
+__all__ = ["atomic", "json_line", "json_value", "read_json", "write_json", "write_tensors", "write_text"]
+
+_NUMBERS = {text: float(text) for text in ("nan", "inf", "-inf")}
 
 
 @contextmanager
@@ -47,9 +49,37 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON to `path` in one atomic step; what JSON does not know is written as text.
 
+    NaN and infinities are the strings "nan", "inf" and "-inf", which every JSON reader takes and `read_json` undoes.
+
     >>> write_json(Path("out/result.json"), {"perplexity": 12.5})
     """
-    write_text(path, json.dumps(value, indent=1, default=str) + "\n")
+    write_text(path, json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
+
+
+def json_line(value: Any) -> str:
+    """`value` as one line of JSON, as `write_json` writes it.
+
+    >>> json_line({"loss": float("nan")})
+    '{"loss": "nan"}'
+    """
+    return json.dumps(_plain(value), allow_nan=False)
+
+
+def json_value(text: str) -> Any:
+    """What JSON text says, with the numbers that `write_json` wrote as text. Raises ValueError for what is not JSON.
+
+    >>> json_value(json_line({"loss": float("inf")}))
+    {'loss': inf}
+    """
+    return _numbers(json.loads(text))
+
+
+def read_json(path: str | Path) -> Any:
+    """What a JSON file says. Raises ValueError that names the file when it is not JSON in UTF-8."""
+    try:
+        return json_value(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); it was damaged or edited: get it again") from None
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -67,3 +97,25 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         seen.add(storage)
     with atomic(path) as partial:
         save_file(plain, partial, metadata=None if metadata is None else dict(metadata))
+
+
+def _plain(value: Any) -> Any:
+    """The value in what JSON knows; numbers of other libraries by their `item`, the rest as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (str, bool, int)) or value is None:
+        return value
+    if isinstance(value, float):
+        return value if value - value == 0 else str(value)  # inf - inf and nan - nan are nan
+    return _plain(value.item()) if callable(getattr(value, "item", None)) else str(value)
+
+
+def _numbers(value: Any) -> Any:
+    """The value with "nan", "inf" and "-inf" as numbers again."""
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    return _NUMBERS.get(value, value) if isinstance(value, str) else value

@@ -10,7 +10,6 @@ complete or absent, and is not trained again. In a grid members are jobs; `blend
 from __future__ import annotations
 
 import copy
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 
-from prunus.machine import write_json
+from prunus.machine import read_json, write_json
 from prunus.masks import Masks
 from prunus.run import stages
 from prunus.run.recipe import Recipe, Retrain, digest, said
@@ -193,7 +192,7 @@ def _kept(pruned: Pruned, name: str, asked: Retrain, path: Path) -> Numbers:
     """What a member's folder says, or the file of the longer run, whose model is not kept; else it is trained first."""
     key, alone = member_key(pruned.recipe, asked), path.suffix == ".json"
     stored = path if alone else path / "prunus.json"
-    known = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
+    known = read_json(stored) if stored.is_file() else {}
     if known.get("member") == key:
         return known["metrics"]
     checkpoint = path.parent / f"{key[:16]}.pt"

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from prunus import __version__
-from prunus.machine import write_json, write_text
+from prunus.machine import read_json, write_json, write_text
 from prunus.save.shards import ShardWriter
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def load_info(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / INFO_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {INFO_NAME}: it is not a model saved by Prunus")
-    info = json.loads(path.read_text(encoding="utf-8"))
+    info = read_json(path)
     found = info.get("format") if isinstance(info, dict) else None
     if found != FORMAT:
         raise ValueError(

@@ -13,16 +13,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import PreTrainedModel
 
 from prunus.data import IGNORED
 from prunus.kernels import uses_kernels
+from prunus.machine import is_pretrained
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["next_token_loss"]
 
@@ -45,7 +48,7 @@ def next_token_loss(model: nn.Module, batch: Tensor | Sequence[Tensor]) -> Tenso
     torch.Size([])
     """
     ids, labels = (batch, None) if isinstance(batch, Tensor) else batch
-    inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    inner = next((module for module in model.modules() if is_pretrained(module)), None)
     if inner is None or ids.shape[1] < 2 or not _is_large(inner, ids):
         return _whole(model, ids, labels)
     trunks = _trunks(inner)

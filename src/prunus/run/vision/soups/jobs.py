@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.during import During, Part, cubic
+from prunus.during import Part, cubic
 from prunus.masks import Masks
 from prunus.run.names import criteria, retrainings
 from prunus.run.recipe import digest, said
@@ -30,7 +30,7 @@ from prunus.run.vision.soups.averaging import Average, Meter, averaged, plain_st
 from prunus.run.vision.soups.recipe import SoupRecipe, member_of, order_of
 from prunus.run.vision.starts import dense_job
 from prunus.soup import average, average_and_reprune, distance, phase_sparsities
-from prunus.train import Multiplier, Original, Swa
+from prunus.train import During, Multiplier, Original, Swa
 
 __all__ = [
     "Training",
