@@ -140,7 +140,7 @@ def test_labels_of_windows_by_hand(tmp_path):
     assert labels(found, 4).tolist() == [[n, n, c, end], [n, n, n, n], [n, n, n, n]]
     packed = PackedTokens(found, 4)
     assert len(packed) == 1  # where nothing is learnt nothing is seen
-    ids, wanted = packed.labelled(5, batch=2, seed=0)
+    ids, wanted = packed.batch(5, batch=2, seed=0)
     assert ids.tolist() == 2 * windows(found, 4)[:1].tolist()
     assert wanted.tolist() == 2 * [[n, n, c, end]]
     assert labels(found, 7).tolist() == [[n, n, c, end, n, n, n], [n, n, n, n, n, l, end]]

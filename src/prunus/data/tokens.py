@@ -223,9 +223,10 @@ class PackedTokens:
             )
         return self._rows(step * batch + rank * (batch // world), batch // world, seed)[0]
 
-    def labelled(self, step: int, *, batch: int, seed: int) -> tuple[Tensor, Tensor]:
-        """The windows of a step and their `labels`, both (batch, length) int64. Raises as `at`."""
-        return self._rows(step * batch, batch, seed)
+    def batch(self, step: int, *, batch: int, seed: int) -> Tensor | tuple[Tensor, Tensor]:
+        """What `next_token_loss` takes: the windows of a step, with their `labels` beside them if there are answers."""
+        ids, wanted = self._rows(step * batch, batch, seed)
+        return ids if self._answered is None else (ids, wanted)
 
     def _rows(self, first: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
         stream = _stream(self.tokens, self.length)
@@ -356,7 +357,10 @@ def _encoded(documents: Iterable[Iterable[str]], tokenizer: Any) -> Blocks:
             if follows:
                 taken, given = _agreeing(before, here)
                 yield before.ids[:taken]
-                here = here.after(given) if given is not None else _encode(tokenizer, [text[_OVERLAP:]], long)[0]
+                if given is None:
+                    here = _encode(tokenizer, [text[_OVERLAP:]], long, _OVERLAP)[0]
+                else:
+                    here = here.after(given)
             elif begun and here.ids:
                 yield [end_of(tokenizer)]
             begun |= bool(here.ids)
@@ -376,12 +380,14 @@ class _Encoded:
         return _Encoded(self.ids[place:], self.starts[place:])
 
 
-def _encode(tokenizer: Any, texts: list[str], placed: bool) -> list[_Encoded]:
-    """placed: whether it matters where tokens start."""
+def _encode(tokenizer: Any, texts: list[str], placed: bool, offset: int = 0) -> list[_Encoded]:
+    """placed: whether it matters where tokens start. offset: where the texts themselves start."""
     how = {"return_offsets_mapping": True} if placed else {}
     found = tokenizer(texts, add_special_tokens=False, verbose=False, **how)
-    spans = found["offset_mapping"] if placed else [()] * len(texts)
-    return [_Encoded(ids, [start for start, _ in of]) for ids, of in zip(found["input_ids"], spans, strict=True)]
+    spans: list[list[tuple[int, int]]] = found["offset_mapping"] if placed else [[] for _ in texts]
+    return [
+        _Encoded(ids, [start + offset for start, _ in of]) for ids, of in zip(found["input_ids"], spans, strict=True)
+    ]
 
 
 def _agreeing(before: _Encoded, here: _Encoded) -> tuple[int, int | None]:

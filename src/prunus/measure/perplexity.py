@@ -36,7 +36,7 @@ def perplexity(
     its own precision; losses are taken in float32 and summed in float64.
     Raises: ValueError when the tokens hold no window, or a window holds fewer than 2 tokens.
 
-    >>> perplexity(model, Tokens(tokenize(read_texts("embedded"), tokenizer), head_of(tokenizer)), window=512)
+    >>> perplexity(model, tokenize(read_texts("embedded", split="test"), tokenizer), window=512)
     """
     rows, wanted, predicted = cut(tokens, window)
     place = torch.device(device) if device is not None else next(model.parameters()).device
