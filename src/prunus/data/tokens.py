@@ -357,10 +357,8 @@ def _encoded(documents: Iterable[Iterable[str]], tokenizer: Any) -> Blocks:
             if follows:
                 taken, given = _agreeing(before, here)
                 yield before.ids[:taken]
-                if given is None:
-                    here = _encode(tokenizer, [text[_OVERLAP:]], long, _OVERLAP)[0]
-                else:
-                    here = here.after(given)
+                rest = [text[_OVERLAP:]]
+                here = _encode(tokenizer, rest, long, _OVERLAP)[0] if given is None else here.after(given)
             elif begun and here.ids:
                 yield [end_of(tokenizer)]
             begun |= bool(here.ids)
