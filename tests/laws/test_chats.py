@@ -51,7 +51,7 @@ def shown(tokens: Any, made: Any) -> str:
     return "".join(each.upper() if on else each for each, on in zip(letters, tokens.answers.tolist(), strict=True))
 
 
-def test_of_chats_the_answers_and_their_ends_are_learnt(tmp_path):
+def test_of_chats_the_answers_and_their_ends_are_learnt(tmp_path: Path):
     source = written(tmp_path / "c.jsonl", {"m": turns("q", " why ", "r", "no")}, {"m": turns("s", "ok"), "n": 1})
     made = tokenizer()
     found = read_chats(source, made, messages="m")
@@ -61,7 +61,7 @@ def test_of_chats_the_answers_and_their_ends_are_learnt(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv"])
-def test_of_pairs_the_answers_and_the_end_token_are_learnt(tmp_path, ending):
+def test_of_pairs_the_answers_and_the_end_token_are_learnt(tmp_path: Path, ending: Any):
     path = tmp_path / f"p.{ending}"
     source = written(path, {"ask": "2+2=", "say": " four"}, {"ask": "", "say": "x"})
     if ending == "csv":
@@ -70,13 +70,13 @@ def test_of_pairs_the_answers_and_the_end_token_are_learnt(tmp_path, ending):
     assert shown(read_chats(source, made, prompt="ask", answer="say"), made) == "2+2= FOUR</S>X</S>"
 
 
-def test_pairs_of_turns_go_through_the_template(tmp_path):
+def test_pairs_of_turns_go_through_the_template(tmp_path: Path):
     source = written(tmp_path / "p.jsonl", {"prompt": turns("q"), "completion": turns("", "a")[1:]})
     made = tokenizer()
     assert shown(read_chats(source, made), made) == "<u>q|\n<a>A|\n</s>"
 
 
-def test_a_start_token_of_the_template_is_not_there_twice(tmp_path):
+def test_a_start_token_of_the_template_is_not_there_twice(tmp_path: Path):
     made = tokenizer("</s>" + TEMPLATE, start=True)
     source = written(tmp_path / "c.jsonl", {"m": turns("q", "a")})
     found = read_chats(source, made, messages="m")
@@ -84,7 +84,7 @@ def test_a_start_token_of_the_template_is_not_there_twice(tmp_path):
     assert shown(found, made) == "<u>q|\n<a>A|\n</s>"
 
 
-def test_a_token_with_a_part_of_the_answer_belongs_to_it(tmp_path):
+def test_a_token_with_a_part_of_the_answer_belongs_to_it(tmp_path: Path):
     from transformers import AutoTokenizer
 
     from prunus.data import ASSETS
@@ -93,6 +93,7 @@ def test_a_token_with_a_part_of_the_answer_belongs_to_it(tmp_path):
     found = read_chats(written(tmp_path / "p.jsonl", {"prompt": "It was ", "completion": "the end"}), made)
     pieces = [made.decode([token]) for token in found.ids.tolist()]
     assert pieces == ["It", " was", " the", " end", "</s>"]
+    assert found.answers is not None
     assert found.answers.tolist() == [False, False, True, True, True]
 
 
@@ -107,13 +108,13 @@ def test_a_token_with_a_part_of_the_answer_belongs_to_it(tmp_path):
         ({"n": 1}, "line 2 has no column 'm'"),
     ],
 )
-def test_rows_that_are_no_chats_are_refused_with_their_place(tmp_path, row, message):
+def test_rows_that_are_no_chats_are_refused_with_their_place(tmp_path: Path, row: Any, message: Any):
     source = written(tmp_path / "c.jsonl", {"m": turns("q", "a")}, row)
     with pytest.raises(ValueError, match=message):
         read_chats(source, tokenizer(), messages="m")
 
 
-def test_what_cannot_make_chats_is_refused(tmp_path):
+def test_what_cannot_make_chats_is_refused(tmp_path: Path):
     source = written(tmp_path / "c.jsonl", {"m": turns("q", "a", "r", "b"), "prompt": "x", "completion": ""})
     with pytest.raises(ValueError, match="no chat template"):
         read_chats(source, tokenizer(None), messages="m")
@@ -133,7 +134,7 @@ def pairs(tmp_path: Path, *rows: tuple[str, str]) -> tuple[Any, Any]:
     return read_chats(written(tmp_path / "p.jsonl", *asked), made), made
 
 
-def test_labels_of_windows_by_hand(tmp_path):
+def test_labels_of_windows_by_hand(tmp_path: Path):
     found, made = pairs(tmp_path, ("ab", "c"), ("defghijk", "l"))  # ab C END | defg hijk | L END
     c, l, end = (int(made(letter)["input_ids"][0]) for letter in ("c", "l", "</s>"))
     n = IGNORED
@@ -150,18 +151,19 @@ def test_labels_of_windows_by_hand(tmp_path):
 
 
 @pytest.mark.parametrize("entries", [1 << 25, 600], ids=["whole", "in chunks"])
-def test_the_loss_is_the_mean_over_the_answers(tmp_path, monkeypatch, entries):
+def test_the_loss_is_the_mean_over_the_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entries: Any):
     monkeypatch.setattr(next_token, "_ENTRIES", entries)
     monkeypatch.setattr(next_token, "_TILE", 2)
     found, _ = pairs(tmp_path, ("ab", "c"), ("de", "fgh"), ("i", "jk"))
     model = tiny_llama()
+    words = next(model.parameters())  # the embedding, which is the head, too
     ids, wanted = (rows[:2] for rows in (windows(found, 7).long(), labels(found, 7).long()))
     places = [(row, place) for row in range(2) for place in range(1, 7) if wanted[row, place] != IGNORED]
     assert len(places) == 8  # ab C E de F | G H E i J K E, of which G, the first of a window, is not predicted
     logs = torch.log_softmax(model(input_ids=ids).logits, -1)
     by_hand = -torch.stack([logs[row, place - 1, ids[row, place]] for row, place in places]).mean()
-    gradient = torch.autograd.grad(by_hand, model.get_input_embeddings().weight)[0]
+    gradient = torch.autograd.grad(by_hand, words)[0]
     loss = next_token_loss(model, (ids, wanted))
     torch.testing.assert_close(loss, by_hand)
-    torch.testing.assert_close(torch.autograd.grad(loss, model.get_input_embeddings().weight)[0], gradient)
+    torch.testing.assert_close(torch.autograd.grad(loss, words)[0], gradient)
     assert perplexity(model, found, window=7) == pytest.approx(math.exp(by_hand.item()), rel=1e-5)

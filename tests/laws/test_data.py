@@ -7,6 +7,7 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -81,7 +82,7 @@ def test_documents_end_with_the_end_token():
     assert tokenize_documents(["ab", "c"], Bytes()).tolist() == [*b"ab", 256, *b"c", 256]
 
 
-def marks(end="</s>"):
+def marks(end: Any = "</s>"):
     """A tokenizer without pre-tokenizer, whose words may be of any characters: merges reach over spaces."""
     alphabet = ["<unk>", end, "▁", *"abcdefghijklmnopqrstuvwxyz.,"]
     pairs = [("e", "▁"), ("t", "h"), ("th", "e▁"), ("a", "n"), ("an", "d"), ("▁", "an"), (".", "▁"), ("d", "▁")]
@@ -92,7 +93,9 @@ def marks(end="</s>"):
 
 
 @pytest.mark.parametrize("make", ["words", "marks"])
-def test_a_long_text_in_chunks_has_the_tokens_of_the_whole(make, request, monkeypatch):
+def test_a_long_text_in_chunks_has_the_tokens_of_the_whole(
+    make: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+):
     tokenizer = request.getfixturevalue("words") if make == "words" else marks()
     text = read_texts("embedded", split="test")[0][:30_000]
     whole = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -106,14 +109,16 @@ def test_a_long_text_in_chunks_has_the_tokens_of_the_whole(make, request, monkey
     assert tokenize_documents(parts, tokenizer).tolist() == ends
 
 
-def test_a_text_that_reads_otherwise_from_every_place_is_tokenised_all_the_same(words, monkeypatch):
+def test_a_text_that_reads_otherwise_from_every_place_is_tokenised_all_the_same(
+    words: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(tokens_module, "_CHUNK", 1000)
     monkeypatch.setattr(tokens_module, "_OVERLAP", 40)
     text = "\N{GRINNING FACE}" * 1501
     assert words.decode(tokenize([text], words)) == text
 
 
-def test_no_more_is_read_than_is_asked_for(words, monkeypatch):
+def test_no_more_is_read_than_is_asked_for(words: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch):
     for name, size in (("_CHUNK", 500), ("_OVERLAP", 100), ("_BATCH", 1000)):
         monkeypatch.setattr(tokens_module, name, size)
     read = []
@@ -129,7 +134,9 @@ def test_no_more_is_read_than_is_asked_for(words, monkeypatch):
     assert len(read) < 40
 
 
-def test_a_long_stream_is_tokenised_once_for_each_content(words, tmp_path, monkeypatch):
+def test_a_long_stream_is_tokenised_once_for_each_content(
+    words: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("PRUNUS_CACHE", str(tmp_path / "kept"))
     for name in ("_SMALL", "_HELD"):
         monkeypatch.setattr(tokens_module, name, 100)
@@ -156,13 +163,15 @@ def test_a_mixture_has_the_shares_that_are_asked_for():
     again = mixed([few, many], [0.5, 0.5], total=24)
     assert again.ids.tolist() == [*range(10), 0, 1, *range(100, 112)]
     answered = Tokens(torch.arange(4), answers=torch.tensor([True, False, False, True]))
-    assert mixed([answered, many], [1, 1]).answers.tolist() == [True, False, False, True] + 4 * [True]
+    both = mixed([answered, many], [1, 1]).answers
+    assert both is not None
+    assert both.tolist() == [True, False, False, True] + 4 * [True]
     with pytest.raises(ValueError, match="above 0"):
         mixed([few, many], [1, 0])
 
 
 @pytest.mark.parametrize(("count", "batch"), [(10, 4), (3, 5), (8, 8), (7, 1)])
-def test_each_epoch_serves_each_window_once(count, batch):
+def test_each_epoch_serves_each_window_once(count: Any, batch: Any):
     packed = PackedTokens(torch.arange(count * 2 + 1, dtype=torch.int32), 2)
     served = torch.cat([packed.at(step, batch=batch, seed=3) for step in range(count)])  # `batch` whole epochs
     assert served.dtype == torch.int64
@@ -194,7 +203,7 @@ def test_ranks_share_a_batch():
 
 
 @pytest.mark.parametrize("length", [30, 24, 60])
-def test_calibration_windows_do_not_overlap_where_the_stream_is_long_enough(length):
+def test_calibration_windows_do_not_overlap_where_the_stream_is_long_enough(length: Any):
     samples = 120 // length
     drawn = calibration(torch.arange(120), samples, length, seed=7)
     assert drawn.shape == (samples, length)
@@ -210,18 +219,18 @@ def test_calibration_of_a_short_stream():
         calibration(torch.arange(11), 5, 8, seed=0)
 
 
-def rows_of(texts):
+def rows_of(texts: Any):
     return "".join(json.dumps({"text": text, "n": n}, ensure_ascii=False) + "\n" for n, text in enumerate(texts))
 
 
-def csv_of(texts, delimiter=","):
+def csv_of(texts: Any, delimiter: Any = ","):
     file = io.StringIO(newline="")
     writer = csv.writer(file, delimiter=delimiter)
     writer.writerows([("n", "text"), *enumerate(texts)])
     return file.getvalue()
 
 
-def test_every_form_of_file_holds_the_same_texts(tmp_path):
+def test_every_form_of_file_holds_the_same_texts(tmp_path: Path):
     texts = ["first\u2028line\nsecond", 'übrig, "so" to\tsay', ""]
     (tmp_path / "a.jsonl").write_text(rows_of(texts), encoding="utf-8")
     (tmp_path / "a.csv").write_text(csv_of(texts), encoding="utf-8", newline="")
@@ -240,7 +249,7 @@ def test_every_form_of_file_holds_the_same_texts(tmp_path):
             read_texts(str(path), column="body")
 
 
-def test_a_text_file_is_one_text_with_its_own_line_ends(tmp_path):
+def test_a_text_file_is_one_text_with_its_own_line_ends(tmp_path: Path):
     text = "one\r\ntwo\n"
     (tmp_path / "b.txt").write_bytes(text.encode())
     (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
@@ -270,7 +279,7 @@ def test_a_text_file_is_one_text_with_its_own_line_ends(tmp_path):
         ("a.parquet", b"version https://git-lfs", "no whole parquet file"),
     ],
 )
-def test_what_is_no_text_is_refused_with_its_place(tmp_path, name, content, message):
+def test_what_is_no_text_is_refused_with_its_place(tmp_path: Path, name: Any, content: Any, message: Any):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message) as caught:
@@ -283,7 +292,7 @@ def test_what_is_no_text_is_refused_with_its_place(tmp_path, name, content, mess
     ("values", "message"),
     [(["x"] * 300 + [None], "row 301.*null"), ([b"x"], "row 1.*bytes"), ([[{"role": "user"}]], "row 1.*a list")],
 )
-def test_rows_of_parquet_that_are_no_texts_are_refused(tmp_path, values, message):
+def test_rows_of_parquet_that_are_no_texts_are_refused(tmp_path: Path, values: Any, message: Any):
     pq.write_table(pa.table({"text": values}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=message):
         read_texts(tmp_path / "a.parquet")
@@ -294,11 +303,11 @@ def test_rows_of_parquet_that_are_no_texts_are_refused(tmp_path, values, message
     ("name", "wanted"),
     [("owner/name:config:test", ("owner/name", "config", "test")), ("name", ("name", None, "train"))],
 )
-def test_hub_data_sets_are_read_through_datasets(name, wanted, most, monkeypatch):
+def test_hub_data_sets_are_read_through_datasets(name: Any, wanted: Any, most: Any, monkeypatch: pytest.MonkeyPatch):
     datasets, asked = pytest.importorskip("datasets"), []
     rows = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "n": [1, 2, 3]})
 
-    def load(name, config, *, split, revision, streaming):
+    def load(name: Any, config: Any, *, split: Any, revision: Any, streaming: Any):
         asked.append((name, config, split, revision, streaming))
         return rows.to_iterable_dataset() if streaming else rows
 
@@ -314,10 +323,10 @@ def test_hub_data_sets_are_read_through_datasets(name, wanted, most, monkeypatch
 @pytest.mark.parametrize(
     "error", [ValueError("Unknown split\n'dev'"), FileNotFoundError("nowhere"), OSError("offline")]
 )
-def test_a_data_set_that_does_not_open_is_named_in_one_line(error, monkeypatch):
+def test_a_data_set_that_does_not_open_is_named_in_one_line(error: Any, monkeypatch: pytest.MonkeyPatch):
     datasets = pytest.importorskip("datasets")
 
-    def load(*_, **__):
+    def load(*_, **__: Any):
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", load)
@@ -325,13 +334,13 @@ def test_a_data_set_that_does_not_open_is_named_in_one_line(error, monkeypatch):
         read_texts("mytexts")
 
 
-def test_without_the_data_sets_package_a_name_is_said_to_be_no_file(monkeypatch):
+def test_without_the_data_sets_package_a_name_is_said_to_be_no_file(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"no file or folder 'mytexts'.*pip install 'prunus\[datasets\]'"):
         read_texts("mytexts")
 
 
-def test_a_folder_is_read_by_split(tmp_path):
+def test_a_folder_is_read_by_split(tmp_path: Path):
     (tmp_path / "data").mkdir()
     for name in ("test.txt", "data/train-00000-of-00002.txt", "data/train-00001-of-00002.txt", "trainer.txt"):
         (tmp_path / name).write_text(name)
@@ -344,7 +353,7 @@ def test_a_folder_is_read_by_split(tmp_path):
         read_texts(tmp_path / "test.txt", split="test")
 
 
-def test_a_folder_without_splits_is_all_its_texts_in_order(tmp_path):
+def test_a_folder_without_splits_is_all_its_texts_in_order(tmp_path: Path):
     (tmp_path / "b").mkdir()
     (tmp_path / ".git").mkdir()
     for name in ("a.txt", "b/one.txt", "c.txt", ".git/x.txt", "picture.png"):
@@ -357,12 +366,12 @@ def test_a_folder_without_splits_is_all_its_texts_in_order(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["texts/missing.parquet", "missing.txt", "/no/such/place/x.jsonl.gz"])
-def test_a_missing_file_is_named(name):
+def test_a_missing_file_is_named(name: Any):
     with pytest.raises(FileNotFoundError, match=Path(name).name):
         read_texts(name)
 
 
-def test_an_unknown_ending_is_refused(tmp_path):
+def test_an_unknown_ending_is_refused(tmp_path: Path):
     (tmp_path / "a.docx").write_text("x")
     with pytest.raises(ValueError, match=r"a\.docx ends in none of \.txt"):
         read_texts(tmp_path / "a.docx")
