@@ -74,7 +74,7 @@ def test_a_recorded_run_that_was_killed_ends_with_the_same_bits(tmp_path: Path):
         if done == 8:
             raise KeyboardInterrupt
 
-    asked: dict[str, Any] = {"checkpoint": tmp_path / "c.pt", "save_every": 4, "report_every": 4}
+    asked: dict[str, Any] = {"checkpoint": tmp_path / "c.pt", "save_seconds": 0.0, "report_every": 4}
     with pytest.raises(KeyboardInterrupt):
         retrained(capture=True, on_step=killed, **asked)
     resumed, others = retrained(capture=True, **asked)

@@ -135,3 +135,18 @@ def test_cross_entropy_is_the_limit():
     with torch.no_grad():
         near = distilled_next_token(teacher, weight=1e-6)(model, ids)
         torch.testing.assert_close(near, next_token_loss(model, ids), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_prompts_are_left_out(chunked: bool, monkeypatch: pytest.MonkeyPatch):
+    if chunked:
+        monkeypatch.setattr(next_token, "_ENTRIES", 64 * 5)
+    model, teacher, ids = pair("llama")
+    labels = ids.clone()
+    labels[:, :5] = -100
+    wanted = labels[:, 1:].flatten() != -100
+    with torch.no_grad():
+        z, taught = (each(ids).logits[:, :-1].flatten(0, 1)[wanted] for each in (model, teacher))
+        expected = written_out(z, taught, ids[:, 1:].flatten()[wanted], 0.5, 2.0)
+        value = distilled_next_token(teacher, 0.5, 2.0)(model, (ids, labels))
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)

@@ -29,9 +29,10 @@ from prunus.masks import Masks
 from prunus.report import Advance, append_metrics, plot_compression, progress, read_metrics
 from prunus.run import stages
 from prunus.run.fitted import fitted, home
-from prunus.run.folder import device_name, device_of, finished, write_recipe
+from prunus.run.folder import begin, device_name, device_of, finished, held, ran_on
 from prunus.run.recipe import Recipe, digest, said
 from prunus.run.soups import Pruned, blend
+from prunus.run.texts import check_texts, head_in_words, training_windows
 from prunus.save import save_model, save_tensors
 from prunus.soup import distance, phase_sparsities
 from prunus.stream import BlockReport, Shards, Streamed, Work
@@ -52,24 +53,33 @@ def compress(recipe: Recipe) -> dict[str, Any]:
     _check_shares(recipe)
     device = ranks.join(device_of(recipe))
     out, key = Path(recipe.out), digest(recipe)
-    found = finished(out, key)
+    left = ("model",) if recipe.save else ()
+    found = finished(recipe, out, key, left)
     ranks.wait()  # nothing is written before every process has looked
     if found is not None:
-        log.info("%s is finished already; nothing was repeated", out)
-        return found
-    if ranks.is_main():
-        write_recipe(out, recipe)
-    stored = torch.float16 if keeps_dtype and recipe.dtype == "float32" else None
-    result = _Run(out, recipe, key, device, stored).execute()
-    ranks.wait()
-    if ranks.is_main():
-        write_json(out / "result.json", result)
-        plot_compression(_drawn(result), out / "report.png")
-        if not recipe.save:
-            shutil.rmtree(out / "members", ignore_errors=True)
-        shutil.rmtree(out / "work", ignore_errors=True)
-    ranks.wait()
+        log.warning("%s is finished: nothing is repeated", out)
+        if (out / "report.png").exists() and not (out / "work").exists():
+            return found
+    with held(out):
+        found = finished(recipe, out, key, left)  # who had it until now may have ended it
+        stored = torch.float16 if keeps_dtype and recipe.dtype == "float32" else None
+        result = _Run(out, recipe, key, device, stored).execute() if found is None else found
+        ranks.wait()
+        if ranks.is_main():
+            _end(out, recipe, result)
+        ranks.wait()
     return result
+
+
+def _end(out: Path, recipe: Recipe, result: dict[str, Any]) -> None:
+    """Leave the result, its picture, and nothing that only a killed run needs; what is there already stays."""
+    if not (out / "result.json").exists():
+        write_json(out / "result.json", result)
+    if not (out / "report.png").exists():
+        plot_compression(_drawn(result), out / "report.png")
+    if not recipe.save:
+        shutil.rmtree(out / "members", ignore_errors=True)
+    shutil.rmtree(out / "work", ignore_errors=True)
 
 
 def prunus_info(recipe: Recipe, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,8 +105,11 @@ class _Run:
         with self._bar("load", None):
             loaded = stages.load(recipe, self.home)
         stages.check_trainable(loaded.model, recipe)
-        result: dict[str, Any] = {"key": self.key, "model": recipe.model, "device": device_name(self.device)}
-        result |= {"processes": ranks.count(), "perplexity": {}}
+        check_texts(recipe, loaded.model, loaded.tokenizer)
+        if ranks.is_main():
+            begin(self.out, recipe)
+        result: dict[str, Any] = {"key": self.key, "model": recipe.model, **ran_on(self.out, device_name(self.device))}
+        result |= {"processes": ranks.count(), "head": head_in_words(loaded.tokenizer), "perplexity": {}}
         result["perplexity"]["dense"] = self._measured("dense", loaded)
         loaded, within = self._phases(loaded)
         before = stages.weights_to_compare(loaded, recipe)
@@ -135,9 +148,10 @@ class _Run:
                     loaded.model.to(self.device),
                     masks,
                     stages.pruned_views(loaded.model, masks, recipe),
-                    stages.text_tokens(retrain.data, loaded.tokenizer),
+                    training_windows(retrain, loaded.tokenizer),
                     retrain,
                     precision=stages.precision_of(recipe, self.device),
+                    checkpoint=self._checkpoint(f"phase-{place}"),
                     on_step=lambda done, _loss, advance=advance: advance.to(done),
                     distance=lost,
                 )
@@ -178,17 +192,17 @@ class _Run:
         assert asked is not None
         model = loaded.model.to(self.device)
         views = stages.pruned_views(model, masks, recipe)
-        tokens = stages.text_tokens(asked.data, loaded.tokenizer)
+        packed = training_windows(asked, loaded.tokenizer)
         precision = stages.precision_of(recipe, self.device)
         with self._bar("retrain", asked.steps) as advance:
             report = stages.retrain(
                 model,
                 masks,
                 views,
-                tokens,
+                packed,
                 asked,
                 precision=precision,
-                checkpoint=self.out / "work" / f"retrain-{self.key[:16]}.pt",
+                checkpoint=self._checkpoint("retrain"),
                 on_step=lambda done, _loss: advance.to(done),
                 before_merge=lambda: perplexities.update(retrained=self._measured("retrained", loaded)),
                 distance=loaded.distance,
@@ -271,6 +285,9 @@ class _Run:
 
     def _as_stored(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.stored) if tensor.is_floating_point() else tensor
+
+    def _checkpoint(self, name: str) -> Path:
+        return self.out / "work" / f"{name}-{self.key[:16]}.pt"
 
     def _blocks(self) -> Path:
         return self.out / "work" / "blocks"

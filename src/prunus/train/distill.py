@@ -10,7 +10,7 @@ both networks' logits are formed chunk by chunk, like those of `next_token_loss`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -69,11 +69,12 @@ class _Mixed:
 
 def distilled_next_token(
     teacher: nn.Module, weight: float = 0.5, temperature: float = 1.0
-) -> Callable[[nn.Module, Tensor], Tensor]:
-    """The loss of (model, packed ids (batch, length)) that holds a language model against a teacher of its vocabulary.
+) -> Callable[[nn.Module, Tensor | Sequence[Tensor]], Tensor]:
+    """The loss of (model, batch) that holds a language model against a teacher of its vocabulary.
 
-    teacher: a transformers model, run without gradients in the mode and dtype in which it is. weight: a; 1 is the
-    divergence alone. temperature: T. Logits are never whole where there are more than 2^25 of them.
+    batch: packed ids, with labels or without, as in `next_token_loss`. teacher: a transformers model, run without
+    gradients in the mode and dtype in which it is. weight: a; 1 is the divergence alone. temperature: T. Logits are
+    never whole where there are more than 2^25 of them.
 
     The loss raises ValueError for a teacher with another number of words.
 
@@ -85,9 +86,9 @@ def distilled_next_token(
     class Taught(Aim):
         """Next tokens, and what the teacher says of them."""
 
-        def __init__(self, ids: Tensor) -> None:
-            super().__init__(ids)
-            self.logits = row_logits(teacher, ids)
+        def __init__(self, batch: Tensor | Sequence[Tensor]) -> None:
+            super().__init__(batch)
+            self.logits = row_logits(teacher, self)
 
         def value(self, z: Tensor, inside: slice) -> Tensor:
             return mixed.value(z, self._taught(z, inside), self.targets[inside])
@@ -101,7 +102,7 @@ def distilled_next_token(
             _check_classes(z, taught)
             return taught
 
-    return lambda model, ids: aimed_loss(model, ids, Taught)
+    return lambda model, batch: aimed_loss(model, Taught(batch))
 
 
 def distilled_classification(

@@ -13,7 +13,7 @@ What the rows' logits are held against is an `Aim`: the next tokens here, a teac
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from prunus.data import IGNORED
 from prunus.kernels import uses_kernels
 from prunus.machine import is_pretrained
 
@@ -34,8 +35,11 @@ _ENTRIES = 1 << 25  # logits formed at once: 128 MiB in float32, and wide enough
 _TILE = 256  # rows: a product on a GPU takes so many at a time, or half of them
 
 
-def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
-    """The mean negative log-likelihood (scalar, float32) of tokens 1.. of every packed row, ids: (batch, length).
+def next_token_loss(model: nn.Module, batch: Tensor | Sequence[Tensor]) -> Tensor:
+    """The mean negative log-likelihood (scalar, float32) of tokens 1.. of every packed row.
+
+    batch: ids (batch, length), or (ids, labels) of that shape: the ids again, and -100 for tokens that are left out of
+    the mean, such as prompts.
 
     Where a transformers model has more than 2^25 logits, they are formed chunk by chunk; the gradients then reach the
     graph as they were formed in the forward pass (they cannot be differentiated again). Replicated, sharded
@@ -45,14 +49,21 @@ def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
     >>> next_token_loss(model, torch.zeros(2, 8, dtype=torch.long)).shape
     torch.Size([])
     """
-    return aimed_loss(model, ids, Aim)
+    return aimed_loss(model, Aim(batch))
 
 
 class Aim:
-    """What the logits of packed rows are held against: the tokens that come next, of ids (batch, length)."""
+    """What the logits of packed rows are held against: the tokens that come next. batch: as in `next_token_loss`."""
 
-    def __init__(self, ids: Tensor) -> None:
-        self.targets = ids[:, 1:].flatten()  # (n,)
+    def __init__(self, batch: Tensor | Sequence[Tensor]) -> None:
+        self.ids, labels = (batch, None) if isinstance(batch, Tensor) else batch
+        targets = (self.ids if labels is None else labels)[:, 1:].flatten()
+        self.wanted = None if labels is None else targets != IGNORED
+        self.targets = self.only(targets)  # (n,)
+
+    def only(self, rows: Tensor) -> Tensor:
+        """Of something for every row but the last of each window, what counts: (n, ...)."""
+        return rows if self.wanted is None else rows[self.wanted]
 
     def value(self, z: Tensor, inside: slice) -> Tensor:
         """The summed loss (scalar, float32) of the rows' logits z: (n, words)."""
@@ -63,19 +74,19 @@ class Aim:
         return _cross_entropy(z, self.targets[inside])
 
 
-def aimed_loss(model: nn.Module, ids: Tensor, aim_at: Callable[[Tensor], Aim]) -> Tensor:
+def aimed_loss(model: nn.Module, aim: Aim) -> Tensor:
     """The mean loss (scalar, float32) of packed rows by their aim, as `next_token_loss` forms it."""
-    inner, aim = inner_model(model), aim_at(ids)
-    if inner is None or not _is_large(inner, ids):
-        return _whole(model, ids, aim)
+    inner = inner_model(model)
+    if inner is None or not _is_large(inner, aim.ids):
+        return _whole(model, aim)
     trunks = _trunks(inner)
     if not trunks or _is_compiled(model, inner) or _is_sharded_apart(inner, trunks):
-        return _whole(model, ids, aim)
+        return _whole(model, aim)
     before = vars(inner).get("forward")
     forward: Callable[..., Any] = inner.forward
     try:  # the wrapper's hooks run around it, as they do around the model's own forward
-        inner.forward = lambda ids: _chunked(inner, forward, trunks, ids, aim)  # type: ignore[assignment]
-        return model(ids)
+        inner.forward = lambda _ids: _chunked(inner, forward, trunks, aim)  # type: ignore[assignment]
+        return model(aim.ids)
     finally:
         del inner.forward
         if before is not None:
@@ -88,28 +99,27 @@ def inner_model(model: nn.Module) -> PreTrainedModel | None:
 
 
 @torch.no_grad()
-def row_logits(model: nn.Module, ids: Tensor) -> Callable[[slice], Tensor]:
-    """The logits (n, words) of packed rows but their last, some rows at a time; no more are formed at once."""
-    inner = inner_model(model)
-    trunks = _trunks(inner) if inner is not None and _is_large(inner, ids) and inner is model else []
+def row_logits(model: nn.Module, aim: Aim) -> Callable[[slice], Tensor]:
+    """The logits (n, words) that a model has for the rows of an aim, some at a time; no more are formed at once."""
+    trunks = _trunks(model) if is_pretrained(model) and _is_large(model, aim.ids) else []
     if trunks:
-        assert inner is not None
-        tail = _Tail(inner, inner.forward, trunks, ids)
+        tail = _Tail(model, model.forward, trunks, aim.ids)
         hidden = tail.enter()
         if hidden is not None:
-            rows = hidden[:, :-1].flatten(0, 1)
+            rows = aim.only(hidden[:, :-1].flatten(0, 1))
             return lambda inside: tail.logits(rows[inside])
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    logits = aim.only(_logits(model, aim))
     return lambda inside: logits[inside]
 
 
-def _whole(model: nn.Module, ids: Tensor, aim: Aim) -> Tensor:
+def _whole(model: Callable[..., Any], aim: Aim) -> Tensor:
     """The loss as everyone writes it."""
-    return _mean(model(input_ids=ids, use_cache=False).logits, aim)
+    return aim.value(aim.only(_logits(model, aim)), slice(None)) / len(aim.targets)
 
 
-def _mean(logits: Tensor, aim: Aim) -> Tensor:
-    return aim.value(logits[:, :-1].flatten(0, 1), slice(None)) / len(aim.targets)
+def _logits(model: Callable[..., Any], aim: Aim) -> Tensor:
+    """All logits but those of each window's last token, (rows, words)."""
+    return model(input_ids=aim.ids, use_cache=False).logits[:, :-1].flatten(0, 1)
 
 
 def _is_large(model: PreTrainedModel, ids: Tensor) -> bool:
@@ -117,15 +127,13 @@ def _is_large(model: PreTrainedModel, ids: Tensor) -> bool:
     return isinstance(words, int) and ids.shape[1] > 1 and ids.numel() * words > _ENTRIES
 
 
-def _chunked(
-    model: PreTrainedModel, forward: Callable[..., Any], trunks: list[nn.Module], ids: Tensor, aim: Aim
-) -> Tensor:
+def _chunked(model: PreTrainedModel, forward: Callable[..., Any], trunks: list[nn.Module], aim: Aim) -> Tensor:
     """The loss, from inside the model's forward."""
-    call = _Tail(model, forward, trunks, ids)
+    call = _Tail(model, forward, trunks, aim.ids)
     hidden = call.enter()
     if hidden is None:  # what is before the head hands on something unheard of
-        return _mean(forward(input_ids=ids, use_cache=False).logits, aim)
-    rows = hidden[:, :-1].flatten(0, 1)  # (n, d)
+        return _whole(forward, aim)
+    rows = aim.only(hidden[:, :-1].flatten(0, 1))  # (n, d)
     if not torch.is_grad_enabled():
         return call.loss(rows, aim)
     return _Loss.apply(call, rows, aim, *call.trained())  # type: ignore[no-any-return]
