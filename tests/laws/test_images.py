@@ -375,7 +375,7 @@ def test_loaders_without_a_length_are_refused():
     with pytest.raises(ValueError, match="no length"):
         LoaderBatches(DataLoader(Endless()))
     with pytest.raises(ValueError, match="no batch"):
-        LoaderBatches(DataLoader([0, 1], batch_size=3, drop_last=True))
+        LoaderBatches(DataLoader([0, 1], batch_size=3, drop_last=True))  # pyright: ignore[reportArgumentType]
 
 
 # On a GPU
