@@ -101,9 +101,10 @@ def inner_model(model: nn.Module) -> PreTrainedModel | None:
 @torch.no_grad()
 def row_logits(model: nn.Module, aim: Aim) -> Callable[[slice], Tensor]:
     """The logits (n, words) that a model has for the rows of an aim, some at a time; no more are formed at once."""
-    trunks = _trunks(model) if is_pretrained(model) and _is_large(model, aim.ids) else []
-    if trunks:
-        tail = _Tail(model, model.forward, trunks, aim.ids)
+    inner = inner_model(model)
+    trunks = _trunks(inner) if inner is not None and inner is model and _is_large(inner, aim.ids) else []
+    if inner is not None and trunks:
+        tail = _Tail(inner, inner.forward, trunks, aim.ids)
         hidden = tail.enter()
         if hidden is not None:
             rows = aim.only(hidden[:, :-1].flatten(0, 1))
