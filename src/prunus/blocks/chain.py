@@ -21,19 +21,6 @@ from torch.utils._pytree import tree_flatten
 
 from prunus.layers import scan
 from prunus.machine import is_pretrained
-from prunus.score import observe
-
-__all__ = [
-    "Arguments",
-    "Source",
-    "capture",
-    "embed",
-    "find_blocks",
-    "find_recomputing",
-    "finish",
-    "observe",
-    "run_block",
-]
 
 log = logging.getLogger(__name__)
 

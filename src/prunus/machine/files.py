@@ -21,18 +21,6 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = [
-    "atomic",
-    "atomic_folder",
-    "hidden_folder",
-    "json_line",
-    "json_value",
-    "read_json",
-    "write_json",
-    "write_tensors",
-    "write_text",
-]
-
 _NUMBERS = {text: float(text) for text in ("nan", "inf", "-inf")}
 
 

@@ -22,8 +22,6 @@ from prunus.data import CORRUPTIONS, Images, Strengths, check_corruptions, corru
 from prunus.machine import write_tensors
 from prunus.measure.accuracy import Accuracy
 
-__all__ = ["MEASURES", "Corrupted", "corrupted_accuracy", "corrupted_images", "corrupted_sets"]
-
 MEASURES = ("top1", "loss", "calibration_error", "maximum_calibration_error", "worst_class")
 
 

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from prunus.data import windows
 from prunus.machine import in_mode
 
-__all__ = ["perplexity"]
-
 
 def perplexity(
     model: nn.Module,

@@ -24,21 +24,6 @@ from torch import Tensor
 
 from prunus.kernels import uses_kernels
 
-__all__ = [
-    "check_scores",
-    "goes_to_kernels",
-    "keep_largest",
-    "keep_largest_of_all",
-    "keep_largest_of_group",
-    "keep_largest_of_groups",
-    "keep_largest_of_row",
-    "kept_of",
-    "kth_largest",
-    "refuse_nan",
-    "select_global",
-    "select_global_share",
-]
-
 _TOPK = 1 << 22  # largest CUDA problem given to topk, which allocates its result
 _Kth = tuple[float, int | None, int]  # a k-th largest score; where known, how many are larger, and how many equal it
 _WIDTHS = (torch.float32, torch.bfloat16, torch.float16)  # what the programs read; float64 takes the plain path

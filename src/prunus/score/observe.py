@@ -22,8 +22,6 @@ from torch.overrides import TorchFunctionMode
 from prunus.layers import CONVOLUTIONS, Inputs, View, find_layers
 from prunus.machine import imported
 
-__all__ = ["observe"]
-
 
 @contextmanager
 def observe(block: nn.Module, views: Sequence[View], *, gram: bool) -> Generator[dict[str, Inputs]]:

@@ -29,16 +29,6 @@ from prunus.machine import import_extra
 from prunus.patterns import keep_largest, kept_of
 from prunus.shrink.lowrank import _empty_pair, _replaced
 
-__all__ = [
-    "Channels",
-    "choose_filters",
-    "filter_norms",
-    "find_channels",
-    "mask_filters",
-    "remove_filters",
-    "resized",
-]
-
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TOLERANCE = 1e-3  # of the largest output, float32: a check of the graph, not of the rounding

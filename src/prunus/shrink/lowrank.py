@@ -25,8 +25,6 @@ from torch.nn.utils import skip_init
 
 from prunus.layers import matches
 
-__all__ = ["Decomposed", "decompose", "ranks_by_budget", "ranks_by_energy", "ranks_by_share"]
-
 _Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

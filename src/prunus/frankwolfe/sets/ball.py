@@ -29,17 +29,6 @@ from prunus.frankwolfe.sets.sparse import KSparse, KSupport
 from prunus.frankwolfe.sets.spectral import Spectrum
 from prunus.frankwolfe.sets.subspace import Triple
 
-__all__ = [
-    "Ball",
-    "group_k_support",
-    "k_sparse",
-    "k_support",
-    "lp",
-    "nuclear",
-    "spectral_k_sparse",
-    "spectral_k_support",
-]
-
 
 @dataclass(frozen=True)
 class Ball:

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from prunus.frankwolfe.sets.protocol import Rebuild, matrix_of
 
-__all__ = ["Entries", "Groups", "Labels"]
-
 
 @dataclass(frozen=True)
 class Entries:

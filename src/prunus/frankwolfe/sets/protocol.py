@@ -18,8 +18,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["Gauge", "Rebuild", "Seen", "count_of"]
-
 Rebuild = Callable[[Tensor], Tensor]
 
 
