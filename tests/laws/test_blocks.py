@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from prunus.blocks.chain import Arguments, capture, find_blocks, observe, run_block
+from prunus.blocks.chain import Arguments, capture, find_blocks, run_block
 from prunus.layers import Inputs, find_layers
 
 D = 6

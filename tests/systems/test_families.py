@@ -11,7 +11,7 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
-from prunus.blocks.chain import capture, find_blocks, observe, run_block
+from prunus.blocks.chain import capture, find_blocks, run_block
 from prunus.layers import View, find_layers
 
 VOCAB, WIDTH, LENGTH = 64, 32, 24

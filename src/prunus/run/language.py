@@ -27,6 +27,7 @@ from prunus.run.layout import Show
 from prunus.run.recipe import Recipe, Retrain, digest, merge, parse, said
 from prunus.run.soups import LONGER, SOUP, Pruned, averaged, longer_of, member_key, members_of
 from prunus.run.store import Job, Store
+from prunus.run.texts import check_texts, training_windows
 from prunus.soup import distance
 
 __all__ = ["LANGUAGE", "pruned_job"]
@@ -158,7 +159,7 @@ def _retrain(pruned: Pruned) -> dict[str, Any]:
         pruned.loaded.model,
         pruned.masks,
         stages.pruned_views(pruned.loaded.model, pruned.masks, recipe),
-        stages.text_tokens(recipe.retrain.data, pruned.loaded.tokenizer),
+        training_windows(recipe.retrain, pruned.loaded.tokenizer),
         recipe.retrain,
         precision=stages.precision_of(recipe, pruned.device),
         distance=pruned.loaded.distance,
@@ -178,6 +179,7 @@ def _dense(recipe: Recipe, device: torch.device) -> stages.Loaded:
     if _read.get("dense", ("",))[0] != key:
         _read.clear()
         loaded = stages.load(recipe)
+        check_texts(recipe, loaded.model, loaded.tokenizer)
         loaded.model.to(device)
         _read["dense"] = (key, loaded)
     return _read["dense"][1]
