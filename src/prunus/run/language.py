@@ -15,6 +15,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -121,7 +122,7 @@ class _Language:
             result["soup"] = {**souped.summary, "perplexity": souped.perplexity, "retraining": souped.retraining}
         else:
             if recipe.retrain is not None:
-                result["retraining"] = _retrain(pruned)
+                result["retraining"] = _retrain(pruned, store.checkpoint(job))
             result["perplexity"] = stages.evaluate(loaded, recipe, pruned.device)
         if recipe.evaluate.tasks:
             result["zero_shot"] = stages.zero_shot(loaded.model, loaded.tokenizer, recipe, pruned.device)
@@ -151,7 +152,7 @@ def _train_member(recipe: Recipe, asked: Retrain, name: str, job: Job, store: St
     return found
 
 
-def _retrain(pruned: Pruned) -> dict[str, Any]:
+def _retrain(pruned: Pruned, checkpoint: Path) -> dict[str, Any]:
     """What retraining a pruned model in place did."""
     recipe = pruned.recipe
     assert recipe.retrain is not None
@@ -162,6 +163,7 @@ def _retrain(pruned: Pruned) -> dict[str, Any]:
         training_windows(recipe.retrain, pruned.loaded.tokenizer),
         recipe.retrain,
         precision=stages.precision_of(recipe, pruned.device),
+        checkpoint=checkpoint,
         distance=pruned.loaded.distance,
     )
     shown = asdict(report) | {"tokens_per_second": report.tokens_per_second}
