@@ -28,8 +28,6 @@ from prunus.solve.refit import column_scale
 if TYPE_CHECKING:
     from prunus.layers import Inputs, Layer
 
-__all__ = ["admm"]
-
 
 def admm(iterations: int = 20, choosing: int = 15, damping: float = 0.1, rho: float = 1.0) -> Criterion:
     """ADMM pruning (Boza 2024, arXiv:2401.02938): mask and weights of a layer together, for its outputs.

@@ -40,8 +40,6 @@ from prunus.solve.quadratic import row_errors, row_slices, scaled_gram, seen_gra
 if TYPE_CHECKING:
     from prunus.layers import Layer
 
-__all__ = ["frank_wolfe", "swap_"]
-
 _CHUNK = 1 << 22  # entries worked on at once: bounds the temporaries, about ten times 16 MB
 _LEAST = 1e-5  # share of its error that an exchange must save: float32 cannot tell less from nothing
 

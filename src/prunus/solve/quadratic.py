@@ -20,8 +20,6 @@ from prunus.score import warn_unseen
 if TYPE_CHECKING:
     from prunus.layers import Inputs, Layer
 
-__all__ = ["finite_gram", "once_per_inputs", "row_errors", "row_slices", "scaled_gram", "seen_gram"]
-
 _ROWS = 1 << 22  # entries whose error is computed at once in float64: 32 MiB a temporary
 _REMEMBERED = 2  # factorisations kept: q, k, v, out, up share one in parallel blocks; a hundred experts do not add up
 

@@ -25,8 +25,6 @@ from prunus.solve.quadratic import row_errors, row_slices, scaled_gram, seen_gra
 if TYPE_CHECKING:
     from prunus.layers import Layer
 
-__all__ = ["column_scale", "refit"]
-
 _CHUNK = 1 << 26  # entries worked on at once: five temporaries of 256 MB
 
 

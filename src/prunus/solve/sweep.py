@@ -28,8 +28,6 @@ from prunus.solve.quadratic import finite_gram, once_per_inputs, seen_gram
 if TYPE_CHECKING:
     from prunus.layers import Inputs, Layer
 
-__all__ = ["sparsegpt"]
-
 log = logging.getLogger(__name__)
 
 _INNER = 32  # columns swept before the next ones in the block are brought up to date with one product

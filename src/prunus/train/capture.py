@@ -18,8 +18,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Capture", "CapturedStep", "captures", "set_rates_", "settled", "unrecorded"]
-
 Capture = bool | Literal["auto"]
 
 log = logging.getLogger(__name__)

@@ -23,8 +23,6 @@ from prunus.train.next_token import Aim, aimed_loss, row_logits
 if TYPE_CHECKING:
     from prunus.masks import Masks
 
-__all__ = ["distilled_classification", "distilled_next_token", "share_frozen_"]
-
 
 @dataclass(frozen=True)
 class _Mixed:

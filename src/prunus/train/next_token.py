@@ -29,8 +29,6 @@ from prunus.machine import is_pretrained
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Aim", "aimed_loss", "inner_model", "next_token_loss", "row_logits"]
-
 _ENTRIES = 1 << 25  # logits formed at once: 128 MiB in float32, and wide enough for full speed of the product
 _TILE = 256  # rows: a product on a GPU takes so many at a time, or half of them
 
