@@ -26,8 +26,7 @@ from prunus.run.names import (
     retrainings,
     schedules,
 )
-from prunus.run.recipe import Recipe, parse
-from prunus.run.vision.recipe import ClassifierRecipe
+from prunus.run.recipe import ClassifierRecipe, Recipe, parse
 
 MEMBERS = [(family, name) for family in FAMILIES for name in family.members()]
 

@@ -265,11 +265,11 @@ def test_the_saved_masks_are_those_chosen(
 
     original = stages.retrain
 
-    def retrain(model: nn.Module, masks: Masks, *args: Any, **kwargs: Any) -> Any:
-        report = original(model, masks, *args, **kwargs)
+    def retrain(loaded: stages.Loaded, masks: Masks, *args: Any, **kwargs: Any) -> Any:
+        report = original(loaded, masks, *args, **kwargs)
         with torch.no_grad():
             for name in masks:
-                model.get_parameter(name)[:3] = 0.0  # as if training had ended on zero there
+                loaded.model.get_parameter(name)[:3] = 0.0  # as if training had ended on zero there
         return report
 
     monkeypatch.setattr(stages, "retrain", retrain)

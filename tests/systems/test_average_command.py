@@ -14,10 +14,9 @@ from prunus.masks import Masks
 from prunus.measure.accuracy import accuracy
 from prunus.measure.perplexity import perplexity
 from prunus.run import cli
-from prunus.run.recipe import parse
+from prunus.run.recipe import ClassifierRecipe, parse
 from prunus.run.scored import scorer
 from prunus.run.vision.dense import write_state
-from prunus.run.vision.recipe import ClassifierRecipe
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.train import train_run
 from prunus.save import save_model

@@ -15,14 +15,14 @@ import yaml
 from safetensors.torch import load_file
 
 from prunus import __version__
+from prunus.patterns import Unstructured
 from prunus.report import read_metrics
 from prunus.run import cli
 from prunus.run import fitted as fitting
 from prunus.run.compress import compress
 from prunus.run.fitted import fitted
-from prunus.run.recipe import Recipe, digest, load_recipe, parse, said, yaml_value
-from prunus.run.vision.recipe import dense_key
-from prunus.run.vision.soups.recipe import class_of
+from prunus.run.recipe import ClassifierRecipe, LanguageRecipe, Recipe, digest, load_recipe, parse, said, yaml_value
+from prunus.run.vision.dense import dense_key
 from tests.processes import start_command
 from tests.systems.test_compress import raw
 
@@ -217,16 +217,16 @@ def test_a_hash_is_of_what_a_recipe_says_beside_its_defaults() -> None:
     """So that a new key changes none, and results of before it are found."""
 
     def keys(*raws: dict[str, Any]) -> set[str]:
-        return {digest(parse(raw, class_of(raw) if "images" in raw else Recipe, "")) for raw in raws}
+        return {digest(parse(raw, Recipe, "")) for raw in raws}
 
-    assert said(Recipe()) == {}
+    assert said(LanguageRecipe()) == {}
     digits: dict[str, Any] = {"images": "digits", "model": "resnet8"}
-    whole = parse(digits, class_of(digits), "").model_dump(mode="json")
+    whole = parse(digits, Recipe, "").model_dump(mode="json")
     assert len(keys(digits, whole, digits | {"corruptions": None})) == 1
     asked = digits | {"corruptions": {"severities": [1, 2, 3, 4, 5]}}
     assert len(keys(digits, digits | {"corruptions": {}}, asked)) == 2
-    assert dense_key(parse(asked, class_of(asked), "")) == dense_key(parse(digits, class_of(digits), ""))
-    retrained = [{"retrain": {}}, {"retrain": {"compile": False, "lr": 1e-4}}, {"retrain": {}, "soup": None}]
+    assert dense_key(parse(asked, Recipe, "")) == dense_key(parse(digits, Recipe, ""))
+    retrained = [{"retrain": {}}, {"retrain": {"lr": 1e-4}, "compile": False}, {"retrain": {}, "soup": None}]
     assert len(keys(*retrained)) == 1
     assert len(keys({}, {"retrain": {}}, {"retrain": {"lr": 2e-4}}, {"retrain": {}, "soup": {}})) == 4
 
@@ -241,16 +241,52 @@ def test_show_prints_a_recipe_that_reads_back(call, tmp_path: Path) -> None:
     assert shown.retrain.lr == 1e-3
 
 
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (
+            {"images": "digits", "prune": {}, "retrain": {"epochs": 1, "rank": 3}},
+            "'retrain.rank'; that is a key of language",
+        ),
+        ({"images": "digits", "dtype": "float32"}, "'dtype'; that is a key of language models"),
+        ({"prune": {"kind": "filters"}}, "'prune.kind'; that is a key of classifiers"),
+        ({"retrain": {"rewind": 3}}, "'retrain.rewind'; that is a key of classifiers"),
+        ({"prune": {"phases": 9, "allocation": "owl"}, "retrain": {}}, "owl(lam=0.08) spreads sparsities over 0.07412"),
+        ({"prune": {"phases": 3}, "retrain": {"steps": 2, "of": "total"}}, "2 steps cannot be split over 3 phases"),
+        ({"images": "digits", "prune": {"kind": "filters", "criterion": "wanda"}}, "wanda needs what layers receive"),
+        ({"images": "digits", "prune": {"kind": "filters", "criterion": "sparsegpt"}}, "sparsegpt has none: take"),
+        ({"images": "digits", "prune": {"scope": "model", "allocation": "erk"}}, "scope 'model' is an allocation"),
+        ({"images": "digits", "precision": "fp16"}, "leave out fp16"),
+        (
+            {"images": "digits", "prune": {"kind": "filters"}, "retrain": {"epochs": 1}, "soup": {}},
+            "leave out prune.kind",
+        ),
+    ],
+)
+def test_what_a_task_cannot_do_is_refused_by_name(raw: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        parse(raw, Recipe, "recipe.yaml")
+    assert message in str(caught.value)
+
+
+def test_shared_sections_have_the_defaults_of_their_task() -> None:
+    language, digits = (parse({"prune": {}} | more, Recipe, "") for more in ({}, {"images": "digits"}))
+    found = [(each.prune.criterion, each.prune.sparsity, each.prune.allocation) for each in (language, digits)]
+    assert found == [("wanda", 0.5, "uniform"), ("magnitude", 0.9, "global")]
+    rows = parse({"images": "digits", "prune": {"scope": "row"}}, ClassifierRecipe, "").prune
+    assert (rows.allocation, rows.where()) == ("uniform", Unstructured("row"))
+
+
 def test_without_arguments_the_embedded_model_is_compressed(call, tmp_path: Path, monkeypatch, text_file: Path) -> None:
-    plain = fitted(Recipe(), torch.device("cpu"))
+    plain = fitted(LanguageRecipe(), torch.device("cpu"))
     assert (plain.model, plain.calibrate.length, plain.dtype) == ("embedded", 512, "float32")
-    assert fitted(Recipe(), torch.device("cuda")).dtype == "auto"
+    assert fitted(LanguageRecipe(), torch.device("cuda")).dtype == "auto"
     monkeypatch.chdir(tmp_path)
     few = ["--set", "calibrate.samples=2", "--set", f"evaluate.data={text_file}"]  # for the sake of time
     status, out, err = call("run", *few)
     assert status == 0, err
     assert "embedded" in out
-    assert (tmp_path / "runs" / "compress" / "model" / "model.safetensors").exists()
+    assert (tmp_path / "runs" / "run" / "model" / "model.safetensors").exists()
 
 
 def test_a_classifier_is_trained_pruned_and_compared(call, tmp_path: Path) -> None:

@@ -16,9 +16,8 @@ import typer
 from prunus import __version__
 from prunus.machine import write_json
 from prunus.run.flags import assignments, flags_of, numbers, overrides, with_flags
-from prunus.run.recipe import Recipe
+from prunus.run.recipe import ClassifierRecipe, LanguageRecipe
 from prunus.run.task import Unfinished, is_sweep, load, run_recipe
-from prunus.run.vision.recipe import ClassifierRecipe
 
 app = typer.Typer(
     name="prunus",
@@ -27,9 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RUN_FLAGS = flags_of([Recipe, ClassifierRecipe], ["prune", "retrain"])
+RUN_FLAGS = flags_of([LanguageRecipe, ClassifierRecipe], ["prune", "retrain"])
 _MEASURED = ("device", "precision", "dtype")
-EVALUATE_FLAGS = [flag for flag in flags_of([Recipe], ["evaluate"]) if flag.key in _MEASURED or "." in flag.key]
+EVALUATE_FLAGS = [flag for flag in flags_of([LanguageRecipe], ["evaluate"]) if flag.key in _MEASURED or "." in flag.key]
 
 RecipeArg = Annotated[Path | None, typer.Argument(help="YAML recipe; without one the embedded model is used.")]
 SetOption = Annotated[

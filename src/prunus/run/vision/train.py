@@ -26,11 +26,10 @@ from prunus.masks import Masks
 from prunus.measure import Energy
 from prunus.report import append_metrics, plot_run, progress, read_metrics
 from prunus.run.folder import finished, write_recipe
-from prunus.run.recipe import digest, merge, parse, read_yaml, said
+from prunus.run.recipe import ClassifierRecipe, digest, merge, parse, read_yaml, said
 from prunus.run.vision import stages
-from prunus.run.vision.dense import read_dense, write_state
+from prunus.run.vision.dense import dense_key, read_dense, write_state
 from prunus.run.vision.experiment import Outcome, experiment
-from prunus.run.vision.recipe import ClassifierRecipe, dense_key
 from prunus.run.vision.setting import Setting
 from prunus.save import FORMAT, INFO_NAME, MASKS_NAME
 from prunus.train import Substituted
@@ -155,7 +154,8 @@ def _write(out: Path, recipe: ClassifierRecipe, outcome: Outcome, result: dict[s
         append_metrics(out / "metrics.jsonl", {"stage": "corrupted", **result["corrupted"]["mean"]})
     for found in result["phases"]:
         append_metrics(out / "metrics.jsonl", {"stage": "phase", **found})
-    describe(out, recipe, outcome.model, outcome.masks, result)
+    if recipe.save:
+        describe(out, recipe, outcome.model, outcome.masks, result)
     trace = outcome.trace or _trace(dense)
     shown = {name: 100 * found["top1"] for name, found in result["stages"].items()}
     plot_run(trace.get("losses", []), shown, out / "report.png", rates=_rates(trace), title=recipe.model)
