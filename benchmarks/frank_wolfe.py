@@ -28,12 +28,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunus.data.images import Augment, ImageBatches, Images
 from prunus.data.models import build_model
-from prunus.during import During
 from prunus.frankwolfe.constrained import constrained_groups
 from prunus.frankwolfe.proximal import NuclearNorm, NuclearSteps, ProximalSGD
 from prunus.frankwolfe.sets import Ball, Initial, k_support, spectral_k_support
 from prunus.frankwolfe.sfw import SFW
 from prunus.layers import find_layers
+from prunus.train import During
 from prunus.train.train import classification_loss, train
 
 WARM = 12  # steps before the clock: cuDNN chooses, state is made, the step is recorded

@@ -27,8 +27,8 @@ from torch import nn
 from prunus.blocks.compiled import compile_blocks_
 from prunus.data.images import Augment, ImageBatches, Images
 from prunus.data.models import build_model
-from prunus.during import During
 from prunus.masks import Masks
+from prunus.train import During
 from prunus.train.train import classification_loss, train
 
 

@@ -9,8 +9,6 @@ are first used, so `import prunus` costs next to nothing. Everything else is rea
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
 from typing import Any
 
 import lazy_loader
@@ -24,18 +22,3 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'prunus' has no attribute {name!r}; public names are {', '.join(__all__)}")
     return _find(name)
-
-
-class _Package(ModuleType):
-    """A package in which `stream`, `adapt` and `train` are the functions, whoever imported the rooms before.
-
-    Python binds a submodule to its package when it is first imported, whatever stood under its name.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, ModuleType) and name in __all__:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

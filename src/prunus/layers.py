@@ -23,8 +23,8 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+
+from prunus.machine import imported, is_pretrained
 
 __all__ = ["Inputs", "Layer", "View", "find_layers", "matches", "parameter_shapes", "scan"]
 
@@ -228,8 +228,8 @@ def scan(root: nn.Module, prefix: str = "") -> Iterator[_Candidate]:
 
 def _views(path: str, module: nn.Module, name: str, parameter: Tensor) -> tuple[list[View], str]:
     """The views of one parameter owned by `module` (none if it is not prunable), and what is wrong with them."""
-    if name == "weight" and isinstance(module, (nn.Linear, Conv1D, *CONVOLUTIONS)):
-        transposed = isinstance(module, Conv1D)
+    transposed = isinstance(module, imported("transformers.pytorch_utils", "Conv1D"))
+    if name == "weight" and (transposed or isinstance(module, (nn.Linear, *CONVOLUTIONS))):
         shape = parameter.shape if not transposed else parameter.shape[::-1]
         trouble = "" if parameter.is_floating_point() else f"'{{name}}' is stored as {parameter.dtype}: "
         trouble += "load the model without quantisation." if trouble else ""
@@ -267,7 +267,7 @@ def _is_transposed(module: nn.Module) -> bool | None:
 def _tied_and_heads(root: nn.Module) -> set[int]:
     """The ids of parameters that an embedding owns too, and of a transformers model's output head."""
     tied = {id(module.weight) for module in root.modules() if isinstance(module, nn.Embedding)}
-    head = root.get_output_embeddings() if isinstance(root, PreTrainedModel) else None
+    head = root.get_output_embeddings() if is_pretrained(root) else None
     return tied | ({id(parameter) for parameter in head.parameters()} if head is not None else set())
 
 

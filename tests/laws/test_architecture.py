@@ -81,6 +81,15 @@ def test_files_say_what_they_hold(path):
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{path.name} does not say what it holds"
 
 
+@pytest.mark.parametrize("stub", sorted(PACKAGE.rglob("__init__.pyi")), ids=lambda path: path.parent.name)
+def test_no_file_hides_a_public_name(stub):
+    """Python binds a file to its folder when it is first imported, over a name that another file defines."""
+    nodes = [node for node in ast.walk(ast.parse(stub.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)]
+    inside = {path.stem for path in stub.parent.iterdir()}
+    named = [(node.module, alias.name) for node in nodes if node.module for alias in node.names]
+    assert not [name for module, name in named if name in inside - {module}]
+
+
 def test_no_module_reaches_itself():
     modules = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in FILES}
     graph = {}

@@ -22,12 +22,13 @@ from prunus.during.topology import exchange
 from prunus.layers import View, find_layers
 from prunus.masks import Masks
 from prunus.patterns.selection import kept_of
+from prunus.run.names import methods
 from prunus.score import erk, global_, lamp, owl, uniform_plus
 from prunus.score.allocations import uniform
 from prunus.train.hooks import During, Plan, masks_by_magnitude
 from prunus.train.train import classification_loss, train
 
-METHODS = [name for name in during.__all__ if name not in ("During", "Plan")]
+METHODS = [each.__name__ for each in methods.members().values()]
 STEPS = 20
 QUICK: dict[str, dict[str, Any]] = {  # what the defaults would not show in so few steps
     "RigL": {"delta": 4},

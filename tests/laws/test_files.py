@@ -1,13 +1,27 @@
 """Files are complete or absent, whatever is written; generators of random numbers go back to where they stood."""
 
 import json
+import math
+import os
+import signal
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from prunus.machine import atomic, random_state, set_random_state, write_json, write_tensors, write_text
+from prunus.machine import (
+    atomic,
+    atomic_folder,
+    hidden_folder,
+    random_state,
+    read_json,
+    set_random_state,
+    write_json,
+    write_tensors,
+    write_text,
+)
+from tests.processes import start
 
 
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -19,9 +33,70 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_folder_is_complete_or_as_it_was(tmp_path):
+    folder = tmp_path / "deep" / "model"
+    for turn in ("one", "two"):
+        with atomic_folder(folder) as partial:
+            write_text(partial / turn, turn)
+    assert [path.name for path in folder.iterdir()] == ["two"]
+    with pytest.raises(FileExistsError), atomic_folder(folder) as partial:
+        partial.mkdir()
+    assert [path.name for path in folder.iterdir()] == ["two"]
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def die_between(folder, moves):
+    """Write a folder, and be killed before one of its moves."""
+    done, replace = [], os.replace
+
+    def move(*paths):
+        if len(done) == moves:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done.append(replace(*paths))
+
+    with atomic_folder(folder) as partial:
+        write_text(partial / "new", "new")
+        os.replace = move
+
+
+@pytest.mark.parametrize("moves", [0, 1])
+def test_what_a_killed_process_left_goes_and_nothing_else(tmp_path, moves):
+    """The folder that was there before is there again, whenever the process was killed."""
+    folder, mine = tmp_path / "model", [tmp_path / name for name in (".model.mine.lock", ".model.0123.partial")]
+    write_text(folder / "old", "old")
+    for path in mine:
+        path.write_text("mine")
+    process = start(die_between, folder, moves)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) > 3
+    with hidden_folder(folder) as living, hidden_folder(folder) as other:
+        assert living.is_dir()
+        assert other.is_dir()
+        assert [path.name for path in folder.iterdir()] == ["old"]
+    assert sorted(tmp_path.iterdir()) == sorted([folder, *mine])
+
+
 def test_json_writes_what_it_does_not_know_as_text(tmp_path):
     write_json(tmp_path / "a.json", {"path": tmp_path})
     assert json.loads((tmp_path / "a.json").read_text()) == {"path": str(tmp_path)}
+
+
+def test_no_bare_nan_is_written_and_numbers_come_back(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"perplexity": {"dense": 2.5, "pruned": math.nan}, "each": (torch.tensor(math.inf), -math.inf)})
+    json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    found = read_json(path)
+    assert found["each"] == [math.inf, -math.inf]
+    assert found["perplexity"]["dense"] == 2.5
+    assert math.isnan(found["perplexity"]["pruned"])
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe{}"])
+def test_a_file_that_is_no_json_is_named(tmp_path, content):
+    (tmp_path / "result.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"result\.json is not JSON .* get it again"):
+        read_json(tmp_path / "result.json")
 
 
 def test_tied_and_strided_tensors_are_written_each_by_itself(tmp_path):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 pytest.importorskip("triton")
 
 from prunus.frankwolfe.sets import Ball, k_sparse, k_support, lp
-from prunus.frankwolfe.sets.lp import Lp
+from prunus.frankwolfe.sets.norms import Lp
 from prunus.frankwolfe.sfw import SFW
 from prunus.kernels import moves as programs
 from prunus.kernels.moves import move_, plan_moves

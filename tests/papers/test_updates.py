@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import nn
 
-from prunus.during import CS, DNW, DPF, DST, GMP, GSM, LC, SET, STR, During, RigL
+from prunus.during import CS, DNW, DPF, DST, GMP, GSM, LC, SET, STR, RigL
 from prunus.during import rigl as rigl_file
 from prunus.during import set_ as set_file
 from prunus.layers import find_layers
 from prunus.masks import Masks
+from prunus.train import During
 from prunus.train.hooks import Plan
 from prunus.train.train import train
 

@@ -10,11 +10,12 @@ from torch import nn
 
 from prunus import during
 from prunus.data.images import ImageBatches, Images, read_images
-from prunus.during import During
+from prunus.run.names import methods
+from prunus.train import During
 from prunus.train.lr import linear_warmup_decay
 from prunus.train.train import classification_loss, train
 
-METHODS = [name for name in during.__all__ if name not in ("During", "Plan")]
+METHODS = [each.__name__ for each in methods.members().values()]
 OPTIONS: dict[str, dict[str, Any]] = {
     "RigL": {"delta": 10},
     "STR": {"init": -4.0},

@@ -77,7 +77,9 @@ def test_metrics_come_back(tmp_path):
     append_metrics(path, {"loss": math.nan, "n": torch.tensor(3), "where": tmp_path, "list": (1, 2.5, None)})
     append_metrics(path, {"text": "a\nb"})
     first, second = read_metrics(path)
-    assert (first["loss"], first["n"], first["where"], first["list"]) == ("nan", 3, str(tmp_path), [1, 2.5, None])
+    assert math.isnan(first["loss"])
+    assert (first["n"], first["where"], first["list"]) == (3, str(tmp_path), [1, 2.5, None])
+    assert '"loss": "nan"' in path.read_text()
     assert second["text"] == "a\nb"
     path.write_text('{"a": 1}\n{"a"')
     with pytest.raises(ValueError, match="line 2 is not JSON"):

@@ -578,8 +578,9 @@ def test_bimp_is_a_soup_of_phases_in_one_budget(tmp_path: Path) -> None:
 
 
 def test_a_part_of_a_training_prunes_when_the_whole_does() -> None:
-    from prunus.during import GMP, During
+    from prunus.during import GMP
     from prunus.during.part import Part
+    from prunus.train import During
     from prunus.train.lr import linear
     from prunus.train.train import classification_loss, train
 

@@ -4,10 +4,6 @@
 adapter sits and merges it back.
 """
 
-from prunus.adapt import subsets
-from prunus.adapt.adapt import adapt
-from prunus.adapt.biases import add_biases
-from prunus.adapt.fused import compiled_forward
-from prunus.adapt.subsets import ADAPTERS, find_subset
+import lazy_loader
 
-__all__ = ["ADAPTERS", "adapt", "add_biases", "compiled_forward", "find_subset", "subsets"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

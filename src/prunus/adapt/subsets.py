@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from torch import nn
-from transformers import PreTrainedModel
+
+from prunus.machine import is_pretrained
 
 __all__ = ["ADAPTERS", "SUBSETS", "check_subsets", "find_subset"]
 
@@ -91,7 +92,7 @@ def _norms(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _head(model: nn.Module) -> Iterator[nn.Parameter]:
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    head = model.get_output_embeddings() if is_pretrained(model) else None
     if head is not None:
         yield from head.parameters()
 
@@ -100,7 +101,7 @@ def _embeddings(model: nn.Module) -> Iterator[nn.Parameter]:
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             yield from module.parameters()
-    if isinstance(model, PreTrainedModel):
+    if is_pretrained(model):
         yield from model.get_input_embeddings().parameters()
 
 

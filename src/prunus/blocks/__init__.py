@@ -1,20 +1,5 @@
 """A model as a chain of blocks: found in the module tree, run one by one, recomputed or compiled where that pays."""
 
-from prunus.blocks.chain import Arguments, Source, embed, find_blocks, find_recomputing, finish, run_block
-from prunus.blocks.compiled import allow_programs, compile_blocks_, uncompiled
-from prunus.blocks.recompute import recomputed, recomputing
+import lazy_loader
 
-__all__ = [
-    "Arguments",
-    "Source",
-    "allow_programs",
-    "compile_blocks_",
-    "embed",
-    "find_blocks",
-    "find_recomputing",
-    "finish",
-    "recomputed",
-    "recomputing",
-    "run_block",
-    "uncompiled",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -18,9 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
-from transformers import PreTrainedModel
 
 from prunus.layers import scan
+from prunus.machine import is_pretrained
 from prunus.score import observe
 
 __all__ = [
@@ -307,7 +307,7 @@ def _describe(value: Any) -> str:
 
 def _without_cache(model: nn.Module) -> dict[str, Any]:
     parameters = inspect.signature(model.forward).parameters
-    return {"use_cache": False} if isinstance(model, PreTrainedModel) and "use_cache" in parameters else {}
+    return {"use_cache": False} if is_pretrained(model) and "use_cache" in parameters else {}
 
 
 def _move(value: Any, device: torch.device | str) -> Any:

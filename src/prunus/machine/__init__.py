@@ -1,36 +1,5 @@
 """What a process runs on: files that are complete or absent, ranks, and how a model runs."""
 
-from prunus.machine import ranks
-from prunus.machine.files import atomic, write_json, write_tensors, write_text
-from prunus.machine.running import (
-    Precision,
-    autocast,
-    full_products,
-    import_extra,
-    in_mode,
-    local_part,
-    no_autocast,
-    of_training,
-    product_dtype,
-    random_state,
-    set_random_state,
-)
+import lazy_loader
 
-__all__ = [
-    "Precision",
-    "atomic",
-    "autocast",
-    "full_products",
-    "import_extra",
-    "in_mode",
-    "local_part",
-    "no_autocast",
-    "of_training",
-    "product_dtype",
-    "random_state",
-    "ranks",
-    "set_random_state",
-    "write_json",
-    "write_tensors",
-    "write_text",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

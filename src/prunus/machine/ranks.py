@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 __all__ = ["agree", "all_failed", "count", "index", "is_main", "join", "leave", "send_", "share", "sum_", "wait"]
 
@@ -52,7 +54,7 @@ def join(device: torch.device) -> torch.device:
         return device
     if ":" in str(device):
         raise ValueError(f"device: {str(device)!r} is one GPU, but {count()} processes run; use device: auto")
-    state = PartialState(cpu=device.type == "cpu")
+    state = _state(cpu=device.type == "cpu")
     # accelerate says "cpu:0" and "cpu:1"; moving a Parameter there makes a copy that is none.
     return device if device.type == "cpu" else torch.device(str(state.device))
 
@@ -60,7 +62,7 @@ def join(device: torch.device) -> torch.device:
 def wait() -> None:
     """Return when every process has come here."""
     if count() > 1:
-        PartialState().wait_for_everyone()
+        _state().wait_for_everyone()
 
 
 def sum_(tensor: Tensor) -> None:
@@ -109,4 +111,11 @@ def all_failed(seconds: float = 60.0) -> bool:
 def leave() -> None:
     """Take leave of the other processes, at the end of a command."""
     if count() > 1:
-        PartialState().destroy_process_group()
+        _state().destroy_process_group()
+
+
+def _state(**options: Any) -> PartialState:
+    """accelerate's, which takes long to import, and which one process does not need."""
+    from accelerate import PartialState
+
+    return PartialState(**options)

@@ -5,20 +5,26 @@ One word for the precision of matrix products serves training, calibration and e
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = [
     "Precision",
     "autocast",
     "full_products",
     "import_extra",
+    "imported",
     "in_mode",
+    "is_pretrained",
     "local_part",
     "no_autocast",
     "of_training",
@@ -132,6 +138,27 @@ def import_extra(module: str, extra: str, needed: str) -> Any:
         return import_module(module)
     except ImportError as error:
         raise ImportError(f"{needed}: pip install 'prunus[{extra}]'") from error
+
+
+def imported(module: str, name: str) -> tuple[type, ...]:
+    """The class of this name, for isinstance; none where its module is not imported yet, for then nothing is one.
+
+    Importing transformers takes two seconds, which a model of another kind need not wait for.
+
+    >>> isinstance(nn.Linear(2, 2), imported("transformers.pytorch_utils", "Conv1D"))
+    False
+    """
+    found = getattr(sys.modules.get(module), name, None)
+    return () if found is None else (found,)
+
+
+def is_pretrained(model: object) -> TypeGuard[PreTrainedModel]:
+    """Whether a model is one of transformers, which is not imported to say no.
+
+    >>> is_pretrained(nn.Linear(2, 2))
+    False
+    """
+    return isinstance(model, imported("transformers.modeling_utils", "PreTrainedModel"))
 
 
 def random_state() -> dict[str, Tensor]:

@@ -11,30 +11,6 @@ A new pattern is one frozen dataclass with the methods of `Pattern`. How the lar
 `selection.py`; how many entries each layer keeps is an allocation's affair.
 """
 
-from prunus.patterns.patterns import NM, Block, Pattern, Rows, Unstructured, check_sparsity, mask_scaled, parse, scaled
-from prunus.patterns.selection import (
-    check_scores,
-    goes_to_kernels,
-    keep_largest,
-    keep_largest_of_all,
-    kept_of,
-    select_global_share,
-)
+import lazy_loader
 
-__all__ = [
-    "NM",
-    "Block",
-    "Pattern",
-    "Rows",
-    "Unstructured",
-    "check_scores",
-    "check_sparsity",
-    "goes_to_kernels",
-    "keep_largest",
-    "keep_largest_of_all",
-    "kept_of",
-    "mask_scaled",
-    "parse",
-    "scaled",
-    "select_global_share",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

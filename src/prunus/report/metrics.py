@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from prunus.machine import json_line, json_value
 
 __all__ = ["append_metrics", "read_metrics"]
 
@@ -15,11 +16,11 @@ __all__ = ["append_metrics", "read_metrics"]
 def append_metrics(path: str | Path, row: Mapping[str, Any]) -> None:
     """Append `row` with the time (seconds since 1970) as one line, in one write that other processes cannot split.
 
-    NaN and infinities are stored as the strings "nan", "inf", "-inf", which every JSON reader takes.
+    NaN and infinities are the strings "nan", "inf", "-inf", which every JSON reader takes and `read_metrics` undoes.
 
     >>> append_metrics("run/metrics.jsonl", {"stage": "prune", "loss": 2.5})
     """
-    line = json.dumps(_plain({"time": round(time.time(), 3), **row}), allow_nan=False) + "\n"
+    line = json_line({"time": round(time.time(), 3), **row}) + "\n"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -37,18 +38,6 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 def _row(path: str | Path, number: int, line: str) -> dict[str, Any]:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
+        return json_value(line)
+    except ValueError as error:
         raise ValueError(f"{path}, line {number} is not JSON ({error}); delete the line to read the rest") from error
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, (str, bool, int)) or value is None:
-        return value
-    if isinstance(value, float):
-        return value if value - value == 0 else str(value)  # inf - inf and nan - nan are nan
-    return _plain(value.item()) if callable(getattr(value, "item", None)) else str(value)

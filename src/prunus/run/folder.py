@@ -6,7 +6,6 @@ out/.prunus-run    that the folder is a run's: where it is missing and other fil
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +13,7 @@ import torch
 import yaml
 from pydantic import BaseModel
 
-from prunus.machine import write_text
+from prunus.machine import read_json, write_text
 
 __all__ = ["device_name", "device_of", "finished", "write_recipe"]
 
@@ -40,7 +39,7 @@ def finished(out: Path, key: str) -> dict[str, Any] | None:
         if names and _MARKER not in names:
             raise ValueError(f"out: {out} is no run folder and has other files ({names[0]!r}, ...); give another --out")
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_json(path)
     if found.get("key") != key:
         raise ValueError(f"out: {out} holds the result of another recipe; give another folder with --out, or delete it")
     return found

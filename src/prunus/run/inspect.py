@@ -18,6 +18,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from prunus.machine import read_json
+
 __all__ = ["Inspection", "Row", "inspect_model"]
 
 GROUPS: tuple[int, ...] = (2, 4, 8, 16)
@@ -108,7 +110,7 @@ def inspect_model(path: str | Path) -> Inspection:
         raise ValueError(f"{path} holds no floating-point tensor, so there is nothing to inspect")
     rows.sort(key=lambda row: _natural(row.name))
     ours = path / "prunus.json"
-    info = json.loads(ours.read_text(encoding="utf-8")) if ours.is_file() else None
+    info = read_json(ours) if ours.is_file() else None
     return Inspection(tuple(rows), entries, zeros, size, info)
 
 

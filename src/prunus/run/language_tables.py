@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prunus.machine import write_text
+from prunus.machine import read_json, write_text
 from prunus.report import markdown_table, plot_grid
 from prunus.run.layout import Layout, mean_and_std, spread
 from prunus.run.soups import BEST, LONGER, MEAN, SOUP
@@ -123,4 +122,4 @@ def _plot(layout: Layout, rows: Sequence[Mapping[str, Any]], dense: Mapping[str,
 
 def _dense(out: Path) -> dict[str, float]:
     path = out / "dense.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(path) if path.exists() else {}

@@ -252,7 +252,7 @@ def _during() -> list[ModuleType]:
 
 
 def _is_method(member: Any) -> bool:
-    from prunus.during import During
+    from prunus.train import During
 
     return inspect.isclass(member) and issubclass(member, During) and next(iter(_takes(member)), "") == "sparsity"
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-__all__ = ["Strict", "read_yaml", "yaml_value"]
+__all__ = ["Strict", "Unfinished", "read_yaml", "yaml_value"]
 
 
 class Strict(BaseModel):
@@ -23,6 +23,10 @@ class Strict(BaseModel):
         ser_json_inf_nan="constants",
         use_attribute_docstrings=True,
     )
+
+
+class Unfinished(RuntimeError):
+    """Some members failed for good; what is finished is kept, and the same command goes on."""
 
 
 class _Yaml(yaml.SafeLoader):

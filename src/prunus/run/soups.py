@@ -10,7 +10,6 @@ complete or absent, and is not trained again. In a grid members are jobs; `blend
 from __future__ import annotations
 
 import copy
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 
-from prunus.machine import write_json
+from prunus.machine import read_json, write_json
 from prunus.masks import Masks
 from prunus.run import stages
 from prunus.run.recipe import LanguageRecipe, LanguageRetrain, digest, given, member_of, said
@@ -186,7 +185,7 @@ def _kept(pruned: Pruned, name: str, asked: LanguageRetrain, path: Path) -> Numb
     """What a member's folder says, or the file of the longer run, whose model is not kept; else it is trained first."""
     key, alone = member_key(pruned.recipe, asked), path.suffix == ".json"
     stored = path if alone else path / "prunus.json"
-    known = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
+    known = read_json(stored) if stored.is_file() else {}
     if known.get("member") == key:
         return known["metrics"]
     checkpoint = path.parent / f"{key[:16]}.pt"

@@ -10,7 +10,6 @@ several grids, of this call and of one that was killed. A lock is free again whe
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from torch import Tensor
 
-from prunus.machine import atomic, write_json, write_tensors, write_text
+from prunus.machine import atomic, read_json, write_json, write_tensors, write_text
 from prunus.masks import Masks
 
 __all__ = ["Job", "Store", "closure"]
@@ -91,7 +90,7 @@ class Store:
 
     def result(self, job: Job) -> dict[str, Any]:
         """The numbers of a finished job."""
-        return json.loads(self.path(job, ".json").read_text(encoding="utf-8"))
+        return read_json(self.path(job, ".json"))
 
     def error(self, job: Job) -> str:
         """The last line of how it failed."""

@@ -7,12 +7,11 @@ A folder that holds only members.jsonl is enough to make the tables again and to
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prunus.machine import write_json, write_text
+from prunus.machine import json_line, json_value, read_json, write_json, write_text
 from prunus.run.grid import Grid, final_members
 
 __all__ = ["read_results", "tabulate"]
@@ -23,9 +22,9 @@ Result = Mapping[str, Any]
 def read_results(out: Path) -> dict[str, dict[str, Any]]:
     """Member key -> its result, from the packed file and from single files."""
     packed = out / "members.jsonl"
-    rows = [json.loads(line) for line in packed.read_text().splitlines()] if packed.exists() else []
+    rows = [json_value(line) for line in packed.read_text(encoding="utf-8").splitlines()] if packed.exists() else []
     found: dict[str, dict[str, Any]] = {row.pop("key"): row for row in rows}
-    return found | {path.stem: json.loads(path.read_text()) for path in sorted((out / "members").glob("*.json"))}
+    return found | {path.stem: read_json(path) for path in sorted((out / "members").glob("*.json"))}
 
 
 def tabulate(grid: Grid) -> list[dict[str, Any]]:
@@ -36,7 +35,7 @@ def tabulate(grid: Grid) -> list[dict[str, Any]]:
     out = Path(grid.out)
     results = read_results(out)
     rows = _rows(grid, results)
-    lines = [json.dumps({"key": key, **result}, default=str) for key, result in sorted(results.items())]
+    lines = [json_line({"key": key, **result}) for key, result in sorted(results.items())]
     write_text(out / "members.jsonl", "".join(line + "\n" for line in lines))
     write_json(out / "table.json", rows)
     grid.task.write(grid.layout, rows)

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedConfig
 
 from prunus.layers import CONVOLUTIONS, Inputs, View, find_layers
+from prunus.machine import imported
 
 __all__ = ["observe"]
 
@@ -269,10 +269,10 @@ def _patches(name: str, module: nn.Module) -> Callable[[Tensor], Tensor] | None:
 @contextmanager
 def _eager_experts(block: nn.Module) -> Generator[None]:
     """Experts multiply one by one meanwhile, as the model's own code has it, not in one grouped product."""
-    configs: dict[int, PreTrainedConfig] = {}
+    configs: dict[int, Any] = {}
     for module in block.modules():
         config = getattr(module, "config", None)
-        if isinstance(config, PreTrainedConfig):
+        if isinstance(config, imported("transformers.configuration_utils", "PreTrainedConfig")):
             configs[id(config)] = config
     before = [(config, config._experts_implementation) for config in configs.values()]
     try:

@@ -1,25 +1,5 @@
 """Networks that are really smaller: filters and neurons that go, layers as two thinner ones."""
 
-from prunus.shrink.filters import (
-    Channels,
-    choose_filters,
-    filter_norms,
-    find_channels,
-    mask_filters,
-    remove_filters,
-    resized,
-)
-from prunus.shrink.lowrank import decompose, ranks_by_budget, ranks_by_share
+import lazy_loader
 
-__all__ = [
-    "Channels",
-    "choose_filters",
-    "decompose",
-    "filter_norms",
-    "find_channels",
-    "mask_filters",
-    "ranks_by_budget",
-    "ranks_by_share",
-    "remove_filters",
-    "resized",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,10 +1,9 @@
 """Criteria that choose inside a layer, and may move the weights that stay: SparseGPT, Frank-Wolfe with swaps.
 
-A new one is a function that returns a `Criterion`, in a file of its own, and one entry in `__all__`: everything there
-can be named in recipes.
+A new one is a function that returns a `Criterion`, in a file of its own, and one line in `__init__.pyi`: everything
+there can be named in recipes.
 """
 
-from prunus.solve.frank_wolfe import frank_wolfe
-from prunus.solve.sweep import sparsegpt
+import lazy_loader
 
-__all__ = ["frank_wolfe", "sparsegpt"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

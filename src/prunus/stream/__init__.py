@@ -3,9 +3,6 @@
 `stream` is the loop; `work` the folder from which a killed run goes on.
 """
 
-from prunus.stream.reconstruct import Fit
-from prunus.stream.sources import Shards, ahead, carried
-from prunus.stream.stream import Streamed, stream, survey
-from prunus.stream.work import BlockReport, Work
+import lazy_loader
 
-__all__ = ["BlockReport", "Fit", "Shards", "Streamed", "Work", "ahead", "carried", "stream", "survey"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

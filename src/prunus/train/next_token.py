@@ -13,15 +13,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import PreTrainedModel
 
 from prunus.kernels import uses_kernels
+from prunus.machine import is_pretrained
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["next_token_loss"]
 
@@ -40,7 +43,7 @@ def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
     >>> next_token_loss(model, torch.zeros(2, 8, dtype=torch.long)).shape
     torch.Size([])
     """
-    inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    inner = next((module for module in model.modules() if is_pretrained(module)), None)
     if inner is None or ids.shape[1] < 2 or not _is_large(inner, ids):
         return _whole(model, ids)
     trunks = _trunks(inner)

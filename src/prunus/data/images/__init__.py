@@ -4,19 +4,6 @@ read_images -> Images -> ImageBatches(step) | plain_batches          a user's Da
 Images -> corrupt -> Images
 """
 
-from prunus.data.images.batches import Augment, ImageBatches, LoaderBatches, plain_batches
-from prunus.data.images.corruptions import CORRUPTIONS, check_corruptions, corrupt
-from prunus.data.images.read import read_images
-from prunus.data.images.sets import Images
+import lazy_loader
 
-__all__ = [
-    "CORRUPTIONS",
-    "Augment",
-    "ImageBatches",
-    "Images",
-    "LoaderBatches",
-    "check_corruptions",
-    "corrupt",
-    "plain_batches",
-    "read_images",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from prunus.frankwolfe.sets.group import Entries, Groups, Labels
-from prunus.frankwolfe.sets.lp import Lp
+from prunus.frankwolfe.sets.norms import Lp
 from prunus.frankwolfe.sets.protocol import Gauge, Rebuild, Seen
 from prunus.frankwolfe.sets.sparse import KSparse, KSupport
 from prunus.frankwolfe.sets.spectral import Spectrum

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.frankwolfe.sets.group import Entries
-from prunus.frankwolfe.sets.lp import Lp
+from prunus.frankwolfe.sets.norms import Lp
 from prunus.frankwolfe.sets.problems import Problems
 from prunus.frankwolfe.sets.protocol import count_of
 from prunus.frankwolfe.sets.sparse import KSparse, KSupport

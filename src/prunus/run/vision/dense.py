@@ -8,7 +8,6 @@ metrics.json        what was measured, and how long it took
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import pickle
 import shutil
@@ -27,12 +26,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prunus.during import During, Plan
-from prunus.machine import write_json, write_tensors
+from prunus.machine import read_json, write_json, write_tensors
 from prunus.run.recipe import ClassifierRecipe, digest, said
 from prunus.run.vision import stages
 from prunus.run.vision.setting import Setting
-from prunus.train import Original, Trace
+from prunus.train import During, Original, Plan, Trace
 
 __all__ = [
     "Dense",
@@ -199,10 +197,10 @@ def read_dense(folder: Path) -> Dense | None:
     with _lock:
         if not (folder / "metrics.json").exists():
             return None
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        metrics = read_json(folder / "metrics.json")
         name = f"{folder.resolve()}:{metrics['key']}"
         if name not in _read:
-            trace = json.loads((folder / "trace.json").read_text(encoding="utf-8"))
+            trace = read_json(folder / "trace.json")
             original = Original.from_runs(trace["lrs"], trace["warmup"])
             _read[name] = Dense(folder, load_file(folder / "model.safetensors"), original, metrics)
         _read.move_to_end(name)

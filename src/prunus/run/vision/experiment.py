@@ -8,7 +8,6 @@ A killed run with a work folder goes on: the training from its checkpoint, the p
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -19,8 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunus.data import CORRUPTIONS
-from prunus.during import During
-from prunus.machine import write_json
+from prunus.machine import read_json, write_json
 from prunus.masks import Masks
 from prunus.measure import weight_change
 from prunus.run.names import methods
@@ -30,7 +28,7 @@ from prunus.run.vision.dense import Dense, dense, losses_by_epoch
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.smaller import Smaller, smaller
 from prunus.soup import Phase, imp, phase_sparsities
-from prunus.train import Original, Trace
+from prunus.train import During, Original, Trace
 
 __all__ = ["Outcome", "experiment", "masks_of", "method_of"]
 
@@ -305,7 +303,7 @@ class _Notes:
     def read(cls, path: Path | None) -> _Notes:
         if path is None or not path.exists():
             return cls(path)
-        return cls(path, **json.loads(path.read_text(encoding="utf-8")))
+        return cls(path, **read_json(path))
 
     def write(self) -> None:
         if self.path is not None:

@@ -17,7 +17,6 @@ import torch
 from pydantic import AfterValidator, Field, model_validator
 from torch import nn
 
-from prunus.during import During
 from prunus.frankwolfe import (
     SFW,
     GroupLasso,
@@ -33,6 +32,7 @@ from prunus.layers import View, find_layers
 from prunus.masks import Masks
 from prunus.run import names
 from prunus.run.plain import Strict
+from prunus.train import During
 
 __all__ = ["Given", "OneOptimizer", "Optimizer", "Prox", "Pull", "Sfw", "Sgd", "Size"]
 

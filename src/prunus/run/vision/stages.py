@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from prunus.data import CORRUPTIONS, Images
-from prunus.during import During
 from prunus.layers import View, find_layers
 from prunus.masks import Masks
 from prunus.measure import Accuracy, Corrupted, Cost, accuracy, corrupted_sets, own_flops
@@ -26,6 +25,7 @@ from prunus.run.vision.optimizers import Given
 from prunus.run.vision.setting import Setting
 from prunus.score import needed
 from prunus.train import (
+    During,
     Ema,
     Multiplier,
     Trace,

@@ -12,7 +12,6 @@ A killed sweep goes on: points that are finished are not repeated.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +22,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from prunus.machine import write_json, write_text
+from prunus.machine import read_json, write_json, write_text
 from prunus.measure import latency
 from prunus.report import markdown_table, plot_sweep
 from prunus.run.pool import Workers, run
@@ -217,7 +216,7 @@ def _point(recipe: ClassifierRecipe, dense: Path, timed: int, job: Job, store: S
 
 def _source(dense: Path) -> str:
     """What tells one dense training from another in the same folder."""
-    metrics = json.loads((dense / "metrics.json").read_text(encoding="utf-8"))
+    metrics = read_json(dense / "metrics.json")
     return digest(metrics)
 
 

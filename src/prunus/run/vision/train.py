@@ -9,7 +9,6 @@ A killed run goes on from out/work, which is gone when the run is done.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,8 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from prunus import __version__
-from prunus.during import During, Plan
-from prunus.machine import write_json, write_text
+from prunus.machine import read_json, write_json, write_text
 from prunus.masks import Masks
 from prunus.measure import Energy
 from prunus.report import append_metrics, plot_run, progress, read_metrics
@@ -32,7 +30,7 @@ from prunus.run.vision.dense import dense_key, read_dense, write_state
 from prunus.run.vision.experiment import Outcome, experiment
 from prunus.run.vision.setting import Setting
 from prunus.save import FORMAT, INFO_NAME, MASKS_NAME
-from prunus.train import Substituted
+from prunus.train import During, Plan, Substituted
 
 __all__ = ["begin", "begun", "describe", "prune_run", "pruning_of", "train_run"]
 
@@ -165,7 +163,7 @@ def _write(out: Path, recipe: ClassifierRecipe, outcome: Outcome, result: dict[s
 
 def _trace(dense: Path) -> dict[str, Any]:
     path = dense / "trace.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def describe(

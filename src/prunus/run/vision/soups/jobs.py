@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.during import During, Part, cubic
+from prunus.during import Part, cubic
 from prunus.masks import Masks
 from prunus.run.names import criteria
 from prunus.run.recipe import ClassifierRecipe, digest, given, member_of, order_of, said
@@ -29,7 +29,7 @@ from prunus.run.vision.setting import Setting
 from prunus.run.vision.soups.averaging import Average, Meter, averaged, plain_state
 from prunus.run.vision.starts import dense_job
 from prunus.soup import average, average_and_reprune, distance, phase_sparsities
-from prunus.train import Multiplier, Original, Swa
+from prunus.train import During, Multiplier, Original, Swa
 
 __all__ = [
     "Training",

@@ -1,0 +1,12 @@
+from .cs import CS as CS
+from .dnw import DNW as DNW
+from .dpf import DPF as DPF
+from .dst import DST as DST
+from .gmp import GMP as GMP
+from .gsm import GSM as GSM
+from .lc import LC as LC
+from .part import Part as Part
+from .rigl import RigL as RigL
+from .schedule import cubic as cubic
+from .set_ import SET as SET
+from .soft_threshold import STR as STR

@@ -1,0 +1,16 @@
+from . import sets as sets
+from .constrained import KeptGradients as KeptGradients
+from .constrained import constrained_groups as constrained_groups
+from .proximal import GroupLasso as GroupLasso
+from .proximal import NuclearNorm as NuclearNorm
+from .proximal import NuclearSteps as NuclearSteps
+from .proximal import ProximalSGD as ProximalSGD
+from .sets import Initial as Initial
+from .sets import group_k_support as group_k_support
+from .sets import k_sparse as k_sparse
+from .sets import k_support as k_support
+from .sets import lp as lp
+from .sets import nuclear as nuclear
+from .sets import spectral_k_support as spectral_k_support
+from .sets.protocol import count_of as count_of
+from .sfw import SFW as SFW

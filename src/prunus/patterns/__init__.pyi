@@ -1,0 +1,15 @@
+from .patterns import NM as NM
+from .patterns import Block as Block
+from .patterns import Pattern as Pattern
+from .patterns import Rows as Rows
+from .patterns import Unstructured as Unstructured
+from .patterns import check_sparsity as check_sparsity
+from .patterns import mask_scaled as mask_scaled
+from .patterns import parse as parse
+from .patterns import scaled as scaled
+from .selection import check_scores as check_scores
+from .selection import goes_to_kernels as goes_to_kernels
+from .selection import keep_largest as keep_largest
+from .selection import keep_largest_of_all as keep_largest_of_all
+from .selection import kept_of as kept_of
+from .selection import select_global_share as select_global_share

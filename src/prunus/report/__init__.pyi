@@ -1,0 +1,15 @@
+from .curves import Point as Point
+from .curves import plot_accuracy as plot_accuracy
+from .curves import plot_run as plot_run
+from .landscape import plot_lines as plot_lines
+from .landscape import plot_plane as plot_plane
+from .metrics import append_metrics as append_metrics
+from .metrics import read_metrics as read_metrics
+from .plots import plot_compression as plot_compression
+from .plots import plot_grid as plot_grid
+from .rates import plot_sweep as plot_sweep
+from .terminal import Advance as Advance
+from .terminal import format_value as format_value
+from .terminal import markdown_table as markdown_table
+from .terminal import print_table as print_table
+from .terminal import progress as progress

@@ -1,0 +1,10 @@
+from .average import average_folders as average_folders
+from .folder import FORMAT as FORMAT
+from .folder import INFO_NAME as INFO_NAME
+from .folder import MASKS_NAME as MASKS_NAME
+from .folder import SIZE_NOTE as SIZE_NOTE
+from .folder import SavedModel as SavedModel
+from .folder import load_info as load_info
+from .folder import save_model as save_model
+from .folder import save_tensors as save_tensors
+from .shards import ShardWriter as ShardWriter

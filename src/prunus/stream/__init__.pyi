@@ -1,0 +1,9 @@
+from .reconstruct import Fit as Fit
+from .sources import Shards as Shards
+from .sources import ahead as ahead
+from .sources import carried as carried
+from .stream import Streamed as Streamed
+from .stream import stream as stream
+from .stream import survey as survey
+from .work import BlockReport as BlockReport
+from .work import Work as Work
