@@ -18,7 +18,7 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -358,7 +358,7 @@ WHOLE: dict[str, Callable[[Path], Digests]] = {
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
+def one_thread() -> Generator[None]:
     """One thread of torch, as the digests were made, and its random state as before."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

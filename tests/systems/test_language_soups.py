@@ -31,8 +31,8 @@ def raw(folder: Path, text: Path, out: Path, **changes: Any) -> dict[str, Any]:
     return test_compress.raw(folder, text, out, **{"evaluate": some, **changes})
 
 
-def recipe(*args: Any, **changes: Any) -> Recipe:
-    return parse(raw(*args, **changes), Recipe, "test")
+def recipe(*args: Any, **changes: Any) -> LanguageRecipe:
+    return parse(raw(*args, **changes), LanguageRecipe, "test")
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -84,7 +84,7 @@ def test_the_first_member_is_the_plain_run_and_the_longer_one_has_all_steps(
     asked = raw(tiny_folder, text_file, tmp_path / "longer", save=False)
     asked["retrain"]["steps"] = soup["soup"]["steps"]
     assert asked["retrain"]["steps"] == 24
-    longer = compress(parse(asked, Recipe, "test"))
+    longer = compress(parse(asked, LanguageRecipe, "test"))
     assert soup["perplexity"][LONGER] == longer["perplexity"]["merged"]
 
 

@@ -220,7 +220,8 @@ def test_averages_made_beside_trainings_are_those_of_their_members(
             if value.is_floating_point() and "running" not in name:
                 mean = torch.stack([state[name].double() for state in states]).mean(0)
                 torch.testing.assert_close(value.double(), mean, rtol=1e-5, atol=1e-7)
-    store, asked_ = parse(grid, Grid, "grid").store, parse({**grid["base"], "out": "x"}, ClassifierRecipe, "test")
+    base: Any = grid["base"]
+    store, asked_ = parse(grid, Grid, "grid").store, parse({**base, "out": "x"}, ClassifierRecipe, "test")
     setting = Setting.of(asked_)
     for path in store.folder.glob("trainings/*/model.safetensors"):
         model = setting.new_model()

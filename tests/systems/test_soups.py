@@ -649,11 +649,11 @@ def test_dropout_draws_the_same_whatever_was_drawn_before(tmp_path: Path, monkey
 def test_soups_on_a_gpu_are_alike_one_by_one_and_in_threads(tmp_path: Path) -> None:
     """Captured steps, bf16; kernels that add in another order make a difference of an image or two."""
     found = {}
-    for name, flags in (("one", {}), ("threads", {"together": 3})):
+    for name, together in (("one", 1), ("threads", 3)):
         section = {"baselines": ["imp", "longer", "swa", "reprune", "dense"]}
         train = {**raw(tmp_path)["train"], "epochs": 8}
         recipe = asked(tmp_path / name, section, device="cuda", train=train, prune={"sparsity": 0.8, "phases": 2})
-        found[name] = soup_run(recipe, **flags)
+        found[name] = soup_run(recipe, together=together)
     for one, other in zip(found["one"]["rows"], found["threads"]["rows"], strict=True):
         if one["name"] != "dense_soup_pruned":  # pruned and not retrained: a few weights decide much
             assert other["accuracy"] == pytest.approx(one["accuracy"], abs=0.05), one["row"]

@@ -31,7 +31,7 @@ from prunus.run.vision.setting import Setting
 from prunus.run.vision.train import prune_run, pruning_of, train_run
 from prunus.train.batchnorm import recalibrate_
 
-TRAIN = {"epochs": 2, "batch_size": 32, "lr": 0.1, "warmup": 0, "augment": {"crop": 1}}
+TRAIN: dict[str, Any] = {"epochs": 2, "batch_size": 32, "lr": 0.1, "warmup": 0, "augment": {"crop": 1}}
 
 
 class Tiny(nn.Sequential):
