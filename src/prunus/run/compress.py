@@ -32,6 +32,7 @@ from prunus.run.fitted import fitted, home
 from prunus.run.folder import begin, device_name, device_of, finished, held, ran_on
 from prunus.run.recipe import LanguageRecipe, digest, given, said
 from prunus.run.soups import Pruned, blend
+from prunus.run.texts import check_texts, head_in_words
 from prunus.save import save_model, save_tensors
 from prunus.soup import distance
 from prunus.stream import BlockReport, Shards, Streamed, Work
@@ -104,10 +105,11 @@ class _Run:
         with self._bar("load", None):
             loaded = stages.load(recipe, self.home)
         stages.check_trainable(loaded.model, recipe)
+        check_texts(recipe, loaded.model, loaded.tokenizer)
         if ranks.is_main():
             begin(self.out, recipe)
         result: dict[str, Any] = {"key": self.key, "model": recipe.model, **ran_on(self.out, device_name(self.device))}
-        result |= {"processes": ranks.count(), "perplexity": {}}
+        result |= {"processes": ranks.count(), "head": head_in_words(loaded.tokenizer), "perplexity": {}}
         result["perplexity"]["dense"] = self._measured("dense", loaded)
         loaded, within = self._phases(loaded)
         before = stages.weights_to_compare(loaded, recipe)

@@ -27,6 +27,7 @@ from prunus.run.layout import Show
 from prunus.run.recipe import LanguageRecipe, LanguageRetrain, digest, merge, parse, said
 from prunus.run.soups import LONGER, SOUP, Pruned, averaged, longer_of, member_key, members_of
 from prunus.run.store import Job, Store
+from prunus.run.texts import check_texts
 from prunus.soup import distance
 
 __all__ = ["LANGUAGE", "pruned_job"]
@@ -169,6 +170,7 @@ def _dense(recipe: LanguageRecipe, device: torch.device) -> stages.Loaded:
     if _read.get("dense", ("",))[0] != key:
         _read.clear()
         loaded = stages.load(recipe)
+        check_texts(recipe, loaded.model, loaded.tokenizer)
         loaded.model.to(device)
         _read["dense"] = (key, loaded)
     return _read["dense"][1]

@@ -9,7 +9,6 @@ import copy
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from prunus.adapt import ADAPTERS, adapt, add_biases, compiled_forward, find_subset
 from prunus.blocks import Source, recomputed
-from prunus.data import ASSETS, PackedTokens, calibration, read_texts, tokenize
+from prunus.data import ASSETS
 from prunus.layers import View, find_layers
 from prunus.machine import Precision, autocast, of_training, ranks
 from prunus.masks import Masks
 from prunus.measure import perplexity, streamed_perplexity
-from prunus.run.recipe import Data, LanguageRecipe, given
+from prunus.run.recipe import LanguageRecipe, given
+from prunus.run.texts import calibration_windows, evaluation_texts, training_windows, window_of
 from prunus.stream import BlockReport, Fit, Shards, Streamed, Work, stream
 from prunus.train import next_token_loss, train
 
-__all__ = ["Loaded", "Retrained", "evaluate", "load", "precision_of", "prune", "retrain", "text_tokens"]
+__all__ = ["Loaded", "Retrained", "evaluate", "load", "precision_of", "prune", "retrain"]
 
 OnStep = Callable[[int, float], None]
 
@@ -123,18 +123,6 @@ def check_trainable(model: Any, recipe: LanguageRecipe) -> None:
             find_subset(twin, name)
 
 
-def text_tokens(data: Data, tokenizer: Any) -> Tensor:
-    """(N,) int64 tokens of a text, cut to its `part`."""
-    tokens = _tokens(data.source, data.column, data.split, data.join, tokenizer)
-    start, stop = (round(share * len(tokens)) for share in data.part)
-    return tokens[start:stop]
-
-
-@lru_cache(maxsize=8)
-def _tokens(source: str, column: str, split: str | None, join: str, tokenizer: Any) -> Tensor:
-    return tokenize(read_texts(source, column=column, split=split), tokenizer, separator=join)
-
-
 def prune(
     loaded: Loaded,
     recipe: LanguageRecipe,
@@ -149,9 +137,7 @@ def prune(
     within: the masks of an earlier phase; what they prune stays pruned.
     """
     chosen, calibrate = recipe.prune, recipe.calibrate
-    tokens = calibration(
-        text_tokens(calibrate.data, loaded.tokenizer), calibrate.samples, calibrate.length, calibrate.seed
-    )
+    tokens = calibration_windows(calibrate, loaded.tokenizer)
     where: dict[str, Any] = {
         "tokens": tokens,
         "source": loaded.source,
@@ -239,7 +225,7 @@ def retrain(
     )
     if asked.keep_effective:
         adaptation.keep_effective()
-    packed = PackedTokens(text_tokens(asked.data, loaded.tokenizer), asked.length)
+    packed = training_windows(asked, loaded.tokenizer)
     optimizer = torch.optim.AdamW(adaptation.param_groups(asked.lr, asked.lrs), weight_decay=0.0)
     spare = "free" if asked.checkpointing == "auto" else 0
     with (
@@ -248,7 +234,7 @@ def retrain(
     ):
         trace = train(
             model,
-            lambda step: packed.at(step, batch=asked.batch_size, seed=asked.seed),
+            lambda step: packed.batch(step, batch=asked.batch_size, seed=asked.seed),
             optimizer,
             asked.rates(loaded.distance),
             steps=asked.steps,
@@ -280,10 +266,9 @@ def retrain(
 def evaluate(loaded: Loaded, recipe: LanguageRecipe, device: torch.device) -> dict[str, float]:
     """Text name -> perplexity, by the recipe's window or the model's own length; block by block when streamed."""
     model, asked = loaded.model, recipe.evaluate
-    window = asked.window or min(int(getattr(model.config, "max_position_embeddings", 2048)), 2048)
     precision = precision_of(recipe, device)
-    tokens = {name: text_tokens(data, loaded.tokenizer) for name, data in asked.data.items()}
-    how: dict[str, Any] = {"window": window, "batch_size": asked.batch_size, "device": device}
+    tokens = evaluation_texts(recipe, model, loaded.tokenizer)
+    how: dict[str, Any] = {"window": window_of(recipe, model), "batch_size": asked.batch_size, "device": device}
     if loaded.source is not None:
         how |= {"source": loaded.source, "precision": precision}
         return {name: streamed_perplexity(model, text, **how) for name, text in tokens.items()}
