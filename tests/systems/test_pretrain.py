@@ -34,7 +34,7 @@ def recipe(tmp_path: Path) -> PretrainRecipe:
     )  # fmt: skip
     return PretrainRecipe(
         data=str(tmp_path / "books.jsonl"), held_out=held_out, model=size, steps=60, batch=8, lr=0.01,
-        save_every=20, evaluate_every=50, precision="fp32",
+        save_seconds=0, evaluate_every=50, precision="fp32",
     )  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def test_a_killed_run_goes_on_to_the_same_model(tmp_path: Path, recipe: Any, mon
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pretrain(recipe, tmp_path / "killed", on_step=killing)  # at step 50, after the checkpoint of step 40
+        pretrain(recipe, tmp_path / "killed", on_step=killing)  # at step 50, after the checkpoint of the step before
     monkeypatch.setattr(module, "tokenize_documents", _fail_on_long(module.tokenize_documents))
     pretrain(recipe, tmp_path / "killed")
     for name in ("model.safetensors", "tokenizer.json"):

@@ -148,6 +148,7 @@ class _Run:
                     masks,
                     recipe,
                     self.device,
+                    checkpoint=self._checkpoint(f"phase-{place}"),
                     on_step=lambda done, _loss, advance=advance: advance.to(done),
                 )
             loaded.model.to(self.home)
@@ -189,7 +190,7 @@ class _Run:
                 masks,
                 recipe,
                 self.device,
-                checkpoint=self.out / "work" / f"retrain-{self.key[:16]}.pt",
+                checkpoint=self._checkpoint("retrain"),
                 on_step=lambda done, _loss: advance.to(done),
                 before_merge=lambda: perplexities.update(retrained=self._measured("retrained", loaded)),
             )
@@ -269,6 +270,9 @@ class _Run:
 
     def _as_stored(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.stored) if tensor.is_floating_point() else tensor
+
+    def _checkpoint(self, name: str) -> Path:
+        return self.out / "work" / f"{name}-{self.key[:16]}.pt"
 
     def _blocks(self) -> Path:
         return self.out / "work" / "blocks"

@@ -15,6 +15,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,7 +124,7 @@ class _Language:
             result["soup"] = {**souped.summary, "perplexity": souped.perplexity, "retraining": souped.retraining}
         else:
             if recipe.retrain is not None:
-                result["retraining"] = _retrain(pruned)
+                result["retraining"] = _retrain(pruned, store.checkpoint(job))
             result["perplexity"] = stages.evaluate(loaded, recipe, pruned.device)
         if recipe.evaluate.tasks:
             result["zero_shot"] = stages.zero_shot(loaded.model, loaded.tokenizer, recipe, pruned.device)
@@ -153,9 +154,9 @@ def _train_member(recipe: LanguageRecipe, asked: LanguageRetrain, name: str, job
     return found
 
 
-def _retrain(pruned: Pruned) -> dict[str, Any]:
+def _retrain(pruned: Pruned, checkpoint: Path) -> dict[str, Any]:
     """What retraining a pruned model in place did."""
-    found = stages.retrain(pruned.loaded, pruned.masks, pruned.recipe, pruned.device).numbers()
+    found = stages.retrain(pruned.loaded, pruned.masks, pruned.recipe, pruned.device, checkpoint=checkpoint).numbers()
     return found | {"merge": _merge_summary(found["merge"])}
 
 
