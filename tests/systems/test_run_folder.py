@@ -209,9 +209,9 @@ def test_a_flipped_bit_in_a_finished_block_is_found(
     killed: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The block is made anew, and the model has the bits of a run that nothing happened to."""
-    compress(parse({**killed, "out": str(tmp_path / "whole")}, Recipe, ""))
+    compress(parse({**killed, "out": str(tmp_path / "whole")}, LanguageRecipe, ""))
     flip(tmp_path / "run" / "work" / "blocks" / "model.layers.0.safetensors")
-    compress(parse(killed, Recipe, ""))
+    compress(parse(killed, LanguageRecipe, ""))
     assert "block model.layers.0 is made anew: " in caplog.text
     one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "run"))
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
