@@ -24,7 +24,7 @@ from prunus.run.recipe import ClassifierRecipe, digest, given, member_of, order_
 from prunus.run.store import Job, Store
 from prunus.run.vision import stages
 from prunus.run.vision.dense import read_dense
-from prunus.run.vision.experiment import masks_of, method_of
+from prunus.run.vision.experiment import finished, method_of
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.soups.averaging import Average, Meter, averaged, plain_state
 from prunus.run.vision.starts import dense_job
@@ -187,7 +187,7 @@ def _train_method(recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str,
         views=stages.views_of(model, recipe.prune),
         checkpoint=store.checkpoint(job),
     )
-    masks = masks_of(taking, name, model)
+    masks, lost = finished(taking, name, model)
     measured = {"pruned": stages.measure(model, setting)}
     if recipe.retrain is not None and recipe.recalibrate and stages.has_batchnorm(model):  # as `experiment` does
         stages.recalibrate(model, setting)
@@ -200,7 +200,7 @@ def _train_method(recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str,
         "steps": steps,
         "seconds": trace.seconds,
         "measured": measured,
-        "distance": 0.0,
+        "distance": lost,
     }
 
 
