@@ -26,7 +26,7 @@ from prunus.run.names import (
     retrainings,
     schedules,
 )
-from prunus.run.recipe import ClassifierRecipe, LanguageRecipe, Recipe, parse
+from prunus.run.recipe import ClassifierRecipe, LanguageRecipe, Recipe, given, parse
 
 MEMBERS = [(family, name) for family in FAMILIES for name in family.members()]
 
@@ -61,7 +61,7 @@ def test_options_of_owl_are_keys_of_recipes() -> None:
     assert allocations.make(choice)(scores, 0.5) == score.owl(c=4, lam=0.2)(scores, 0.5) == {"h.0.fc": 30, "h.1.fc": 70}
     assert allocations.make("owl")(scores, 0.5) == {"h.0.fc": 50, "h.1.fc": 50}  # none is above 5 * 1.6
     for raw in ({"prune": {"allocation": choice}}, {"images": "digits", "prune": {"allocation": choice}}):
-        assert parse(raw, ClassifierRecipe if "images" in raw else Recipe, "here").prune.allocation == choice
+        assert given(parse(raw, Recipe, "here").prune).allocation == choice
 
 
 def test_choices_are_kept_in_their_shortest_form_and_made_with_their_types() -> None:
