@@ -18,7 +18,7 @@ from prunus.run import soups, stages
 from prunus.run.compare import compare
 from prunus.run.compress import compress
 from prunus.run.grid import Grid
-from prunus.run.recipe import Recipe, Retrain, Soup, parse
+from prunus.run.recipe import LanguageRecipe, Recipe, member_of, parse
 from prunus.run.show import show_result
 from prunus.run.soups import BEST, LONGER, MEAN, SOUP
 from prunus.save import load_info
@@ -31,8 +31,8 @@ def raw(folder: Path, text: Path, out: Path, **changes: Any) -> dict[str, Any]:
     return test_compress.raw(folder, text, out, **{"evaluate": some, **changes})
 
 
-def recipe(*args: Any, **changes: Any) -> Recipe:
-    return parse(raw(*args, **changes), Recipe, "test")
+def recipe(*args: Any, **changes: Any) -> LanguageRecipe:
+    return parse(raw(*args, **changes), LanguageRecipe, "test")
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -84,7 +84,7 @@ def test_the_first_member_is_the_plain_run_and_the_longer_one_has_all_steps(
     asked = raw(tiny_folder, text_file, tmp_path / "longer", save=False)
     asked["retrain"]["steps"] = soup["soup"]["steps"]
     assert asked["retrain"]["steps"] == 24
-    longer = compress(parse(asked, Recipe, "test"))
+    longer = compress(parse(asked, LanguageRecipe, "test"))
     assert soup["perplexity"][LONGER] == longer["perplexity"]["merged"]
 
 
@@ -92,7 +92,7 @@ def test_the_first_member_is_the_plain_run_and_the_longer_one_has_all_steps(
 def test_any_part_may_be_retrained_and_members_weighted(
     tiny_folder: Path, text_file: Path, tmp_path: Path, train: list[str]
 ) -> None:
-    changes: dict[str, Any] = {"soup": {"members": 2, "average": [0.25, 0.75], "longer": False}}
+    changes: dict[str, Any] = {"soup": {"members": 2, "average": [0.25, 0.75], "baselines": []}}
     changes["retrain"] = {**raw(tiny_folder, text_file, tmp_path)["retrain"], "train": train, "steps": 4}
     result = compress(recipe(tiny_folder, text_file, tmp_path / "run", **changes))
     assert LONGER not in result["perplexity"]
@@ -110,7 +110,7 @@ def test_added_biases_are_averaged_and_saved(text_file: Path, tmp_path: Path) ->
     byte_tokenizer().save_pretrained(tmp_path / "dense")
     for streaming in (False, True):
         out = tmp_path / f"run-{streaming}"
-        changes: dict[str, Any] = {"retrain": retrain, "soup": {"members": 2, "longer": False}, "streaming": streaming}
+        changes: dict[str, Any] = {"retrain": retrain, "soup": {"members": 2, "baselines": []}, "streaming": streaming}
         compress(recipe(tmp_path / "dense", text_file, out, **changes))
         model = AutoModelForCausalLM.from_pretrained(out / "model")
         assert model.model.layers[0].self_attn.q_proj.bias.abs().sum() > 0
@@ -121,7 +121,7 @@ def test_added_biases_are_averaged_and_saved(text_file: Path, tmp_path: Path) ->
 def test_a_streamed_soup_never_has_the_average_in_memory(
     tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: dict[str, Any] = {"soup": {"members": 2, "longer": False}}
+    asked: dict[str, Any] = {"soup": {"members": 2, "baselines": []}}
     memory = compress(recipe(tiny_folder, text_file, tmp_path / "memory", **asked))
     original = stages.AutoModelForCausalLM.from_pretrained
 
@@ -193,19 +193,26 @@ def test_members_of_another_recipe_are_trained_anew(
 
 
 def test_members_differ_in_their_seed_unless_it_is_given() -> None:
-    plain = Retrain(seed=7)
-    assert [each.seed for each in Soup(members=3).each(plain)] == [7, 1007, 2007]
-    varied = Soup(members=2, vary={"seed": [1, 1], "steps": [5, 9]}).each(plain)
-    assert [(each.seed, each.steps) for each in varied] == [(1, 5), (1, 9)]
+    def members(**soup: Any) -> list[Any]:
+        asked = parse({"retrain": {"seed": 7}, "soup": soup}, LanguageRecipe, "test")
+        return [member_of(asked, place).retrain for place in range(3)]
+
+    assert [each.seed for each in members()] == [7, 1007, 2007]
+    varied = members(vary={"seed": [1, 1, 2], "steps": [5, 9, 5]})
+    assert [(each.seed, each.steps) for each in varied] == [(1, 5), (1, 9), (2, 5)]
+    assert [each.lr for each in members(vary={"lr": [1e-3, 1e-2]})] == [1e-3, 1e-2, 1e-3]
 
 
 WRONG = [
     ({"soup": {}}, "soup: its members are retrained as `retrain` says"),
-    ({"retrain": {}, "soup": {"members": 1}}, "soup.members"),
-    ({"retrain": {}, "soup": {"vary": {"lr": [1e-3]}}}, "lr has 1 values for 3 members"),
+    ({"retrain": {}, "soup": {"members": 0}}, "soup.members"),
+    ({"retrain": {}, "soup": {"vary": {"seed": "same", "lr": [1e-3, 1e-2]}}}, "members 1 and 3 would be the same"),
+    ({"retrain": {}, "soup": {"vary": {"weight_decay": [1e-3]}}}, "vary.weight_decay: this goes with soups of class"),
+    ({"retrain": {}, "soup": {"baselines": ["swa"]}}, "soup.baselines: this goes with soups of classifiers"),
+    ({"retrain": {}, "soup": {"average": "greedy"}}, "greedy averages are made of classifiers"),
     ({"retrain": {}, "soup": {"vary": {"rank": [1, 2, 3]}}}, "soup.vary"),
     ({"retrain": {}, "soup": {"vary": {"lr": [1, 2, -3]}}}, "-3"),
-    ({"retrain": {}, "soup": {"average": [0.5, 0.5]}}, "average has 2 values for 3 members"),
+    ({"retrain": {}, "soup": {"average": [0.5, 0.5]}}, "average: 2 weights for 3 members"),
     ({"retrain": {}, "soup": {"average": [0.5, 0.2, 0.2]}}, "weights add up to 1; these to 0.9"),
 ]
 

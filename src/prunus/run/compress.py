@@ -30,11 +30,11 @@ from prunus.report import Advance, append_metrics, plot_compression, progress, r
 from prunus.run import stages
 from prunus.run.fitted import fitted, home
 from prunus.run.folder import begin, device_name, device_of, finished, held, ran_on
-from prunus.run.recipe import Recipe, digest, said
+from prunus.run.recipe import LanguageRecipe, digest, given, said
 from prunus.run.soups import Pruned, blend
-from prunus.run.texts import check_texts, head_in_words, training_windows
+from prunus.run.texts import check_texts, head_in_words
 from prunus.save import save_model, save_tensors
-from prunus.soup import distance, phase_sparsities
+from prunus.soup import distance
 from prunus.stream import BlockReport, Shards, Streamed, Work
 
 __all__ = ["compress", "prunus_info"]
@@ -42,7 +42,7 @@ __all__ = ["compress", "prunus_info"]
 log = logging.getLogger(__name__)
 
 
-def compress(recipe: Recipe) -> dict[str, Any]:
+def compress(recipe: LanguageRecipe) -> dict[str, Any]:
     """The result of a run (the content of `out/result.json`); a finished run is read, a killed one goes on.
 
     Raises ValueError when `out` holds another recipe's run, the model is not there or does not take the recipe's
@@ -71,7 +71,7 @@ def compress(recipe: Recipe) -> dict[str, Any]:
     return result
 
 
-def _end(out: Path, recipe: Recipe, result: dict[str, Any]) -> None:
+def _end(out: Path, recipe: LanguageRecipe, result: dict[str, Any]) -> None:
     """Leave the result, its picture, and nothing that only a killed run needs; what is there already stays."""
     if not (out / "result.json").exists():
         write_json(out / "result.json", result)
@@ -82,7 +82,7 @@ def _end(out: Path, recipe: Recipe, result: dict[str, Any]) -> None:
     shutil.rmtree(out / "work", ignore_errors=True)
 
 
-def prunus_info(recipe: Recipe, result: Mapping[str, Any]) -> dict[str, Any]:
+def prunus_info(recipe: LanguageRecipe, result: Mapping[str, Any]) -> dict[str, Any]:
     """What `prunus.json` says of a run beside sparsity and versions: recipe, pattern, metrics, how it was pruned."""
     metrics = {key: result[key] for key in ("perplexity", "zero_shot") if key in result}
     rest = {key: value for key, value in result.items() if key not in metrics}
@@ -93,7 +93,7 @@ class _Run:
     """One compression under way. `stored`: dtype of the saved model, where it was computed in another one."""
 
     def __init__(
-        self, out: Path, recipe: Recipe, key: str, device: torch.device, stored: torch.dtype | None = None
+        self, out: Path, recipe: LanguageRecipe, key: str, device: torch.device, stored: torch.dtype | None = None
     ) -> None:
         self.out, self.recipe, self.key, self.device, self.stored = out, recipe, key, device, stored
         self.home = home(recipe, device)
@@ -136,24 +136,20 @@ class _Run:
 
     def _phases(self, loaded: stages.Loaded) -> tuple[stages.Loaded, Masks | None]:
         """The model after all phases but the last, and its masks; a killed run does them again, to the same bits."""
-        asked, retrain, within = self.recipe.prune, self.recipe.retrain, None
-        for place, sparsity in enumerate(phase_sparsities(asked.sparsity, asked.phases)[:-1], 1):
-            recipe = self.recipe.model_copy(update={"prune": asked.model_copy(update={"sparsity": sparsity})})
+        asked, within = self.recipe.prune, None
+        for place in range(1, asked.phases):
+            recipe = self.recipe.phase(place - 1)
             before = stages.weights_to_compare(loaded, recipe)
-            assert retrain is not None
             masks = stages.prune(loaded, recipe, self.device, within=within).masks
             lost = distance(before, masks, within) if before else 1.0
-            with self._bar(f"retrain {place}/{asked.phases}", retrain.steps) as advance:
+            with self._bar(f"retrain {place}/{asked.phases}", given(recipe.retrain).steps) as advance:
                 stages.retrain(
-                    loaded.model.to(self.device),
+                    replace(loaded, distance=lost),
                     masks,
-                    stages.pruned_views(loaded.model, masks, recipe),
-                    training_windows(retrain, loaded.tokenizer),
-                    retrain,
-                    precision=stages.precision_of(recipe, self.device),
+                    recipe,
+                    self.device,
                     checkpoint=self._checkpoint(f"phase-{place}"),
                     on_step=lambda done, _loss, advance=advance: advance.to(done),
-                    distance=lost,
                 )
             loaded.model.to(self.home)
             self._measured(f"phase {place}", loaded)
@@ -187,33 +183,22 @@ class _Run:
         return Streamed(Masks(masks), streamed.reports)
 
     def _retrain(self, loaded: stages.Loaded, masks: Masks, perplexities: dict[str, Any]) -> dict[str, Any]:
-        recipe = self.recipe
-        asked = recipe.retrain
-        assert asked is not None
-        model = loaded.model.to(self.device)
-        views = stages.pruned_views(model, masks, recipe)
-        packed = training_windows(asked, loaded.tokenizer)
-        precision = stages.precision_of(recipe, self.device)
-        with self._bar("retrain", asked.steps) as advance:
+        recipe = self.recipe.phase(-1)
+        with self._bar("retrain", given(recipe.retrain).steps) as advance:
             report = stages.retrain(
-                model,
+                loaded,
                 masks,
-                views,
-                packed,
-                asked,
-                precision=precision,
+                recipe,
+                self.device,
                 checkpoint=self._checkpoint("retrain"),
                 on_step=lambda done, _loss: advance.to(done),
                 before_merge=lambda: perplexities.update(retrained=self._measured("retrained", loaded)),
-                distance=loaded.distance,
             )
         perplexities["merged"] = self._measured("merged", loaded)
-        model.to(self.home)
-        shown = {k: v for k, v in asdict(report).items() if k != "losses"} | {
-            "tokens_per_second": report.tokens_per_second
-        }
-        self._log({"stage": "retrain", **shown, "losses": report.losses})
-        return {**shown, "train": list(asked.train)}
+        loaded.model.to(self.home)
+        found = report.numbers()
+        self._log({"stage": "retrain", **found})
+        return {**{k: v for k, v in found.items() if k != "losses"}, "train": list(given(self.recipe.retrain).train)}
 
     def _soup(self, loaded: stages.Loaded, masks: Masks, result: dict[str, Any]) -> stages.Loaded:
         """The average of several retrained copies of the pruned model; what was measured of it goes into `result`."""
@@ -301,7 +286,7 @@ class _Run:
         return progress(description, total, console=None if ranks.is_main() else Console(force_terminal=False))
 
 
-def _check_shares(recipe: Recipe) -> None:
+def _check_shares(recipe: LanguageRecipe) -> None:
     asked, world = recipe.retrain, ranks.count()
     if recipe.soup is not None and world > 1:
         raise ValueError(f"soup: members are trained in one process, not in {world}; start `prunus run` alone")

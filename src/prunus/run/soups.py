@@ -13,7 +13,7 @@ import copy
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,7 @@ import torch
 from prunus.machine import read_json, write_json
 from prunus.masks import Masks
 from prunus.run import stages
-from prunus.run.recipe import Recipe, Retrain, digest, said
-from prunus.run.texts import training_windows
+from prunus.run.recipe import LanguageRecipe, LanguageRetrain, digest, given, member_of, said
 from prunus.save import average_folders, save_model
 from prunus.soup import check_weights, sms
 
@@ -57,32 +56,27 @@ class Pruned:
 
     loaded: stages.Loaded
     masks: Masks
-    recipe: Recipe
+    recipe: LanguageRecipe
     device: torch.device
     bar: Bar = _no_bar
 
-    def retrained(self, name: str, asked: Retrain, checkpoint: Path) -> tuple[Any, Numbers]:
+    def retrained(self, name: str, asked: LanguageRetrain, checkpoint: Path) -> tuple[Any, Numbers]:
         """A retrained and merged copy of the model, its perplexity and what retraining did."""
-        model = copy.deepcopy(self.loaded.model).to(self.device)
+        loaded = replace(self.loaded, model=copy.deepcopy(self.loaded.model))
+        recipe = self.recipe.model_copy(update={"retrain": asked})
         with self.bar(name, asked.steps) as advance:
             report = stages.retrain(
-                model,
+                loaded,
                 self.masks,
-                stages.pruned_views(model, self.masks, self.recipe),
-                training_windows(asked, self.loaded.tokenizer),
-                asked,
-                precision=stages.precision_of(self.recipe, self.device),
+                recipe,
+                self.device,
                 checkpoint=checkpoint,
-                distance=self.loaded.distance,
                 on_step=None if advance is None else lambda done, _loss: advance.to(done),
             )
         with self.bar(f"evaluate {name}", None):
-            found = stages.evaluate(stages.Loaded(model, self.loaded.tokenizer, None), self.recipe, self.device)
-        shown = {k: v for k, v in asdict(report).items() if k not in ("losses", "merge")}
-        return model.to("cpu"), {
-            "perplexity": found,
-            "retraining": shown | {"tokens_per_second": report.tokens_per_second},
-        }
+            found = stages.evaluate(replace(loaded, folder=None), self.recipe, self.device)
+        shown = {k: v for k, v in report.numbers().items() if k not in ("losses", "merge")}
+        return loaded.model.to("cpu"), {"perplexity": found, "retraining": shown}
 
     def save(self, model: Any, folder: Path, key: str, found: Numbers) -> None:
         """Write a member to a folder, complete or absent."""
@@ -104,21 +98,19 @@ class Souped:
     summary: dict[str, Any]
 
 
-def members_of(recipe: Recipe) -> list[Retrain]:
+def members_of(recipe: LanguageRecipe) -> list[LanguageRetrain]:
     """The retraining of each member."""
-    assert recipe.soup is not None
-    assert recipe.retrain is not None
-    return recipe.soup.each(recipe.retrain)
+    return [given(member_of(recipe, place).retrain) for place in range(given(recipe.soup).members)]
 
 
-def longer_of(recipe: Recipe) -> Retrain | None:
+def longer_of(recipe: LanguageRecipe) -> LanguageRetrain | None:
     """The retraining that takes as many steps as all members, if it is asked for."""
     first, *_ = each = members_of(recipe)
     steps = sum(one.steps for one in each)
-    return first.model_copy(update={"steps": steps}) if recipe.soup is not None and recipe.soup.longer else None
+    return first.model_copy(update={"steps": steps}) if "longer" in given(recipe.soup).baselines else None
 
 
-def member_key(recipe: Recipe, asked: Retrain) -> str:
+def member_key(recipe: LanguageRecipe, asked: LanguageRetrain) -> str:
     """Hash of what decides a member: everything but the other members, the output and what is done later."""
     return digest({**said(recipe, but={"soup", "out", "save"}), "retrain": said(asked)})
 
@@ -152,8 +144,8 @@ def averaged(pruned: Pruned, members: Sequence[Member], longer: Numbers | None, 
     The best member is that of the lowest perplexity on the first text of `evaluate.data`.
     """
     recipe, asked = pruned.recipe, members_of(pruned.recipe)
-    assert recipe.soup is not None
-    weights = None if recipe.soup.average == "uniform" else recipe.soup.average
+    average = given(recipe.soup).average
+    weights = average if isinstance(average, tuple) else None
     average_folders([folder for folder, _ in members], soup, weights)
     made = stages.load(
         recipe.model_copy(update={"model": str(soup), "streaming": recipe.streaming and not recipe.evaluate.tasks})
@@ -189,7 +181,7 @@ def _best(perplexities: Sequence[Mapping[str, float]]) -> int:
     return min(range(len(perplexities)), key=lambda place: perplexities[place][first])
 
 
-def _kept(pruned: Pruned, name: str, asked: Retrain, path: Path) -> Numbers:
+def _kept(pruned: Pruned, name: str, asked: LanguageRetrain, path: Path) -> Numbers:
     """What a member's folder says, or the file of the longer run, whose model is not kept; else it is trained first."""
     key, alone = member_key(pruned.recipe, asked), path.suffix == ".json"
     stored = path if alone else path / "prunus.json"
