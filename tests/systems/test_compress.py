@@ -19,9 +19,10 @@ from prunus.run import stages
 from prunus.run.compress import compress
 from prunus.run.fitted import home
 from prunus.run.recipe import DenseRates, LanguageRecipe, load_recipe, parse
+from prunus.run.texts import training_windows
 from prunus.score import criteria, criterion
 from prunus.soup import distance
-from prunus.train import Original, allr, ft, llr, next_token, slr
+from prunus.train import Original, allr, distilled_next_token, ft, llr, next_token, slr
 from tests.conftest import byte_tokenizer, tiny_llama
 
 
@@ -178,6 +179,9 @@ WRONG = [
     ({"evaluate": {"tasks": {"arc": "./nowhere.jsonl"}}}, "nowhere.jsonl"),
     ({"device": "gpu3"}, "'gpu3'"),
     ({"prune": {"criterion": {"sparsegpt": {"damping": 3}}}}, "prune.criterion: sparsegpt needs 0 <= damping <= 1"),
+    ({"retrain": {"distill": {"weight": 2}}}, "retrain.distill.weight"),
+    ({"retrain": {"distill": {"teacher": "./nowhere"}}}, "retrain.distill.teacher: no file or folder './nowhere'"),
+    ({"retrain": {}, "capture": True, "compile": True}, "capture: steps with compile are not recorded"),
 ]
 
 
@@ -309,6 +313,32 @@ def test_retraining_takes_the_schedules_of_classifiers(
         assert 0.1 < result["distance"] == own["distance"] < 1
     expected = schedule(original, 4, **own)
     assert [rates[0](step) for step in range(4)] == pytest.approx([expected(step) for step in range(4)])
+
+
+def test_retraining_learns_from_the_dense_model_or_another(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traces: list[Any] = []
+    train = stages.train
+    monkeypatch.setattr(stages, "train", lambda *args, **more: (traces.append(train(*args, **more)), traces[-1])[1])
+    tiny_llama(seed=1).save_pretrained(tmp_path / "other")
+    byte_tokenizer().save_pretrained(tmp_path / "other")
+    asked = raw(tiny_folder, text_file, tmp_path / "run")
+    asked["retrain"] |= {"steps": 2}
+    cases = {"dense": {"weight": 1.0}, "other": {"weight": 1.0, "teacher": str(tmp_path / "other")}, "text": None}
+    for name, distill in cases.items():
+        changed = asked | {"retrain": asked["retrain"] | {"distill": distill}, "out": str(tmp_path / name)}
+        compress(parse(changed, LanguageRecipe, "test"))
+    dense, other, text = (trace.losses[0] for trace in traces)
+    teacher, student = (AutoModelForCausalLM.from_pretrained(tiny_folder) for _ in range(2))
+    Masks.load(tmp_path / "dense" / "model" / "masks.safetensors").apply_(student)
+    checked = parse(asked, LanguageRecipe, "test").retrain
+    assert checked is not None
+    ids = training_windows(checked, byte_tokenizer()).batch(0, batch=4, seed=0)
+    with torch.no_grad():
+        expected = float(distilled_next_token(teacher, 1.0)(student, ids))
+    assert dense == pytest.approx(expected, rel=1e-5)
+    assert dense < other < text
 
 
 def test_a_schedule_that_goes_by_the_dense_training_needs_it(

@@ -458,6 +458,18 @@ class DenseRates(Strict):
         return Original.of((peak * made(step) for step in range(self.steps)), warmup)
 
 
+class Distill(Strict):
+    """Hold what is retrained against a teacher besides the text: the loss is weight T^2 KL + (1 - weight) CE.
+
+    teacher: a name, folder or file of a model with the same words; left out, the recipe's own model before pruning.
+    """
+
+    weight: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Of the divergence; the rest is cross-entropy."""
+    temperature: Positive = 1.0
+    teacher: str | None = None
+
+
 class LanguageRetrain(Adapting, Retrain):
     """Which parameters are retrained on packed text, and how."""
 
@@ -479,6 +491,7 @@ class LanguageRetrain(Adapting, Retrain):
     """Give layers zero biases first."""
     checkpointing: bool | Literal["auto"] = False
     keep_effective: bool = False
+    distill: Distill | None = None
 
     @model_validator(mode="after")
     def _check(self) -> LanguageRetrain:
@@ -668,7 +681,8 @@ class Corruptions(Strict):
 class Recipe(Strict):
     """What every task has; it is read as the recipe of a task, a classifier's if it has the key `images`.
 
-    compile: the model's repeated blocks, by torch.compile. save: whether the model is written.
+    compile: the model's repeated blocks, by torch.compile. capture: training steps as a CUDA graph; "auto" on a GPU,
+    where it can be done. save: whether the model is written.
     """
 
     model: str
@@ -679,6 +693,8 @@ class Recipe(Strict):
     """Of matrix products."""
     compile: bool = False
     """Compile the model's blocks."""
+    capture: Literal["auto"] | bool = "auto"
+    """Record training steps as a CUDA graph."""
     prune: Prune | None = None
     retrain: Retrain | None = None
     soup: Soup | None = None
@@ -758,11 +774,23 @@ class LanguageRecipe(Recipe):
             self._check_soup(self.soup)
         if self.prune.phases > 1:
             self._check_phases()
+        if self.retrain is not None:
+            self._check_retrain(self.retrain)
         if self.streaming and self.retrain is not None and self.retrain.schedule == "allr":
             raise ValueError("retrain.schedule: allr compares with the dense weights: leave out streaming, or use llr")
         if self.streaming and self.evaluate.tasks and self.retrain is None:
             raise ValueError("evaluate.tasks need the whole model in memory: leave out tasks or streaming")
         return self
+
+    def _check_retrain(self, retrain: LanguageRetrain) -> None:
+        eager = {"compile": self.compile, "retrain.checkpointing": retrain.checkpointing}
+        eager |= {"retrain.keep_effective": retrain.keep_effective}
+        strange = [key for key, value in eager.items() if value]
+        if self.capture is True and strange:
+            raise ValueError(f"capture: steps with {strange[0]} are not recorded; leave out one of the two")
+        teacher = None if retrain.distill is None else retrain.distill.teacher
+        if teacher is not None and looks_local(teacher) and not Path(teacher).exists():
+            raise ValueError(f"retrain.distill.teacher: no file or folder {teacher!r} (seen from {os.getcwd()})")
 
     def phase(self, index: int) -> LanguageRecipe:
         """The recipe of one phase, from 0: its sparsity, and its share of the steps."""
@@ -811,8 +839,8 @@ class ClassifierRecipe(Recipe):
 
     model: a name of `data.build_model`, such as resnet18, resnet20, wrn28_10, "timm:NAME", "torchvision:NAME".
     during: one method that prunes while training, by name, with its options; it reaches prune.sparsity.
-    capture: record the training step as a CUDA graph. recalibrate: share of an epoch's augmented batches on which
-    BatchNorm statistics are counted anew, after pruning and at the end of every run; 0: never.
+    recalibrate: share of an epoch's augmented batches on which BatchNorm statistics are counted anew, after pruning and
+    at the end of every run; 0: never.
     """
 
     images: ImageSource
@@ -827,7 +855,6 @@ class ClassifierRecipe(Recipe):
     recalibrate: Share = 1.0
     """Share of the images that count BatchNorm anew."""
     corruptions: Corruptions | None = None
-    capture: Literal["auto"] | bool = "auto"
     channels_last: Literal["auto"] | bool = "auto"
 
     apart: ClassVar[int] = 15_485_863  # so that the members of one run are not those of the next seed's

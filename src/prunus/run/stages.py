@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
@@ -27,7 +27,7 @@ from prunus.measure import perplexity, streamed_perplexity
 from prunus.run.recipe import LanguageRecipe, given
 from prunus.run.texts import calibration_windows, evaluation_texts, training_windows, window_of
 from prunus.stream import BlockReport, Fit, Shards, Streamed, Work, stream
-from prunus.train import next_token_loss, train
+from prunus.train import distilled_next_token, next_token_loss, share_frozen_, train
 
 __all__ = ["Loaded", "Retrained", "evaluate", "load", "precision_of", "prune", "retrain"]
 
@@ -226,7 +226,8 @@ def retrain(
     if asked.keep_effective:
         adaptation.keep_effective()
     packed = training_windows(asked, loaded.tokenizer)
-    optimizer = torch.optim.AdamW(adaptation.param_groups(asked.lr, asked.lrs), weight_decay=0.0)
+    groups, capture = adaptation.param_groups(asked.lr, asked.lrs), _capture(recipe, device)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, capturable=capture is not False)
     spare = "free" if asked.checkpointing == "auto" else 0
     with (
         compiled_forward(model) if recipe.compile else nullcontext(),
@@ -238,11 +239,12 @@ def retrain(
             optimizer,
             asked.rates(loaded.distance),
             steps=asked.steps,
-            loss=next_token_loss,
+            loss=_loss(model, masks, recipe, device),
             masks=masks if "full" in asked.train else None,
             accumulate=asked.accumulate,
             precision=precision,
             clip=asked.clip,
+            capture=capture,
             checkpoint=checkpoint,
             on_step=on_step,
         )
@@ -261,6 +263,26 @@ def retrain(
         list(trace.losses),
         asdict(report),
     )
+
+
+def _capture(recipe: LanguageRecipe, device: torch.device) -> Literal["auto"] | bool:
+    """Whether training steps are recorded: not on a CPU, nor beside what a recording would get wrong."""
+    asked = given(recipe.retrain)
+    eager = device.type != "cuda" or recipe.compile or asked.checkpointing or asked.keep_effective
+    return False if eager and recipe.capture == "auto" else recipe.capture
+
+
+def _loss(
+    model: nn.Module, masks: Masks, recipe: LanguageRecipe, device: torch.device
+) -> Callable[[nn.Module, Any], Tensor]:
+    """The loss of retraining; a teacher, where there is one, is read from its checkpoint."""
+    asked = given(recipe.retrain).distill
+    if asked is None:
+        return next_token_loss
+    home = recipe.model_copy(update={"model": asked.teacher or recipe.model, "streaming": False})
+    teacher = load(home, device).model.to(device).requires_grad_(False)
+    share_frozen_(teacher, model, masks)
+    return distilled_next_token(teacher, asked.weight, asked.temperature)
 
 
 def evaluate(loaded: Loaded, recipe: LanguageRecipe, device: torch.device) -> dict[str, float]:
