@@ -327,11 +327,11 @@ def test_retraining_learns_from_the_dense_model_or_another(
     asked["retrain"] |= {"steps": 2}
     cases = {"dense": {"weight": 1.0}, "other": {"weight": 1.0, "teacher": str(tmp_path / "other")}, "text": None}
     for name, distill in cases.items():
-        changed = asked | {"retrain": asked["retrain"] | {"distill": distill}, "out": str(tmp_path / name)}
+        changed = asked | {"retrain": asked["retrain"] | {"distill": distill}, "out": str(tmp_path / f"by-{name}")}
         compress(parse(changed, LanguageRecipe, "test"))
     dense, other, text = (trace.losses[0] for trace in traces)
     teacher, student = (AutoModelForCausalLM.from_pretrained(tiny_folder) for _ in range(2))
-    Masks.load(tmp_path / "dense" / "model" / "masks.safetensors").apply_(student)
+    Masks.load(tmp_path / "by-dense" / "model" / "masks.safetensors").apply_(student)
     checked = parse(asked, LanguageRecipe, "test").retrain
     assert checked is not None
     ids = training_windows(checked, byte_tokenizer()).batch(0, batch=4, seed=0)
