@@ -41,7 +41,7 @@ def test_it_ends_at_the_normal_equations_on_the_same_mask(criterion: Criterion, 
     layer = make_layer(6, 24)
     kept = kept_at_half(pattern, layer)
     _, chosen = criterion.solve(layer, pattern, kept)
-    weight, mask = refit(criterion, iterations=60).solve(layer, pattern, kept)
+    weight, mask = refit(criterion, iterations=60, damping=0.0).solve(layer, pattern, kept)
     assert torch.equal(mask, chosen)
     gram, best = layer.inputs.gram.double(), torch.zeros(6, 24, dtype=torch.float64)
     for i, keep in enumerate(mask):
@@ -63,7 +63,7 @@ def test_no_row_is_worse_than_it_was(seed: int, iterations: int, tokens: int, dt
     layer = make_layer(5, 12, seed, dtype, tokens)
     kept = kept_at_half(pattern, layer)
     before, _ = wanda.solve(layer, pattern, kept)
-    weight, mask = refit(wanda, iterations).solve(layer, pattern, kept)
+    weight, mask = refit(wanda, iterations, damping=0.0).solve(layer, pattern, kept)
     assert bool((errors(layer, weight) <= errors(layer, before)).all())
     assert weight.dtype == dtype
     assert bool(weight.isfinite().all())
@@ -79,6 +79,17 @@ def test_rows_may_be_worked_on_in_any_parts(chunk: int, monkeypatch: pytest.Monk
     monkeypatch.setattr(import_module("prunus.solve.refit"), "_CHUNK", chunk)  # the name is the function
     parts, _ = refit().solve(layer, NM(2, 4), 72)
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_damping_is_a_pull_to_the_dense_weights():
+    layer = make_layer(6, 24)
+    weight, mask = refit(wanda, iterations=60, damping=0.3).solve(layer, NM(2, 4), 72)
+    assert layer.inputs is not None
+    gram = layer.inputs.gram.double()
+    gram = gram + 0.3 * gram.diagonal().mean() * torch.eye(24, dtype=torch.float64)
+    for i, keep in enumerate(mask):
+        best = torch.linalg.solve(gram[keep][:, keep], gram[keep] @ layer.weight[i].double())
+        torch.testing.assert_close(weight[i, keep].double(), best, rtol=1e-3, atol=1e-4)
 
 
 def test_it_needs_what_least_squares_need_and_compares_as_the_other_does():
@@ -105,6 +116,8 @@ def test_a_layer_that_saw_nothing_is_left_as_the_criterion_left_it():
 def test_what_is_refused():
     with pytest.raises(ValueError, match="refit needs iterations >= 1; got 0"):
         refit(iterations=0)
+    with pytest.raises(ValueError, match="refit needs damping >= 0; got -1"):
+        refit(damping=-1.0)
     with pytest.raises(ValueError, match="sparsegpt is no criterion; it makes one: call it"):
         refit(sparsegpt)
     with pytest.raises(ValueError, match="refit needs the Gram matrix of 'fc1'"):

@@ -8,6 +8,9 @@ in the columns' own units, B_ij = W0_ij sqrt(G_jj), so that G has a unit diagona
 
 In the first iterations M is chosen anew from |W + U|, at a sparsity that rises as s - s (1 - t)^3, t in (0, 1]: weights
 that go early may come back, and those that stay have moved meanwhile.
+
+Ours: before the units are taken, a share of G's mean diagonal is added to it. In the units of an input that the
+calibration hardly saw, moving its weight costs nothing, however far; with few tokens that ruined the model.
 """
 
 from __future__ import annotations
@@ -26,14 +29,17 @@ from prunus.solve.quadratic import once_per_inputs, scaled_gram, seen_gram
 from prunus.solve.refit import column_scale
 
 if TYPE_CHECKING:
-    from prunus.layers import Inputs, Layer
+    from prunus.layers import Layer
 
 
-def admm(iterations: int = 20, choosing: int = 15, damping: float = 0.1, rho: float = 1.0) -> Criterion:
+def admm(
+    iterations: int = 20, choosing: int = 15, damping: float = 0.03, *, pull: float = 0.1, rho: float = 1.0
+) -> Criterion:
     """ADMM pruning (Boza 2024, arXiv:2401.02938): mask and weights of a layer together, for its outputs.
 
     iterations: each one product (out, in) x (in, in). choosing: in so many of them, the first ones, the mask is chosen
-        anew. damping: added to the unit diagonal of G. rho: how strongly the dense and the sparse copy are tied.
+        anew. damping: added to the diagonal of G, as a share of its mean. pull: d, added to the unit diagonal. rho: how
+        strongly the dense and the sparse copy are tied.
 
     What it ends with is near least squares on its mask; `refit(admm())` goes all the way. Patterns that fix the share
     of zeros (N:M) have it from the first iteration on. All is float32 (never TF32); layers that share one `Inputs`
@@ -43,14 +49,14 @@ def admm(iterations: int = 20, choosing: int = 15, damping: float = 0.1, rho: fl
     >>> inputs = Inputs(2, gram=True)
     >>> inputs.add_(torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]]))
     >>> layer = Layer("fc", torch.tensor([[1.0, 0.9]]), inputs)
-    >>> refit(admm()).solve(layer, Unstructured("row"), 1)[0]
+    >>> refit(admm(), damping=0.0).solve(layer, Unstructured("row"), 1)[0]
     tensor([[1.4500, 0.0000]])
     """
     if not 1 <= operator.index(choosing) <= operator.index(iterations):
         raise ValueError(f"admm needs 1 <= choosing <= iterations; got choosing={choosing}, iterations={iterations}")
-    if not (0 <= damping < float("inf") and 0 < rho < float("inf")):
-        raise ValueError(f"admm needs damping >= 0 and rho > 0; got damping={damping}, rho={rho}")
-    inverted = once_per_inputs(lambda layer, inputs: _invert(layer, inputs, damping, rho))
+    if not all(0 <= each < float("inf") for each in (damping, pull, rho)) or rho == 0:
+        raise ValueError(f"admm needs damping and pull >= 0 and rho > 0; got {damping}, {pull} and {rho}")
+    inverted = once_per_inputs(lambda layer, inputs: _invert(scaled_gram(layer, inputs, damping), pull, rho))
 
     @torch.no_grad()
     def solve(layer: Layer, pattern: Pattern, kept: int) -> tuple[Tensor, Tensor]:
@@ -87,12 +93,10 @@ class _Unit:
         return _Unit(self.gram.to(device), self.inverse.to(device), self.scale.to(device))
 
 
-def _invert(layer: Layer, inputs: Inputs, damping: float, rho: float) -> _Unit:
-    inputs.check(layer.name)
-    gram = scaled_gram(layer, inputs)
+def _invert(gram: Tensor, pull: float, rho: float) -> _Unit:
     scale = column_scale(gram)
     unit = gram.div_(scale).div_(scale[:, None])
-    unit.diagonal().add_(damping)
+    unit.diagonal().add_(pull)
     tied = unit.clone()
     tied.diagonal().add_(rho)
     return _Unit(unit, torch.cholesky_inverse(torch.linalg.cholesky(tied)), scale)

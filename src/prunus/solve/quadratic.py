@@ -49,14 +49,17 @@ def finite_gram(layer: Layer, inputs: Inputs) -> Tensor:
     return inputs.gram
 
 
-def scaled_gram(layer: Layer, inputs: Inputs) -> Tensor:
-    """The Gram matrix with mean diagonal near 1, on the weight's device.
+def scaled_gram(layer: Layer, inputs: Inputs, damping: float = 0.0) -> Tensor:
+    """The Gram matrix with mean diagonal near 1, on the weight's device. damping: share of that added to the diagonal.
 
     A power of two as scale loses no bit, and changes no mask.
     """
     gram = finite_gram(layer, inputs)
     mean = float(gram.diagonal().mean(dtype=torch.float64))
-    return (gram * 2.0 ** min(-math.frexp(mean)[1], 126)).to(layer.weight.device)
+    scaled = gram * 2.0 ** min(-math.frexp(mean)[1], 126)
+    if damping:
+        scaled.diagonal().add_(damping * scaled.diagonal().mean())
+    return scaled.to(layer.weight.device)
 
 
 def row_errors(change: Tensor, gram: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
 """Least-squares weights on a mask that is chosen already: conjugate gradients for all rows of a layer at once.
 
-    minimise E(W) = tr((W - W0) G (W - W0)^T) over W = M * W
+    minimise E(W) = tr((W - W0) (G + lam I) (W - W0)^T) over W = M * W
 
     R = ((W0 - W) G) * M,  P = R;   repeat:  Q = (P G) * M,  a = <R, R> / <P, Q>,  W += a P,  R -= a Q,
                                              b = <R, R> new / old,  P = R + b P      (a and b for each row)
 
 in the columns' own units, w_j sqrt(G_jj), which equals preconditioning by the diagonal of G. Every iteration lowers the
-error of every row, so that few iterations regularise where tokens are few.
+E of every row.
 """
 
 from __future__ import annotations
@@ -28,22 +28,25 @@ if TYPE_CHECKING:
 _CHUNK = 1 << 26  # entries worked on at once: five temporaries of 256 MB
 
 
-def refit(of: Criterion | Score = wanda, iterations: int = 20) -> Criterion:
+def refit(of: Criterion | Score = wanda, iterations: int = 20, damping: float = 0.03) -> Criterion:
     """A criterion with the mask of another, and on it the weights whose outputs are nearest to the dense layer's.
 
     of: the criterion that chooses; any. iterations: of conjugate gradients, each one product (out, in) x (in, in).
+    damping: lam, as a share of the mean diagonal of G; it holds weights near the dense ones where tokens say little.
 
-    Float32 products (never TF32), compared in float64 after rounding to the weight's dtype: no row's error on the
-    calibration text exceeds what `of` left, which stays where nothing better was found. A layer that saw no token stays
+    Float32 products (never TF32), compared in float64 after rounding to the weight's dtype: no row's E exceeds what
+    `of` left, which stays where nothing better was found. A layer that saw no token stays
     as `of` left it. Its solve raises ValueError for a layer without a Gram matrix, for NaN or Inf, and as that of `of`.
 
     >>> inputs = Inputs(2, gram=True)
     >>> inputs.add_(torch.tensor([[1.0, 1.0], [1.0, 0.0]]))
-    >>> refit().solve(Layer("fc", torch.tensor([[2.0, 1.0]]), inputs), Unstructured("row"), 1)[0]
+    >>> refit(damping=0.0).solve(Layer("fc", torch.tensor([[2.0, 1.0]]), inputs), Unstructured("row"), 1)[0]
     tensor([[2.5000, 0.0000]])
     """
     if operator.index(iterations) < 1:
         raise ValueError(f"refit needs iterations >= 1; got {iterations}")
+    if not 0 <= damping < float("inf"):
+        raise ValueError(f"refit needs damping >= 0; got {damping}")
     asked = criterion_of(of)
 
     @torch.no_grad()
@@ -52,11 +55,12 @@ def refit(of: Criterion | Score = wanda, iterations: int = 20) -> Criterion:
         inputs = seen_gram(layer, "refit")
         if inputs is None:
             return weight, mask
-        gram = scaled_gram(layer, inputs)
+        gram = scaled_gram(layer, inputs, damping)
         scale = column_scale(gram)
+        unit = gram.div_(scale).div_(scale[:, None])
         with full_products():
             parts = [
-                _least_squares(layer.weight[rows], weight[rows], mask[rows], gram, scale, iterations)
+                _least_squares(layer.weight[rows], weight[rows], mask[rows], unit, scale, iterations)
                 for rows in row_slices(weight, _CHUNK)
             ]
         return torch.cat(parts), mask
@@ -70,9 +74,11 @@ def column_scale(gram: Tensor) -> Tensor:
     return torch.where(own > 0, own.sqrt(), 1.0)
 
 
-def _least_squares(dense: Tensor, start: Tensor, mask: Tensor, gram: Tensor, scale: Tensor, iterations: int) -> Tensor:
-    """The weight (rows, in) in the dtype of `start`, which stays in rows that nothing improves."""
-    unit = gram / scale / scale[:, None]
+def _least_squares(dense: Tensor, start: Tensor, mask: Tensor, unit: Tensor, scale: Tensor, iterations: int) -> Tensor:
+    """The weight (rows, in) in the dtype of `start`, which stays in rows that nothing improves.
+
+    unit: the damped Gram matrix in the columns' units.
+    """
     change = (dense.float() - start.float()) * scale
     weight = start.float() * scale
     residual = (change @ unit).mul_(mask)
@@ -86,7 +92,7 @@ def _least_squares(dense: Tensor, start: Tensor, mask: Tensor, gram: Tensor, sca
         before, squares = squares, residual.square().sum(1, keepdim=True)
         direction.mul_(_ratio(squares, before)).add_(residual)
     fitted = torch.where(mask, weight / scale, 0.0).to(start.dtype)
-    errors = (row_errors(dense.float() - each.float(), gram) for each in (fitted, start))
+    errors = (row_errors((dense.float() - each.float()) * scale, unit) for each in (fitted, start))
     return torch.where(torch.lt(*errors)[:, None], fitted, start)
 
 
