@@ -775,7 +775,7 @@ class LanguageRecipe(Recipe):
     def _check_phases(self) -> None:
         if self.retrain is None or self.retrain.add_biases:
             raise ValueError("prune.phases: each is retrained: give a section retrain, without add_biases")
-        strange = [key for key in ("streaming", "reconstruct", "soup") if getattr(self, key)]
+        strange = [key for key in ("streaming", "reconstruct") if getattr(self, key)]
         if strange:
             raise ValueError(f"prune.phases: the whole model is retrained in each: leave out {strange[0]}")
         self.phase(0)
