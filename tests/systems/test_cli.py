@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
@@ -23,7 +24,7 @@ from prunus.run.fitted import fitted
 from prunus.run.recipe import Recipe, digest, load_recipe, parse, said, yaml_value
 from prunus.run.vision.recipe import dense_key
 from prunus.run.vision.soups.recipe import class_of
-from tests.processes import start_command
+from tests.processes import start, start_command
 from tests.systems.test_compress import raw
 
 OPTIONS = {
@@ -121,6 +122,25 @@ MISTAKES = [
     (["grid", "{f}/classifiers.yaml"], "tune", "by: accuracy"),
     (["grid", "{f}/small.yaml", "--together", "2"], "together", "use workers"),
     (["grid", "{f}/small.yaml", "--minutes=-1"], "minutes=-1", "at least 0"),
+    (["grid", "{f}/small.yaml", "--minutes=nan"], "minutes=nan", "at least 0"),
+    (["grid", "{f}/empty.yaml"], "axes", "at least 1 item"),
+    (["grid", "{f}/hollow.yaml"], "axes.a", "at least 1 item"),
+    (["grid", "{f}/seeds.yaml"], "seeds: 3 stands twice", "give each once"),
+    (["grid", "{f}/skipped.yaml"], "skip leaves no cell", "nothing would be run"),
+    (["grid", "{f}/same.yaml"], "'b' is the text that 'a' is", "another source, split or part"),
+    (["grid", "{f}/strange.yaml"], "tune.text: 'c' is not in evaluate.data", "which has a, b"),
+    (["run", "--lr", ".inf"], "retrain.lr is inf", "give a finite number"),
+    (
+        ["run", "--set", "prune.criterion={sparsegpt: {damping: .nan}}"],
+        "prune.criterion.sparsegpt.damping is nan",
+        "give",
+    ),
+    (["run", "--device", "mps"], "'mps'", "a device is auto, cpu, cuda"),
+    (["run", "--device", "xpu:1"], "'xpu:1'", "a device is auto, cpu, cuda"),
+    (["run", "{f}/bomb.yaml"], "bomb.yaml is not YAML: its aliases stand for more", "write out what they are"),
+    (["run", "{f}/itself.yaml"], "itself.yaml is not YAML: its aliases stand for more", "write out what they are"),
+    (["run", "{f}/twice.yaml"], "key 'sparsity' stands twice", "line 1"),
+    (["run", "{f}/latin.yaml"], "latin.yaml is not UTF-8", "save it as UTF-8"),
 ]
 
 
@@ -139,9 +159,23 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "small.yaml": "base: {}\naxes: {a: {b: {}}}\n",
         "classifiers.yaml": "base: {images: digits}\naxes: {a: {b: {}}}\ntune: {text: x, axis: a, cells: {}}\n",
     }
+    grid = "base: {evaluate: {data: {a: embedded, b: embedded}}}\naxes: {a: {b: {}}}\n"
+    texts |= {
+        "empty.yaml": "base: {}\naxes: {}\n",
+        "hollow.yaml": "base: {}\naxes: {a: {}}\n",
+        "seeds.yaml": "base: {}\naxes: {a: {b: {}}}\nseeds: [3, 4]\nmore_seeds: {seeds: [3], where: {a: [b]}}\n",
+        "skipped.yaml": "base: {}\naxes: {a: {b: {}}}\nskip: [{a: [b]}]\n",
+        "same.yaml": grid + "tune: {text: a, axis: a, cells: {}}\n",
+        "strange.yaml": grid + "tune: {text: c, axis: a, cells: {}}\n",
+        "bomb.yaml": "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+        + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9)),
+        "itself.yaml": "a: &a [*a]\n",
+        "twice.yaml": "prune: {sparsity: 0.5, sparsity: 0.6}\n",
+    }
     for name, text in texts.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
+    (folder / "latin.yaml").write_bytes("# prune: für".encode("latin-1"))
     return folder
 
 
@@ -285,6 +319,44 @@ def test_only_run_takes_several_processes(call, monkeypatch: pytest.MonkeyPatch)
     for command in (["demo"], ["grid", "x"], ["average", "x", "--out", "y"], ["evaluate", "x"]):
         assert f"{command[0]} runs in one process, not in 2" in refused(call, *command)
     assert "a classifier is trained in one process" in refused(call, "run", "--set", "images=digits")
+
+
+@pytest.mark.parametrize("command", ["run", "show"])
+def test_ctrl_c_is_one_line_and_status_130(call, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("prunus.run.task.load", stop)
+    monkeypatch.setattr("prunus.run.task.run_recipe", stop)
+    status, out, err = call(command)
+    assert (status, out) == (130, "")
+    kept = "stopped; what is finished is kept in its folder, checkpoints too, and the same command goes on from there"
+    assert err == f"prunus: {kept if command == 'run' else 'stopped; nothing was written'}\n"
+
+
+def limited(bytes_: int, out: str, *arguments: str) -> None:
+    """The command where no file may be larger, as on a full disk; what it says on stderr goes to a file."""
+    import resource
+
+    sys.argv = ["prunus", *arguments]
+    with open(out, "w") as file:
+        os.dup2(file.fileno(), 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, bytes_))
+    cli.main()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
+@pytest.mark.parametrize("limit", [600, 30_000, 45_000, 60_000, 90_000])
+def test_a_full_disk_is_one_line(tiny_folder: Path, text_file: Path, tmp_path: Path, limit: int) -> None:
+    """The recipe, a result, a block, a checkpoint, the model."""
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw(tiny_folder, text_file, tmp_path / "run")))
+    process = start(limited, limit, str(tmp_path / "err"), "run", str(tmp_path / "recipe.yaml"))
+    process.join()
+    lines = [line for line in (tmp_path / "err").read_text().splitlines() if line.strip() and "it/s" not in line]
+    assert process.exitcode == 2, lines
+    assert len(lines) == 1
+    assert lines[0].startswith("prunus: ")
+    assert "ile too large" in lines[0] or "is the disk full?" in lines[0]
 
 
 @pytest.mark.slow

@@ -9,9 +9,10 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -75,7 +76,7 @@ def looks_local(text: str) -> bool:
 
 
 def _device(value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|(cuda|xpu|mps)(:\d+)?", value):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
         raise ValueError("a device is auto, cpu, cuda or one GPU such as cuda:1")
     return value
 
@@ -437,11 +438,26 @@ def load_recipe(path: Path | None, overrides: dict[str, Any] | None = None) -> R
 
 def parse(raw: dict[str, Any], model: type[Section], where: str) -> Section:
     """The checked section `model` of a plain mapping; errors as in `load_recipe`."""
+    strange = next(_not_finite(raw), None)
+    if strange is not None:
+        raise ValueError(f"{where}: {strange[0]} is {strange[1]}; give a finite number")
     try:
         return model.model_validate(raw)
     except ValidationError as error:
         lines = [_line(item, model) for item in error.errors()]
         raise ValueError(f"{where}: " + "\n".join(lines)) from None
+
+
+def _not_finite(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """Dotted keys whose values are nan or infinite, wherever they stand; but lp is a norm for p = inf."""
+    if isinstance(value, float) and not math.isfinite(value) and not (key.endswith(".p") and value > 0):
+        yield key or "the value", value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _not_finite(item, f"{key}.{name}".removeprefix("."))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _not_finite(item, key)
 
 
 def merge(raw: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
