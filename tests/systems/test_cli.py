@@ -1,30 +1,25 @@
-"""The command line: what each command takes, how mistakes end, and a real kill in the middle of a run."""
+"""The command line: what each command takes, how mistakes end, a full disk and Ctrl-C."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from prunus import __version__
-from prunus.report import read_metrics
 from prunus.run import cli
 from prunus.run import fitted as fitting
-from prunus.run.compress import compress
 from prunus.run.fitted import fitted
 from prunus.run.recipe import Recipe, digest, load_recipe, parse, said, yaml_value
 from prunus.run.vision.recipe import dense_key
 from prunus.run.vision.soups.recipe import class_of
-from tests.processes import start, start_command
+from tests.processes import start
 from tests.systems.test_compress import raw
 
 OPTIONS = {
@@ -357,32 +352,3 @@ def test_a_full_disk_is_one_line(tiny_folder: Path, text_file: Path, tmp_path: P
     assert len(lines) == 1
     assert lines[0].startswith("prunus: ")
     assert "ile too large" in lines[0] or "is the disk full?" in lines[0]
-
-
-@pytest.mark.slow
-def test_a_run_killed_for_good_ends_with_the_same_bits(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    recipes: dict[str, Any] = {}
-    for name in ("whole", "killed"):
-        asked = raw(tiny_folder, text_file, tmp_path / name)
-        asked["retrain"]["steps"] = 200
-        recipes[name] = parse(asked, Recipe, name)
-    (tmp_path / "killed.yaml").write_text(yaml.safe_dump(recipes["killed"].model_dump(mode="json")))
-    process = start_command("run", tmp_path / "killed.yaml")
-    block = tmp_path / "killed" / "work" / "blocks" / "model.layers.0.safetensors"
-    deadline = time.monotonic() + 120
-    while not block.exists():
-        assert process.exitcode is None, "the run ended before it was killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "result.json").exists()
-
-    compress(recipes["whole"])
-    resumed = compress(recipes["killed"])
-    one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "killed"))
-    assert all(torch.equal(value, other[name]) for name, value in one.items())
-    rows = [(row["stage"], row.get("name")) for row in read_metrics(tmp_path / "killed" / "metrics.jsonl")]
-    assert len(rows) == len(set(rows)) == 7
-    assert resumed["perplexity"].keys() == {"dense", "pruned", "retrained", "merged"}

@@ -41,7 +41,7 @@ def compare_all(
     Raises ValueError for numbers that make no sense, grids that share a folder, and a grid whose members cannot run
     together; RuntimeError at the end, after every other member ran, when members failed.
     """
-    asked = Workers(max(workers, 1), together, ray, minutes)
+    asked = Workers(workers or 1, together, ray, minutes)
     if together > 1 and ray is None and not all(grid.task.threads for grid in grids):
         raise ValueError("together: only members of a classifier grid run in threads of one process; use workers")
     folders = [Path(grid.out) for grid in grids]

@@ -93,13 +93,13 @@ class Grid(Strict):
             named += [self.tune.axis, *(axis for tried in self.tune.cells.values() for axis in tried.at)]
         strange = [axis for axis in named if axis not in self.axes]
         if strange:
-            raise ValueError(f"{strange[0]!r} is not an axis; axes are {', '.join(self.axes)}")
+            raise ValueError(f"{strange[0]!r} is not an axis; there are {', '.join(self.axes)}")
         self._check_labels()
         self._check_anchors()
         self._check_seeds()
         recipes = [self.recipe(labels, self.seeds[0], {}) for labels in self.cells()]
         if not recipes:
-            raise ValueError("skip leaves no cell: nothing would be run")
+            raise ValueError("skip leaves no cell, so nothing would be run: leave out an entry")
         self.task.check(None if self.tune is None else {"text": self.tune.text, "by": self.tune.by}, self.show, recipes)
         tuning_members(self)
         return self

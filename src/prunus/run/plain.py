@@ -87,5 +87,5 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from None
     raw = yaml_value(text, str(path)) or {}
     if not isinstance(raw, dict):
-        raise ValueError(f"{path}: a recipe is a mapping of keys to values, not a {type(raw).__name__}")
+        raise ValueError(f"{path}: a recipe is a mapping of keys to values, not a {type(raw).__name__}; see recipes/")
     return raw
