@@ -369,7 +369,7 @@ def solve(args: argparse.Namespace, device: torch.device, notes: list[str]) -> N
     reports = list[BlockReport]()
     stream(
         model, sparsegpt(), Unstructured("layer"), 0.5, tokens=_tokens(model.config, args.samples, args.seed),
-        source=Shards(model, args.folder / "model").check(), work=work, device=device, batch_size=args.batch,
+        source=Shards.of(model, args.folder / "model"), work=work, device=device, batch_size=args.batch,
         precision="bf16", on_block=reports.append,
     )  # fmt: skip
     solved = [report.seconds for report in reports[done:]]
