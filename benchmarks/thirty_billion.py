@@ -55,6 +55,7 @@ from prunus.adapt.adapt import adapt
 from prunus.blocks.recompute import recomputed
 from prunus.data.texts import PackedTokens
 from prunus.layers import Layer, find_layers
+from prunus.machine import hidden_folder
 from prunus.machine.files import write_json
 from prunus.masks import Masks
 from prunus.patterns import Unstructured
@@ -339,7 +340,8 @@ def save(model: OPTForCausalLM, masks: Masks, folder: Path, args: argparse.Names
     small = args.folder / "config"
     small.mkdir(exist_ok=True)
     shutil.copyfile(args.folder / "model" / "config.json", small / "config.json")
-    shutil.rmtree(folder.with_name(f"{folder.name}.partial"), ignore_errors=True)  # of a killed call: it needs the room
+    with hidden_folder(folder):  # what a killed call left is gone: it needs the room
+        pass
     needed = size + masks_bytes(masks) + 5e9 * args.scale  # a shard twice while it is closed
     if shutil.disk_usage(args.folder).free < needed and not args.keep:
         shutil.rmtree(args.folder / "model")

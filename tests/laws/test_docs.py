@@ -139,7 +139,7 @@ def test_commands_parse(page, tmp_path, monkeypatch):
     from prunus.run.cli import app
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("prunus.run.cli.run_recipe", checked)
+    monkeypatch.setattr("prunus.run.task.run_recipe", checked)
     for line in commands_of(page.read_text(encoding="utf-8")):
         words = shlex.split(line)
         start = next((i for i, word in enumerate(words) if word in ("prunus", "prunus.run.cli")), None)
@@ -242,14 +242,14 @@ def test_the_reference_of_keys_is_complete_and_true(heading, section):
 def test_the_table_of_flags_is_complete():
     from typer.main import get_command
 
-    from prunus.run.cli import RUN_FLAGS, app
+    from prunus.run.cli import app, run_flags
 
-    command = get_command(app).commands["run"]
+    command = get_command(app).commands["run"].make_context("run", []).command
     flags = {option for param in command.params if param.name != "recipe" for option in param.opts}
     rows = [[cell.strip("`") for cell in row] for row in table_under("Flags")]
     assert {row[0] for row in rows} == flags
-    assert {row[0]: row[1] for row in rows if row[0][2:] in {flag.name for flag in RUN_FLAGS}} == {
-        f"--{flag.name}": flag.key for flag in RUN_FLAGS
+    assert {row[0]: row[1] for row in rows if row[0][2:] in {flag.name for flag in run_flags()}} == {
+        f"--{flag.name}": flag.key for flag in run_flags()
     }
 
 

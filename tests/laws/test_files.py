@@ -2,13 +2,26 @@
 
 import json
 import math
+import os
+import signal
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from prunus.machine import atomic, random_state, read_json, set_random_state, write_json, write_tensors, write_text
+from prunus.machine import (
+    atomic,
+    atomic_folder,
+    hidden_folder,
+    random_state,
+    read_json,
+    set_random_state,
+    write_json,
+    write_tensors,
+    write_text,
+)
+from tests.processes import start
 
 
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -18,6 +31,50 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
         partial.write_bytes("half")
     assert path.read_text() == "old"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_folder_is_complete_or_as_it_was(tmp_path):
+    folder = tmp_path / "deep" / "model"
+    for turn in ("one", "two"):
+        with atomic_folder(folder) as partial:
+            write_text(partial / turn, turn)
+    assert [path.name for path in folder.iterdir()] == ["two"]
+    with pytest.raises(FileExistsError), atomic_folder(folder) as partial:
+        partial.mkdir()
+    assert [path.name for path in folder.iterdir()] == ["two"]
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def die_between(folder, moves):
+    """Write a folder, and be killed before one of its moves."""
+    done, replace = [], os.replace
+
+    def move(*paths):
+        if len(done) == moves:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done.append(replace(*paths))
+
+    with atomic_folder(folder) as partial:
+        write_text(partial / "new", "new")
+        os.replace = move
+
+
+@pytest.mark.parametrize("moves", [0, 1])
+def test_what_a_killed_process_left_goes_and_nothing_else(tmp_path, moves):
+    """The folder that was there before is there again, whenever the process was killed."""
+    folder, mine = tmp_path / "model", [tmp_path / name for name in (".model.mine.lock", ".model.0123.partial")]
+    write_text(folder / "old", "old")
+    for path in mine:
+        path.write_text("mine")
+    process = start(die_between, folder, moves)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) > 3
+    with hidden_folder(folder) as living, hidden_folder(folder) as other:
+        assert living.is_dir()
+        assert other.is_dir()
+        assert [path.name for path in folder.iterdir()] == ["old"]
+    assert sorted(tmp_path.iterdir()) == sorted([folder, *mine])
 
 
 def test_json_writes_what_it_does_not_know_as_text(tmp_path):

@@ -96,6 +96,31 @@ def test_import_is_cheap():
     assert not heavy & set(loaded)
 
 
+def test_saying_no_is_cheap(tmp_path):
+    """The version needs no torch, the refusal of a recipe none of the libraries that are slow to import."""
+    for name, text in {"language": "prune: {sparsty: 1}", "images": "images: digits\nmodel: resnet9"}.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    code = f"""
+import contextlib, io, json, sys
+from prunus.run.cli import main
+found = []
+for arguments in (["--version"], ["run", "language.yaml"], ["run", "images.yaml"], ["run", "--sparsity", "2"]):
+    sys.argv = ["prunus", *(f"{tmp_path}/{{each}}" if ".yaml" in each else each for each in arguments)]
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:
+        with contextlib.redirect_stderr(out):
+            main()
+    found.append([out.getvalue(), sorted(sys.modules)])
+print(json.dumps(found))
+"""
+    (version, at_once), *refused = run(code)
+    heavy = {"transformers", "accelerate", "torch._dynamo", "triton", "scipy", "matplotlib", "datasets", "PIL"}
+    assert version == f"prunus {prunus.__version__}\n"
+    assert not (heavy | {"torch"}) & set(at_once)
+    for (line, loaded), word in zip(refused, ("sparsty", "resnet9", "[0, 1)"), strict=True):
+        assert word in line
+        assert not heavy & set(loaded)
+
+
 def test_functions_win_over_rooms_of_their_name_in_any_order():
     code = """
 import json, prunus.stream, prunus.train.lr

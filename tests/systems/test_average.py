@@ -137,10 +137,36 @@ def test_other_networks_are_refused(folders, tmp_path):
         average_folders([tmp_path / "a.safetensors", tmp_path / "c.safetensors"], tmp_path / "mean")
 
 
-def test_a_member_is_never_replaced(folders):
-    with pytest.raises(ValueError, match="would replace member 1"):
-        average_folders(folders, folders[1])
+@pytest.mark.parametrize("out", ["m1", "m1/mean", ""])
+def test_a_member_is_never_replaced(folders, tmp_path, out):
+    with pytest.raises(ValueError, match="which is read, lie in each other"):
+        average_folders(folders, tmp_path / out)
     assert (folders[1] / "config.json").exists()
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_files_of_the_user_and_other_models_stay(folders, tmp_path):
+    """Only the same average is replaced, and what lies beside it under names of old is the user's."""
+    for name in ("mean.old", "mean.partial", ".mean.notes.lock"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text("years of it")
+    before = contents(tmp_path)
+    average_folders(folders, tmp_path / "mean")
+    average_folders(folders, tmp_path / "mean")
+    mean = contents(tmp_path / "mean")
+    for members, shares in ((folders[:2], None), (folders, [0.5, 0.25, 0.25])):
+        with pytest.raises(ValueError, match="mean holds another model; give"):
+            average_folders(members, tmp_path / "mean", shares)
+    assert contents(tmp_path) == before | mean
+    (tmp_path / "mean" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"files that no prunus.json of Prunus lists \('notes.txt'"):
+        average_folders(folders, tmp_path / "mean")
+    save_model(tiny_llama(), None, tmp_path / "run", masks=None, info={})
+    with pytest.raises(ValueError, match="run holds another model"):
+        average_folders(folders, tmp_path / "run")
 
 
 def test_checkpoints_that_cannot_be_read_are_named(tmp_path):
@@ -197,11 +223,11 @@ def test_greedy_takes_the_members_that_help(tmp_path):
         return -abs(float(load_file(file)["w"].mean()) - target)
 
     rows = average_greedily([tmp_path / f"{place}.safetensors" for place in range(3)], tmp_path / "soup", score)
-    assert seen == ["0.safetensors", "1.safetensors", "2.safetensors", "soup.trial", "soup.trial"]
+    assert seen == ["0.safetensors", "1.safetensors", "2.safetensors", "trial", "trial"]
     assert (tensors_of(tmp_path / "soup")["w"] == 0).all()
     assert [row["score"] for row in rows] == [-1, -1, -9, 0]
     assert [row["weight"] for row in rows] == [0.5, 0.5, 0.0, None]
-    assert not (tmp_path / "soup.trial").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*seen[:3], "soup"]
 
 
 MEMORY = """

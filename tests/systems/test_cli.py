@@ -27,9 +27,9 @@ from tests.processes import start_command
 from tests.systems.test_compress import raw
 
 OPTIONS = {
-    "run": "recipe --set --workers --together --ray " + " ".join(f"--{flag.name}" for flag in cli.RUN_FLAGS),
+    "run": "recipe --set --workers --together --ray " + " ".join(f"--{flag.name}" for flag in cli.run_flags()),
     "grid": "recipes --out --workers --together --ray --minutes",
-    "evaluate": "model --data --set --out " + " ".join(f"--{flag.name}" for flag in cli.EVALUATE_FLAGS),
+    "evaluate": "model --data --set --out " + " ".join(f"--{flag.name}" for flag in cli.evaluate_flags()),
     "inspect": "path --out",
     "average": "checkpoints --out --weights --greedy",
     "show": "recipe --set --names",

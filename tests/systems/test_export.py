@@ -200,7 +200,7 @@ def test_only_our_own_folders_are_replaced(tmp_path):
     assert not (out / "model.safetensors").exists()  # nothing of the old save is left
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     (out / "prunus.json").unlink()
-    with pytest.raises(ValueError, match="not written by Prunus"):
+    with pytest.raises(ValueError, match="so it is not replaced"):
         save_model(model, None, out, masks=None, info={})
     with pytest.raises(FileNotFoundError, match="not a model saved by Prunus"):
         load_info(out)
@@ -215,9 +215,17 @@ def test_a_failed_save_leaves_the_old_model(tmp_path):
         raise RuntimeError("disk gone")
 
     with pytest.raises(RuntimeError, match="disk gone"):
-        save_tensors(tensors(), None, tmp_path / "out", masks=None, info={}, source=tmp_path / "out")
+        save_tensors(tensors(), None, tmp_path / "out", masks=None, info={}, source="owner/name")
     assert load_info(tmp_path / "out")["turn"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", ["out", "out/deep", ""])
+def test_a_model_is_not_saved_over_what_it_came_from(tmp_path, name):
+    save_model(llama(), None, tmp_path / "out", masks=None, info={"turn": 1})
+    with pytest.raises(ValueError, match=r"which is read, lie in each other|so it is not replaced"):
+        save_model(llama(), None, tmp_path / name, masks=None, info={}, source=tmp_path / "out")
+    assert load_info(tmp_path / "out")["turn"] == 1
 
 
 def test_newer_format_is_refused(tmp_path):

@@ -64,10 +64,11 @@ def test_every_stage_runs_and_reports(script: ModuleType, tmp_path: Path) -> Non
 
 
 def test_a_call_without_prune_retrains_under_masks_of_magnitude(script: ModuleType, tmp_path: Path) -> None:
-    killed = [tmp_path / "model" / "part-9", tmp_path / "pruned.partial"]
+    killed = [tmp_path / "model" / "part-9", tmp_path / ".pruned.0123456789abcdef.partial"]
     for folder in killed:
         folder.mkdir(parents=True)
         (folder / "model.spool").write_bytes(b"left behind")
+    killed[1].with_suffix(".lock").touch()
     script.run(arguments(script, tmp_path, "--stages", "make"))
     rows = script.run(arguments(script, tmp_path, "--stages", "load,norms,save", "--keep", "--steps", "5"))
     assert not any(folder.exists() for folder in killed)

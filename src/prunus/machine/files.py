@@ -1,19 +1,37 @@
-"""Files that are complete or absent: written beside their place, then moved into it."""
+"""Files and folders that are complete or absent: written beside their place, under hidden names, then moved into it.
+
+.NAME.TOKEN.partial    what is being written      .NAME.TOKEN.old    what it replaces, until it is there
+.NAME.TOKEN.lock       of a folder: held by the process that writes it; whoever finds it free deletes the three
+"""
 
 from __future__ import annotations
 
+import glob
 import json
 import os
-import threading
+import re
+import secrets
+import shutil
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["atomic", "json_line", "json_value", "read_json", "write_json", "write_tensors", "write_text"]
+__all__ = [
+    "atomic",
+    "atomic_folder",
+    "hidden_folder",
+    "json_line",
+    "json_value",
+    "read_json",
+    "write_json",
+    "write_tensors",
+    "write_text",
+]
 
 _NUMBERS = {text: float(text) for text in ("nan", "inf", "-inf")}
 
@@ -29,12 +47,68 @@ def atomic(path: str | os.PathLike[str]) -> Generator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial{os.getpid()}-{threading.get_ident()}")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
         yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def hidden_folder(near: str | os.PathLike[str]) -> Generator[Path]:
+    """A new hidden folder beside `near`, which need not exist; it is gone at the end, and so is what killed ones left.
+
+    >>> with hidden_folder("out/model") as folder:
+    ...     (folder / "draft.txt").write_text("gone soon")
+    9
+    """
+    near = Path(near)
+    near.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(near)
+    lock = FileLock(near.with_name(f".{near.name}.{secrets.token_hex(8)}.lock"))
+    with lock:
+        partial = Path(lock.lock_file).with_suffix(".partial")
+        partial.mkdir()
+        try:
+            yield partial
+        finally:
+            _delete(Path(lock.lock_file))
+
+
+@contextmanager
+def atomic_folder(folder: str | os.PathLike[str]) -> Generator[Path]:
+    """A new folder to fill, moved to `folder` at the end, whose old contents go when the new ones are there.
+
+    After an error everything is as before. It replaces whatever `folder` is: see to it that this is wanted.
+
+    >>> with atomic_folder("out/model") as partial:
+    ...     write_text(partial / "README.md", "Hello")
+    """
+    folder = Path(folder)
+    with hidden_folder(folder) as partial:
+        yield partial
+        if folder.exists():
+            os.replace(folder, partial.with_suffix(".old"))
+        os.replace(partial, folder)
+
+
+def _sweep(folder: Path) -> None:
+    """Delete what killed processes left beside a folder; one that was killed between two moves gets the old back."""
+    for name in glob.glob(f".{glob.escape(folder.name)}.*.lock", root_dir=folder.parent):
+        if re.fullmatch(r"[0-9a-f]{16}", name.removesuffix(".lock").rpartition(".")[2]):
+            lock = FileLock(folder.with_name(name))
+            with suppress(Timeout), lock.acquire(blocking=False):
+                old = Path(lock.lock_file).with_suffix(".old")
+                if old.exists() and not folder.exists():
+                    os.replace(old, folder)
+                _delete(Path(lock.lock_file))
+
+
+def _delete(lock: Path) -> None:
+    for ending in (".partial", ".old"):
+        shutil.rmtree(lock.with_suffix(ending), ignore_errors=True)
+    lock.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,7 +1,7 @@
 """`prunus average`: one checkpoint from several on disk, all of them or those that a greedy soup takes.
 
     checkpoints ─ uniform, weighted ─────────────────────────────▶ out
-    checkpoints ─ each scored ─ best first ─ out.trial scored ───▶ out     (greedy)
+    checkpoints ─ each scored ─ best first ─ trials scored ──────▶ out     (greedy)
 
 What a score is belongs to the caller: anything that reads a folder, such as an evaluation recipe on validation data.
 """
@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from prunus.machine import hidden_folder
 from prunus.save import SavedModel, average_folders, load_info
 from prunus.soup import Greedy, check_weights, greedy_members
 
@@ -49,30 +50,33 @@ def average_greedily(
 ) -> list[dict[str, Any]]:
     """The average of the checkpoints that a greedy soup takes, written to `out`; returns the rows to print.
 
-    score: a checkpoint (a member's own path, or `<out>.trial`) -> how good it is, higher is better, on validation data.
+    score: a checkpoint (a member's own path, or a hidden one) -> how good it is, higher is better, on validation data.
     It is called 2 * (number of checkpoints) - 1 times; each trial is a checkpoint on disk, which is gone afterwards.
     Raises as `average_checkpoints`, and what `score` raises.
 
     >>> average_greedily(["runs/a/model", "runs/b/model"], "runs/soup", lambda folder: -perplexity_of(folder))
     """
-    trial = Path(out).with_name(Path(out).name + ".trial")
     members = [Path(path) for path in checkpoints]
-
-    def score_of(chosen: tuple[int, ...]) -> float:
-        if len(chosen) == 1:
-            value = score(members[chosen[0]])
-        else:
-            average_folders([members[place] for place in chosen], trial, max_shard_bytes=max_shard_bytes)
-            value = score(trial)
-        log.info("members %s score %.6g", ", ".join(str(place + 1) for place in chosen), value)
-        return value
-
-    try:
-        soup = greedy_members(len(members), score_of)
-    finally:
-        shutil.rmtree(trial, ignore_errors=True)
+    with hidden_folder(out) as place:
+        soup = greedy_members(
+            len(members), lambda chosen: _score(chosen, members, score, place / "trial", max_shard_bytes)
+        )
     saved = average_folders([members[place] for place in soup.members], out, max_shard_bytes=max_shard_bytes)
     return _greedy_rows(saved, soup, members)
+
+
+def _score(
+    chosen: Sequence[int], members: Sequence[Path], score: Callable[[Path], float], trial: Path, max_shard_bytes: float
+) -> float:
+    """How good a member, or the average of several, is."""
+    if len(chosen) == 1:
+        value = score(members[chosen[0]])
+    else:
+        average_folders([members[place] for place in chosen], trial, max_shard_bytes=max_shard_bytes)
+        value = score(trial)
+        shutil.rmtree(trial)
+    log.info("members %s score %.6g", ", ".join(str(place + 1) for place in chosen), value)
+    return value
 
 
 def _greedy_rows(saved: SavedModel, soup: Greedy, members: Sequence[Path]) -> list[dict[str, Any]]:

@@ -8,17 +8,15 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from prunus import __version__
-from prunus.machine import write_json
-from prunus.run.flags import assignments, flags_of, numbers, overrides, with_flags
-from prunus.run.recipe import Recipe
-from prunus.run.task import Unfinished, is_sweep, load, run_recipe
-from prunus.run.vision.recipe import ClassifierRecipe
+from prunus.run.flags import Flag, assignments, flags_of, numbers, overrides, with_flags
+from prunus.run.plain import Unfinished
 
 app = typer.Typer(
     name="prunus",
@@ -26,10 +24,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-RUN_FLAGS = flags_of([Recipe, ClassifierRecipe], ["prune", "retrain"])
-_MEASURED = ("device", "precision", "dtype")
-EVALUATE_FLAGS = [flag for flag in flags_of([Recipe], ["evaluate"]) if flag.key in _MEASURED or "." in flag.key]
 
 RecipeArg = Annotated[Path | None, typer.Argument(help="YAML recipe; without one the embedded model is used.")]
 SetOption = Annotated[
@@ -40,8 +34,25 @@ Together = Annotated[int, typer.Option(help="Networks trained at once in each pr
 Out = Annotated[Path | None, typer.Option(help="Write the numbers as JSON here as well.")]
 
 
-@app.command()
-@with_flags(RUN_FLAGS)
+@cache
+def run_flags() -> list[Flag]:
+    """The flags of `prunus run`: of recipes of both tasks."""
+    from prunus.run.recipe import Recipe
+    from prunus.run.vision.recipe import ClassifierRecipe
+
+    return flags_of([Recipe, ClassifierRecipe], ["prune", "retrain"])
+
+
+@cache
+def evaluate_flags() -> list[Flag]:
+    """The flags of `prunus evaluate`: how it is measured."""
+    from prunus.run.recipe import Recipe
+
+    measured = ("device", "precision", "dtype")
+    return [flag for flag in flags_of([Recipe], ["evaluate"]) if flag.key in measured or "." in flag.key]
+
+
+@with_flags(app, run_flags)
 def run(
     recipe: Annotated[
         Path | None,
@@ -63,8 +74,9 @@ def run(
     The recipe decides: with the key `images` it is of an image classifier, else of a language model.
     """
     from prunus.machine import ranks
+    from prunus.run.task import run_recipe
 
-    shown = run_recipe(recipe, overrides(RUN_FLAGS, flags, assign), workers=workers, together=together, ray=ray)
+    shown = run_recipe(recipe, overrides(run_flags(), flags, assign), workers=workers, together=together, ray=ray)
     if ranks.is_main():
         shown()
     ranks.leave()
@@ -94,6 +106,7 @@ def grid(
     from prunus.run.compare import compare_all, load_grids
     from prunus.run.pool import Workers as Pool
     from prunus.run.show import show_grid, show_sweep
+    from prunus.run.task import is_sweep
     from prunus.run.vision.sweep import load_sweep, sweep
 
     _check_single("grid")
@@ -110,8 +123,7 @@ def grid(
         show_grid(rows, Path(each.out))
 
 
-@app.command()
-@with_flags(EVALUATE_FLAGS)
+@with_flags(app, evaluate_flags)
 def evaluate(
     model: Annotated[
         str, typer.Argument(help="Language model: name, folder, .gguf file, 'embedded'; or a classifier's run folder.")
@@ -124,11 +136,12 @@ def evaluate(
     **flags: str | None,
 ) -> None:
     """Measure a model: perplexity and zero-shot tasks, or a classifier's accuracy, also on corrupted images."""
+    from prunus.machine import write_json
     from prunus.run.evaluate import evaluate_model
     from prunus.run.show import show_evaluation
 
     _check_single("evaluate")
-    asked = overrides(EVALUATE_FLAGS, flags, assign) | ({} if data is None else {"evaluate.data": data})
+    asked = overrides(evaluate_flags(), flags, assign) | ({} if data is None else {"evaluate.data": data})
     found = evaluate_model(model, asked)
     show_evaluation(model, found)
     if out is not None:
@@ -141,6 +154,7 @@ def inspect(
     out: Out = None,
 ) -> None:
     """Sparsity and pattern of every weight of a saved model, read shard by shard."""
+    from prunus.machine import write_json
     from prunus.run.inspect import inspect_model
     from prunus.run.show import show_inspection
 
@@ -192,6 +206,8 @@ def show(
 
         print_table(list(rows()), title="what recipes may name")
         return
+    from prunus.run.task import load
+
     typer.echo(yaml.safe_dump(load(recipe, assignments(assign)).model_dump(mode="json"), sort_keys=False), nl=False)
 
 

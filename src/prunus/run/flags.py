@@ -9,12 +9,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, wraps
 from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from typer.core import TyperCommand
 
 from prunus.run.plain import yaml_value
 
@@ -58,15 +60,24 @@ def flags_of(recipes: Sequence[type[BaseModel]], sections: Sequence[str]) -> lis
     return list(found.values())
 
 
-def with_flags(flags: Sequence[Flag]) -> Callable[[Command], Command]:
-    """A decorator of commands that end in `**flags`: each flag becomes an option there, a YAML text or None."""
+def with_flags(app: typer.Typer, flags: Callable[[], Sequence[Flag]]) -> Callable[[Command], Command]:
+    """A decorator that adds to `app` a command ending in `**flags`: each flag is an option there, a YAML text or None.
+
+    They are made when the command is called or asked for help, because importing what a recipe is takes a second.
+    """
 
     def decorate(command: Command) -> Command:
-        signature = inspect.signature(command, eval_str=True)
-        own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
-        made = [inspect.Parameter(f.parameter, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(f))
-                for f in flags]  # fmt: skip
-        command.__signature__ = signature.replace(parameters=[*own, *made])  # type: ignore[attr-defined]
+        @cache
+        def whole() -> Any:
+            apart = typer.Typer(add_completion=False)
+            apart.command()(_signed(command, flags()))
+            return typer.main.get_command(apart)
+
+        class Flagged(TyperCommand):
+            def make_context(self, *args: Any, **extra: Any) -> Any:
+                return whole().make_context(*args, **extra)
+
+        app.command(cls=Flagged)(_signed(command, []))
         return command
 
     return decorate
@@ -102,6 +113,21 @@ def _value(flag: Flag, text: str) -> Any:
     if flag.takes == "TEXT":
         return text
     return text.split(",") if flag.takes == "TEXT,.." else yaml_value(text, f"--{flag.name} {text}")
+
+
+def _signed(command: Callable[..., Any], flags: Sequence[Flag]) -> Callable[..., Any]:
+    """The command with these flags in its signature, where it has `**flags`."""
+
+    @wraps(command)
+    def signed(**given: Any) -> Any:
+        return command(**given)
+
+    signature = inspect.signature(command, eval_str=True)
+    own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    made = [inspect.Parameter(f.parameter, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(f))
+            for f in flags]  # fmt: skip
+    signed.__signature__ = signature.replace(parameters=[*own, *made])  # type: ignore[attr-defined]
+    return signed
 
 
 def _option(flag: Flag) -> Any:

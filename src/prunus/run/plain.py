@@ -1,4 +1,4 @@
-"""Plain values from YAML files and texts, with numbers as in YAML 1.2."""
+"""Plain values from YAML files and texts, with numbers as in YAML 1.2; the end of a command that did not finish."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from typing import Any
 
 import yaml
 
-__all__ = ["read_yaml", "yaml_value"]
+__all__ = ["Unfinished", "read_yaml", "yaml_value"]
+
+
+class Unfinished(RuntimeError):
+    """Some members failed for good; what is finished is kept, and the same command goes on."""
 
 
 class _Yaml(yaml.SafeLoader):

@@ -11,16 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prunus.run.plain import Unfinished
 from prunus.run.recipe import Recipe, merge, parse, read_yaml
 
-__all__ = ["Unfinished", "is_sweep", "load", "run_recipe"]
+__all__ = ["is_sweep", "load", "run_recipe"]
 
 Show = Callable[[], None]
 GRIDS = ("axes", "sweep")
-
-
-class Unfinished(RuntimeError):
-    """Some members failed for good; what is finished is kept, and the same command goes on."""
 
 
 def load(path: Path | None, overrides: Mapping[str, Any]) -> Any:

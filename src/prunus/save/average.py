@@ -1,6 +1,6 @@
 """The average of checkpoints on disk, piece by piece, so that models larger than memory are averaged.
 
-    members' bytes ─ pieces of 2 Mi entries ─▶ mean ─▶ one tensor ─▶ shards of <out>.partial ─▶ <out>
+    members' bytes ─ pieces of 2 Mi entries ─▶ mean ─▶ one tensor ─▶ shards of a hidden folder ─▶ <out>
 
 Memory: the largest tensor once, in its own dtype, and some 10 MiB for each member and 40 MiB beside it. Files are read
 with plain reads, not mapped: what was read is not held. Masks are compared bit-packed, as they are stored.
@@ -22,22 +22,21 @@ import torch
 from torch import Tensor
 
 from prunus.checkpoint import SINGLE_NAME, Stored, read_checkpoint, read_header
-from prunus.machine import write_json, write_text
 from prunus.masks import count_kept, unpack
 from prunus.save.folder import (
-    CARD_NAME,
     FORMAT,
     INFO_NAME,
     MASKS_NAME,
     RUNTIME,
     SavedModel,
     _copy_small_files,
-    _partial,
-    _replace,
     _versions,
+    check_apart,
     load_info,
     model_card,
+    new_folder,
     write_config,
+    write_info,
 )
 from prunus.save.shards import ShardWriter
 from prunus.soup import check_weights, mean_tensor
@@ -63,27 +62,26 @@ def average_folders(
     the model are the first one's; prunus.json also lists the members. The folder appears complete or not at all.
 
     Raises ValueError, before anything is written, for tensors, configs or masks that differ (naming the first), and
-    for an `out` that holds something else or a member; while writing, for weights that are not zero under their mask.
+    for an `out` that holds anything but this very average, or a member; while writing, for weights that are not zero
+    under their mask.
 
     >>> average_folders(["runs/a/model", "runs/b/model"], "runs/mean")
     """
     shares = check_weights(weights, len(checkpoints))
     members = [_Member.read(Path(path)) for path in checkpoints]
     for place, member in enumerate(members):
-        if Path(out).resolve() in (member.path.resolve(), member.path.parent.resolve()):
-            raise ValueError(f"{out} would replace member {place}; give the average a folder of its own")
+        check_apart(Path(out), checkpoints[place])
         _check_member(place, member, members[0])
-    with _partial(out) as partial:
+    _check_same(Path(out), members, shares)
+    with new_folder(out) as partial:
         zeros = [0] * (len(members) + 1)
         with ShardWriter(partial, max_shard_bytes=max_shard_bytes) as writer:
             for name in members[0].tensors:
                 writer.write(name, _mean(name, members, shares, zeros))
         _warn_of_lost_zeros(zeros, checkpoints)
         info = _info(members, shares, zeros)
-        _write_rest(members[0], partial, Path(out).name, info)
-        saved = [path.name for path in partial.iterdir()]
-        _replace(partial, Path(out))
-    return SavedModel(Path(out), tuple(sorted(saved)), writer.total_bytes)
+        saved = _write_rest(members[0], partial, Path(out).name, info)
+    return SavedModel(Path(out), saved, writer.total_bytes)
 
 
 @dataclass(frozen=True)
@@ -106,6 +104,15 @@ class _Member:
             masks, metadata = read_header(folder / MASKS_NAME)
         config = {} if folder is None else checkpoint.config()
         return cls(folder or path, dict(checkpoint.tensors), masks, json.loads(metadata.get("shapes", "{}")), config)
+
+
+def _check_same(out: Path, members: Sequence[_Member], shares: Sequence[float]) -> None:
+    """Another model that Prunus saved is not replaced, only the same average."""
+    if (out / INFO_NAME).is_file():
+        found = load_info(out).get("average", {}).get("members", [])
+        own = [(str(member.path), share) for member, share in zip(members, shares, strict=True)]
+        if [(each["path"], each["weight"]) for each in found] != own:
+            raise ValueError(f"out: {out} holds another model; give the average a folder of its own, or delete it")
 
 
 def _check_member(place: int, member: _Member, first: _Member) -> None:
@@ -224,13 +231,12 @@ def _info(members: Sequence[_Member], shares: Sequence[float], zeros: Sequence[i
     }
 
 
-def _write_rest(first: _Member, partial: Path, name: str, info: Mapping[str, Any]) -> None:
-    """Config, tokenizer, masks, prunus.json and card beside the weights."""
+def _write_rest(first: _Member, partial: Path, name: str, info: Mapping[str, Any]) -> tuple[str, ...]:
+    """Write config, tokenizer, masks, prunus.json and card beside the weights; the names of all files."""
     if first.masks:
         shutil.copyfile(next(iter(first.masks.values())).file, partial / MASKS_NAME)
     if first.config:
         dtypes = {stored.dtype for stored in first.tensors.values() if stored.dtype.is_floating_point}
         write_config(None, partial / "config.json", first.path, dtype=dtypes.pop() if len(dtypes) == 1 else None)
         _copy_small_files(first.path, partial)
-        write_text(partial / CARD_NAME, model_card(name, info))
-    write_json(partial / INFO_NAME, info)
+    return write_info(partial, info, model_card(name, info) if first.config else None)

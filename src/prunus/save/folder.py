@@ -4,7 +4,7 @@
     model.safetensors, or shards and model.safetensors.index.json    dense tensors, pruned entries +0.0
     prunus.json, masks.safetensors, README.md                   ours; nothing needs them to load the model
 
-The folder is written as `<folder>.partial` and renamed when complete, so a folder under its own name is whole.
+The folder is written under a hidden name and renamed when complete, so a folder under its own name is whole.
 No `sparsity_config` is written: serving stacks refuse it.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 import shutil
 from collections.abc import Generator, Iterable, Mapping
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from prunus import __version__
-from prunus.machine import read_json, write_json, write_text
+from prunus.machine import atomic_folder, read_json, write_json, write_text
 from prunus.save.shards import ShardWriter
 
 if TYPE_CHECKING:
@@ -99,12 +98,12 @@ def save_model(
     config are copied as they are. config.json differs only in the keys that the model's config changed (added
     biases) and in a dtype that is no longer true.
 
-    Raises ValueError when `folder` holds something that Prunus did not write, a pruned entry is not zero, or the model
-    is quantised.
+    Raises ValueError when `folder` holds something that Prunus did not write or is the source's, a pruned entry is not
+    zero, or the model is quantised.
     """
     if masks is not None:
         masks.check(model)
-    with _partial(folder) as partial:
+    with new_folder(folder, source) as partial:
         with _as_dense(model):
             model.save_pretrained(partial, max_shard_size=int(max_shard_bytes))
         write_config(model.config, partial / "config.json", source_folder(source), dtype=model.dtype)
@@ -129,7 +128,7 @@ def save_tensors(
 
     Raises ValueError as `save_model`, and for a name that comes twice.
     """
-    with _partial(folder) as partial:
+    with new_folder(folder, source) as partial:
         dtypes: set[Any] = set()
         with ShardWriter(partial, max_shard_bytes=max_shard_bytes, writers=_WRITERS) as writer:
             for name, tensor in tensors:
@@ -182,18 +181,26 @@ def _as_dense(model: PreTrainedModel) -> Generator[None]:
 
 
 @contextmanager
-def _partial(folder: str | Path) -> Generator[Path]:
-    """A fresh `<folder>.partial` that is deleted when its writing fails."""
+def new_folder(folder: str | Path, source: str | Path | None = None) -> Generator[Path]:
+    """A folder to fill, which takes the place of `folder` at the end.
+
+    Raises ValueError for a `folder` with anything that Prunus did not write there, and for one that is its own source.
+    """
     folder = Path(folder)
     _check_replaceable(folder)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    check_apart(folder, source)
+    with atomic_folder(folder) as partial:
         yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+
+
+def check_apart(folder: Path, source: str | Path | None) -> None:
+    """Raises ValueError for a folder that is the one which is read, or lies in it, or has it inside."""
+    if source is not None and Path(source).exists():
+        one, other = Path(folder).resolve(), Path(source).resolve()
+        if one.is_relative_to(other) or other.is_relative_to(one):
+            raise ValueError(
+                f"out: {folder} and {source}, which is read, lie in each other; give another output folder"
+            )
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -201,11 +208,23 @@ def _check_replaceable(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file; give the model another output folder")
-    if any(folder.iterdir()) and not (folder / INFO_NAME).is_file():
+    names = sorted(path.name for path in folder.iterdir())
+    ours = load_info(folder).get("files", []) if INFO_NAME in names else []
+    strange = [name for name in names if name not in ours]
+    if strange:
         raise ValueError(
-            f"{folder} is not empty and was not written by Prunus (no {INFO_NAME}), so it is not replaced; "
-            "give another output folder or empty this one"
+            f"{folder} has files that no {INFO_NAME} of Prunus lists ({strange[0]!r}, ...), so it is not replaced; "
+            "give another output folder, or empty this one"
         )
+
+
+def write_info(folder: Path, info: Mapping[str, Any], card: str | None = None) -> tuple[str, ...]:
+    """Write prunus.json, the last of a saved folder's files but for the card; the names of all."""
+    if card is not None:
+        write_text(folder / CARD_NAME, card)
+    files = tuple(sorted({INFO_NAME, *(path.name for path in folder.iterdir())}))
+    write_json(folder / INFO_NAME, {**info, "files": files})
+    return files
 
 
 def _finish(
@@ -217,7 +236,7 @@ def _finish(
     info: Mapping[str, Any],
     source: str | Path | None,
 ) -> SavedModel:
-    """Write what goes beside the weights, then give the folder its name."""
+    """Write what goes beside the weights."""
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
     origin = source_folder(source)
@@ -228,12 +247,9 @@ def _finish(
     stored = {"format": FORMAT, **info, "masks": MASKS_NAME if masks is not None else None}
     stored["sparsity"] = _sparsity(masks)
     stored["versions"] = _versions()
-    write_json(partial / INFO_NAME, stored)
-    write_text(partial / CARD_NAME, model_card(Path(folder).name, stored))
+    files = write_info(partial, stored, model_card(Path(folder).name, stored))
     weights = [p for p in partial.glob("*.safetensors") if p.name != MASKS_NAME]
     size = sum(p.stat().st_size for p in weights)
-    files = tuple(sorted(p.name for p in partial.iterdir()))
-    _replace(partial, Path(folder))
     log.info("saved %s (%.1f MB of weights). %s", folder, size / 1e6, SIZE_NOTE)
     return SavedModel(Path(folder), files, size)
 
@@ -258,16 +274,6 @@ def _versions() -> dict[str, str]:
     # Not version("prunus"): a source folder on the path has no metadata.
     found = {"python": platform.python_version(), "prunus": __version__}
     return found | {name: version(name) for name in ("torch", "transformers", "safetensors")}
-
-
-def _replace(partial: Path, folder: Path) -> None:
-    """Put `partial` in the place of `folder`, whose old contents go only when the new ones are there."""
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 # config.json: the source's own bytes, or its text with the few keys that had to change

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,8 +163,8 @@ class ShardWriter:
     def _open_shard(self) -> _Shard:
         self.folder.mkdir(parents=True, exist_ok=True)
         number = len(self._parts) + len(self._open)
-        path = self.folder / f"model-{number + 1:05d}.safetensors.spool"
-        spool = path.open("w+b")
+        path = self.folder / f".{secrets.token_hex(8)}.spool"
+        spool = path.open("x+b")
         spool.seek(_ROOM)
         shard = _Shard(number, path, spool, ThreadPoolExecutor(1, thread_name_prefix="write"))
         self._open.append(shard)
@@ -171,7 +172,7 @@ class ShardWriter:
 
     def _close_shard(self, shard: _Shard) -> None:
         shard.settle()
-        part = self.folder / f"model-{shard.number + 1:05d}.safetensors.part"
+        part = shard.path.with_suffix(".part")
         header = _header(shard.entries, _ROOM)
         sizes = [entry.dtype.itemsize for entry in shard.entries]
         if len(header) == _ROOM and sizes == sorted(sizes, reverse=True):
