@@ -53,14 +53,14 @@ from transformers import AutoConfig, OPTConfig, OPTForCausalLM
 
 from prunus.adapt.adapt import adapt
 from prunus.blocks.recompute import recomputed
+from prunus.checkpoint import INDEX_NAME, SINGLE_NAME
 from prunus.data.texts import PackedTokens
 from prunus.layers import Layer, find_layers
 from prunus.machine import hidden_folder
 from prunus.machine.files import write_json
 from prunus.masks import Masks
 from prunus.patterns import Unstructured
-from prunus.save import save_tensors
-from prunus.save.shards import INDEX_NAME, SINGLE_NAME, ShardWriter
+from prunus.save import ShardWriter, save_tensors
 from prunus.score import magnitude, wanda
 from prunus.solve import sparsegpt
 from prunus.stream.sources import Shards
