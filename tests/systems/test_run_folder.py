@@ -1,28 +1,198 @@
-"""A run writes and deletes in folders of its own alone."""
+"""A run writes and deletes in folders of its own alone, one process at a time, and reads the same when it goes on."""
 
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from prunus.run import folder as run_folder
+from prunus.run import stages
 from prunus.run.cli import app
+from prunus.run.compare import compare
+from prunus.run.compress import compress
+from prunus.run.folder import held, mark
+from prunus.run.grid import Grid
+from prunus.run.inputs import check_inputs
+from prunus.run.recipe import Recipe, parse
+from prunus.run.vision.soups.recipe import class_of
+from prunus.run.vision.train import train_run
+from tests.systems.test_compress import raw, recipe
 
-TASKS = {"a language model": "model: embedded", "a classifier": "images: {source: digits}\nmodel: resnet20"}
+TASKS = {
+    "a language model": ("run", "model: embedded\n"),
+    "a classifier": ("run", "images: {source: digits}\nmodel: resnet8\n"),
+    "a grid": ("grid", "base: {images: digits, model: resnet8}\naxes: {a: {b: {}}}\n"),
+    "a demo": ("demo", ""),
+}
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS.keys())
 def test_a_folder_of_the_user_is_refused_and_left_alone(
-    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    task: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    mine = {Path("recipe.yaml"): f"# mine\n{task}\n", Path("work/notes.txt"): "years of it"}
-    for path, text in mine.items():
+    command, text = task
+    mine = {Path("recipe.yaml"): f"# mine\n{text}", Path("work/notes.txt"): "years of it"}
+    for path, content in mine.items():
         path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
-    done = CliRunner().invoke(app, ["run", "recipe.yaml", "--out", "."])
+        path.write_text(content)
+    done = CliRunner().invoke(app, [command, *(["recipe.yaml"] if text else []), "--out", "."])
     assert done.exit_code != 0
     assert isinstance(done.exception, ValueError)
-    assert "is no run folder" in str(done.exception)
+    assert "folder and has other files ('recipe.yaml', ...)" in str(done.exception)
     assert {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == {
-        tmp_path / path: text for path, text in mine.items()
+        tmp_path / path: content for path, content in mine.items()
     }
+
+
+def test_a_folder_is_of_one_kind(tmp_path: Path) -> None:
+    mark(tmp_path / "out", "grid")
+    mark(tmp_path / "out", "grid")
+    with (
+        pytest.raises(ValueError, match=r"out is the folder of a grid, not of a run; give another --out"),
+        held(tmp_path / "out"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("out", ["", "deep", ".."])
+def test_out_is_apart_from_the_model(tiny_folder: Path, text_file: Path, tmp_path: Path, out: str) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "a" / "model")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="which is read, lie in each other; give another output folder"):
+        compress(recipe(tmp_path / "a" / "model", text_file, tmp_path / "a" / "model" / out))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_second_starter_is_told_who_has_the_folder(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "run"
+    with held(out):
+        for change in ({}, {"retrain": None}):
+            with pytest.raises(ValueError, match=r"is in use by process") as told:
+                compress(recipe(tiny_folder, text_file, out, **change))
+            assert f"run is in use by process {os.getpid()} on {socket.gethostname()}, since 2" in str(told.value)
+            assert str(told.value).endswith("; wait for it, or give another folder with --out")
+        images: dict[str, Any] = {"images": "digits", "model": "resnet8", "out": str(out)}
+        with pytest.raises(ValueError, match=r"is in use by process"):
+            train_run(parse(images, class_of(images), ""))
+    assert list(tmp_path.iterdir()) == [], "a run that wrote nothing leaves no folder"
+
+
+@pytest.fixture
+def killed(tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The recipe of a run on a copy of model and text that ended after it had pruned."""
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    shutil.copy(text_file, tmp_path / "text.txt")
+    asked = raw(tmp_path / "model", tmp_path / "text.txt", tmp_path / "run", retrain=None)
+
+    def kill(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "summary", kill)
+        with pytest.raises(KeyboardInterrupt):
+            compress(parse(asked, Recipe, ""))
+    assert len(list((tmp_path / "run" / "work" / "blocks").glob("*.safetensors"))) == 2
+    return asked
+
+
+def other_weights(model: Path) -> None:
+    """Of the same names and shapes."""
+    tensors = {name: 2 * tensor for name, tensor in load_file(model / "model.safetensors").items()}
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+
+CHANGES = {
+    "model": lambda folder: other_weights(folder / "model"),
+    "text.txt": lambda folder: (folder / "text.txt").write_text("Another text. " * 500),
+}
+
+
+@pytest.mark.parametrize(("name", "change"), CHANGES.items(), ids=CHANGES.keys())
+def test_a_run_does_not_go_on_with_other_inputs(killed: dict[str, Any], tmp_path: Path, name: str, change: Any) -> None:
+    change(tmp_path)
+    with pytest.raises(ValueError, match=rf"{name}' was changed since .*run was begun with it: put the old one back"):
+        compress(parse(killed, Recipe, ""))
+    (tmp_path / "run" / "inputs.json").unlink()
+    compress(parse(killed, Recipe, ""))
+
+
+def test_a_grid_does_not_go_on_with_other_weights(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    base = raw(tmp_path / "model", text_file, tmp_path / "none", retrain=None)
+    grid = Grid(base=base, axes={"sparsity": {"a": {}, "b": {"prune.sparsity": 0.6}}}, out=str(tmp_path / "grid"))
+    compare(grid, minutes=0)
+    compare(grid, minutes=0)
+    other_weights(tmp_path / "model")
+    with pytest.raises(ValueError, match="model' was changed since"):
+        compare(grid, minutes=0)
+
+
+def test_large_files_are_told_apart_by_size_time_and_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prunus.run.inputs._WHOLE", 10)
+    text = tmp_path / "text.txt"
+    text.write_text("a" * 20)
+    asked = parse({"calibrate": {"data": str(text)}}, Recipe, "")
+    check_inputs(tmp_path, [asked])
+    check_inputs(tmp_path, [asked])
+    before = text.stat()
+    for change in ("a" * 21, "b" * 20):
+        text.write_text(change)
+        os.utime(text, ns=(before.st_atime_ns, before.st_mtime_ns))
+        with pytest.raises(ValueError, match=r"text.txt' was changed"):
+            check_inputs(tmp_path, [asked])
+    text.write_text("a" * 20)
+    os.utime(text, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    with pytest.raises(ValueError, match=r"text.txt' was changed"):
+        check_inputs(tmp_path, [asked])
+
+
+def test_a_run_that_goes_on_elsewhere_says_so(killed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "device_name", lambda _: "another device")
+    monkeypatch.setattr("prunus.run.compress.device_name", lambda _: "another device")
+    result = compress(parse(killed, Recipe, ""))
+    assert result["device"].startswith("CPU, ")
+    assert result["resumed_on"] == ["another device"]
+
+
+def test_a_finished_run_says_so_and_mends_what_is_missing(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "run"
+    asked = recipe(tiny_folder, text_file, out, retrain=None)
+    compress(asked)
+    assert "resumed_on" not in json.loads((out / "result.json").read_text())
+    names = sorted(path.name for path in out.iterdir())
+    (out / "report.png").unlink()
+    (out / "work").mkdir()
+    compress(asked)
+    assert f"{out} is finished: nothing is repeated" in caplog.text
+    assert sorted(path.name for path in out.iterdir()) == names
+    shutil.rmtree(out / "model")
+    with pytest.raises(ValueError, match=r"is finished, but its model is gone; delete .*result.json to make it again"):
+        compress(asked)
+
+
+def test_a_finished_classifier_says_so_and_mends_what_is_missing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images: dict[str, Any] = {"images": "digits", "model": "resnet8", "device": "cpu", "out": str(tmp_path)}
+    images["train"] = {"epochs": 1, "batch_size": 512, "warmup": 0}
+    asked = parse(images, class_of(images), "")
+    first = train_run(asked)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    picture = (tmp_path / "report.png").read_bytes()
+    (tmp_path / "report.png").unlink()
+    (tmp_path / "work").mkdir()
+    assert train_run(asked) == json.loads(json.dumps(first))
+    assert "is finished: nothing is repeated" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert (tmp_path / "report.png").read_bytes() == picture

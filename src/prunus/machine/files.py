@@ -28,6 +28,7 @@ __all__ = [
     "json_line",
     "json_value",
     "read_json",
+    "remove_partials",
     "write_json",
     "write_tensors",
     "write_text",
@@ -93,10 +94,21 @@ def atomic_folder(folder: str | os.PathLike[str]) -> Generator[Path]:
         os.replace(partial, folder)
 
 
+def remove_partials(folder: Path) -> None:
+    """Delete, anywhere in a folder that nobody else writes to, files that killed processes left half written."""
+    for path in folder.rglob(".*.partial"):
+        if path.is_file() and _is_token(path.stem.rpartition(".")[2]):
+            path.unlink()
+
+
+def _is_token(text: str) -> bool:
+    return re.fullmatch(r"[0-9a-f]{16}", text) is not None
+
+
 def _sweep(folder: Path) -> None:
     """Delete what killed processes left beside a folder; one that was killed between two moves gets the old back."""
     for name in glob.glob(f".{glob.escape(folder.name)}.*.lock", root_dir=folder.parent):
-        if re.fullmatch(r"[0-9a-f]{16}", name.removesuffix(".lock").rpartition(".")[2]):
+        if _is_token(name.removesuffix(".lock").rpartition(".")[2]):
             lock = FileLock(folder.with_name(name))
             with suppress(Timeout), lock.acquire(blocking=False):
                 old = Path(lock.lock_file).with_suffix(".old")

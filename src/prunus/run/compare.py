@@ -10,7 +10,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from prunus.run.folder import mark
 from prunus.run.grid import Grid, Member, final_members, likely_members, load_grid, tuning_members
+from prunus.run.inputs import check_inputs
 from prunus.run.pool import Workers, run
 from prunus.run.store import Job
 from prunus.run.tables import read_results, tabulate
@@ -46,6 +48,9 @@ def compare_all(
     shared = next((out for place, out in enumerate(folders) if out in folders[:place]), None)
     if shared is not None:
         raise ValueError(f"two grids would be written to {shared}: give each an `out` of its own")
+    for grid, out in zip(grids, folders, strict=True):
+        mark(out, "grid")
+        check_inputs(out, [grid.recipe(labels, 0, {}) for labels in grid.cells()])
     wrong = run([GridJobs(grid) for grid in grids], asked) if workers else []
     rows = [tabulate(grid) for grid in grids]
     if wrong:

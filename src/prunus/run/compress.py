@@ -29,7 +29,7 @@ from prunus.masks import Masks
 from prunus.report import Advance, append_metrics, plot_compression, progress, read_metrics
 from prunus.run import stages
 from prunus.run.fitted import fitted, home
-from prunus.run.folder import device_name, device_of, finished, write_recipe
+from prunus.run.folder import begin, device_name, device_of, finished, held, ran_on
 from prunus.run.recipe import Recipe, digest, said
 from prunus.run.soups import Pruned, blend
 from prunus.save import save_model, save_tensors
@@ -52,24 +52,33 @@ def compress(recipe: Recipe) -> dict[str, Any]:
     _check_shares(recipe)
     device = ranks.join(device_of(recipe))
     out, key = Path(recipe.out), digest(recipe)
-    found = finished(out, key)
+    left = ("model",) if recipe.save else ()
+    found = finished(recipe, out, key, left)
     ranks.wait()  # nothing is written before every process has looked
     if found is not None:
-        log.info("%s is finished already; nothing was repeated", out)
-        return found
-    if ranks.is_main():
-        write_recipe(out, recipe)
-    stored = torch.float16 if keeps_dtype and recipe.dtype == "float32" else None
-    result = _Run(out, recipe, key, device, stored).execute()
-    ranks.wait()
-    if ranks.is_main():
-        write_json(out / "result.json", result)
-        plot_compression(_drawn(result), out / "report.png")
-        if not recipe.save:
-            shutil.rmtree(out / "members", ignore_errors=True)
-        shutil.rmtree(out / "work", ignore_errors=True)
-    ranks.wait()
+        log.warning("%s is finished: nothing is repeated", out)
+        if (out / "report.png").exists() and not (out / "work").exists():
+            return found
+    with held(out):
+        found = finished(recipe, out, key, left)  # who had it until now may have ended it
+        stored = torch.float16 if keeps_dtype and recipe.dtype == "float32" else None
+        result = _Run(out, recipe, key, device, stored).execute() if found is None else found
+        ranks.wait()
+        if ranks.is_main():
+            _end(out, recipe, result)
+        ranks.wait()
     return result
+
+
+def _end(out: Path, recipe: Recipe, result: dict[str, Any]) -> None:
+    """Leave the result, its picture, and nothing that only a killed run needs; what is there already stays."""
+    if not (out / "result.json").exists():
+        write_json(out / "result.json", result)
+    if not (out / "report.png").exists():
+        plot_compression(_drawn(result), out / "report.png")
+    if not recipe.save:
+        shutil.rmtree(out / "members", ignore_errors=True)
+    shutil.rmtree(out / "work", ignore_errors=True)
 
 
 def prunus_info(recipe: Recipe, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,7 +104,9 @@ class _Run:
         with self._bar("load", None):
             loaded = stages.load(recipe, self.home)
         stages.check_trainable(loaded.model, recipe)
-        result: dict[str, Any] = {"key": self.key, "model": recipe.model, "device": device_name(self.device)}
+        if ranks.is_main():
+            begin(self.out, recipe)
+        result: dict[str, Any] = {"key": self.key, "model": recipe.model, **ran_on(self.out, device_name(self.device))}
         result |= {"processes": ranks.count(), "perplexity": {}}
         result["perplexity"]["dense"] = self._measured("dense", loaded)
         loaded, within = self._phases(loaded)

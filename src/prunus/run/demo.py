@@ -16,7 +16,7 @@ from prunus.machine import write_json
 from prunus.report import plot_compression, progress
 from prunus.run import stages
 from prunus.run.compress import prunus_info
-from prunus.run.folder import device_of
+from prunus.run.folder import device_of, held
 from prunus.run.recipe import Recipe, parse
 from prunus.run.show import show_result
 from prunus.save import save_model
@@ -43,6 +43,11 @@ def demo(out: Path, sparsity: float = 0.6) -> dict[str, Any]:
     """
     raw = {**RECIPE, "prune": {**RECIPE["prune"], "sparsity": sparsity}, "out": str(out)}
     recipe = parse(raw, Recipe, "demo")
+    with held(out):
+        return _demo(recipe, out)
+
+
+def _demo(recipe: Recipe, out: Path) -> dict[str, Any]:
     device = device_of(recipe)
     started = time.perf_counter()
     loaded = stages.load(recipe)

@@ -4,7 +4,9 @@ from .folder import INFO_NAME as INFO_NAME
 from .folder import MASKS_NAME as MASKS_NAME
 from .folder import SIZE_NOTE as SIZE_NOTE
 from .folder import SavedModel as SavedModel
+from .folder import check_apart as check_apart
 from .folder import load_info as load_info
 from .folder import save_model as save_model
 from .folder import save_tensors as save_tensors
+from .folder import source_folder as source_folder
 from .shards import ShardWriter as ShardWriter

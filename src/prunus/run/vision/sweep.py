@@ -25,6 +25,8 @@ from torch import nn
 from prunus.machine import read_json, write_json, write_text
 from prunus.measure import latency
 from prunus.report import markdown_table, plot_sweep
+from prunus.run.folder import mark
+from prunus.run.inputs import check_inputs
 from prunus.run.pool import Workers, run
 from prunus.run.recipe import Strict, digest, merge, parse, read_yaml, said
 from prunus.run.store import Job, Store
@@ -136,6 +138,7 @@ def sweep_of(
         parse(merge(dict(recipe), {"during": None, **change, "out": str(out)}), ClassifierRecipe, str(source))
         for change in changes
     )
+    mark(out, "sweep")
     adopt(Setting.of(dense_of(points[0])), source, out / "dense")
     return Sweep(points, out / "dense", out, timed)
 
@@ -148,6 +151,8 @@ def sweep(asked: Sweep, workers: Workers = Workers()) -> dict[str, Any]:  # noqa
     at the end when a point failed.
     """
     setting = Setting.of(asked.points[0])
+    mark(asked.out, "sweep")
+    check_inputs(asked.out, asked.points)
     dense = setting.recipe.model_copy(update={"prune": None, "retrain": None})
     jobs = ClassifierJobs(Store(asked.out), tuple(_job(asked, recipe) for recipe in (dense, *asked.points)), dense)
     if wrong := run([jobs], workers, name="sweep"):

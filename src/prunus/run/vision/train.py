@@ -9,8 +9,10 @@ A killed run goes on from out/work, which is gone when the run is done.
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from prunus.machine import read_json, write_json, write_text
 from prunus.masks import Masks
 from prunus.measure import Energy
 from prunus.report import append_metrics, plot_run, progress, read_metrics
-from prunus.run.folder import finished, write_recipe
+from prunus.run.folder import begin, finished, held, ran_on
 from prunus.run.recipe import digest, merge, parse, read_yaml, said
 from prunus.run.vision import stages
 from prunus.run.vision.dense import read_dense, write_state
@@ -33,7 +35,9 @@ from prunus.run.vision.setting import Setting
 from prunus.save import FORMAT, INFO_NAME, MASKS_NAME
 from prunus.train import During, Plan, Substituted
 
-__all__ = ["begin", "begun", "describe", "prune_run", "pruning_of", "train_run"]
+__all__ = ["begin_classifier", "begun", "describe", "prune_run", "pruning_of", "train_run"]
+
+log = logging.getLogger(__name__)
 
 _RATES = 400  # learning rates in a picture
 
@@ -44,40 +48,52 @@ def train_run(recipe: ClassifierRecipe, *, dense: Path | None = None) -> dict[st
     dense: a folder with a finished dense training to start from; `out/dense` if left out.
     Raises ValueError when `out` holds another recipe's run, and for images or a device that are not there.
     """
-    out, key, found = begun(recipe)
-    if found is not None:
-        return found
-    setting = begin(recipe, key)
-    with Energy() as energy:
-        outcome = experiment(
-            setting,
-            dense or out / "dense",
-            work=out / "work",
-            bar=progress,
-            watch=lambda model, method: _watchers(model, method, setting, out / "metrics.jsonl"),
-        )
-    result = {"key": key, "model": recipe.model, "device": setting.name, **outcome.result, "joules": energy.joules}
-    _write(out, recipe, outcome, result, dense or out / "dense")
-    return result
+    with begun(recipe, "report.png") as (out, key, found):
+        if found is not None:
+            if not (out / "report.png").exists():
+                _plot(out, recipe, found, {}, dense or out / "dense")
+            return found
+        setting = begin_classifier(recipe, key)
+        with Energy() as energy:
+            outcome = experiment(
+                setting,
+                dense or out / "dense",
+                work=out / "work",
+                bar=progress,
+                watch=lambda model, method: _watchers(model, method, setting, out / "metrics.jsonl"),
+            )
+        result = {"key": key, "model": recipe.model, **ran_on(out, setting.name), **outcome.result}
+        result["joules"] = energy.joules
+        _write(out, recipe, outcome, result, dense or out / "dense")
+        return result
 
 
-def begun(recipe: ClassifierRecipe) -> tuple[Path, str, dict[str, Any] | None]:
-    """The folder of a run, the hash of its recipe, and its result if it is finished.
+@contextmanager
+def begun(recipe: ClassifierRecipe, picture: str) -> Generator[tuple[Path, str, dict[str, Any] | None]]:
+    """The folder of a run, the hash of its recipe, and its result if it is finished; the folder is held meanwhile.
 
-    Raises ValueError when the folder holds another recipe's run, finished or not.
+    At the end nothing is left there that only a killed run needs. Raises ValueError when the folder holds another
+    recipe's run, finished or not, or another process has it.
     """
     out, key = Path(recipe.out), digest(said(recipe, but={"out"}))
-    found = finished(out, key)
-    if found is None:
-        _check_work(out, key)
-    return out, key, found
+    left = ("model.safetensors", INFO_NAME)
+    found = finished(recipe, out, key, left)
+    if found is not None:
+        log.warning("%s is finished: nothing is repeated", out)
+        if (out / picture).exists() and not (out / "work").exists():
+            yield out, key, found
+            return
+    _check_work(out, key)
+    with held(out):
+        yield out, key, finished(recipe, out, key, left)  # who had it until now may have ended it
+        shutil.rmtree(out / "work", ignore_errors=True)
 
 
-def begin(recipe: ClassifierRecipe, key: str) -> Setting:
+def begin_classifier(recipe: ClassifierRecipe, key: str) -> Setting:
     """The setting of a run whose folder is begun: what cannot be run is refused before anything is written."""
     setting = Setting.of(recipe)
     setting.new_model()
-    write_recipe(Path(recipe.out), recipe)
+    begin(Path(recipe.out), recipe)
     write_text(Path(recipe.out) / "work" / "key", key)
     return setting
 
@@ -154,11 +170,17 @@ def _write(out: Path, recipe: ClassifierRecipe, outcome: Outcome, result: dict[s
     for found in result["phases"]:
         append_metrics(out / "metrics.jsonl", {"stage": "phase", **found})
     describe(out, recipe, outcome.model, outcome.masks, result)
-    trace = outcome.trace or _trace(dense)
+    _plot(out, recipe, result, outcome.trace, dense)
+    write_json(out / "result.json", result)
+
+
+def _plot(
+    out: Path, recipe: ClassifierRecipe, result: Mapping[str, Any], trace: Mapping[str, Any], dense: Path
+) -> None:
+    """The picture; without the trace of a training during which a method pruned, losses are left out."""
+    trace = trace or _trace(dense)
     shown = {name: 100 * found["top1"] for name, found in result["stages"].items()}
     plot_run(trace.get("losses", []), shown, out / "report.png", rates=_rates(trace), title=recipe.model)
-    write_json(out / "result.json", result)
-    shutil.rmtree(out / "work", ignore_errors=True)
 
 
 def _trace(dense: Path) -> dict[str, Any]:

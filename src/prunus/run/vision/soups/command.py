@@ -10,14 +10,15 @@ A killed run goes on when the same command is given again.
 
 from __future__ import annotations
 
-import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from prunus.machine import write_json
 from prunus.measure import Energy
 from prunus.report import plot_accuracy, plot_lines, plot_plane
+from prunus.run.folder import ran_on
 from prunus.run.pool import Workers, run
 from prunus.run.store import Store
 from prunus.run.vision.soups.experiment import SoupOutcome, outcome
@@ -26,7 +27,7 @@ from prunus.run.vision.soups.phases import by_phase
 from prunus.run.vision.soups.plan import Plan
 from prunus.run.vision.soups.recipe import SoupRecipe
 from prunus.run.vision.starts import ClassifierJobs
-from prunus.run.vision.train import begin, begun, describe
+from prunus.run.vision.train import begin_classifier, begun, describe
 
 __all__ = ["soup_run"]
 
@@ -39,34 +40,40 @@ def soup_run(recipe: SoupRecipe, *, workers: int = 1, together: int = 1, ray: st
     are not there, and for a mask that is final too late; ImportError without Ray; RuntimeError when a job failed.
     """
     asked = Workers(workers, together, ray)
-    out, key, found = begun(recipe)
-    if found is not None:
-        return found
-    setting, started = begin(recipe, key), time.perf_counter()
-    forks_after(setting)
-    plan, store = Plan(recipe), Store(out / "members", {"dense": out / "dense"})
-    with Energy() as energy:
-        wrong = run([ClassifierJobs(store, plan.jobs, recipe)], asked, name="members")
-        if wrong:
-            raise RuntimeError(wrong[0])
-        made = outcome(plan, store)
-    result = {"key": key, "model": recipe.model, "device": setting.name, **made.result, "joules": energy.joules}
-    result["seconds"] = time.perf_counter() - started
-    _write(out, recipe, made, result)
-    return result
+    with begun(recipe, "accuracy.png") as (out, key, found):
+        if found is not None:
+            _plot_accuracy(out, recipe, found)
+            return found
+        setting, started = begin_classifier(recipe, key), time.perf_counter()
+        forks_after(setting)
+        plan, store = Plan(recipe), Store(out / "members", {"dense": out / "dense"})
+        with Energy() as energy:
+            wrong = run([ClassifierJobs(store, plan.jobs, recipe)], asked, name="members")
+            if wrong:
+                raise RuntimeError(wrong[0])
+            made = outcome(plan, store)
+        result = {"key": key, "model": recipe.model, **ran_on(out, setting.name), **made.result}
+        result |= {"joules": energy.joules, "seconds": time.perf_counter() - started}
+        _write(out, recipe, made, result)
+        return result
 
 
 def _write(out: Path, recipe: SoupRecipe, made: SoupOutcome, result: dict[str, Any]) -> None:
     """The network, its description, the pictures; the result last, because it says that all is there."""
     describe(out, recipe, made.model, made.masks, result)
-    dense = 100 * result["stages"]["dense"]["top1"] if "dense" in result["stages"] else None
-    title = f"{recipe.model}, {recipe.soup.members} members"
-    plot_accuracy(
-        {"": by_phase([result])}, out / "accuracy.png", xlabel="sparsity after the phase", dense=dense, title=title
-    )
+    title = _plot_accuracy(out, recipe, result)
     if made.geometry is not None and made.geometry.lines:
         plot_lines(made.geometry.lines, out / "lines.png", title=f"{title}: loss between two of them")
     if made.geometry is not None and made.geometry.plane is not None:
         plot_plane(made.geometry.plane, out / "plane.png", title=f"{title}: loss over the plane of three")
     write_json(out / "result.json", result)
-    shutil.rmtree(out / "work", ignore_errors=True)
+
+
+def _plot_accuracy(out: Path, recipe: SoupRecipe, result: Mapping[str, Any]) -> str:
+    """Draw accuracy by phase; the title of all pictures."""
+    dense = 100 * result["stages"]["dense"]["top1"] if "dense" in result["stages"] else None
+    title = f"{recipe.model}, {recipe.soup.members} members"
+    plot_accuracy(
+        {"": by_phase([result])}, out / "accuracy.png", xlabel="sparsity after the phase", dense=dense, title=title
+    )
+    return title
