@@ -161,7 +161,7 @@ def test_a_mistake_is_one_line_and_status_2(
 
 
 def test_what_the_hub_says_is_put_in_one_line(call, monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(*_: object) -> None:
+    def offline(*_: object, **__: object) -> None:
         raise OSError("We couldn't connect\nto the hub.\n")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
