@@ -31,6 +31,7 @@ from prunus.report import print_table
 from prunus.run import stages
 from prunus.run.fitted import fitted
 from prunus.run.recipe import load_recipe
+from prunus.run.texts import calibration_windows
 from prunus.score import Criterion
 
 ROWS = prunus.Unstructured("row")
@@ -114,8 +115,8 @@ def main() -> None:
     recipe = load_recipe(None, {"model": asked.model, "dtype": "float32", "device": asked.device, **text})
     recipe = fitted(recipe, torch.device(asked.device))
     loaded = stages.load(recipe)
-    tokens = stages.text_tokens(recipe.calibrate.data, loaded.tokenizer)
-    windows = prunus.calibration(tokens, asked.samples, asked.length, seed=0)
+    calibrate = recipe.calibrate.model_copy(update={"samples": asked.samples, "length": asked.length})
+    windows = calibration_windows(calibrate, loaded.tokenizer)
     rows: list[dict[str, Any]] = []
     prunus.stream(
         loaded.model,

@@ -54,7 +54,7 @@ from transformers import AutoConfig, OPTConfig, OPTForCausalLM
 from prunus.adapt.adapt import adapt
 from prunus.blocks.recompute import recomputed
 from prunus.checkpoint import INDEX_NAME, SINGLE_NAME
-from prunus.data.texts import PackedTokens
+from prunus.data import PackedTokens
 from prunus.layers import Layer, find_layers
 from prunus.machine import hidden_folder
 from prunus.machine.files import write_json
@@ -178,7 +178,7 @@ def shape(scale: float) -> OPTConfig:
 def build_empty(config: Any) -> OPTForCausalLM:
     """The model without weights."""
     with init_empty_weights(include_buffers=False):
-        model = OPTForCausalLM(config).to(torch.bfloat16)
+        model = OPTForCausalLM(config).to(torch.bfloat16)  # pyright: ignore[reportArgumentType] - its stub
     model.tie_weights()
     return model.eval()
 
@@ -240,7 +240,7 @@ def _join(folder: Path, parts: list[list[str]], size: int) -> None:
 
 def load(folder: Path, device: torch.device) -> OPTForCausalLM:
     """The checkpoint's model, its weights read straight to the device."""
-    place = {} if device.type == "cpu" else {"device_map": {"": device}}
+    place: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
     return OPTForCausalLM.from_pretrained(folder, dtype="auto", **place).eval()
 
 
@@ -286,7 +286,7 @@ def retrain(
     views = [view for view in find_layers(model) if view.parameter in masks]
     adaptation = adapt(model, kinds, masks=masks, views=views, rank=16)
     packed = PackedTokens(_tokens(model.config, 64, args.seed + 1).flatten(), model.config.max_position_embeddings)
-    fused = {"fused": True} if model.device.type == "cuda" else {}
+    fused: dict[str, Any] = {"fused": True} if model.device.type == "cuda" else {}
     optimizer = torch.optim.AdamW(adaptation.param_groups(1e-4), weight_decay=0.0, **fused)
     pace = Pace(name, model.device)
     ready = time.perf_counter()
@@ -389,7 +389,7 @@ def _tokens(config: Any, samples: int, seed: int) -> Tensor:
 def run(args: argparse.Namespace) -> list[Stage]:
     """All stages that were asked for, in order."""
     device = torch.device(args.device)
-    if device.type == "cuda" and device.index is None:
+    if device == torch.device("cuda"):
         device = torch.device("cuda", torch.cuda.current_device())
     checkpoint, pruned = args.folder / "model", args.folder / "pruned"
     meter = Meter(device, args.json)

@@ -38,7 +38,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from prunus.adapt.adapt import adapt
 from prunus.blocks.recompute import recomputed
-from prunus.data.texts import PackedTokens
+from prunus.data import PackedTokens
 from prunus.layers import find_layers
 from prunus.machine import ranks
 from prunus.machine.files import write_json
@@ -80,7 +80,7 @@ def build(args: argparse.Namespace, device: torch.device) -> OPTForCausalLM:
     )  # fmt: skip
     torch.manual_seed(args.seed)
     with torch.device(device):
-        return OPTForCausalLM(config).to(torch.bfloat16).eval()
+        return OPTForCausalLM(config).to(torch.bfloat16).eval()  # pyright: ignore[reportArgumentType] - its stub
 
 
 def tokens(model: OPTForCausalLM, samples: int, seed: int) -> Tensor:
@@ -103,7 +103,8 @@ def retrained(name: str, mode: str, args: argparse.Namespace, device: torch.devi
     kinds = RETRAINED[name]
     adaptation = adapt(model, kinds, masks=held, views=views, rank=16)
     packed = PackedTokens(tokens(model, 64, args.seed).flatten(), model.config.max_position_embeddings)
-    fused = {"fused": True} if device.type == "cuda" else {}  # otherwise its steps take memory of all values' size
+    # fused, for otherwise its steps take memory of all values' size
+    fused: dict[str, Any] = {"fused": True} if device.type == "cuda" else {}
     optimizer = torch.optim.AdamW(adaptation.param_groups(1e-5), weight_decay=0.0, **fused)
     started = 0.0
 

@@ -87,7 +87,7 @@ class PretrainRecipe(Strict):
     clip: float = Field(1.0, gt=0)
     precision: Precision = "bf16"
     compile: bool = False
-    save_every: int = Field(2000, gt=0)
+    save_seconds: float = Field(180.0, ge=0)
     evaluate_every: int = Field(1000, gt=0)
     seed: int = 0
 
@@ -241,7 +241,7 @@ def _train(
         clip=recipe.clip,
         precision=recipe.precision,
         checkpoint=folder / "work" / "checkpoint.pt",
-        save_every=recipe.save_every,
+        save_seconds=recipe.save_seconds,
         on_step=report,
     )
     return trace, steps, model

@@ -118,7 +118,7 @@ def retrain_merged(model: Any, masks: Masks, batches: Callable[[int], Tensor], c
     """MaskLoRA, trained for six steps and merged, with a checkpoint every second."""
     adapted = adapt(model, ["mask_lora"], masks=masks, views=find_layers(model, exclude=["lm_head"]), rank=2, alpha=4)
     optimizer = torch.optim.AdamW(adapted.param_groups(1e-2, {}), weight_decay=0.0)
-    options: dict[str, Any] = {"steps": 6, "checkpoint": checkpoint, "save_every": 2}
+    options: dict[str, Any] = {"steps": 6, "checkpoint": checkpoint, "save_seconds": 0}
     train(model, batches, optimizer, linear_warmup_decay(6), **options)
     adapted.merge_()
 

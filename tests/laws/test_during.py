@@ -128,7 +128,7 @@ def test_a_killed_run_ends_with_the_same_bits(name, tmp_path):
     run(whole, method)
     masks = method.finish()
     with pytest.raises(KeyboardInterrupt):
-        run(make_model(), make_method(name), served=broken, checkpoint=tmp_path / "c.pt", save_every=5)
+        run(make_model(), make_method(name), served=broken, checkpoint=tmp_path / "c.pt", save_seconds=0)
     resumed, again = make_model(seed=3), make_method(name)
     run(resumed, again, checkpoint=tmp_path / "c.pt")
     assert again.finish() == masks

@@ -16,6 +16,7 @@ from prunus.machine import (
     hidden_folder,
     random_state,
     read_json,
+    read_tensors,
     set_random_state,
     write_json,
     write_tensors,
@@ -108,7 +109,36 @@ def test_tied_and_strided_tensors_are_written_each_by_itself(tmp_path):
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
-        assert file.metadata() == {"kind": "test"}
+        assert file.metadata().items() > {"kind": "test"}.items()
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+    """In values, names, shapes and what the file says of itself."""
+    tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(0, 2), "c": torch.tensor(True)}
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, tensors, {"kind": "test"})
+    whole, (read, said) = path.read_bytes(), read_tensors(path)
+    assert said == {"kind": "test"}
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+    places = [8 * whole.index(part) + 1 for part in (b"kind", b"test", b'"a"', b"F32", b"[2,3]")]
+    bits = [*places, *range(3, 8 * len(whole), 97)]
+    found = [bit for bit in bits if is_found(path, whole, bit, tensors)]
+    assert {*places} <= {*found}
+    assert len(found) > len(bits) / 2  # much of so small a file is padding
+
+
+def is_found(path, whole, bit, tensors) -> bool:
+    """Whether a flipped bit is found; one that is not changes nothing: in the padding, or the checksum's own name."""
+    flipped = bytearray(whole)
+    flipped[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(flipped)
+    try:
+        read, said = read_tensors(path)
+    except ValueError as error:
+        return str(error).startswith(f"{path} is damaged (")
+    assert said.items() >= {"kind": "test"}.items()
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+    return False
 
 
 def test_random_state_goes_back():

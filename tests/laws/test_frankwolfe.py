@@ -450,7 +450,7 @@ def test_a_killed_run_goes_on(tmp_path):
 
             optimizer = SFW(constrained_groups(model, spectral_k_support(0.5), Initial(5.0)), 0.1)
             try:
-                run(model, optimizer, steps=20, checkpoint=path, save_every=6, report_every=4, on_step=stop)
+                run(model, optimizer, steps=20, checkpoint=path, save_seconds=0, report_every=4, on_step=stop)
             except KeyboardInterrupt:
                 model = make_model()
         states.append(model.state_dict())

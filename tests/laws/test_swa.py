@@ -90,10 +90,10 @@ def test_a_killed_run_resumes_with_the_same_mean(tmp_path):
             loss=classification_loss(),
             during=[Swa(0.25, 2)],
             checkpoint=file,
-            save_every=1,
+            save_seconds=0,
         )
     again, fresh = make_model(), Swa(0.25, 2)
-    run(again, [fresh], checkpoint=file, save_every=1)
+    run(again, [fresh], checkpoint=file, save_seconds=0)
     fresh.finish()
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, whole.state_dict()[name]), name

@@ -183,7 +183,7 @@ def test_a_method_resumes_with_its_state(tmp_path):
     whole, ema = make_model(), Ema(0.8)
     run(whole, [ema])
     ema.finish()
-    broken, options = make_model(), {"checkpoint": tmp_path / "run.pt", "save_every": 2}
+    broken, options = make_model(), {"checkpoint": tmp_path / "run.pt", "save_seconds": 0}
     with pytest.raises(Killed):
         run(broken, [Ema(0.8), Kill()], **options)
     again, resumed = make_model(seed=5), Ema(0.8)

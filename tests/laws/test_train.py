@@ -1,5 +1,6 @@
 """Laws of the training loop and of learning-rate schedules."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 
+from prunus.machine import ranks
 from prunus.masks import Masks
+from prunus.train.checkpoint import Clock
 from prunus.train.lr import linear_warmup_decay
 from prunus.train.train import train
 
@@ -61,7 +64,7 @@ def test_schedule_in_closed_form():
 def test_a_resumed_run_equals_the_unbroken_one(tmp_path, killed_at):
     torch.manual_seed(1)
     whole = Net()
-    expected, _ = run(whole, checkpoint=tmp_path / "whole.pt", save_every=4)
+    expected, _ = run(whole, checkpoint=tmp_path / "whole.pt", save_seconds=0)
 
     def broken(step: int):
         if step == killed_at:
@@ -71,10 +74,10 @@ def test_a_resumed_run_equals_the_unbroken_one(tmp_path, killed_at):
     torch.manual_seed(1)
     killed = Net()
     with pytest.raises(KeyboardInterrupt):
-        run(killed, broken, checkpoint=tmp_path / "part.pt", save_every=4)
+        run(killed, broken, checkpoint=tmp_path / "part.pt", save_seconds=0)
     resumed, torn = Net(seed=5), []
     trace, _ = run(resumed, lambda step: torn.append(step) or batches(step), checkpoint=tmp_path / "part.pt")
-    assert torn[0] == killed_at // 4 * 4
+    assert torn[0] == killed_at
     assert equal(whole, resumed)
     assert (trace.losses, trace.lrs, trace.tokens) == (expected.losses, expected.lrs, expected.tokens)
 
@@ -227,3 +230,71 @@ def test_what_cannot_be_trained_is_refused():
         run(model, lambda step: (batches(step)[0] * (torch.nan if step == 2 else 1), batches(step)[1]))
     with pytest.raises(ValueError, match="nothing would be trained"):
         run(model.requires_grad_(False))
+
+
+@pytest.mark.parametrize("where", [0.1, 0.5, 0.9])
+def test_a_damaged_checkpoint_is_named(tmp_path, where):
+    path = tmp_path / "c.pt"
+    run(Net(), checkpoint=path, steps=2)
+    state = path.read_bytes()
+    at = state.index(torch.load(path, weights_only=True)["tensors"]["first.weight"].numpy().tobytes()[:8]) + 5
+    for place in (at, int(where * len(state))):
+        flipped = bytearray(state)
+        flipped[place] ^= 4
+        path.write_bytes(bytes(flipped))
+        if place == at or run_fails(path):
+            with pytest.raises(ValueError, match=r"c\.pt is damaged \(.*\); delete it to begin this training anew"):
+                run(Net(), checkpoint=path, steps=2)
+    path.write_bytes(state[: len(state) // 2])
+    with pytest.raises(ValueError, match=r"c\.pt is damaged"):
+        run(Net(), checkpoint=path, steps=2)
+
+
+def run_fails(path) -> bool:
+    """Whether a flipped bit lies in what is read; padding is not."""
+    try:
+        run(Net(), checkpoint=path, steps=2)
+    except ValueError:
+        return True
+    return False
+
+
+class Time:
+    """A clock that goes by hand."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_checkpoints_are_a_few_minutes_apart_whatever_a_step_takes(monkeypatch, shared):
+    for pace in (0.01, 1.0, 50.0, 400.0):
+        monkeypatch.setattr(sys.modules[Clock.__module__], "time", time := Time())
+        clock, saved, asked = Clock(180.0, 0, shared=shared), [], []
+        monkeypatch.setattr(ranks, "agree", lambda value, asked=asked: asked.append(value) or value)
+        for step in range(1, int(2000 / pace) + 2):
+            time.now += pace if step > 1 else 3 * pace  # the first step is slow
+            if clock.is_due(step):
+                saved.append(time.now)
+                time.now += 1.0
+                clock.restart(step)
+        gaps = [after - before for before, after in zip([100.0, *saved], saved, strict=False)]
+        assert len(gaps) > 3
+        assert all(180 <= gap <= 180 + 3 * pace + 2 for gap in gaps), gaps
+        assert len(asked) <= 20 * len(saved) * shared + 20, "the ranks ask each other seldom"
+
+
+def test_a_slow_disk_is_written_to_seldom(monkeypatch):
+    monkeypatch.setattr(sys.modules[Clock.__module__], "time", time := Time())
+    clock = Clock(180.0, 0, shared=False)
+    time.now += 180
+    assert clock.is_due(1)
+    time.now += 60
+    clock.restart(1)
+    time.now += 1199
+    assert not clock.is_due(2)
+    time.now += 1
+    assert clock.is_due(3)

@@ -3,14 +3,15 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
-import pretrain as module
+import pretrain as module  # pyright: ignore[reportMissingImports] - pytest finds it
 import pytest
 import torch
-from pretrain import HeldOut, ModelSize, PretrainRecipe, main, pretrain, read_recipe
+from pretrain import HeldOut, ModelSize, PretrainRecipe, main, pretrain, read_recipe  # pyright: ignore[reportMissingImports]
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prunus.data.texts import tokenize_documents
+from prunus.data import tokenize_documents
 from prunus.measure.perplexity import perplexity
 
 NOUNS, VERBS = ["cat", "dog", "warden", "ship", "island", "lady"], ["sees", "finds", "loves", "leaves", "fears"]
@@ -33,11 +34,11 @@ def recipe(tmp_path: Path) -> PretrainRecipe:
     )  # fmt: skip
     return PretrainRecipe(
         data=str(tmp_path / "books.jsonl"), held_out=held_out, model=size, steps=60, batch=8, lr=0.01,
-        save_every=20, evaluate_every=50, precision="fp32",
+        save_seconds=0, evaluate_every=50, precision="fp32",
     )  # fmt: skip
 
 
-def test_the_folder_is_an_ordinary_model_that_learnt(tmp_path, recipe):
+def test_the_folder_is_an_ordinary_model_that_learnt(tmp_path: Path, recipe: Any):
     folder = tmp_path / "run"
     summary = pretrain(recipe, folder)
     measured = summary["perplexity"]["test"]
@@ -56,7 +57,7 @@ def test_the_folder_is_an_ordinary_model_that_learnt(tmp_path, recipe):
     assert all("validation_perplexity" in line for line in lines)
 
 
-def test_excerpts_are_of_the_held_out_books_only(tmp_path, recipe):
+def test_excerpts_are_of_the_held_out_books_only(tmp_path: Path, recipe: Any):
     folder = tmp_path / "run"
     pretrain(recipe.model_copy(update={"steps": 2, "leave_out": ["Book 0"]}), folder)
     for split, books, limit in (("train", [2], 900), ("validation", [3], 400), ("test", [4, 5], 1000)):
@@ -70,14 +71,14 @@ def test_excerpts_are_of_the_held_out_books_only(tmp_path, recipe):
     assert torch.equal(tokens.long(), alone)  # Book 0 left out, the others held out
 
 
-def test_a_killed_run_goes_on_to_the_same_model(tmp_path, recipe, monkeypatch):
+def test_a_killed_run_goes_on_to_the_same_model(tmp_path: Path, recipe: Any, monkeypatch: pytest.MonkeyPatch):
     pretrain(recipe, tmp_path / "whole")
 
     def killing(done: int, steps: int, loss: float) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pretrain(recipe, tmp_path / "killed", on_step=killing)  # at step 50, after the checkpoint of step 40
+        pretrain(recipe, tmp_path / "killed", on_step=killing)  # at step 50, after the checkpoint of the step before
     monkeypatch.setattr(module, "tokenize_documents", _fail_on_long(module.tokenize_documents))
     pretrain(recipe, tmp_path / "killed")
     for name in ("model.safetensors", "tokenizer.json"):
@@ -87,22 +88,22 @@ def test_a_killed_run_goes_on_to_the_same_model(tmp_path, recipe, monkeypatch):
         pretrain(recipe.model_copy(update={"lr": 0.02}), tmp_path / "killed")
 
 
-def _fail_on_long(tokenise):
-    def checked(texts, tokenizer):
+def _fail_on_long(tokenise: Any):
+    def checked(texts: Any, tokenizer: Any):
         assert len(texts) < 3 or pytest.fail("the training text was tokenised twice")
         return tokenise(texts, tokenizer)
 
     return checked
 
 
-def test_minutes_bound_the_steps(tmp_path, recipe, monkeypatch):
+def test_minutes_bound_the_steps(tmp_path: Path, recipe: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "PROBE_STEPS", 20)
     summary = pretrain(recipe.model_copy(update={"minutes": 1e-9}), tmp_path / "short")
     assert summary["steps"] == 2
     assert json.loads((tmp_path / "short" / "work" / "steps.json").read_text())["steps"] == 2
 
 
-def test_wrong_recipes_are_refused(tmp_path, recipe):
+def test_wrong_recipes_are_refused(tmp_path: Path, recipe: Any):
     with pytest.raises(ValueError, match="no book called \\['Book 9'\\]"):
         pretrain(recipe.model_copy(update={"leave_out": ["Book 9"]}), tmp_path / "a")
     with pytest.raises(ValueError, match="none is left"):
@@ -113,7 +114,7 @@ def test_wrong_recipes_are_refused(tmp_path, recipe):
         read_recipe(path)
 
 
-def test_a_mistake_is_one_line_and_status_2(tmp_path, capsys):
+def test_a_mistake_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as caught:
         main([str(tmp_path / "nowhere.yaml")])
     assert caught.value.code == 2

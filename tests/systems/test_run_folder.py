@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -196,3 +197,22 @@ def test_a_finished_classifier_says_so_and_mends_what_is_missing(
     assert "is finished: nothing is repeated" in caplog.text
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert (tmp_path / "report.png").read_bytes() == picture
+
+
+def flip(path: Path) -> None:
+    """A bit in the middle of a file's tensors."""
+    data = bytearray(path.read_bytes())
+    data[3 * len(data) // 4] ^= 4
+    path.write_bytes(data)
+
+
+def test_a_flipped_bit_in_a_finished_block_is_found(
+    killed: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The block is made anew, and the model has the bits of a run that nothing happened to."""
+    compress(parse({**killed, "out": str(tmp_path / "whole")}, Recipe, ""))
+    flip(tmp_path / "run" / "work" / "blocks" / "model.layers.0.safetensors")
+    compress(parse(killed, Recipe, ""))
+    assert "block model.layers.0 is made anew: " in caplog.text
+    one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "run"))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())

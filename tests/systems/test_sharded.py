@@ -35,7 +35,7 @@ from prunus.train.sharded import asked, sharded
 from prunus.train.train import train
 from tests.processes import run_ranks
 
-STEPS, SAVED, KILLED = 8, 3, 5
+STEPS, KILLED = 8, 5
 KINDS = {"vectors": ["biases", "norms"], "mask_lora": ["mask_lora"], "full": ["full"], "head": ["head", "mask_lora"]}
 ENTRIES = 64 * 10  # of 8 x 64 x 16 logits, or half of them
 
@@ -80,7 +80,7 @@ def retrain(kind: str, *, checkpoint: Path | None = None, killed: bool = False, 
     with recomputed(model):
         train(
             model, batches, optimizer, linear_warmup_decay(STEPS), steps=STEPS, loss=loss, accumulate=2, clip=0.5,
-            masks=masks if kind == "full" else None, checkpoint=checkpoint, save_every=SAVED,
+            masks=masks if kind == "full" else None, checkpoint=checkpoint, save_seconds=0,
         )  # fmt: skip
     adaptation.merge_()
     masks.check(model)
@@ -187,7 +187,7 @@ def rank_trains(kind: str, folder: Path) -> Any:
         retrain(kind, checkpoint=checkpoint, killed=True)
     model = retrain(kind, checkpoint=checkpoint, seen=seen)
     next_token._Tail.logits = own  # type: ignore[method-assign]
-    assert len(seen) == 2 * (STEPS - SAVED), "resumed from the checkpoint"
+    assert len(seen) == 2 * (STEPS - KILLED), "resumed from the checkpoint"
     rows = 40 if kind in ("full", "head") else 10  # fewer and larger where each forms the gradient of the head
     assert max(chunks) == rows, "logits in chunks, not in full"
     wrapped, parts = seen[0]

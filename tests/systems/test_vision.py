@@ -239,7 +239,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytes
                 raise Killed
             return batches(step)
 
-        return train(model, until_killed, *args, **{**kwargs, "save_every": 3})
+        return train(model, until_killed, *args, **{**kwargs, "save_seconds": 0})
 
     monkeypatch.setattr(stages, "train", dying)
     with pytest.raises(Killed):
@@ -253,7 +253,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytes
     place = -1
     resumed = train_run(checked(tmp_path / "killed", **changes))
     assert calls == begun + 3 - ["dense", "the first phase", "the second phase"].index(dies_in)
-    assert min(steps) == 6 or dies_in != "the second phase"  # from the checkpoint, not from the beginning
+    assert min(steps) == 7 or dies_in != "the second phase"  # from the checkpoint, not from the beginning
     assert same_bits(tmp_path / "whole", tmp_path / "killed")
     timed = ("seconds", "train_seconds", "images_per_second", "key")
     assert [resumed[k] for k in resumed if k not in (*timed, "stages")] == [
@@ -279,7 +279,7 @@ def test_a_method_killed_in_training_ends_with_the_same_bits(
                 raise Killed
             return batches(step)
 
-        return train(model, until_killed, *args, **{**kwargs, "save_every": 20})
+        return train(model, until_killed, *args, **{**kwargs, "save_seconds": 0})
 
     with monkeypatch.context() as patch:
         patch.setattr(stages, "train", dying)
@@ -289,7 +289,7 @@ def test_a_method_killed_in_training_ends_with_the_same_bits(
         settings.ImageBatches, "__call__", _counting(steps := Counter(), settings.ImageBatches.__call__)
     )
     assert train_run(checked(tmp_path / "killed", **changes))["stages"] == whole["stages"]
-    assert min(steps) == 20
+    assert min(steps) == 30
     assert same_bits(tmp_path / "whole", tmp_path / "killed")
 
 

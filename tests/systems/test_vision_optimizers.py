@@ -175,7 +175,7 @@ def test_a_killed_training_ends_with_the_same_bits(
                 raise Killed
             return batches(step)
 
-        return train(model, until_killed, *args, **{**kwargs, "save_every": 10})
+        return train(model, until_killed, *args, **{**kwargs, "save_seconds": 0})
 
     with monkeypatch.context() as patch:
         patch.setattr(stages, "train", dying)

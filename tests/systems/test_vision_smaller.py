@@ -134,7 +134,7 @@ def test_a_killed_retraining_of_a_smaller_network_ends_with_the_same_bits(
                 raise Killed
             return batches(step)
 
-        return train(model, until_killed, optimizer, *args, **{**kwargs, "save_every": 10})
+        return train(model, until_killed, optimizer, *args, **{**kwargs, "save_seconds": 0})
 
     with monkeypatch.context() as patch:
         patch.setattr(stages, "train", dying)

@@ -14,7 +14,7 @@ import transformers as tf
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from prunus.data.texts import ASSETS, read_texts, tokenize
+from prunus.data import ASSETS, read_texts, tokenize
 from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.measure.perplexity import perplexity
@@ -24,8 +24,8 @@ from prunus.run.compress import compress
 from prunus.run.recipe import Recipe, parse
 from tests.conftest import VOCABULARY, byte_tokenizer
 
-IDS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-NORMAL = IDS | {
+IDS: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+NORMAL: dict[str, Any] = IDS | {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -33,7 +33,7 @@ NORMAL = IDS | {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-OPT = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4} | IDS
+OPT: dict[str, Any] = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4} | IDS
 MODELS: dict[str, Any] = {
     "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**NORMAL, num_local_experts=8, num_experts_per_tok=2)),
     "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(**IDS, n_embd=32, n_layer=2, n_head=4, n_positions=64)),

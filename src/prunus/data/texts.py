@@ -1,188 +1,145 @@
-"""Text and tokens: where they are read, how they are packed, which batch a step sees.
+"""Where texts come from: files, folders, the embedded excerpts, Hugging Face data sets.
 
-Everything here is a plain value or a pure function. Sequences are packed (no padding), and the batch of a step depends
-on (seed, step) alone, so a resumed run needs no state of its data.
+    source ─▶ rows, one at a time, with the place where each stands ─▶ documents, each in pieces
 
-    read_texts -> tokenize -> windows | calibration | PackedTokens(tokens, length).at(step, batch=..., seed=...)
+Nothing is kept: memory holds a row, or a piece of a long text. A row that is no text is refused with its place.
+Files are read with what the package needs anyway: the data sets package would want one type for a key in all rows, and
+keeps a copy of each file.
 """
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import Any, BinaryIO
 
 from prunus.machine import import_extra
 
-__all__ = ["ASSETS", "SPLITS", "PackedTokens", "calibration", "read_texts", "tokenize", "tokenize_documents", "windows"]
+__all__ = ["ASSETS", "ENDINGS", "SPLITS", "TextSource", "read_texts"]
 
 ASSETS = Path(__file__).parent / "assets"
 SPLITS = ("train", "validation", "test")
-_ENDINGS = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
+ENDINGS = (*(kind + gz for kind in (".txt", ".jsonl", ".csv", ".tsv") for gz in ("", ".gz")), ".parquet")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+){0,2}")
+_PIECE = 1 << 20  # characters of a long text at once
+_ROWS = 256  # of a parquet file at once
+
+Row = tuple[str, list[Any]]  # where it stands, and the values of the columns that are asked for
 
 
 def read_texts(
-    source: str | Path, *, column: str = "text", split: str | None = None, most: int | None = None
+    source: str | Path,
+    *,
+    column: str = "text",
+    split: str | None = None,
+    revision: str | None = None,
+    most: int | None = None,
 ) -> list[str]:
     """The texts of a file, a folder, the embedded excerpts, or a Hugging Face data set, in their order.
 
-    source: `.txt[.gz]` (one text), `.jsonl[.gz]` or `.parquet` (one text a row, from `column`); a folder that holds one
-    file for each split (`test.parquet`, `train-00000-of-00002.parquet`); "embedded" (excerpts of novels that the
-    embedded model never saw); or "owner/name[:config[:split]]", which needs `pip install prunus[datasets]`.
-    most: the first texts only. Rows are then streamed: of a large data set or file no more is fetched than is read.
+    source: `.txt` (one text), `.jsonl`, `.csv`, `.tsv` (each also with `.gz`) or `.parquet` (one text a row, from
+    `column`); a folder of such files, or with one for each split (`test.parquet`, `train-00000-of-00002.parquet`);
+    "embedded" (excerpts of novels that the embedded model never saw); or a data set "name" or "owner/name", with
+    ":config" or ":config:split" behind it and a `revision`, which needs `pip install prunus[datasets]`.
+    most: the first texts only; of a data set no more is then fetched than is read.
 
-    Raises: FileNotFoundError for a missing file or split, ValueError for an unknown ending, column or split,
-    ImportError when the data sets package is missing.
+    Raises: FileNotFoundError for a missing file or split; ValueError for an unknown ending, column or split, a damaged
+    file, and a row that is no text, with file, row and column; ImportError without the data sets package.
 
     >>> len(read_texts("embedded", split="test"))
     1
     """
-    return list(islice(_texts(source, column, split, streaming=most is not None), most))
-
-
-def _texts(source: str | Path, column: str, split: str | None, *, streaming: bool) -> Iterable[str]:
-    if str(source) == "embedded":
-        return (path.read_text(encoding="utf-8") for path in _embedded(split))
-    path = Path(source)
-    if path.is_dir():
-        return (text for file in _files_of_split(path, split) for text in _read_file(file, column))
-    if path.exists() or not _HUB_NAME.fullmatch(str(source)) or path.name.endswith(_ENDINGS):
-        if split is not None:
-            raise ValueError(f"split={split!r} was given, but {path} is one file: drop the split or name the folder.")
-        return _read_file(path, column)
-    return _read_hub(str(source), column, split, streaming=streaming)
-
-
-def tokenize(texts: Sequence[str], tokenizer: Any, *, separator: str = "\n\n") -> Tensor:
-    """The token stream (N,) int64 of all texts joined by `separator`, special tokens as the tokenizer adds them once.
-
-    This is the usual protocol for perplexity: one long text. For many long documents see `tokenize_documents`.
-    Raises: ValueError when there is nothing to tokenise.
-
-    >>> tokenize(["one", "two"], tokenizer).dtype
-    torch.int64
-    """
-    joined = separator.join(texts)
-    if not joined:
-        raise ValueError(f"{len(texts)} texts hold no character; there is nothing to tokenise.")
-    return torch.tensor(tokenizer(joined, verbose=False)["input_ids"], dtype=torch.int64)
-
-
-def tokenize_documents(texts: Sequence[str], tokenizer: Any) -> Tensor:
-    """The token stream (N,) int64 of the documents in order, each followed by the end-of-text token.
-
-    Documents are encoded in parallel and without other special tokens.
-    Raises: ValueError when there is no text or the tokenizer has no end-of-text token.
-
-    >>> int(tokenize_documents(["one"], tokenizer)[-1]) == tokenizer.eos_token_id
-    True
-    """
-    if tokenizer.eos_token_id is None:
-        raise ValueError("The tokenizer has no eos_token, which separates documents; set one or use tokenize().")
-    if not any(texts):
-        raise ValueError(f"{len(texts)} texts hold no character; there is nothing to tokenise.")
-    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.cat([torch.tensor([*ids, tokenizer.eos_token_id], dtype=torch.int64) for ids in encoded])
-
-
-def windows(tokens: Tensor, length: int) -> Tensor:
-    """The floor(N / length) non-overlapping windows (n, length) of the stream tokens (N,); the rest is dropped.
-
-    Raises: ValueError when the stream is shorter than one window.
-
-    >>> windows(torch.arange(7), 3)
-    tensor([[0, 1, 2],
-            [3, 4, 5]])
-    """
-    _check_stream(tokens, length)
-    count = tokens.numel() // length
-    return tokens[: count * length].view(count, length)  # (n, length)
+    asked = TextSource(str(source), column=column, split=split, revision=revision, streamed=most is not None)
+    return ["".join(document) for document in islice(asked.documents(), most)]
 
 
 @dataclass(frozen=True)
-class PackedTokens:
-    """A token stream (N,) cut into windows of `length`, served in an order that is a pure function of seed and step.
+class TextSource:
+    """Where texts or chats are read from; `source`, `column`, `split` and `revision` as in `read_texts`.
 
-    The windows of an epoch are permuted afresh; a batch may reach from one epoch into the next, so every window is seen
-    once in each epoch, whatever the batch size. `tokens` may be any integer type on any device.
+    streamed: fetch the rows of a data set while they are read, and keep none on disk.
 
-    >>> PackedTokens(torch.arange(64), 8).at(0, batch=4, seed=0).shape
-    torch.Size([4, 8])
+    >>> next(iter(TextSource("embedded", split="test").documents()))
     """
 
-    tokens: Tensor
-    length: int
+    source: str
+    column: str = "text"
+    split: str | None = None
+    revision: str | None = None
+    streamed: bool = False
 
-    def __len__(self) -> int:
-        """The number of windows, floor(N / length)."""
-        return self.tokens.numel() // self.length
+    def documents(self) -> Iterator[Iterable[str]]:
+        """Each text as the pieces it consists of, to be read before the next one. Raises as `read_texts`."""
+        if self._hub is not None:
+            yield from self._texts(_hub_rows(self, [self.column]))
+            return
+        for path in self.files():
+            if path.name.endswith((".txt", ".txt.gz")):
+                yield _pieces(path)
+            else:
+                yield from self._texts(_file_rows(path, [self.column]))
 
-    def at(self, step: int, *, batch: int, seed: int, rank: int = 0, world: int = 1) -> Tensor:
-        """The windows (batch / world, length) int64 of a step: rank r of the world takes the r-th slice of the batch.
+    def rows(self, columns: Sequence[str]) -> Iterator[Row]:
+        """The values of these columns, whatever they are, row by row. Raises as `read_texts`."""
+        if self._hub is not None:
+            yield from _hub_rows(self, columns)
+            return
+        for path in self.files():
+            yield from _file_rows(path, columns)
 
-        Raises: ValueError when the batch does not divide among the ranks or the stream is shorter than one window.
-        """
-        _check_stream(self.tokens, self.length)
-        if batch < 1 or batch % world or not 0 <= rank < world:
-            raise ValueError(
-                f"A batch of {batch} cannot be split for rank {rank} of {world}; use a multiple of {world}."
-            )
-        share = batch // world
-        start = step * batch + rank * share
-        chosen = torch.tensor([_window_at(len(self), seed, place) for place in range(start, start + share)])
-        return windows(self.tokens, self.length)[chosen.to(self.tokens.device)].long()
+    def files(self) -> list[Path]:
+        """The local files that are read, in order; none of a data set. Raises for files that are not there."""
+        if self.source == "embedded":
+            return _embedded(self.split)
+        path = Path(self.source).expanduser()
+        if path.is_dir():
+            return _files_of(path, self.split)
+        if self._hub is not None:
+            return []
+        if self.split is not None:
+            raise ValueError(f"split={self.split!r} was given, but {path} is one file: drop it, or name the folder.")
+        if not path.is_file():
+            raise FileNotFoundError(f"No text file {path}; check the path (it is relative to {Path.cwd()}).")
+        if not path.name.endswith(ENDINGS):
+            raise ValueError(f"{path} ends in none of {', '.join(ENDINGS)}; convert it or rename it.")
+        return [path]
 
+    @property
+    def _hub(self) -> str | None:
+        """The name of a data set, None for what is local."""
+        path, name = Path(self.source).expanduser(), self.source
+        local = name == "embedded" or path.exists() or name.endswith(ENDINGS) or not _HUB_NAME.fullmatch(name)
+        return None if local else name
 
-def calibration(tokens: Tensor, samples: int, length: int, seed: int) -> Tensor:
-    """Random windows (samples, length) of the stream tokens (N,), without overlap where the stream is long enough.
-
-    With fewer than samples * length tokens the windows start at distinct random places and overlap.
-    Raises: ValueError, with the tokens needed, when there are fewer than `samples` distinct places.
-
-    >>> calibration(torch.arange(100), 4, 8, seed=0).shape
-    torch.Size([4, 8])
-    """
-    available, needed = tokens.numel(), length + samples - 1
-    if available < needed or samples < 1 or length < 1:
-        raise ValueError(
-            f"{samples} calibration windows of {length} tokens need at least {needed} tokens; there are {available}. "
-            "Give more text, fewer samples or shorter windows."
-        )
-    generator = torch.Generator().manual_seed(seed)
-    if available >= samples * length:
-        slack = int(torch.randint(available % length + 1, (), generator=generator))
-        whole = windows(tokens[slack:], length)
-        return whole[torch.randperm(len(whole), generator=generator)[:samples].to(tokens.device)]
-    starts = torch.randperm(available - length + 1, generator=generator)[:samples]
-    return tokens[(starts[:, None] + torch.arange(length)).to(tokens.device)]  # (samples, length)
-
-
-def _window_at(count: int, seed: int, place: int) -> int:
-    return _permutation(count, seed, place // count)[place % count]
-
-
-@lru_cache(maxsize=4)
-def _permutation(count: int, seed: int, epoch: int) -> list[int]:
-    # Seeds are mixed by a large odd factor, so that (seed, epoch) and (seed + 1, epoch - 1) do not coincide.
-    generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + epoch) % 2**63)
-    return torch.randperm(count, generator=generator).tolist()
+    def _texts(self, rows: Iterable[Row]) -> Iterator[Iterable[str]]:
+        for place, (value,) in rows:
+            yield (checked_text(value, place, self.column),)
 
 
-def _check_stream(tokens: Tensor, length: int) -> None:
-    if tokens.dim() != 1:
-        raise ValueError(f"Tokens must be one stream of shape (N,); got shape {tuple(tokens.shape)}.")
-    if length < 1 or tokens.numel() < length:
-        raise ValueError(f"{tokens.numel()} tokens hold no window of {length}; give more text or a shorter window.")
+def checked_text(value: Any, place: str, column: str) -> str:
+    """The value, if it is a text that can be written as UTF-8. Raises ValueError with place and column."""
+    if not isinstance(value, str):
+        kinds = {type(None): "null", bool: "true or false", int: "a number", float: "a number", dict: "an object"}
+        kind = kinds.get(type(value), "bytes" if isinstance(value, bytes) else "a list")
+        raise ValueError(f"{place}, column {column!r}: {kind} is no text; leave the row out, or name another column.")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{place}, column {column!r}: half a character ({error.reason}); mend the row.") from None
+    return value
+
+
+# Files.
 
 
 def _embedded(split: str | None) -> list[Path]:
@@ -191,64 +148,134 @@ def _embedded(split: str | None) -> list[Path]:
     return [ASSETS / "text" / f"{name}.txt" for name in ((split,) if split else SPLITS)]
 
 
-def _files_of_split(folder: Path, split: str | None) -> list[Path]:
-    if split is None:
-        raise ValueError(f"{folder} is a folder: say which split to read, for example split='test'.")
+def _files_of(folder: Path, split: str | None) -> list[Path]:
+    """The files of a split, or all of a folder without splits, at any depth."""
     found = sorted(
         file
-        for file in folder.iterdir()
-        if file.name.endswith(_ENDINGS) and re.fullmatch(rf"{re.escape(split)}([-.].*)", file.name)
+        for file in folder.rglob("*")
+        if file.name.endswith(ENDINGS) and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     )
+    if split is None:
+        parted = next((file for file in found if re.match(rf"({'|'.join(SPLITS)})[-.]", file.name)), None)
+        if parted is not None:
+            raise ValueError(f"{folder} has splits ({parted.name}): say which to read, for example split='test'.")
+    else:
+        found = [file for file in found if re.match(rf"{re.escape(split)}[-.]", file.name)]
     if not found:
-        raise FileNotFoundError(f"{folder} holds no file of split {split!r} (looked for {split}*{'|'.join(_ENDINGS)}).")
+        what = "text" if split is None else f"file of split {split!r}"
+        raise FileNotFoundError(f"{folder} holds no {what} (looked for {split or ''}*{'|'.join(ENDINGS)}).")
     return found
 
 
-# Files are read with what the package needs anyway. The data sets package would want one type for a key in all rows,
-# and keeps a copy of each file.
+@contextmanager
+def _opened(path: Path) -> Generator[BinaryIO]:
+    """The bytes of a file; what is wrong with them names it."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            yield file  # type: ignore[misc] - gzip's file is one of bytes
+    except UnicodeDecodeError as error:
+        wrong = error.object[error.start]
+        raise ValueError(f"{path} is no UTF-8 (byte {wrong:#04x}, {error.reason}); save it as UTF-8.") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is no whole gzip file ({error}); make it again.") from None
 
 
-def _read_file(path: Path, column: str) -> Iterator[str]:
-    if not path.is_file():
-        raise FileNotFoundError(f"No text file {path}; check the path (it is relative to {Path.cwd()}).")
-    if not path.name.endswith(_ENDINGS):
-        raise ValueError(f"{path} ends in none of {', '.join(_ENDINGS)}; convert it or rename it.")
-    if path.suffix == ".parquet":
-        return _read_parquet(path, column)
-    return _read_lines(path, None if path.name.endswith((".txt", ".txt.gz")) else column)
+def _pieces(path: Path) -> Iterator[str]:
+    """A text with the line ends that the file has, without a byte order mark."""
+    with _opened(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n")
+        yield from iter(lambda: text.read(_PIECE), "")
 
 
-def _read_lines(path: Path, column: str | None) -> Iterator[str]:
-    """The column of each row of JSON lines; without one the whole text, with the line ends that the file has."""
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="\n") as file:
-        if column is None:
-            yield file.read()
-            return
+def _file_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    if kind == "parquet":
+        return _parquet_rows(path, columns)
+    if kind == "txt":
+        raise ValueError(f"{path} has no columns; chats and pairs are read from {', '.join(ENDINGS[2:])}.")
+    return _json_rows(path, columns) if kind == "jsonl" else _csv_rows(path, columns, "\t" if kind == "tsv" else ",")
+
+
+def _json_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    with _opened(path) as file:
         for number, line in enumerate(file, 1):
-            if line != "\n":
-                row = json.loads(line)
-                _check_column(f"{path}, line {number}", column, row)
-                yield row[column]
+            place, text = f"{path}, line {number}", line.decode("utf-8-sig" if number == 1 else "utf-8")
+            if not text or text.isspace():
+                continue
+            try:
+                row = json.loads(text)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise ValueError(f"{place} is no JSON ({error}); each line is an object of its own.") from None
+            if not isinstance(row, dict):
+                raise ValueError(f'{place} is no object; each line is one, such as {{"{columns[0]}": ...}}.')
+            _check_columns(place, columns, row)
+            yield place, [row[column] for column in columns]
 
 
-def _read_parquet(path: Path, column: str) -> Iterator[str]:
+def _csv_rows(path: Path, columns: Sequence[str], delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # the module's own, 131,072, is a matter of taste
+    with _opened(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        try:
+            names = next(reader, [])
+            _check_columns(str(path), columns, names)
+            chosen = [names.index(column) for column in columns]
+            for row in reader:
+                place = f"{path}, line {reader.line_num}"
+                if row and len(row) != len(names):
+                    raise ValueError(f"{place} has {len(row)} fields, the first line {len(names)}; put them in quotes.")
+                if row:
+                    yield place, [row[number] for number in chosen]
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num} is no row ({error}); mend its quotes.") from None
+
+
+def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     import pyarrow.parquet  # slow to import, needed for this ending only
 
-    table = pyarrow.parquet.ParquetFile(path)
-    _check_column(str(path), column, table.schema_arrow.names)
-    for batch in table.iter_batches(columns=[column]):
-        yield from batch.column(column).to_pylist()
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+        _check_columns(str(path), columns, table.schema_arrow.names)
+        number = 0
+        for batch in table.iter_batches(batch_size=_ROWS, columns=list(columns)):
+            values = [batch.column(column).to_pylist() for column in columns]
+            for number, row in enumerate(zip(*values, strict=True), number + 1):  # noqa: B020 - it goes on counting
+                yield f"{path}, row {number}", list(row)
+    except pyarrow.ArrowException as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is no whole parquet file ({reason}); fetch it again.") from None
 
 
-def _read_hub(name: str, column: str, split: str | None, *, streaming: bool) -> Iterable[str]:
-    datasets = import_extra("datasets", "datasets", f"There is no file {name!r}, and reading data sets needs the extra")
-    owner_name, *rest = name.split(":")
-    split = split or (rest[1] if len(rest) > 1 else "train")
-    rows = datasets.load_dataset(owner_name, rest[0] if rest else None, split=split, streaming=streaming)
-    _check_column(name, column, rows.column_names or [column])
-    return rows[column] if not streaming else (row[column] for row in rows)
+# Data sets.
 
 
-def _check_column(place: str, column: str, names: Collection[str]) -> None:
-    if column not in names:
-        raise ValueError(f"{place} has no column {column!r}, only {list(names)}; name one of them with column=.")
+def _hub_rows(asked: TextSource, columns: Sequence[str]) -> Iterator[Row]:
+    name, *rest = asked.source.split(":")
+    needed = f"There is no file or folder {asked.source!r}, and reading data sets needs the extra"
+    datasets = import_extra("datasets", "datasets", needed)
+    split = asked.split or (rest[1] if len(rest) > 1 else "train")
+    config = rest[0] if rest else None
+    try:
+        rows = datasets.load_dataset(name, config, split=split, revision=asked.revision, streaming=asked.streamed)
+        if rows.column_names is not None:
+            _check_columns(asked.source, columns, rows.column_names)
+            rows = rows.select_columns(list(columns))
+        for number, row in enumerate(rows):
+            place = f"{asked.source}, split {split}, row {number}"
+            _check_columns(place, columns, row)
+            yield place, [row[column] for column in columns]
+    except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(_hub_error(asked, error)) from None
+    except ValueError as error:  # an unknown config or split; ours say all that there is to say
+        raise error if str(error).startswith(asked.source) else ValueError(_hub_error(asked, error)) from None
+
+
+def _hub_error(asked: TextSource, error: Exception) -> str:
+    return f"{asked.source!r} is no file or folder here, and no data set that opens ({' '.join(str(error).split())})."
+
+
+def _check_columns(place: str, columns: Sequence[str], names: Collection[str]) -> None:
+    for column in columns:
+        if column not in names:
+            raise ValueError(f"{place} has no column {column!r}, only {list(names)}; name one of them with column=.")

@@ -12,12 +12,15 @@ import os
 import re
 import secrets
 import shutil
+import zlib
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,12 +31,14 @@ __all__ = [
     "json_line",
     "json_value",
     "read_json",
+    "read_tensors",
     "remove_partials",
     "write_json",
     "write_tensors",
     "write_text",
 ]
 
+_CHECKSUM = "crc32"
 _NUMBERS = {text: float(text) for text in ("nan", "inf", "-inf")}
 
 
@@ -169,9 +174,9 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors of any device and layout to a safetensors file in one atomic step.
+    """Write tensors of any device and layout to a safetensors file in one atomic step, with a checksum.
 
-    Tied weights share memory, which safetensors refuses: each is written by itself.
+    Tied weights share memory, which safetensors refuses: each is written by itself. Raises OSError for a full disk.
 
     >>> write_tensors(Path("out/model.safetensors"), model.state_dict())
     """
@@ -181,8 +186,41 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         storage = own.untyped_storage().data_ptr()
         plain[name] = own.clone() if storage in seen else own
         seen.add(storage)
+    said = dict(metadata or {})
+    said[_CHECKSUM] = _checksum(plain, said)
     with atomic(path) as partial:
-        save_file(plain, partial, metadata=None if metadata is None else dict(metadata))
+        try:
+            save_file(plain, partial, metadata=said)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, on the CPU, and its metadata; the checksum of `write_tensors` is right.
+
+    Raises ValueError naming a damaged file.
+
+    >>> read_tensors("out/model.safetensors")[0].keys()
+    dict_keys(['weight', 'bias'])
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            said: dict[str, str] = file.metadata() or {}
+            found: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it to make it anew") from None
+    if said.pop(_CHECKSUM, None) not in (None, _checksum(found, said)):
+        raise ValueError(f"{path} is damaged (its checksum is another); delete it to make it anew")
+    return found, said
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """CRC-32 of all that a file says, in 8 hexadecimal digits."""
+    found = zlib.crc32(json.dumps({**metadata, _CHECKSUM: ""}, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        found = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), found)
+        found = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, found) if tensor.numel() else found
+    return f"{found:08x}"
 
 
 def _plain(value: Any) -> Any:

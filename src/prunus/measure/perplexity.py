@@ -4,6 +4,9 @@ The texts are joined and tokenised once, the stream of N tokens is cut into floo
 overlap, and  perplexity = exp( mean over all windows of -log p(x_i | x_1 .. x_{i-1}), i = 2 .. L ):  the mean is over
 the L - 1 predicted tokens of each window. (Scripts that multiply each window's mean by L and divide by the number of
 windows times L give the same number, since all windows are equally long.)
+
+Where the stream has a head, such as a start token, it stands at the head of each window, among its L tokens, and is not
+predicted; where it has answers, the mean is over their tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from prunus.data import windows
+from prunus.data import IGNORED, Tokens, labels, windows
 from prunus.machine import in_mode
 
 __all__ = ["perplexity"]
@@ -21,13 +24,13 @@ __all__ = ["perplexity"]
 
 def perplexity(
     model: nn.Module,
-    tokens: Tensor,
+    tokens: Tensor | Tokens,
     *,
     window: int,
     batch_size: int = 1,
     device: torch.device | str | None = None,
 ) -> float:
-    """The perplexity of a causal language model on the stream tokens (N,), in windows of `window` tokens.
+    """The perplexity of a causal language model on a stream of tokens (N,), in windows of `window` tokens.
 
     The model runs where it is (inputs go to `device`, by default that of its first parameter), in evaluation mode, in
     its own precision; losses are taken in float32 and summed in float64.
@@ -35,22 +38,31 @@ def perplexity(
 
     >>> perplexity(model, tokenize(read_texts("embedded", split="test"), tokenizer), window=512)
     """
-    if window < 2:
-        raise ValueError(f"A window of {window} tokens predicts nothing; use at least 2.")
+    rows, wanted, predicted = cut(tokens, window)
     place = torch.device(device) if device is not None else next(model.parameters()).device
-    rows = windows(tokens, window)
     total = torch.zeros((), dtype=torch.float64, device=place)
     with torch.no_grad(), in_mode(model, training=False):
-        for ids in rows.split(batch_size):
-            ids = ids.to(place).long()
-            total += summed_loss(model(input_ids=ids, use_cache=False).logits, ids)
-    return math.exp(total.item() / (rows.shape[0] * (window - 1)))
+        for ids, targets in zip(rows.split(batch_size), wanted.split(batch_size), strict=True):
+            logits = model(input_ids=ids.to(place).long(), use_cache=False).logits
+            total += summed_loss(logits, targets.to(place).long())
+    return math.exp(total.item() / predicted)
 
 
-def summed_loss(logits: Tensor, ids: Tensor) -> Tensor:
-    """The summed negative log-likelihood, scalar float64 where `ids` is; logits: (batch, length, vocabulary)."""
+def cut(tokens: Tensor | Tokens, window: int) -> tuple[Tensor, Tensor, int]:
+    """The windows (n, window), their labels, and how many tokens of them are predicted."""
+    if window < 2:
+        raise ValueError(f"A window of {window} tokens predicts nothing; use at least 2.")
+    wanted = labels(tokens, window)
+    predicted = int((wanted[:, 1:] != IGNORED).sum())
+    if not predicted:
+        raise ValueError(f"No window of {window} tokens holds a part of an answer, so there is nothing to measure.")
+    return windows(tokens, window), wanted, predicted
+
+
+def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """The summed negative log-likelihood, scalar float64 where the labels are; logits: (batch, length, vocabulary)."""
     losses = [  # row by row: the float32 copy of the logits is of one window only
-        nn.functional.cross_entropy(row[:-1].float(), targets[1:].to(row.device), reduction="none").double().sum()
-        for row, targets in zip(logits, ids, strict=True)
+        nn.functional.cross_entropy(row[:-1].float(), wanted[1:].to(row.device), reduction="none").double().sum()
+        for row, wanted in zip(logits, targets, strict=True)  # what is IGNORED adds 0
     ]
-    return torch.stack(losses).sum().to(ids.device)
+    return torch.stack(losses).sum().to(targets.device)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from prunus.blocks import Source, embed, find_blocks, finish, run_block
-from prunus.data import windows
+from prunus.data import Tokens
 from prunus.machine import Precision, autocast
-from prunus.measure.perplexity import summed_loss
+from prunus.measure.perplexity import cut, summed_loss
 from prunus.stream import ahead
 
 __all__ = ["streamed_perplexity"]
@@ -23,7 +23,7 @@ __all__ = ["streamed_perplexity"]
 @torch.no_grad()
 def streamed_perplexity(
     model: nn.Module,
-    tokens: Tensor,
+    tokens: Tensor | Tokens,
     *,
     window: int,
     source: Source,
@@ -34,12 +34,10 @@ def streamed_perplexity(
 ) -> float:
     """The perplexity of a causal language model whose blocks `source` brings to `device` one at a time.
 
-    tokens: (N,) int64, cut into floor(N / window) windows. The hidden states of all windows are kept: N * d numbers.
+    tokens: a stream (N,), cut as by `perplexity`. The hidden states of all windows are kept: N * d numbers.
     Raises ValueError as `perplexity`, and for a model whose blocks are not found.
     """
-    if window < 2:
-        raise ValueError(f"A window of {window} tokens predicts nothing; use at least 2.")
-    rows = windows(tokens, window)
+    rows, wanted, predicted = cut(tokens, window)
     names = find_blocks(model)
     with autocast(device, precision):
         hidden, arguments = embed(model, names, rows, source=source, device=device, batch_size=batch_size)
@@ -52,6 +50,6 @@ def streamed_perplexity(
                     on_block(name)
         total = torch.zeros((), dtype=torch.float64)
         with source.outside(device):
-            for ids, leaving in zip(rows.split(batch_size), hidden, strict=True):
-                total += summed_loss(finish(model, names, ids.to(device), leaving).logits, ids).cpu()
-    return math.exp(total.item() / (rows.shape[0] * (window - 1)))
+            for ids, targets, leaving in zip(rows.split(batch_size), wanted.split(batch_size), hidden, strict=True):
+                total += summed_loss(finish(model, names, ids.to(device), leaving).logits, targets.long()).cpu()
+    return math.exp(total.item() / predicted)

@@ -32,6 +32,7 @@ from prunus.run.fitted import fitted, home
 from prunus.run.folder import begin, device_name, device_of, finished, held, ran_on
 from prunus.run.recipe import Recipe, digest, said
 from prunus.run.soups import Pruned, blend
+from prunus.run.texts import check_texts, head_in_words, training_windows
 from prunus.save import save_model, save_tensors
 from prunus.soup import distance, phase_sparsities
 from prunus.stream import BlockReport, Shards, Streamed, Work
@@ -104,10 +105,11 @@ class _Run:
         with self._bar("load", None):
             loaded = stages.load(recipe, self.home)
         stages.check_trainable(loaded.model, recipe)
+        check_texts(recipe, loaded.model, loaded.tokenizer)
         if ranks.is_main():
             begin(self.out, recipe)
         result: dict[str, Any] = {"key": self.key, "model": recipe.model, **ran_on(self.out, device_name(self.device))}
-        result |= {"processes": ranks.count(), "perplexity": {}}
+        result |= {"processes": ranks.count(), "head": head_in_words(loaded.tokenizer), "perplexity": {}}
         result["perplexity"]["dense"] = self._measured("dense", loaded)
         loaded, within = self._phases(loaded)
         before = stages.weights_to_compare(loaded, recipe)
@@ -146,9 +148,10 @@ class _Run:
                     loaded.model.to(self.device),
                     masks,
                     stages.pruned_views(loaded.model, masks, recipe),
-                    stages.text_tokens(retrain.data, loaded.tokenizer),
+                    training_windows(retrain, loaded.tokenizer),
                     retrain,
                     precision=stages.precision_of(recipe, self.device),
+                    checkpoint=self._checkpoint(f"phase-{place}"),
                     on_step=lambda done, _loss, advance=advance: advance.to(done),
                     distance=lost,
                 )
@@ -189,17 +192,17 @@ class _Run:
         assert asked is not None
         model = loaded.model.to(self.device)
         views = stages.pruned_views(model, masks, recipe)
-        tokens = stages.text_tokens(asked.data, loaded.tokenizer)
+        packed = training_windows(asked, loaded.tokenizer)
         precision = stages.precision_of(recipe, self.device)
         with self._bar("retrain", asked.steps) as advance:
             report = stages.retrain(
                 model,
                 masks,
                 views,
-                tokens,
+                packed,
                 asked,
                 precision=precision,
-                checkpoint=self.out / "work" / f"retrain-{self.key[:16]}.pt",
+                checkpoint=self._checkpoint("retrain"),
                 on_step=lambda done, _loss: advance.to(done),
                 before_merge=lambda: perplexities.update(retrained=self._measured("retrained", loaded)),
                 distance=loaded.distance,
@@ -281,6 +284,9 @@ class _Run:
 
     def _as_stored(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.stored) if tensor.is_floating_point() else tensor
+
+    def _checkpoint(self, name: str) -> Path:
+        return self.out / "work" / f"{name}-{self.key[:16]}.pt"
 
     def _blocks(self) -> Path:
         return self.out / "work" / "blocks"

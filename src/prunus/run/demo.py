@@ -19,6 +19,7 @@ from prunus.run.compress import prunus_info
 from prunus.run.folder import device_of, held
 from prunus.run.recipe import Recipe, parse
 from prunus.run.show import show_result
+from prunus.run.texts import training_windows
 from prunus.save import save_model
 from prunus.stream import Streamed
 
@@ -80,13 +81,13 @@ def _retrain(
 ) -> dict[str, Any]:
     assert recipe.retrain is not None
     asked = recipe.retrain.model_copy(update={**change, "train": tuple(change.get("train", recipe.retrain.train))})
-    tokens = stages.text_tokens(asked.data, loaded.tokenizer)
+    packed = training_windows(asked, loaded.tokenizer)
     with progress(f"retrain {name}", asked.steps) as advance:
         report = stages.retrain(
             loaded.model,
             streamed.masks,
             stages.pruned_views(loaded.model, streamed.masks, recipe),
-            tokens,
+            packed,
             asked,
             precision=stages.precision_of(recipe, device_of(recipe)),
             on_step=lambda done, _loss: advance.to(done),

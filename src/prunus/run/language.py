@@ -15,6 +15,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from prunus.run.layout import Show
 from prunus.run.recipe import Recipe, Retrain, digest, merge, parse, said
 from prunus.run.soups import LONGER, SOUP, Pruned, averaged, longer_of, member_key, members_of
 from prunus.run.store import Job, Store
+from prunus.run.texts import check_texts, training_windows
 from prunus.soup import distance
 
 __all__ = ["LANGUAGE", "pruned_job"]
@@ -120,7 +122,7 @@ class _Language:
             result["soup"] = {**souped.summary, "perplexity": souped.perplexity, "retraining": souped.retraining}
         else:
             if recipe.retrain is not None:
-                result["retraining"] = _retrain(pruned)
+                result["retraining"] = _retrain(pruned, store.checkpoint(job))
             result["perplexity"] = stages.evaluate(loaded, recipe, pruned.device)
         if recipe.evaluate.tasks:
             result["zero_shot"] = stages.zero_shot(loaded.model, loaded.tokenizer, recipe, pruned.device)
@@ -150,7 +152,7 @@ def _train_member(recipe: Recipe, asked: Retrain, name: str, job: Job, store: St
     return found
 
 
-def _retrain(pruned: Pruned) -> dict[str, Any]:
+def _retrain(pruned: Pruned, checkpoint: Path) -> dict[str, Any]:
     """What retraining a pruned model in place did."""
     recipe = pruned.recipe
     assert recipe.retrain is not None
@@ -158,9 +160,10 @@ def _retrain(pruned: Pruned) -> dict[str, Any]:
         pruned.loaded.model,
         pruned.masks,
         stages.pruned_views(pruned.loaded.model, pruned.masks, recipe),
-        stages.text_tokens(recipe.retrain.data, pruned.loaded.tokenizer),
+        training_windows(recipe.retrain, pruned.loaded.tokenizer),
         recipe.retrain,
         precision=stages.precision_of(recipe, pruned.device),
+        checkpoint=checkpoint,
         distance=pruned.loaded.distance,
     )
     shown = asdict(report) | {"tokens_per_second": report.tokens_per_second}
@@ -178,6 +181,7 @@ def _dense(recipe: Recipe, device: torch.device) -> stages.Loaded:
     if _read.get("dense", ("",))[0] != key:
         _read.clear()
         loaded = stages.load(recipe)
+        check_texts(recipe, loaded.model, loaded.tokenizer)
         loaded.model.to(device)
         _read["dense"] = (key, loaded)
     return _read["dense"][1]

@@ -26,6 +26,7 @@ def show_result(result: Mapping[str, Any], out: Path) -> None:
     ]
     rows[0]["zeros"] = "0 %" if rows[0]["stage"] == "dense" else zeros
     print_table(rows, title=str(result["model"]))
+    _show_head(result)
     _show_tasks(result.get("zero_shot", {}))
     for name, found in _retrainings(result).items():
         speed = f"{found['tokens_per_second']:,.0f} tokens/s"
@@ -49,7 +50,13 @@ def show_evaluation(model: str, numbers: Mapping[str, Any]) -> None:
         _show_corrupted(numbers.get("corrupted", {}))
         return
     print_table([{"data": name, "perplexity": value} for name, value in numbers["perplexity"].items()], title=model)
+    _show_head(numbers)
     _show_tasks(numbers.get("zero_shot", {}))
+
+
+def _show_head(result: Mapping[str, Any]) -> None:
+    if result.get("head"):
+        _note(f"At the head of each window, as the tokenizer says: {result['head']}")
 
 
 def _show_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> None:

@@ -23,6 +23,7 @@ from prunus.machine import read_json, write_json
 from prunus.masks import Masks
 from prunus.run import stages
 from prunus.run.recipe import Recipe, Retrain, digest, said
+from prunus.run.texts import training_windows
 from prunus.save import average_folders, save_model
 from prunus.soup import check_weights, sms
 
@@ -68,7 +69,7 @@ class Pruned:
                 model,
                 self.masks,
                 stages.pruned_views(model, self.masks, self.recipe),
-                stages.text_tokens(asked.data, self.loaded.tokenizer),
+                training_windows(asked, self.loaded.tokenizer),
                 asked,
                 precision=stages.precision_of(self.recipe, self.device),
                 checkpoint=checkpoint,

@@ -9,7 +9,6 @@ import copy
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +30,18 @@ from prunus.checkpoint import (
     read_config,
     read_tokenizer,
 )
-from prunus.data import PackedTokens, calibration, read_texts, tokenize
+from prunus.data import PackedTokens
 from prunus.layers import View, find_layers
 from prunus.machine import Precision, autocast, of_training, ranks
 from prunus.masks import Masks
 from prunus.measure import perplexity, streamed_perplexity
 from prunus.run.fitted import model_path
-from prunus.run.recipe import Data, Recipe, Retrain
+from prunus.run.recipe import Recipe, Retrain
+from prunus.run.texts import calibration_windows, evaluation_texts, window_of
 from prunus.stream import BlockReport, Fit, Shards, Streamed, Work, stream
 from prunus.train import next_token_loss, train
 
-__all__ = ["Loaded", "Retrained", "evaluate", "load", "precision_of", "prune", "retrain", "text_tokens"]
+__all__ = ["Loaded", "Retrained", "evaluate", "load", "precision_of", "prune", "retrain"]
 
 OnStep = Callable[[int, float], None]
 
@@ -158,18 +158,6 @@ def check_trainable(model: Any, recipe: Recipe) -> None:
             find_subset(twin, name)
 
 
-def text_tokens(data: Data, tokenizer: Any) -> Tensor:
-    """(N,) int64 tokens of a text, cut to its `part`."""
-    tokens = _tokens(data.source, data.column, data.split, data.join, tokenizer)
-    start, stop = (round(share * len(tokens)) for share in data.part)
-    return tokens[start:stop]
-
-
-@lru_cache(maxsize=8)
-def _tokens(source: str, column: str, split: str | None, join: str, tokenizer: Any) -> Tensor:
-    return tokenize(read_texts(source, column=column, split=split), tokenizer, separator=join)
-
-
 def prune(
     loaded: Loaded,
     recipe: Recipe,
@@ -184,9 +172,7 @@ def prune(
     within: the masks of an earlier phase; what they prune stays pruned.
     """
     chosen, calibrate = recipe.prune, recipe.calibrate
-    tokens = calibration(
-        text_tokens(calibrate.data, loaded.tokenizer), calibrate.samples, calibrate.length, calibrate.seed
-    )
+    tokens = calibration_windows(calibrate, loaded.tokenizer)
     where: dict[str, Any] = {
         "tokens": tokens,
         "source": loaded.source,
@@ -247,7 +233,7 @@ def retrain(
     model: nn.Module,
     masks: Masks,
     views: Sequence[View],
-    tokens: Tensor,
+    packed: PackedTokens,
     asked: Retrain,
     *,
     precision: Precision,
@@ -256,7 +242,7 @@ def retrain(
     before_merge: Callable[[], None] | None = None,
     distance: float = 1.0,
 ) -> Retrained:
-    """What happened while the chosen parameters of `model` were retrained on packed `tokens` and merged, in place.
+    """What happened while the chosen parameters of `model` were retrained on `packed` windows and merged, in place.
 
     before_merge is called between training and merging, with the adapters still in place. distance: for allr.
     """
@@ -276,7 +262,6 @@ def retrain(
     )
     if asked.keep_effective:
         adaptation.keep_effective()
-    packed = PackedTokens(tokens, asked.length)
     optimizer = torch.optim.AdamW(adaptation.param_groups(asked.lr, asked.lrs), weight_decay=0.0)
     spare = "free" if asked.checkpointing == "auto" else 0
     with (
@@ -285,7 +270,7 @@ def retrain(
     ):
         trace = train(
             model,
-            lambda step: packed.at(step, batch=asked.batch_size, seed=asked.seed),
+            lambda step: packed.batch(step, batch=asked.batch_size, seed=asked.seed),
             optimizer,
             asked.rates(distance),
             steps=asked.steps,
@@ -317,10 +302,9 @@ def retrain(
 def evaluate(loaded: Loaded, recipe: Recipe, device: torch.device) -> dict[str, float]:
     """Text name -> perplexity, by the recipe's window or the model's own length; block by block when streamed."""
     model, asked = loaded.model, recipe.evaluate
-    window = asked.window or min(int(getattr(model.config, "max_position_embeddings", 2048)), 2048)
     precision = precision_of(recipe, device)
-    tokens = {name: text_tokens(data, loaded.tokenizer) for name, data in asked.data.items()}
-    how: dict[str, Any] = {"window": window, "batch_size": asked.batch_size, "device": device}
+    tokens = evaluation_texts(recipe, model, loaded.tokenizer)
+    how: dict[str, Any] = {"window": window_of(recipe, model), "batch_size": asked.batch_size, "device": device}
     if loaded.source is not None:
         how |= {"source": loaded.source, "precision": precision}
         return {name: streamed_perplexity(model, text, **how) for name, text in tokens.items()}

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors.torch import load_file
 from torch import Tensor
 
-from prunus.machine import atomic, read_json, write_json, write_tensors, write_text
+from prunus.machine import atomic, read_json, read_tensors, write_json, write_tensors, write_text
 from prunus.masks import Masks
 
 __all__ = ["Job", "Store", "closure"]
@@ -163,7 +162,7 @@ class Store:
 
     def state(self, job: Job, name: str = "model") -> dict[str, Tensor]:
         """A network that a job left, on the CPU."""
-        return load_file(self.path(job) / f"{name}.safetensors")
+        return read_tensors(self.path(job) / f"{name}.safetensors")[0]
 
     def masks(self, job: Job) -> Masks | None:
         """The masks that a job left, if it did."""

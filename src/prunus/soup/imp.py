@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from prunus.machine import random_state, ranks, set_random_state, write_tensors
+from prunus.machine import random_state, ranks, read_tensors, set_random_state, write_tensors
 from prunus.masks import Masks
 from prunus.patterns import kept_of
 
@@ -219,16 +218,15 @@ class _Store:
     def restore_(self, model: nn.Module) -> tuple[int, Masks | None]:
         """Phases done and their last masks, after the model took the weights of that time; (0, None) at a start.
 
-        Raises ValueError for the file of another job or model.
+        Raises ValueError for the file of another job or model, and for a damaged one.
         """
         if not self.path.exists():
             return 0, None
         parts: dict[str, dict[str, Tensor]] = {"state": {}, "mask": {}, "random": {}}
-        with safe_open(self.path, framework="pt") as file:
-            metadata = file.metadata()
-            for key in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
-                kind, _, name = key.partition(":")
-                parts[kind][name] = file.get_tensor(key)
+        tensors, metadata = read_tensors(self.path)
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition(":")
+            parts[kind][name] = tensor
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         job = json.loads(metadata["job"])
         if job != self.job or shapes != {name: tensor.shape for name, tensor in parts["state"].items()}:

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from prunus.machine import write_tensors
+from prunus.machine import read_tensors, write_tensors
 from prunus.masks import Masks
 from prunus.soup.average import average
 from prunus.soup.imp import Phase, check_nested, distance, phase_sparsities
@@ -138,7 +137,7 @@ def sms_(
     def member(phase: Phase, index: int, place: int) -> State:
         path = None if folder is None else Path(folder) / f"phase-{index + 1}-member-{place + 1}.safetensors"
         if path is not None and path.exists():
-            return load_file(path)
+            return read_tensors(path)[0]
         own = copy.deepcopy(model)
         with _drawing(seed + members * index + place, own):
             retrain(own, phase, place)

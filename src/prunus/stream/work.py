@@ -7,17 +7,19 @@ guards against mixing the blocks of two different jobs in one folder.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from prunus.machine import write_json, write_tensors
+from prunus.machine import read_json, read_tensors, write_json, write_tensors
 from prunus.masks import pack, read_packed
 
 __all__ = ["BlockReport", "Work"]
+
+log = logging.getLogger(__name__)
 
 _FORMAT = 2  # of the files; blocks in another one are of another job
 
@@ -50,12 +52,13 @@ class Work:
 
     def __init__(self, folder: Path, key: str, *, writes: bool = True) -> None:
         self.folder, self.key, self.writes = Path(folder), key, writes
+        self._whole = set[str]()  # blocks whose files are as they were written
 
     def open(self) -> Work:
         """Self, after making the folder and checking that what it holds belongs to this job."""
         marker = self.folder / "job.json"
         if marker.exists():
-            found = json.loads(marker.read_text())["key"]
+            found = read_json(marker)["key"]
             if found != self._named():
                 raise ValueError(
                     f"{self.folder} holds unfinished blocks of another job (key {found[:12]}, this one is "
@@ -66,8 +69,15 @@ class Work:
         return self
 
     def has(self, name: str) -> bool:
-        """Whether the block was finished."""
-        return self._path(name).exists()
+        """Whether the block was finished; one whose file is damaged is not."""
+        if name not in self._whole and self._path(name).exists():
+            try:
+                self._read(name)
+            except ValueError as error:
+                log.warning("block %s is made anew: %s", name, error)
+                return False
+            self._whole.add(name)
+        return name in self._whole
 
     def save(self, name: str, block: nn.Module, masks: Mapping[str, Tensor], report: BlockReport) -> None:
         """Write the block's parameters, masks and report in one atomic step."""
@@ -80,27 +90,34 @@ class Work:
 
     def restore_(self, name: str, block: nn.Module, masks: dict[str, Tensor]) -> BlockReport:
         """The report of a finished block, after its weights went into `block` and its masks into `masks`."""
-        with safe_open(self._path(name), framework="pt") as file:
-            report = BlockReport(**json.loads(file.metadata()["report"]))
-        masks |= self.masks(name)
-        block.load_state_dict(self.tensors(name))
-        return report
+        tensors, said = self._read(name)
+        masks |= _masks(tensors, said, str(self._path(name)))
+        block.load_state_dict(_weights(tensors))
+        return BlockReport(**json.loads(said["report"]))
 
     def masks(self, name: str) -> dict[str, Tensor]:
         """Parameter name -> mask of a finished block."""
-        path = self._path(name)
-        with safe_open(path, framework="pt") as file:
-            shapes: dict[str, list[int]] = json.loads(file.metadata()["masks"])
-            return {key: read_packed(file.get_tensor(f"mask:{key}"), shape, str(path)) for key, shape in shapes.items()}
+        return _masks(*self._read(name), str(self._path(name)))
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Parameter and buffer name inside the block -> tensor of a finished block."""
-        with safe_open(self._path(name), framework="pt") as file:
-            keys = [key for key in file.keys() if key.startswith("weight:")]  # noqa: SIM118
-            return {key.removeprefix("weight:"): file.get_tensor(key) for key in keys}
+        return _weights(self._read(name)[0])
+
+    def _read(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        return read_tensors(self._path(name))
 
     def _named(self) -> str:
         return f"{self.key}-{_FORMAT}"
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
+
+
+def _masks(tensors: Mapping[str, Tensor], said: Mapping[str, str], path: str) -> dict[str, Tensor]:
+    shapes: dict[str, list[int]] = json.loads(said["masks"])
+    return {key: read_packed(tensors[f"mask:{key}"], shape, path) for key, shape in shapes.items()}
+
+
+def _weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found = {key.partition("weight:")[2]: tensor for key, tensor in tensors.items()}
+    return {key: tensor for key, tensor in found.items() if key}

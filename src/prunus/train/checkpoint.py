@@ -6,6 +6,9 @@ trained parameters and buffers, optimizer, methods that take part, step, losses 
 from __future__ import annotations
 
 import logging
+import pickle
+import time
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +20,10 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from prunus.machine import atomic, random_state, set_random_state
+from prunus.machine import atomic, random_state, ranks, set_random_state
 from prunus.train.sharded import like, whole
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "Clock"]
 
 _logger = logging.getLogger(__name__)
 
@@ -43,11 +46,11 @@ class Checkpoint:
     def load(self) -> tuple[int, dict[str, Any]]:
         """Put the stored state back, if there is one; returns the first step to do and the trace so far.
 
-        Raises ValueError for the checkpoint of another run.
+        Raises ValueError for the checkpoint of another run, and for a damaged one.
         """
         if self.path is None or not self.path.exists():
             return 0, {}
-        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        state = _read(self.path)
         tensors = _resumable(self.model)
         found = {name: tuple(tensor.shape) for name, tensor in state["tensors"].items()}
         if state["plan"] != self.plan or found != {name: tuple(t.shape) for name, t in tensors.items()}:
@@ -86,13 +89,66 @@ class Checkpoint:
                 "random": random,
             }
             with atomic(self.path) as partial:
-                torch.save(state, partial)
+                _write(partial, state)
         self.accelerator.wait_for_everyone()
 
     def _on_host(self, tensor: Tensor) -> Tensor:
         """Gathered from all ranks, and kept by the one that writes: no device ever holds more than one in full."""
         gathered = whole(tensor)
         return gathered.cpu() if self.accelerator.is_main_process else torch.empty(0)
+
+
+class Clock:
+    """Says after which steps so many seconds have passed since the last checkpoint.
+
+    Of several ranks the main one's time counts. They ask each other seldom: when, at the pace so far, it is time, and
+    after at most twice as many steps as before, because first steps are slow. Writing takes a twentieth of the time at
+    most; with 0 seconds it is done after every step.
+    """
+
+    def __init__(self, seconds: float, step: int, *, shared: bool) -> None:
+        self.seconds, self.shared = seconds, shared
+        self.begun, self.step, self.next = time.monotonic(), step, step + 1
+        self.asked = self.begun
+
+    def is_due(self, step: int) -> bool:
+        """Whether it is time for a checkpoint after `step` steps; every rank asks alike."""
+        if step < self.next:
+            return False
+        self.asked = time.monotonic()
+        passed = self.asked - self.begun
+        if not self.shared:
+            return passed >= self.seconds
+        done = step - self.step
+        further = min(done, int(done * (self.seconds - passed) / max(passed, 1e-9)))
+        due, self.next = ranks.agree((passed >= self.seconds, step + max(1, further)))
+        return due
+
+    def restart(self, step: int) -> None:
+        """Begin anew, after a checkpoint that was written after `step` steps."""
+        now = time.monotonic()
+        self.seconds = max(self.seconds, 20 * (now - self.asked)) if self.seconds else 0.0
+        self.begun, self.step, self.next = now, step, step + 1
+
+
+def _write(path: Path, state: dict[str, Any]) -> None:
+    """Raises OSError where torch raises RuntimeError, when the disk is full."""
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:
+        raise OSError(f"{path} cannot be written ({error}): is the disk full?") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A stored state whose checksums are right: torch.save writes them, torch.load does not look."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            bad = file.testzip()
+        if bad is None:
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, NotImplementedError) as error:
+        bad = str(error)
+    raise ValueError(f"{path} is damaged ({bad}); delete it to begin this training anew")
 
 
 def _resumable(model: nn.Module) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ In float32 a step of 4,096 tokens and 50,272 words would hold four copies of 824
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from prunus.data import IGNORED
 from prunus.kernels import uses_kernels
 from prunus.machine import is_pretrained
 
@@ -32,8 +33,11 @@ _ENTRIES = 1 << 25  # logits formed at once: 128 MiB in float32, and wide enough
 _TILE = 256  # rows: a product on a GPU takes so many at a time, or half of them
 
 
-def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
-    """The mean negative log-likelihood (scalar, float32) of tokens 1.. of every packed row, ids: (batch, length).
+def next_token_loss(model: nn.Module, batch: Tensor | Sequence[Tensor]) -> Tensor:
+    """The mean negative log-likelihood (scalar, float32) of tokens 1.. of every packed row.
+
+    batch: ids (batch, length), or (ids, labels) of that shape: the ids again, and -100 for tokens that are left out of
+    the mean, such as prompts.
 
     Where a transformers model has more than 2^25 logits, they are formed chunk by chunk; the gradients then reach the
     graph as they were formed in the forward pass (they cannot be differentiated again). Replicated, sharded
@@ -43,16 +47,17 @@ def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
     >>> next_token_loss(model, torch.zeros(2, 8, dtype=torch.long)).shape
     torch.Size([])
     """
+    ids, labels = (batch, None) if isinstance(batch, Tensor) else batch
     inner = next((module for module in model.modules() if is_pretrained(module)), None)
     if inner is None or ids.shape[1] < 2 or not _is_large(inner, ids):
-        return _whole(model, ids)
+        return _whole(model, ids, labels)
     trunks = _trunks(inner)
     if not trunks or _is_compiled(model, inner) or _is_sharded_apart(inner, trunks):
-        return _whole(model, ids)
+        return _whole(model, ids, labels)
     before = vars(inner).get("forward")
     forward: Callable[..., Any] = inner.forward
     try:  # the wrapper's hooks run around it, as they do around the model's own forward
-        inner.forward = lambda ids: _chunked(inner, forward, trunks, ids)  # type: ignore[assignment]
+        inner.forward = lambda ids: _chunked(inner, forward, trunks, ids, labels)  # type: ignore[assignment]
         return model(ids)
     finally:
         del inner.forward
@@ -60,10 +65,11 @@ def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
             inner.forward = before
 
 
-def _whole(model: nn.Module, ids: Tensor) -> Tensor:
+def _whole(model: Callable[..., Any], ids: Tensor, labels: Tensor | None) -> Tensor:
     """The loss as everyone writes it."""
     logits = model(input_ids=ids, use_cache=False).logits
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+    targets = (ids if labels is None else labels)[:, 1:].flatten()
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORED)
 
 
 def _is_large(model: PreTrainedModel, ids: Tensor) -> bool:
@@ -71,14 +77,18 @@ def _is_large(model: PreTrainedModel, ids: Tensor) -> bool:
     return isinstance(words, int) and ids.numel() * words > _ENTRIES
 
 
-def _chunked(model: PreTrainedModel, forward: Callable[..., Any], trunks: list[nn.Module], ids: Tensor) -> Tensor:
+def _chunked(
+    model: PreTrainedModel, forward: Callable[..., Any], trunks: list[nn.Module], ids: Tensor, labels: Tensor | None
+) -> Tensor:
     """The loss, from inside the model's forward."""
     call = _Tail(model, forward, trunks, ids)
     hidden = call.enter()
     if hidden is None:  # what is before the head hands on something unheard of
-        logits = forward(input_ids=ids, use_cache=False).logits
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+        return _whole(forward, ids, labels)
     rows, targets = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()  # (n, d), (n,)
+    if labels is not None:
+        wanted = labels[:, 1:].flatten() != IGNORED
+        rows, targets = rows[wanted], targets[wanted]
     if not torch.is_grad_enabled():
         return call.loss(rows, targets)
     return _Loss.apply(call, rows, targets, *call.trained())  # type: ignore[no-any-return]

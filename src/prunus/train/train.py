@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from prunus.layers import View, find_layers
 from prunus.machine import Precision
 from prunus.train.capture import CapturedStep, check_capture, set_rates_, settled
-from prunus.train.checkpoint import Checkpoint
+from prunus.train.checkpoint import Checkpoint, Clock
 from prunus.train.hooks import During, Plan
 from prunus.train.next_token import next_token_loss
 from prunus.train.prepared import make_accelerator, prepared
@@ -91,7 +91,7 @@ def train(
     clip: float | None = None,
     capture: bool = False,
     checkpoint: Path | None = None,
-    save_every: int = 1000,
+    save_seconds: float = 180.0,
     report_every: int = 50,
     on_step: Callable[[int, float], None] | None = None,
     shared: bool = True,
@@ -104,7 +104,7 @@ def train(
     masks: pruned entries that stay zero. during: methods that take part; they are told `epoch_steps` (default: all
     steps) and the prunable `views` (default: `find_layers(model)`); the caller calls their `finish()` afterwards.
     capture: record the step as a CUDA graph and replay it, which helps small networks (batches of one shape only).
-    checkpoint: a file, written every `save_every` steps and at the end, from which an interrupted call resumes.
+    checkpoint: a file, written when `save_seconds` have passed and at the end, from which an interrupted call resumes.
     on_step(steps done, mean loss since the last call) is called every `report_every` steps and at the end: reading a
     loss makes the host wait for the device, so it is done no more often.
     shared: whether several processes train one model together; if not, each trains its own on the whole batches.
@@ -145,6 +145,7 @@ def train(
         saved = Checkpoint(checkpoint, key, accelerator, inner, optimizer, during, shared)
         first, past = saved.load()
         run = _Run(accelerator, inner, wrapped, stepper, loss, clip, accumulate, tuple(during), shared)
+        clock = Clock(save_seconds, first, shared=shared)
         step_of = CapturedStep(run.step, device) if capture else run.step
         own = next(inner.parameters()).device
         trace = _Log(Trace(**past), every=report_every, steps=steps, on_step=on_step, started=started, device=own)
@@ -158,8 +159,9 @@ def train(
             for method in during:
                 method.after_step(step)
             trace.add(value, rates[0] * multiplier, seen)
-            if checkpoint is not None and ((step + 1) % save_every == 0 or step + 1 == steps):
+            if checkpoint is not None and (step + 1 == steps or clock.is_due(step + 1)):
                 saved.save(step + 1, vars(trace.read()))
+                clock.restart(step + 1)
         return trace.read()
 
 

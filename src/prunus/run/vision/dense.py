@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prunus.machine import read_json, write_json, write_tensors
+from prunus.machine import read_json, read_tensors, write_json, write_tensors
 from prunus.run.vision import stages
 from prunus.run.vision.recipe import dense_key
 from prunus.run.vision.setting import Setting
@@ -50,7 +50,7 @@ class Dense:
 
     def snapshot(self, epoch: int) -> dict[str, Tensor]:
         """The state dict after that epoch."""
-        return load_file(self.folder / f"epoch-{epoch}.safetensors")
+        return read_tensors(self.folder / f"epoch-{epoch}.safetensors")[0]
 
 
 def dense(
@@ -177,7 +177,7 @@ def read_dense(folder: Path) -> Dense | None:
         if name not in _read:
             trace = read_json(folder / "trace.json")
             original = Original.from_runs(trace["lrs"], trace["warmup"])
-            _read[name] = Dense(folder, load_file(folder / "model.safetensors"), original, metrics)
+            _read[name] = Dense(folder, read_tensors(folder / "model.safetensors")[0], original, metrics)
         _read.move_to_end(name)
         while len(_read) > _KEPT:
             _read.popitem(last=False)

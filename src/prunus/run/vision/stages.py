@@ -108,7 +108,6 @@ def fit(
         clip=asked.clip,
         capture=setting.capture,
         checkpoint=checkpoint,
-        save_every=5 * setting.epoch_steps,
         on_step=on_step,
         shared=False,
     )

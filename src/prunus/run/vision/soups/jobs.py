@@ -238,8 +238,7 @@ def _train(asked: Training, base: Job, job: Job, store: Store) -> dict[str, Any]
         lr=peak,
         masks=masks,
         during=[swa] if swa is not None else [],
-        # A short training would write it only when it is over.
-        checkpoint=store.checkpoint(job) if steps > 5 * setting.epoch_steps else None,
+        checkpoint=store.checkpoint(job),
     )
     if masks is not None:
         masks.check(model)

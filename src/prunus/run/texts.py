@@ -1,0 +1,85 @@
+"""The texts of a recipe as tokens, for each of their three uses, and whether there are enough of them.
+
+calibrate ─▶ random windows; no more is read than they need      evaluate ─▶ streams, rows joined by a text
+retrain   ─▶ a stream of documents, with the end-of-text token between two
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
+
+from prunus.data import PackedTokens, TextSource, Tokens, calibration, head_of, labels, read_tokens
+from prunus.run.recipe import Calibrate, Data, Recipe, Retrain
+
+__all__ = ["calibration_windows", "check_texts", "evaluation_texts", "head_in_words", "training_windows", "window_of"]
+
+_ENOUGH = 1 << 20  # tokens that calibration draws from, or four times what it takes, if that is more
+
+
+def calibration_windows(asked: Calibrate, tokenizer: Any) -> Tensor:
+    """(samples, length) int64, drawn from the beginning of the text. Raises ValueError if it is too short."""
+    most = max(_ENOUGH, 4 * asked.samples * asked.length)
+    with _named("calibrate.data"):
+        return calibration(_tokens(asked.data, tokenizer, most=most), asked.samples, asked.length, asked.seed)
+
+
+def training_windows(asked: Retrain, tokenizer: Any) -> PackedTokens:
+    """What is retrained on. Raises ValueError for a text without a window."""
+    with _named("retrain.data"):
+        packed = PackedTokens(_tokens(asked.data, tokenizer, documents=True), asked.length)
+        packed.at(0, batch=1, seed=0)
+        return packed
+
+
+def evaluation_texts(recipe: Recipe, model: Any, tokenizer: Any) -> dict[str, Tokens]:
+    """Text name -> its tokens. Raises ValueError for one without a window of what the model is measured in."""
+    found: dict[str, Tokens] = {}
+    for name, data in recipe.evaluate.data.items():
+        with _named(f"evaluate.data.{name}"):
+            found[name] = _tokens(data, tokenizer)
+            labels(found[name], window_of(recipe, model))
+    return found
+
+
+def check_texts(recipe: Recipe, model: Any, tokenizer: Any) -> None:
+    """Raises ValueError, before the first forward pass, for texts that do not open or are too short for their use."""
+    calibration_windows(recipe.calibrate, tokenizer)
+    if recipe.retrain is not None:
+        training_windows(recipe.retrain, tokenizer)
+    evaluation_texts(recipe, model, tokenizer)
+
+
+def window_of(recipe: Recipe, model: Any) -> int:
+    """How many tokens perplexity is measured in at a time: the recipe's, or the model's own, at most 2048."""
+    return recipe.evaluate.window or min(int(getattr(model.config, "max_position_embeddings", 2048)), 2048)
+
+
+def head_in_words(tokenizer: Any) -> str:
+    """What stands at the head of each window, as text; "" for nothing."""
+    return tokenizer.decode(head_of(tokenizer))
+
+
+def _tokens(data: Data, tokenizer: Any, *, documents: bool = False, most: int | None = None) -> Tokens:
+    source = TextSource(data.source, data.column, data.split)
+    if data.part != (0.0, 1.0):
+        return _read(source, tokenizer, None if documents else data.join, None).part(*data.part)
+    return _read(source, tokenizer, None if documents else data.join, most)
+
+
+@lru_cache(maxsize=8)
+def _read(source: TextSource, tokenizer: Any, join: str | None, most: int | None) -> Tokens:
+    return read_tokens(source, tokenizer, join=join, most=most)
+
+
+@contextmanager
+def _named(key: str) -> Generator[None]:
+    """Say in which part of the recipe a text stands."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
