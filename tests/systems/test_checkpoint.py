@@ -21,6 +21,7 @@ from prunus.measure import perplexity
 from prunus.run import stages
 from prunus.run.inspect import inspect_model
 from prunus.run.recipe import Recipe
+from prunus.run.texts import evaluation_texts
 from prunus.save import average_folders
 from tests.systems.test_families import FAMILIES, NORMAL, WIDTH
 
@@ -65,7 +66,7 @@ def test_every_path_reads_the_same_model(family: str, tmp_path: Path) -> None:
         loaded = stages.load(recipe)
         found.append(stages.evaluate(loaded, recipe, cpu)["t"])
     plain = tf.AutoModelForCausalLM.from_pretrained(folder)
-    tokens = stages.text_tokens(recipe.evaluate.data["t"], tf.AutoTokenizer.from_pretrained(folder))
+    tokens = evaluation_texts(recipe, plain, tf.AutoTokenizer.from_pretrained(folder))["t"]
     with torch.no_grad():
         found.append(perplexity(plain, tokens, window=16, batch_size=4))
     assert len(windows(tokens, 16)) > 5
