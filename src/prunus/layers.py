@@ -6,7 +6,8 @@ three-dimensional parameter. They are found by module type and shape, never by t
     Linear (out, in)   Conv2d (out, in, h, w) -> (out, in*h*w)   Conv1D (in, out)
     stack (experts, out, in), or (experts, in, out) where its module says is_transposed
 
-Left dense unless an `include` glob names them: the output head, weights tied to an embedding, and routers.
+Left dense unless an `include` glob names them: the output head, weights tied to an embedding, routers, and stacks of
+square matrices that do not say how they are stored: the gates of recurrent blocks.
 How blocks are found, and how inputs are recorded, is in `blocks`.
 """
 
@@ -170,14 +171,21 @@ def find_layers(
     for glob in (*include, *exclude):
         _check_matches(glob, [candidate.view.name for candidate in found])
     taken: list[View] = []
+    gates: dict[str, None] = {}
     for candidate in found:
         name = candidate.view.name
         named = any(matches(name, glob) for glob in include)
-        if any(matches(name, glob) for glob in exclude) or not (named or (not include and not candidate.dense)):
+        if any(matches(name, glob) for glob in exclude):
+            continue
+        if not named and (include or candidate.dense):
+            if candidate.trouble and not include:
+                gates.setdefault(_stack_name(name))
             continue
         if candidate.trouble:
             raise ValueError(candidate.trouble)
         taken.append(candidate.view)
+    if gates:
+        _note(f"{', '.join(gates)} stay dense: square matrices that may be stored (out, in) or (in, out)")
     return taken
 
 
@@ -223,7 +231,8 @@ def scan(root: nn.Module, prefix: str = "") -> Iterator[_Candidate]:
             key = _join(prefix, keys[id(parameter)])
             for view in views:
                 named = replace(view, name=_join(prefix, view.name) or "weight", parameter=key)
-                yield _Candidate(named, id(parameter) in dense, trouble.format(name=named.name))
+                gate = view.index is not None and bool(trouble) and view.shape[0] == view.shape[1]
+                yield _Candidate(named, gate or id(parameter) in dense, trouble.format(name=named.name))
 
 
 def _views(path: str, module: nn.Module, name: str, parameter: Tensor) -> tuple[list[View], str]:
@@ -287,6 +296,12 @@ def _routers(root: nn.Module) -> set[int]:
             if len(linears) == 1 and linears[0].out_features in (1, stacks[0].shape[0]):
                 found.add(id(linears[0].weight))
     return found
+
+
+@functools.cache
+def _note(text: str) -> None:
+    """Said once: layers are looked for again and again."""
+    log.warning(text)
 
 
 def _check_matches(glob: str, names: Sequence[str]) -> None:

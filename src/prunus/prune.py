@@ -33,6 +33,7 @@ from prunus.score import (
     global_,
     magnitude,
     needed,
+    observable,
     observe,
     staying,
     uniform,
@@ -60,7 +61,8 @@ def prune(
     sparsity: the share of zeros over all `views` together; may be left out where the pattern fixes it.
     allocation: how the zeros are shared out. None is `global_` where the criterion compares scores of a whole layer,
         and `uniform` where it compares those of a row, where it has no scores, and where the pattern fixes the counts.
-    views: the prunable weights, by default `find_layers(model)`.
+    views: the prunable weights, by default `find_layers(model)`, without those whose inputs are needed and cannot be
+        observed.
     within: earlier masks. What they prune stays pruned and counts as zero: the sparsity is that of the result.
     batches: calibration for criteria that need inputs: x, or tuples that begin with x, given to the model in eval mode
         and on its device. Linear and convolutions of one group can be observed.
@@ -76,7 +78,9 @@ def prune(
     asked = criterion_of(criterion)
     shared = _default(asked, pattern) if allocation is None else allocation_of(allocation)
     pattern = Unstructured(compared(asked, shared)) if pattern is None else pattern
-    views = list(find_layers(model) if views is None else views)
+    needs = needed(asked, shared)
+    if views is None:
+        views = observable(model, find_layers(model)) if needs else find_layers(model)
     if not views:
         raise ValueError(
             "nothing to prune: no Linear or convolution weight was found, or include and exclude left none"
@@ -85,7 +89,7 @@ def prune(
     check_comparable(asked, shared)
     if within is not None:
         asked = staying(asked, views, within)
-    inputs = _inputs(model, views, batches, needed(asked, shared))
+    inputs = _inputs(model, views, batches, needs)
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     layers = {
         view.name: Layer(view.name, view.matrix(parameters[view.parameter]), inputs.get(view.name)) for view in views

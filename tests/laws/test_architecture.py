@@ -1,6 +1,7 @@
 """A room imports only from rooms above it in docs/architecture.md, through their `__init__`, and no private name."""
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -82,8 +83,10 @@ def test_files_say_what_they_hold(path):
 
 
 @pytest.mark.parametrize("stub", sorted(PACKAGE.rglob("__init__.pyi")), ids=lambda path: path.parent.name)
-def test_no_file_hides_a_public_name(stub):
+def test_public_names_are_there_and_no_file_hides_one(stub):
     """Python binds a file to its folder when it is first imported, over a name that another file defines."""
+    room = importlib.import_module(".".join(("prunus", *stub.parent.relative_to(PACKAGE).parts)))
+    assert all(getattr(room, name) is not None for name in room.__all__)
     nodes = [node for node in ast.walk(ast.parse(stub.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)]
     inside = {path.stem for path in stub.parent.iterdir()}
     named = [(node.module, alias.name) for node in nodes if node.module for alias in node.names]

@@ -11,27 +11,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from prunus.blocks.chain import Arguments, capture, find_blocks, observe, run_block
+from prunus.blocks.chain import Arguments, capture, find_blocks, run_block
 from prunus.layers import Inputs, find_layers
+from prunus.score import observable, observe
 
 D = 6
 
 
+WAYS: dict[int, Callable[[Any], Any]] = {  # how callers take the hidden state from what a block returns
+    0: lambda out: out,
+    1: lambda out: out[0],
+    2: lambda out: next(hidden for hidden, _ in [out]),
+    3: lambda out: next(hidden for hidden, _, _ in [out]),
+    4: lambda out: next(hidden for hidden, _, _, _ in [out]),
+}
+
+
 class Block(nn.Module):
-    def __init__(self, wrap: bool = False) -> None:
+    def __init__(self, wrap: int = 0) -> None:
         super().__init__()
         self.a, self.b, self.c = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
         self.wrap = wrap
 
     def forward(self, hidden: Tensor, shift: Tensor, pair: tuple[Tensor, Tensor] | None = None) -> Any:
         out = hidden + self.c(torch.tanh(self.a(hidden) * self.b(hidden))) + shift + (pair[0] * pair[1] if pair else 0)
-        return (out, None) if self.wrap else out
+        return (out, None, None, None)[: self.wrap] if self.wrap else out
 
 
 class Model(nn.Module):
     """Hands on the hidden state the way `keyword` and `wrap` say; every block gets another shift."""
 
-    def __init__(self, wrap: bool = False, keyword: bool = False, blocks: int = 3) -> None:
+    def __init__(self, wrap: int = 0, keyword: bool = False, blocks: int = 3) -> None:
         super().__init__()
         self.embed = nn.Embedding(11, D)
         self.layers = nn.ModuleList(Block(wrap) for _ in range(blocks))
@@ -45,7 +55,7 @@ class Model(nn.Module):
             shift = torch.full((D,), float(number))
             pair = (shift + 1, shift)
             out = block(hidden=hidden, shift=shift, pair=pair) if self.keyword else block(hidden, shift, pair=pair)
-            hidden = out[0] if self.wrap else out
+            hidden = WAYS[self.wrap](out)
         return self.norm(hidden)
 
     def between(self, hidden: Tensor, number: int) -> Tensor:
@@ -72,9 +82,9 @@ def ids() -> Tensor:
 
 
 @pytest.mark.parametrize("keyword", [False, True])
-@pytest.mark.parametrize("wrap", [False, True])
+@pytest.mark.parametrize("wrap", [0, 1, 2, 3])
 @pytest.mark.parametrize("blocks", [1, 3])
-def test_a_chain_of_blocks_equals_the_model(ids: Tensor, wrap: bool, keyword: bool, blocks: int) -> None:
+def test_a_chain_of_blocks_equals_the_model(ids: Tensor, wrap: int, keyword: bool, blocks: int) -> None:
     model = Model(wrap, keyword, blocks)
     names = find_blocks(model)
     assert names == [f"layers.{number}" for number in range(blocks)]
@@ -110,6 +120,12 @@ def test_a_first_block_that_takes_tokens_is_refused(ids: Tensor) -> None:
     with pytest.raises(
         ValueError, match=r"block 'layers.0' does not receive .* tensor of shape \(4, 5\) and torch.int64"
     ):
+        capture(model, find_blocks(model), ids)
+
+
+def test_blocks_that_return_more_are_refused_with_what_was_looked_for(ids: Tensor) -> None:
+    model, ids = Model(wrap=4), ids[:3]  # four rows would be four values
+    with pytest.raises(ValueError, match=r"Model does not run as a chain .*layers.0 .. layers.2 .* up to three values"):
         capture(model, find_blocks(model), ids)
 
 
@@ -317,6 +333,16 @@ def test_a_grouped_convolution_cannot_be_observed() -> None:
         pass
 
 
+def test_what_cannot_be_observed_stays_dense_with_a_note(caplog: pytest.LogCaptureFixture) -> None:
+    block = nn.Sequential(nn.Conv1d(4, 4, 3, groups=4), nn.Conv1d(4, 8, 1), nn.Conv3d(8, 8, 1))
+    views = find_layers(block)
+    assert [view.name for view in observable(block, views)] == ["1"]
+    assert "0, 2 stay dense" in caplog.text
+    assert [view.name for view in observable(block, views, include=["*"])] == ["1"]
+    with pytest.raises(ValueError, match=r"'0' .* cannot be observed"):
+        observable(block, views, include=["0"])
+
+
 class Stack(nn.Module):
     """Experts multiplied as `product(x, weight)` says; tokens are dealt out in turn."""
 
@@ -386,6 +412,16 @@ def test_a_wrong_is_transposed_is_found() -> None:
         observe(stack, find_layers(stack), gram=False),
     ):
         stack(torch.randn(7, D))
+
+
+def test_views_beside_a_stack_of_unknown_orientation_are_found() -> None:
+    """The remedy that the refusal names: its other layers are observed."""
+    block = nn.ModuleDict({"fc": nn.Linear(6, 4), "experts": Stack(F.linear, False)})
+    del block["experts"].is_transposed
+    views = find_layers(block, exclude=["experts.*"])
+    with observe(block, views, gram=False) as inputs:
+        block["fc"](torch.ones(2, 6))
+    assert list(inputs) == ["fc"]
 
 
 def test_experts_implementation_is_eager_meanwhile_and_put_back() -> None:

@@ -23,8 +23,10 @@ from prunus.layers import View, find_layers
 from prunus.masks import Masks
 from prunus.patterns.selection import kept_of
 from prunus.run.names import methods
+from prunus.run.vision.experiment import finished
 from prunus.score import erk, global_, lamp, owl, uniform_plus
 from prunus.score.allocations import uniform
+from prunus.soup import distance
 from prunus.train.hooks import During, Plan, masks_by_magnitude
 from prunus.train.train import classification_loss, train
 
@@ -511,6 +513,21 @@ def test_thresholds_belong_to_output_rows():
     assert not weights["5.weight"][:, 3].any()
     assert not weights["0.weight"][2].any()
     assert sum(int((weight == 0).sum()) for weight in weights.values()) == 5 + 9
+
+
+def test_what_the_end_takes_away_is_measured():
+    """ALLR goes by it: LC prunes at the end alone, GMP has long pruned what is small by then."""
+    for name, expected in (("LC", True), ("GMP", False)):
+        model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+        method, made = make_method(name), torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+        method.attach(model, made, Plan(STEPS, 6, tuple(find_layers(model))))
+        for step in range(STEPS):
+            method.before_step(step)
+            method.after_step(step)
+        before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+        masks, lost = finished(method, name, model)
+        assert lost == distance(before, masks)
+        assert (lost > 0) == expected
 
 
 def test_part_of_a_stack_is_refused():

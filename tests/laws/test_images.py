@@ -3,6 +3,8 @@
 import io
 import json
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -18,19 +20,21 @@ from prunus.data.images import batches as batches_module
 from tests.conftest import unwaited
 
 
-def noise(count=11, channels=3, height=6, width=5, classes=4, seed=0):
+def noise(count: Any = 11, channels: Any = 3, height: Any = 6, width: Any = 5, classes: Any = 4, seed: Any = 0):
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(256, (count, channels, height, width), generator=generator, dtype=torch.uint8)
     return Images(pixels, torch.arange(count) % classes, classes)
 
 
-def encoded(array, form, **options):
+def encoded(array: Any, form: Any, **options: Any):
     file = io.BytesIO()
     Image.fromarray(array).save(file, form, **options)
     return file.getvalue()
 
 
-def write_parquet(path, images, *, form="PNG", columns=("img", "label"), names=None, plain=False):
+def write_parquet(
+    path: Any, images: Any, *, form: Any = "PNG", columns: Any = ("img", "label"), names: Any = None, plain: Any = False
+):
     arrays = [array.squeeze(2) if array.shape[2] == 1 else array for array in images.pixels.permute(0, 2, 3, 1).numpy()]
     content = [encoded(array, form, **({"lossless": True} if form == "WEBP" else {})) for array in arrays]
     rows = content if plain else [{"bytes": each, "path": None} for each in content]
@@ -41,7 +45,7 @@ def write_parquet(path, images, *, form="PNG", columns=("img", "label"), names=N
     pyarrow.parquet.write_table(table, path)
 
 
-def same(one, other):
+def same(one: Any, other: Any):
     return torch.equal(one.pixels, other.pixels) and torch.equal(one.labels, other.labels)
 
 
@@ -56,7 +60,9 @@ def same(one, other):
         ("PNG", 1, ("image", "labels"), True),
     ],
 )
-def test_a_folder_of_parquet_gives_back_every_pixel_in_order(tmp_path, form, channels, columns, plain):
+def test_a_folder_of_parquet_gives_back_every_pixel_in_order(
+    tmp_path: Path, form: Any, channels: Any, columns: Any, plain: Any
+):
     written = [noise(count, channels, seed=count) for count in (3, 300)]  # more than one thread's share
     (tmp_path / "z").mkdir()
     write_parquet(tmp_path / "train-1.parquet", written[1], form=form, columns=columns, plain=plain)
@@ -72,12 +78,12 @@ def test_a_folder_of_parquet_gives_back_every_pixel_in_order(tmp_path, form, cha
         read_images(tmp_path, None)
 
 
-def test_classes_are_those_that_the_data_set_names(tmp_path):
+def test_classes_are_those_that_the_data_set_names(tmp_path: Path):
     write_parquet(tmp_path / "a.parquet", noise(), names=list("abcdefg"))
     assert read_images(tmp_path / "a.parquet", None).classes == 7
 
 
-def test_grey_among_coloured_images_becomes_grey_in_three_channels(tmp_path):
+def test_grey_among_coloured_images_becomes_grey_in_three_channels(tmp_path: Path):
     grey, coloured = np.full((2, 2), 7, np.uint8), np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
     rows = [encoded(grey, "PNG"), encoded(coloured, "PNG")]
     pyarrow.parquet.write_table(pyarrow.table({"img": rows, "label": [0, 1]}), tmp_path / "a.parquet")
@@ -87,18 +93,19 @@ def test_grey_among_coloured_images_becomes_grey_in_three_channels(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["npz", "safetensors"])
-def test_arrays_are_read_as_they_are(tmp_path, ending):
+def test_arrays_are_read_as_they_are(tmp_path: Path, ending: Any):
     images, path = noise(channels=1), tmp_path / f"train.{ending}"
-    content = {"pixels": images.pixels[:, 0].contiguous(), "labels": images.labels.int()}
+    content: dict[str, Any] = {"pixels": images.pixels[:, 0].contiguous(), "labels": images.labels.int()}
     if ending == "npz":
-        np.savez(path, **{name: tensor.numpy() for name, tensor in content.items()})
+        arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in content.items()}
+        np.savez(path, **arrays)
     else:
         save_file(content, path)
     assert same(read_images(path, None), images)
     assert same(read_images(tmp_path, "train"), images)
 
 
-def test_a_source_without_splits_is_split_once_and_for_all(tmp_path):
+def test_a_source_without_splits_is_split_once_and_for_all(tmp_path: Path):
     write_parquet(tmp_path / "a.parquet", images := noise(10))
     parts = [read_images(tmp_path / "a.parquet", split) for split in ("train", "test")]
     assert [len(part) for part in parts] == [8, 2]
@@ -119,11 +126,11 @@ def test_digits_are_scikit_learns():
     assert whole.pixels[0, 0, 0].tolist() == [0, 0, 80, 207, 143, 16, 0, 0]  # 0 0 5 13 9 1 0 0, times 255 / 16
 
 
-def test_what_is_no_image_set_is_refused(tmp_path):
-    def parquet(**columns):
+def test_what_is_no_image_set_is_refused(tmp_path: Path):
+    def parquet(**columns: Any):
         pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
 
-    def refused(message, error=ValueError, source=tmp_path / "a.parquet"):
+    def refused(message: Any, error: Any = ValueError, source: Any = tmp_path / "a.parquet"):
         with pytest.raises(error, match=message):
             read_images(source, None)
 
@@ -137,7 +144,7 @@ def test_what_is_no_image_set_is_refused(tmp_path):
     parquet(img=[encoded(np.zeros((4, 4), np.uint16), "PNG")], label=[0])
     refused("more than 8 bits")
     parquet(img=[small], label=[-1])
-    refused("labels go from -1")
+    refused("image 0 has the label -1; classes are 0 and up")
     refused("no file", FileNotFoundError, tmp_path / "absent.parquet")
     (tmp_path / "a.txt").touch()
     refused("ends in none of", source=tmp_path / "a.txt")
@@ -146,13 +153,13 @@ def test_what_is_no_image_set_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("package", "source"), [("datasets", "owner/name"), ("sklearn.datasets", "digits")])
-def test_what_is_not_installed_is_named_with_its_extra(monkeypatch, package, source):
+def test_what_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch, package: Any, source: Any):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=r"pip install 'prunus\["):
         read_images(source)
 
 
-def test_hub_data_sets_are_read_through_datasets(tmp_path, monkeypatch):
+def test_hub_data_sets_are_read_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     datasets = pytest.importorskip("datasets")
     images = noise(5)
     features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=list("abcdef"))})
@@ -205,7 +212,7 @@ def test_statistics_are_those_of_the_pixels():
 # Batches
 
 
-def slow(images, draw, mean, std, augment, flipped):
+def slow(images: Any, draw: Any, mean: Any, std: Any, augment: Any, flipped: Any):
     """One image as a loop over its pixels makes it: (C, H, W) float64."""
     number, top, left, middle, centre = draw
     channels, height, width = images.shape[1:]
@@ -226,7 +233,7 @@ def slow(images, draw, mean, std, augment, flipped):
 @pytest.mark.parametrize(
     "augment", [Augment(), Augment(crop=2), Augment(flip=True), Augment(cutout=3), Augment(2, True, 4)], ids=str
 )
-def test_a_batch_is_what_a_loop_over_pixels_makes(augment, channels_last):
+def test_a_batch_is_what_a_loop_over_pixels_makes(augment: Any, channels_last: Any):
     images = noise(40)
     mean, std = images.statistics()
     made = ImageBatches(images, batch_size=16, seed=5, augment=augment, channels_last=channels_last)
@@ -261,7 +268,7 @@ def test_all_offsets_flips_and_centres_are_drawn():
 
 
 def test_a_batch_depends_on_seed_and_step_alone():
-    def make(seed=1, **changes):
+    def make(seed: Any = 1, **changes: Any):
         return ImageBatches(noise(), batch_size=4, seed=seed, augment=Augment(1, True, 2), **changes)
 
     one, other = make(), make()
@@ -297,20 +304,21 @@ def test_other_statistics_are_used_when_given():
 
 def test_batches_that_cannot_be_made_are_refused():
     images = noise(5)
-    for options, message in [
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"batch_size": 6}, "1 to 5 images"),
         ({"batch_size": 0}, "1 to 5 images"),
         ({"batch_size": 2, "augment": Augment(crop=5)}, "does not fit images of 6 x 5"),
         ({"batch_size": 2, "augment": Augment(cutout=-1)}, "does not fit"),
         ({"batch_size": 2, "std": torch.tensor([1.0, 0.0, 1.0])}, "cannot be normalised"),
         ({"batch_size": 2, "mean": torch.zeros(1)}, "one entry a channel, 3"),
-    ]:
+    ]
+    for options, message in refused:
         with pytest.raises(ValueError, match=message):
             ImageBatches(images, **options)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_plain_batches_show_every_image_once_in_order(channels_last):
+def test_plain_batches_show_every_image_once_in_order(channels_last: Any):
     images = noise()
     mean, std = images.statistics()
     made = list(plain_batches(images, batch_size=4, mean=mean, std=std, channels_last=channels_last))
@@ -321,7 +329,7 @@ def test_plain_batches_show_every_image_once_in_order(channels_last):
     assert made[0][0].is_contiguous(memory_format=torch.channels_last) == channels_last
 
 
-def test_epochs_are_drawn_once(monkeypatch):
+def test_epochs_are_drawn_once(monkeypatch: pytest.MonkeyPatch):
     drawn = []
     draw = ImageBatches._draw
     monkeypatch.setattr(batches_module.ImageBatches, "_draw", lambda self, e: drawn.append(e) or draw(self, e))
@@ -334,11 +342,11 @@ def test_epochs_are_drawn_once(monkeypatch):
 # Loaders
 
 
-def loader(**options):
-    return DataLoader(range(10), batch_size=3, **options)
+def loader(**options: Any):
+    return DataLoader([*range(10)], batch_size=3, **options)  # pyright: ignore[reportArgumentType]
 
 
-def shuffled(seed=0):
+def shuffled(seed: Any = 0):
     return LoaderBatches(loader(shuffle=True, generator=torch.Generator()), seed=seed)
 
 
@@ -367,7 +375,7 @@ def test_loaders_without_a_length_are_refused():
     with pytest.raises(ValueError, match="no length"):
         LoaderBatches(DataLoader(Endless()))
     with pytest.raises(ValueError, match="no batch"):
-        LoaderBatches(DataLoader(range(2), batch_size=3, drop_last=True))
+        LoaderBatches(DataLoader([0, 1], batch_size=3, drop_last=True))  # pyright: ignore[reportArgumentType]
 
 
 # On a GPU
@@ -377,7 +385,7 @@ def test_loaders_without_a_length_are_refused():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_sees_the_batches_of_the_cpu_and_is_not_waited_for():
     images = noise(600, 3, 16, 12)
-    options = {"batch_size": 256, "seed": 3, "augment": Augment(2, True, 4), "channels_last": True}
+    options: dict[str, Any] = {"batch_size": 256, "seed": 3, "augment": Augment(2, True, 4), "channels_last": True}
     here, there = ImageBatches(images, **options), ImageBatches(images.to("cuda"), **options)
     with unwaited():
         found = [there(step) for step in range(5)]  # three epochs

@@ -16,7 +16,7 @@ from prunus.during.choose import keep_global
 from prunus.kernels.switch import kernels, uses_kernels
 from prunus.layers import Inputs, Layer
 from prunus.patterns import NM, Block, Pattern, Unstructured, mask_scaled, scaled, selection
-from prunus.patterns.selection import keep_largest, keep_largest_of_all, keep_largest_of_row, kth_largest, select_global
+from prunus.patterns.selection import keep_largest, keep_largest_of_all, keep_largest_of_row, select_global_share
 from prunus.score import criterion
 from prunus.score.criteria import magnitude, wanda
 from tests.conftest import unwaited
@@ -171,7 +171,7 @@ def test_a_sample_that_misleads_is_noticed(device: str, ends: tuple[float, float
     part = score.to(device)
     assert threshold.kth_of([part], threshold.sample_of(part), 400, score.numel()) is None
     assert torch.equal(keep_largest(part, 400).cpu().view(1, -1), first_best(score.view(1, -1), 400))
-    assert kth_largest({"a": part}, 400) == score.flatten().sort(descending=True).values[399]
+    assert selection._first_reading({"a": part})[1](400)[0] == score.flatten().sort(descending=True).values[399]
 
 
 @pytest.mark.usefixtures("small")
@@ -202,12 +202,11 @@ def test_a_model_equals_one_direct_selection(device: str, kind: str, listed: int
     there = {name: score.to(device) for name, score in scores.items()}
     joined = torch.cat([score.double().flatten() for score in scores.values()])[None]
     for kept in (0, 1, 333, joined.numel()):
-        counts = select_global(there, kept)
+        counts = select_global_share(there, 1 - kept / joined.numel()) if kept else dict.fromkeys(there, 0)
         masks = [keep_largest(score, counts[name]).flatten().cpu() for name, score in there.items()]
         assert torch.equal(torch.cat(masks)[None], first_best(joined, kept))
         at_once = keep_largest_of_all(there, kept)
         assert torch.equal(torch.cat([mask.flatten().cpu() for mask in at_once.values()]), torch.cat(masks))
-        assert not kept or kth_largest(there, kept) == joined[0].sort(descending=True).values[kept - 1]
 
 
 @pytest.mark.usefixtures("small")
@@ -219,12 +218,11 @@ def test_nan_in_a_model_is_refused_by_name(device: str, sign: float, share: floa
     scores["b"].view(-1)[-max(1, round(620 * share)) :] = torch.tensor(float("nan")).copysign(torch.tensor(sign))
     there = {name: score.to(device) for name, score in scores.items()}
     words = f"score of 'b' has {max(1, round(620 * share))} NaN of 620"
-    for select in (select_global, keep_largest_of_all):
-        for kept in (0, 1, 300, 899):
-            with pytest.raises(ValueError, match=words):
-                select(there, kept)
+    for kept in (0, 1, 300, 899):
+        with pytest.raises(ValueError, match=words):
+            keep_largest_of_all(there, kept)
     with pytest.raises(ValueError, match=words):
-        kth_largest(there, 5)
+        select_global_share(there, 0.5)
 
 
 @pytest.mark.usefixtures("small")
@@ -257,7 +255,7 @@ def test_model_wide_selection_reads_lazy_scores_again_where_they_are_few(device:
         def __len__(self) -> int:
             return len(tensors)
 
-    assert select_global(Lazy(), 3) == {"a": 2, "b": 1}
+    assert select_global_share(Lazy(), 0.6) == {"a": 2, "b": 1}
     assert reads == ["a", "b"] * 4
 
 

@@ -121,6 +121,16 @@ def test_a_stack_of_unknown_orientation_is_refused_by_name() -> None:
     assert names(Moe(None), exclude=["experts.*"]) == ["shared.0", "shared.1"]
 
 
+def test_gates_of_unknown_orientation_stay_dense_with_a_note(caplog: pytest.LogCaptureFixture) -> None:
+    gates = nn.Module()
+    gates.weight = nn.Parameter(torch.ones(3, 5, 5))
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "recurrent": gates})
+    assert names(model) == ["fc"]
+    assert "recurrent.weight stay dense" in caplog.text
+    with pytest.raises(ValueError, match="is_transposed"):
+        find_layers(model, include=["recurrent.weight"])
+
+
 def test_position_embeddings_are_no_stack() -> None:
     model = nn.ModuleDict({"fc": nn.Linear(4, 4)})
     model.register_parameter("position", nn.Parameter(torch.zeros(1, 7, 4)))

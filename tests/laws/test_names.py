@@ -56,6 +56,15 @@ def test_families_hold_what_their_modules_say() -> None:
     assert not {"cubic", "part", "plan"} & set(methods.members())
 
 
+def test_options_of_owl_are_keys_of_recipes() -> None:
+    scores = {"h.0.fc": torch.ones(10, 10), "h.1.fc": torch.cat([torch.full((1, 10), 7.0), torch.ones(9, 10)])}
+    choice = {"owl": {"c": 4, "lam": 0.2}}  # of the second 10 % are above 4 * 1.6
+    assert allocations.make(choice)(scores, 0.5) == score.owl(c=4, lam=0.2)(scores, 0.5) == {"h.0.fc": 30, "h.1.fc": 70}
+    assert allocations.make("owl")(scores, 0.5) == {"h.0.fc": 50, "h.1.fc": 50}  # none is above 5 * 1.6
+    for raw in ({"prune": {"allocation": choice}}, {"images": "digits", "prune": {"allocation": choice}}):
+        assert parse(raw, ClassifierRecipe if "images" in raw else Recipe, "here").prune.allocation == choice
+
+
 def test_choices_are_kept_in_their_shortest_form_and_made_with_their_types() -> None:
     assert criteria.check("Wanda") == criteria.check({"wanda": None}) == criteria.check({"wanda": {}}) == "wanda"
     assert criteria.check({"sparsegpt": {"damping": 0.1}}) == {"sparsegpt": {"damping": 0.1}}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prunus import patterns
 from prunus.patterns import NM, Block, Rows, Unstructured, check_sparsity, kept_of, parse, selection
-from prunus.patterns.selection import keep_largest, kth_largest, select_global, select_global_share
+from prunus.patterns.selection import keep_largest_of_all, select_global_share
 
 INF = float("inf")
 # ties, both zeros, a float32 denormal, the float16 extremes, infinities
@@ -276,11 +276,8 @@ def test_model_wide_selection_equals_a_sort_of_the_concatenation(tensors: list[T
     kept = round(share * len(joined))
     direct = torch.zeros(len(joined), dtype=torch.bool)
     direct[list(first_best(joined.tolist(), kept))] = True
-    counts = select_global(named, kept)
-    masks = [keep_largest(tensor, counts[name]).flatten() for name, tensor in named.items()]
+    masks = [mask.flatten() for mask in keep_largest_of_all(named, kept).values()]
     assert torch.equal(torch.cat(masks), direct)
-    if kept:
-        assert kth_largest(named, kept) == joined.sort(descending=True).values[kept - 1]
 
 
 @pytest.mark.usefixtures("chunk")
@@ -299,26 +296,24 @@ def test_model_wide_selection_reads_lazy_scores_three_times():
         def __len__(self) -> int:
             return len(tensors)
 
-    assert select_global(Lazy(), 3) == {"a": 2, "b": 1}
+    assert select_global_share(Lazy(), 0.6) == {"a": 2, "b": 1}
     assert reads == ["a", "b"] * 3
     assert select_global_share(tensors, 0.3) == {"a": 3, "b": 2}
-    assert select_global(tensors, 0) == {"a": 0, "b": 0}
+    assert select_global_share(tensors, 0.95) == {"a": 0, "b": 0}
 
 
 def test_model_wide_selection_does_not_round_thresholds():
     mixed = {"a": torch.tensor([0.1], dtype=torch.float16), "b": torch.tensor([0.1])}  # 0.09998, 0.10000
-    assert select_global(mixed, 1) == {"a": 0, "b": 1}
+    assert select_global_share(mixed, 0.5) == {"a": 0, "b": 1}
 
 
 def test_model_wide_selection_refuses_what_it_cannot_order():
     with pytest.raises(ValueError, match="score of 'b' has 1 NaN of 2"):
-        select_global({"a": torch.ones(2), "b": torch.tensor([1.0, float("nan")])}, 1)
+        select_global_share({"a": torch.ones(2), "b": torch.tensor([1.0, float("nan")])}, 0.5)
     with pytest.raises(ValueError, match="'a' is float64"):
-        kth_largest({"a": torch.ones(2, dtype=torch.float64)}, 1)
-    with pytest.raises(ValueError, match="cannot keep 3 of 2"):
-        select_global({"a": torch.ones(2)}, 3)
-    with pytest.raises(ValueError, match="no 0-th largest"):
-        kth_largest({"a": torch.ones(2)}, 0)
+        select_global_share({"a": torch.ones(2, dtype=torch.float64)}, 0.5)
+    with pytest.raises(ValueError, match="no 3-th largest of 2"):
+        keep_largest_of_all({"a": torch.ones(1, 2)}, 3)
     with pytest.raises(ValueError, match="sparsity"):
         select_global_share({"a": torch.ones(2)}, 1.5)
 
@@ -342,4 +337,5 @@ def test_cuda_chooses_as_the_cpu(limit: int, per: str, monkeypatch: pytest.Monke
     for kept in (1, 100, 4096, 8191):
         assert torch.equal(pattern.mask(score.cuda(), kept).cpu(), pattern.mask(score, kept))
     assert torch.equal(NM(2, 4).mask(score.cuda(), 4096).cpu(), NM(2, 4).mask(score, 4096))
-    assert select_global({"a": score.cuda(), "b": score.cuda()}, 9000) == select_global({"a": score, "b": score}, 9000)
+    on_gpu = {name: score.cuda() for name in "ab"}
+    assert select_global_share(on_gpu, 0.45) == select_global_share(dict.fromkeys("ab", score), 0.45)

@@ -11,8 +11,9 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
-from prunus.blocks.chain import capture, find_blocks, observe, run_block
+from prunus.blocks.chain import capture, find_blocks, run_block
 from prunus.layers import View, find_layers
+from prunus.score import observable, observe
 
 VOCAB, WIDTH, LENGTH = 64, 32, 24
 NORMAL = {
@@ -120,6 +121,21 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], str, list[set[str]]]] = {
         "model.norm",
         [{"q_proj", "k_proj", "v_proj"}],
     ),
+    "bamba": (
+        _normal("Bamba", attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8),
+        "model.final_layernorm",
+        [],
+    ),
+    "recurrent-gemma": (
+        _normal("RecurrentGemma", num_hidden_layers=3, lru_width=WIDTH, attention_window_size=8, head_dim=8),
+        "model.final_norm",
+        [{"gate_proj", "up_proj"}],
+    ),
+    "rwkv": (
+        _own("Rwkv", hidden_size=WIDTH, attention_hidden_size=WIDTH, num_hidden_layers=2, context_length=64),
+        "rwkv.ln_out",
+        [],
+    ),
 }
 EXPERTS = ["mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss"]
 
@@ -160,13 +176,17 @@ def block_views(model: nn.Module, name: str) -> list[View]:
     return [view for view in find_layers(model) if view.name.startswith(f"{name}.")]
 
 
+def seen_views(model: nn.Module, name: str) -> list[View]:
+    return observable(model, block_views(model, name))
+
+
 def watch_chain(model: nn.Module, ids: Tensor, *, gram: bool = True) -> tuple[Tensor, dict[str, Any]]:
     names = find_blocks(model)
     hidden, arguments = capture(model, names, ids)
     inputs: dict[str, Any] = {}
     for name in names:
         block = model.get_submodule(name)
-        with observe(block, block_views(model, name), gram=gram) as seen:
+        with observe(block, seen_views(model, name), gram=gram) as seen:
             hidden = run_block(block, hidden, arguments[name])
         inputs.update(seen)
     return hidden, inputs
@@ -212,7 +232,11 @@ def test_layers_of_a_block_leave_embeddings_head_and_routers(family: str) -> Non
     left = {key.removeprefix(f"{name}.") for key in matrices - pruned}
     routers = {"mlp.gate.weight", "mlp.router.weight", "mlp.shared_expert_gate.weight"}
     biases = {"mlp.experts.gate_up_proj_bias", "mlp.experts.down_proj_bias"}
-    assert left <= routers | biases, left
+    gates = {
+        f"temporal_block.rg_lru.{each}_gate_{part}" for each in ("input", "recurrent") for part in ("weight", "bias")
+    }
+    mixes = {key for key in left if ".time_mix_" in key}  # (1, 1, width) of RWKV
+    assert left <= routers | biases | gates | mixes, left
     assert not any(view.name.startswith(("lm_head", "model.embed")) for view in find_layers(model))
     for view in views:
         matrix = view.matrix(parameters[view.parameter])
@@ -228,7 +252,7 @@ def test_observed_inputs_of_modules(family: str) -> None:
     def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, args: expected.setdefault(name, []).append(args[0].clone())
 
-    views = [view for name in find_blocks(model) for view in block_views(model, name)]
+    views = [view for name in find_blocks(model) for view in seen_views(model, name)]
     hooks = [
         model.get_submodule(view.name).register_forward_pre_hook(keep(view.name))
         for view in views

@@ -22,8 +22,9 @@ from prunus.run.vision.setting import Setting
 from prunus.run.vision.smaller import smaller
 from prunus.run.vision.sweep import sweep, sweep_of
 from prunus.run.vision.train import prune_run, pruning_of, train_run
-from prunus.shrink.filters import mask_filters, resized
+from prunus.shrink.filters import resized
 from prunus.shrink.lowrank import decompose
+from tests.laws.test_shrink import masked_filters
 from tests.systems.test_vision import TRAIN, Killed, Tiny, checked, raw, same_bits, tiny
 
 __all__ = ["tiny"]
@@ -67,7 +68,7 @@ def test_filters_that_go_are_those_that_weigh_least(tmp_path: Path) -> None:
         name: dense.get_submodule(name).get_parameter("weight").flatten(1).norm(dim=1).argsort()[: width // 2]
         for name, width in (("0", 8), ("3", 16))
     }
-    masked = mask_filters(dense, torch.zeros(1, 1, 8, 8), gone)
+    masked = masked_filters(dense, torch.zeros(1, 1, 8, 8), gone)
     found = accuracy(made.model, setting.measured())
     assert found.top1 == accuracy(masked, setting.measured()).top1 == result["stages"]["pruned"]["top1"]
     parameters = 4 * 9 + 8 + 8 * 4 * 9 + 16 + 32 * 10 + 10

@@ -22,8 +22,6 @@ from prunus.adapt.sites import LINEAR, Cast, Kind, Parametrization, Site, find_o
 from prunus.adapt.subsets import ADAPTERS, SUBSETS, check_subsets, find_subset
 from prunus.layers import View
 
-__all__ = ["SUBSETS", "Adaptation", "MergeReport", "adapt", "check_subsets"]
-
 log = logging.getLogger(__name__)
 
 

@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from prunus.adapt.effective import Terms, effective_linear, effective_parameter, effective_weight
 from prunus.machine import no_autocast, product_dtype
 
-__all__ = ["AdaptedWeight", "EffectiveLinear", "Factors", "Init", "LowRankLinear", "matrices", "new_factors"]
-
 Init = Literal["kaiming", "gaussian"]
 
 

@@ -15,8 +15,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["add_biases"]
-
 log = logging.getLogger(__name__)
 
 _Entry = tuple[str, ...]  # the way from model.config to the entry: ("text_config", "attention_bias")

@@ -29,8 +29,6 @@ from prunus.kernels import uses_kernels
 from prunus.machine import no_autocast, product_dtype
 from prunus.masks import kept_rows
 
-__all__ = ["Terms", "effective_linear", "effective_parameter", "effective_weight", "tiles", "weight_gradients"]
-
 _RANK, _RANK_WIDE = 64, 32  # largest of an adapter in kernels, of float32 weights: more would not fit into registers
 _TILE = 1 << 22  # entries of W_eff and G formed at once: 16 MiB of float32, wide enough to keep a GPU busy
 

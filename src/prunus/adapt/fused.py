@@ -22,8 +22,6 @@ from prunus.adapt.adapters import EffectiveLinear
 from prunus.blocks import allow_programs, recomputing
 from prunus.machine import product_dtype
 
-__all__ = ["compiled_forward"]
-
 
 @contextmanager
 def compiled_forward(model: nn.Module, *, backend: str = "inductor") -> Generator[int]:

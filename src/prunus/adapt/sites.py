@@ -25,8 +25,6 @@ from prunus.layers import View
 from prunus.machine import no_autocast
 from prunus.masks import pack, unpack
 
-__all__ = ["Kind", "Owner", "Parametrization", "Site", "find_owners", "make_sites"]
-
 LINEAR = (EffectiveLinear, LowRankLinear)
 
 _SLACK = 8  # roundings of the output's scale |x||W| that a merged layer may differ by

@@ -17,8 +17,6 @@ from torch import nn
 
 from prunus.machine import is_pretrained
 
-__all__ = ["ADAPTERS", "SUBSETS", "check_subsets", "find_subset"]
-
 ADAPTERS = ("lora", "lora_prune", "scale_lora", "mask_lora")
 SUBSETS = ("biases", "norms", "head", "embeddings", *ADAPTERS, "full")
 

@@ -21,19 +21,6 @@ from torch.utils._pytree import tree_flatten
 
 from prunus.layers import scan
 from prunus.machine import is_pretrained
-from prunus.score import observe
-
-__all__ = [
-    "Arguments",
-    "Source",
-    "capture",
-    "embed",
-    "find_blocks",
-    "find_recomputing",
-    "finish",
-    "observe",
-    "run_block",
-]
 
 log = logging.getLogger(__name__)
 
@@ -187,7 +174,7 @@ def _same(one: Arguments, other: Arguments) -> bool:
 def _record(model: nn.Module, names: Sequence[str], input_ids: Tensor, leaving: Tensor | None) -> _Chain:
     """The chain of one recording forward, which ends at the last block unless that is to return `leaving`."""
     failures: list[tuple[int, Exception]] = []
-    for wrap in (_as_tensor, _as_tuple):  # which of the two the model expects shows at the second block
+    for wrap in _WAYS:  # which of them the model expects shows at the second block
         chain = _Chain(list(names), wrap, leaving=leaving)
         try:
             with chain.recording(model), suppress(_LastBlock):
@@ -196,7 +183,14 @@ def _record(model: nn.Module, names: Sequence[str], input_ids: Tensor, leaving: 
             return chain
         except Exception as failure:
             failures.append((len(chain.calls), failure))
-    raise max(failures, key=lambda each: each[0])[1]  # the way that got further tells what is wrong
+    called, failure = max(failures, key=lambda each: each[0])  # the way that got further tells what is wrong
+    own = isinstance(failure, _NoChain) or not isinstance(failure, (TypeError, ValueError, AttributeError, LookupError))
+    if called and not own:
+        raise _NoChain(
+            f"{type(model).__name__} does not run as a chain of blocks ({failure}): looked for blocks {names[0]} .. "
+            f"{names[-1]} that return the hidden state, alone or first of up to three values"
+        ) from failure
+    raise failure
 
 
 def run_block(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
@@ -226,12 +220,16 @@ class _LastBlock(Exception):
     """Ends the recording forward: what follows the last block is not needed and may be on meta."""
 
 
-def _as_tensor(hidden: Tensor) -> Any:
-    return hidden
+class _NoChain(ValueError):
+    """The model does not call its blocks as a chain."""
 
 
-def _as_tuple(hidden: Tensor) -> Any:
-    return (hidden,)
+_WAYS: tuple[Callable[[Tensor], Any], ...] = (  # what blocks return
+    lambda hidden: hidden,
+    lambda hidden: (hidden,),
+    lambda hidden: (hidden, None),  # attention weights, caches
+    lambda hidden: (hidden, None, None),
+)
 
 
 @dataclass(eq=False)
@@ -266,7 +264,7 @@ class _Chain:
         def forward(*args: Any, **kwargs: Any) -> Any:
             expected = self.names[len(self.calls)]
             if name != expected:
-                raise ValueError(f"the model called block '{name}' where '{expected}' was expected")
+                raise _NoChain(f"the model called block '{name}' where '{expected}' was expected")
             self.calls[name] = self._split(name, args, kwargs)
             if len(self.calls) == len(self.names):
                 if self.leaving is None:
@@ -284,7 +282,7 @@ class _Chain:
         if self.hidden is None and isinstance(first, Tensor) and first.is_floating_point():
             self.hidden = first
         if first is not self.hidden or first is None:
-            raise ValueError(
+            raise _NoChain(
                 f"block '{name}' does not receive the output of the block before it as its first argument but "
                 f"{_describe(first)}; a chain of blocks that hand on one hidden state was looked for"
             )
@@ -293,7 +291,7 @@ class _Chain:
     def result(self, model: nn.Module) -> tuple[Tensor, dict[str, Arguments]]:
         if self.hidden is None or len(self.calls) < len(self.names):
             missing = self.names[len(self.calls)] if self.names else "none given"
-            raise ValueError(f"{type(model).__name__} never called block '{missing}' in its forward")
+            raise _NoChain(f"{type(model).__name__} never called block '{missing}' in its forward")
         return self.hidden, self.calls
 
 

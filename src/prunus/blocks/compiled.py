@@ -15,8 +15,6 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-__all__ = ["compile_blocks_", "uncompiled"]
-
 _PROGRAMS = 64  # of one forward: shapes of blocks, times training and evaluation; torch gives up at 8
 
 

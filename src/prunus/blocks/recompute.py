@@ -23,8 +23,6 @@ from torch.utils.hooks import RemovableHandle
 from prunus.blocks.chain import find_recomputing
 from prunus.machine import local_part
 
-__all__ = ["kept_blocks", "recomputed", "recomputing"]
-
 _MARGIN = 0.9  # of the memory there is: the allocator cannot use the last bits of it
 _STATE = 16  # bytes a trainable: gradient, two moments, and what the optimizer's step forms on the way
 

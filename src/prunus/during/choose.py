@@ -13,8 +13,6 @@ from torch import Tensor
 from prunus.patterns import Unstructured, keep_largest, kept_of
 from prunus.score import Allocation, Count, allocation_of, counts_under
 
-__all__ = ["keep_allocated", "keep_global", "magnitudes", "without_inputs"]
-
 
 @torch.no_grad()
 def magnitudes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,8 +13,6 @@ from prunus.masks import Masks
 from prunus.patterns import kept_of
 from prunus.train import During, Plan
 
-__all__ = ["CS"]
-
 
 class CS(During):
     """Continuous sparsification: each weight is multiplied by a sigmoid gate, which grows steeper until it is a mask.

@@ -11,8 +11,6 @@ from prunus.masks import Masks
 from prunus.patterns import kept_of
 from prunus.train import During, Plan
 
-__all__ = ["DNW"]
-
 
 class DNW(During):
     """Discovering neural wirings: every forward pass uses the largest |w| of that moment; all weights are updated.

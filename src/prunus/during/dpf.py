@@ -12,8 +12,6 @@ from prunus.masks import Masks
 from prunus.patterns import kept_of
 from prunus.train import During, Plan
 
-__all__ = ["DPF"]
-
 
 class DPF(During):
     """Dynamic model pruning with feedback: the gradient at the pruned weights moves the dense ones.

@@ -15,8 +15,6 @@ from prunus.masks import Masks
 from prunus.patterns import kept_of
 from prunus.train import During, Plan
 
-__all__ = ["DST"]
-
 _LEAST_DENSITY = 0.01  # a layer with no more than this share of its weights starts anew (the paper's 1 %)
 
 

@@ -16,8 +16,6 @@ from prunus.patterns import kept_of
 from prunus.score import Allocation, Count, Scores, global_
 from prunus.train import During, Plan
 
-__all__ = ["GMP"]
-
 
 class GMP(During):
     """Gradual magnitude pruning: at n moments of the training the smallest weights go, up to `sparsity`.

@@ -11,8 +11,6 @@ from prunus.masks import Masks
 from prunus.patterns import kept_of
 from prunus.train import During, Plan
 
-__all__ = ["GSM"]
-
 
 class GSM(During):
     """Global sparse momentum SGD: all but the most important weights fade, and are removed at the end.

@@ -11,8 +11,6 @@ from prunus.masks import Masks
 from prunus.patterns import kept_of
 from prunus.train import During, Plan
 
-__all__ = ["LC"]
-
 
 class LC(During):
     """Learning-compression: a penalty pulls the weights towards their best sparse approximation, ever harder.

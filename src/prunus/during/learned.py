@@ -14,8 +14,6 @@ from prunus.masks import Masks
 from prunus.patterns import kept_of
 from prunus.train import During
 
-__all__ = ["finish_learned_", "train_with_"]
-
 _logger = logging.getLogger(__name__)
 
 

@@ -10,8 +10,6 @@ from torch.optim import Optimizer
 from prunus.masks import Masks
 from prunus.train import During, Plan
 
-__all__ = ["Part"]
-
 
 class Part(During):
     """A method that is told of `steps`, the steps of the whole training, by a `train` that does the first of them.

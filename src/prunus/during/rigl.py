@@ -15,8 +15,6 @@ from prunus.patterns import kept_of
 from prunus.score import Allocation, Count, erk
 from prunus.train import During, Plan
 
-__all__ = ["RigL"]
-
 
 class RigL(During):
     """Rigged lottery: a random sparse network whose smallest weights make room where the gradient is largest.

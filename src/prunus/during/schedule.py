@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["cubic", "sparsity_after"]
-
 
 def cubic(sparsity: float, steps: int, *, every: float, start: float = 0.0, stop: float = 1.0) -> dict[int, float]:
     """Steps done -> the sparsity from then on, rising fast at first and ever slower, to exactly `sparsity` = S.

@@ -12,8 +12,6 @@ from prunus.patterns import kept_of
 from prunus.score import Allocation, Count, erk
 from prunus.train import During, Plan
 
-__all__ = ["SET"]
-
 
 class SET(During):
     """Sparse evolutionary training: a random sparse network, of which the smallest weights are replaced by random ones.

@@ -13,8 +13,6 @@ from prunus.masks import Masks
 from prunus.patterns import kept_of
 from prunus.train import During, Plan
 
-__all__ = ["STR"]
-
 
 class STR(During):
     """Soft threshold weight reparametrisation: the forward pass uses shrunken weights, their threshold is trained.

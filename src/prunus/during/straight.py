@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["straight_through"]
-
 
 def straight_through(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """w * m of each tensor, of which the gradient with respect to w is taken to be the identity.

@@ -13,8 +13,6 @@ from prunus.masks import Masks
 from prunus.patterns import keep_largest
 from prunus.score import Allocation, Count, Scores
 
-__all__ = ["exchange", "random_scores", "random_topology"]
-
 
 def random_scores(views: Sequence[View], seed: Sequence[int]) -> dict[str, Tensor]:
     """Layer name -> uniform random numbers (out, in) float32 on the CPU, the same on every machine for a seed.

@@ -19,8 +19,6 @@ from prunus.frankwolfe.sets.radius import Size, expected_norm, measured_norm
 from prunus.masks import Masks
 from prunus.train import During, Plan
 
-__all__ = ["KeptGradients", "constrained_groups"]
-
 
 def constrained_groups(
     model: nn.Module,

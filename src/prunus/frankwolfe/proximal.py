@@ -23,8 +23,6 @@ from prunus.frankwolfe.sets.protocol import matrix_of
 from prunus.layers import View
 from prunus.train import During, Plan, unrecorded
 
-__all__ = ["GroupLasso", "NuclearNorm", "NuclearSteps", "ProximalSGD", "shrink_groups", "shrink_singular_values"]
-
 Proximal = Literal["nuclear", "groups"]
 _TINY = 1e-30
 

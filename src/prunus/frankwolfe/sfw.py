@@ -33,8 +33,6 @@ from prunus.frankwolfe.sets.fused import FusedMoves, is_fused
 from prunus.frankwolfe.sets.problems import Part, Problems, joint_problem, separate_problems
 from prunus.frankwolfe.sets.subspace import COLD, Triple, follow_, make_basis
 
-__all__ = ["SFW", "Rescale"]
-
 Rescale = Literal["none", "diameter", "gradient", "fast_gradient"]
 _TINY = 1e-30
 

@@ -22,8 +22,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-__all__ = ["build_", "reduce"]
-
 _NONE, _BOOL, _BITS = 0, 1, 2  # how a mask is stored
 _TILE = 1 << 26  # entries of G formed at once: 128 MiB of bfloat16, few tails of products that leave the GPU half idle
 _DEPTH = 512  # rows of G that a program reduces, some at a time: each writes r sums a column, twice 16 KiB of 128

@@ -17,8 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["cross_entropy"]
-
 _BLOCK = 4096  # entries of a row in registers at once
 
 

@@ -19,8 +19,6 @@ from torch import Tensor
 
 from prunus.kernels.order import read_scores
 
-__all__ = ["keep_of_groups"]
-
 _TILE = 1024  # entries of one program
 
 

@@ -21,8 +21,6 @@ from torch import Tensor
 
 from prunus.kernels.order import read_keys, widen
 
-__all__ = ["add_counts", "count_byte", "find_key", "largest_of_long_rows"]
-
 _BLOCK = 4096  # scores read at once
 _STEPS = 4  # of them that a program reads: fewer programs add up counts
 _READINGS = 4

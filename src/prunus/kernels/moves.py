@@ -23,8 +23,6 @@ from torch import Tensor
 
 from prunus.kernels.long_rows import add_counts, count_byte, find_key
 
-__all__ = ["Moves", "move_", "plan_moves"]
-
 _BLOCK = 4096  # entries read at once
 _STEPS = 4  # of them that a program reads
 _READINGS = 4

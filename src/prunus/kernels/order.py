@@ -17,8 +17,6 @@ import struct
 import triton
 import triton.language as tl
 
-__all__ = ["is_nan", "key_of", "read_keys", "read_scores", "value_of", "widen"]
-
 
 def key_of(value: float) -> int:
     """The key of a float32 number, outside programs.

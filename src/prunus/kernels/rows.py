@@ -24,8 +24,6 @@ from torch import Tensor
 
 from prunus.kernels.order import is_nan, read_keys
 
-__all__ = ["keep_of_rows", "takes_rows"]
-
 _WIDEST = 32768  # columns whose keys fit into the registers of one program
 _SHIFT = {torch.bfloat16: 16, torch.float16: 13}  # low bits that say nothing
 _KEYS = 64  # keys a thread holds: more spare the work that every thread does in a step, fewer hide waiting

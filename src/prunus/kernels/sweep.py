@@ -20,8 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["sweep_block_"]
-
 _ROWS = 32  # of one program: 224 programs at 7168 rows, more than an H100 has multiprocessors
 
 

@@ -15,8 +15,6 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-__all__ = ["kernels", "uses_kernels"]
-
 _AVAILABLE = (
     os.environ.get("PRUNUS_KERNELS") != "0"
     and importlib.util.find_spec("triton") is not None

@@ -31,8 +31,6 @@ from torch import Tensor
 
 from prunus.kernels.order import is_nan, key_of, read_keys, value_of, widen
 
-__all__ = ["LISTED", "Kth", "count_of", "keep_above", "keep_first", "keep_of_all", "kth_of", "sample_of"]
-
 LISTED = 1 << 16  # most equals whose places are listed: half a megabyte
 
 _STRIDE = 1021  # a prime: matrices have widths that 1024 divides, and every column should be seen

@@ -24,20 +24,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = [
-    "atomic",
-    "atomic_folder",
-    "hidden_folder",
-    "json_line",
-    "json_value",
-    "read_json",
-    "read_tensors",
-    "remove_partials",
-    "write_json",
-    "write_tensors",
-    "write_text",
-]
-
 _CHECKSUM = "crc32"
 _NUMBERS = {text: float(text) for text in ("nan", "inf", "-inf")}
 

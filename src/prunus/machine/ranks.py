@@ -17,8 +17,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-__all__ = ["agree", "all_failed", "count", "index", "is_main", "join", "leave", "send_", "share", "sum_", "wait"]
-
 
 def count() -> int:
     """The number of processes that were launched together; 1 without a launcher."""

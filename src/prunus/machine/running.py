@@ -17,22 +17,6 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = [
-    "Precision",
-    "autocast",
-    "full_products",
-    "import_extra",
-    "imported",
-    "in_mode",
-    "is_pretrained",
-    "local_part",
-    "no_autocast",
-    "of_training",
-    "product_dtype",
-    "random_state",
-    "set_random_state",
-]
-
 Precision = Literal["fp32", "bf16", "fp16"]
 
 

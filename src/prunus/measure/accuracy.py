@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from prunus.blocks import uncompiled
 from prunus.machine import Precision, autocast, in_mode
 
-__all__ = ["Accuracy", "accuracy"]
-
 
 @dataclass(frozen=True)
 class Accuracy:

@@ -22,8 +22,6 @@ from prunus.data import CORRUPTIONS, Images, Strengths, check_corruptions, corru
 from prunus.machine import write_tensors
 from prunus.measure.accuracy import Accuracy
 
-__all__ = ["MEASURES", "Corrupted", "corrupted_accuracy", "corrupted_images", "corrupted_sets"]
-
 MEASURES = ("top1", "loss", "calibration_error", "maximum_calibration_error", "worst_class")
 
 
@@ -61,13 +59,12 @@ def corrupted_accuracy(
     seed: int = 0,
     strengths: Strengths = "cifar",
     folder: Path | None = None,
-    on_set: Callable[[], None] | None = None,
 ) -> Corrupted:
     """What `measure` says of each corruption of `images` at each severity.
 
     measure: images -> Accuracy, such as `accuracy` of a network on batches normalised as in training, or that of an
     ensemble. seed, strengths: as `corrupt` takes them. folder: where corrupted sets are kept, or CIFAR-10-C itself;
-    None makes them anew. on_set is called after each set.
+    None makes them anew.
     Source: Hendrycks & Dietterich 2019, Sec. 4; their mean corruption error divides by AlexNet's, which is not done.
     Raises as `corrupt`, before anything is measured, and what `measure` raises.
 
@@ -79,8 +76,6 @@ def corrupted_accuracy(
     sets = corrupted_sets(images, names, severities, seed=seed, strengths=strengths, folder=folder)
     for name, severity, corrupted in sets:
         found.setdefault(name, {})[severity] = measure(corrupted)
-        if on_set is not None:
-            on_set()
     return Corrupted(found)
 
 

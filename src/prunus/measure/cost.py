@@ -21,8 +21,6 @@ from prunus.blocks import uncompiled
 from prunus.machine import in_mode
 from prunus.masks import Masks
 
-__all__ = ["Cost", "Energy", "cost", "flops_of", "weight_change"]
-
 
 @dataclass(frozen=True)
 class Cost:

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from prunus.machine import Precision
 from prunus.measure.accuracy import Accuracy, accuracy
 
-__all__ = ["Ensemble", "ensemble_accuracy"]
-
 
 class Ensemble(nn.Module):
     """Several classifiers as one, whose logits are the logarithm of the members' mean probabilities.

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from prunus.machine import Precision, autocast, in_mode
 
-__all__ = ["latency"]
-
 _WARM = 3
 
 

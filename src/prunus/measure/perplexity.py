@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from prunus.data import IGNORED, Tokens, labels, windows
 from prunus.machine import in_mode
 
-__all__ = ["perplexity"]
-
 
 def perplexity(
     model: nn.Module,

@@ -17,8 +17,6 @@ from prunus.machine import Precision, autocast
 from prunus.measure.perplexity import cut, summed_loss
 from prunus.stream import ahead
 
-__all__ = ["streamed_perplexity"]
-
 
 @torch.no_grad()
 def streamed_perplexity(

@@ -25,8 +25,6 @@ from prunus.machine import import_extra
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Example", "read_task", "zero_shot"]
-
 log = logging.getLogger(__name__)
 
 

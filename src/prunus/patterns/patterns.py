@@ -29,19 +29,6 @@ from prunus.patterns.selection import (
     refuse_nan,
 )
 
-__all__ = [
-    "NM",
-    "Block",
-    "Pattern",
-    "Rows",
-    "Unstructured",
-    "check_count",
-    "check_sparsity",
-    "mask_scaled",
-    "parse",
-    "scaled",
-]
-
 
 class Pattern(Protocol):
     """What a pattern's methods promise; shapes are (out, in), masks are bool, True is kept."""

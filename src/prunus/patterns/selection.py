@@ -24,21 +24,6 @@ from torch import Tensor
 
 from prunus.kernels import uses_kernels
 
-__all__ = [
-    "check_scores",
-    "goes_to_kernels",
-    "keep_largest",
-    "keep_largest_of_all",
-    "keep_largest_of_group",
-    "keep_largest_of_groups",
-    "keep_largest_of_row",
-    "kept_of",
-    "kth_largest",
-    "refuse_nan",
-    "select_global",
-    "select_global_share",
-]
-
 _TOPK = 1 << 22  # largest CUDA problem given to topk, which allocates its result
 _Kth = tuple[float, int | None, int]  # a k-th largest score; where known, how many are larger, and how many equal it
 _WIDTHS = (torch.float32, torch.bfloat16, torch.float16)  # what the programs read; float64 takes the plain path
@@ -175,54 +160,33 @@ def keep_largest_of_group(score: Tensor, kept: int) -> Tensor:
     return rank < kept
 
 
-def kth_largest(scores: Mapping[str, Tensor], k: int) -> float:
-    """The k-th largest score (k from 1) over all tensors of a mapping, exact, in bounded memory.
+def select_global_share(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
+    """How many entries of each tensor stay when this share of all, in [0, 1), goes; exact, in bounded memory.
 
-    scores: name -> float32, bfloat16 or float16 of any shape; read twice in the mapping's order, so values may be
+    scores: name -> float32, bfloat16 or float16 of any shape; read three times in the mapping's order, so values may be
     computed on access. The order-preserving integer key of a float32 is refined by two histograms of 16 bits, or on a
     GPU by a sample and a histogram of what lies near its k-th (a reading more where scores are few or far apart, two
-    where the sample misleads). Raises ValueError for NaN, float64, or k outside 1..(number of scores).
-
-    >>> kth_largest({"a": torch.tensor([1.0, 5.0]), "b": torch.tensor([3.0])}, 2)
-    3.0
-    """
-    return _first_reading(scores)[1](k)[0]
-
-
-def select_global(scores: Mapping[str, Tensor], kept: int) -> dict[str, int]:
-    """How many entries of each tensor are among the `kept` largest of all; the counts add up to `kept`.
-
-    scores: as in `kth_largest`; read three times, on a GPU more where it says so. Ties go to earlier tensors, then to
-    lower flat indices: `keep_largest` with these counts gives the mask of one direct model-wide selection.
-    Raises ValueError for NaN, float64, or kept outside 0..(number of scores).
-
-    >>> select_global({"a": torch.tensor([1.0, 5.0]), "b": torch.tensor([3.0])}, 2)
-    {'a': 1, 'b': 1}
-    """
-    total, kth = _first_reading(scores)
-    return _select(scores, kept, total, kth)
-
-
-def select_global_share(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
-    """`select_global` for a model-wide sparsity in [0, 1), in the same three readings.
+    where the sample misleads). Ties go to earlier tensors, then to lower flat indices: `keep_largest` with these counts
+    gives the mask of one direct model-wide selection. Raises ValueError for NaN or float64.
 
     >>> select_global_share({"a": torch.tensor([1.0, 5.0]), "b": torch.tensor([3.0, 4.0])}, 0.5)
     {'a': 1, 'b': 1}
     """
     kept_of(0, sparsity)  # refuse before the readings
     total, kth = _first_reading(scores)
-    return _select(scores, kept_of(total, sparsity), total, kth)
+    return _select(scores, kept_of(total, sparsity), kth)
 
 
 def keep_largest_of_all(scores: Mapping[str, Tensor], kept: int) -> dict[str, Tensor]:
-    """The masks of the `kept` largest of all entries of all tensors: `keep_largest` by the counts of `select_global`.
+    """The masks of the `kept` largest of all entries of all tensors; ties as in `select_global_share`.
 
-    scores: name -> (rows, columns), otherwise as in `kth_largest`. Raises ValueError as `select_global` does.
+    scores: name -> (rows, columns), otherwise as there. Raises ValueError for NaN, float64, or kept outside 0..(number
+    of scores).
 
     >>> keep_largest_of_all({"a": torch.tensor([[1.0, 5.0]]), "b": torch.tensor([[3.0]])}, 2)
     {'a': tensor([[False,  True]]), 'b': tensor([[True]])}
     """
-    total, kth = _first_reading(scores)
+    _, kth = _first_reading(scores)
     threshold, above, equal = kth(kept) if kept else (torch.inf, None, 0)
     if above is not None and all(goes_to_kernels(score) for score in scores.values()):
         from prunus.kernels import LISTED, Kth, keep_of_all
@@ -232,7 +196,7 @@ def keep_largest_of_all(scores: Mapping[str, Tensor], kept: int) -> dict[str, Te
             return dict(zip(scores, masks, strict=True))
         shares = _shares(scores, kept, threshold)
         return {name: _keep_above_and_first(score, threshold, *shares[name]) for name, score in scores.items()}
-    counts = _select(scores, kept, total, lambda _: (threshold, above, equal))
+    counts = _select(scores, kept, lambda _: (threshold, above, equal))
     return {name: keep_largest(score, counts[name]) for name, score in scores.items()}
 
 
@@ -285,9 +249,7 @@ def _flat_chunks(score: Tensor) -> Iterator[Tensor]:
         yield part.float()  # a threshold of another dtype must not be rounded to a tensor's own
 
 
-def _select(scores: Mapping[str, Tensor], kept: int, total: int, kth: Callable[[int], _Kth]) -> dict[str, int]:
-    if not 0 <= operator.index(kept) <= total:
-        raise ValueError(f"cannot keep {kept} of {total} entries")
+def _select(scores: Mapping[str, Tensor], kept: int, kth: Callable[[int], _Kth]) -> dict[str, int]:
     if kept == 0:
         for name, score in scores.items():
             check_scores(score, f"score of '{name}'")

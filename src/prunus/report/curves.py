@@ -12,8 +12,6 @@ from prunus.report.plots import _CYCLE, _STAGES, BLACK, BLUE, VERMILION, _figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Point", "plot_accuracy", "plot_run"]
-
 Point = tuple[str, float, float | None]  # label on the abscissa, mean, deviation
 _COLUMNS = 3  # panels side by side
 _CROWDED, _SHOWN = 10.0, 15.0  # points

@@ -10,8 +10,6 @@ import numpy as np
 from prunus.report.plots import BLACK, _figure, _save, _style
 from prunus.soup import Line, Plane
 
-__all__ = ["plot_lines", "plot_plane"]
-
 
 def plot_lines(lines: Mapping[str, Line], path: str | Path, *, ylabel: str = "loss", title: str = "") -> None:
     """Write a PNG of a score along lines between two members: name of the line -> its points.

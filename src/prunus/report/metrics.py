@@ -10,8 +10,6 @@ from typing import Any
 
 from prunus.machine import json_line, json_value
 
-__all__ = ["append_metrics", "read_metrics"]
-
 
 def append_metrics(path: str | Path, row: Mapping[str, Any]) -> None:
     """Append `row` with the time (seconds since 1970) as one line, in one write that other processes cannot split.

@@ -8,8 +8,6 @@ from typing import Any
 
 from prunus.report.plots import _CYCLE, BLACK, _figure, _save, _style
 
-__all__ = ["plot_sweep"]
-
 
 def plot_sweep(result: Mapping[str, Any], path: str | Path) -> None:
     """Write a PNG with a line for each kind: accuracy against rate, parameters, operations, and measured latency.

@@ -16,8 +16,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-__all__ = ["Advance", "format_value", "markdown_table", "print_table", "progress"]
-
 log = logging.getLogger(__name__)
 
 _LOG_EVERY = 30.0  # seconds

@@ -33,6 +33,7 @@ from .criteria import ria as ria
 from .criteria import scaling as scaling
 from .criteria import wanda as wanda
 from .criteria import warn_unseen as warn_unseen
+from .observe import observable as observable
 from .observe import observe as observe
 from .within import check_within as check_within
 from .within import limited as limited

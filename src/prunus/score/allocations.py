@@ -284,9 +284,9 @@ def owl(c: float = 5.0, lam: float = 0.08) -> Allocation:
         D_b = mean over block b of [A > c * mean(A)],   A = |W| * ||X||, Wanda's scores
         s_b = S - lam * (D_b - mean D) / max |D - mean D|
 
-    Means over blocks are weighted by parameters, so the model's sparsity is exactly S: the counts add up to
-    `kept_of(total, S)`. Layers of a block get its sparsity. A block is the name up to its first integer part
-    ("model.layers.0"); names without one are blocks of their own. A plain mapping of scores is taken as A.
+    c is the paper's M, lam its lambda. Means over blocks are weighted by parameters, so the model's sparsity is exactly
+    S: the counts add up to `kept_of(total, S)`. Layers of a block get its sparsity. A block is the name up to its first
+    integer part ("model.layers.0"); names without one are blocks of their own. A plain mapping of scores is taken as A.
 
     The paper states s_b within [S - lam, S + lam], its code spreads the s_b over a range of 2 lam, which leaves that
     interval when the D_b are skewed. This keeps the interval; for symmetric D_b both agree.

@@ -194,7 +194,8 @@ def wanda(layer: Layer) -> Tensor | None:
 def ria(layer: Layer) -> Tensor:
     """(|W_ij| / sum_k |W_kj| + |W_ij| / sum_k |W_ik|) * ||X_j||_2^(1/2), (out, in) float32   (Zhang et al. 2024).
 
-    The exponent 1/2 is the default of the authors' released code. An all-zero row or column scores zero. A layer that
+    The exponent 1/2 is the default of the authors' released code. Their permutation of input channels for N:M, which
+    has to permute what makes the inputs as well, is missing. An all-zero row or column scores zero. A layer that
     saw no token gets its magnitude, with a warning. Raises ValueError as `wanda`.
 
     >>> inputs = Inputs(2)

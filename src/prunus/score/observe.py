@@ -7,6 +7,7 @@ input. Layers that receive the same tensor object (q, k, v; gate, up) share one 
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -19,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from prunus.layers import CONVOLUTIONS, Inputs, View, find_layers
+from prunus.layers import CONVOLUTIONS, Inputs, View, matches, scan
 from prunus.machine import imported
 
-__all__ = ["observe"]
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -47,6 +48,28 @@ def observe(block: nn.Module, views: Sequence[View], *, gram: bool) -> Generator
             stack.enter_context(_Products(stacks, ledger))
         yield ledger.inputs
     ledger.finish(located, stacks)
+
+
+def observable(root: nn.Module, views: Sequence[View], include: Sequence[str] = ()) -> list[View]:
+    """The views without those whose inputs cannot be told (convolutions of several groups), which a note names.
+
+    Raises: ValueError for one that a glob of `include` names, other than "*".
+
+    >>> root = nn.Sequential(nn.Conv1d(4, 4, 3, groups=4), nn.Conv1d(4, 8, 1))
+    >>> [view.name for view in observable(root, find_layers(root))]
+    ['1']
+    """
+    parameters = dict(root.named_parameters())
+    owners = {id(each): module for module in root.modules() for each in module.parameters(recurse=False)}
+    hidden = {view.name: owners[id(parameters[view.parameter])] for view in views}
+    hidden = {name: module for name, module in hidden.items() if _is_hidden(module)}
+    for name in hidden:
+        if any(matches(name, glob) for glob in include if glob != "*"):
+            _patches(name, hidden[name])  # raises
+    if hidden:
+        names = ", ".join(list(hidden)[:3]) + (f" and {len(hidden) - 3} more" if len(hidden) > 3 else "")
+        log.warning("%s stay dense: the inputs of convolutions of several groups cannot be observed", names)
+    return [view for view in views if view.name not in hidden]
 
 
 @dataclass(eq=False)
@@ -220,7 +243,7 @@ def _attach(
 def _locate(block: nn.Module, views: Sequence[View]) -> Iterator[tuple[View, Tensor]]:
     """Each view with its parameter in the block; the views' names may have the block's name in front."""
     parameters = dict(block.named_parameters())
-    own = {view.name: view for view in find_layers(block, include=["*"])}
+    own = {candidate.view.name: candidate.view for candidate in scan(block)}
     fronts: set[str] | None = None
     for view in views:
         fit = {view.name.removesuffix(name) for name in own if f".{view.name}".endswith(f".{name}")}
@@ -245,11 +268,15 @@ def _hook(name: str, module: nn.Module, ledger: _Ledger) -> Callable[..., None]:
     return received
 
 
+def _is_hidden(module: nn.Module) -> bool:
+    return isinstance(module, CONVOLUTIONS) and (module.groups > 1 or isinstance(module, nn.Conv3d))
+
+
 def _patches(name: str, module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """How a convolution's input becomes rows (positions, in * kernel); None for other modules."""
     if not isinstance(module, CONVOLUTIONS):
         return None
-    if module.groups > 1 or isinstance(module, nn.Conv3d):
+    if _is_hidden(module):
         raise ValueError(
             f"the inputs of '{name}' ({type(module).__name__}, {module.groups} groups) cannot be observed: only Conv1d "
             f"and Conv2d of one group can. Skip it with exclude=['{name.rpartition('.')[2]}'], or score by magnitude."

@@ -20,8 +20,6 @@ from prunus.score.criteria import Criterion
 if TYPE_CHECKING:
     from prunus.patterns import Pattern
 
-__all__ = ["check_within", "limited", "staying"]
-
 
 def limited(score: Tensor, view: View, within: Masks) -> Tensor:
     """The score (out, in) with -inf where earlier masks prune; itself where they do not know the parameter."""

@@ -2,7 +2,6 @@ from .filters import Channels as Channels
 from .filters import choose_filters as choose_filters
 from .filters import filter_norms as filter_norms
 from .filters import find_channels as find_channels
-from .filters import mask_filters as mask_filters
 from .filters import remove_filters as remove_filters
 from .filters import resized as resized
 from .lowrank import decompose as decompose

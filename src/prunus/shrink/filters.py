@@ -1,6 +1,6 @@
 """Filters and neurons that really go: a smaller network of ordinary layers, equal to the one where they are zero.
 
-    find_channels ─▶ filter_norms ─▶ choose_filters ─▶ remove_filters (smaller) = mask_filters (same size, zeros)
+    find_channels ─▶ filter_norms ─▶ choose_filters ─▶ remove_filters
 
 Channels are removed with everything that makes or reads them: filters and biases, BatchNorm entries, input channels of
 the next layers. Which belong together, across residual sums and flattenings, is found by the dependency graph of
@@ -28,16 +28,6 @@ from prunus.layers import matches
 from prunus.machine import import_extra
 from prunus.patterns import keep_largest, kept_of
 from prunus.shrink.lowrank import _empty_pair, _replaced
-
-__all__ = [
-    "Channels",
-    "choose_filters",
-    "filter_norms",
-    "find_channels",
-    "mask_filters",
-    "remove_filters",
-    "resized",
-]
 
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -141,23 +131,8 @@ def choose_filters(
 
 
 @torch.no_grad()
-def mask_filters(model: nn.Module, example: Tensor, gone: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of the model, of the same size, in which the channels that `gone` names are zero, whatever comes in.
-
-    Filters, their biases, and the scale, shift and running mean of BatchNorm entries are zero. gone: as
-    `choose_filters` makes it. Raises ValueError for a set that is not there or cannot go.
-
-    >>> model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
-    >>> masked = mask_filters(model, torch.zeros(1, 8), {"0": torch.tensor([1])})
-    >>> masked[0].weight[1].abs().sum().item()
-    0.0
-    """
-    return _masked(model, _Graph(model, example).cuts(gone))
-
-
-@torch.no_grad()
 def remove_filters(model: nn.Module, example: Tensor, gone: Mapping[str, Tensor]) -> nn.Module:
-    """A smaller copy of the model, without the channels that `gone` names; its outputs are those of `mask_filters`.
+    """A smaller copy of the model, without the channels that `gone` names; outputs are those of these at zero.
 
     Layers stay of their kind, names stay; dtype, device and mode too. The copy is run beside the masked one on random
     inputs of the example's shape: should they differ, the graph was wrong about this model, and ValueError is raised,

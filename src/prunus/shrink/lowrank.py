@@ -7,7 +7,7 @@ decomposed by itself, all to one rank. The product of the two is the nearest mat
 splitting S evenly leaves both factors of one scale for retraining.
 
 Rank r costs r * groups * (in/groups * kernel + out/groups) weights: above the break-even it costs more than the layer,
-which is then left alone and listed. Ranks are chosen by `ranks_by_share`, `ranks_by_energy` or `ranks_by_budget`.
+which is then left alone and listed. Ranks are chosen by `ranks_by_share` or `ranks_by_budget`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from prunus.layers import matches
-
-__all__ = ["Decomposed", "decompose", "ranks_by_budget", "ranks_by_energy", "ranks_by_share"]
 
 _Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -99,28 +97,6 @@ def ranks_by_share(
         name: max(1, math.floor((1 - sparsity) * _full(layer) + 1e-9))
         for name, layer in _chosen(model, include, exclude).items()
     }
-
-
-def ranks_by_energy(
-    model: nn.Module, energy: float, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
-) -> dict[str, int]:
-    """For every layer the smallest rank that keeps this share of the sum of squared singular values.
-
-    energy: in (0, 1]. Sums are in float64. Raises ValueError for another.
-
-    >>> model = nn.Sequential(nn.Linear(2, 2))
-    >>> model[0].weight = nn.Parameter(torch.diag(torch.tensor([3.0, 1.0])))
-    >>> ranks_by_energy(model, 0.9), ranks_by_energy(model, 0.91)
-    ({'0': 1}, {'0': 2})
-    """
-    if not 0 < energy <= 1:
-        raise ValueError(f"energy is the share of squared singular values that stays, in (0, 1]; got {energy}")
-    found: dict[str, int] = {}
-    for name, layer in _chosen(model, include, exclude).items():
-        kept = _energies(layer).cumsum(0)
-        enough = kept >= energy * kept[-1] * (1 - 1e-12)
-        found[name] = int(enough.to(torch.uint8).argmax()) + 1
-    return found
 
 
 def ranks_by_budget(

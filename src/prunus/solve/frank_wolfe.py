@@ -41,8 +41,6 @@ from prunus.solve.sweep import seen_gram
 if TYPE_CHECKING:
     from prunus.layers import Inputs, Layer
 
-__all__ = ["frank_wolfe", "swap_"]
-
 _ROWS = 1 << 22  # entries whose error is computed at once in float64: 32 MiB a temporary
 _CHUNK = 1 << 22  # entries worked on at once: bounds the temporaries, about ten times 16 MB
 _LEAST = 1e-5  # share of its error that an exchange must save: float32 cannot tell less from nothing

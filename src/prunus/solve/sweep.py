@@ -28,8 +28,6 @@ from prunus.score import Criterion, magnitude, warn_unseen
 if TYPE_CHECKING:
     from prunus.layers import Inputs, Layer
 
-__all__ = ["seen_gram", "sparsegpt"]
-
 log = logging.getLogger(__name__)
 
 _INNER = 32  # columns swept before the next ones in the block are brought up to date with one product

@@ -22,20 +22,6 @@ from torch import Tensor, nn
 from prunus.masks import Masks
 from prunus.train import masks_by_magnitude
 
-__all__ = [
-    "Greedy",
-    "average",
-    "average_and_reprune",
-    "check_alike",
-    "check_masks",
-    "check_weights",
-    "greedy",
-    "greedy_members",
-    "learn_weights",
-    "mean_tensor",
-    "mix",
-]
-
 State = Mapping[str, Tensor]
 
 

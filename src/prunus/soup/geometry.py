@@ -19,8 +19,6 @@ from torch import Tensor
 
 from prunus.soup.average import check_alike, mix
 
-__all__ = ["Distances", "Line", "Plane", "distances", "loss_line", "loss_plane", "weight_names"]
-
 State = Mapping[str, Tensor]
 Array = np.ndarray
 

@@ -27,8 +27,6 @@ from prunus.patterns import kept_of
 if TYPE_CHECKING:
     from prunus.train import Original, Trace
 
-__all__ = ["Distance", "Phase", "bimp_budget", "distance", "imp", "phase_sparsities", "split_steps"]
-
 Select = Callable[[nn.Module, float, Masks | None], Masks]
 
 _logger = logging.getLogger(__name__)

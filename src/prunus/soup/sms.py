@@ -29,8 +29,6 @@ from prunus.soup.imp import Phase, check_nested, distance, phase_sparsities
 if TYPE_CHECKING:
     from prunus.soup.imp import Select
 
-__all__ = ["Souped", "sms", "sms_", "uniform"]
-
 State = dict[str, Tensor]
 P = TypeVar("P")
 T = TypeVar("T")

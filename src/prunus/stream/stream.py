@@ -49,6 +49,7 @@ from prunus.score import (
     criterion_of,
     limited,
     needed,
+    observable,
     observe,
     staying,
     uniform,
@@ -113,7 +114,8 @@ def stream(
     pattern = Unstructured(compared(asked, allocation)) if pattern is None else pattern
     check_sparsity(pattern, sparsity)
     check_comparable(asked, allocation)
-    place = _placed(model, source, device, precision, include=include, exclude=exclude)
+    needs = needed(asked, allocation_of(allocation))
+    place = _placed(model, source, device, precision, include=include, exclude=exclude, observed=bool(needs))
     if within is not None:
         asked = staying(asked, [*place.inner, *place.outer], within)
     counts = _counts_of(
@@ -191,11 +193,16 @@ def _placed(
     *,
     include: Sequence[str],
     exclude: Sequence[str],
+    observed: bool = True,
 ) -> _Place:
-    """The model's blocks and layers. Raises ValueError when no blocks are found, or nothing is left to prune."""
+    """The model's blocks and layers, if `observed` those whose inputs can be.
+
+    Raises ValueError when no blocks are found, or nothing is left to prune.
+    """
     device = torch.device(device) if device is not None else next(model.parameters()).device
     names = find_blocks(model)
-    views, outer = _views_by_block(model, names, include, exclude)
+    found = find_layers(model, include=include, exclude=exclude)
+    views, outer = _views_by_block(observable(model, found, include) if observed else found, names, include, exclude)
     return _Place(model, source or Memory(model), device, precision, names, views, outer)
 
 
@@ -529,10 +536,9 @@ class _Layers(Mapping[str, Layer]):
 
 
 def _views_by_block(
-    model: nn.Module, names: Sequence[str], include: Sequence[str], exclude: Sequence[str]
+    whole: Sequence[View], names: Sequence[str], include: Sequence[str], exclude: Sequence[str]
 ) -> tuple[dict[str, list[View]], list[View]]:
     """The views of each block, and those outside, which are only there when `include` names them."""
-    whole = find_layers(model, include=include, exclude=exclude)
     views = {name: [view for view in whole if view.name.startswith(name + ".")] for name in names}
     inside = {view.name for group in views.values() for view in group}
     if not whole:

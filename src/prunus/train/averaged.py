@@ -18,8 +18,6 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from prunus.train.hooks import During, Plan
 
-__all__ = ["Ema", "Swa"]
-
 
 class Ema(During):
     """The exponential moving average of all parameters and floating buffers; `finish` writes it into the model.

@@ -21,8 +21,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from prunus.blocks import uncompiled
 from prunus.machine import Precision, autocast, in_mode
 
-__all__ = ["recalibrate_"]
-
 
 @torch.no_grad()
 def recalibrate_(model: nn.Module, batches: Iterable[Any], *, precision: Precision = "fp32") -> int:

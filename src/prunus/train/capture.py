@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CapturedStep", "check_capture", "set_rates_", "settled", "unrecorded"]
-
 _AHEAD = 8  # replays that may wait for the device: a recording waits for what all threads have queued by then
 _WARM = 3  # steps that run as they are: cuDNN chooses its algorithms, the optimizer makes its state
 # Two things wait for the whole device, which no thread may do while another records: the beginning of a recording, and

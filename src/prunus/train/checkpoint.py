@@ -23,8 +23,6 @@ from torch.utils._pytree import tree_map_only
 from prunus.machine import atomic, random_state, ranks, set_random_state
 from prunus.train.sharded import like, whole
 
-__all__ = ["Checkpoint", "Clock"]
-
 _logger = logging.getLogger(__name__)
 
 

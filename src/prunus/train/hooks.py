@@ -21,8 +21,6 @@ from prunus.layers import View
 from prunus.masks import Masks
 from prunus.patterns import keep_largest_of_all, kept_of
 
-__all__ = ["During", "Plan", "masks_by_magnitude"]
-
 
 @dataclass(frozen=True)
 class Plan:

@@ -27,8 +27,6 @@ from prunus.machine import is_pretrained
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["next_token_loss"]
-
 _ENTRIES = 1 << 25  # logits formed at once: 128 MiB in float32, and wide enough for full speed of the product
 _TILE = 256  # rows: a product on a GPU takes so many at a time, or half of them
 

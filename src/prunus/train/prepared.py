@@ -18,8 +18,6 @@ from prunus.train.sharded import asked, sharded
 if TYPE_CHECKING:
     from prunus.masks import Masks
 
-__all__ = ["make_accelerator", "prepared"]
-
 _MAKING = threading.Lock()  # accelerate's singletons are half made for a moment
 
 

@@ -20,8 +20,6 @@ from torch.utils._pytree import tree_map_only
 from prunus.blocks import find_blocks, find_recomputing
 from prunus.machine import ranks
 
-__all__ = ["asked", "like", "sharded", "whole"]
-
 
 def asked() -> bool:
     """Whether `accelerate launch --use_fsdp` asked for sharding. Raises ValueError for its first version."""

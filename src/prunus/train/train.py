@@ -35,8 +35,6 @@ from prunus.train.sharded import asked
 if TYPE_CHECKING:
     from prunus.masks import Masks
 
-__all__ = ["Substituted", "Trace", "classification_loss", "next_token_loss", "train"]
-
 
 @dataclass(frozen=True)
 class Trace:

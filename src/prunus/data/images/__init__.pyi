@@ -7,3 +7,4 @@ from .corruptions import check_corruptions as check_corruptions
 from .corruptions import corrupt as corrupt
 from .read import read_images as read_images
 from .sets import Images as Images
+from .sets import matched as matched

@@ -1,12 +1,14 @@
 """Batches of images as functions of the step, augmented on the images' own device; in order; or from a DataLoader.
 
 Augmentation moves no pixel twice: crop and flip are row and column indices into the stored bytes, one gather brings
-them, and what the crop or the cutout leaves outside becomes 0 after x = (pixel / 255 - mean) / std. A batch is a pure
-function of (seed, step), drawn on the CPU once an epoch, so every device sees the same one.
+them, and what the crop or the cutout leaves outside becomes 0 after x = (pixel / 255 - mean) / std. Crops that are
+resized are sampled bilinearly instead. A batch is a pure function of (seed, step), drawn on the CPU once an epoch, so
+every device sees the same one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,8 @@ from prunus.data.images.sets import Images, generator_of, mixed
 
 __all__ = ["Augment", "ImageBatches", "LoaderBatches", "plain_batches"]
 
+_RATIO = math.log(4 / 3)  # of a resized crop's sides, up or down
+_BOXES = 0x5DEECE66D  # mixed into the seed of the boxes, so that they disturb no other draw
 _OUTSIDE = -(1 << 40)  # stays negative whatever is added to it
 
 
@@ -26,17 +30,21 @@ _OUTSIDE = -(1 << 40)  # stays negative whatever is added to it
 class Augment:
     """Random changes of training images. crop: pixels of border (of value 0 after normalising) before a crop of the
     image's own size; flip: left to right, half of them; cutout: side of a square of zeros around a random pixel.
+    resized: in place of crop, a box of a share of the image's area in [resized, 1], its sides in a ratio in [3/4, 4/3],
+    is sampled to the image's own size.
 
     Sources: He et al. 2016, Sec. 4.2 (crop, flip); DeVries & Taylor 2017 (cutout: the square may reach out of the
-    image, so fewer pixels may be hidden).
+    image, so fewer pixels may be hidden); Szegedy et al. 2015, Sec. 6 (resized; a box too long for the image is cut to
+    it).
 
     >>> Augment(crop=4, flip=True)
-    Augment(crop=4, flip=True, cutout=0)
+    Augment(crop=4, flip=True, cutout=0, resized=None)
     """
 
     crop: int = 0
     flip: bool = False
     cutout: int = 0
+    resized: float | None = None
 
 
 class ImageBatches:
@@ -73,6 +81,8 @@ class ImageBatches:
             raise ValueError(f"a batch has 1 to {len(images)} images, as many as there are; got {batch_size}")
         if not 0 <= augment.crop < min(height, width) or augment.cutout < 0:
             raise ValueError(f"{augment} does not fit images of {height} x {width}; keep 0 <= crop < side, cutout >= 0")
+        if augment.resized is not None and (augment.crop or not 0 < augment.resized <= 1):
+            raise ValueError(f"{augment}: resized is a share of the area in (0, 1], in place of crop; leave out one")
         self.images, self.batch_size, self.augment = images, batch_size, augment
         self.seed, self.order_seed = seed, order_seed
         self.dtype, self.channels_last = dtype, channels_last
@@ -83,13 +93,14 @@ class ImageBatches:
         self._rows, self._columns, self._hides = (
             table.to(images.pixels.device) for table in _tables(height, width, augment)
         )
-        self._epoch: tuple[int, Tensor, Tensor] | None = None  # number, draws, labels: made again when it changes
+        self._epoch: tuple[int, Tensor, Tensor, Tensor | None] | None = None  # number, draws, labels, boxes
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """The batch of a step."""
         epoch, place = divmod(step, self.epoch_steps)
         if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = (epoch, *self._draw(epoch))
+            draws, labels = self._draw(epoch)
+            self._epoch = epoch, draws, labels, self._boxes(epoch, draws[0])
         part = slice(place * self.batch_size, (place + 1) * self.batch_size)
         first, top, left, middle, centre = self._epoch[1][:, part].unbind(0)
         rows = self._rows.index_select(0, top).add_(first[:, None])  # (B, H)
@@ -105,6 +116,8 @@ class ImageBatches:
             outside = hidden if outside is None else outside.logical_or_(hidden)
         taken = self._bytes.index_select(0, index.view(-1)).view(*index.shape, -1)  # (B, H, W, C)
         x = torch.addcmul(self._shift, taken, self._scale)
+        if self._epoch[3] is not None:
+            x = _sampled(x, self._epoch[3][part])
         if outside is not None:
             x.masked_fill_(outside[..., None], 0.0)
         x = x.permute(0, 3, 1, 2).to(self.dtype)
@@ -133,6 +146,14 @@ class ImageBatches:
             draws, order = draws.pin_memory(), order.pin_memory()
         order = order.to(device, non_blocking=True)
         return draws.to(device, non_blocking=True), self.images.labels.index_select(0, order)
+
+    def _boxes(self, epoch: int, first: Tensor) -> Tensor | None:
+        """The boxes (n, 4) of an epoch that are sampled; first: (n,) each image's first byte."""
+        if self.augment.resized is None:
+            return None
+        _, _, height, width = self.images.pixels.shape
+        boxes = _boxes(self.augment.resized, self.images, self.seed, epoch).to(first.device)
+        return boxes[: len(first)] if self.order_seed is None else boxes[first // (height * width)]
 
 
 def plain_batches(
@@ -212,6 +233,27 @@ def _tables(height: int, width: int, augment: Augment) -> tuple[Tensor, Tensor, 
     places = torch.arange(max(height, width))
     from_first = places[None, :] - (places[:, None] - augment.cutout // 2)
     return rows, torch.cat([columns, columns.flip(1)]), (from_first >= 0) & (from_first < augment.cutout)
+
+
+def _boxes(least: float, images: Images, seed: int, epoch: int) -> Tensor:
+    """(N, 4) float32: top, left, height and width of a box for each image, as shares of the image's sides."""
+    generator, (count, _, rows, columns) = generator_of(seed ^ _BOXES, epoch), images.pixels.shape
+    area, ratio, down, right = torch.rand(4, count, generator=generator)
+    area, ratio = least + (1 - least) * area, torch.exp((2 * ratio - 1) * _RATIO)  # ratio: width by height, in pixels
+    high = (area / ratio * (columns / rows)).sqrt().clamp(max=1)
+    wide = (area * ratio * (rows / columns)).sqrt().clamp(max=1)
+    return torch.stack([down * (1 - high), right * (1 - wide), high, wide], 1)
+
+
+def _sampled(x: Tensor, boxes: Tensor) -> Tensor:
+    """The boxes (B, 4) of images (B, H, W, C), bilinearly sampled to (B, H, W, C)."""
+    count, rows, columns, _ = x.shape
+    top, left, high, wide = boxes.t()[:, :, None]  # (B, 1)
+    down, right = ((torch.arange(side, device=x.device) + 0.5) / side for side in (rows, columns))
+    y, z = 2 * (top + high * down) - 1, 2 * (left + wide * right) - 1  # (B, H), (B, W), in [-1, 1]
+    grid = torch.stack([z[:, None, :].expand(count, rows, columns), y[:, :, None].expand(count, rows, columns)], -1)
+    found = torch.nn.functional.grid_sample(x.permute(0, 3, 1, 2), grid, padding_mode="border", align_corners=False)
+    return found.permute(0, 2, 3, 1)
 
 
 def _normaliser(mean: Tensor, std: Tensor, images: Images) -> tuple[Tensor, Tensor]:

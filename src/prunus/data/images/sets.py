@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Images", "generator_of", "mixed"]
+__all__ = ["Images", "generator_of", "matched", "mixed"]
 
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Images and their labels. pixels: (N, C, H, W) uint8; labels: (N,) int64 in [0, classes).
+    """Images and their labels. pixels: (N, C, H, W) uint8; labels: (N,) int64 in [0, classes). names: of the classes.
 
     Raises ValueError for other shapes, dtypes or (on the CPU) labels.
 
@@ -23,6 +23,7 @@ class Images:
     pixels: Tensor
     labels: Tensor
     classes: int
+    names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         pixels, labels = self.pixels, self.labels
@@ -38,12 +39,12 @@ class Images:
 
     def to(self, device: torch.device | str) -> Images:
         """The same images on `device`."""
-        return Images(self.pixels.to(device), self.labels.to(device), self.classes)
+        return Images(self.pixels.to(device), self.labels.to(device), self.classes, self.names)
 
     def take(self, index: Tensor) -> Images:
         """The images at `index` (n,) int64, in that order."""
         index = index.to(self.pixels.device)
-        return Images(self.pixels[index], self.labels[index], self.classes)
+        return Images(self.pixels[index], self.labels[index], self.classes, self.names)
 
     def split(self, share: float, seed: int) -> tuple[Images, Images]:
         """(the rest, round(share * N) held out), chosen by `seed`; both keep the order of the images.
@@ -64,6 +65,34 @@ class Images:
         mean = shares @ values
         variance = (shares * (values - mean[:, None]).square()).sum(1)
         return mean.float(), variance.sqrt().float()
+
+
+def matched(test: Images, train: Images) -> Images:
+    """The test images with their classes numbered as in training.
+
+    Raises ValueError for images of another size or number of channels, and for a class without a training image.
+
+    >>> one = Images(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]), 2)
+    >>> matched(one, one).classes
+    2
+    """
+    sizes = [tuple(each.pixels.shape[1:]) for each in (train, test)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"training images are {sizes[0]}, test images {sizes[1]} (channels, rows, columns); make them equal"
+        )
+    labels, seen = test.labels, set(train.labels.unique().tolist())
+    if train.names and test.names and train.names != test.names:
+        places = {name: place for place, name in enumerate(train.names)}
+        alone = [name for name in test.names if name not in places]
+        if alone:
+            raise ValueError(f"class {alone[0]!r} is only among the test images; leave it out, or train on it, too")
+        labels = torch.tensor([places[name] for name in test.names])[labels]
+    alone = [label for label in labels.unique().tolist() if label not in seen]
+    if alone:
+        name = f" ({train.names[alone[0]]!r})" if alone[0] < len(train.names) else ""
+        raise ValueError(f"class {alone[0]}{name} is only among the test images; leave it out, or train on it, too")
+    return Images(test.pixels, labels, train.classes, train.names)
 
 
 def mixed(seed: int, epoch: int) -> int:

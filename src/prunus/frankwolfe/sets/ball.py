@@ -29,17 +29,6 @@ from prunus.frankwolfe.sets.sparse import KSparse, KSupport
 from prunus.frankwolfe.sets.spectral import Spectrum
 from prunus.frankwolfe.sets.subspace import Triple
 
-__all__ = [
-    "Ball",
-    "group_k_support",
-    "k_sparse",
-    "k_support",
-    "lp",
-    "nuclear",
-    "spectral_k_sparse",
-    "spectral_k_support",
-]
-
 
 @dataclass(frozen=True)
 class Ball:
@@ -122,7 +111,11 @@ class Ball:
         profiles, rebuilds = self._split(parts, leading)
         best = gauge.best(torch.cat(profiles, 1) if len(profiles) > 1 else profiles[0])
         sizes = [profile.shape[1] for profile in profiles]
-        return [rebuild(part) for rebuild, part in zip(rebuilds, best.split(sizes, 1), strict=True)]
+        found = [rebuild(part) for rebuild, part in zip(rebuilds, best.split(sizes, 1), strict=True)]
+        if leading is not None or not isinstance(self.seen, Spectrum):
+            return found
+        # A matrix of zeros has singular vectors all the same.
+        return [each * (part != 0).any(2, True).any(1, True) for each, part in zip(found, parts, strict=True)]
 
     def widths(self, keys: Sequence[tuple[int, int]]) -> list[int] | None:
         """How many leading singular vectors of each part `extreme` needs; None if it needs none, or all."""

@@ -19,8 +19,6 @@ from prunus.frankwolfe.sets.protocol import count_of
 from prunus.frankwolfe.sets.sparse import KSparse, KSupport
 from prunus.kernels import uses_kernels
 
-__all__ = ["FusedMoves", "is_fused"]
-
 _MOST = 2**31 - 2**16  # entries that programs count in int32
 
 

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from prunus.frankwolfe.sets.protocol import Rebuild, matrix_of
 
-__all__ = ["Entries", "Groups", "Labels"]
-
 
 @dataclass(frozen=True)
 class Entries:
@@ -79,7 +77,8 @@ class Groups:
     def split(self, x: Tensor) -> tuple[Tensor, Rebuild]:
         across = x if self.along == "rows" else x.mT
         groups = across.reshape(x.shape[0], self.count(*x.shape[1:]), -1)  # (problems, groups, entries of a group)
-        norms = torch.linalg.vector_norm(groups, dim=2)
+        scale = _scale(groups)
+        norms = torch.linalg.vector_norm(groups / scale, dim=2) * scale[:, 0]
 
         def rebuild(new: Tensor) -> Tensor:
             scaled = (groups * _ratio(new, norms)[..., None]).view(across.shape)
@@ -124,12 +123,20 @@ class Labels:
 
     def split(self, x: Tensor) -> tuple[Tensor, Rebuild]:
         index = self.labels.expand(x.shape[0], -1)
-        # Scaled by the largest entry, so that no square overflows or vanishes.
-        peak = x.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-        squares = (x / peak).square().flatten(1)
+        scale = _scale(x)
+        squares = (x / scale).square().flatten(1)
         norms = torch.zeros(x.shape[0], self.groups, dtype=x.dtype, device=x.device).scatter_add_(1, index, squares)
-        norms = norms.sqrt() * peak[:, 0]
+        norms = norms.sqrt() * scale[:, 0]
         return norms, lambda new: x * _ratio(new, norms).gather(1, index).view_as(x)
+
+
+def _scale(x: Tensor) -> Tensor:
+    """The power of two at the largest entry of each problem, (problems, 1, 1).
+
+    No square of x / scale overflows, and none that counts vanishes; dividing by it rounds nothing.
+    """
+    peak = x.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    return peak / (2 * peak.frexp().mantissa)
 
 
 def _ratio(new: Tensor, old: Tensor) -> Tensor:

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Lp"]
-
 _HALVINGS = 70  # of an interval, to below float64's rounding
 
 

@@ -20,8 +20,6 @@ from prunus.frankwolfe.sets.ball import Ball
 from prunus.frankwolfe.sets.group import Entries
 from prunus.frankwolfe.sets.subspace import Triple
 
-__all__ = ["Part", "Problems", "joint_problem", "separate_problems"]
-
 
 @dataclass(frozen=True)
 class Part:

@@ -18,8 +18,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["Gauge", "Rebuild", "Seen", "count_of"]
-
 Rebuild = Callable[[Tensor], Tensor]
 
 
@@ -73,9 +71,10 @@ class Seen(Protocol):
 
 
 def count_of(k: int | float, n: int) -> int:
-    """K of n: an int is a count, a float in (0, 1] a share, rounded; at least 1 and at most n.
+    """K of n: an int is a count, a float in (0, 1] a share, rounded to the nearest; at least 1 and at most n.
 
-    So 1 is one entry and 1.0 all of them. Raises ValueError for anything else.
+    So 1 is one entry and 1.0 all of them. The authors' code rounds a share down: one entry less, at most.
+    Raises ValueError for anything else.
 
     >>> count_of(3, 10), count_of(0.25, 10), count_of(1, 10), count_of(1.0, 10)
     (3, 2, 1, 10)

@@ -19,8 +19,6 @@ from torch import nn
 
 from prunus.frankwolfe.sets.ball import Ball
 
-__all__ = ["Diameter", "Initial", "Radius", "Size", "expected_norm"]
-
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

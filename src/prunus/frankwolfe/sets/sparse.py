@@ -14,8 +14,6 @@ from torch import Tensor
 from prunus.frankwolfe.sets.protocol import count_of
 from prunus.patterns import goes_to_kernels
 
-__all__ = ["KSparse", "KSupport", "largest"]
-
 _BLOCK = 1024  # entries
 _HALVINGS = 90  # of an interval: enough for points a million times too far out
 

@@ -10,8 +10,6 @@ from torch import Tensor
 from prunus.frankwolfe.sets.protocol import Rebuild, matrix_of
 from prunus.frankwolfe.sets.subspace import Triple
 
-__all__ = ["Spectrum"]
-
 
 @dataclass(frozen=True)
 class Spectrum:

@@ -23,8 +23,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["COLD", "Triple", "follow_", "make_basis"]
-
 Triple = tuple[Tensor, Tensor, Tensor]  # U, s, V
 
 COLD = 12  # iterations from a random start

@@ -27,10 +27,10 @@ from prunus.run.vision.dense import Dense, dense, losses_by_epoch
 from prunus.run.vision.recipe import ClassifierRecipe, Pruning, Retraining
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.smaller import Smaller, smaller
-from prunus.soup import Phase, imp, phase_sparsities, split_steps
+from prunus.soup import Phase, distance, imp, phase_sparsities, split_steps
 from prunus.train import During, Original, Trace
 
-__all__ = ["Outcome", "budgets", "experiment", "masks_of", "method_of"]
+__all__ = ["Outcome", "budgets", "experiment", "finished", "method_of"]
 
 Bar = Callable[[str, int], AbstractContextManager[Any]]
 Watch = Callable[[nn.Module, During | None], list[During]]
@@ -97,9 +97,10 @@ class _Experiment:
         before: Mapping[str, Tensor] | None = None
         masks: Masks | None = None
         if self.recipe.during is not None:
-            model, masks, original = self._during(self.recipe.during)
+            model, phase, original = self._during(self.recipe.during)
+            masks = phase.masks
             if self.recipe.retrain is not None:
-                self._retrain_under(model, masks, original, self.recipe.retrain)
+                self._retrain_under(model, phase, original, self.recipe.retrain)
         else:
             found = self._dense()
             model, before = self.setting.new_model(), found.state
@@ -137,7 +138,7 @@ class _Experiment:
         model.load_state_dict(dict(found.state))
         return {**found.metrics, **stages.measure(model, self.setting), "measured_on": measured}
 
-    def _during(self, asked: Mapping[str, Mapping[str, Any]]) -> tuple[nn.Module, Masks, Original]:
+    def _during(self, asked: Mapping[str, Mapping[str, Any]]) -> tuple[nn.Module, Phase, Original]:
         """A network trained while a method prunes it."""
         setting, prune = self.setting, self.recipe.prune
         assert prune is not None
@@ -159,13 +160,13 @@ class _Experiment:
                 on_step=_reports(advance),
             )
         self.notes.count(name, len(trace.losses), trace.seconds)
-        masks = masks_of(method, name, model)
+        masks, lost = finished(method, name, model)
         alone = dict(method.named_buffers()).get("reached")
         self.reached = None if alone is None else float(alone)
         self._measure_pruned(model)
         original = Original.of(trace.lrs, warmup)
         self.trace = {"lrs": original.runs(), "losses": losses_by_epoch(trace.losses, setting.epoch_steps)}
-        return model, masks, original
+        return model, Phase(0, 1, prune.sparsity, masks, lost), original
 
     def _phases(self, model: nn.Module, found: Dense, asked: Pruning) -> Masks:
         """Prune and retrain, phase by phase."""
@@ -224,10 +225,8 @@ class _Experiment:
         )
         return trace
 
-    def _retrain_under(self, model: nn.Module, masks: Masks, original: Original, asked: Retraining) -> None:
+    def _retrain_under(self, model: nn.Module, phase: Phase, original: Original, asked: Retraining) -> None:
         """Retrain what a method left, under its masks."""
-        assert self.recipe.prune is not None
-        phase = Phase(0, 1, self.recipe.prune.sparsity, masks, 0.0)
         steps = budgets(asked, 1, original.steps, self.setting.epoch_steps)[0]
         self._retrain(model, phase, original, asked, steps)
         self.notes.stage("retrained", stages.measure(model, self.setting))
@@ -339,13 +338,15 @@ def method_of(name: str, options: Mapping[str, Any], sparsity: float, seed: int)
     return methods.make({name: dict(options)}, sparsity, seed=seed)
 
 
-def masks_of(method: During, name: str, model: nn.Module) -> Masks:
-    """The masks that a method leaves after its training, in the weights too."""
+def finished(method: During, name: str, model: nn.Module) -> tuple[Masks, float]:
+    """The masks that a method leaves after its training, in the weights too, and what its end took away, for ALLR."""
+    own = dict(model.named_parameters()) | method.weights()
+    before = {key: weight.detach().clone() for key, weight in own.items()}
     masks = method.finish()
     if masks is None:
         raise ValueError(f"during.{name}: this method leaves no masks, so nothing was pruned")
     masks.check(model)
-    return masks
+    return masks, distance(before, masks)
 
 
 def _reports(advance: Any) -> stages.OnStep | None:

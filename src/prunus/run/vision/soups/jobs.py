@@ -24,7 +24,7 @@ from prunus.run.recipe import digest, said
 from prunus.run.store import Job, Store
 from prunus.run.vision import stages
 from prunus.run.vision.dense import read_dense
-from prunus.run.vision.experiment import budgets, masks_of, method_of
+from prunus.run.vision.experiment import budgets, finished, method_of
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.soups.averaging import Average, Meter, averaged, plain_state
 from prunus.run.vision.soups.recipe import SoupRecipe, member_of, order_of
@@ -188,7 +188,7 @@ def _train_method(recipe: SoupRecipe, job: Job, store: Store) -> dict[str, Any]:
         views=stages.views_of(model, recipe.prune),
         checkpoint=store.checkpoint(job),
     )
-    masks = masks_of(taking, name, model)
+    masks, lost = finished(taking, name, model)
     measured = {"pruned": stages.measure(model, setting)}
     if recipe.retrain is not None and recipe.recalibrate and stages.has_batchnorm(model):  # as `experiment` does
         stages.recalibrate(model, setting)
@@ -201,7 +201,7 @@ def _train_method(recipe: SoupRecipe, job: Job, store: Store) -> dict[str, Any]:
         "steps": steps,
         "seconds": trace.seconds,
         "measured": measured,
-        "distance": 0.0,
+        "distance": lost,
     }
 
 
