@@ -11,7 +11,6 @@ process writes, and the others take its pruned blocks from the work folder.
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import time
@@ -26,7 +25,7 @@ from rich.console import Console
 
 from prunus.machine import ranks, write_json
 from prunus.masks import Masks
-from prunus.report import Advance, append_metrics, plot_compression, progress, read_metrics
+from prunus.report import Advance, append_once, plot_compression, progress
 from prunus.run import stages
 from prunus.run.fitted import fitted, home
 from prunus.run.folder import begin, device_name, device_of, finished, held, ran_on
@@ -97,7 +96,6 @@ class _Run:
     ) -> None:
         self.out, self.recipe, self.key, self.device, self.stored = out, recipe, key, device, stored
         self.home = home(recipe, device)
-        self.logged = _logged(out / "metrics.jsonl")
 
     def execute(self) -> dict[str, Any]:
         started = time.perf_counter()
@@ -273,23 +271,22 @@ class _Run:
                     folder,
                     masks=streamed.masks,
                     info={},
-                    source=source.folder,
+                    source=source.checkpoint.folder,
                 )
         ranks.wait()
         pruned = self.recipe.model_copy(update={"model": str(folder), "streaming": self.recipe.retrain is None})
         found = stages.load(pruned, home(pruned, self.device))
-        return stages.Loaded(found.model, found.tokenizer, source.folder, found.source)
+        return stages.Loaded(found.model, found.tokenizer, source.checkpoint.folder, found.source)
 
     def _tensors(self, source: Shards, streamed: Streamed) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of the pruned model: finished parts from the work folder, the rest from the source."""
         work = Work(self._blocks(), "")
         done: set[str] = set()
         for report in streamed.reports:
-            for key, tensor in work.tensors(report.name).items():
-                name = source.own(f"{report.name}.{key}")
-                if name is not None:
-                    done.add(name)
-                    yield name, tensor
+            own = {f"{report.name}.{key}": tensor for key, tensor in work.tensors(report.name).items()}
+            for name, tensor in source.stored(own).items():
+                done.add(name)
+                yield name, tensor
         for name, tensor in source.tensors():
             if name not in done:
                 yield name, tensor
@@ -306,7 +303,7 @@ class _Run:
                     self.out / "model",
                     masks=masks,
                     info=info,
-                    source=loaded.folder or loaded.source.folder,
+                    source=loaded.folder or loaded.source.checkpoint.folder,
                 )
                 return
             loaded.model.to(self.stored)
@@ -323,9 +320,8 @@ class _Run:
         return self.out / "work" / ("blocks" if last else f"blocks-{index + 1}")
 
     def _log(self, row: dict[str, Any]) -> None:
-        # A resumed run meets its own earlier rows again: blocks that are replayed, texts measured before the kill.
-        if ranks.is_main() and _text(row) not in self.logged:
-            append_metrics(self.out / "metrics.jsonl", row)
+        if ranks.is_main():
+            append_once(self.out / "metrics.jsonl", row)
 
     def _bar(self, description: str, total: float | None) -> AbstractContextManager[Advance]:
         return progress(description, total, console=None if ranks.is_main() else Console(force_terminal=False))
@@ -348,13 +344,3 @@ def _drawn(result: Mapping[str, Any]) -> dict[str, Any]:
     """What the picture shows: of a soup's members the mean and the best."""
     shown = {stage: found for stage, found in result["perplexity"].items() if not stage.startswith("member ")}
     return {**result, "perplexity": shown}
-
-
-def _logged(path: Path) -> set[str]:
-    """The rows of a metrics file, without their times."""
-    rows = read_metrics(path) if path.exists() else []
-    return {_text({key: value for key, value in row.items() if key != "time"}) for row in rows}
-
-
-def _text(row: dict[str, Any]) -> str:
-    return json.dumps(row, sort_keys=True, default=str)
