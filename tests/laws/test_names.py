@@ -60,7 +60,8 @@ def test_options_of_owl_are_keys_of_recipes() -> None:
     choice = {"owl": {"c": 4, "lam": 0.2}}  # of the second 10 % are above 4 * 1.6
     assert allocations.make(choice)(scores, 0.5) == score.owl(c=4, lam=0.2)(scores, 0.5) == {"h.0.fc": 30, "h.1.fc": 70}
     assert allocations.make("owl")(scores, 0.5) == {"h.0.fc": 50, "h.1.fc": 50}  # none is above 5 * 1.6
-    for raw in ({"prune": {"allocation": choice}}, {"images": "digits", "prune": {"allocation": choice}}):
+    for more in ({}, {"images": "digits"}):
+        raw = more | {"prune": {"allocation": choice, "sparsity": 0.5}}
         assert given(parse(raw, Recipe, "here").prune).allocation == choice
 
 

@@ -413,7 +413,7 @@ def test_phases_of_a_language_model_are_refused_where_they_cannot_be(
     asked = raw(tiny_folder, text_file, tmp_path, prune={"sparsity": 0.75, "phases": 2})
     for change, message in [
         ({"retrain": None}, "give a section retrain"),
-        ({"soup": {}}, "leave out soup"),
+        ({"reconstruct": {}}, "leave out reconstruct"),
         ({"prune": {"pattern": "2:4", "phases": 2}}, "leave out phases"),
         ({"prune": {"criterion": "sparsegpt", "phases": 2}}, "sparsegpt cannot stay within .*: leave out phases"),
         ({"prune": {"criterion": "frank_wolfe", "phases": 2}}, "frank_wolfe cannot stay within .*: leave out phases"),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from prunus.masks import Masks
+from prunus.report import read_metrics
 from prunus.run import soups, stages
 from prunus.run.compare import compare
 from prunus.run.compress import compress
@@ -125,9 +126,9 @@ def test_a_streamed_soup_never_has_the_average_in_memory(
     memory = compress(recipe(tiny_folder, text_file, tmp_path / "memory", **asked))
     original = stages.AutoModelForCausalLM.from_pretrained
 
-    def load(**options: Any) -> Any:
-        assert not options["pretrained_model_name_or_path"].endswith("soup"), "the average was loaded whole"
-        return original(**options)
+    def load(path: str, **options: Any) -> Any:
+        assert not path.endswith("soup"), "the average was loaded whole"
+        return original(path, **options)
 
     monkeypatch.setattr(stages.AutoModelForCausalLM, "from_pretrained", load)
     disk = compress(recipe(tiny_folder, text_file, tmp_path / "disk", streaming=True, **asked))
@@ -190,6 +191,53 @@ def test_members_of_another_recipe_are_trained_anew(
     monkeypatch.setattr(stages, "retrain", killing(stages.retrain, 0, calls))
     compress(recipe(tiny_folder, text_file, tmp_path / "run", soup={"members": 2, "vary": {"lr": [1e-2, 2e-2]}}))
     assert len(calls) == 1  # member 1 and the longer run are what they were
+
+
+def test_a_soup_of_several_phases_goes_on_from_the_average(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """The first phase is the soup of that sparsity; the second prunes within its mask, and counts its steps."""
+    retrain = {**raw(tiny_folder, text_file, tmp_path)["retrain"], "steps": 4}
+    changes: dict[str, Any] = {"soup": {"members": 2, "baselines": []}, "retrain": retrain}
+    once = recipe(tiny_folder, text_file, tmp_path / "once", prune={"sparsity": 0.5}, **changes)
+    first = compress(once)
+    changes["retrain"] = {**retrain, "steps": 8, "of": "total"}
+    changes["prune"] = {"sparsity": 0.75, "phases": 2}
+    found = compress(recipe(tiny_folder, text_file, tmp_path / "twice", **changes))
+    logged = {
+        row["stage"]: row["perplexity"]
+        for row in read_metrics(tmp_path / "twice" / "metrics.jsonl")
+        if "perplexity" in row
+    }
+    assert logged["phase 1, soup"] == first["perplexity"][SOUP]
+    earlier, later = (Masks.load(tmp_path / name / "model" / "masks.safetensors") for name in ("once", "twice"))
+    assert later.sparsity == pytest.approx(0.75, abs=1e-3)
+    assert all(not bool((mask & ~earlier[name]).any()) for name, mask in later.items())
+    assert found["soup"]["steps"] == 8
+    soup = weights(tmp_path / "twice" / "model")
+    members = [weights(tmp_path / "twice" / "members" / number) for number in ("1", "2")]
+    for name, tensor in soup.items():
+        assert torch.allclose(tensor, (members[0][name] + members[1][name]) / 2, rtol=1e-6, atol=1e-7), name
+    assert not (tmp_path / "twice" / "work").exists()
+
+
+@pytest.mark.parametrize("soup", [None, {"members": 2, "baselines": []}])
+def test_finished_phases_are_not_repeated(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, soup: Any
+) -> None:
+    retrain = {**raw(tiny_folder, text_file, tmp_path)["retrain"], "steps": 8}
+    changes: dict[str, Any] = {"prune": {"sparsity": 0.75, "phases": 3}, "retrain": retrain, "soup": soup}
+    whole = compress(recipe(tiny_folder, text_file, tmp_path / "whole", **changes))
+    asked, each = recipe(tiny_folder, text_file, tmp_path / "killed", **changes), 1 if soup is None else 2
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "retrain", killing(stages.retrain, 2 * each + 1, []))
+        with pytest.raises(KeyboardInterrupt):
+            compress(asked)
+    again: list[int] = []
+    monkeypatch.setattr(stages, "retrain", killing(stages.retrain, 0, again))
+    result = compress(asked)
+    assert len(again) == each  # those of the last phase
+    assert result["perplexity"] == whole["perplexity"]
+    one, other = (weights(tmp_path / name / "model") for name in ("whole", "killed"))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 def test_members_differ_in_their_seed_unless_it_is_given() -> None:

@@ -22,7 +22,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, cast, get_args
@@ -124,7 +124,7 @@ def looks_local(text: str) -> bool:
 
 
 def _device(value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|(cuda|xpu|mps)(:\d+)?", value):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
         raise ValueError("a device is auto, cpu, cuda or one GPU such as cuda:1")
     return value
 
@@ -399,6 +399,8 @@ class Calibrate(Strict):
 
 def _subsets(value: Any) -> Any:
     """Subset names from a list or from one text with commas; refused as `adapt` refuses them."""
+    if not isinstance(value, str | list | tuple):
+        raise ValueError("give names of subsets, as in [biases, norms]")
     names = tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else tuple(value)
     subsets.check_subsets(names)
     return names
@@ -497,7 +499,7 @@ class LanguageRetrain(Adapting, Retrain):
     def _check(self) -> LanguageRetrain:
         strange = [name for name in self.lrs if name not in self.train]
         if strange:
-            raise ValueError(f"lrs names {strange[0]!r}, which is not in train={list(self.train)}")
+            raise ValueError(f"lrs names {strange[0]!r}, which is not in train={list(self.train)}: leave it out")
         if self.dense is None and self.schedule not in ("linear", "llr"):
             raise ValueError(f"schedule {self.schedule} goes by the dense training: give dense: {{steps: 100000}}")
         return self
@@ -743,6 +745,8 @@ class LanguageRecipe(Recipe):
 
     model: str = "embedded"
     """Name, folder or file; 'embedded'; or a network such as resnet18."""
+    trust_remote_code: bool = False
+    """Run code that lies beside the model's weights."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights in memory and on disk."""
     streaming: bool = False
@@ -764,7 +768,9 @@ class LanguageRecipe(Recipe):
     @model_validator(mode="after")
     def _check(self) -> LanguageRecipe:
         if looks_local(self.model) and not Path(self.model).exists():
-            raise ValueError(f"model: no file or folder {self.model!r} (seen from {os.getcwd()})")
+            raise ValueError(
+                f"model: no file or folder {self.model!r} (seen from {os.getcwd()}); give a path that exists"
+            )
         if self.retrain is not None and "lora" in self.retrain.train and self.prune.sparsity > 0:
             raise ValueError(
                 "retrain.train: merging 'lora' would fill pruned weights; train 'mask_lora' or 'scale_lora', which "
@@ -803,7 +809,7 @@ class LanguageRecipe(Recipe):
     def _check_phases(self) -> None:
         if self.retrain is None or self.retrain.add_biases:
             raise ValueError("prune.phases: each is retrained: give a section retrain, without add_biases")
-        strange = [key for key in ("streaming", "reconstruct", "soup") if getattr(self, key)]
+        strange = [key for key in ("streaming", "reconstruct") if getattr(self, key)]
         if strange:
             raise ValueError(f"prune.phases: the whole model is retrained in each: leave out {strange[0]}")
         self.phase(0)
@@ -984,11 +990,27 @@ def load_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -
 
 def parse(raw: Mapping[str, Any], model: type[Section], where: str) -> Section:
     """The checked section `model` of a plain mapping; errors as in `load_recipe`."""
+    strange = next(_not_finite(raw), None)
+    if strange is not None:
+        raise ValueError(f"{where}: {strange[0]} is {strange[1]}; give a finite number")
     try:
         return model.model_validate(raw)
     except ValidationError as error:
         task = cast("type[BaseModel]", _task_of(raw) if model is Recipe else model)
-        raise ValueError(f"{where}: " + "\n".join(_line(item, task) for item in error.errors())) from None
+        lines = _united([_line(item, task) for item in error.errors()])
+        raise ValueError(f"{where}: " + "\n".join(lines)) from None
+
+
+def _not_finite(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """Dotted keys whose values are nan or infinite, wherever they stand; but lp is a norm for p = inf."""
+    if isinstance(value, float) and not math.isfinite(value) and not (key.endswith(".p") and value > 0):
+        yield key or "the value", value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _not_finite(item, f"{key}.{name}".removeprefix("."))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _not_finite(item, key)
 
 
 def merge(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -1022,6 +1044,19 @@ def digest(value: Any) -> str:
 
 def _task_of(raw: Any) -> type[Recipe]:
     return ClassifierRecipe if isinstance(raw, Mapping) and "images" in raw else LanguageRecipe
+
+
+_MEMBER = re.compile(r"\.(?:bool|int|float|str|dict|list|tuple|literal|constrained|function|\[key\])(?:\W.*)?$")
+
+
+def _united(lines: Sequence[str]) -> list[str]:
+    """What the members of a union each say of one value, in one line."""
+    found: dict[str, dict[str, None]] = {}
+    for line in lines:
+        key, _, said = line.partition(": ")
+        whole = line.startswith("unknown key")
+        found.setdefault(line if whole else _MEMBER.sub("", key), {})["" if whole else said] = None
+    return [": ".join(filter(None, (key, " or ".join(said)))) for key, said in found.items()]
 
 
 def _line(item: Any, model: type[BaseModel]) -> str:

@@ -4,7 +4,7 @@
            └▶ retrain as long as all of them
 
 Every member is merged under the one mask, so that the average keeps every zero. A member that is finished is a folder,
-complete or absent, and is not trained again. In a grid members are jobs; `blend` makes them here.
+complete or absent, and is not trained again. In a grid members are jobs.
 """
 
 from __future__ import annotations
@@ -24,18 +24,20 @@ from prunus.masks import Masks
 from prunus.run import stages
 from prunus.run.recipe import LanguageRecipe, LanguageRetrain, digest, given, member_of, said
 from prunus.save import average_folders, save_model
-from prunus.soup import check_weights, sms
+from prunus.soup import check_weights
 
 __all__ = [
     "BEST",
     "LONGER",
     "MEAN",
     "SOUP",
+    "Member",
     "Pruned",
     "Souped",
+    "as_long_as_all",
     "averaged",
-    "blend",
     "longer_of",
+    "member",
     "member_key",
     "members_of",
 ]
@@ -52,12 +54,16 @@ def _no_bar(_name: str, _steps: float | None) -> AbstractContextManager[Any]:
 
 @dataclass(frozen=True)
 class Pruned:
-    """A pruned model that members are retrained from, its masks, its recipe; bar: shows how far each is."""
+    """A pruned model that members are retrained from, its masks, the recipe of its phase, from 0.
+
+    bar: shows how far each is.
+    """
 
     loaded: stages.Loaded
     masks: Masks
     recipe: LanguageRecipe
     device: torch.device
+    phase: int = 0
     bar: Bar = _no_bar
 
     def retrained(self, name: str, asked: LanguageRetrain, checkpoint: Path) -> tuple[Any, Numbers]:
@@ -115,27 +121,16 @@ def member_key(recipe: LanguageRecipe, asked: LanguageRetrain) -> str:
     return digest({**said(recipe, but={"soup", "out", "save"}), "retrain": said(asked)})
 
 
-def blend(pruned: Pruned, folder: Path, soup: Path) -> Souped:
-    """The soup of a pruned model, which stays as it is; members stand in `folder`, their average in `soup`.
+def member(pruned: Pruned, place: int, folder: Path) -> Member:
+    """A member, from 0: trained, merged and written below `folder`, unless it stands there."""
+    path = folder / str(place + 1)
+    return path, _kept(pruned, f"member {place + 1}", members_of(pruned.recipe)[place], path)
 
-    Checkpoints of a member under way are in `folder`, too. One copy of the model is made beside it, and the average is
-    made piece by piece. Raises ValueError for members that left their mask, and what retraining raises.
-    """
-    asked = members_of(pruned.recipe)
 
-    def retrain(pruned: Pruned, phase: int, place: int) -> Member:
-        path = folder / str(place + 1)
-        return path, _kept(pruned, f"member {place + 1}", asked[place], path)
-
-    def average(pruned: Pruned, members: Sequence[Member]) -> Souped:
-        whole = longer_of(pruned.recipe)
-        longer = None if whole is None else _kept(pruned, LONGER, whole, folder / "longer.json")
-        return averaged(pruned, members, longer, soup)
-
-    before: Souped | None = None
-    (made,) = sms(before, phases=1, members=len(asked), prune=lambda *_: pruned, retrain=retrain, average=average)
-    assert made.average is not None
-    return made.average
+def as_long_as_all(pruned: Pruned, folder: Path) -> Numbers | None:
+    """What one member is that is trained as long as all together, if it is asked for; its model is not kept."""
+    asked = longer_of(pruned.recipe)
+    return None if asked is None else _kept(pruned, LONGER, asked, folder / "longer.json")
 
 
 def averaged(pruned: Pruned, members: Sequence[Member], longer: Numbers | None, soup: Path) -> Souped:
