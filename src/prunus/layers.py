@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from prunus.machine import imported, is_pretrained
 
-__all__ = ["Inputs", "Layer", "View", "find_layers", "matches", "parameter_shapes", "scan"]
+__all__ = ["Inputs", "Layer", "View", "check_unwrapped", "find_layers", "matches", "parameter_shapes", "scan"]
 
 log = logging.getLogger(__name__)
 
@@ -187,6 +187,20 @@ def find_layers(
     if gates:
         _note(f"{', '.join(gates)} stay dense: square matrices that may be stored (out, in) or (in, out)")
     return taken
+
+
+def check_unwrapped(root: nn.Module) -> None:
+    """Raises ValueError for a model with adapters of peft in it, whose own matrices would be taken for layers.
+
+    >>> check_unwrapped(nn.Linear(2, 2))
+    """
+    adapter = imported("peft.tuners.tuners_utils", "BaseTunerLayer")
+    for name, module in root.named_modules():
+        if isinstance(module, adapter):
+            raise ValueError(
+                f"{name!r} holds an adapter of peft: merge it first, model = model.merge_and_unload(), and wrap the "
+                "pruned model anew"
+            )
 
 
 def parameter_shapes(parameters: Mapping[str, Tensor], views: Sequence[View]) -> dict[str, tuple[int, ...]]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.layers import Inputs, Layer, View, find_layers, parameter_shapes
+from prunus.layers import Inputs, Layer, View, check_unwrapped, find_layers, parameter_shapes
 from prunus.machine import in_mode
 from prunus.masks import Masks
 from prunus.patterns import Pattern, Unstructured, check_sparsity
@@ -80,6 +80,7 @@ def prune(
     pattern = Unstructured(compared(asked, shared)) if pattern is None else pattern
     needs = needed(asked, shared)
     if views is None:
+        check_unwrapped(model)
         views = observable(model, find_layers(model)) if needs else find_layers(model)
     if not views:
         raise ValueError(

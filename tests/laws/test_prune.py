@@ -1,5 +1,7 @@
 """One-shot pruning in memory: exact, nested, blind to storage, and nothing changes when it fails."""
 
+import sys
+import types
 from functools import partial
 
 import pytest
@@ -25,6 +27,7 @@ from prunus.score import (
     wanda,
 )
 from prunus.solve import frank_wolfe, sparsegpt
+from prunus.stream import stream
 
 ALLOCATIONS = {"global": global_, "uniform": uniform, "uniform_plus": uniform_plus(), "erk": erk, "lamp": lamp}
 
@@ -219,3 +222,18 @@ def test_nm_prunes_without_a_sparsity():
     model = network()
     masks = prune(model, pattern=NM(2, 4), views=find_layers(model, include=["5", "6"]))
     assert masks.sparsity == 0.5
+
+
+def test_adapters_of_peft_are_refused_before_their_matrices_are_taken_for_layers(monkeypatch):
+    class Adapter(nn.Module):  # as peft's layers: the model's own weight inside, two small matrices beside it
+        def __init__(self):
+            super().__init__()
+            self.base_layer, self.lora_A, self.lora_B = nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(2, 4)
+
+    module = types.ModuleType("peft.tuners.tuners_utils")
+    module.BaseTunerLayer = Adapter
+    monkeypatch.setitem(sys.modules, "peft.tuners.tuners_utils", module)
+    model = nn.Sequential(nn.Linear(4, 4), Adapter())
+    for verb in (prune, partial(stream, tokens=torch.zeros(1, 2, dtype=torch.int64))):
+        with pytest.raises(ValueError, match=r"'1' holds an adapter of peft: merge it first, .*merge_and_unload"):
+            verb(model, magnitude, sparsity=0.5)

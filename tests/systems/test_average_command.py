@@ -161,4 +161,4 @@ def test_a_checkpoint_of_another_network_is_named(members: Any, call: Any, tmp_p
     (tmp_path / "other.yaml").write_text(json.dumps({**RECIPE, "model": "resnet14"}))
     status, heard = call(members / "m0", members / "m1", "--out", tmp_path / "x", "--greedy", tmp_path / "other.yaml")
     assert status == 2
-    assert "is no resnet14" in heard.err
+    assert "is not of the recipe's network" in heard.err

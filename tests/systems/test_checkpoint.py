@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -14,15 +15,17 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.utils import prune
 
-from prunus.checkpoint import read_checkpoint, wrapper_of
+from prunus.checkpoint import read_checkpoint, read_state, wrapper_of
 from prunus.data import ASSETS, windows
+from prunus.masks import Masks
 from prunus.measure import perplexity
 from prunus.run import stages
 from prunus.run.inspect import inspect_model
 from prunus.run.recipe import Recipe
 from prunus.run.texts import evaluation_texts
-from prunus.save import average_folders
+from prunus.save import average_folders, load_info, save_model
 from tests.systems.test_families import FAMILIES, NORMAL, WIDTH
 
 Tensors = dict[str, Tensor]
@@ -277,3 +280,77 @@ def test_a_wrapper_is_found_by_what_it_hides() -> None:
     assert wrapper_of(names, lambda found: set(found) == known) == "module."
     assert wrapper_of(["a.w", "b.w"], lambda found: set(found) == known) == ""
     assert wrapper_of(["x.a.w", "y.a.b"], lambda found: set(found) == known) == ""
+
+
+def test_members_of_a_mean_share_their_tokenizer_and_are_finite(llama: Path, tmp_path: Path) -> None:
+    other = variant(llama, tmp_path / "other")
+    found = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = found["model"]["vocab"]
+    one, two = list(vocabulary)[300:302]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    (other / "tokenizer.json").write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=r"the tokenizers differ: '.*' is id 300 in .* and 301 in"):
+        average_folders([llama, other], tmp_path / "mean")
+    broken = variant(llama, tmp_path / "broken", put(HEAD, math.nan))
+    with pytest.raises(ValueError, match=r"broken: 'lm_head.weight' holds 1 values that are NaN"):
+        average_folders([llama, broken], tmp_path / "mean")
+    coarse = variant(llama, tmp_path / "coarse", None, quantization_config={"quant_method": "fp8"})
+    with pytest.raises(ValueError, match=r"coarse is quantised \(fp8"):
+        average_folders([coarse, coarse], tmp_path / "mean")
+    assert not (tmp_path / "mean").exists()
+
+
+def test_what_is_saved_says_what_it_left_out(llama: Path, tmp_path: Path) -> None:
+    def more(tensors: Tensors) -> Tensors:
+        old = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
+        return {**tensors, **old, "model.norm.weight": tensors["model.norm.weight"].double()}
+
+    source = variant(llama, tmp_path / "m", more)
+    loaded = stages.load(asked(source))
+    masks = Masks({UP: torch.zeros(48, WIDTH, dtype=torch.bool)})
+    loaded.model.get_parameter(UP).data.fill_(-0.0)
+    save_model(loaded.model, loaded.tokenizer, tmp_path / "saved", masks=masks, info={}, source=source)
+    why = "no tensor of the model is made of it"
+    assert load_info(tmp_path / "saved")["tensors"] == {
+        "dropped": {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": why for i in range(2)},
+        "cast": {"model.norm.weight": "F64 to F32"},
+    }
+    assert not load_file(tmp_path / "saved" / "model.safetensors")[UP].signbit().any()
+
+
+def test_a_tensor_that_was_not_saved_is_missed(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = stages.load(asked(llama))
+
+    def lose(folder: Path, **_: Any) -> None:
+        save_file(without(UP)(load_file(llama / "model.safetensors")), folder / "model.safetensors")
+
+    monkeypatch.setattr(loaded.model, "save_pretrained", lose)
+    with pytest.raises(ValueError, match=rf"'{UP}' and 0 other tensors of the model are in no file"):
+        save_model(loaded.model, loaded.tokenizer, tmp_path / "saved", masks=None, info={}, source=llama)
+    assert not (tmp_path / "saved").exists()
+
+
+def test_state_dicts_from_elsewhere_are_read_or_the_mend_is_named(tmp_path: Path) -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    own = network.state_dict()
+    held = copy.deepcopy(network)
+    prune.l1_unstructured(held[0], "weight", 0.5)
+    kinds: dict[str, tuple[Any, str]] = {
+        "module": ({f"module.{name}": each for name, each in own.items()}, r"all names begin with 'module\.', which"),
+        "nested": ({"state_dict": own, "epoch": 3}, r"whole checkpoint, whose state dict is under 'state_dict'"),
+        "whole": (network, r"is a pickle of more than tensors, perhaps a whole module.*torch\.save\(model\.state"),
+        "masked": (held.state_dict(), r"'0\.weight_orig' and its mask: .* torch\.nn\.utils\.prune\.remove"),
+        "list": ([1], r"holds a list, not a state dict"),
+        "other": (torch.nn.Linear(3, 2).state_dict(), r"not of the recipe's network: 9 tensors differ"),
+        "shape": ({**own, "0.bias": torch.ones(3)}, r"first '0\.bias' \(\(3,\) in the file, \(2,\) in the network\)"),
+        "nan": ({**own, "0.bias": torch.tensor([math.nan, 1])}, r"'0\.bias' holds 1 values that are NaN"),
+    }
+    for name, (content, message) in kinds.items():
+        torch.save(content, tmp_path / f"{name}.pt")
+        with pytest.raises(ValueError, match=message):
+            read_state(tmp_path / f"{name}.pt", own)
+    torch.save(own, tmp_path / "right.pt")
+    save_file(own, tmp_path / "right.safetensors")
+    for name in ("right.pt", "right.safetensors"):
+        found = read_state(tmp_path / name, own)
+        assert all(torch.equal(found[key], each) for key, each in own.items())

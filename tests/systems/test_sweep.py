@@ -125,7 +125,7 @@ def test_mistakes_end_in_one_line(run: Path, tmp_path: Path, call: Any) -> None:
         ({}, {"retrain": {"epochs": 1, "schedule": "lr"}}, "retrain.schedule"),
         ({}, {"train": {"lr": 1}}, "was trained otherwise"),
         ({"start": run / "model.safetensors"}, {}, "needs the recipe of its network as `base`"),
-        ({"start": tmp_path / "broken.safetensors"}, other, "is no state dict that can be read"),
+        ({"start": tmp_path / "broken.safetensors"}, other, "is not a complete safetensors file"),
         ({"start": tmp_path / "list.pt"}, other, "holds a list, not a state dict"),
         ({"start": tmp_path / "other.pt"}, other, "is not of the recipe's network"),
     ]

@@ -14,6 +14,7 @@ from .opened import download_weights as download_weights
 from .opened import hub_folder as hub_folder
 from .opened import read_config as read_config
 from .opened import read_tokenizer as read_tokenizer
+from .states import read_state as read_state
 from .stored import DTYPES as DTYPES
 from .stored import Stored as Stored
 from .stored import read_header as read_header

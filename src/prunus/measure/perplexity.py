@@ -43,7 +43,16 @@ def perplexity(
         for ids, targets in zip(rows.split(batch_size), wanted.split(batch_size), strict=True):
             logits = model(input_ids=ids.to(place).long(), use_cache=False).logits
             total += summed_loss(logits, targets.to(place).long())
-    return math.exp(total.item() / predicted)
+    return exp_of(total.item() / predicted)
+
+
+def exp_of(loss: float) -> float:
+    """The perplexity of a mean loss; infinite beyond what a float holds.
+
+    >>> exp_of(1e4)
+    inf
+    """
+    return math.inf if loss > 700 else math.exp(loss)
 
 
 def cut(tokens: Tensor | Tokens, window: int) -> tuple[Tensor, Tensor, int]:

@@ -5,7 +5,6 @@ The number is that of `perplexity` (same windows, same mean); only the order of 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from prunus.blocks import Source, embed, find_blocks, finish, run_block
 from prunus.data import Tokens
 from prunus.machine import Precision, autocast
-from prunus.measure.perplexity import cut, summed_loss
+from prunus.measure.perplexity import cut, exp_of, summed_loss
 from prunus.stream import ahead
 
 
@@ -50,4 +49,4 @@ def streamed_perplexity(
         with source.outside(device):
             for ids, targets, leaving in zip(rows.split(batch_size), wanted.split(batch_size), hidden, strict=True):
                 total += summed_loss(finish(model, names, ids.to(device), leaving).logits, targets.long()).cpu()
-    return math.exp(total.item() / predicted)
+    return exp_of(total.item() / predicted)

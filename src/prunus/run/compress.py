@@ -12,6 +12,7 @@ process writes, and the others take its pruned blocks from the work folder.
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -256,6 +257,8 @@ class _Run:
         with self._bar(f"evaluate {stage}", None):
             found = stages.evaluate(loaded, self.recipe, self.device)
         self._log({"stage": stage, "perplexity": found})
+        if stage == "dense":
+            _check_measured(found, loaded.model.dtype)
         return found
 
     def _assembled(self, loaded: stages.Loaded, streamed: Streamed) -> stages.Loaded:
@@ -284,6 +287,8 @@ class _Run:
         done: set[str] = set()
         for report in streamed.reports:
             own = {f"{report.name}.{key}": tensor for key, tensor in work.tensors(report.name).items()}
+            for name in own.keys() & streamed.masks.keys():
+                own[name] = own[name].masked_fill(~streamed.masks[name], 0.0)  # -0.0 is stored as +0.0
             for name, tensor in source.stored(own).items():
                 done.add(name)
                 yield name, tensor
@@ -338,6 +343,16 @@ def _check_shares(recipe: LanguageRecipe) -> None:
             f"retrain.batch_size: {asked.batch_size} sequences cannot be shared by {world} processes; "
             f"use a multiple of {world}"
         )
+
+
+def _check_measured(found: Mapping[str, float], dtype: torch.dtype) -> None:
+    """All weights are finite; a dense model whose perplexity is not computes beyond its numbers."""
+    for name, value in found.items():
+        if not math.isfinite(value):
+            raise ValueError(
+                f"evaluate.data.{name}: the perplexity of the dense model is {value}, though its weights are finite: "
+                f"numbers leave the range of {str(dtype).removeprefix('torch.')}; set dtype: float32 or bfloat16"
+            )
 
 
 def _drawn(result: Mapping[str, Any]) -> dict[str, Any]:

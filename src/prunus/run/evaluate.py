@@ -42,8 +42,7 @@ def _language_model(model: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _classifier(path: Path, raw: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
+    from prunus.checkpoint import read_state
     from prunus.run.vision import stages
     from prunus.run.vision.setting import Setting
 
@@ -55,7 +54,7 @@ def _classifier(path: Path, raw: dict[str, Any], overrides: Mapping[str, Any]) -
         raise ValueError(f"{path.parent}: a network that became smaller was measured when it was made: see result.json")
     setting = Setting.of(recipe)
     network = setting.new_model()
-    network.load_state_dict(load_file(weights, device=str(setting.device)))
+    network.load_state_dict(read_state(weights, network.state_dict()))
     found: dict[str, Any] = {"accuracy": stages.measure(network, setting)}
     if recipe.corruptions is not None:
         found["corrupted"] = stages.corrupted(network, setting, recipe.corruptions)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import nn
 
+from prunus.checkpoint import read_state
 from prunus.machine import write_tensors
 from prunus.run.recipe import LanguageRecipe, merge, parse, read_yaml
 
@@ -68,11 +68,7 @@ def _classifiers(path: Path) -> Scorer:
     model = setting.new_model()
 
     def read(checkpoint: Path) -> nn.Module:
-        state = load_file(_file(checkpoint), device=str(setting.device))
-        try:
-            model.load_state_dict(state)
-        except RuntimeError as error:
-            raise ValueError(f"{checkpoint} is no {setting.recipe.model} of {path}: {error}") from None
+        model.load_state_dict(read_state(_file(checkpoint), model.state_dict()))
         if setting.recipe.recalibrate and stages.has_batchnorm(model):
             stages.recalibrate(model, setting)
         return model

@@ -21,7 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.checkpoint import SINGLE_NAME, Stored, read_checkpoint, read_header
+from prunus.checkpoint import (
+    SINGLE_NAME,
+    Stored,
+    check_finite,
+    check_plain,
+    read_checkpoint,
+    read_header,
+    read_tokenizer,
+)
 from prunus.masks import count_kept, unpack
 from prunus.save.folder import (
     FORMAT,
@@ -45,6 +53,7 @@ __all__ = ["average_folders"]
 
 log = logging.getLogger(__name__)
 
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 _PIECE = 1 << 21  # entries of one tensor that are averaged together
 _OF_ONE_MODEL = ("metrics", "perplexity", "zero_shot", "sparsity", "versions", "masks", "format", "average")
 
@@ -61,9 +70,9 @@ def average_folders(
     weights: one a checkpoint, >= 0, sum 1; None: all equal. config.json, tokenizer, masks and what prunus.json says of
     the model are the first one's; prunus.json also lists the members. The folder appears complete or not at all.
 
-    Raises ValueError, before anything is written, for tensors, configs or masks that differ (naming the first), and
-    for an `out` that holds anything but this very average, or a member; while writing, for weights that are not zero
-    under their mask.
+    Raises ValueError, before anything is written, for tensors, configs, tokenizers or masks that differ (naming the
+    first), quantised members, and an `out` that holds anything but this very average, or a member; while writing, for
+    weights that are not finite, or not zero under their mask.
 
     >>> average_folders(["runs/a/model", "runs/b/model"], "runs/mean")
     """
@@ -97,6 +106,8 @@ class _Member:
     @classmethod
     def read(cls, path: Path) -> _Member:
         checkpoint = read_checkpoint(path)
+        if checkpoint.config():
+            check_plain(checkpoint)
         folder = path if path.is_dir() else path.parent if path.name == SINGLE_NAME else None
         if folder is None or not (folder / MASKS_NAME).is_file():
             masks, metadata = {}, {}
@@ -129,7 +140,26 @@ def _check_member(place: int, member: _Member, first: _Member) -> None:
                 f"config.json says {key}: {first.config.get(key)!r} in {first.path} and {member.config.get(key)!r} in "
                 f"{member.path}: they are not copies of one network"
             )
+    _check_tokenizers(member.path, first.path)
     _check_masks(member, first)
+
+
+def _check_tokenizers(path: Path, first: Path) -> None:
+    """Rows of embeddings are averaged by place: each must mean the same token."""
+    one, other = _vocabulary(first), _vocabulary(path)
+    for token in sorted(one.keys() | other.keys(), key=lambda token: one.get(token, -1)) if one and other else ():
+        if one.get(token) != other.get(token):
+            raise ValueError(
+                f"the tokenizers differ: {token!r} is id {one.get(token)} in {first} and {other.get(token)} in {path}, "
+                "so rows of the embeddings mean other tokens; average members of one tokenizer"
+            )
+
+
+def _vocabulary(path: Path) -> dict[str, Any]:
+    """Token -> id of a member's tokenizer; empty where it has none that transformers opens."""
+    if not path.is_dir() or not any((path / name).is_file() for name in _TOKENIZERS):
+        return {}
+    return read_tokenizer(path).get_vocab()
 
 
 def _shown(stored: Stored | None) -> str:
@@ -172,6 +202,8 @@ def _mean(name: str, members: Sequence[_Member], shares: Sequence[float], zeros:
     for start in range(0, first.numel, _PIECE):
         stop = min(start + _PIECE, first.numel)
         pieces = [member.tensors[name].piece(start, stop) for member in members]
+        for member, piece in zip(members, pieces, strict=True):
+            check_finite([(name, _comparable(piece))], member.path)
         part = mean_tensor(name, pieces, shares)
         _check_zeros(name, members, pieces, start)
         if len(first.shape) > 1 and first.dtype.is_floating_point:

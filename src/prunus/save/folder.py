@@ -26,6 +26,7 @@ import yaml
 
 from prunus import __version__
 from prunus.machine import atomic_folder, read_json, write_json, write_text
+from prunus.save.account import account
 from prunus.save.shards import ShardWriter
 
 if TYPE_CHECKING:
@@ -98,15 +99,19 @@ def save_model(
     config are copied as they are. config.json differs only in the keys that the model's config changed (added
     biases) and in a dtype that is no longer true.
 
+    prunus.json also lists the source's tensors that are left out, each with its reason, and those in another dtype.
+
     Raises ValueError when `folder` holds something that Prunus did not write or is the source's, a pruned entry is not
-    zero, or the model is quantised.
+    zero, a tensor of the model is not in the files, or the model is quantised.
     """
     if masks is not None:
         masks.check(model)
+        masks.apply_(model)  # -0.0 is zero, and stored as +0.0
     with new_folder(folder, source) as partial:
         with _as_dense(model):
             model.save_pretrained(partial, max_shard_size=int(max_shard_bytes))
         write_config(model.config, partial / "config.json", source_folder(source), dtype=model.dtype)
+        info = {**info, "tensors": account(partial, source_folder(source), model)}
         return _finish(partial, folder, tokenizer, masks=masks, info=info, source=source)
 
 
@@ -136,6 +141,7 @@ def save_tensors(
                 dtypes |= {tensor.dtype} if tensor.is_floating_point() else set()
         dtype = next(iter(dtypes)) if len(dtypes) == 1 else None
         write_config(config, partial / "config.json", source_folder(source), dtype=dtype)
+        info = {**info, "tensors": account(partial, source_folder(source), None)}
         return _finish(partial, folder, tokenizer, masks=masks, info=info, source=source)
 
 

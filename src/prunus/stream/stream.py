@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.blocks import Arguments, Source, embed, find_blocks, finish, run_block
-from prunus.layers import Inputs, Layer, View, find_layers, parameter_shapes
+from prunus.layers import Inputs, Layer, View, check_unwrapped, find_layers, parameter_shapes
 from prunus.machine import Precision, autocast, ranks
 from prunus.masks import Masks, count_kept
 from prunus.patterns import Pattern, Unstructured, check_sparsity
@@ -200,6 +200,7 @@ def _placed(
     Raises ValueError when no blocks are found, or nothing is left to prune.
     """
     device = torch.device(device) if device is not None else next(model.parameters()).device
+    check_unwrapped(model)
     names = find_blocks(model)
     found = find_layers(model, include=include, exclude=exclude)
     views, outer = _views_by_block(observable(model, found, include) if observed else found, names, include, exclude)
