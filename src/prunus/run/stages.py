@@ -143,7 +143,9 @@ def _load_gguf(path: Path, recipe: LanguageRecipe, straight: dict[str, Any]) -> 
 
 
 def check_trainable(model: Any, recipe: LanguageRecipe) -> None:
-    """Raises ValueError, before any work, when a subset that is to be retrained is empty in this model."""
+    """Raises ValueError, before any work, when a subset that is to be retrained is empty in this model, or a rank is
+    larger than a matrix that is to be adapted has it."""
+    _check_ranks(model, recipe)
     asked = recipe.retrain
     if asked is None:
         return
@@ -154,6 +156,18 @@ def check_trainable(model: Any, recipe: LanguageRecipe) -> None:
     for name in asked.train:
         if name not in ADAPTERS:
             find_subset(twin, name)
+
+
+def _check_ranks(model: nn.Module, recipe: LanguageRecipe) -> None:
+    views = find_layers(model, include=recipe.prune.include, exclude=recipe.prune.exclude)
+    least = min(views, key=lambda view: min(view.shape), default=None)
+    for section, asked in (("retrain", recipe.retrain), ("reconstruct", recipe.reconstruct)):
+        adapted = asked is not None and any(name in ADAPTERS for name in asked.train)
+        if asked is not None and adapted and least is not None and asked.rank > min(least.shape):
+            raise ValueError(
+                f"{section}.rank: {asked.rank} is more than min(out, in) of {least.name!r}, which is {least.shape}; "
+                f"set {section}.rank to {min(least.shape)} or less"
+            )
 
 
 def prune(
