@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import shutil
 import threading
 from collections import OrderedDict
@@ -19,13 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from prunus.data import load_weights_
 from prunus.machine import read_json, read_tensors, write_json, write_tensors
 from prunus.run.vision import stages
 from prunus.run.vision.recipe import dense_key
@@ -127,7 +124,7 @@ def adopt(setting: Setting, weights: Path, folder: Path) -> Dense:
     Raises ValueError for a file that is no state dict of the recipe's network, and a folder that holds another one.
     """
     model, key = setting.new_model(), dense_key(setting.recipe)
-    _load_(model, weights)
+    load_weights_(model, weights)
     known = hashlib.sha256(weights.read_bytes()).hexdigest()
     found = read_dense(folder)
     if found is not None:
@@ -144,27 +141,6 @@ def adopt(setting: Setting, weights: Path, folder: Path) -> Dense:
     made = read_dense(folder)
     assert made is not None
     return made
-
-
-def _load_(model: nn.Module, weights: Path) -> None:
-    try:
-        if weights.suffix == ".safetensors":
-            state: Any = load_file(weights)
-        else:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{weights} is no state dict that can be read ({type(error).__name__})") from None
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{weights} holds a {type(state).__name__}, not a state dict: name to tensor")
-    own = model.state_dict()
-    wrong = [name for name in own if name not in state or state[name].shape != own[name].shape]
-    wrong += [name for name in state if name not in own]
-    if wrong:
-        raise ValueError(
-            f"{weights} is not of the recipe's network: {len(wrong)} tensors differ in name or shape, first "
-            f"'{wrong[0]}'; give the recipe that it was trained by"
-        )
-    model.load_state_dict(dict(state))
 
 
 def read_dense(folder: Path) -> Dense | None:
