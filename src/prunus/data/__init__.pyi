@@ -6,10 +6,13 @@ from .images import Images as Images
 from .images import LoaderBatches as LoaderBatches
 from .images import check_corruptions as check_corruptions
 from .images import corrupt as corrupt
+from .images import matched as matched
 from .images import plain_batches as plain_batches
 from .images import read_images as read_images
 from .images.corruptions import Strengths as Strengths
 from .models import build_model as build_model
+from .models import check_model as check_model
+from .models import load_weights_ as load_weights_
 from .texts import ASSETS as ASSETS
 from .texts import ENDINGS as ENDINGS
 from .texts import SPLITS as SPLITS

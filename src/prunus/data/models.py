@@ -12,28 +12,35 @@ How they are trained and pruned is not known here.
 
 from __future__ import annotations
 
+import pickle
 import re
+from collections.abc import Mapping
 from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunus.machine import import_extra
 
-__all__ = ["BasicBlock", "build_model"]
+__all__ = ["BasicBlock", "build_model", "check_model", "load_weights_"]
 
 _FORMS = "resnet{6n+2} (resnet8, resnet20, resnet56, ...), resnet{6n+2}x{k}, resnet18, vgg16_bn, wrn{6n+4}_{k}, wrn20"
 _VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)  # 0: 2x2 maximum
 
 
-def build_model(name: str, *, classes: int, channels: int = 3) -> nn.Module:
+def build_model(name: str, *, classes: int, channels: int = 3, arguments: Mapping[str, Any] | None = None) -> nn.Module:
     """The named classifier, x (B, channels, H, W) -> logits (B, classes), with fresh weights of the global generator.
 
-    name: see the module's list; "timm:NAME" and "torchvision:NAME" are built by those packages. Ours take images of any
-    size from 8 x 8 (vgg16_bn: 32 x 32). Convolutions start as He et al. 2015 (normal, fan out); a caller seeds them
-    with torch.manual_seed inside torch.random.fork_rng.
-    Raises: ValueError for an unknown name, or fewer than 1 class or channel; ImportError without timm or torchvision.
+    name: see the module's list; "timm:NAME" and "torchvision:NAME" are built by those packages, with `arguments`. Ours
+    take images of any size from 8 x 8 (vgg16_bn: 32 x 32). Convolutions start as He et al. 2015 (normal, fan out); a
+    caller seeds them with torch.manual_seed inside torch.random.fork_rng.
+    Raises: ValueError for an unknown name or argument, or fewer than 1 class or channel; ImportError without timm or
+    torchvision.
 
     >>> build_model("resnet20", classes=10)(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 10])
@@ -42,8 +49,64 @@ def build_model(name: str, *, classes: int, channels: int = 3) -> nn.Module:
         raise ValueError(f"a classifier needs at least 1 class and 1 channel; got {classes=}, {channels=}")
     package, colon, foreign = name.partition(":")
     if colon:
-        return _foreign(package, foreign, classes, channels)
+        return _foreign(package, foreign, classes, channels, arguments or {})
+    if arguments:
+        raise ValueError(f"arguments {sorted(arguments)} are for networks of timm and torchvision; '{name}' has none")
     return _initialised(_own(name, classes, channels))
+
+
+def check_model(name: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse a name or arguments that make no model, as `build_model` does, without making its weights.
+
+    >>> check_model("resnet20", {})
+    """
+    with torch.device("meta"):
+        build_model(name, classes=10, arguments=arguments)
+
+
+def load_weights_(model: nn.Module, path: Path, *, other_head: bool = False) -> list[str]:
+    """Load a file of weights into the model, and return the names of the tensors that stay as they are.
+
+    path: .safetensors, or what torch.save made of a state dict, maybe under "state_dict" or "model". other_head:
+    whether a last layer for another number of classes is left out.
+    Raises ValueError for a file that cannot be read, and for tensors that differ in name or shape.
+
+    >>> load_weights_(build_model("resnet8", classes=3), Path("resnet8.safetensors"), other_head=True)
+    ['linear.weight', 'linear.bias']
+    """
+    state, own = _read_state(path), model.state_dict()
+    other = [name for name, tensor in own.items() if other_head and _has_other_rows(tensor, state.get(name))]
+    fresh = [name for name in other if name.rpartition(".")[0] == other[-1].rpartition(".")[0]]
+    wrong = [name for name in own if name not in fresh and (name not in state or state[name].shape != own[name].shape)]
+    wrong += [name for name in state if name not in own]
+    if wrong:
+        raise ValueError(
+            f"{path} is not of the recipe's network: {len(wrong)} tensors differ in name or shape, first '{wrong[0]}'; "
+            "give the recipe that it was trained by"
+        )
+    model.load_state_dict({name: own[name] if name in fresh else state[name] for name in own})
+    return fresh
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    try:
+        state: Any = load_file(path) if path.suffix == ".safetensors" else None
+        if state is None:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is no state dict that can be read ({type(error).__name__})") from None
+    inner = next((state[key] for key in ("state_dict", "model") if isinstance(state, dict) and key in state), state)
+    if not isinstance(inner, Mapping) or not all(isinstance(each, Tensor) for each in inner.values()):
+        raise ValueError(f"{path} holds a {type(inner).__name__}, not a state dict: name to tensor")
+    wrapped = all(name.startswith("module.") for name in inner)  # as nn.DataParallel names them
+    return {name.removeprefix("module.") if wrapped else name: each for name, each in inner.items()}
+
+
+def _has_other_rows(own: Tensor, other: Tensor | None) -> bool:
+    """Whether two tensors differ in their number of rows alone."""
+    if other is None or not own.ndim or own.ndim != other.ndim:
+        return False
+    return own.shape[1:] == other.shape[1:] and len(own) != len(other)
 
 
 class BasicBlock(nn.Module):
@@ -176,7 +239,7 @@ def _initialised(model: nn.Module) -> nn.Module:
     return model
 
 
-def _foreign(package: str, name: str, classes: int, channels: int) -> nn.Module:
+def _foreign(package: str, name: str, classes: int, channels: int, arguments: Mapping[str, Any]) -> nn.Module:
     if package not in ("timm", "torchvision"):
         raise ValueError(f"'{package}:{name}': models come from timm: or torchvision:, or are one of {_FORMS}")
     if package == "torchvision" and channels != 3:
@@ -186,6 +249,10 @@ def _foreign(package: str, name: str, classes: int, channels: int) -> nn.Module:
     if name not in (known := list(home.list_models())):
         close = ", ".join(get_close_matches(name, known, n=3)) or "none"
         raise ValueError(f"{package} has no model '{name}'; close names: {close}")
+    own: dict[str, Any] = {"pretrained": False, "num_classes": classes, "in_chans": channels}
     if package == "torchvision":
-        return home.get_model(name, weights=None, num_classes=classes)
-    return home.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)
+        own = {"weights": None, "num_classes": classes}
+    try:
+        return (home.get_model if package == "torchvision" else home.create_model)(name, **own, **arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"'{package}:{name}' does not take {dict(arguments)} ({error})") from None

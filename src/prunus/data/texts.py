@@ -130,7 +130,8 @@ def checked_text(value: Any, place: str, column: str) -> str:
     if not isinstance(value, str):
         kinds = {type(None): "null", bool: "true or false", int: "a number", float: "a number", dict: "an object"}
         kind = kinds.get(type(value), "bytes" if isinstance(value, bytes) else "a list")
-        raise ValueError(f"{place}, column {column!r}: {kind} is no text; leave the row out, or name another column.")
+        mend = f"read chats with messages: {column}" if kind == "a list" else "leave the row out"
+        raise ValueError(f"{place}, column {column!r}: {kind} is no text; {mend}, or name another column.")
     if not value.isascii():
         try:
             value.encode()

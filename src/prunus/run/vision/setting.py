@@ -21,6 +21,7 @@ from prunus.data import (
     Images,
     build_model,
     check_corruptions,
+    matched,
     plain_batches,
     read_images,
 )
@@ -158,20 +159,29 @@ class Setting:
 
 
 def _image_sets(asked: ImageSource, device: torch.device) -> ImageSets:
-    held_out = asked.validation if asked.measure_on != "test" else None
-    key = (asked.source, held_out, asked.measure_on, str(device))
+    key = (asked.model_dump_json(), str(device))
     with _lock:
         if key not in _sets:
-            train, held = _images(asked.source, "train"), None
-            if held_out is not None:
-                train, held = train.split(held_out, SPLIT_SEED)
-            measured = held if held is not None and asked.measure_on == "validation" else _images(asked.source, "test")
+            train, measured, held = _parts(asked)
             mean, std = train.statistics()
             moved = (train.to(device), measured.to(device), mean.to(device), std.to(device))
             _sets[key] = ImageSets(*moved, None if held is None else held.to(device))
             if device.type == "cuda":  # other threads read them on streams of their own
                 torch.cuda.synchronize(device)
         return _sets[key]
+
+
+def _parts(asked: ImageSource) -> tuple[Images, Images, Images | None]:
+    """The images that are trained on, measured on, held out. Raises ValueError for test images unlike the others."""
+    whole = _images(asked.source, "train")
+    train, held = (whole, None) if asked.measure_on == "test" else whole.split(asked.validation, SPLIT_SEED)
+    if held is not None and asked.measure_on == "validation":
+        return train, held, held
+    test = _images(asked.source, "test")
+    try:
+        return train, matched(test, whole), held
+    except ValueError as error:
+        raise ValueError(f"images.source {asked.source!r}: {error}") from None
 
 
 def _images(source: str, split: str) -> Images:
