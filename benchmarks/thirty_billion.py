@@ -53,14 +53,14 @@ from transformers import AutoConfig, OPTConfig, OPTForCausalLM
 
 from prunus.adapt.adapt import adapt
 from prunus.blocks.recompute import recomputed
+from prunus.checkpoint import INDEX_NAME, SINGLE_NAME
 from prunus.data import PackedTokens
 from prunus.layers import Layer, find_layers
 from prunus.machine import hidden_folder
 from prunus.machine.files import write_json
 from prunus.masks import Masks
 from prunus.patterns import Unstructured
-from prunus.save import save_tensors
-from prunus.save.shards import INDEX_NAME, SINGLE_NAME, ShardWriter
+from prunus.save import ShardWriter, save_tensors
 from prunus.score import magnitude, wanda
 from prunus.solve import sparsegpt
 from prunus.stream.sources import Shards
@@ -371,7 +371,7 @@ def solve(args: argparse.Namespace, device: torch.device, notes: list[str]) -> N
     reports = list[BlockReport]()
     stream(
         model, sparsegpt(), Unstructured("layer"), 0.5, tokens=_tokens(model.config, args.samples, args.seed),
-        source=Shards(model, args.folder / "model").check(), work=work, device=device, batch_size=args.batch,
+        source=Shards.of(model, args.folder / "model"), work=work, device=device, batch_size=args.batch,
         precision="bf16", on_block=reports.append,
     )  # fmt: skip
     solved = [report.seconds for report in reports[done:]]

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from prunus.checkpoint import read_header
 from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.run.average import average_checkpoints, average_greedily
 from prunus.save import ShardWriter, average, load_info, save_model
 from prunus.save.average import average_folders
-from prunus.save.stored import read_header
 from prunus.soup.average import average as average_states
 from tests.conftest import byte_tokenizer, tiny_llama
 
@@ -179,7 +179,7 @@ def test_checkpoints_that_cannot_be_read_are_named(tmp_path):
         with pytest.raises(ValueError, match=r"b\.safetensors is not a complete"):
             average_folders([tmp_path / "a.safetensors", tmp_path / "b.safetensors"], tmp_path / "mean")
     (tmp_path / "b.safetensors").write_bytes(whole[:-8])
-    with pytest.raises(ValueError, match=r"'w' in .*b\.safetensors has bytes 0 to 4000: .* not complete"):
+    with pytest.raises(ValueError, match=r"b\.safetensors is not a complete .* of 4,0\d\d"):
         average_folders([tmp_path / "a.safetensors", tmp_path / "b.safetensors"], tmp_path / "mean")
     (tmp_path / "b.safetensors").write_bytes(whole)
     stored = read_header(tmp_path / "b.safetensors")[0]["w"]

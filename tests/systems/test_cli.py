@@ -83,7 +83,7 @@ MISTAKES = [
     (["run", "--sparsity", "1.5"], "1.5", "[0, 1)"),
     (["run", "--pattern", "2:4", "--sparsity", "0.7"], "0.7", "0.5"),
     (["run", "--model", "./no-model"], "no file or folder './no-model'", "seen from"),
-    (["run", "--model", "{f}"], "is neither a model folder nor a hub name", "config.json"),
+    (["run", "--model", "{f}"], "has no config that opens", "config.json"),
     (["run", "--set", "prune.sparsity"], "'prune.sparsity'", "key=value"),
     (["run", "--set", "prune={"], "--set prune={", "not YAML"),
     (["run", "--device", "cudda"], "'cudda'", "a device is auto, cpu, cuda"),
@@ -95,8 +95,8 @@ MISTAKES = [
     (["evaluate", "{tiny}", "--tasks", "rte"], "evaluate.tasks", "'rte'"),
     (["evaluate", "{tiny}", "--windows", "64"], "No such option: --windows", "--window"),
     (["inspect", "{f}/nowhere"], "nowhere is not there", "give a local model folder"),
-    (["inspect", "{f}"], "holds no .safetensors file", "Give a folder"),
-    (["inspect", "{f}/pickled/pytorch_model.bin"], "pickles", "save_pretrained"),
+    (["inspect", "{f}"], "holds neither model.safetensors nor", "give a folder"),
+    (["inspect", "{f}/pickled/pytorch_model.bin"], "could run code", "model.state_dict()"),
     (["grid", "{f}/nowhere.yaml"], "nowhere.yaml", ""),
     (["grid", "{f}/grid.yaml"], "unknown key 'axis'", "did you mean 'axes'"),
     (["run", "{f}/small.yaml"], "with the key 'axes' this is a grid", "run it with `prunus grid`"),
@@ -161,10 +161,10 @@ def test_a_mistake_is_one_line_and_status_2(
 
 
 def test_what_the_hub_says_is_put_in_one_line(call, monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(*_: object) -> None:
+    def offline(*_: object, **__: object) -> None:
         raise OSError("We couldn't connect\nto the hub.\n")
 
-    monkeypatch.setattr(fitting.AutoConfig, "from_pretrained", offline)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     line = refused(call, "run", "--model", "owner/name")
     assert "model: 'owner/name' is neither" in line
     assert "(We couldn't connect to the hub.)" in line

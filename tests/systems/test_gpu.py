@@ -108,7 +108,7 @@ def test_only_one_block_is_on_the_device(tmp_path: Path) -> None:
     start = torch.cuda.memory_allocated()
     stream(
         model.eval(), wanda, Unstructured("row"), 0.5, tokens=torch.randint(256, (4, 64)),
-        source=Shards(model, tmp_path / "model").check(), work=Work(tmp_path / "work", "k").open(), device="cuda",
+        source=Shards.of(model, tmp_path / "model"), work=Work(tmp_path / "work", "k").open(), device="cuda",
     )  # fmt: skip
     # The block, those before and after it, scores and ranks of its largest matrix (1.5 blocks here), activations; never
     # the twelve blocks.

@@ -83,7 +83,7 @@ def test_shards_give_the_same_bits_as_memory(tiny_folder: Path) -> None:
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
-    source = Shards(model, tiny_folder).check()
+    source = Shards.of(model, tiny_folder)
     work = Work(tiny_folder.parent / "shards-work", "key").open()
     streamed = stream(
         model, WANDA, Unstructured("row"), 0.5, tokens=TOKENS, source=source, work=work, batch_size=5,

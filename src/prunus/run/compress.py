@@ -244,23 +244,22 @@ class _Run:
                     folder,
                     masks=streamed.masks,
                     info={},
-                    source=source.folder,
+                    source=source.checkpoint.folder,
                 )
         ranks.wait()
         pruned = self.recipe.model_copy(update={"model": str(folder), "streaming": self.recipe.retrain is None})
         found = stages.load(pruned, home(pruned, self.device))
-        return stages.Loaded(found.model, found.tokenizer, source.folder, found.source)
+        return stages.Loaded(found.model, found.tokenizer, source.checkpoint.folder, found.source)
 
     def _tensors(self, source: Shards, streamed: Streamed) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of the pruned model: finished parts from the work folder, the rest from the source."""
         work = Work(self._blocks(), "")
         done: set[str] = set()
         for report in streamed.reports:
-            for key, tensor in work.tensors(report.name).items():
-                name = source.own(f"{report.name}.{key}")
-                if name is not None:
-                    done.add(name)
-                    yield name, tensor
+            own = {f"{report.name}.{key}": tensor for key, tensor in work.tensors(report.name).items()}
+            for name, tensor in source.stored(own).items():
+                done.add(name)
+                yield name, tensor
         for name, tensor in source.tensors():
             if name not in done:
                 yield name, tensor
@@ -277,7 +276,7 @@ class _Run:
                     self.out / "model",
                     masks=masks,
                     info=info,
-                    source=loaded.folder or loaded.source.folder,
+                    source=loaded.folder or loaded.source.checkpoint.folder,
                 )
                 return
             loaded.model.to(self.stored)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
+from prunus.checkpoint import hub_folder, read_config, weight_files
 from prunus.data import ASSETS
 from prunus.run.recipe import Recipe
 
-__all__ = ["fitted", "home"]
+__all__ = ["fitted", "home", "model_path"]
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ def fitted(recipe: Recipe, device: torch.device) -> Recipe:
 
     Raises ValueError for a model that is not there, and for a length or window that the model does not take.
     """
-    config = _config(recipe.model)
+    config = read_config(model_path(recipe.model), trust_remote_code=recipe.trust_remote_code)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
     changes: dict[str, Any] = {}
     for section in ("calibrate", "retrain"):
@@ -49,9 +49,11 @@ def home(recipe: Recipe, device: torch.device) -> torch.device:
 
     Weights on the CPU travel to the device block by block while pruning, and as a whole for the other stages.
     """
-    folder = Path(recipe.model).expanduser()
-    files = [path for path in folder.glob("*.safetensors") if path.name != "masks.safetensors"]
-    if device.type != "cuda" or recipe.streaming or not files:
+    if device.type != "cuda" or recipe.streaming:
+        return torch.device("cpu")
+    path = model_path(recipe.model)
+    files = weight_files(path) if path.is_dir() else []
+    if not files:
         return torch.device("cpu")
     size = sum(path.stat().st_size for path in files) * (2 if recipe.dtype == "float32" else 1)
     free = torch.cuda.mem_get_info(device)[0]
@@ -59,17 +61,12 @@ def home(recipe: Recipe, device: torch.device) -> torch.device:
     return device if size <= free * share else torch.device("cpu")
 
 
+def model_path(model: str) -> Path:
+    """The folder or .gguf file of a recipe's model; of a hub name its local snapshot, downloaded without weights."""
+    path = ASSETS if model == "embedded" else Path(model).expanduser()
+    return path if path.exists() else hub_folder(model)
+
+
 def _check(key: str, value: int, limit: int, model: str) -> None:
     if value > limit:
         raise ValueError(f"{key}: {value} tokens, but {model!r} was made for at most {limit}; set {key} to {limit}")
-
-
-def _config(model: str) -> Any:
-    path = ASSETS if model == "embedded" else Path(model).expanduser()
-    try:
-        if path.suffix == ".gguf":
-            return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-        return AutoConfig.from_pretrained(str(path) if path.exists() else model)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"model: {model!r} is neither a model folder nor a hub name that opens ({reason})") from error

@@ -1,13 +1,12 @@
-"""How sparse a saved model is, tensor by tensor, read from its safetensors in bounded memory and without its code.
+"""How sparse a saved model is, tensor by tensor, read in bounded memory and without its code.
 
     W (out, in) --chunks of rows--> nonzeros of every group of 2, 4, 8, 16, of every row and every column --> pattern
 
-Works on every folder of safetensors, ours or not: what counts is the zeros in the files.
+Works on every checkpoint, ours or not: what counts is the zeros in the files.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from prunus.checkpoint import DTYPES, Stored, read_checkpoint
 from prunus.machine import read_json
 
 __all__ = ["Inspection", "Row", "inspect_model"]
@@ -26,7 +25,6 @@ GROUPS: tuple[int, ...] = (2, 4, 8, 16)
 _CHUNK = 2**24  # entries looked at together
 _FULL = 1 / 3  # share of groups at the limit N below which N:M is chance: some group always holds the most
 _WAYS = ("", " transposed")
-_OURS = "masks.safetensors"
 
 
 @dataclass(frozen=True)
@@ -85,92 +83,34 @@ class Inspection:
 
 
 def inspect_model(path: str | Path) -> Inspection:
-    """Sparsity and pattern of every weight below `path`, a model folder or one .safetensors file.
+    """Sparsity and pattern of every weight below `path`, a model folder or one weight file.
 
-    Raises FileNotFoundError for a path or shard that is not there; ValueError for a folder without safetensors
-    (pickled weights are not opened: loading them can run code) and for files without a floating-point tensor.
+    Raises as `checkpoint.read_checkpoint`, and ValueError for files without a floating-point tensor.
 
     >>> inspection = inspect_model("out/model")
     >>> print(inspection.sparsity, [(row.name, row.pattern) for row in inspection.pruned])
     """
-    path = Path(path)
-    rows: list[Row] = []
-    entries = zeros = size = 0
-    for file in _files(path):
-        size += file.stat().st_size
-        with _opened(file) as shard:
-            for name in shard.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
-                row = _row(shard, name)
-                if row is None:
-                    continue
-                entries, zeros = entries + row.entries, zeros + row.zeros
-                if len(row.shape) > 1:
-                    rows.append(row)
+    checkpoint = read_checkpoint(path)
+    found = [_row(name, stored) for name, stored in checkpoint.tensors.items() if stored.dtype.is_floating_point]
+    entries, zeros = sum(row.entries for row in found), sum(row.zeros for row in found)
     if entries == 0:
         raise ValueError(f"{path} holds no floating-point tensor, so there is nothing to inspect")
-    rows.sort(key=lambda row: _natural(row.name))
-    ours = path / "prunus.json"
+    rows = sorted((row for row in found if len(row.shape) > 1), key=lambda row: _natural(row.name))
+    ours = checkpoint.path / "prunus.json"
     info = read_json(ours) if ours.is_file() else None
-    return Inspection(tuple(rows), entries, zeros, size, info)
-
-
-def _files(path: Path) -> list[Path]:
-    """The safetensors files of the model, as its index lists them if there is one."""
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise ValueError(f"{path} is no .safetensors file. {_remedy(path.suffix)}")
-        return [path]
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} is not there; give a local model folder or a .safetensors file")
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        names = dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        files = [path / name for name in names]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise FileNotFoundError(f"{path} lacks {', '.join(missing)}, named in {index.name}; download it again")
-        return files
-    files = sorted(file for file in path.glob("*.safetensors") if file.name != _OURS)
-    if not files:
-        found = sorted({p.suffix for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".gguf")})
-        raise ValueError(f"{path} holds no .safetensors file. {_remedy(*found)}")
-    return files
-
-
-def _remedy(*suffixes: str) -> str:
-    if {".bin", ".pt", ".pth", ".ckpt"} & set(suffixes):
-        return (
-            f"Its {', '.join(suffixes)} weights are pickles, which can run code when opened and are not read; "
-            "load the model with transformers if you trust it, and save_pretrained writes safetensors"
-        )
-    if ".gguf" in suffixes:
-        return "GGUF is quantised storage; load it with transformers (gguf_file=...) and save_pretrained"
-    return "Give a folder as transformers saves it"
-
-
-def _opened(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except Exception as error:  # the library raises its own type for each kind of damage
-        raise ValueError(f"{file} is not a whole safetensors file ({error}); download or save it again") from error
+    return Inspection(tuple(rows), entries, zeros, checkpoint.bytes, info)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-def _row(shard: Any, name: str) -> Row | None:
-    """The tensor's row, or None for what is not floating point."""
-    part = shard.get_slice(name)
-    shape = tuple(part.get_shape())
-    dtype = part.get_dtype()
-    if not dtype.startswith(("F", "BF")):
-        return None
-    entries = math.prod(shape)
+def _row(name: str, stored: Stored) -> Row:
+    shape, entries, dtype = stored.shape, stored.numel, DTYPES[stored.dtype]
     if len(shape) < 2 or entries == 0:
-        return Row(name, shape, dtype, entries, entries - int(_nonzero(shard.get_tensor(name)).sum()), "dense")
+        return Row(name, shape, dtype, entries, entries - int(_nonzero(stored.read()).sum()), "dense")
     tally = _Tally(*_matrix_shape(shape))
-    for matrix, start, chunk in _chunks(part, shape):
+    for matrix, start, chunk in _chunks(stored, shape):
         tally.add(_nonzero(chunk), matrix, start)
     return Row(name, shape, dtype, entries, entries - tally.nonzeros, tally.pattern())
 
@@ -182,15 +122,14 @@ def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
     return 1, shape[0], math.prod(shape[1:])
 
 
-def _chunks(part: Any, shape: tuple[int, ...]) -> Iterator[tuple[int, int, Tensor]]:
+def _chunks(stored: Stored, shape: tuple[int, ...]) -> Iterator[tuple[int, int, Tensor]]:
     """(matrix number, first row, (rows, columns) chunk); chunks begin at multiples of 16 rows."""
     matrices, rows, columns = _matrix_shape(shape)
     step = max(GROUPS[-1], _CHUNK // max(1, columns) // GROUPS[-1] * GROUPS[-1])
     for matrix in range(matrices):
         for start in range(0, rows, step):
-            stop = min(rows, start + step)
-            chunk = part[matrix : matrix + 1, start:stop] if len(shape) == 3 else part[start:stop]
-            yield matrix, start, chunk.reshape(stop - start, columns)
+            stop, before = min(rows, start + step), matrix * rows
+            yield matrix, start, stored.piece((before + start) * columns, (before + stop) * columns).view(-1, columns)
 
 
 def _nonzero(tensor: Tensor) -> Tensor:

@@ -376,6 +376,8 @@ class Recipe(Strict):
 
     model: str = "embedded"
     """Name, folder or file; 'embedded'; or a network such as resnet18."""
+    trust_remote_code: bool = False
+    """Run code that lies beside the model's weights."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights in memory and on disk."""
     device: Device = "auto"

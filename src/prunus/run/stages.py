@@ -15,15 +15,27 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from prunus.adapt import ADAPTERS, adapt, add_biases, compiled_forward, find_subset
 from prunus.blocks import Source, recomputed
-from prunus.data import ASSETS, PackedTokens
+from prunus.checkpoint import (
+    check_causal,
+    check_finite,
+    check_plain,
+    check_vocabulary,
+    download_weights,
+    empty_model,
+    read_checkpoint,
+    read_config,
+    read_tokenizer,
+)
+from prunus.data import PackedTokens
 from prunus.layers import View, find_layers
 from prunus.machine import Precision, autocast, of_training, ranks
 from prunus.masks import Masks
 from prunus.measure import perplexity, streamed_perplexity
+from prunus.run.fitted import model_path
 from prunus.run.recipe import Recipe, Retrain
 from prunus.run.texts import calibration_windows, evaluation_texts, window_of
 from prunus.stream import BlockReport, Fit, Shards, Streamed, Work, stream
@@ -81,33 +93,55 @@ def load(recipe: Recipe, home: torch.device | None = None) -> Loaded:
     """The model and tokenizer a recipe names, on `home` (default: the CPU), or on meta with its shards when streaming.
 
     Weights are read straight to `home`: the host holds one shard's pages at a time.
+    Raises ValueError, before weights are read, for a checkpoint that is not the model of its config.json; see
+    `checkpoint.check_causal`.
     """
-    path = ASSETS if recipe.model == "embedded" else Path(recipe.model).expanduser()
-    dtype = "auto" if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    if path.suffix == ".gguf":
-        place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    else:
-        place = {"pretrained_model_name_or_path": str(path) if path.exists() else recipe.model}
-    tokenizer = AutoTokenizer.from_pretrained(**place)
-    folder = path if path.is_dir() else None
-    if recipe.streaming:
-        if folder is None:
-            raise ValueError(f"streaming: needs a local folder of safetensors; model is {recipe.model!r}")
-        return _load_meta(folder, dtype, tokenizer)
+    path, trust = model_path(recipe.model), recipe.trust_remote_code
     straight: dict[str, Any] = {} if home is None or home.type == "cpu" else {"device_map": {"": home}}
-    model = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype, **straight)
-    if path.suffix == ".gguf" and hasattr(model.config, "quantization_config"):
-        delattr(model.config, "quantization_config")  # the weights were dequantised; what is saved is an ordinary model
-    return Loaded(model.eval(), tokenizer, folder)
+    if path.suffix == ".gguf":
+        return _load_gguf(path, recipe, straight)
+    if not Path(recipe.model).exists() and recipe.model != "embedded":
+        path = download_weights(recipe.model)
+    config, checkpoint = read_config(path, trust_remote_code=trust), read_checkpoint(path)
+    check_plain(checkpoint)
+    tokenizer = read_tokenizer(path, trust_remote_code=trust)
+    dtype = checkpoint.dtype(config) if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    model: Any = empty_model(config, dtype, trust_remote_code=trust)
+    check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, f"model: {recipe.model!r}")
+    if recipe.streaming:
+        return Loaded(model, tokenizer, path, Shards.of(model, checkpoint))
+    check_causal(checkpoint, model)
+    model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, trust_remote_code=trust, **straight)
+    check_finite(model.named_parameters(), path)
+    return Loaded(model.eval(), tokenizer, path)
 
 
-def _load_meta(folder: Path, dtype: Any, tokenizer: Any) -> Loaded:
-    config = AutoConfig.from_pretrained(folder)
-    kept = config.dtype if dtype == "auto" else dtype
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=kept)
-    model.tie_weights()
-    return Loaded(model.eval(), tokenizer, folder, Shards(model, folder).check())
+def _load_gguf(path: Path, recipe: Recipe, straight: dict[str, Any]) -> Loaded:
+    """The model of a GGUF file, dequantised: a plain one, in which nothing is random."""
+    from transformers import GgufConfig
+
+    if recipe.streaming:
+        raise ValueError(f"streaming: reads safetensors, and {recipe.model!r} is GGUF; set streaming: false")
+    tokenizer = read_tokenizer(path)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        str(path.parent),
+        gguf_file=path.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype="auto" if recipe.dtype == "auto" else getattr(torch, recipe.dtype),
+        output_loading_info=True,
+        **straight,
+    )
+    model, found = loaded
+    packed = [name for name, each in model.state_dict().items() if not each.is_floating_point()]
+    if packed or found["missing_keys"]:
+        first = [*packed, *found["missing_keys"]][0]
+        raise ValueError(
+            f"{path}: {first!r} is {'still quantised' if packed else 'missing'}; give a folder of safetensors"
+        )
+    check_finite(model.named_parameters(), path)
+    if hasattr(model.config, "quantization_config"):
+        delattr(model.config, "quantization_config")  # what is saved is an ordinary model
+    return Loaded(model.eval(), tokenizer, None)
 
 
 def check_trainable(model: Any, recipe: Recipe) -> None:

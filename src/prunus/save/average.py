@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunus.checkpoint import SINGLE_NAME, Stored, read_checkpoint, read_header
 from prunus.masks import count_kept, unpack
 from prunus.save.folder import (
     FORMAT,
@@ -37,8 +38,7 @@ from prunus.save.folder import (
     write_config,
     write_info,
 )
-from prunus.save.shards import SINGLE_NAME, ShardWriter
-from prunus.save.stored import Stored, read_header, weight_files
+from prunus.save.shards import ShardWriter
 from prunus.soup import check_weights, mean_tensor
 
 __all__ = ["average_folders"]
@@ -96,16 +96,14 @@ class _Member:
 
     @classmethod
     def read(cls, path: Path) -> _Member:
+        checkpoint = read_checkpoint(path)
         folder = path if path.is_dir() else path.parent if path.name == SINGLE_NAME else None
-        tensors = {name: stored for file in weight_files(path) for name, stored in read_header(file)[0].items()}
         if folder is None or not (folder / MASKS_NAME).is_file():
             masks, metadata = {}, {}
         else:
             masks, metadata = read_header(folder / MASKS_NAME)
-        config: dict[str, Any] = {}
-        if folder is not None and (folder / "config.json").is_file():
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return cls(folder or path, tensors, masks, json.loads(metadata.get("shapes", "{}")), config)
+        config = {} if folder is None else checkpoint.config()
+        return cls(folder or path, dict(checkpoint.tensors), masks, json.loads(metadata.get("shapes", "{}")), config)
 
 
 def _check_same(out: Path, members: Sequence[_Member], shares: Sequence[float]) -> None:

@@ -26,30 +26,14 @@ from typing import BinaryIO, Literal
 import torch
 from torch import Tensor
 
+from prunus.checkpoint import DTYPES, INDEX_NAME, SINGLE_NAME
 from prunus.machine import write_json
 from prunus.stream import carried
 
-__all__ = ["INDEX_NAME", "SINGLE_NAME", "ShardWriter"]
-
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
+__all__ = ["ShardWriter"]
 
 _CHUNK = 16 * 2**20
 _ROOM = 1 << 15  # bytes of a spool before its tensors: the header of some 200
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 @dataclass(frozen=True)
@@ -115,7 +99,7 @@ class ShardWriter:
         """Add one tensor (any shape, device and layout); it may be changed when this returns."""
         if name in self._names:
             raise ValueError(f"tensor {name!r} was written twice to {self.folder}; pass tied weights once")
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in DTYPES:
             raise ValueError(f"tensor {name!r} has dtype {tensor.dtype}, which safetensors cannot hold; cast it first")
         if tensor.is_meta:
             raise ValueError(f"tensor {name!r} is on the meta device and has no values; load it before saving")
@@ -236,7 +220,7 @@ def _header(entries: list[_Entry], room: int = 0) -> bytes:
     for entry in entries:
         end = start + entry.bytes
         header[entry.name] = {
-            "dtype": _DTYPES[entry.dtype],
+            "dtype": DTYPES[entry.dtype],
             "shape": list(entry.shape),
             "data_offsets": [start, end],
         }

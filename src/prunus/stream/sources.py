@@ -1,7 +1,7 @@
 """Where a block's weights come from, and how the next block is brought while this one is worked on.
 
 A source brings one block to the device and frees it again; it knows nothing of pruning: the model itself in memory
-(`Memory`), or safetensors shards of a model built on meta (`Shards`). `ahead` puts threads in front of one:
+(`Memory`), or the checkpoint of a model built on meta (`Shards`). `ahead` puts threads in front of one:
 
     bring        block 1 | block 2 | block 3 |            a thread, its own stream, pinned memory
     compute                block 1 | block 2 | block 3
@@ -13,18 +13,21 @@ which order, does not change, so neither do the bits. An error of a thread is ra
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
+
+from prunus.checkpoint import Checkpoint, Layout, check_causal, check_finite, read_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["Ahead", "Memory", "Shards", "ahead", "carried"]
 
@@ -75,50 +78,56 @@ class Memory:
 
 
 class Shards:
-    """The safetensors of a Hugging Face folder, read one block at a time into a model on the meta device.
+    """The tensors of a checkpoint, read one block at a time into a model on the meta device; see `Shards.of`.
 
-    Raises ValueError when the checkpoint's names are not the model's own (the loader would have to convert them):
-    such a model is loaded into memory instead.
+    Stored buffers are small: they are read once and stay.
     """
 
-    def __init__(self, model: nn.Module, folder: Path) -> None:
-        self.model, self.folder = model, Path(folder)
-        self.files = _index(self.folder)
+    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, layout: Layout) -> None:
+        self.model, self.checkpoint, self.layout = model, checkpoint, layout
         self.tied = _tied(model)
-        dtype = getattr(model, "dtype", None)
-        self.dtype = dtype if isinstance(dtype, torch.dtype) else None
 
-    def check(self) -> Shards:
-        """Self, if every parameter of the model is in the shards under its own name."""
-        missing = [name for name, _ in self.model.named_parameters() if self._file(name) is None]
-        if missing:
-            raise ValueError(
-                f"{self.folder}: the checkpoint does not hold {missing[0]!r} and {len(missing) - 1} other parameters "
-                "under the model's own names; load it into memory (streaming: false)"
-            )
-        return self
+    @classmethod
+    def of(cls, model: PreTrainedModel, source: Checkpoint | str | Path) -> Shards:
+        """The shards of a checkpoint or its path for its empty model, which gets its buffers and parameters' dtypes.
+
+        Raises ValueError as `checkpoint.check_causal`, when they are not the model's.
+        """
+        checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
+        shards = cls(model, checkpoint, check_causal(checkpoint, model))
+        stored = set(shards.layout.targets.values())
+        for name, buffer in list(model.named_buffers()):
+            if name in stored:
+                owner, _, key = name.rpartition(".")
+                model.get_submodule(owner)._buffers[key] = shards.tensor(name, buffer.device)
+        return shards
 
     def tensor(self, name: str, device: torch.device | None = None) -> Tensor:
-        """One parameter, read from its shard to `device` (default: the CPU), in the model's dtype."""
-        found = self._file(name)
-        if found is None:
-            raise ValueError(f"{self.folder} holds no tensor for {name!r}")
-        file, key = found
-        with safe_open(self.folder / file, framework="pt") as shard:
-            return self._cast(carried(shard.get_tensor(key), device or torch.device("cpu")))
+        """One tensor of the model, read to `device` (default: the CPU), in the model's dtype."""
+        for each in (name, *self.tied.get(name, ())):
+            prefix = each
+            while prefix:  # one that is split off another is found below a module that both are in
+                if stored := self.layout.below(prefix):
+                    made = self._made(stored, device or torch.device("cpu"))
+                    if each in made:
+                        return made[each]
+                prefix = prefix.rpartition(".")[0]
+        raise ValueError(f"{self.checkpoint.path} holds no tensor for {name!r}")
 
     def load(self, name: str, device: torch.device) -> nn.Module:
         """The named submodule with its weights read from disk to `device`."""
         block = self.model.get_submodule(name)
-        for key, parameter in list(block.named_parameters()):
-            if parameter.is_meta:
-                self._place(f"{name}.{key}", device)
+        waiting = {f"{name}.{key}" for key, parameter in block.named_parameters() if parameter.is_meta}
+        if waiting:
+            made = self._made(self.layout.below(name), device)
+            for each in waiting:
+                self._put(each, made[each] if each in made else self.tensor(each, device))
         return block.to(device)
 
     def release(self, name: str) -> None:
         """Put the submodule back on meta."""
         for key, parameter in list(self.model.get_submodule(name).named_parameters()):
-            _put(self.model, f"{name}.{key}", parameter.data.to("meta"))
+            self._put(f"{name}.{key}", parameter.data.to("meta"))
 
     @contextmanager
     def outside(self, device: torch.device) -> Generator[None]:
@@ -129,51 +138,43 @@ class Shards:
         names = [name for name, _ in self.model.named_parameters() if not name.startswith(blocks)]
         buffers = [(owner, key) for owner, key in _outside(self.model) if key in owner._buffers]
         for name in names:
-            self._place(name, device)
+            self._put(name, self.tensor(name, device))
         for owner, key in buffers:
             _move(owner, key, device)
         try:
             yield
         finally:
             for name in names:
-                _put(self.model, name, self.model.get_parameter(name).data.to("meta"))
-                self._retie(name)
+                self._put(name, self.model.get_parameter(name).data.to("meta"))
 
-    def own(self, name: str) -> str | None:
-        """The checkpoint's name of a parameter or stored buffer of the model; None for one that it does not store."""
-        found = self._file(name)
-        return found[1] if found else None
+    def stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The checkpoint's own tensors from the model's; of what it does not store, nothing."""
+        made = set(self.layout.targets.values())
+        own = {next((n for n in (name, *self.tied.get(name, ())) if n in made), name): t for name, t in tensors.items()}
+        return {name: t for name, t in self.layout.stored(own).items() if name in self.checkpoint.tensors}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of everything stored, one at a time, in the model's dtype."""
-        for key, file in self.files.items():
-            with safe_open(self.folder / file, framework="pt") as shard:
-                yield key, self._cast(shard.get_tensor(key))
+        """(name, tensor) of everything stored, one at a time, as the model has it; what it does not need as stored."""
+        for name in self.checkpoint.tensors:
+            yield name, self._read(name, torch.device("cpu"))
 
-    def _cast(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
+    def _made(self, stored: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+        read = {name: self._read(name, device) for name in stored}
+        check_finite(read.items(), self.checkpoint.path)
+        return self.layout.made(read)
 
-    def _place(self, name: str, device: torch.device) -> None:
-        value, expected = self.tensor(name, device), self.model.get_parameter(name).shape
-        if value.shape != expected:
-            raise ValueError(
-                f"{self.folder}: {name!r} has shape {tuple(value.shape)}, the model of config.json {tuple(expected)}; "
-                "the weights belong to another model"
-            )
-        _put(self.model, name, value)
-        self._retie(name)
+    def _read(self, name: str, device: torch.device) -> Tensor:
+        """A stored tensor in the dtype of what it makes."""
+        tensor = carried(self.checkpoint.tensors[name].read(pin=device.type == "cuda"), device)
+        return tensor.to(self.layout.dtypes[name]) if name in self.layout.dtypes else tensor
 
-    def _retie(self, name: str) -> None:
-        """Give the other owners of a tied parameter the object that was just put in its place."""
-        for other in self.tied.get(name, ()):
-            owner, _, key = other.rpartition(".")
-            self.model.get_submodule(owner)._parameters[key] = self.model.get_parameter(name)
-
-    def _file(self, name: str) -> tuple[str, str] | None:
-        for key in (name, *self.tied.get(name, ())):
-            if key in self.files:
-                return self.files[key], key
-        return None
+    def _put(self, name: str, value: Tensor) -> None:
+        """Give the model a parameter of this value, and to those tied to it: data cannot be set across meta."""
+        wanted = self.model.get_parameter(name).requires_grad
+        parameter = nn.Parameter(value, requires_grad=wanted)
+        for each in (name, *self.tied.get(name, ())):
+            owner, _, key = each.rpartition(".")
+            self.model.get_submodule(owner)._parameters[key] = parameter
 
 
 def carried(tensor: Tensor, device: torch.device) -> Tensor:
@@ -323,19 +324,6 @@ class Ahead:
             yield stream
 
 
-def _index(folder: Path) -> dict[str, str]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        return dict(json.loads(index.read_text())["weight_map"])
-    single = folder / "model.safetensors"
-    if not single.exists():
-        raise ValueError(
-            f"{folder} holds neither model.safetensors nor model.safetensors.index.json; Prunus reads safetensors only"
-        )
-    with safe_open(single, framework="pt") as file:
-        return dict.fromkeys(file.keys(), single.name)
-
-
 def _tied(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Parameter name -> the other names of the same tensor."""
     groups: dict[int, list[str]] = {}
@@ -365,13 +353,6 @@ def _tensors(block: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _is_on(device: torch.device, wanted: torch.device) -> bool:
     return device.type == wanted.type and wanted.index in (None, device.index)
-
-
-def _put(model: nn.Module, name: str, value: Tensor) -> None:
-    """Give the model a parameter of this value: data cannot be set across the meta device."""
-    owner, _, key = name.rpartition(".")
-    module = model.get_submodule(owner)
-    module._parameters[key] = nn.Parameter(value, requires_grad=module.get_parameter(key).requires_grad)
 
 
 def _move(owner: nn.Module, key: str, device: torch.device) -> None:

@@ -1,0 +1,84 @@
+"""Config and tokenizer of a model: from a folder, a .gguf file, or the hub's snapshot of a name. Nothing ever asks."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from prunus.checkpoint.folder import INDEX_NAME, SINGLE_NAME
+from prunus.machine import read_json
+
+__all__ = ["download_weights", "hub_folder", "read_config", "read_tokenizer"]
+
+_SMALL = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "LICENSE*"]
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@lru_cache(maxsize=8)
+def hub_folder(name: str) -> Path:
+    """The local snapshot of a model of the Hugging Face hub, with all but its weights; ValueError if there is none."""
+    return _snapshot(name, _SMALL)
+
+
+def download_weights(name: str) -> Path:
+    """The local snapshot of a model of the hub with the weights that count; pickles only where it has nothing else."""
+    folder = hub_folder(name)
+    for single, index in ((SINGLE_NAME, INDEX_NAME), _PICKLED):
+        shards = dict(read_json(folder / index)["weight_map"]).values() if (folder / index).is_file() else [single]
+        wanted = sorted(set(shards))
+        if not all((folder / each).is_file() for each in wanted):
+            folder = _snapshot(name, [*_SMALL, *wanted])
+        if (folder / wanted[0]).is_file():
+            break
+    return folder
+
+
+def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
+    """The config of the model in a folder or .gguf file, with no code of its own run unless that is trusted.
+
+    Raises ValueError for a folder without config.json, one that transformers does not know, and one that needs code.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(**_place(path), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"model: {str(path)!r} needs code of its own (auto_map in its config.json); if you trust that code, "
+                "set trust_remote_code: true"
+            ) from None
+        raise ValueError(f"model: {str(path)!r} has no config that opens ({' '.join(str(error).split())})") from error
+
+
+def read_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of the model in a folder or .gguf file. Raises ValueError where there is none that opens."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(**_place(path), trust_remote_code=trust_remote_code)
+    except Exception as error:  # the tokenizers library raises Exception itself
+        if isinstance(error, ImportError):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"model: {str(path)!r} has no tokenizer that opens ({reason}); copy the model's own there"
+        ) from error
+
+
+def _place(path: Path) -> dict[str, str]:
+    """Where transformers finds it, by its own arguments."""
+    if path.suffix == ".gguf":
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    return {"pretrained_model_name_or_path": str(path)}
+
+
+def _snapshot(name: str, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model: {name!r} is neither a model folder nor a hub name that opens ({reason})") from error

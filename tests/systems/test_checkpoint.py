@@ -1,0 +1,279 @@
+"""What lies in a folder of weights is read alike by every path, or refused in one line before any work."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from prunus.checkpoint import read_checkpoint, wrapper_of
+from prunus.data import ASSETS, windows
+from prunus.measure import perplexity
+from prunus.run import stages
+from prunus.run.inspect import inspect_model
+from prunus.run.recipe import Recipe
+from prunus.run.texts import evaluation_texts
+from prunus.save import average_folders
+from tests.systems.test_families import FAMILIES, NORMAL, WIDTH
+
+Tensors = dict[str, Tensor]
+TEXT = {"source": "embedded", "split": "test", "part": (0, 0.004)}
+
+
+def _gemma4() -> tf.PreTrainedModel:
+    types = ["sliding_attention", "full_attention"]
+    more = {"global_head_dim": 8, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "layer_types": types}
+    return tf.Gemma4ForCausalLM(tf.Gemma4TextConfig(**{**NORMAL, **more, "head_dim": 8, "sliding_window": 4}))
+
+
+MAKERS: dict[str, Callable[[], Any]] = {name: row[0] for name, row in FAMILIES.items()} | {"gemma4": _gemma4}
+
+
+@torch.no_grad()
+def written(folder: Path, model: Any) -> Path:
+    """A folder of the model with random weights and stored buffers, and the tokenizer of the embedded model."""
+    model.resize_token_embeddings(4096)
+    generator = torch.Generator().manual_seed(0)
+    stored = set(model.state_dict())
+    for name, each in [*model.named_parameters(), *model.named_buffers()]:
+        if name in stored and each.is_floating_point():
+            each.normal_(1.0 if each.ndim < 2 else 0.0, 0.2, generator=generator)
+    model.eval().save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ASSETS / name, folder / name)
+    return folder
+
+
+def asked(folder: Path, **more: Any) -> Recipe:
+    return Recipe.model_validate({"model": str(folder), "evaluate": {"data": {"t": TEXT}, "window": 16}, **more})
+
+
+@pytest.mark.parametrize("family", MAKERS)
+def test_every_path_reads_the_same_model(family: str, tmp_path: Path) -> None:
+    folder = written(tmp_path / "m", MAKERS[family]())
+    cpu, found = torch.device("cpu"), []
+    for streaming in (False, True):
+        recipe = asked(folder, streaming=streaming)
+        loaded = stages.load(recipe)
+        found.append(stages.evaluate(loaded, recipe, cpu)["t"])
+    plain = tf.AutoModelForCausalLM.from_pretrained(folder)
+    tokens = evaluation_texts(recipe, plain, tf.AutoTokenizer.from_pretrained(folder))["t"]
+    with torch.no_grad():
+        found.append(perplexity(plain, tokens, window=16, batch_size=4))
+    assert len(windows(tokens, 16)) > 5
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(tmp_path_factory.mktemp("llama") / "m", tf.LlamaForCausalLM(tf.LlamaConfig(**NORMAL)))
+
+
+def edit(folder: Path, **keys: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+
+
+def variant(source: Path, to: Path, change: Callable[[Tensors], Tensors] | None = None, **keys: Any) -> Path:
+    """A copy of a model with other tensors and keys of config.json."""
+    shutil.copytree(source, to)
+    if change is not None:
+        save_file(change(load_file(source / "model.safetensors")), to / "model.safetensors", {"format": "pt"})
+    edit(to, **keys)
+    return to
+
+
+def without(name: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {key: each for key, each in tensors.items() if key != name}
+
+
+def prefixed(prefix: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {prefix + key: each for key, each in tensors.items()}
+
+
+def coded(tensors: Tensors) -> Tensors:
+    """Eight-bit codes with a scale each."""
+    scales = {key.replace("weight", "weight_scale"): torch.ones(1, 1) for key in tensors if "proj" in key}
+    return {k: each.to(torch.float8_e4m3fn) if "proj" in k else each for k, each in tensors.items()} | scales
+
+
+def put(name: str, value: float) -> Callable[[Tensors], Tensors]:
+    def change(tensors: Tensors) -> Tensors:
+        tensors[name].view(-1)[3] = value
+        return tensors
+
+    return change
+
+
+DOWN, HEAD, UP = "model.layers.1.mlp.down_proj.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.weight"
+WRONG: dict[str, tuple[Callable[[Tensors], Tensors] | None, dict[str, Any], str]] = {
+    "a tensor is missing": (without(DOWN), {}, rf"lacks 1 of the 21 tensors of LlamaForCausalLM, such as '{DOWN}'"),
+    "the head is missing": (without(HEAD), {}, r"'lm_head.weight' \(if it shares .* tie_word_embeddings: true"),
+    "a wrapper": (prefixed("module."), {}, r"all names begin with 'module\.', which a wrapper"),
+    "wrappers": (prefixed("_orig_mod.module."), {}, r"all names begin with '_orig_mod\.module\.'"),
+    "more layers": (None, {"num_hidden_layers": 4}, r"asks for 4 layers, the weights have 2.*they would be random"),
+    "fewer layers": (None, {"num_hidden_layers": 1}, r"holds 9 tensors that LlamaForCausalLM has no place for"),
+    "another shape": (
+        lambda tensors: {**tensors, HEAD: torch.zeros(4104, WIDTH)}, {}, r"'lm_head.weight' has shape \(4104, 32\)",
+    ),
+    "quantised": (None, {"quantization_config": {"quant_method": "gptq"}}, r"is quantised \(gptq, says config.json\)"),
+    "codes": (coded, {}, r"is quantised: '.*proj.weight' has 8 bits \(F8_E4M3\)"),
+    "untied": (None, {"tie_word_embeddings": True}, r"ties 'lm_head.weight' to 'model.embed_tokens.weight', .* differ"),
+    "nan": (put(HEAD, math.nan), {}, r"'lm_head.weight' holds 1 values that are NaN or infinite"),
+    "infinity": (put(UP, -math.inf), {}, rf"'{UP}' holds 1 values that are NaN or infinite"),
+    "a classifier": (
+        lambda tensors: {**without(HEAD)(tensors), "score.weight": torch.zeros(2, WIDTH)},
+        {"architectures": ["LlamaForSequenceClassification"]},
+        r"lacks 1 of .*'lm_head.weight' \(config.json says LlamaForSequenceClassification\)",
+    ),
+    "a tied classifier": (
+        lambda tensors: {**without(HEAD)(tensors), "score.weight": torch.zeros(2, WIDTH)},
+        {"architectures": ["LlamaForSequenceClassification"], "tie_word_embeddings": True},
+        r"no place for, such as 'score.weight' \(config.json says LlamaForSequenceClassification\)",
+    ),
+    "no language model": (None, {"model_type": "vit"}, r"transformers has no causal language model"),
+}  # fmt: skip
+
+
+READ = {"a tensor is missing", "nan", "infinity"}  # those asked once the check of headers is over, or of both paths
+
+
+@pytest.mark.parametrize(
+    ("kind", "streaming"), [(kind, streaming) for kind in WRONG for streaming in {False, kind in READ}]
+)
+def test_what_is_not_the_model_of_its_config_is_refused(
+    llama: Path, tmp_path: Path, kind: str, streaming: bool
+) -> None:
+    change, keys, message = WRONG[kind]
+    recipe = asked(variant(llama, tmp_path / "m", change, **keys), streaming=streaming)
+    with pytest.raises(ValueError, match=message) as refusal:
+        stages.evaluate(stages.load(recipe), recipe, torch.device("cpu"))
+    assert "\n" not in str(refusal.value)
+    assert str(tmp_path / "m") in str(refusal.value) or kind == "no language model"
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123456\n"
+
+
+@pytest.mark.parametrize("kind", ["pointer", "half", "shard"])
+def test_damaged_files_are_named_by_every_reader(llama: Path, tmp_path: Path, kind: str) -> None:
+    folder = variant(llama, tmp_path / "m")
+    file, error = folder / "model.safetensors", ValueError
+    if kind == "pointer":
+        file.write_bytes(POINTER)
+        message = r"model\.safetensors is a git-LFS pointer, not the weights; run `git lfs pull`"
+    elif kind == "half":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        message = r"model\.safetensors is not a complete safetensors file: it has [\d,]+ bytes of [\d,]+; download"
+    else:
+        tf.AutoModelForCausalLM.from_pretrained(llama).save_pretrained(folder, max_shard_size="300KB")
+        file.unlink()
+        shard = sorted(folder.glob("model-*.safetensors"))[1]
+        shard.unlink()
+        message, error = rf"lacks {shard.name}, named in model\.safetensors\.index\.json; download it again", OSError
+    readers: list[Callable[[], Any]] = [
+        lambda: stages.load(asked(folder)),
+        lambda: stages.load(asked(folder, streaming=True)),
+        lambda: inspect_model(folder),
+        lambda: average_folders([folder, llama], tmp_path / "mean"),
+    ]
+    for read in readers:
+        with pytest.raises(error, match=message):
+            read()
+
+
+def test_the_file_that_transformers_reads_is_the_one_that_counts(llama: Path, tmp_path: Path) -> None:
+    folder = variant(llama, tmp_path / "m")
+    index = {"weight_map": dict.fromkeys(load_file(folder / "model.safetensors"), "old.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert [file.name for file in read_checkpoint(folder).files] == ["model.safetensors"]
+
+
+def test_pickled_weights_are_read_without_running_code(llama: Path, tmp_path: Path) -> None:
+    folder = variant(llama, tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    found = [stages.load(asked(folder, streaming=streaming)) for streaming in (False, True)]
+    numbers = [stages.evaluate(each, asked(folder), torch.device("cpu")) for each in found]
+    plain = stages.evaluate(stages.load(asked(llama)), asked(llama), torch.device("cpu"))
+    assert numbers == [plain, plain]
+
+
+def test_an_adapter_beside_the_weights_is_refused(llama: Path, tmp_path: Path) -> None:
+    folder = variant(llama, tmp_path / "m")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"has an adapter beside its weights .* merge it"):
+        stages.load(asked(folder))
+
+
+def test_code_of_its_own_runs_only_when_it_is_trusted(llama: Path, tmp_path: Path) -> None:
+    own = {"AutoConfig": "configuration_mine.Config", "AutoModelForCausalLM": "modeling_mine.Model"}
+    folder = variant(llama, tmp_path / "m", None, model_type="mine", auto_map=own)
+    marker = tmp_path / "ran"
+    (folder / "configuration_mine.py").write_text(
+        f"from pathlib import Path\nfrom transformers import LlamaConfig\nPath({str(marker)!r}).touch()\n"
+        "class Config(LlamaConfig):\n    model_type = 'mine'\n"
+    )
+    (folder / "modeling_mine.py").write_text(
+        "from transformers import LlamaForCausalLM\nfrom .configuration_mine import Config\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Config\n"
+    )
+    with pytest.raises(ValueError, match=r"needs code of its own .* trust_remote_code: true"):
+        stages.load(asked(folder))
+    assert not marker.exists()
+    cpu, trusted = torch.device("cpu"), asked(folder, trust_remote_code=True)
+    plain = stages.evaluate(stages.load(asked(llama)), asked(llama), cpu)
+    for streaming in (False, True):
+        recipe = trusted.model_copy(update={"streaming": streaming})
+        assert stages.evaluate(stages.load(recipe), recipe, cpu) == plain
+    assert marker.exists()
+
+
+def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows_is_refused(llama: Path, tmp_path: Path) -> None:
+    def cut(tensors: Tensors) -> Tensors:
+        return {name: each[:4000] if len(each) == 4096 else each for name, each in tensors.items()}
+
+    folder = variant(llama, tmp_path / "m", cut, vocab_size=4000)
+    with pytest.raises(ValueError, match=r"tokenizer has 4096 ids \(the last is .*\), the embedding 4000 rows"):
+        stages.load(asked(folder))
+
+
+def test_a_special_token_above_the_embedding_is_let_pass(llama: Path, tmp_path: Path) -> None:
+    folder = variant(llama, tmp_path / "m")
+    tokenizer = tf.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(folder)
+    assert len(stages.load(asked(folder)).tokenizer) == 4097
+    tokenizer.add_tokens(["forgotten"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"tokenizer has 4098 ids \(the last is 'forgotten'\)"):
+        stages.load(asked(folder))
+
+
+def test_a_model_of_several_towers_is_refused(tmp_path: Path) -> None:
+    linear = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8}
+    text = {**NORMAL, **linear, "linear_value_head_dim": 8, "head_dim": 8, "num_hidden_layers": 4}
+    seen = {"hidden_size": 32, "intermediate_size": 48, "depth": 1, "num_heads": 4, "patch_size": 8}
+    config = tf.Qwen3_5Config(text_config=text, vision_config={**seen, "out_hidden_size": WIDTH})
+    folder = written(tmp_path / "m", tf.Qwen3_5ForConditionalGeneration(config))
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=r"several towers \(Qwen3_5ForConditionalGeneration\): .* would leave out"):
+            stages.load(asked(folder, streaming=streaming))
+
+
+def test_a_wrapper_is_found_by_what_it_hides() -> None:
+    known = {"a.w", "a.b"}
+    names = ["module.a.w", "module.a.b"]
+    assert wrapper_of(names, lambda found: set(found) == known) == "module."
+    assert wrapper_of(["a.w", "b.w"], lambda found: set(found) == known) == ""
+    assert wrapper_of(["x.a.w", "y.a.b"], lambda found: set(found) == known) == ""
