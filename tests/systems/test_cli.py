@@ -1,29 +1,25 @@
-"""The command line: what each command takes, how mistakes end, and a real kill in the middle of a run."""
+"""The command line: what each command takes, how mistakes end, a full disk and Ctrl-C."""
 
 from __future__ import annotations
 
 import json
-import signal
+import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from prunus import __version__
-from prunus.report import read_metrics
 from prunus.run import cli
 from prunus.run import fitted as fitting
-from prunus.run.compress import compress
 from prunus.run.fitted import fitted
 from prunus.run.recipe import Recipe, digest, load_recipe, parse, said, yaml_value
 from prunus.run.vision.recipe import dense_key
 from prunus.run.vision.soups.recipe import class_of
-from tests.processes import start_command
+from tests.processes import start
 from tests.systems.test_compress import raw
 
 OPTIONS = {
@@ -121,6 +117,25 @@ MISTAKES = [
     (["grid", "{f}/classifiers.yaml"], "tune", "by: accuracy"),
     (["grid", "{f}/small.yaml", "--together", "2"], "together", "use workers"),
     (["grid", "{f}/small.yaml", "--minutes=-1"], "minutes=-1", "at least 0"),
+    (["grid", "{f}/small.yaml", "--minutes=nan"], "minutes=nan", "at least 0"),
+    (["grid", "{f}/empty.yaml"], "axes", "at least 1 item"),
+    (["grid", "{f}/hollow.yaml"], "axes.a", "at least 1 item"),
+    (["grid", "{f}/seeds.yaml"], "seeds: 3 stands twice", "give each once"),
+    (["grid", "{f}/skipped.yaml"], "skip leaves no cell", "nothing would be run"),
+    (["grid", "{f}/same.yaml"], "'b' is the text that 'a' is", "another source, split or part"),
+    (["grid", "{f}/strange.yaml"], "tune.text: 'c' is not in evaluate.data", "which has a, b"),
+    (["run", "--lr", ".inf"], "retrain.lr is inf", "give a finite number"),
+    (
+        ["run", "--set", "prune.criterion={sparsegpt: {damping: .nan}}"],
+        "prune.criterion.sparsegpt.damping is nan",
+        "give",
+    ),
+    (["run", "--device", "mps"], "'mps'", "a device is auto, cpu, cuda"),
+    (["run", "--device", "xpu:1"], "'xpu:1'", "a device is auto, cpu, cuda"),
+    (["run", "{f}/bomb.yaml"], "bomb.yaml is not YAML: its aliases stand for more", "write out what they are"),
+    (["run", "{f}/itself.yaml"], "itself.yaml is not YAML: its aliases stand for more", "write out what they are"),
+    (["run", "{f}/twice.yaml"], "key 'sparsity' stands twice", "line 1"),
+    (["run", "{f}/latin.yaml"], "latin.yaml is not UTF-8", "save it as UTF-8"),
 ]
 
 
@@ -139,9 +154,23 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "small.yaml": "base: {}\naxes: {a: {b: {}}}\n",
         "classifiers.yaml": "base: {images: digits}\naxes: {a: {b: {}}}\ntune: {text: x, axis: a, cells: {}}\n",
     }
+    grid = "base: {evaluate: {data: {a: embedded, b: embedded}}}\naxes: {a: {b: {}}}\n"
+    texts |= {
+        "empty.yaml": "base: {}\naxes: {}\n",
+        "hollow.yaml": "base: {}\naxes: {a: {}}\n",
+        "seeds.yaml": "base: {}\naxes: {a: {b: {}}}\nseeds: [3, 4]\nmore_seeds: {seeds: [3], where: {a: [b]}}\n",
+        "skipped.yaml": "base: {}\naxes: {a: {b: {}}}\nskip: [{a: [b]}]\n",
+        "same.yaml": grid + "tune: {text: a, axis: a, cells: {}}\n",
+        "strange.yaml": grid + "tune: {text: c, axis: a, cells: {}}\n",
+        "bomb.yaml": "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+        + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9)),
+        "itself.yaml": "a: &a [*a]\n",
+        "twice.yaml": "prune: {sparsity: 0.5, sparsity: 0.6}\n",
+    }
     for name, text in texts.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
+    (folder / "latin.yaml").write_bytes("# prune: für".encode("latin-1"))
     return folder
 
 
@@ -287,30 +316,39 @@ def test_only_run_takes_several_processes(call, monkeypatch: pytest.MonkeyPatch)
     assert "a classifier is trained in one process" in refused(call, "run", "--set", "images=digits")
 
 
-@pytest.mark.slow
-def test_a_run_killed_for_good_ends_with_the_same_bits(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    recipes: dict[str, Any] = {}
-    for name in ("whole", "killed"):
-        asked = raw(tiny_folder, text_file, tmp_path / name)
-        asked["retrain"]["steps"] = 200
-        recipes[name] = parse(asked, Recipe, name)
-    (tmp_path / "killed.yaml").write_text(yaml.safe_dump(recipes["killed"].model_dump(mode="json")))
-    process = start_command("run", tmp_path / "killed.yaml")
-    block = tmp_path / "killed" / "work" / "blocks" / "model.layers.0.safetensors"
-    deadline = time.monotonic() + 120
-    while not block.exists():
-        assert process.exitcode is None, "the run ended before it was killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "result.json").exists()
+@pytest.mark.parametrize("command", ["run", "show"])
+def test_ctrl_c_is_one_line_and_status_130(call, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
 
-    compress(recipes["whole"])
-    resumed = compress(recipes["killed"])
-    one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "killed"))
-    assert all(torch.equal(value, other[name]) for name, value in one.items())
-    rows = [(row["stage"], row.get("name")) for row in read_metrics(tmp_path / "killed" / "metrics.jsonl")]
-    assert len(rows) == len(set(rows)) == 7
-    assert resumed["perplexity"].keys() == {"dense", "pruned", "retrained", "merged"}
+    monkeypatch.setattr("prunus.run.task.load", stop)
+    monkeypatch.setattr("prunus.run.task.run_recipe", stop)
+    status, out, err = call(command)
+    assert (status, out) == (130, "")
+    kept = "stopped; what is finished is kept in its folder, checkpoints too, and the same command goes on from there"
+    assert err == f"prunus: {kept if command == 'run' else 'stopped; nothing was written'}\n"
+
+
+def limited(bytes_: int, out: str, *arguments: str) -> None:
+    """The command where no file may be larger, as on a full disk; what it says on stderr goes to a file."""
+    import resource
+
+    sys.argv = ["prunus", *arguments]
+    with open(out, "w") as file:
+        os.dup2(file.fileno(), 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, bytes_))
+    cli.main()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
+@pytest.mark.parametrize("limit", [600, 30_000, 45_000, 60_000, 90_000])
+def test_a_full_disk_is_one_line(tiny_folder: Path, text_file: Path, tmp_path: Path, limit: int) -> None:
+    """The recipe, a result, a block, a checkpoint, the model."""
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw(tiny_folder, text_file, tmp_path / "run")))
+    process = start(limited, limit, str(tmp_path / "err"), "run", str(tmp_path / "recipe.yaml"))
+    process.join()
+    lines = [line for line in (tmp_path / "err").read_text().splitlines() if line.strip() and "it/s" not in line]
+    assert process.exitcode == 2, lines
+    assert len(lines) == 1
+    assert lines[0].startswith("prunus: ")
+    assert "ile too large" in lines[0] or "is the disk full?" in lines[0]

@@ -20,7 +20,7 @@ def grid(folder: Path, text: Path, out: Path, **changes: Any) -> dict[str, Any]:
     base = raw(folder, text, out)
     del base["out"]
     base["retrain"]["steps"] = 3
-    base["evaluate"]["data"] = {"validation": str(text), "test": str(text)}
+    base["evaluate"]["data"] = {"validation": str(text), "test": {"source": str(text), "part": [0.1, 1.0]}}
     retrain = base.pop("retrain")
     return {
         "base": base,

@@ -177,6 +177,19 @@ def test_what_a_dead_process_had_is_taken_over_at_once(tmp_path: Path) -> None:
     assert ran(tmp_path) == ["x", "x"]
 
 
+def test_an_empty_claim_is_nobodys_and_files_of_others_stay(tmp_path: Path) -> None:
+    job, graph = Sum("x", (), ("ValueError",)), Wanted(Store(tmp_path), (Sum("x"),))
+    (tmp_path / "sums" / "mine").mkdir(parents=True)
+    mine = [tmp_path / "sums" / name for name in ("y.error.txt", "mine/x.error.txt", "mine/x.tries")]
+    for path in (*mine, tmp_path / "sums" / "x.claim"):
+        path.touch()
+    started = time.monotonic()
+    assert run([Wanted(graph.store, (job,))], Workers())
+    assert run([graph], Workers()) == []
+    assert time.monotonic() - started < 5
+    assert all(path.exists() for path in mine)
+
+
 @pytest.mark.slow
 def test_processes_share_the_work_and_one_that_is_killed_is_replaced(tmp_path: Path) -> None:
     """One job kills its process once and ends well, one does so for good; all others are done, each once."""

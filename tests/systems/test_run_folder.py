@@ -126,6 +126,23 @@ def test_a_run_does_not_go_on_with_other_inputs(killed: dict[str, Any], tmp_path
     compress(parse(killed, Recipe, ""))
 
 
+def test_a_grid_measures_its_dense_model_again_and_keeps_labels_in_names(
+    tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    base = raw(tiny_folder, text_file, tmp_path / "none", retrain=None)
+    axes = {"way": {f"../../w/o {n}": {} for n in range(11)}, "zeros": {"50 %": {"prune.sparsity": 0.5}}}
+    grid = Grid(base=base, axes=axes, out=str(tmp_path / "deep" / "deeper" / "grid"))
+    compare(grid)
+    dense = Path(grid.out) / "dense.json"
+    before = dense.read_text()
+    dense.unlink()
+    compare(grid)
+    assert dense.read_text() == before
+    pictures = sorted(tmp_path.rglob("*.png"))
+    assert [path.name for path in pictures] == sorted(f"grid-..-..-w-o {n}.png" for n in range(11))
+    assert {path.parent for path in pictures} == {Path(grid.out)}
+
+
 def test_a_grid_does_not_go_on_with_other_weights(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_folder, tmp_path / "model")
     base = raw(tmp_path / "model", text_file, tmp_path / "none", retrain=None)

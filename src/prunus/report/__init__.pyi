@@ -4,6 +4,7 @@ from .curves import plot_run as plot_run
 from .landscape import plot_lines as plot_lines
 from .landscape import plot_plane as plot_plane
 from .metrics import append_metrics as append_metrics
+from .metrics import append_once as append_once
 from .metrics import read_metrics as read_metrics
 from .plots import plot_compression as plot_compression
 from .plots import plot_grid as plot_grid

@@ -10,6 +10,8 @@ from typing import Any
 
 from prunus.machine import json_line, json_value
 
+_TIMES = ("time", "seconds", "tokens_per_second", "images_per_second", "peak_memory")
+
 
 def append_metrics(path: str | Path, row: Mapping[str, Any]) -> None:
     """Append `row` with the time (seconds since 1970) as one line, in one write that other processes cannot split.
@@ -26,6 +28,20 @@ def append_metrics(path: str | Path, row: Mapping[str, Any]) -> None:
         os.write(file, line.encode())
     finally:
         os.close(file)
+
+
+def append_once(path: str | Path, row: Mapping[str, Any]) -> None:
+    """Append `row` unless it is there, but for times: a run that goes on after a kill meets its own rows again.
+
+    >>> append_once("run/metrics.jsonl", {"stage": "prune", "loss": 2.5})
+    """
+    rows = read_metrics(path) if Path(path).exists() else []
+    if _lasting(row) not in map(_lasting, rows):
+        append_metrics(path, row)
+
+
+def _lasting(row: Mapping[str, Any]) -> str:
+    return json_line({key: value for key, value in sorted(row.items()) if key not in _TIMES})
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

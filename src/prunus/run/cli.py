@@ -1,6 +1,7 @@
 """The command `prunus`: each verb reads its arguments, calls one function, prints a table.
 
-Wrong input ends with one line on stderr and exit status 2, before any work; everything else is a bug and shows itself.
+Wrong input ends with one line on stderr and exit status 2, before any work; so does a full disk, and Ctrl-C with 130;
+everything else is a bug and shows itself.
 """
 
 from __future__ import annotations
@@ -277,8 +278,12 @@ def main() -> None:
             raise
         status = _refused(" ".join(str(error).split()) if isinstance(error, OSError) else str(error))
     if status == 130:
-        _refused("stopped; the same command goes on from here")
+        _refused(_STOPPED.get(next(iter(sys.argv[1:]), ""), "stopped; nothing was written"))
     sys.exit(status or 0)
+
+
+_KEPT = "stopped; what is finished is kept in its folder, checkpoints too, and the same command goes on from there"
+_STOPPED = {"run": _KEPT, "grid": _KEPT}
 
 
 def _refused(text: str, hint: str = "", status: int = 2) -> int:

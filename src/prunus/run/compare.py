@@ -41,7 +41,7 @@ def compare_all(
     Raises ValueError for numbers that make no sense, grids that share a folder, and a grid whose members cannot run
     together; RuntimeError at the end, after every other member ran, when members failed.
     """
-    asked = Workers(max(workers, 1), together, ray, minutes)
+    asked = Workers(workers or 1, together, ray, minutes)
     if together > 1 and ray is None and not all(grid.task.threads for grid in grids):
         raise ValueError("together: only members of a classifier grid run in threads of one process; use workers")
     folders = [Path(grid.out) for grid in grids]
@@ -105,7 +105,8 @@ class GridJobs:
         task, todo = self.grid.task, {each.key: each for each in members if each.key not in self._known}
         seeds = {seed: place for place, seed in enumerate(dict.fromkeys(each.seed for each in todo.values()))}
         ordered = sorted(todo.values(), key=lambda each: (seeds[each.seed], *task.order(each.recipe)))
-        return [*task.beside([each.recipe for each in ordered]), *(each.job for each in ordered)]
+        begun = ordered or [each for each in members if self.store.finished(each.job)]  # not only packed
+        return [*task.beside([each.recipe for each in begun]), *(each.job for each in ordered)]
 
     def _has_ended(self, member: Member) -> bool:
         return member.key in self._known or self.store.finished(member.job) or self.store.failed(member.job)

@@ -11,7 +11,6 @@ process writes, and the others take its pruned blocks from the work folder.
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import time
@@ -26,7 +25,7 @@ from rich.console import Console
 
 from prunus.machine import ranks, write_json
 from prunus.masks import Masks
-from prunus.report import Advance, append_metrics, plot_compression, progress, read_metrics
+from prunus.report import Advance, append_once, plot_compression, progress
 from prunus.run import stages
 from prunus.run.fitted import fitted, home
 from prunus.run.folder import begin, device_name, device_of, finished, held, ran_on
@@ -118,7 +117,6 @@ class _Run:
     ) -> None:
         self.out, self.recipe, self.key, self.device, self.stored = out, recipe, key, device, stored
         self.home = home(recipe, device)
-        self.logged = _logged(out / "metrics.jsonl")
 
     def execute(self) -> dict[str, Any]:
         started = time.perf_counter()
@@ -312,9 +310,8 @@ class _Run:
         return self.out / "work" / "blocks"
 
     def _log(self, row: dict[str, Any]) -> None:
-        # A resumed run meets its own earlier rows again: blocks that are replayed, texts measured before the kill.
-        if ranks.is_main() and _text(row) not in self.logged:
-            append_metrics(self.out / "metrics.jsonl", row)
+        if ranks.is_main():
+            append_once(self.out / "metrics.jsonl", row)
 
     def _bar(self, description: str, total: float | None) -> AbstractContextManager[Advance]:
         return progress(description, total, console=None if ranks.is_main() else Console(force_terminal=False))
@@ -337,13 +334,3 @@ def _drawn(result: Mapping[str, Any]) -> dict[str, Any]:
     """What the picture shows: of a soup's members the mean and the best."""
     shown = {stage: found for stage, found in result["perplexity"].items() if not stage.startswith("member ")}
     return {**result, "perplexity": shown}
-
-
-def _logged(path: Path) -> set[str]:
-    """The rows of a metrics file, without their times."""
-    rows = read_metrics(path) if path.exists() else []
-    return {_text({key: value for key, value in row.items() if key != "time"}) for row in rows}
-
-
-def _text(row: dict[str, Any]) -> str:
-    return json.dumps(row, sort_keys=True, default=str)

@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -76,7 +76,7 @@ class Grid(Strict):
     """
 
     base: dict[str, Any]
-    axes: dict[str, dict[str, dict[str, Any]]]
+    axes: dict[str, Annotated[dict[str, dict[str, Any]], Field(min_length=1)]] = Field(min_length=1)
     tune: Tune | None = None
     seeds: list[int] = Field(default=[0], min_length=1)
     more_seeds: MoreSeeds | None = None
@@ -93,14 +93,22 @@ class Grid(Strict):
             named += [self.tune.axis, *(axis for tried in self.tune.cells.values() for axis in tried.at)]
         strange = [axis for axis in named if axis not in self.axes]
         if strange:
-            raise ValueError(f"{strange[0]!r} is not an axis; axes are {', '.join(self.axes)}")
+            raise ValueError(f"{strange[0]!r} is not an axis; there are {', '.join(self.axes)}")
         self._check_labels()
         self._check_anchors()
-        self.task.check(None if self.tune is None else {"text": self.tune.text, "by": self.tune.by}, self.show)
-        for labels in self.cells():
-            self.recipe(labels, self.seeds[0], {})
+        self._check_seeds()
+        recipes = [self.recipe(labels, self.seeds[0], {}) for labels in self.cells()]
+        if not recipes:
+            raise ValueError("skip leaves no cell, so nothing would be run: leave out an entry")
+        self.task.check(None if self.tune is None else {"text": self.tune.text, "by": self.tune.by}, self.show, recipes)
         tuning_members(self)
         return self
+
+    def _check_seeds(self) -> None:
+        seeds = [*self.seeds, *(self.more_seeds.seeds if self.more_seeds else [])]
+        twice = [seed for place, seed in enumerate(seeds) if seed in seeds[:place]]
+        if twice:
+            raise ValueError(f"seeds: {twice[0]} stands twice, and a mean would count it twice; give each once")
 
     def _check_labels(self) -> None:
         named = [(axis, label) for where in self._wheres() for axis, labels in where.items() for label in labels]

@@ -71,9 +71,12 @@ class _Language:
     threads = False
     row, write = staticmethod(row), staticmethod(write)
 
-    def check(self, tune: Mapping[str, Any] | None, show: Show) -> None:
+    def check(self, tune: Mapping[str, Any] | None, show: Show, recipes: Sequence[Recipe]) -> None:
         if tune is not None and tune["text"] is None:
             raise ValueError("tune: name the text whose perplexity chooses: text: validation")
+        for recipe in recipes:
+            if tune is not None:
+                _check_chooses(tune["text"], recipe.evaluate.data)
         if show.columns:
             raise ValueError("show.columns is for grids of classifiers; leave it out")
 
@@ -130,6 +133,17 @@ class _Language:
 
 
 LANGUAGE = _Language()
+
+
+def _check_chooses(text: str, data: Mapping[str, Any]) -> None:
+    if text not in data:
+        raise ValueError(f"tune.text: {text!r} is not in evaluate.data, which has {', '.join(data)}")
+    same = [name for name, other in data.items() if name != text and other == data[text]]
+    if same:
+        raise ValueError(
+            f"evaluate.data: {same[0]!r} is the text that {text!r} is, by which values are chosen; give it another "
+            "source, split or part"
+        )
 
 
 def _soup_jobs(recipe: Recipe) -> list[Job]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from prunus.machine import read_json, write_text
 from prunus.report import markdown_table, plot_grid
-from prunus.run.layout import Layout, mean_and_std, spread
+from prunus.run.layout import Layout, mean_and_std, picture_of, spread
 from prunus.run.soups import BEST, LONGER, MEAN, SOUP
 
 __all__ = ["row", "write"]
@@ -116,7 +116,7 @@ def _plot(layout: Layout, rows: Sequence[Mapping[str, Any]], dense: Mapping[str,
         for drawn, value in [(own, row[text]["mean"]), *(([*line, name], value) for name, value in beside.items())]:
             table.setdefault(", ".join(drawn), {})[str(row[across])] = float(value)
     for picture, table in pictures.items():
-        path = layout.out / (f"grid-{picture}.png" if picture else "grid.png")
+        path = picture_of(layout.out, picture) if picture else layout.out / "grid.png"
         plot_grid(table, path, dense=dense.get(text), title=f"{picture}, {text}" if picture else text)
 
 

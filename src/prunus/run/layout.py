@@ -13,7 +13,7 @@ from pydantic import Field
 
 from prunus.run.recipe import Strict
 
-__all__ = ["Layout", "Show", "mean_and_std", "spread"]
+__all__ = ["Layout", "Show", "mean_and_std", "picture_of", "spread"]
 
 
 class Show(Strict):
@@ -40,6 +40,16 @@ class Layout:
         """Whether an axis has labels that are numbers."""
         labels = self.axes[axis]
         return len(labels) > 1 and all(re.match(r"\d", label) for label in labels)
+
+
+def picture_of(out: Path, label: str) -> Path:
+    """The file of a picture; what a label says stays in its name.
+
+    >>> picture_of(Path("out"), "../w/o LoRA")
+    PosixPath('out/grid-..-w-o LoRA.png')
+    """
+    plain = re.sub(r"[/\\\0]", "-", label)[:100]
+    return out / f"grid-{plain}.png"
 
 
 def mean_and_std(values: Sequence[float]) -> dict[str, float | None]:

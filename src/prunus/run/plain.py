@@ -16,8 +16,39 @@ class Unfinished(RuntimeError):
     """Some members failed for good; what is finished is kept, and the same command goes on."""
 
 
+_MOST = 100_000  # values of one text, those that aliases stand for counted as often
+
+
 class _Yaml(yaml.SafeLoader):
-    """Plain values as in YAML 1.2: in 1.1 the pattern 2:4 is the number 124 (base 60), 1e-3 is text, no is false."""
+    """Plain values as in YAML 1.2: in 1.1 the pattern 2:4 is the number 124 (base 60), 1e-3 is text, no is false.
+
+    A key that stands twice is a mistake; aliases of aliases, which fill memory from a few bytes, are counted.
+    """
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        if _size(node, {}) > _MOST:
+            raise yaml.YAMLError(f"its aliases stand for more than {_MOST} values: write out what they are")
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        seen: set[str] = set()
+        for key in keys:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _size(node: Any, known: dict[int, float]) -> float:
+    """How many values a node stands for; infinitely many where it is inside itself."""
+    if id(node) not in known:
+        known[id(node)] = float("inf")
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        inner = [each for part in parts for each in (part if isinstance(part, tuple) else (part,))]
+        known[id(node)] = 1 + sum(_size(each, known) for each in inner)
+    return known[id(node)]
 
 
 _REPLACED = [f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "timestamp")]
@@ -50,7 +81,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises FileNotFoundError without one, ValueError when it is not a mapping."""
     if not path.is_file():
         raise FileNotFoundError(f"no recipe {str(path)!r} (seen from {os.getcwd()}); see recipes/ for examples")
-    raw = yaml_value(path.read_text(encoding="utf-8"), str(path)) or {}
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from None
+    raw = yaml_value(text, str(path)) or {}
     if not isinstance(raw, dict):
-        raise ValueError(f"{path}: a recipe is a mapping of keys to values, not a {type(raw).__name__}")
+        raise ValueError(f"{path}: a recipe is a mapping of keys to values, not a {type(raw).__name__}; see recipes/")
     return raw

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import multiprocessing
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -76,7 +78,7 @@ class Workers:
     minutes: float | None = None
 
     def __post_init__(self) -> None:
-        if self.processes < 1 or self.threads < 1 or (self.minutes is not None and self.minutes < 0):
+        if self.processes < 1 or self.threads < 1 or (self.minutes is not None and not 0 <= self.minutes < math.inf):
             raise ValueError(
                 f"workers and together are at least 1, minutes at least 0; got workers={self.processes}, "
                 f"together={self.threads}, minutes={self.minutes}"
@@ -89,7 +91,7 @@ def run(graphs: Sequence[Graph], workers: Workers, *, name: str = "run") -> list
     """Run all jobs, those of the first graph first where both could; says what went wrong, nothing if all is done."""
     deadline = None if workers.minutes is None else time.time() + 60 * workers.minutes
     for graph in graphs:
-        graph.store.forget()
+        graph.store.forget(closure([*graph.jobs(), *graph.expected()], graph.store.finished))
     total = _left(graphs)
     if not total or (deadline is not None and time.time() >= deadline):
         return []
@@ -329,6 +331,7 @@ def _serve(graphs: Sequence[Graph], workers: Workers, place: int, deadline: floa
     os.environ["CUDA_VISIBLE_DEVICES"] = devices[place % len(devices)]
     torch.set_num_threads(max(1, torch.get_num_threads() // workers.processes))
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the call that started this process ends it
     _in_this(graphs, replace(workers, processes=1), deadline, lambda: None)
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -75,7 +76,7 @@ def looks_local(text: str) -> bool:
 
 
 def _device(value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|(cuda|xpu|mps)(:\d+)?", value):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
         raise ValueError("a device is auto, cpu, cuda or one GPU such as cuda:1")
     return value
 
@@ -125,6 +126,8 @@ class Data(Strict):
 
 def _subsets(value: Any) -> Any:
     """Subset names from a list or from one text with commas; refused as `adapt` refuses them."""
+    if not isinstance(value, str | list | tuple):
+        raise ValueError("give names of subsets, as in [biases, norms]")
     names = tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else tuple(value)
     subsets.check_subsets(names)
     return names
@@ -279,7 +282,7 @@ class Retrain(Strict):
     def _check(self) -> Retrain:
         strange = [name for name in self.lrs if name not in self.train]
         if strange:
-            raise ValueError(f"lrs names {strange[0]!r}, which is not in train={list(self.train)}")
+            raise ValueError(f"lrs names {strange[0]!r}, which is not in train={list(self.train)}: leave it out")
         if self.dense is None and self.schedule not in ("linear", "llr"):
             raise ValueError(f"schedule {self.schedule} goes by the dense training: give dense: {{steps: 100000}}")
         return self
@@ -404,7 +407,9 @@ class Recipe(Strict):
                 raise ValueError("soup: its members are retrained as `retrain` says; give a section retrain")
             self.soup.each(self.retrain)
         if looks_local(self.model) and not Path(self.model).exists():
-            raise ValueError(f"model: no file or folder {self.model!r} (seen from {os.getcwd()})")
+            raise ValueError(
+                f"model: no file or folder {self.model!r} (seen from {os.getcwd()}); give a path that exists"
+            )
         if self.retrain is not None and "lora" in self.retrain.train and self.prune.sparsity > 0:
             raise ValueError(
                 "retrain.train: merging 'lora' would fill pruned weights; train 'mask_lora' or 'scale_lora', which "
@@ -439,11 +444,26 @@ def load_recipe(path: Path | None, overrides: dict[str, Any] | None = None) -> R
 
 def parse(raw: dict[str, Any], model: type[Section], where: str) -> Section:
     """The checked section `model` of a plain mapping; errors as in `load_recipe`."""
+    strange = next(_not_finite(raw), None)
+    if strange is not None:
+        raise ValueError(f"{where}: {strange[0]} is {strange[1]}; give a finite number")
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        lines = [_line(item, model) for item in error.errors()]
+        lines = _united([_line(item, model) for item in error.errors()])
         raise ValueError(f"{where}: " + "\n".join(lines)) from None
+
+
+def _not_finite(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """Dotted keys whose values are nan or infinite, wherever they stand; but lp is a norm for p = inf."""
+    if isinstance(value, float) and not math.isfinite(value) and not (key.endswith(".p") and value > 0):
+        yield key or "the value", value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _not_finite(item, f"{key}.{name}".removeprefix("."))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _not_finite(item, key)
 
 
 def merge(raw: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
@@ -473,6 +493,19 @@ def digest(value: Any) -> str:
     """Hash of a JSON-like value, or of what a recipe says, independent of key order."""
     plain = said(value) if isinstance(value, BaseModel) else value
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()
+
+
+_MEMBER = re.compile(r"\.(?:bool|int|float|str|dict|list|tuple|literal|constrained|function|\[key\])(?:\W.*)?$")
+
+
+def _united(lines: Sequence[str]) -> list[str]:
+    """What the members of a union each say of one value, in one line."""
+    found: dict[str, dict[str, None]] = {}
+    for line in lines:
+        key, _, said = line.partition(": ")
+        whole = line.startswith("unknown key")
+        found.setdefault(line if whole else _MEMBER.sub("", key), {})["" if whole else said] = None
+    return [": ".join(filter(None, (key, " or ".join(said)))) for key, said in found.items()]
 
 
 def _line(item: Any, model: type[BaseModel]) -> str:

@@ -11,7 +11,7 @@ several grids, of this call and of one that was killed. A lock is free again whe
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,16 +130,15 @@ class Store:
         write_text(path, str(tries))
         return tries
 
-    def forget(self) -> None:
-        """Let what failed or was killed in earlier calls be tried anew, unless a living process has it."""
-        for folder in (self.folder, *self.rooms.values()):
-            for path in [*folder.rglob(f"*{_ERROR}"), *folder.rglob(f"*{_TRIES}")]:
-                claim = path.with_name(path.name.removesuffix(_ERROR).removesuffix(_TRIES) + _LOCK)
-                lock = _locked(claim)
-                if lock is not None:
+    def forget(self, jobs: Iterable[Job]) -> None:
+        """Let those that failed or were killed in earlier calls be tried anew, unless a living process has them."""
+        for job in jobs:
+            left = [path for path in (self.path(job, _ERROR), self.path(job, _TRIES)) if path.exists()]
+            lock = self.claim(job) if left else None
+            if lock is not None:
+                for path in (*left, self.path(job, _LOCK)):
                     path.unlink(missing_ok=True)
-                    claim.unlink(missing_ok=True)
-                    lock.release()
+                lock.release()
 
     def pack(self, job: Job) -> dict[str, bytes]:
         """All that a finished job left, by path within its room: for a machine without this folder."""

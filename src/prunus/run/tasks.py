@@ -22,8 +22,9 @@ class Task(Protocol):
         """Whether members may run at once in threads of one process."""
         ...
 
-    def check(self, tune: Mapping[str, Any] | None, show: Show) -> None:
-        """Raise ValueError for what does not go with this task. tune: the `text` or the word `by` that it goes by."""
+    def check(self, tune: Mapping[str, Any] | None, show: Show, recipes: Sequence[Any]) -> None:
+        """Raise ValueError for what does not go with this task. tune: the `text` or the word `by` that it goes by;
+        recipes: of all cells."""
         ...
 
     def recipe(self, raw: Mapping[str, Any], seed: int, *, tuning: bool, where: str) -> Any:

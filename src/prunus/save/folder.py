@@ -190,7 +190,12 @@ def new_folder(folder: str | Path, source: str | Path | None = None) -> Generato
     _check_replaceable(folder)
     check_apart(folder, source)
     with atomic_folder(folder) as partial:
-        yield partial
+        try:
+            yield partial
+        except Exception as error:
+            if isinstance(error, OSError) or "(os error " not in str(error):
+                raise
+            raise OSError(f"{folder} cannot be written: {error}") from error  # safetensors' and tokenizers' own errors
 
 
 def check_apart(folder: Path, source: str | Path | None) -> None:

@@ -87,7 +87,10 @@ class Checkpoint:
                 "random": random,
             }
             with atomic(self.path) as partial:
-                _write(partial, state)
+                try:
+                    torch.save(state, partial)
+                except RuntimeError as error:  # torch's own, where the system refuses to write
+                    raise OSError(f"{self.path} cannot be written ({error}): is the disk full?") from error
         self.accelerator.wait_for_everyone()
 
     def _on_host(self, tensor: Tensor) -> Tensor:
@@ -127,14 +130,6 @@ class Clock:
         now = time.monotonic()
         self.seconds = max(self.seconds, 20 * (now - self.asked)) if self.seconds else 0.0
         self.begun, self.step, self.next = now, step, step + 1
-
-
-def _write(path: Path, state: dict[str, Any]) -> None:
-    """Raises OSError where torch raises RuntimeError, when the disk is full."""
-    try:
-        torch.save(state, path)
-    except RuntimeError as error:
-        raise OSError(f"{path} cannot be written ({error}): is the disk full?") from error
 
 
 def _read(path: Path) -> dict[str, Any]:

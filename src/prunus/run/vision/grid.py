@@ -35,7 +35,7 @@ class _Classifiers:
     threads = True
     row, write = staticmethod(row), staticmethod(write)
 
-    def check(self, tune: Mapping[str, Any] | None, show: Show) -> None:
+    def check(self, tune: Mapping[str, Any] | None, show: Show, recipes: Sequence[ClassifierRecipe]) -> None:
         if tune is not None and tune["by"] is None:
             raise ValueError("tune: classifiers are chosen by validation accuracy: by: accuracy, not text")
         strange = [column for column in show.columns if column not in METRICS]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from prunus.data import CORRUPTIONS
 from prunus.machine import write_text
 from prunus.measure import MEASURES
 from prunus.report import markdown_table, plot_accuracy
-from prunus.run.layout import Layout, mean_and_std, spread
+from prunus.run.layout import Layout, mean_and_std, picture_of, spread
 from prunus.run.vision.soups.phases import by_phase
 
 __all__ = ["METRICS", "across", "row", "write"]
@@ -54,7 +55,7 @@ def write(layout: Layout, rows: Sequence[Mapping[str, Any]]) -> None:
     numeric = [axis for axis in layout.axes if layout.is_numeric(axis)]
     axes = [layout.show.across] if layout.show.across else numeric or [across(layout)]
     for axis in axes if rows else []:
-        _plot(layout, rows, axis, "grid.png" if len(axes) == 1 else f"grid-{axis}.png")
+        _plot(layout, rows, axis, layout.out / "grid.png" if len(axes) == 1 else picture_of(layout.out, axis))
     phased = [found for found in rows if any(len(line) > 1 for line in found.get("accuracy by phase", {}).values())]
     if phased:  # soups of more than one phase
         panels = {", ".join(str(found[name]) for name in layout.axes): found["accuracy by phase"] for found in phased}
@@ -135,7 +136,7 @@ def _dense(rows: Sequence[Mapping[str, Any]]) -> float | None:
     return statistics.fmean(found) if found and max(found) - min(found) < 1 else None
 
 
-def _plot(layout: Layout, rows: Sequence[Mapping[str, Any]], axis: str, name: str) -> None:
+def _plot(layout: Layout, rows: Sequence[Mapping[str, Any]], axis: str, path: Path) -> None:
     """Accuracy along one axis; a line for each label of another, a panel for each combination of the rest."""
     others = [other for other in layout.axes if other != axis]
     words = [other for other in others if not layout.is_numeric(other)]
@@ -150,7 +151,7 @@ def _plot(layout: Layout, rows: Sequence[Mapping[str, Any]], axis: str, name: st
                 point = (str(found[axis]), float(number["mean"]), number["std"])
                 lines.setdefault(str(found[line]) if line else "", []).append(point)
     if panels:
-        plot_accuracy(panels, layout.out / name, xlabel=axis, dense=_dense(rows))
+        plot_accuracy(panels, path, xlabel=axis, dense=_dense(rows))
 
 
 def _along(rows: Sequence[Mapping[str, Any]], axis: str, layout: Layout) -> list[Mapping[str, Any]]:

@@ -24,7 +24,7 @@ from prunus import __version__
 from prunus.machine import read_json, write_json, write_text
 from prunus.masks import Masks
 from prunus.measure import Energy
-from prunus.report import append_metrics, plot_run, progress, read_metrics
+from prunus.report import append_metrics, append_once, plot_run, progress, read_metrics
 from prunus.run.folder import begin, finished, held, ran_on
 from prunus.run.plan import Outline, outline_classifier
 from prunus.run.recipe import digest, merge, parse, read_yaml, said
@@ -173,11 +173,11 @@ class _Watch(During):
 def _write(out: Path, recipe: ClassifierRecipe, outcome: Outcome, result: dict[str, Any], dense: Path) -> None:
     """The network, its masks, its description, the picture; the result last, because it says that all is there."""
     for stage, found in result["stages"].items():
-        append_metrics(out / "metrics.jsonl", {"stage": stage, **found})
+        append_once(out / "metrics.jsonl", {"stage": stage, **found})
     if "corrupted" in result:
-        append_metrics(out / "metrics.jsonl", {"stage": "corrupted", **result["corrupted"]["mean"]})
+        append_once(out / "metrics.jsonl", {"stage": "corrupted", **result["corrupted"]["mean"]})
     for found in result["phases"]:
-        append_metrics(out / "metrics.jsonl", {"stage": "phase", **found})
+        append_once(out / "metrics.jsonl", {"stage": "phase", **found})
     describe(out, recipe, outcome.model, outcome.masks, result)
     _plot(out, recipe, result, outcome.trace, dense)
     write_json(out / "result.json", result)
