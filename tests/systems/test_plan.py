@@ -15,7 +15,6 @@ from prunus.run import cli, plan, stages
 from prunus.run.compress import compress, planned
 from prunus.run.recipe import Recipe, merge, parse
 from prunus.run.vision import train as classifiers
-from prunus.run.vision.recipe import ClassifierRecipe
 from tests.conftest import tiny_llama
 
 LATE: list[tuple[dict[str, Any], str]] = [  # what an empty model, the tokenizer and the texts can tell
@@ -111,7 +110,7 @@ def test_a_classifier_is_refused_before_it_is_trained(
     prune: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw = {"images": "digits", "model": "resnet8", "train": {"batch_size": 64}, "prune": prune}
-    recipe = parse(raw | {"out": str(tmp_path / "run")}, ClassifierRecipe, "recipe")
+    recipe = parse(raw | {"out": str(tmp_path / "run")}, Recipe, "recipe")
     monkeypatch.setattr(classifiers, "experiment", lambda *_, **__: pytest.fail("it is trained"))
     with pytest.raises(ValueError, match=words):
         classifiers.train_run(recipe)
@@ -119,6 +118,6 @@ def test_a_classifier_is_refused_before_it_is_trained(
 
 def test_what_removes_filters_is_asked_for_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
-    asked = parse({"images": "digits", "prune": {"kind": "filters"}}, ClassifierRecipe, "recipe").prune
+    asked = parse({"images": "digits", "prune": {"kind": "filters"}}, Recipe, "recipe").prune
     with pytest.raises(ImportError, match=r"prunus\[shrink\]"):
         plan.check_pruning(nn.Linear(2, 2), asked)

@@ -21,8 +21,7 @@ from prunus.blocks import find_blocks
 from prunus.layers import View, find_layers
 from prunus.machine import import_extra
 from prunus.measure import read_task
-from prunus.run.recipe import Prune, Recipe, Reconstruct, Retrain
-from prunus.run.vision.recipe import ClassifierRecipe, Pruning
+from prunus.run.recipe import Adapting, ClassifierRecipe, LanguageRecipe, Prune
 from prunus.score import needed, observable
 
 __all__ = [
@@ -47,7 +46,7 @@ class Outline:
     files: dict[str, float]
 
 
-def check_pruning(model: nn.Module, asked: Prune | Pruning) -> list[View]:
+def check_pruning(model: nn.Module, asked: Prune) -> list[View]:
     """The layers of an empty model that will be pruned.
 
     Raises ValueError for globs that match none, and layers that the pattern does not fit; ImportError for a package
@@ -69,7 +68,7 @@ def check_pruning(model: nn.Module, asked: Prune | Pruning) -> list[View]:
     return views
 
 
-def check_language(recipe: Recipe, model: Any) -> list[View]:
+def check_language(recipe: LanguageRecipe, model: Any) -> list[View]:
     """The layers of an empty language model that will be pruned.
 
     Raises ValueError as `check_pruning`, for a model without a chain of blocks, for parameters to train that it does
@@ -86,7 +85,7 @@ def check_language(recipe: Recipe, model: Any) -> list[View]:
     return views
 
 
-def check_tasks(recipe: Recipe) -> None:
+def check_tasks(recipe: LanguageRecipe) -> None:
     """Raise ValueError for a task file that cannot be read, ImportError where what measures it is missing."""
     for path in recipe.evaluate.tasks.values():
         read_task(path)
@@ -94,7 +93,7 @@ def check_tasks(recipe: Recipe) -> None:
         import_extra("lm_eval", "zeroshot", "evaluate.tasks are measured by lm-eval")
 
 
-def _check_adapting(key: str, asked: Reconstruct | Retrain, model: nn.Module, views: Sequence[View]) -> None:
+def _check_adapting(key: str, asked: Adapting, model: nn.Module, views: Sequence[View]) -> None:
     for name in asked.train:
         if name not in ADAPTERS and key == "retrain":
             find_subset(model, name)
@@ -103,7 +102,7 @@ def _check_adapting(key: str, asked: Reconstruct | Retrain, model: nn.Module, vi
         raise ValueError(f"{key}.rank: {asked.rank} is above min(out, in) of every layer; set it to {most} or less")
 
 
-def outline_language(recipe: Recipe, model: Any, texts: Mapping[str, int], device: torch.device) -> Outline:
+def outline_language(recipe: LanguageRecipe, model: Any, texts: Mapping[str, int], device: torch.device) -> Outline:
     """The plan of a checked recipe. model: empty; texts: name -> tokens of what is evaluated."""
     views, prune = check_pruning(model, recipe.prune), recipe.prune
     total = sum(each.numel() for each in model.parameters())
@@ -140,7 +139,7 @@ def outline_classifier(recipe: ClassifierRecipe, setting: Any, retrained: int) -
     total = sum(each.numel() for each in model.parameters())
     images, measured, classes = len(setting.sets.train), len(setting.sets.measured), setting.sets.train.classes
     shape = " x ".join(map(str, setting.sets.train.pixels.shape[1:]))
-    steps, members = setting.epoch_steps, getattr(getattr(recipe, "soup", None), "members", 1)
+    steps, members = setting.epoch_steps, 1 if recipe.soup is None else recipe.soup.members
     during = f", during {next(iter(recipe.during))}" if recipe.during else ""
     training = f"{recipe.train.epochs} epochs, {_many(recipe.train.epochs * steps)} steps of {recipe.train.batch_size}"
     rows = {
@@ -164,7 +163,7 @@ def outline_classifier(recipe: ClassifierRecipe, setting: Any, retrained: int) -
     return Outline(layers, rows, saved | ({f"members/ ({members})": 4 * total * members} if members > 1 else {}))
 
 
-def _trained(model: nn.Module, views: Sequence[View], asked: Reconstruct | Retrain) -> int:
+def _trained(model: nn.Module, views: Sequence[View], asked: Adapting) -> int:
     """How many parameters are trained: of the subsets, each once, and of adapters on the pruned layers."""
     found: dict[str, int] = {}
     for name in asked.train:
@@ -175,7 +174,7 @@ def _trained(model: nn.Module, views: Sequence[View], asked: Reconstruct | Retra
 
 
 def _language_memory(
-    recipe: Recipe, model: Any, views: Sequence[View], device: torch.device, *, trained: int
+    recipe: LanguageRecipe, model: Any, views: Sequence[View], device: torch.device, *, trained: int
 ) -> dict[str, str]:
     """Where how much memory is taken: while pruning, a block at a time, and while retraining, as a whole."""
     weights = sum(each.nbytes for each in model.parameters())
@@ -200,7 +199,7 @@ def _times(phases: int, members: int) -> str:
     return (f", over {phases} phases" if phases > 1 else "") + (f", each of {members} members" if members > 1 else "")
 
 
-def _kinds(views: Iterable[View], asked: Prune | Pruning) -> list[dict[str, Any]]:
+def _kinds(views: Iterable[View], asked: Prune) -> list[dict[str, Any]]:
     """A row for layers of one name but for numbers, and one shape."""
     found: dict[tuple[str, tuple[int, int]], int] = {}
     for view in views:
@@ -219,7 +218,7 @@ def _kinds(views: Iterable[View], asked: Prune | Pruning) -> list[dict[str, Any]
     ]
 
 
-def _way(asked: Prune | Pruning) -> str:
+def _way(asked: Prune) -> str:
     return f"{asked.how().name}, {asked.where()}, {asked.sharing().name}"
 
 

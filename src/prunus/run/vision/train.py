@@ -27,11 +27,10 @@ from prunus.measure import Energy
 from prunus.report import append_metrics, append_once, plot_run, progress, read_metrics
 from prunus.run.folder import begin, finished, held, ran_on
 from prunus.run.plan import Outline, outline_classifier
-from prunus.run.recipe import digest, merge, parse, read_yaml, said
+from prunus.run.recipe import ClassifierRecipe, digest, merge, parse, read_yaml, said
 from prunus.run.vision import stages
-from prunus.run.vision.dense import read_dense, write_state
-from prunus.run.vision.experiment import Outcome, budgets, experiment
-from prunus.run.vision.recipe import ClassifierRecipe, dense_key
+from prunus.run.vision.dense import dense_key, read_dense, write_state
+from prunus.run.vision.experiment import Outcome, experiment
 from prunus.run.vision.setting import Setting
 from prunus.save import FORMAT, INFO_NAME, MASKS_NAME
 from prunus.train import During, Plan, Substituted
@@ -73,7 +72,8 @@ def planned(recipe: ClassifierRecipe) -> Outline:
     """What a run would do, checked as far as can be without training. Raises as `train_run`."""
     finished(recipe, Path(recipe.out), digest(said(recipe, but={"out"})))
     setting, phases = Setting.of(recipe), 1 if recipe.prune is None else recipe.prune.phases
-    steps = budgets(recipe.retrain, phases, setting.steps(recipe.train.epochs), setting.epoch_steps)
+    dense, asked = setting.steps(recipe.train.epochs), recipe.retrain
+    steps = [] if asked is None else asked.budgets(phases, dense, setting.epoch_steps)
     return outline_classifier(recipe, setting, sum(steps))
 
 
@@ -178,7 +178,8 @@ def _write(out: Path, recipe: ClassifierRecipe, outcome: Outcome, result: dict[s
         append_once(out / "metrics.jsonl", {"stage": "corrupted", **result["corrupted"]["mean"]})
     for found in result["phases"]:
         append_once(out / "metrics.jsonl", {"stage": "phase", **found})
-    describe(out, recipe, outcome.model, outcome.masks, result)
+    if recipe.save:
+        describe(out, recipe, outcome.model, outcome.masks, result)
     _plot(out, recipe, result, outcome.trace, dense)
     write_json(out / "result.json", result)
 
