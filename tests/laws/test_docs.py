@@ -139,6 +139,7 @@ def test_commands_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("prunus.run.task.run_recipe", checked)
+    monkeypatch.setattr("prunus.run.task.plan_recipe", checked)
     for line in commands_of(page.read_text(encoding="utf-8")):
         words = shlex.split(line)
         start = next((i for i, word in enumerate(words) if word in ("prunus", "prunus.run.cli")), None)

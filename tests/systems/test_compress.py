@@ -228,20 +228,6 @@ def test_an_empty_subset_is_refused_before_any_work(
         compress(parse(asked, LanguageRecipe, "test"))
 
 
-@pytest.mark.parametrize("section", ["retrain", "reconstruct"])
-def test_a_rank_that_a_matrix_has_not_is_refused_before_any_work(
-    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: str
-) -> None:
-    monkeypatch.setattr(stages, "evaluate", None)
-    asked = raw(tiny_folder, text_file, tmp_path / "run", retrain=None)
-    asked[section] = {"train": ["mask_lora"], "rank": 17, "steps": 1}
-    with pytest.raises(
-        ValueError, match=rf"{section}.rank: 17 is more .* which is \(16, 32\); set {section}.rank to 16"
-    ):
-        compress(parse(asked, Recipe, "test"))
-    assert not (tmp_path / "run" / "work").exists()
-
-
 def test_random_pruning_of_the_whole_model_is_exact_and_resumes(
     tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:

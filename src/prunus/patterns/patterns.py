@@ -8,6 +8,7 @@ select, so that the weight is read once and the mask written once. Any other pat
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Sequence
@@ -118,6 +119,7 @@ class Unstructured:
     """
 
     per: Literal["row", "layer"]
+    width = sparsity = None  # columns are not chosen in fixed groups, and any sparsity is possible
 
     def __post_init__(self) -> None:
         if self.per not in ("row", "layer"):
@@ -125,16 +127,6 @@ class Unstructured:
 
     def __str__(self) -> str:
         return "unstructured"
-
-    @property
-    def width(self) -> int | None:
-        """None: columns are not chosen in fixed groups."""
-        return None
-
-    @property
-    def sparsity(self) -> float | None:
-        """None: any sparsity is possible."""
-        return None
 
     @property
     def by_row(self) -> bool:
@@ -196,6 +188,7 @@ class NM:
 
     n: int
     m: int
+    by_row = True  # a group lies in one row
 
     def __post_init__(self) -> None:
         if not 0 < operator.index(self.n) < operator.index(self.m):
@@ -213,11 +206,6 @@ class NM:
     def sparsity(self) -> float | None:
         """1 - N/M."""
         return 1 - self.n / self.m
-
-    @property
-    def by_row(self) -> bool:
-        """True: a group lies in one row."""
-        return True
 
     def counts(self, shape: tuple[int, int], sparsity: float | None = None, *, name: str = "this layer") -> int:
         """How many entries a (out, in) matrix keeps: n/m of them.
@@ -274,8 +262,74 @@ class NM:
             )
 
 
+class _Tiles:
+    """What patterns of whole tiles share: `tile` is how many rows and columns one has in a matrix of a shape."""
+
+    width = sparsity = None  # tiles of all columns are chosen together, and any sparsity is possible
+    by_row = False  # all tiles of the matrix compete
+
+    def tile(self, shape: tuple[int, int], *, name: str = "this layer") -> tuple[int, int]:
+        """Rows and columns of a tile. Raises ValueError when they do not cover the matrix."""
+        raise NotImplementedError
+
+    def unit(self, shape: tuple[int, int], *, name: str = "this layer") -> int:
+        """The entries of a tile. Raises ValueError when the tiles do not cover the matrix."""
+        return math.prod(self.tile(shape, name=name))
+
+    def counts(self, shape: tuple[int, int], sparsity: float | None, *, name: str = "this layer") -> int:
+        """How many entries a (out, in) matrix keeps: `kept_of(tiles, sparsity)` tiles.
+
+        Raises ValueError when the tiles do not cover the matrix.
+        """
+        share, unit = check_sparsity(self, sparsity), self.unit(shape, name=name)
+        return kept_of(shape[0] * shape[1] // unit, share) * unit
+
+    def mask(self, score: Tensor, kept: int, *, name: str = "this layer") -> Tensor:
+        """The mask (out, in) bool of the best tiles with `kept` entries in all; ties keep the tile that comes first.
+
+        score: (out, in) floating, higher is kept. Raises ValueError for NaN, a shape that the tiles do not cover, or a
+        count that is not a multiple of a tile.
+        """
+        _check_score(score, kept, name)
+        self.check_whole((score.shape[0], score.shape[1]), kept, name)
+        return self.choose(score, kept)
+
+    def choose(self, score: Tensor, kept: int) -> Tensor:
+        """`mask` without its checks."""
+        rows, columns = self.tile((score.shape[0], score.shape[1]))
+        return _spread(keep_largest(_tile_means(score, rows, columns), kept // (rows * columns)), rows, columns)
+
+    def split(self, shape: tuple[int, int], kept: int, edges: Sequence[int], *, name: str = "this layer") -> list[int]:
+        """How many entries each block of columns keeps: shares of the tiles, rounded cumulatively.
+
+        Raises ValueError when an edge cuts through tiles.
+        """
+        self.check_whole(shape, kept, name)
+        columns, unit = self.tile(shape)[1], self.unit(shape)
+        if any(edge % columns for edge in edges):
+            raise ValueError(
+                f"{self}: tiles of {columns} columns of {_quoted(name)} cannot be chosen in steps of {edges[1]}: set a "
+                f"blocksize that {columns} divides, or prune by score"
+            )
+        return [unit * share for share in _cumulative(kept // unit, shape[1], edges)]
+
+    def pool(self, score: Tensor) -> Tensor:
+        """(out, in) float32 or wider: at each entry the mean over its tile."""
+        rows, columns = self.tile((score.shape[0], score.shape[1]))
+        return _spread(_tile_means(score, rows, columns), rows, columns)
+
+    def check_whole(self, shape: tuple[int, int], kept: int, name: str) -> None:
+        """Raise ValueError unless `kept` is a multiple of a tile."""
+        unit = self.unit(shape, name=name)
+        if kept % unit:
+            raise ValueError(
+                f"{self} keeps multiples of {unit} entries of {_quoted(name)}, not {kept}: take counts from "
+                "allocations.counts_under"
+            )
+
+
 @dataclass(frozen=True)
-class Block:
+class Block(_Tiles):
     """Whole tiles of `rows` x `columns` weights; a tile's score is the mean over its entries.
 
     The mean ranks as the sum does; over tiles of several sizes it compares what an entry is worth on average. A tile
@@ -296,70 +350,18 @@ class Block:
     def __str__(self) -> str:
         return f"block {self.rows}x{self.columns}"
 
-    @property
-    def width(self) -> int | None:
-        """None: tiles of all columns are chosen together."""
-        return None
-
-    @property
-    def sparsity(self) -> float | None:
-        """None: any sparsity is possible, up to the size of a tile."""
-        return None
-
-    @property
-    def by_row(self) -> bool:
-        """False: all tiles of the matrix compete."""
-        return False
-
-    def counts(self, shape: tuple[int, int], sparsity: float | None, *, name: str = "this layer") -> int:
-        """How many entries a (out, in) matrix keeps: `kept_of(tiles, sparsity)` tiles.
-
-        Raises ValueError when the tiles do not cover the matrix.
-        """
-        share, unit = check_sparsity(self, sparsity), self.unit(shape, name=name)
-        return kept_of(shape[0] * shape[1] // unit, share) * unit
-
-    def mask(self, score: Tensor, kept: int, *, name: str = "this layer") -> Tensor:
-        """The mask (out, in) bool of the best tiles with `kept` entries in all.
-
-        score: (out, in) floating, higher is kept. Raises ValueError for NaN, a shape that the tiles do not cover, or a
-        count that is not a multiple of a tile.
-        """
-        _check_score(score, kept, name)
-        _check_whole(self, (score.shape[0], score.shape[1]), kept, name)
-        return self.choose(score, kept)
-
-    def choose(self, score: Tensor, kept: int) -> Tensor:
-        """`mask` without its checks."""
-        return _choose_tiles(score, kept, self.rows, self.columns)
-
-    def split(self, shape: tuple[int, int], kept: int, edges: Sequence[int], *, name: str = "this layer") -> list[int]:
-        """How many entries each block of columns keeps: shares of the tiles, rounded cumulatively.
-
-        Raises ValueError when an edge cuts through tiles.
-        """
-        _check_whole(self, shape, kept, name)
-        if any(edge % self.columns for edge in edges):
-            raise ValueError(f"{self} cannot be chosen in steps of {edges[1]} columns; {self.columns} must divide them")
-        unit = self.rows * self.columns
-        return [unit * share for share in _cumulative(kept // unit, shape[1], edges)]
-
-    def unit(self, shape: tuple[int, int], *, name: str = "this layer") -> int:
-        """rows * columns. Raises ValueError when the tiles do not cover the matrix."""
+    def tile(self, shape: tuple[int, int], *, name: str = "this layer") -> tuple[int, int]:
+        """(rows, columns). Raises ValueError when the tiles do not cover the matrix."""
         if shape[0] % self.rows or shape[1] % self.columns:
             raise ValueError(
                 f"{self} needs rows divisible by {self.rows} and columns by {self.columns}; {_quoted(name)} is "
                 f"{shape[0]}x{shape[1]}. Skip it with exclude=[{_excluded(name)}]."
             )
-        return self.rows * self.columns
-
-    def pool(self, score: Tensor) -> Tensor:
-        """(out, in) float32 or wider: at each entry the mean over its tile."""
-        return _spread(_tile_means(score, self.rows, self.columns), self.rows, self.columns)
+        return self.rows, self.columns
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(_Tiles):
     """Whole output rows: the neurons of a linear layer, the filters of a convolution. A row's score is its mean.
 
     What follows the row (its bias, the normalisation after it) stays.
@@ -371,58 +373,9 @@ class Rows:
     def __str__(self) -> str:
         return "filters"
 
-    @property
-    def width(self) -> int | None:
-        """None: rows span all columns."""
-        return None
-
-    @property
-    def sparsity(self) -> float | None:
-        """None: any sparsity is possible, up to the size of a row."""
-        return None
-
-    @property
-    def by_row(self) -> bool:
-        """False: rows compete."""
-        return False
-
-    def counts(self, shape: tuple[int, int], sparsity: float | None, *, name: str = "this layer") -> int:
-        """How many entries a (out, in) matrix keeps: `kept_of(out, sparsity)` rows."""
-        return kept_of(shape[0], check_sparsity(self, sparsity)) * shape[1]
-
-    def mask(self, score: Tensor, kept: int, *, name: str = "this layer") -> Tensor:
-        """The mask (out, in) bool of the best rows with `kept` entries in all; ties keep the row that comes first.
-
-        score: (out, in) floating, higher is kept. Raises ValueError for NaN, or a count that is no multiple of a row.
-        """
-        _check_score(score, kept, name)
-        _check_whole(self, (score.shape[0], score.shape[1]), kept, name)
-        return self.choose(score, kept)
-
-    def choose(self, score: Tensor, kept: int) -> Tensor:
-        """`mask` without its checks."""
-        return _choose_tiles(score, kept, 1, score.shape[1])
-
-    def split(self, shape: tuple[int, int], kept: int, edges: Sequence[int], *, name: str = "this layer") -> list[int]:
-        """[kept], for the one block that spans all columns.
-
-        Raises ValueError for several blocks: each would choose rows of its own.
-        """
-        _check_whole(self, shape, kept, name)
-        if len(edges) != 2:
-            raise ValueError(
-                f"{self} span all {shape[1]} columns of {_quoted(name)} and cannot be chosen block by block: "
-                f"set the blocksize to {shape[1]} or more, or prune by score"
-            )
-        return [kept]
-
-    def unit(self, shape: tuple[int, int], *, name: str = "this layer") -> int:
-        """The entries of a row, `in`."""
-        return shape[1]
-
-    def pool(self, score: Tensor) -> Tensor:
-        """(out, in) float32 or wider: at each entry the mean over its row."""
-        return _spread(_tile_means(score, 1, score.shape[1]), 1, score.shape[1])
+    def tile(self, shape: tuple[int, int], *, name: str = "this layer") -> tuple[int, int]:
+        """(1, in)."""
+        return 1, shape[1]
 
 
 def parse(text: str, per: Literal["row", "layer"] = "row") -> Pattern:
@@ -521,15 +474,6 @@ def _cumulative(kept: int, columns: int, edges: Sequence[int]) -> list[int]:
     return [stop - start for start, stop in pairwise(sums)]
 
 
-def _check_whole(pattern: Block | Rows, shape: tuple[int, int], kept: int, name: str) -> None:
-    unit = pattern.unit(shape, name=name)
-    if kept % unit:
-        raise ValueError(
-            f"{pattern} keeps multiples of {unit} entries of {_quoted(name)}, not {kept}: take counts from "
-            "allocations.counts_under"
-        )
-
-
 def _tile_means(score: Tensor, rows: int, columns: int) -> Tensor:
     """(out / rows, in / columns) float32 or wider; a tile with +inf and -inf counts as -inf."""
     wide = score if score.dtype == torch.float64 else score.float()
@@ -540,10 +484,6 @@ def _tile_means(score: Tensor, rows: int, columns: int) -> Tensor:
 
 def _spread(tiles: Tensor, rows: int, columns: int) -> Tensor:
     return tiles.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
-
-
-def _choose_tiles(score: Tensor, kept: int, rows: int, columns: int) -> Tensor:
-    return _spread(keep_largest(_tile_means(score, rows, columns), kept // (rows * columns)), rows, columns)
 
 
 def _checked(found: tuple[Tensor, Tensor], name: str) -> Tensor:

@@ -67,6 +67,9 @@ def run(
     ray: Annotated[
         str | None, typer.Option(help="Train a soup's members as tasks of this Ray cluster; 'local' starts one.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be done, after all checks; compute and write nothing.")
+    ] = False,
     **flags: str | None,
 ) -> None:
     """Do what a recipe says: train, prune, retrain, average, measure, save. A killed run goes on.
@@ -74,8 +77,11 @@ def run(
     The recipe decides: with the key `images` it is of an image classifier, else of a language model.
     """
     from prunus.machine import ranks
-    from prunus.run.task import run_recipe
+    from prunus.run.task import plan_recipe, run_recipe
 
+    if dry_run:
+        plan_recipe(recipe, overrides(run_flags(), flags, assign))()
+        return
     shown = run_recipe(recipe, overrides(run_flags(), flags, assign), workers=workers, together=together, ray=ray)
     if ranks.is_main():
         shown()

@@ -30,14 +30,15 @@ from prunus.report import Advance, append_once, plot_compression, progress
 from prunus.run import stages
 from prunus.run.fitted import fitted, home
 from prunus.run.folder import begin, device_name, device_of, finished, held, ran_on
+from prunus.run.plan import Outline, check_language, outline_language
 from prunus.run.recipe import LanguageRecipe, digest, given, said
 from prunus.run.soups import Member, Pruned, as_long_as_all, averaged, member
-from prunus.run.texts import check_texts, head_in_words
+from prunus.run.texts import check_texts, evaluation_texts, head_in_words
 from prunus.save import MASKS_NAME, save_model, save_tensors
 from prunus.soup import distance, sms
 from prunus.stream import BlockReport, Shards, Streamed, Work
 
-__all__ = ["compress", "prunus_info"]
+__all__ = ["compress", "planned", "prunus_info"]
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,26 @@ def compress(recipe: LanguageRecipe) -> dict[str, Any]:
     return result
 
 
+def planned(recipe: LanguageRecipe) -> Outline:
+    """What `compress` would do, checked as far as can be without a weight. Raises as `compress`."""
+    device = device_of(recipe)
+    recipe = fitted(recipe, device)
+    _check_shares(recipe)
+    finished(recipe, Path(recipe.out), digest(recipe))
+    stages.check_weights(recipe, stages.empty(recipe).model)
+    empty = _checked(recipe)
+    texts = evaluation_texts(recipe, empty.model, empty.tokenizer)
+    return outline_language(recipe, empty.model, {name: len(text) for name, text in texts.items()}, device)
+
+
+def _checked(recipe: LanguageRecipe) -> stages.Loaded:
+    """The empty model of a recipe that can be run. Raises ValueError and ImportError for one that cannot."""
+    empty = stages.empty(recipe)
+    check_language(recipe, empty.model)
+    check_texts(recipe, empty.model, empty.tokenizer)
+    return empty
+
+
 def _end(out: Path, recipe: LanguageRecipe, result: dict[str, Any]) -> None:
     """Leave the result, its picture, and nothing that only a killed run needs; what is there already stays."""
     if not (out / "result.json").exists():
@@ -101,10 +122,9 @@ class _Run:
     def execute(self) -> dict[str, Any]:
         started = time.perf_counter()
         recipe = self.recipe
+        _checked(recipe)
         with self._bar("load", None):
             loaded = stages.load(recipe, self.home)
-        stages.check_trainable(loaded.model, recipe)
-        check_texts(recipe, loaded.model, loaded.tokenizer)
         if ranks.is_main():
             begin(self.out, recipe)
         result: dict[str, Any] = {"key": self.key, "model": recipe.model, **ran_on(self.out, device_name(self.device))}

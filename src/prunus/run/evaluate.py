@@ -29,11 +29,13 @@ def evaluate_model(model: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
 def _language_model(model: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     from prunus.run import stages
     from prunus.run.fitted import fitted
+    from prunus.run.plan import check_tasks
     from prunus.run.texts import head_in_words
 
     checked = parse(merge({"model": model}, dict(overrides)), LanguageRecipe, "flags")
     device = device_of(checked)
     checked = fitted(checked, device)
+    check_tasks(checked)
     loaded = stages.load(checked)
     head = head_in_words(loaded.tokenizer)
     found: dict[str, Any] = {"perplexity": stages.evaluate(loaded, checked, device), "head": head}

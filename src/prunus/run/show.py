@@ -11,9 +11,19 @@ from rich.console import Console
 from prunus.report import format_value, print_table
 from prunus.run.inspect import Inspection
 from prunus.run.layout import spread
+from prunus.run.plan import Outline, size_in_words
 from prunus.save import SIZE_NOTE
 
-__all__ = ["show_evaluation", "show_grid", "show_inspection", "show_result", "show_run", "show_soup", "show_sweep"]
+__all__ = [
+    "show_evaluation",
+    "show_grid",
+    "show_inspection",
+    "show_outline",
+    "show_result",
+    "show_run",
+    "show_soup",
+    "show_sweep",
+]
 
 
 def show_result(result: Mapping[str, Any], out: Path) -> None:
@@ -34,6 +44,16 @@ def show_result(result: Mapping[str, Any], out: Path) -> None:
     _note(f"{result['seconds']:.0f} s on {result['device']}. Picture: {out / 'report.png'}")
     if "saved" in result:
         _note(f"Model: {result['saved']}. {SIZE_NOTE}")
+
+
+def show_outline(plan: Outline, out: Path) -> None:
+    """The tables of a dry run."""
+    if plan.layers:
+        print_table(plan.layers, title="layers that are pruned")
+    print_table([{"what": what, "plan": how} for what, how in plan.rows.items()], title="plan")
+    files = {f"{out}/{name}": size_in_words(size) for name, size in plan.files.items()}
+    print_table([{"file": name, "about": size} for name, size in files.items()], title="files")
+    _note("Nothing was computed or written. Memory and sizes are estimates.")
 
 
 def _retrainings(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

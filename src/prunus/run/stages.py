@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -13,11 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from prunus.adapt import ADAPTERS, adapt, add_biases, compiled_forward, find_subset
+from prunus.adapt import adapt, add_biases, compiled_forward
 from prunus.blocks import Source, recomputed
 from prunus.checkpoint import (
     check_causal,
@@ -29,6 +27,7 @@ from prunus.checkpoint import (
     read_checkpoint,
     read_config,
     read_tokenizer,
+    weight_files,
 )
 from prunus.layers import View, find_layers
 from prunus.machine import Precision, autocast, of_training, ranks
@@ -142,32 +141,20 @@ def _load_gguf(path: Path, recipe: LanguageRecipe, straight: dict[str, Any]) -> 
     return Loaded(model.eval(), tokenizer, None)
 
 
-def check_trainable(model: Any, recipe: LanguageRecipe) -> None:
-    """Raises ValueError, before any work, when a subset that is to be retrained is empty in this model, or a rank is
-    larger than a matrix that is to be adapted has it."""
-    _check_ranks(model, recipe)
-    asked = recipe.retrain
-    if asked is None:
-        return
-    with init_empty_weights():
-        twin = type(model)(copy.deepcopy(model.config))
-    if asked.add_biases:
-        add_biases(twin)
-    for name in asked.train:
-        if name not in ADAPTERS:
-            find_subset(twin, name)
+def empty(recipe: LanguageRecipe) -> Loaded:
+    """The tokenizer and the model that a recipe names, on the meta device: what config.json alone says of it."""
+    path, trust = model_path(recipe.model), recipe.trust_remote_code
+    config = read_config(path, trust_remote_code=trust)
+    dtype = config.dtype or torch.float32 if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    tokenizer = read_tokenizer(path, trust_remote_code=trust)
+    return Loaded(empty_model(config, dtype, trust_remote_code=trust), tokenizer, None)
 
 
-def _check_ranks(model: nn.Module, recipe: LanguageRecipe) -> None:
-    views = find_layers(model, include=recipe.prune.include, exclude=recipe.prune.exclude)
-    least = min(views, key=lambda view: min(view.shape), default=None)
-    for section, asked in (("retrain", recipe.retrain), ("reconstruct", recipe.reconstruct)):
-        adapted = asked is not None and any(name in ADAPTERS for name in asked.train)
-        if asked is not None and adapted and least is not None and asked.rank > min(least.shape):
-            raise ValueError(
-                f"{section}.rank: {asked.rank} is more than min(out, in) of {least.name!r}, which is {least.shape}; "
-                f"set {section}.rank to {min(least.shape)} or less"
-            )
+def check_weights(recipe: LanguageRecipe, model: Any) -> None:
+    """Raise ValueError for weights on this machine that an empty model is not made for; only their headers are read."""
+    path = model_path(recipe.model)
+    if path.is_dir() and weight_files(path):
+        check_causal(read_checkpoint(path), model)
 
 
 def prune(

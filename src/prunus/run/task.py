@@ -14,7 +14,7 @@ from typing import Any
 from prunus.run.plain import Unfinished
 from prunus.run.recipe import LanguageRecipe, load_recipe, read_yaml
 
-__all__ = ["is_sweep", "load", "run_recipe"]
+__all__ = ["is_sweep", "load", "plan_recipe", "run_recipe"]
 
 Show = Callable[[], None]
 GRIDS = ("axes", "sweep")
@@ -66,6 +66,22 @@ def run_recipe(
         return _language(recipe)
     _one_process()
     return _soup(recipe, workers, together, ray) if soup else _classifier(recipe, path)
+
+
+def plan_recipe(path: Path | None, overrides: Mapping[str, Any]) -> Show:
+    """What shows the plan of a recipe; all that can be refused before work is."""
+    from prunus.run.show import show_outline
+
+    recipe = _pruning(path, overrides) if path is not None and path.is_dir() else load(path, overrides)
+    if isinstance(recipe, LanguageRecipe):
+        from prunus.run.compress import planned
+
+        plan = planned(recipe)
+    else:
+        from prunus.run.vision.train import planned as planned_classifier
+
+        plan = planned_classifier(recipe)
+    return lambda: show_outline(plan, Path(recipe.out))
 
 
 def _language(recipe: LanguageRecipe) -> Show:

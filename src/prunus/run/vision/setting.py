@@ -27,6 +27,7 @@ from prunus.data import (
 )
 from prunus.machine import Precision
 from prunus.run.folder import device_name, device_of
+from prunus.run.plan import check_pruning
 from prunus.run.recipe import ClassifierRecipe, ImageSource
 
 __all__ = ["ImageSets", "Setting"]
@@ -69,8 +70,8 @@ class Setting:
     def of(cls, recipe: ClassifierRecipe) -> Setting:
         """The setting of a recipe; "auto" is the first GPU with bf16, CUDA graphs and channels-last, else the CPU.
 
-        Raises ValueError for a GPU that is not there, and for images that cannot be read, corrupted as asked for, or
-        are fewer than a batch; ImportError for a package that corruptions need.
+        Raises ValueError for a GPU that is not there, for pruning that the network does not take, and for images that
+        cannot be read, corrupted as asked for, or are fewer than a batch; ImportError for a package that is missing.
         """
         device = device_of(recipe)
         cuda = device.type == "cuda"
@@ -88,7 +89,10 @@ class Setting:
         precision: Precision = ("bf16" if cuda else "fp32") if recipe.precision == "auto" else recipe.precision
         capture = cuda if recipe.capture == "auto" else recipe.capture
         channels_last = cuda if recipe.channels_last == "auto" else recipe.channels_last
-        return cls(recipe, device, precision, capture, channels_last, sets)
+        found = cls(recipe, device, precision, capture, channels_last, sets)
+        if recipe.prune is not None:
+            check_pruning(found.empty_model(), recipe.prune)
+        return found
 
     @property
     def name(self) -> str:
@@ -119,6 +123,13 @@ class Setting:
         if self.recipe.compile:
             compile_blocks_(model)
         return model
+
+    def empty_model(self) -> nn.Module:
+        """The network on the meta device, for what its shapes alone say."""
+        with torch.device("meta"):
+            return build_model(
+                self.recipe.model, classes=self.sets.train.classes, channels=self.sets.train.pixels.shape[1]
+            )
 
     def batches(self, part: int) -> ImageBatches:
         """Augmented training batches; part: 0 for the training, j for the retraining of phase j, each in its order."""

@@ -23,7 +23,7 @@ from prunus.run.names import schedules
 from prunus.run.recipe import ClassifierPrune, Corruptions
 from prunus.run.vision.optimizers import Given
 from prunus.run.vision.setting import Setting
-from prunus.score import needed
+from prunus.score import needed, observable
 from prunus.train import (
     During,
     Ema,
@@ -246,14 +246,15 @@ def select(
     """
     criterion, allocation, pattern = asked.how(seed), asked.sharing(), asked.where()
     batches = setting.training(min(1.0, _CALIBRATED / len(setting.sets.train)))
-    with unrecorded() if needed(criterion, allocation) else nullcontext():
+    views, needs = views_of(model, asked), needed(criterion, allocation)
+    with unrecorded() if needs else nullcontext():
         return prune(
             model,
             criterion,
             pattern,
             None if pattern.sparsity is not None else sparsity,
             allocation=allocation,
-            views=views_of(model, asked),
+            views=observable(model, views, asked.include) if needs else views,
             within=within,
             batches=batches,
         )

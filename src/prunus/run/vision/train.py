@@ -26,6 +26,7 @@ from prunus.masks import Masks
 from prunus.measure import Energy
 from prunus.report import append_metrics, append_once, plot_run, progress, read_metrics
 from prunus.run.folder import begin, finished, held, ran_on
+from prunus.run.plan import Outline, outline_classifier
 from prunus.run.recipe import ClassifierRecipe, digest, merge, parse, read_yaml, said
 from prunus.run.vision import stages
 from prunus.run.vision.dense import dense_key, read_dense, write_state
@@ -34,7 +35,7 @@ from prunus.run.vision.setting import Setting
 from prunus.save import FORMAT, INFO_NAME, MASKS_NAME
 from prunus.train import During, Plan, Substituted
 
-__all__ = ["begin_classifier", "begun", "describe", "prune_run", "pruning_of", "train_run"]
+__all__ = ["begin_classifier", "begun", "describe", "planned", "prune_run", "pruning_of", "train_run"]
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,15 @@ def train_run(recipe: ClassifierRecipe, *, dense: Path | None = None) -> dict[st
         result["joules"] = energy.joules
         _write(out, recipe, outcome, result, dense or out / "dense")
         return result
+
+
+def planned(recipe: ClassifierRecipe) -> Outline:
+    """What a run would do, checked as far as can be without training. Raises as `train_run`."""
+    finished(recipe, Path(recipe.out), digest(said(recipe, but={"out"})))
+    setting, phases = Setting.of(recipe), 1 if recipe.prune is None else recipe.prune.phases
+    dense, asked = setting.steps(recipe.train.epochs), recipe.retrain
+    steps = [] if asked is None else asked.budgets(phases, dense, setting.epoch_steps)
+    return outline_classifier(recipe, setting, sum(steps))
 
 
 @contextmanager

@@ -1,0 +1,123 @@
+"""What is refused before work, and what a dry run tells: an empty model and the recipe say both."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from prunus.adapt import adapt
+from prunus.layers import find_layers
+from prunus.run import cli, plan, stages
+from prunus.run.compress import compress, planned
+from prunus.run.recipe import Recipe, merge, parse
+from prunus.run.vision import train as classifiers
+from tests.conftest import tiny_llama
+
+LATE: list[tuple[dict[str, Any], str]] = [  # what an empty model, the tokenizer and the texts can tell
+    ({"prune.include": ["q_prj"]}, "'q_prj' matches none of the 15"),
+    ({"prune.exclude": ["*"]}, "leave no layer"),
+    ({"prune.pattern": "2:7"}, "2:7 needs columns divisible by 7; 'model.layers.0.self_attn.q_proj' has 32"),
+    ({"calibrate.samples": 100000}, "calibrate.data: 100000 calibration windows"),
+    ({"retrain.train": ["biases"]}, "'biases' is empty in LlamaForCausalLM"),
+    ({"retrain.rank": 33}, r"retrain.rank: 33 is above min\(out, in\) of every layer; set it to 32 or less"),
+    ({"reconstruct.rank": 64, "reconstruct.train": ["mask_lora"]}, "reconstruct.rank: 64"),
+    ({"evaluate.tasks": {"t": "task.jsonl"}}, "task.jsonl, line 1: needs query"),
+    ({"out": "model/run"}, "lie in each other"),
+]
+
+
+@pytest.fixture
+def raw(tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A recipe of a tiny model, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(tiny_folder)
+    (tmp_path / "task.jsonl").write_text('{"text": "x"}\n')
+    return {
+        "model": "./model",
+        "calibrate": {"data": str(text_file), "samples": 4, "length": 16},
+        "retrain": {"data": str(text_file), "steps": 3, "batch_size": 2, "length": 16, "rank": 2},
+        "evaluate": {"data": {"text": str(text_file)}, "window": 32},
+        "out": "run",
+    }
+
+
+@pytest.mark.parametrize(("changes", "words"), LATE, ids=[words for _, words in LATE])
+def test_no_weight_is_read_before_a_refusal(
+    raw: dict[str, Any], changes: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "load", lambda *_: pytest.fail("weights are read"))
+    recipe = parse(merge(raw, changes), Recipe, "recipe")
+    for does in (compress, planned):
+        with pytest.raises(ValueError, match=words):
+            does(recipe)
+    assert not Path("run").exists()
+
+
+def test_a_missing_package_is_named_before_work(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("task.jsonl").write_text('{"query": "a", "choices": ["b", "c"], "gold": 0}\n')
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ImportError, match=r"pip install 'prunus\[zeroshot\]'"):
+        planned(parse(merge(raw, {"evaluate.tasks": {"t": "task.jsonl"}}), Recipe, "recipe"))
+
+
+def test_the_plan_of_a_language_model_counts_what_the_run_trains(raw: dict[str, Any]) -> None:
+    found = planned(parse(merge(raw, {"retrain.train": ["norms", "mask_lora"]}), Recipe, "recipe"))
+    model = tiny_llama()
+    trained = adapt(model, ["norms", "mask_lora"], masks=None, views=find_layers(model), rank=2)
+    assert found.rows["trained"].startswith(f"norms, mask_lora: {trained.trainable:,} parameters, {trained.share:.3%}")
+    assert found.rows["retraining"] == "3 steps, 96 tokens"
+    assert found.rows["calibration"] == "4 windows of 16: 64 tokens"
+    assert {row["layers"]: row["count"] for row in found.layers}["model.layers.*.mlp.up_proj"] == 2
+    assert sum(row["count"] for row in found.layers) == 14
+    assert found.files["model/"] == sum(each.nbytes for each in tiny_llama().parameters())
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
+    raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import yaml
+
+    monkeypatch.setenv("COLUMNS", "120")
+    Path("language.yaml").write_text(yaml.safe_dump(raw))
+    Path("images.yaml").write_text(
+        "{images: digits, model: resnet8, train: {batch_size: 64, epochs: 2, warmup: 0}, prune: {phases: 2}, "
+        "retrain: {epochs: 1}, soup: {members: 3}, out: run}"
+    )
+    for name, words in (("language.yaml", "14 layers"), ("images.yaml", "over 2 phases, each of 3 members")):
+        monkeypatch.setattr(sys, "argv", ["prunus", "run", name, "--dry-run"])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 0
+        out = capsys.readouterr().out
+        assert words in out
+        assert "run/model" in out
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("prune", "words"),
+    [
+        ({"include": ["conw"]}, "'conw' matches none of the 8"),
+        ({"pattern": "2:4"}, "2:4 needs columns divisible by 4; 'stem' has 9"),
+        ({"criterion": "wanda", "exclude": ["*"]}, "leave no layer"),
+    ],
+)
+def test_a_classifier_is_refused_before_it_is_trained(
+    prune: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = {"images": "digits", "model": "resnet8", "train": {"batch_size": 64}, "prune": prune}
+    recipe = parse(raw | {"out": str(tmp_path / "run")}, Recipe, "recipe")
+    monkeypatch.setattr(classifiers, "experiment", lambda *_, **__: pytest.fail("it is trained"))
+    with pytest.raises(ValueError, match=words):
+        classifiers.train_run(recipe)
+
+
+def test_what_removes_filters_is_asked_for_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    asked = parse({"images": "digits", "prune": {"kind": "filters"}}, Recipe, "recipe").prune
+    with pytest.raises(ImportError, match=r"prunus\[shrink\]"):
+        plan.check_pruning(nn.Linear(2, 2), asked)
