@@ -34,8 +34,7 @@ from safetensors.torch import load_file, save_file
 
 from prunus.data import ASSETS
 from prunus.run import cli
-from prunus.run.recipe import Recipe, merge
-from prunus.run.vision.recipe import ClassifierRecipe
+from prunus.run.recipe import ClassifierRecipe, LanguageRecipe, merge
 
 TEXT = "The plum tree of row seven bears thirteen plums.\n" * 400
 MENDS = (
@@ -145,7 +144,7 @@ IMAGES: dict[str, Any] = {
 
 def _recipes() -> Iterator[Case]:
     """Every key of both recipes misspelt, and with values of another type or out of bounds."""
-    for base, model in ((LANGUAGE, Recipe), (IMAGES, ClassifierRecipe)):
+    for base, model in ((LANGUAGE, LanguageRecipe), (IMAGES, ClassifierRecipe)):
         for key, field in _leaves(model):
             last = key.rpartition(".")[2]
             if len(last) > 3:
