@@ -171,7 +171,7 @@ def _leaves(model: type[BaseModel], before: str = "") -> Iterator[tuple[str, Any
             continue  # the command's own flag wins
         if section is None:
             yield f"{before}{name}", field
-        elif name not in ("optimizer", "penalty", "data"):  # which are one of several, or have a short form
+        elif name not in ("optimizer", "penalty", "data", "vary"):  # one of several, of a short form, or a list
             yield from _leaves(section, f"{before}{name}.")
 
 
