@@ -29,13 +29,12 @@ from typing import Any, Literal, get_args, get_origin
 
 import torch
 import yaml
-from prunus.run.vision.recipe import ClassifierRecipe
 from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 
 from prunus.data import ASSETS
 from prunus.run import cli
-from prunus.run.recipe import Recipe, merge
+from prunus.run.recipe import ClassifierRecipe, LanguageRecipe, merge
 
 TEXT = "The plum tree of row seven bears thirteen plums.\n" * 400
 MENDS = (
@@ -145,7 +144,7 @@ IMAGES: dict[str, Any] = {
 
 def _recipes() -> Iterator[Case]:
     """Every key of both recipes misspelt, and with values of another type or out of bounds."""
-    for base, model in ((LANGUAGE, Recipe), (IMAGES, ClassifierRecipe)):
+    for base, model in ((LANGUAGE, LanguageRecipe), (IMAGES, ClassifierRecipe)):
         for key, field in _leaves(model):
             last = key.rpartition(".")[2]
             if len(last) > 3:
@@ -172,7 +171,7 @@ def _leaves(model: type[BaseModel], before: str = "") -> Iterator[tuple[str, Any
             continue  # the command's own flag wins
         if section is None:
             yield f"{before}{name}", field
-        elif name not in ("optimizer", "penalty", "data"):  # which are one of several, or have a short form
+        elif name not in ("optimizer", "penalty", "data", "vary"):  # one of several, of a short form, or a list
             yield from _leaves(section, f"{before}{name}.")
 
 
