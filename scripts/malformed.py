@@ -29,13 +29,12 @@ from typing import Any, Literal, get_args, get_origin
 
 import torch
 import yaml
-from prunus.run.vision.recipe import ClassifierRecipe
 from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 
 from prunus.data import ASSETS
 from prunus.run import cli
-from prunus.run.recipe import Recipe, merge
+from prunus.run.recipe import ClassifierRecipe, LanguageRecipe, merge
 
 TEXT = "The plum tree of row seven bears thirteen plums.\n" * 400
 MENDS = (
@@ -145,7 +144,7 @@ IMAGES: dict[str, Any] = {
 
 def _recipes() -> Iterator[Case]:
     """Every key of both recipes misspelt, and with values of another type or out of bounds."""
-    for base, model in ((LANGUAGE, Recipe), (IMAGES, ClassifierRecipe)):
+    for base, model in ((LANGUAGE, LanguageRecipe), (IMAGES, ClassifierRecipe)):
         for key, field in _leaves(model):
             last = key.rpartition(".")[2]
             if len(last) > 3:
@@ -166,7 +165,7 @@ def _recipe(base: dict[str, Any], key: str, value: Any, words: tuple[str, ...]) 
 def _leaves(model: type[BaseModel], before: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, field) of all that is no section."""
     for name, field in model.model_fields.items():
-        options = [field.annotation, *get_args(field.annotation)]
+        options = [] if get_origin(field.annotation) is tuple else [field.annotation, *get_args(field.annotation)]
         section = next((each for each in options if isinstance(each, type) and issubclass(each, BaseModel)), None)
         if name == "out":
             continue  # the command's own flag wins
