@@ -165,7 +165,7 @@ def _recipe(base: dict[str, Any], key: str, value: Any, words: tuple[str, ...]) 
 def _leaves(model: type[BaseModel], before: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, field) of all that is no section."""
     for name, field in model.model_fields.items():
-        options = [field.annotation, *get_args(field.annotation)]
+        options = [] if get_origin(field.annotation) is tuple else [field.annotation, *get_args(field.annotation)]
         section = next((each for each in options if isinstance(each, type) and issubclass(each, BaseModel)), None)
         if name == "out":
             continue  # the command's own flag wins
