@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -354,3 +355,31 @@ def test_state_dicts_from_elsewhere_are_read_or_the_mend_is_named(tmp_path: Path
     for name in ("right.pt", "right.safetensors"):
         found = read_state(tmp_path / name, own)
         assert all(torch.equal(found[key], each) for key, each in own.items())
+
+
+@pytest.mark.parametrize("kind", ["single", "shards", "pickle"])
+def test_of_a_hub_model_only_the_weights_that_count_are_fetched(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    hub, cache = variant(llama, tmp_path / "hub"), tmp_path / "cache"
+    if kind == "shards":
+        tf.AutoModelForCausalLM.from_pretrained(llama).save_pretrained(hub, max_shard_size="300KB")
+        (hub / "model.safetensors").unlink()
+    if kind == "pickle":
+        torch.save(load_file(hub / "model.safetensors"), hub / "pytorch_model.bin")
+        (hub / "model.safetensors").unlink()
+    (hub / "extra.safetensors").write_bytes(b"of another program")
+
+    def snapshot(name: str, allow_patterns: list[str]) -> str:
+        assert name == f"owner/{kind}"
+        cache.mkdir(exist_ok=True)
+        for path in hub.iterdir():
+            if any(fnmatch(path.name, pattern) for pattern in allow_patterns):
+                shutil.copy(path, cache / path.name)
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    recipe = asked(llama).model_copy(update={"model": f"owner/{kind}"})
+    cpu = torch.device("cpu")
+    assert stages.evaluate(stages.load(recipe), recipe, cpu) == stages.evaluate(stages.load(asked(llama)), recipe, cpu)
+    assert {path.name for path in hub.iterdir()} - {path.name for path in cache.iterdir()} == {"extra.safetensors"}
