@@ -20,11 +20,9 @@ import torch
 from prunus.data.images import CORRUPTIONS
 from prunus.measure.corruptions import corrupted_images
 from prunus.run.grid import Grid
-from prunus.run.recipe import parse, read_yaml
+from prunus.run.recipe import ClassifierRecipe, parse, read_yaml
 from prunus.run.vision import stages
-from prunus.run.vision.recipe import ClassifierRecipe
 from prunus.run.vision.setting import Setting
-from prunus.run.vision.soups.recipe import class_of
 
 _open: dict[str, Setting] = {}
 
@@ -32,7 +30,7 @@ _open: dict[str, Setting] = {}
 def recipes(raw: dict[str, Any], name: str) -> Iterator[ClassifierRecipe]:
     """The recipe of a file, or those of its cells."""
     if "base" not in raw:
-        yield parse(raw, class_of(raw), name)
+        yield parse(raw, ClassifierRecipe, name)
         return
     grid = parse(raw, Grid, name)
     for labels in grid.cells():

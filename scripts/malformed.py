@@ -29,13 +29,13 @@ from typing import Any, Literal, get_args, get_origin
 
 import torch
 import yaml
+from prunus.run.vision.recipe import ClassifierRecipe
 from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 
 from prunus.data import ASSETS
 from prunus.run import cli
 from prunus.run.recipe import Recipe, merge
-from prunus.run.vision.recipe import ClassifierRecipe
 
 TEXT = "The plum tree of row seven bears thirteen plums.\n" * 400
 MENDS = (

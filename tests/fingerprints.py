@@ -18,7 +18,7 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -37,11 +37,9 @@ from prunus.run.compare import compare
 from prunus.run.compress import compress
 from prunus.run.demo import MASK_LORA, RECIPE
 from prunus.run.grid import Grid
-from prunus.run.recipe import Recipe, parse
+from prunus.run.recipe import ClassifierRecipe, LanguageRecipe, parse
 from prunus.run.vision import demo as digits
-from prunus.run.vision.recipe import ClassifierRecipe
 from prunus.run.vision.soups.command import soup_run
-from prunus.run.vision.soups.recipe import SoupRecipe
 from prunus.run.vision.sweep import sweep, sweep_of
 from prunus.run.vision.train import train_run
 from prunus.score import wanda
@@ -73,7 +71,7 @@ Digests = dict[str, str]
 
 def run_language(raw: dict[str, Any]) -> Any:
     """Perplexities by stage of a language model's run."""
-    return compress(parse(raw, Recipe, "fingerprint"))["perplexity"]
+    return compress(parse(raw, LanguageRecipe, "fingerprint"))["perplexity"]
 
 
 def run_classifier(raw: dict[str, Any]) -> Any:
@@ -83,7 +81,7 @@ def run_classifier(raw: dict[str, Any]) -> Any:
 
 def run_soup(raw: dict[str, Any]) -> Any:
     """Accuracy of every row of a soup's table."""
-    return {row["name"]: row["accuracy"] for row in soup_run(parse(raw, SoupRecipe, "fingerprint"))["rows"]}
+    return {row["name"]: row["accuracy"] for row in soup_run(parse(raw, ClassifierRecipe, "fingerprint"))["rows"]}
 
 
 def run_sweep(run: Path) -> Any:
@@ -360,7 +358,7 @@ WHOLE: dict[str, Callable[[Path], Digests]] = {
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
+def one_thread() -> Generator[None]:
     """One thread of torch, as the digests were made, and its random state as before."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

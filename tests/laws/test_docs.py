@@ -6,11 +6,11 @@ import re
 import runpy
 import shlex
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import yaml
-from pretrain import read_recipe
+from pretrain import read_recipe  # pyright: ignore[reportMissingImports] - a script, on pytest's path
 from pydantic import BaseModel
 
 ROOT = Path(__file__).parents[2]
@@ -18,32 +18,32 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def blocks(text, language):
+def blocks(text: str, language: str):
     return [body for found, body in FENCE.findall(text) if found == language]
 
 
-def anchors(text):
+def anchors(text: str):
     """GitHub's names of the headings."""
     headings = re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def links(text):
+def links(text: str):
     """Targets of the links to files, outside code."""
     plain = re.sub(r"`[^`]*`", "", FENCE.sub("", text))
     return [target for target in re.findall(r"\]\(([^)\s]+)\)", plain) if "://" not in target]
 
 
-def named(pages):
+def named(pages: Any):
     return pytest.mark.parametrize("page", pages, ids=lambda page: str(page.relative_to(ROOT)))
 
 
-def with_block(language):
+def with_block(language: str):
     return named([page for page in PAGES if blocks(page.read_text(encoding="utf-8"), language)])
 
 
 @with_block("python")
-def test_python_blocks_run(page, tmp_path, monkeypatch):
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """All blocks of a page in order, in one namespace and an empty folder."""
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "__docs__"}
@@ -55,13 +55,13 @@ EXAMPLES = sorted(ROOT.glob("examples/*.py"))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_examples_run(path, tmp_path, monkeypatch, capsys):
+def test_examples_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(path), run_name="__main__")
     assert capsys.readouterr().out, f"{path.name} shows nothing"
 
 
-def touch_files_named_in(text):
+def touch_files_named_in(text: str):
     """Recipes refuse files that are not there."""
     for file in re.findall(r"(?<![\w/.-])[\w./-]+\.(?:txt|parquet|jsonl|gz|gguf)\b|\./[\w./-]+", text):
         if not file.startswith("/"):
@@ -69,7 +69,7 @@ def touch_files_named_in(text):
             Path(file).touch()
 
 
-def check_recipe(text):
+def check_recipe(text: str):
     """The text is a recipe of one of our kinds."""
     from prunus.run.grid import load_grid
     from prunus.run.task import load
@@ -86,32 +86,31 @@ def check_recipe(text):
     elif "held_out" in raw:
         assert read_recipe(path).held_out.test
     else:
-        usual = "runs/compress" if "images" not in raw else "runs/soup" if "soup" in raw else "runs/train"
-        assert load(path, {}).out == raw.get("out", usual)
+        assert load(path, {}).out == raw.get("out", "runs/run")
 
 
 @with_block("yaml")
-def test_yaml_blocks_are_recipes(page, tmp_path, monkeypatch):
+def test_yaml_blocks_are_recipes(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     for body in blocks(page.read_text(encoding="utf-8"), "yaml"):
         check_recipe(body)
 
 
 @named(sorted(ROOT.glob("recipes/**/*.yaml")))
-def test_recipes_are_recipes(page, tmp_path, monkeypatch):
+def test_recipes_are_recipes(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     text = page.read_text(encoding="utf-8")
     assert text.startswith("# "), f"{page} does not begin with what it is and what came of it"
     check_recipe(text)
 
 
-def test_a_wrong_recipe_is_noticed(tmp_path, monkeypatch):
+def test_a_wrong_recipe_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"unknown key 'prune\.sparsty'"):
         check_recipe("prune: {sparsty: 0.5}")
 
 
-def checked(path, overrides, **how):
+def checked(path: Path | None, overrides: Any, **how: Any):
     """In place of a run: what would be run. Of the folder of a run no recipe is there."""
     from prunus.run.task import load
 
@@ -119,7 +118,7 @@ def checked(path, overrides, **how):
     return lambda: recipe
 
 
-def commands_of(text):
+def commands_of(text: str):
     """The commands of a page; recipe.yaml is the recipe above each."""
     Path("recipe.yaml").touch()
     for language, body in FENCE.findall(text):
@@ -131,7 +130,7 @@ def commands_of(text):
 
 
 @with_block("console")
-def test_commands_parse(page, tmp_path, monkeypatch):
+def test_commands_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """`prunus show` runs; `run` runs up to its checked recipe; of the others the arguments are read."""
     from typer.main import get_command
     from typer.testing import CliRunner
@@ -151,28 +150,27 @@ def test_commands_parse(page, tmp_path, monkeypatch):
             done = CliRunner().invoke(app, [name, *arguments])
             assert done.exit_code == 0, f"{line}: {done.exception} {done.output}"
         else:
-            get_command(app).commands[name].make_context(name, arguments)
+            vars(get_command(app))["commands"][name].make_context(name, arguments)
 
 
 @named(sorted(ROOT.glob("docs/results/**/members.jsonl")))
-def test_results_are_kept_under_the_hash_of_their_recipe(page, tmp_path, monkeypatch):
+def test_results_are_kept_under_the_hash_of_their_recipe(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """So that tables can be made of them again, and their grids go on."""
     from prunus.run.recipe import Recipe, digest, parse, said
-    from prunus.run.vision.soups.recipe import class_of
 
     monkeypatch.chdir(tmp_path)
     lines = page.read_text(encoding="utf-8").splitlines()
     for line in lines[:: max(1, len(lines) // 8)]:
         touch_files_named_in(line)
         row = json.loads(line)
-        recipe = parse(row["recipe"], class_of(row["recipe"]) if "images" in row["recipe"] else Recipe, row["key"])
+        recipe = parse(row["recipe"], Recipe, row["key"])
         assert digest(said(recipe, but={"out", "save"}))[:24] == row["key"]
 
 
 REFERENCE = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 
 
-def table_under(heading):
+def table_under(heading: str):
     """The rows of the first table under a heading, as lists of cells."""
     section = re.split(r"^#+ ", REFERENCE.split(f"# {heading}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
     rows = [re.split(r" \| ", line.strip("| ")) for line in section.splitlines() if line.startswith("| `")]
@@ -180,63 +178,71 @@ def table_under(heading):
     return rows
 
 
-def words_of(annotation):
+def words_of(annotation: Any):
     """The words that a field's type allows."""
     if get_origin(annotation) is Literal:
         return set(get_args(annotation))
     return {word for inner in get_args(annotation) for word in words_of(inner)}
 
 
-@pytest.mark.parametrize(
-    ("heading", "section"),
-    [
-        ("The recipe", "Recipe"),
-        ("`prune`", "Prune"),
-        ("`calibrate`", "Calibrate"),
-        ("`reconstruct`", "Reconstruct"),
-        ("`retrain`", "Retrain"),
-        ("`retrain.dense`", "DenseRates"),
-        ("`soup`", "Soup"),
-        ("`evaluate`", "Evaluate"),
-        ("Texts", "Data"),
-        ("The classifier recipe", "ClassifierRecipe"),
-        ("Classifier `images`", "ImageSource"),
-        ("Classifier `train`", "Training"),
-        ("Classifier `optimizer`", "Sfw"),
-        ("Classifier `augment`", "Augmentation"),
-        ("Classifier `prune`", "Pruning"),
-        ("Classifier `retrain`", "Retraining"),
-        ("Classifier `soup`", "Souping"),
-        ("Soup `vary`", "Vary"),
-        ("Classifier `corruptions`", "Corruptions"),
-        ("Grids", "Grid"),
-    ],
-)
-def test_the_reference_of_keys_is_complete_and_true(heading, section):
+SHARED = {"Every recipe": "Recipe", "`prune`": "Prune", "`retrain`": "Retrain", "`soup`": "Soup"}
+OWN = {
+    "The language recipe": "LanguageRecipe",
+    "Language `retrain`": "LanguageRetrain",
+    "The classifier recipe": "ClassifierRecipe",
+    "Classifier `prune`": "ClassifierPrune",
+    "Classifier `retrain`": "ClassifierRetrain",
+}
+WHOLE = {
+    "`soup.vary`": "Vary",
+    "`calibrate`": "Calibrate",
+    "`reconstruct`": "Reconstruct",
+    "`retrain.dense`": "DenseRates",
+    "`evaluate`": "Evaluate",
+    "Texts": "Data",
+    "Classifier `images`": "ImageSource",
+    "Classifier `train`": "Training",
+    "Classifier `optimizer`": "Sfw",
+    "Classifier `augment`": "Augmentation",
+    "Classifier `corruptions`": "Corruptions",
+    "Grids": "Grid",
+}
+
+
+def default_of(field: Any):
+    default = field.get_default(call_default_factory=True)
+    default = default.model_dump(exclude_none=True) if isinstance(default, BaseModel) else default
+    return list(default) if isinstance(default, tuple) else default
+
+
+@pytest.mark.parametrize(("heading", "section"), [*SHARED.items(), *OWN.items(), *WHOLE.items()])
+def test_the_reference_of_keys_is_complete_and_true(heading: str, section: str):
+    """A shared section has the defaults of language models, and in brackets those of classifiers that are others."""
     from prunus.run import grid, recipe
     from prunus.run.vision import optimizers
-    from prunus.run.vision import recipe as classifier
-    from prunus.run.vision.soups import recipe as soup
 
-    of_images = (classifier, optimizers, soup)  # a name may be in both
-    modules = (*of_images, recipe, grid) if "lassifier" in heading else (recipe, *of_images, grid)
-    where = next(module for module in modules if hasattr(module, section))
-    fields = getattr(where, section).model_fields
+    named = [getattr(module, section) for module in (recipe, optimizers, grid) if hasattr(module, section)]
+    fields = named[0].model_fields
+    shared = next((name for name in SHARED.values() if section in OWN.values() and section.endswith(name)), None)
+    inherited = getattr(recipe, shared).model_fields if shared else {}
+    others = getattr(recipe, f"Classifier{section}").model_fields if section in SHARED.values() else fields
+    usual = recipe.LanguageRecipe.model_fields if section == "Recipe" else fields
     rows = table_under(heading)
-    assert [row[0].strip("`") for row in rows] == list(fields)
-    for (key, cell, meaning), field in zip(rows, fields.values(), strict=True):
-        words = {word for word in words_of(field.annotation) if f"`{word}`" not in meaning}
+    assert [row[0].strip("`") for row in rows] == [key for key in fields if key not in inherited]
+    for key, cell, meaning in rows:
+        key = key.strip("`")
+        field = usual[key]
+        words = {word for word in words_of(field.annotation) if f"`{word}`" not in f"{cell} {meaning}"}
         assert not words, f"{heading}, {key}: the values {words} are not named"
         if cell in ("section", "text"):
             assert not field.is_required()
         elif cell == "required":
             assert field.is_required()
         else:
-            shown = yaml.safe_load(cell.strip("`"))
-            default = field.get_default(call_default_factory=True)
-            default = default.model_dump(exclude_none=True) if isinstance(default, BaseModel) else default
-            default = list(default) if isinstance(default, tuple) else default
-            assert (None if shown == "none" else shown) == default, f"{heading}, {key}"
+            shown = [yaml.safe_load(each) for each in re.findall(r"`([^`]*)`", cell)]
+            found = [default_of(each) for each in (field, others[key])]
+            expected = found[:1] if found[0] == found[1] else found
+            assert [None if each == "none" else each for each in shown] == expected, f"{heading}, {key}"
 
 
 def test_the_table_of_flags_is_complete():
@@ -244,7 +250,7 @@ def test_the_table_of_flags_is_complete():
 
     from prunus.run.cli import app, run_flags
 
-    command = get_command(app).commands["run"].make_context("run", []).command
+    command = vars(get_command(app))["commands"]["run"].make_context("run", []).command
     flags = {option for param in command.params if param.name != "recipe" for option in param.opts}
     rows = [[cell.strip("`") for cell in row] for row in table_under("Flags")]
     assert {row[0] for row in rows} == flags
@@ -254,12 +260,12 @@ def test_the_table_of_flags_is_complete():
 
 
 @named(PAGES)
-def test_no_page_keeps_the_marks_of_a_merge(page):
+def test_no_page_keeps_the_marks_of_a_merge(page: Path):
     assert not re.search(r"^(<{7}|>{7}) ", page.read_text(encoding="utf-8"), re.MULTILINE)
 
 
 @named(PAGES)
-def test_links_lead_somewhere(page):
+def test_links_lead_somewhere(page: Path):
     for target in links(page.read_text(encoding="utf-8")):
         file, _, anchor = target.partition("#")
         found = (page.parent / file).resolve() if file else page

@@ -18,7 +18,7 @@ from prunus.layers import Inputs, Layer, find_layers
 from prunus.masks import Masks
 from prunus.patterns import NM, Unstructured
 from prunus.run.compress import compress
-from prunus.run.recipe import Recipe, parse
+from prunus.run.recipe import LanguageRecipe, parse
 from prunus.score import Criterion
 from prunus.score.allocations import global_
 from prunus.score.criteria import magnitude, ria, wanda
@@ -105,8 +105,9 @@ def test_excluded_layers_are_not_touched(glob: str) -> None:
 @pytest.mark.parametrize("key", ["include", "exclude"])
 def test_a_list_that_would_do_nothing_is_refused(key: str) -> None:
     model, dense = tiny_llama(), tiny_llama()
+    asked: dict[str, Any] = {key: ["up_proj", "dwon_proj"]}
     with pytest.raises(ValueError, match=r"'dwon_proj' matches none .*down_proj"):
-        stream(model, sparsegpt(), NM(2, 4), 0.5, tokens=TOKENS, **{key: ["up_proj", "dwon_proj"]})
+        stream(model, sparsegpt(), NM(2, 4), 0.5, tokens=TOKENS, **asked)
     assert all(torch.equal(value, dense.state_dict()[name]) for name, value in model.state_dict().items())
 
 
@@ -125,7 +126,7 @@ def test_excluded_layers_of_the_whole_job_are_trained_by_no_adapter(
         assert changed == ("_proj" in name and "down_proj" not in name and "q_proj" not in name), name
 
 
-def job(folder: Path, text: Path, out: Path, **changes: Any) -> Recipe:
+def job(folder: Path, text: Path, out: Path, **changes: Any) -> LanguageRecipe:
     raw = {
         "model": str(folder),
         "device": "cpu",
@@ -134,7 +135,7 @@ def job(folder: Path, text: Path, out: Path, **changes: Any) -> Recipe:
         "evaluate": {"data": {"text": str(text)}, "window": 32, "batch_size": 32},
         "out": str(out),
     }
-    return parse(raw | changes, Recipe, "test")
+    return parse(raw | changes, LanguageRecipe, "test")
 
 
 # Sparsities that mean nothing are taken and do something.
@@ -157,7 +158,7 @@ def test_impossible_sparsities_are_refused_before_any_work(pattern: Any, sparsit
     assert all(torch.equal(value, dense.state_dict()[name]) for name, value in model.state_dict().items())
     text = str(pattern)
     with pytest.raises(ValueError, match=rf"recipe\.yaml: prune.*{re.escape(message)}"):
-        parse({"prune": {"pattern": text, "sparsity": sparsity}}, Recipe, "recipe.yaml")
+        parse({"prune": {"pattern": text, "sparsity": sparsity}}, LanguageRecipe, "recipe.yaml")
     with pytest.raises(ValueError, match=re.escape(message.rpartition(" ")[2])):
         pattern.counts((8, 8), sparsity)
 
@@ -178,6 +179,8 @@ def singular() -> Layer:
 
 def test_a_failed_factorisation_is_damped_not_replaced(caplog: pytest.LogCaptureFixture) -> None:
     layer = singular()
+    assert layer.inputs is not None
+    assert layer.inputs.gram is not None
     assert float(torch.linalg.eigvalsh(layer.inputs.gram)[0]) < 0
     with caplog.at_level(logging.WARNING):
         weight, _ = sparsegpt(damping=1e-3).solve(layer, NM(2, 4), 16)
@@ -199,7 +202,8 @@ def test_equal_scores_are_not_all_pruned(solver: Criterion, pattern: Any) -> Non
     with torch.no_grad():
         for view in find_layers(model):
             model.get_parameter(view.parameter).fill_(0.01)
-        model.get_input_embeddings().weight.copy_(model.get_input_embeddings().weight[:, :1].expand(-1, 32))
+        weight = model.get_input_embeddings().get_parameter("weight")
+        weight.copy_(weight[:, :1].expand(-1, 32))
     masks = stream(model, solver, pattern, 0.5, tokens=TOKENS).masks
     assert all(int(mask.sum()) * 2 == mask.numel() for mask in masks.values())
 
@@ -265,11 +269,11 @@ def test_the_saved_masks_are_those_chosen(
 
     original = stages.retrain
 
-    def retrain(model: nn.Module, masks: Masks, *args: Any, **kwargs: Any) -> Any:
-        report = original(model, masks, *args, **kwargs)
+    def retrain(loaded: stages.Loaded, masks: Masks, *args: Any, **kwargs: Any) -> Any:
+        report = original(loaded, masks, *args, **kwargs)
         with torch.no_grad():
             for name in masks:
-                model.get_parameter(name)[:3] = 0.0  # as if training had ended on zero there
+                loaded.model.get_parameter(name)[:3] = 0.0  # as if training had ended on zero there
         return report
 
     monkeypatch.setattr(stages, "retrain", retrain)

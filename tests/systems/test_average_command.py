@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +16,9 @@ from prunus.masks import Masks
 from prunus.measure.accuracy import accuracy
 from prunus.measure.perplexity import perplexity
 from prunus.run import cli
-from prunus.run.recipe import parse
+from prunus.run.recipe import ClassifierRecipe, parse
 from prunus.run.scored import scorer
 from prunus.run.vision.dense import write_state
-from prunus.run.vision.recipe import ClassifierRecipe
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.train import train_run
 from prunus.save import save_model
@@ -34,7 +35,7 @@ RECIPE = {
 
 
 @pytest.fixture(scope="module")
-def members(tmp_path_factory):
+def members(tmp_path_factory: pytest.TempPathFactory):
     """Three networks of one mask: one retrained, and two that lie further and further from it."""
     folder = tmp_path_factory.mktemp("members")
     recipe = parse(
@@ -61,8 +62,8 @@ def members(tmp_path_factory):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    def run(*arguments):
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def run(*arguments: Any):
         monkeypatch.setattr(sys, "argv", ["prunus", "average", *map(str, arguments)])
         with pytest.raises(SystemExit) as caught:
             cli.main()
@@ -71,22 +72,23 @@ def call(monkeypatch, capsys):
     return run
 
 
-def test_the_mean_keeps_its_zeros_and_its_weights(members, call, tmp_path):
+def test_the_mean_keeps_its_zeros_and_its_weights(members: Any, call: Any, tmp_path: Path):
     paths = [members / f"m{place}" for place in range(3)]
     status, heard = call(*paths, "--out", tmp_path / "mean", "--weights", "0.5,0.25,0.25")
     assert status == 0
     assert "m2" in heard.out
     states = [load_file(path / "model.safetensors") for path in paths]
     found = load_file(tmp_path / "mean" / "model.safetensors")
-    expected = sum(
-        share * state["linear.weight"].double() for share, state in zip((0.5, 0.25, 0.25), states, strict=True)
-    )
+    shares = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
+    expected = torch.tensordot(shares, torch.stack([state["linear.weight"].double() for state in states]), 1)
     assert torch.allclose(found["linear.weight"].double(), expected, atol=1e-6)
     masks = Masks.load(tmp_path / "mean" / "masks.safetensors")
     assert all(bool((found[name][~mask] == 0).all()) for name, mask in masks.items())
 
 
-def test_a_greedy_soup_of_classifiers_leaves_out_what_harms_and_works_as_it_is_saved(members, call, tmp_path):
+def test_a_greedy_soup_of_classifiers_leaves_out_what_harms_and_works_as_it_is_saved(
+    members: Any, call: Any, tmp_path: Path
+):
     paths = [members / f"m{place}" for place in (2, 0, 1)]
     status, heard = call(*paths, "--out", tmp_path / "soup", "--greedy", members / "score.yaml")
     assert status == 0, heard.err
@@ -103,7 +105,7 @@ def test_a_greedy_soup_of_classifiers_leaves_out_what_harms_and_works_as_it_is_s
     assert [path.name for path in tmp_path.iterdir()] == ["soup"]
 
 
-def test_statistics_are_counted_anew_before_scoring_and_in_what_is_written(members, tmp_path):
+def test_statistics_are_counted_anew_before_scoring_and_in_what_is_written(members: Any, tmp_path: Path):
     by = scorer(members / "score.yaml")
     assert by.score(members / "m1") == pytest.approx(by.score(members / "m0"), abs=0.05)
     shutil.copytree(members / "m1", tmp_path / "settled")
@@ -114,9 +116,10 @@ def test_statistics_are_counted_anew_before_scoring_and_in_what_is_written(membe
     assert accuracy(model, setting.measured()).top1 == pytest.approx(by.score(members / "m1"))
 
 
-def test_a_greedy_soup_of_language_models_goes_by_perplexity(call, tmp_path):
+def test_a_greedy_soup_of_language_models_goes_by_perplexity(call: Any, tmp_path: Path):
     masks, text = some_masks(tiny_llama()), tmp_path / "text.txt"
     text.write_text("the cat sat on the mat. " * 40)
+    model = tiny_llama(0)
     for place, scale in enumerate((1.0, 1.001, 30.0)):
         model = tiny_llama(0)
         masks.apply_(model)
@@ -143,7 +146,9 @@ def test_a_greedy_soup_of_language_models_goes_by_perplexity(call, tmp_path):
         (["--greedy", "score.yaml", "--weights", "0.5,0.5"], "contradict each other"),
     ],
 )
-def test_mistakes_end_in_one_line(members, call, tmp_path, monkeypatch, extra, said):
+def test_mistakes_end_in_one_line(
+    members: Any, call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: Any, said: Any
+):
     monkeypatch.chdir(members)
     status, heard = call("m0", "m1", "--out", tmp_path / "x", *extra)
     assert status == 2
@@ -152,7 +157,7 @@ def test_mistakes_end_in_one_line(members, call, tmp_path, monkeypatch, extra, s
     assert not (tmp_path / "x").exists()
 
 
-def test_a_checkpoint_of_another_network_is_named(members, call, tmp_path):
+def test_a_checkpoint_of_another_network_is_named(members: Any, call: Any, tmp_path: Path):
     (tmp_path / "other.yaml").write_text(json.dumps({**RECIPE, "model": "resnet14"}))
     status, heard = call(members / "m0", members / "m1", "--out", tmp_path / "x", "--greedy", tmp_path / "other.yaml")
     assert status == 2

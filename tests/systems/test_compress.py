@@ -18,7 +18,7 @@ from prunus.report import read_metrics
 from prunus.run import stages
 from prunus.run.compress import compress
 from prunus.run.fitted import home
-from prunus.run.recipe import DenseRates, Recipe, load_recipe, parse
+from prunus.run.recipe import DenseRates, LanguageRecipe, load_recipe, parse
 from prunus.score import criteria, criterion
 from prunus.soup import distance
 from prunus.train import Original, allr, ft, llr, next_token, slr
@@ -39,8 +39,8 @@ def raw(folder: Path, text: Path, out: Path, **changes: Any) -> dict[str, Any]:
     } | changes  # fmt: skip
 
 
-def recipe(*args: Any, **changes: Any) -> Recipe:
-    return parse(raw(*args, **changes), Recipe, "test")
+def recipe(*args: Any, **changes: Any) -> LanguageRecipe:
+    return parse(raw(*args, **changes), LanguageRecipe, "test")
 
 
 def test_the_job_prunes_retrains_merges_and_saves(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
@@ -184,13 +184,13 @@ WRONG = [
 @pytest.mark.parametrize(("change", "message"), WRONG)
 def test_wrong_recipes_are_refused_with_key_and_mend(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as caught:
-        parse(change, Recipe, "recipe.yaml")
+        parse(change, LanguageRecipe, "recipe.yaml")
     assert "recipe.yaml" in str(caught.value)
     assert message in str(caught.value)
 
 
 def test_an_nm_pattern_says_its_sparsity() -> None:
-    assert parse({"prune": {"pattern": "1:4"}}, Recipe, "").prune.sparsity == 0.75
+    assert parse({"prune": {"pattern": "1:4"}}, LanguageRecipe, "").prune.sparsity == 0.75
 
 
 def test_retraining_asked_anew_does_not_take_the_old_checkpoint(
@@ -207,7 +207,7 @@ def test_retraining_asked_anew_does_not_take_the_old_checkpoint(
     other = raw(tiny_folder, text_file, tmp_path / "run")
     other["retrain"]["seed"] = 7
     fresh = {**other, "out": str(tmp_path / "fresh")}
-    found, expected = (compress(parse(asked, Recipe, "test"))["perplexity"] for asked in (other, fresh))
+    found, expected = (compress(parse(asked, LanguageRecipe, "test"))["perplexity"] for asked in (other, fresh))
     assert found["merged"] == expected["merged"]
 
 
@@ -221,7 +221,7 @@ def test_an_empty_subset_is_refused_before_any_work(
     asked = raw(tiny_folder, text_file, tmp_path)
     asked["retrain"]["train"] = ["biases"]
     with pytest.raises(ValueError, match="biases"):
-        compress(parse(asked, Recipe, "test"))
+        compress(parse(asked, LanguageRecipe, "test"))
 
 
 def test_random_pruning_of_the_whole_model_is_exact_and_resumes(
@@ -299,7 +299,7 @@ def test_retraining_takes_the_schedules_of_classifiers(
     monkeypatch.setattr(stages, "train", lambda *args, **more: (rates.append(args[3]), train(*args, **more))[1])
     asked = raw(tiny_folder, text_file, tmp_path / "run")
     asked["retrain"] |= {"schedule": schedule.__name__, "dense": dense, "steps": 4, "warmup": 0.25}
-    result = compress(parse(asked, Recipe, "test"))
+    result = compress(parse(asked, LanguageRecipe, "test"))
     original = Original.of([1.0]) if dense is None else DenseRates(**dense).original(1.0)
     own: dict[str, Any] = {} if schedule is ft else {"warmup": 0.25}
     if schedule is allr:
@@ -321,23 +321,23 @@ def test_a_schedule_that_goes_by_the_dense_training_needs_it(
         ({"schedule": "slr", "dense": {"steps": 5, "warmup": 5}}, "set fewer"),
     ]:
         with pytest.raises(ValueError, match=re.escape(message)):
-            parse(asked | {"retrain": asked["retrain"] | change}, Recipe, "test")
+            parse(asked | {"retrain": asked["retrain"] | change}, LanguageRecipe, "test")
 
 
 def test_a_language_model_is_pruned_in_phases(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     """Each phase prunes within the one before and retrains; the result has exactly the sparsity asked for."""
     asked = raw(tiny_folder, text_file, tmp_path / "run", prune={"sparsity": 0.75, "phases": 2})
-    result = compress(parse(asked, Recipe, "test"))
+    result = compress(parse(asked, LanguageRecipe, "test"))
     assert result["pruning"]["sparsity"] == pytest.approx(0.75, abs=1e-3)
     masks = Masks.load(tmp_path / "run" / "model" / "masks.safetensors")
     first = raw(tiny_folder, text_file, tmp_path / "first", prune={"sparsity": 0.5})
-    compress(parse(first, Recipe, "test"))
+    compress(parse(first, LanguageRecipe, "test"))
     before = Masks.load(tmp_path / "first" / "model" / "masks.safetensors")
     assert all(not bool((mask & ~before[name]).any()) for name, mask in masks.items())
     stages_seen = [row["stage"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "perplexity" in row]
     assert stages_seen == ["dense", "phase 1", "pruned", "retrained", "merged"]
     once = raw(tiny_folder, text_file, tmp_path / "once", prune={"sparsity": 0.75})
-    assert compress(parse(once, Recipe, "test"))["perplexity"]["merged"] != result["perplexity"]["merged"]
+    assert compress(parse(once, LanguageRecipe, "test"))["perplexity"]["merged"] != result["perplexity"]["merged"]
 
 
 @criterion()
@@ -367,7 +367,7 @@ def test_no_phase_of_a_language_model_gives_weights_back(
         tiny_folder, text_file, tmp_path, prune={"criterion": "largest", "sparsity": 0.75, "phases": 3}, save=False
     )
     asked["retrain"] |= {"schedule": schedule, "steps": 4} | ({"dense": {"steps": 40}} if schedule == "allr" else {})
-    result = compress(parse(asked, Recipe, "test"))
+    result = compress(parse(asked, LanguageRecipe, "test"))
     masks = [each for _, each in pruned]
     assert len(masks) == 3
     for earlier, later in pairwise(masks):
@@ -383,10 +383,10 @@ def test_phases_of_a_language_model_are_refused_where_they_cannot_be(
     asked = raw(tiny_folder, text_file, tmp_path, prune={"sparsity": 0.75, "phases": 2})
     for change, message in [
         ({"retrain": None}, "give a section retrain"),
-        ({"soup": {}}, "leave out soup"),
+        ({"reconstruct": {}}, "leave out reconstruct"),
         ({"prune": {"pattern": "2:4", "phases": 2}}, "leave out phases"),
         ({"prune": {"criterion": "sparsegpt", "phases": 2}}, "sparsegpt cannot stay within .*: leave out phases"),
         ({"prune": {"criterion": "frank_wolfe", "phases": 2}}, "frank_wolfe cannot stay within .*: leave out phases"),
     ]:
         with pytest.raises(ValueError, match=message):
-            parse(asked | change, Recipe, "test")
+            parse(asked | change, LanguageRecipe, "test")

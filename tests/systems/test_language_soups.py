@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from prunus.masks import Masks
+from prunus.report import read_metrics
 from prunus.run import soups, stages
 from prunus.run.compare import compare
 from prunus.run.compress import compress
 from prunus.run.grid import Grid
-from prunus.run.recipe import Recipe, Retrain, Soup, parse
+from prunus.run.recipe import LanguageRecipe, Recipe, member_of, parse
 from prunus.run.show import show_result
 from prunus.run.soups import BEST, LONGER, MEAN, SOUP
 from prunus.save import load_info
@@ -31,8 +32,8 @@ def raw(folder: Path, text: Path, out: Path, **changes: Any) -> dict[str, Any]:
     return test_compress.raw(folder, text, out, **{"evaluate": some, **changes})
 
 
-def recipe(*args: Any, **changes: Any) -> Recipe:
-    return parse(raw(*args, **changes), Recipe, "test")
+def recipe(*args: Any, **changes: Any) -> LanguageRecipe:
+    return parse(raw(*args, **changes), LanguageRecipe, "test")
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -84,7 +85,7 @@ def test_the_first_member_is_the_plain_run_and_the_longer_one_has_all_steps(
     asked = raw(tiny_folder, text_file, tmp_path / "longer", save=False)
     asked["retrain"]["steps"] = soup["soup"]["steps"]
     assert asked["retrain"]["steps"] == 24
-    longer = compress(parse(asked, Recipe, "test"))
+    longer = compress(parse(asked, LanguageRecipe, "test"))
     assert soup["perplexity"][LONGER] == longer["perplexity"]["merged"]
 
 
@@ -92,7 +93,7 @@ def test_the_first_member_is_the_plain_run_and_the_longer_one_has_all_steps(
 def test_any_part_may_be_retrained_and_members_weighted(
     tiny_folder: Path, text_file: Path, tmp_path: Path, train: list[str]
 ) -> None:
-    changes: dict[str, Any] = {"soup": {"members": 2, "average": [0.25, 0.75], "longer": False}}
+    changes: dict[str, Any] = {"soup": {"members": 2, "average": [0.25, 0.75], "baselines": []}}
     changes["retrain"] = {**raw(tiny_folder, text_file, tmp_path)["retrain"], "train": train, "steps": 4}
     result = compress(recipe(tiny_folder, text_file, tmp_path / "run", **changes))
     assert LONGER not in result["perplexity"]
@@ -110,7 +111,7 @@ def test_added_biases_are_averaged_and_saved(text_file: Path, tmp_path: Path) ->
     byte_tokenizer().save_pretrained(tmp_path / "dense")
     for streaming in (False, True):
         out = tmp_path / f"run-{streaming}"
-        changes: dict[str, Any] = {"retrain": retrain, "soup": {"members": 2, "longer": False}, "streaming": streaming}
+        changes: dict[str, Any] = {"retrain": retrain, "soup": {"members": 2, "baselines": []}, "streaming": streaming}
         compress(recipe(tmp_path / "dense", text_file, out, **changes))
         model = AutoModelForCausalLM.from_pretrained(out / "model")
         assert model.model.layers[0].self_attn.q_proj.bias.abs().sum() > 0
@@ -121,7 +122,7 @@ def test_added_biases_are_averaged_and_saved(text_file: Path, tmp_path: Path) ->
 def test_a_streamed_soup_never_has_the_average_in_memory(
     tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: dict[str, Any] = {"soup": {"members": 2, "longer": False}}
+    asked: dict[str, Any] = {"soup": {"members": 2, "baselines": []}}
     memory = compress(recipe(tiny_folder, text_file, tmp_path / "memory", **asked))
     original = stages.AutoModelForCausalLM.from_pretrained
 
@@ -192,20 +193,74 @@ def test_members_of_another_recipe_are_trained_anew(
     assert len(calls) == 1  # member 1 and the longer run are what they were
 
 
+def test_a_soup_of_several_phases_goes_on_from_the_average(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """The first phase is the soup of that sparsity; the second prunes within its mask, and counts its steps."""
+    retrain = {**raw(tiny_folder, text_file, tmp_path)["retrain"], "steps": 4}
+    changes: dict[str, Any] = {"soup": {"members": 2, "baselines": []}, "retrain": retrain}
+    once = recipe(tiny_folder, text_file, tmp_path / "once", prune={"sparsity": 0.5}, **changes)
+    first = compress(once)
+    changes["retrain"] = {**retrain, "steps": 8, "of": "total"}
+    changes["prune"] = {"sparsity": 0.75, "phases": 2}
+    found = compress(recipe(tiny_folder, text_file, tmp_path / "twice", **changes))
+    logged = {
+        row["stage"]: row["perplexity"]
+        for row in read_metrics(tmp_path / "twice" / "metrics.jsonl")
+        if "perplexity" in row
+    }
+    assert logged["phase 1, soup"] == first["perplexity"][SOUP]
+    earlier, later = (Masks.load(tmp_path / name / "model" / "masks.safetensors") for name in ("once", "twice"))
+    assert later.sparsity == pytest.approx(0.75, abs=1e-3)
+    assert all(not bool((mask & ~earlier[name]).any()) for name, mask in later.items())
+    assert found["soup"]["steps"] == 8
+    soup = weights(tmp_path / "twice" / "model")
+    members = [weights(tmp_path / "twice" / "members" / number) for number in ("1", "2")]
+    for name, tensor in soup.items():
+        assert torch.allclose(tensor, (members[0][name] + members[1][name]) / 2, rtol=1e-6, atol=1e-7), name
+    assert not (tmp_path / "twice" / "work").exists()
+
+
+@pytest.mark.parametrize("soup", [None, {"members": 2, "baselines": []}])
+def test_finished_phases_are_not_repeated(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, soup: Any
+) -> None:
+    retrain = {**raw(tiny_folder, text_file, tmp_path)["retrain"], "steps": 8}
+    changes: dict[str, Any] = {"prune": {"sparsity": 0.75, "phases": 3}, "retrain": retrain, "soup": soup}
+    whole = compress(recipe(tiny_folder, text_file, tmp_path / "whole", **changes))
+    asked, each = recipe(tiny_folder, text_file, tmp_path / "killed", **changes), 1 if soup is None else 2
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "retrain", killing(stages.retrain, 2 * each + 1, []))
+        with pytest.raises(KeyboardInterrupt):
+            compress(asked)
+    again: list[int] = []
+    monkeypatch.setattr(stages, "retrain", killing(stages.retrain, 0, again))
+    result = compress(asked)
+    assert len(again) == each  # those of the last phase
+    assert result["perplexity"] == whole["perplexity"]
+    one, other = (weights(tmp_path / name / "model") for name in ("whole", "killed"))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
 def test_members_differ_in_their_seed_unless_it_is_given() -> None:
-    plain = Retrain(seed=7)
-    assert [each.seed for each in Soup(members=3).each(plain)] == [7, 1007, 2007]
-    varied = Soup(members=2, vary={"seed": [1, 1], "steps": [5, 9]}).each(plain)
-    assert [(each.seed, each.steps) for each in varied] == [(1, 5), (1, 9)]
+    def members(**soup: Any) -> list[Any]:
+        asked = parse({"retrain": {"seed": 7}, "soup": soup}, LanguageRecipe, "test")
+        return [member_of(asked, place).retrain for place in range(3)]
+
+    assert [each.seed for each in members()] == [7, 1007, 2007]
+    varied = members(vary={"seed": [1, 1, 2], "steps": [5, 9, 5]})
+    assert [(each.seed, each.steps) for each in varied] == [(1, 5), (1, 9), (2, 5)]
+    assert [each.lr for each in members(vary={"lr": [1e-3, 1e-2]})] == [1e-3, 1e-2, 1e-3]
 
 
 WRONG = [
     ({"soup": {}}, "soup: its members are retrained as `retrain` says"),
-    ({"retrain": {}, "soup": {"members": 1}}, "soup.members"),
-    ({"retrain": {}, "soup": {"vary": {"lr": [1e-3]}}}, "lr has 1 values for 3 members"),
+    ({"retrain": {}, "soup": {"members": 0}}, "soup.members"),
+    ({"retrain": {}, "soup": {"vary": {"seed": "same", "lr": [1e-3, 1e-2]}}}, "members 1 and 3 would be the same"),
+    ({"retrain": {}, "soup": {"vary": {"weight_decay": [1e-3]}}}, "vary.weight_decay: this goes with soups of class"),
+    ({"retrain": {}, "soup": {"baselines": ["swa"]}}, "soup.baselines: this goes with soups of classifiers"),
+    ({"retrain": {}, "soup": {"average": "greedy"}}, "greedy averages are made of classifiers"),
     ({"retrain": {}, "soup": {"vary": {"rank": [1, 2, 3]}}}, "soup.vary"),
     ({"retrain": {}, "soup": {"vary": {"lr": [1, 2, -3]}}}, "-3"),
-    ({"retrain": {}, "soup": {"average": [0.5, 0.5]}}, "average has 2 values for 3 members"),
+    ({"retrain": {}, "soup": {"average": [0.5, 0.5]}}, "average: 2 weights for 3 members"),
     ({"retrain": {}, "soup": {"average": [0.5, 0.2, 0.2]}}, "weights add up to 1; these to 0.9"),
 ]
 

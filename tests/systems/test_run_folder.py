@@ -22,8 +22,7 @@ from prunus.run.compress import compress
 from prunus.run.folder import held, mark
 from prunus.run.grid import Grid
 from prunus.run.inputs import check_inputs
-from prunus.run.recipe import Recipe, parse
-from prunus.run.vision.soups.recipe import class_of
+from prunus.run.recipe import ClassifierRecipe, LanguageRecipe, parse
 from prunus.run.vision.train import train_run
 from tests.systems.test_compress import raw, recipe
 
@@ -83,7 +82,7 @@ def test_the_second_starter_is_told_who_has_the_folder(tiny_folder: Path, text_f
             assert str(told.value).endswith("; wait for it, or give another folder with --out")
         images: dict[str, Any] = {"images": "digits", "model": "resnet8", "out": str(out)}
         with pytest.raises(ValueError, match=r"is in use by process"):
-            train_run(parse(images, class_of(images), ""))
+            train_run(parse(images, ClassifierRecipe, ""))
     assert list(tmp_path.iterdir()) == [], "a run that wrote nothing leaves no folder"
 
 
@@ -100,7 +99,7 @@ def killed(tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(stages, "summary", kill)
         with pytest.raises(KeyboardInterrupt):
-            compress(parse(asked, Recipe, ""))
+            compress(parse(asked, LanguageRecipe, ""))
     assert len(list((tmp_path / "run" / "work" / "blocks").glob("*.safetensors"))) == 2
     return asked
 
@@ -121,9 +120,9 @@ CHANGES = {
 def test_a_run_does_not_go_on_with_other_inputs(killed: dict[str, Any], tmp_path: Path, name: str, change: Any) -> None:
     change(tmp_path)
     with pytest.raises(ValueError, match=rf"{name}' was changed since .*run was begun with it: put the old one back"):
-        compress(parse(killed, Recipe, ""))
+        compress(parse(killed, LanguageRecipe, ""))
     (tmp_path / "run" / "inputs.json").unlink()
-    compress(parse(killed, Recipe, ""))
+    compress(parse(killed, LanguageRecipe, ""))
 
 
 def test_a_grid_measures_its_dense_model_again_and_keeps_labels_in_names(
@@ -158,7 +157,7 @@ def test_large_files_are_told_apart_by_size_time_and_head(tmp_path: Path, monkey
     monkeypatch.setattr("prunus.run.inputs._WHOLE", 10)
     text = tmp_path / "text.txt"
     text.write_text("a" * 20)
-    asked = parse({"calibrate": {"data": str(text)}}, Recipe, "")
+    asked = parse({"calibrate": {"data": str(text)}}, LanguageRecipe, "")
     check_inputs(tmp_path, [asked])
     check_inputs(tmp_path, [asked])
     before = text.stat()
@@ -176,7 +175,7 @@ def test_large_files_are_told_apart_by_size_time_and_head(tmp_path: Path, monkey
 def test_a_run_that_goes_on_elsewhere_says_so(killed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_folder, "device_name", lambda _: "another device")
     monkeypatch.setattr("prunus.run.compress.device_name", lambda _: "another device")
-    result = compress(parse(killed, Recipe, ""))
+    result = compress(parse(killed, LanguageRecipe, ""))
     assert result["device"].startswith("CPU, ")
     assert result["resumed_on"] == ["another device"]
 
@@ -204,7 +203,7 @@ def test_a_finished_classifier_says_so_and_mends_what_is_missing(
 ) -> None:
     images: dict[str, Any] = {"images": "digits", "model": "resnet8", "device": "cpu", "out": str(tmp_path)}
     images["train"] = {"epochs": 1, "batch_size": 512, "warmup": 0}
-    asked = parse(images, class_of(images), "")
+    asked = parse(images, ClassifierRecipe, "")
     first = train_run(asked)
     names = sorted(path.name for path in tmp_path.iterdir())
     picture = (tmp_path / "report.png").read_bytes()
@@ -227,9 +226,9 @@ def test_a_flipped_bit_in_a_finished_block_is_found(
     killed: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The block is made anew, and the model has the bits of a run that nothing happened to."""
-    compress(parse({**killed, "out": str(tmp_path / "whole")}, Recipe, ""))
+    compress(parse({**killed, "out": str(tmp_path / "whole")}, LanguageRecipe, ""))
     flip(tmp_path / "run" / "work" / "blocks" / "model.layers.0.safetensors")
-    compress(parse(killed, Recipe, ""))
+    compress(parse(killed, LanguageRecipe, ""))
     assert "block model.layers.0 is made anew: " in caplog.text
     one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "run"))
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())

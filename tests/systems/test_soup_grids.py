@@ -21,7 +21,7 @@ from prunus.measure.corruptions import corrupted_images
 from prunus.measure.ensemble import ensemble_accuracy
 from prunus.run.compare import compare
 from prunus.run.grid import Grid
-from prunus.run.recipe import parse
+from prunus.run.recipe import ClassifierRecipe, parse
 from prunus.run.show import show_soup
 from prunus.run.store import Store
 from prunus.run.vision import stages
@@ -30,7 +30,6 @@ from prunus.run.vision.soups import corrupted, jobs
 from prunus.run.vision.soups.averaging import averaged
 from prunus.run.vision.soups.command import soup_run
 from prunus.run.vision.soups.phases import by_phase
-from prunus.run.vision.soups.recipe import SoupRecipe
 from tests.systems.test_soups import asked, held_out, row
 from tests.systems.test_vision import raw, tiny
 
@@ -221,7 +220,8 @@ def test_averages_made_beside_trainings_are_those_of_their_members(
             if value.is_floating_point() and "running" not in name:
                 mean = torch.stack([state[name].double() for state in states]).mean(0)
                 torch.testing.assert_close(value.double(), mean, rtol=1e-5, atol=1e-7)
-    store, asked_ = parse(grid, Grid, "grid").store, parse({**grid["base"], "out": "x"}, SoupRecipe, "test")
+    base: Any = grid["base"]
+    store, asked_ = parse(grid, Grid, "grid").store, parse({**base, "out": "x"}, ClassifierRecipe, "test")
     setting = Setting.of(asked_)
     for path in store.folder.glob("trainings/*/model.safetensors"):
         model = setting.new_model()

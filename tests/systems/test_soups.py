@@ -25,14 +25,13 @@ from prunus.measure.ensemble import ensemble_accuracy
 from prunus.run.cli import app
 from prunus.run.compare import compare
 from prunus.run.grid import Grid
-from prunus.run.recipe import parse
+from prunus.run.recipe import ClassifierRecipe, member_of, order_of, parse
 from prunus.run.vision import setting as settings
 from prunus.run.vision import stages
 from prunus.run.vision.dense import read_dense
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.soups.command import soup_run
 from prunus.run.vision.soups.jobs import Training, base_job, pruned_job, trained_job
-from prunus.run.vision.soups.recipe import SoupRecipe, member_of, order_of
 from prunus.run.vision.train import train_run
 from prunus.soup import sms_
 from prunus.soup.average import average
@@ -47,9 +46,9 @@ __all__ = ["few", "tiny"]
 PRUNED: dict[str, Any] = {"prune": {"sparsity": 0.9, "phases": 2}, "retrain": {"schedule": "allr", "epochs": 1}}
 
 
-def asked(out: Path, soup: dict[str, Any] | None = None, **changes: Any) -> SoupRecipe:
+def asked(out: Path, soup: dict[str, Any] | None = None, **changes: Any) -> ClassifierRecipe:
     section = {"members": 3, "baselines": [], "line": 3, "plane": 2} | (soup or {})
-    return parse(raw(out, **{**PRUNED, "soup": section, **changes}), SoupRecipe, "test")
+    return parse(raw(out, **{**PRUNED, "soup": section, **changes}), ClassifierRecipe, "test")
 
 
 def row(result: dict[str, Any], name: str) -> dict[str, Any]:
@@ -132,8 +131,6 @@ def test_imp_is_the_run_of_prunus_train(tmp_path: Path) -> None:
 
 
 def _plain() -> Any:
-    from prunus.run.vision.recipe import ClassifierRecipe
-
     return ClassifierRecipe
 
 
@@ -348,7 +345,7 @@ WRONG = [
 def test_wrong_soups_end_in_one_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     made = raw(tmp_path / "out", **PRUNED, soup={}) | changes
     with pytest.raises(ValueError) as caught:
-        parse(made, SoupRecipe, "test")
+        parse(made, ClassifierRecipe, "test")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -380,7 +377,7 @@ def killable(out: Path, images: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory, few: str) -> dict[str, Any]:
     """The soup that is killed below, run to its end at once."""
-    return soup_run(parse(killable(tmp_path_factory.mktemp("unbroken") / "out", few), SoupRecipe, "whole"))
+    return soup_run(parse(killable(tmp_path_factory.mktemp("unbroken") / "out", few), ClassifierRecipe, "whole"))
 
 
 @pytest.mark.slow
@@ -401,7 +398,7 @@ def test_a_soup_killed_for_good_keeps_its_members(
     assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "killed" / "result.json").exists()
     times = {path: path.stat().st_mtime_ns for path in done}
-    resumed = soup_run(parse(made, SoupRecipe, "killed"))
+    resumed = soup_run(parse(made, ClassifierRecipe, "killed"))
     assert [each["loss"] for each in resumed["rows"]] == [each["loss"] for each in unbroken["rows"]]
     assert {path: path.stat().st_mtime_ns for path in done} == times
 
@@ -491,7 +488,9 @@ def test_what_decides_a_training_decides_its_key(tmp_path: Path) -> None:
     base = base_job(recipe)
     start = pruned_job(recipe, base, 0, None)
 
-    def key(recipe: SoupRecipe = recipe, place: int | None = 0, phase: int = 0, start: Any = start, **more: Any) -> str:
+    def key(
+        recipe: ClassifierRecipe = recipe, place: int | None = 0, phase: int = 0, start: Any = start, **more: Any
+    ) -> str:
         return trained_job(Training(recipe, place, phase, **more), start, base).key
 
     same = [asked(tmp_path / "x"), asked(tmp_path, {"members": 2}), asked(tmp_path, prune={"sparsity": 0.5})]
@@ -567,7 +566,7 @@ def test_a_mask_that_is_final_only_at_the_end_leaves_nothing_to_members(tmp_path
         soup_run(asked(tmp_path, **DURING, during={"gmp": {"stop": 1.0}}))
     with pytest.raises(ValueError, match="give a section retrain"):
         asked(tmp_path, **DURING, during="rigl")
-    with pytest.raises(ValueError, match="leave out lr, schedule and epochs"):
+    with pytest.raises(ValueError, match="leave out lr, schedule, warmup, steps and epochs"):
         asked(tmp_path, {"vary": {"lr": [0.1, 0.2, 0.3]}}, **DURING, during="gmp")
 
 
@@ -650,11 +649,11 @@ def test_dropout_draws_the_same_whatever_was_drawn_before(tmp_path: Path, monkey
 def test_soups_on_a_gpu_are_alike_one_by_one_and_in_threads(tmp_path: Path) -> None:
     """Captured steps, bf16; kernels that add in another order make a difference of an image or two."""
     found = {}
-    for name, flags in (("one", {}), ("threads", {"together": 3})):
+    for name, together in (("one", 1), ("threads", 3)):
         section = {"baselines": ["imp", "longer", "swa", "reprune", "dense"]}
         train = {**raw(tmp_path)["train"], "epochs": 8}
         recipe = asked(tmp_path / name, section, device="cuda", train=train, prune={"sparsity": 0.8, "phases": 2})
-        found[name] = soup_run(recipe, **flags)
+        found[name] = soup_run(recipe, together=together)
     for one, other in zip(found["one"]["rows"], found["threads"]["rows"], strict=True):
         if one["name"] != "dense_soup_pruned":  # pruned and not retrained: a few weights decide much
             assert other["accuracy"] == pytest.approx(one["accuracy"], abs=0.05), one["row"]

@@ -21,18 +21,17 @@ from prunus.measure.accuracy import accuracy
 from prunus.measure.corruptions import corrupted_images
 from prunus.measure.cost import cost
 from prunus.report import read_metrics
-from prunus.run.recipe import parse
+from prunus.run.recipe import ClassifierRecipe, ClassifierRetrain, parse
 from prunus.run.show import show_run
 from prunus.run.vision import setting as settings
 from prunus.run.vision import stages
 from prunus.run.vision import train as running
-from prunus.run.vision.experiment import budgets
-from prunus.run.vision.recipe import ClassifierRecipe, Retraining, dense_key
+from prunus.run.vision.dense import dense_key
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.train import prune_run, pruning_of, train_run
 from prunus.train.batchnorm import recalibrate_
 
-TRAIN = {"epochs": 2, "batch_size": 32, "lr": 0.1, "warmup": 0, "augment": {"crop": 1}}
+TRAIN: dict[str, Any] = {"epochs": 2, "batch_size": 32, "lr": 0.1, "warmup": 0, "augment": {"crop": 1}}
 
 
 class Tiny(nn.Sequential):
@@ -99,7 +98,7 @@ WRONG = [
     ({"train": {"snapshots": [31]}}, "epoch 31 lies behind the end"),
     ({"train": {"nesterov": True, "momentum": 0}}, "nesterov needs momentum"),
     ({"prune": {"sparsity": 1.0}}, "[0, 1)"),
-    ({"prune": {"pattern": "2:4", "phases": 2}}, "leave out allocation and phases"),
+    ({"prune": {"pattern": "2:4", "phases": 2}}, "leave out phases"),
     ({"prune": {"criterion": "sparsegpt"}}, "no scores for global to compare"),
     (
         {"prune": {"criterion": "sparsegpt", "allocation": "erk", "phases": 2}},
@@ -108,8 +107,8 @@ WRONG = [
     ({"prune": {}, "retrain": {"schedule": "alr", "epochs": 1}}, "no retraining schedule 'alr'; did you mean 'allr'?"),
     ({"prune": {}, "during": {"gmp": {"allocation": "ring"}}}, "there is no allocation 'ring'"),
     ({"prune": {}, "during": {"rigl": {"topology": "owl"}}}, "owl looks at what the layers receive"),
-    ({"prune": {}, "retrain": {"schedule": "llr"}}, "give either epochs or share"),
-    ({"prune": {}, "retrain": {"epochs": 1, "share": 0.1}}, "not both"),
+    ({"prune": {}, "retrain": {"schedule": "llr"}}, "give one of epochs, share"),
+    ({"prune": {}, "retrain": {"epochs": 1, "share": 0.1}}, "and steps"),
     ({"prune": {}, "retrain": {"epochs": 1, "rewind": 1}}, "set train.snapshots: [1]"),
     ({"retrain": {"epochs": 1}}, "retrain needs prune.sparsity"),
     ({"during": "gmp"}, "during needs prune.sparsity"),
@@ -145,12 +144,12 @@ def test_an_nm_pattern_says_its_sparsity() -> None:
         ({"epochs": 2}, 3, [20, 20, 20]),
         ({"epochs": 2, "of": "total"}, 3, [6, 6, 8]),
         ({"share": 0.25}, 1, [25]),
+        ({"steps": 7}, 2, [7, 7]),
         ({"share": 0.001}, 1, [1]),
     ],
 )
 def test_budgets_are_exact_in_steps(asked: dict[str, Any], phases: int, expected: list[int]) -> None:
-    assert budgets(Retraining(**asked), phases, dense_steps=100, epoch_steps=10) == expected
-    assert budgets(None, 2, dense_steps=100, epoch_steps=10) == [0, 0]
+    assert ClassifierRetrain(**asked).budgets(phases, dense_steps=100, epoch_steps=10) == expected
 
 
 def test_what_decides_the_dense_training_is_in_its_key(tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ from prunus.frankwolfe.sets import KSupport
 from prunus.frankwolfe.sfw import SFW
 from prunus.run.compare import compare
 from prunus.run.grid import Grid
-from prunus.run.recipe import parse
+from prunus.run.recipe import ClassifierRecipe, OptimizerChoice, parse
 from prunus.run.vision import stages
+from prunus.run.vision.dense import dense_key
 from prunus.run.vision.optimizers import Given
-from prunus.run.vision.recipe import ClassifierRecipe, OptimizerChoice, dense_key
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.train import train_run
 from tests.systems.test_vision import TRAIN, Killed, Tiny, checked, raw, same_bits, tiny

@@ -14,10 +14,9 @@ from prunus.data.models import build_model
 from prunus.measure.accuracy import accuracy
 from prunus.run.compare import compare
 from prunus.run.grid import Grid
-from prunus.run.recipe import parse
+from prunus.run.recipe import ClassifierPrune, ClassifierRecipe, parse
 from prunus.run.vision import stages
 from prunus.run.vision.experiment import experiment
-from prunus.run.vision.recipe import ClassifierRecipe, Pruning
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.smaller import smaller
 from prunus.run.vision.sweep import sweep, sweep_of
@@ -51,8 +50,8 @@ def test_kinds_exclude_what_they_cannot_do() -> None:
         parse({**base, "retrain": {"epochs": 1, "rewind": 1}}, ClassifierRecipe, "test")
     with pytest.raises(ValueError, match=r"prune\.kind: a method that prunes during training"):
         parse({**base, "during": "gmp"}, ClassifierRecipe, "test")
-    assert Pruning(kind="low_rank").allocation == Pruning(kind="filters").allocation == "uniform"
-    assert Pruning().allocation == "global"
+    assert ClassifierPrune(kind="low_rank").allocation == ClassifierPrune(kind="filters").allocation == "uniform"
+    assert ClassifierPrune().allocation == "global"
 
 
 @pytest.mark.usefixtures("tiny")
@@ -63,7 +62,7 @@ def test_filters_that_go_are_those_that_weigh_least(tmp_path: Path) -> None:
     dense, small = Tiny(), load_file(tmp_path / "model.safetensors")
     dense.load_state_dict(load_file(tmp_path / "dense" / "model.safetensors"))
     setting = Setting.of(recipe)
-    made = smaller(dense, setting, recipe.prune or Pruning(), 0)
+    made = smaller(dense, setting, recipe.prune or ClassifierPrune(), 0)
     gone = {
         name: dense.get_submodule(name).get_parameter("weight").flatten(1).norm(dim=1).argsort()[: width // 2]
         for name, width in (("0", 8), ("3", 16))
@@ -201,12 +200,14 @@ def test_a_sweep_has_every_kind(tmp_path: Path) -> None:
 def test_what_would_be_empty_keeps_its_best_and_is_listed(tmp_path: Path) -> None:
     setting = Setting.of(checked(tmp_path))
     model = build_model("resnet8", classes=10, channels=1)
-    made = smaller(model, setting, Pruning(kind="filters", sparsity=0.98), 0)
+    made = smaller(model, setting, ClassifierPrune(kind="filters", sparsity=0.98), 0)
     assert made.left_alone["stage1_1.conv1"] == "its best filter stays"
     assert made.model.get_submodule("stage1_1.conv1").get_parameter("weight").shape[0] == 1
     assert "stage3_1.conv1" not in made.left_alone
     assert made.left_alone["stem"].startswith("its channels meet those of")
-    draws = [smaller(model, setting, Pruning(kind="filters", criterion="random"), seed).model for seed in (0, 0, 1)]
+    draws = [
+        smaller(model, setting, ClassifierPrune(kind="filters", criterion="random"), seed).model for seed in (0, 0, 1)
+    ]
     weights = [draw.get_submodule("stage1_1.conv1").get_parameter("weight") for draw in draws]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -224,7 +225,7 @@ class Bare(nn.Module):
 
 
 def test_without_a_layer_of_outputs_every_layer_is_decomposed(tmp_path: Path) -> None:
-    made = smaller(Bare(), Setting.of(checked(tmp_path)), Pruning(kind="low_rank", sparsity=0.6), 0)
+    made = smaller(Bare(), Setting.of(checked(tmp_path)), ClassifierPrune(kind="low_rank", sparsity=0.6), 0)
     assert made.left_alone == {}
     assert all(isinstance(module, nn.Sequential) for module in made.model.children())
 

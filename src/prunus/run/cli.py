@@ -38,19 +38,18 @@ Out = Annotated[Path | None, typer.Option(help="Write the numbers as JSON here a
 @cache
 def run_flags() -> list[Flag]:
     """The flags of `prunus run`: of recipes of both tasks."""
-    from prunus.run.recipe import Recipe
-    from prunus.run.vision.recipe import ClassifierRecipe
+    from prunus.run.recipe import ClassifierRecipe, LanguageRecipe
 
-    return flags_of([Recipe, ClassifierRecipe], ["prune", "retrain"])
+    return flags_of([LanguageRecipe, ClassifierRecipe], ["prune", "retrain"])
 
 
 @cache
 def evaluate_flags() -> list[Flag]:
     """The flags of `prunus evaluate`: how it is measured."""
-    from prunus.run.recipe import Recipe
+    from prunus.run.recipe import LanguageRecipe
 
     measured = ("device", "precision", "dtype")
-    return [flag for flag in flags_of([Recipe], ["evaluate"]) if flag.key in measured or "." in flag.key]
+    return [flag for flag in flags_of([LanguageRecipe], ["evaluate"]) if flag.key in measured or "." in flag.key]
 
 
 @with_flags(app, run_flags)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,11 +29,11 @@ from prunus.report import Advance, append_once, plot_compression, progress
 from prunus.run import stages
 from prunus.run.fitted import fitted, home
 from prunus.run.folder import begin, device_name, device_of, finished, held, ran_on
-from prunus.run.recipe import Recipe, digest, said
-from prunus.run.soups import Pruned, blend
-from prunus.run.texts import check_texts, head_in_words, training_windows
-from prunus.save import save_model, save_tensors
-from prunus.soup import distance, phase_sparsities
+from prunus.run.recipe import LanguageRecipe, digest, given, said
+from prunus.run.soups import Member, Pruned, as_long_as_all, averaged, member
+from prunus.run.texts import check_texts, head_in_words
+from prunus.save import MASKS_NAME, save_model, save_tensors
+from prunus.soup import distance, sms
 from prunus.stream import BlockReport, Shards, Streamed, Work
 
 __all__ = ["compress", "prunus_info"]
@@ -41,7 +41,7 @@ __all__ = ["compress", "prunus_info"]
 log = logging.getLogger(__name__)
 
 
-def compress(recipe: Recipe) -> dict[str, Any]:
+def compress(recipe: LanguageRecipe) -> dict[str, Any]:
     """The result of a run (the content of `out/result.json`); a finished run is read, a killed one goes on.
 
     Raises ValueError when `out` holds another recipe's run, the model is not there or does not take the recipe's
@@ -70,7 +70,7 @@ def compress(recipe: Recipe) -> dict[str, Any]:
     return result
 
 
-def _end(out: Path, recipe: Recipe, result: dict[str, Any]) -> None:
+def _end(out: Path, recipe: LanguageRecipe, result: dict[str, Any]) -> None:
     """Leave the result, its picture, and nothing that only a killed run needs; what is there already stays."""
     if not (out / "result.json").exists():
         write_json(out / "result.json", result)
@@ -81,7 +81,7 @@ def _end(out: Path, recipe: Recipe, result: dict[str, Any]) -> None:
     shutil.rmtree(out / "work", ignore_errors=True)
 
 
-def prunus_info(recipe: Recipe, result: Mapping[str, Any]) -> dict[str, Any]:
+def prunus_info(recipe: LanguageRecipe, result: Mapping[str, Any]) -> dict[str, Any]:
     """What `prunus.json` says of a run beside sparsity and versions: recipe, pattern, metrics, how it was pruned."""
     metrics = {key: result[key] for key in ("perplexity", "zero_shot") if key in result}
     rest = {key: value for key, value in result.items() if key not in metrics}
@@ -92,7 +92,7 @@ class _Run:
     """One compression under way. `stored`: dtype of the saved model, where it was computed in another one."""
 
     def __init__(
-        self, out: Path, recipe: Recipe, key: str, device: torch.device, stored: torch.dtype | None = None
+        self, out: Path, recipe: LanguageRecipe, key: str, device: torch.device, stored: torch.dtype | None = None
     ) -> None:
         self.out, self.recipe, self.key, self.device, self.stored = out, recipe, key, device, stored
         self.home = home(recipe, device)
@@ -109,66 +109,96 @@ class _Run:
         result: dict[str, Any] = {"key": self.key, "model": recipe.model, **ran_on(self.out, device_name(self.device))}
         result |= {"processes": ranks.count(), "head": head_in_words(loaded.tokenizer), "perplexity": {}}
         result["perplexity"]["dense"] = self._measured("dense", loaded)
-        loaded, within = self._phases(loaded)
-        before = stages.weights_to_compare(loaded, recipe)
-        streamed = self._prune(loaded, within)
-        if before:
-            loaded = replace(loaded, distance=distance(before, streamed.masks, within))
-            result["distance"] = loaded.distance
-            before.clear()
-        result["pruning"] = stages.summary(streamed)
-        if recipe.streaming:
-            loaded = self._assembled(loaded, streamed)
-        result["perplexity"]["pruned"] = self._measured("pruned", loaded)
-        if recipe.soup is not None:
-            loaded = self._soup(loaded, streamed.masks, result)
-        elif recipe.retrain is not None:
-            result["retraining"] = self._retrain(loaded, streamed.masks, result["perplexity"])
+        loaded, masks = self._phases(loaded, result)
         if recipe.evaluate.tasks:
             result["zero_shot"] = stages.zero_shot(loaded.model, loaded.tokenizer, recipe, self.device)
         result["seconds"] = time.perf_counter() - started
         if recipe.save:
             result["saved"] = str(self.out / "model")
-            self._save(loaded, streamed.masks, result)
+            self._save(loaded, masks, result)
         return result
 
-    def _phases(self, loaded: stages.Loaded) -> tuple[stages.Loaded, Masks | None]:
-        """The model after all phases but the last, and its masks; a killed run does them again, to the same bits."""
-        asked, retrain, within = self.recipe.prune, self.recipe.retrain, None
-        for place, sparsity in enumerate(phase_sparsities(asked.sparsity, asked.phases)[:-1], 1):
-            recipe = self.recipe.model_copy(update={"prune": asked.model_copy(update={"sparsity": sparsity})})
-            before = stages.weights_to_compare(loaded, recipe)
-            assert retrain is not None
-            masks = stages.prune(loaded, recipe, self.device, within=within).masks
-            lost = distance(before, masks, within) if before else 1.0
-            with self._bar(f"retrain {place}/{asked.phases}", retrain.steps) as advance:
-                stages.retrain(
-                    loaded.model.to(self.device),
-                    masks,
-                    stages.pruned_views(loaded.model, masks, recipe),
-                    training_windows(retrain, loaded.tokenizer),
-                    retrain,
-                    precision=stages.precision_of(recipe, self.device),
-                    checkpoint=self._checkpoint(f"phase-{place}"),
-                    on_step=lambda done, _loss, advance=advance: advance.to(done),
-                    distance=lost,
-                )
-            loaded.model.to(self.home)
-            self._measured(f"phase {place}", loaded)
-            within = masks
-        return loaded, within
+    def _phases(self, dense: stages.Loaded, result: dict[str, Any]) -> tuple[stages.Loaded, Masks]:
+        """The model after the last phase, and its masks; what was measured goes into `result`.
 
-    def _prune(self, loaded: stages.Loaded, within: Masks | None) -> Streamed:
+        What every phase but the last leaves is in the work folder, complete or absent, and a killed run goes on there.
+        """
+        count, soup = self.recipe.prune.phases, self.recipe.soup
+        done = next((index for index in range(count - 1, 0, -1) if self._left(index).is_dir()), 0)
+        start, known = (dense, None) if not done else self._read(dense, self._left(done))
+
+        def prune(loaded: stages.Loaded, index: int, before: Pruned | None) -> Pruned:
+            return self._pruned(loaded, done + index, known if before is None else before.masks, result)
+
+        def retrain(pruned: Pruned, _: int, place: int) -> Member | None:
+            if soup is not None:
+                return member(pruned, place, self._members(pruned))
+            return None if self.recipe.retrain is None else self._retrain(pruned, result)
+
+        def average(pruned: Pruned, members: Sequence[Member | None]) -> stages.Loaded:
+            made = [each for each in members if each is not None]
+            return self._soup(pruned, made, result) if soup is not None else self._kept(pruned)
+
+        members = 1 if soup is None else soup.members
+        found = sms(start, phases=count - done, members=members, prune=prune, retrain=retrain, average=average)
+        return found[-1].average, found[-1].pruned.masks
+
+    def _pruned(self, loaded: stages.Loaded, index: int, within: Masks | None, result: dict[str, Any]) -> Pruned:
+        """The model pruned for a phase, from 0."""
+        recipe = self.recipe.phase(index)
+        before = stages.weights_to_compare(loaded, recipe)
+        streamed = self._prune(loaded, recipe, index, within)
+        if before:
+            loaded = replace(loaded, distance=distance(before, streamed.masks, within))
+        if self._is_last(index):
+            result |= ({"distance": loaded.distance} if before else {}) | {"pruning": stages.summary(streamed)}
+            if recipe.streaming:
+                loaded = self._assembled(loaded, streamed)
+            result["perplexity"]["pruned"] = self._measured("pruned", loaded)
+        return Pruned(loaded, streamed.masks, recipe, self.device, index, self._bar)
+
+    def _is_last(self, index: int) -> bool:
+        return index + 1 == self.recipe.prune.phases
+
+    def _left(self, phases: int) -> Path:
+        """The folder of what so many phases left."""
+        return self.out / "work" / "phases" / f"{self.key[:16]}-{phases}"
+
+    def _members(self, pruned: Pruned) -> Path:
+        last = self._is_last(pruned.phase)
+        return self.out / "members" if last else self.out / "work" / f"members-{pruned.phase + 1}"
+
+    def _read(self, dense: stages.Loaded, folder: Path) -> tuple[stages.Loaded, Masks]:
+        """What earlier phases left, and their masks."""
+        found = stages.load(self.recipe.model_copy(update={"model": str(folder)}), self.home)
+        return replace(dense, model=found.model), Masks.load(folder / MASKS_NAME)
+
+    def _kept(self, pruned: Pruned) -> stages.Loaded:
+        """The model after a phase, kept if another one follows."""
+        loaded = pruned.loaded
+        if not self._is_last(pruned.phase):
+            self._measured(f"phase {pruned.phase + 1}", loaded)
+            save_model(
+                loaded.model,
+                loaded.tokenizer,
+                self._left(pruned.phase + 1),
+                masks=pruned.masks,
+                info={},
+                source=loaded.folder,
+            )
+        return loaded
+
+    def _prune(self, loaded: stages.Loaded, recipe: LanguageRecipe, index: int, within: Masks | None) -> Streamed:
         # The work folder's blocks depend on these sections alone, so a run may be resumed with other retraining.
-        recipe = self.recipe
         sections = {"model", "dtype", "precision", "prune", "calibrate", "reconstruct"}
-        decides = said(recipe, only=sections | ({"retrain"} if recipe.prune.phases > 1 else set()))
-        work = Work(self._blocks(), digest(decides), writes=ranks.is_main()).open()
+        several = {"retrain", "soup"} if recipe.prune.phases > 1 else set[str]()
+        work = Work(self._blocks(index), digest(said(recipe, only=sections | several)), writes=ranks.is_main()).open()
         blocks = int(getattr(loaded.model.config, "num_hidden_layers", 0)) or None
         with self._bar("prune", blocks) as advance:
 
             def on_block(report: BlockReport) -> None:
-                self._log({"stage": "prune", **asdict(report)})
+                if self._is_last(index):
+                    self._log({"stage": "prune", **asdict(report)})
                 advance(1)
 
             streamed = stages.prune(loaded, recipe, self.device, within=within, work=work, on_block=on_block)
@@ -184,43 +214,42 @@ class _Run:
                 work.restore_(report.name, loaded.model.get_submodule(report.name), {})
         return Streamed(Masks(masks), streamed.reports)
 
-    def _retrain(self, loaded: stages.Loaded, masks: Masks, perplexities: dict[str, Any]) -> dict[str, Any]:
-        recipe = self.recipe
-        asked = recipe.retrain
-        assert asked is not None
-        model = loaded.model.to(self.device)
-        views = stages.pruned_views(model, masks, recipe)
-        packed = training_windows(asked, loaded.tokenizer)
-        precision = stages.precision_of(recipe, self.device)
-        with self._bar("retrain", asked.steps) as advance:
-            report = stages.retrain(
-                model,
-                masks,
-                views,
-                packed,
-                asked,
-                precision=precision,
-                checkpoint=self._checkpoint("retrain"),
-                on_step=lambda done, _loss: advance.to(done),
-                before_merge=lambda: perplexities.update(retrained=self._measured("retrained", loaded)),
-                distance=loaded.distance,
-            )
-        perplexities["merged"] = self._measured("merged", loaded)
-        model.to(self.home)
-        shown = {k: v for k, v in asdict(report).items() if k != "losses"} | {
-            "tokens_per_second": report.tokens_per_second
-        }
-        self._log({"stage": "retrain", **shown, "losses": report.losses})
-        return {**shown, "train": list(asked.train)}
+    def _retrain(self, pruned: Pruned, result: dict[str, Any]) -> None:
+        """Retrain and merge in place; the last phase is measured before and after merging."""
+        loaded, last, perplexities = pruned.loaded, self._is_last(pruned.phase), result["perplexity"]
+        name = "retrain" if last else f"phase-{pruned.phase + 1}"
 
-    def _soup(self, loaded: stages.Loaded, masks: Masks, result: dict[str, Any]) -> stages.Loaded:
-        """The average of several retrained copies of the pruned model; what was measured of it goes into `result`."""
-        pruned = Pruned(loaded, masks, self.recipe, self.device, self._bar)
-        found = blend(pruned, self.out / "members", self.out / "work" / "soup")
+        def before_merge() -> None:
+            perplexities["retrained"] = self._measured("retrained", loaded)
+
+        with self._bar(name, given(pruned.recipe.retrain).steps) as advance:
+            report = stages.retrain(
+                loaded,
+                pruned.masks,
+                pruned.recipe,
+                self.device,
+                checkpoint=self._checkpoint(name),
+                on_step=lambda done, _loss: advance.to(done),
+                before_merge=before_merge if last else None,
+            )
+        if last:
+            perplexities["merged"] = self._measured("merged", loaded)
+            found = report.numbers()
+            self._log({"stage": "retrain", **found})
+            result["retraining"] = {key: value for key, value in found.items() if key != "losses"}
+            result["retraining"]["train"] = list(given(pruned.recipe.retrain).train)
+        loaded.model.to(self.home)
+
+    def _soup(self, pruned: Pruned, members: Sequence[Member], result: dict[str, Any]) -> stages.Loaded:
+        """The average of the members; what was measured in the last phase goes into `result`."""
+        last = self._is_last(pruned.phase)
+        longer = as_long_as_all(pruned, self._members(pruned)) if last else None
+        found = averaged(pruned, members, longer, self.out / "work" / "soup" if last else self._left(pruned.phase + 1))
         for stage, perplexity in found.perplexity.items():
-            self._log({"stage": stage, "perplexity": perplexity})
-        result["perplexity"] |= found.perplexity
-        result |= {"retraining": found.retraining, "soup": found.summary}
+            self._log({"stage": stage if last else f"phase {pruned.phase + 1}, {stage}", "perplexity": perplexity})
+        if last:
+            result["perplexity"] |= found.perplexity
+            result |= {"retraining": found.retraining, "soup": found.summary}
         return found.loaded
 
     def _measured(self, stage: str, loaded: stages.Loaded) -> dict[str, float]:
@@ -286,8 +315,9 @@ class _Run:
     def _checkpoint(self, name: str) -> Path:
         return self.out / "work" / f"{name}-{self.key[:16]}.pt"
 
-    def _blocks(self) -> Path:
-        return self.out / "work" / "blocks"
+    def _blocks(self, index: int = -1) -> Path:
+        last = index < 0 or self._is_last(index)
+        return self.out / "work" / ("blocks" if last else f"blocks-{index + 1}")
 
     def _log(self, row: dict[str, Any]) -> None:
         if ranks.is_main():
@@ -297,7 +327,7 @@ class _Run:
         return progress(description, total, console=None if ranks.is_main() else Console(force_terminal=False))
 
 
-def _check_shares(recipe: Recipe) -> None:
+def _check_shares(recipe: LanguageRecipe) -> None:
     asked, world = recipe.retrain, ranks.count()
     if recipe.soup is not None and world > 1:
         raise ValueError(f"soup: members are trained in one process, not in {world}; start `prunus run` alone")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,8 @@ from prunus.report import plot_compression, progress
 from prunus.run import stages
 from prunus.run.compress import prunus_info
 from prunus.run.folder import device_of, held
-from prunus.run.recipe import Recipe, parse
+from prunus.run.recipe import LanguageRecipe, given, merge, parse
 from prunus.run.show import show_result
-from prunus.run.texts import training_windows
 from prunus.save import save_model
 from prunus.stream import Streamed
 
@@ -43,12 +42,12 @@ def demo(out: Path, sparsity: float = 0.6) -> dict[str, Any]:
     Raises ValueError for a sparsity outside [0, 1).
     """
     raw = {**RECIPE, "prune": {**RECIPE["prune"], "sparsity": sparsity}, "out": str(out)}
-    recipe = parse(raw, Recipe, "demo")
+    recipe = parse(raw, LanguageRecipe, "demo")
     with held(out):
         return _demo(recipe, out)
 
 
-def _demo(recipe: Recipe, out: Path) -> dict[str, Any]:
+def _demo(recipe: LanguageRecipe, out: Path) -> dict[str, Any]:
     device = device_of(recipe)
     started = time.perf_counter()
     loaded = stages.load(recipe)
@@ -77,20 +76,13 @@ def _demo(recipe: Recipe, out: Path) -> dict[str, Any]:
 
 
 def _retrain(
-    loaded: stages.Loaded, streamed: Streamed, recipe: Recipe, change: dict[str, Any], *, name: str
+    loaded: stages.Loaded, streamed: Streamed, recipe: LanguageRecipe, change: dict[str, Any], *, name: str
 ) -> dict[str, Any]:
-    assert recipe.retrain is not None
-    asked = recipe.retrain.model_copy(update={**change, "train": tuple(change.get("train", recipe.retrain.train))})
-    packed = training_windows(asked, loaded.tokenizer)
-    with progress(f"retrain {name}", asked.steps) as advance:
+    recipe = parse(
+        merge(recipe.model_dump(mode="json"), {f"retrain.{k}": v for k, v in change.items()}), LanguageRecipe, "demo"
+    )
+    with progress(f"retrain {name}", given(recipe.retrain).steps) as advance:
         report = stages.retrain(
-            loaded.model,
-            streamed.masks,
-            stages.pruned_views(loaded.model, streamed.masks, recipe),
-            packed,
-            asked,
-            precision=stages.precision_of(recipe, device_of(recipe)),
-            on_step=lambda done, _loss: advance.to(done),
+            loaded, streamed.masks, recipe, device_of(recipe), on_step=lambda done, _loss: advance.to(done)
         )
-    kept = {k: v for k, v in asdict(report).items() if k not in ("losses", "merge")}
-    return kept | {"tokens_per_second": report.tokens_per_second}
+    return {k: v for k, v in report.numbers().items() if k not in ("losses", "merge")}

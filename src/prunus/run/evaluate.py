@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prunus.run.folder import device_of
-from prunus.run.recipe import Recipe, merge, parse, read_yaml
+from prunus.run.recipe import ClassifierRecipe, LanguageRecipe, merge, parse, read_yaml
 
 __all__ = ["evaluate_model"]
 
@@ -31,7 +31,7 @@ def _language_model(model: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     from prunus.run.fitted import fitted
     from prunus.run.texts import head_in_words
 
-    checked = parse(merge({"model": model}, dict(overrides)), Recipe, "flags")
+    checked = parse(merge({"model": model}, dict(overrides)), LanguageRecipe, "flags")
     device = device_of(checked)
     checked = fitted(checked, device)
     loaded = stages.load(checked)
@@ -46,9 +46,8 @@ def _classifier(path: Path, raw: dict[str, Any], overrides: Mapping[str, Any]) -
 
     from prunus.run.vision import stages
     from prunus.run.vision.setting import Setting
-    from prunus.run.vision.soups.recipe import class_of
 
-    recipe = parse(merge(raw, dict(overrides)), class_of(raw), str(path))
+    recipe = parse(merge(raw, overrides), ClassifierRecipe, str(path))
     weights = path.with_name("model.safetensors")
     if not weights.is_file():
         raise ValueError(f"{path.parent} holds no model.safetensors: the run is not finished; run its recipe again")

@@ -10,7 +10,7 @@ import torch
 
 from prunus.checkpoint import hub_folder, read_config, weight_files
 from prunus.data import ASSETS
-from prunus.run.recipe import Recipe
+from prunus.run.recipe import LanguageRecipe
 
 __all__ = ["fitted", "home", "model_path"]
 
@@ -20,7 +20,7 @@ _RESIDENT = 0.75  # largest share of a GPU's free memory that weights take which
 _RESIDENT_GRAM = 0.4  # criteria that read Gram matrices need several matrices of (in, in) beside them
 
 
-def fitted(recipe: Recipe, device: torch.device) -> Recipe:
+def fitted(recipe: LanguageRecipe, device: torch.device) -> LanguageRecipe:
     """The recipe with the lengths it does not set cut to what its model takes, and the dtype chosen for `device`.
 
     Raises ValueError for a model that is not there, and for a length or window that the model does not take.
@@ -44,7 +44,7 @@ def fitted(recipe: Recipe, device: torch.device) -> Recipe:
     return recipe.model_copy(update=changes)
 
 
-def home(recipe: Recipe, device: torch.device) -> torch.device:
+def home(recipe: LanguageRecipe, device: torch.device) -> torch.device:
     """Where the weights live from the first stage to the last: on the GPU if they leave room there, else on the CPU.
 
     Weights on the CPU travel to the device block by block while pruning, and as a whole for the other stages.

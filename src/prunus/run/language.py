@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ from prunus.run.fitted import fitted
 from prunus.run.folder import device_of
 from prunus.run.language_tables import row, write
 from prunus.run.layout import Show
-from prunus.run.recipe import Recipe, Retrain, digest, merge, parse, said
+from prunus.run.recipe import LanguageRecipe, LanguageRetrain, digest, merge, parse, said
 from prunus.run.soups import LONGER, SOUP, Pruned, averaged, longer_of, member_key, members_of
 from prunus.run.store import Job, Store
-from prunus.run.texts import check_texts, training_windows
+from prunus.run.texts import check_texts
 from prunus.soup import distance
 
 __all__ = ["LANGUAGE", "pruned_job"]
@@ -38,7 +38,7 @@ _DECIDES = {"model", "dtype", "device", "precision", "prune", "calibrate", "reco
 _read: dict[str, Any] = {}  # the dense and the pruned model that were used last, each with its key
 
 
-def pruned_job(recipe: Recipe) -> Job:
+def pruned_job(recipe: LanguageRecipe) -> Job:
     """The pruned model of the recipe's sections that decide it: the weights that changed, with their masks.
 
     What was fitted block by block is another one for each setting of that, and changes everything: it is not kept.
@@ -47,7 +47,7 @@ def pruned_job(recipe: Recipe) -> Job:
     return Job("starts", key, partial(_prune, recipe), passing=recipe.reconstruct is not None)
 
 
-def _prune(recipe: Recipe, job: Job, store: Store) -> dict[str, Any]:
+def _prune(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
     device = device_of(recipe)
     within = fitted(recipe, device)
     dense = _dense(within, device)
@@ -60,18 +60,18 @@ def _prune(recipe: Recipe, job: Job, store: Store) -> dict[str, Any]:
     return {"seconds": sum(r.seconds for r in streamed.reports), "errors": errors}
 
 
-def _measure_dense(recipe: Recipe, job: Job, store: Store) -> dict[str, Any]:
+def _measure_dense(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
     device = device_of(recipe)
     return stages.evaluate(_dense(recipe, device), recipe, device)
 
 
 class _Language:
-    """The task of grids over `Recipe`; see `tasks.Task`."""
+    """The task of grids over `LanguageRecipe`; see `tasks.Task`."""
 
     threads = False
     row, write = staticmethod(row), staticmethod(write)
 
-    def check(self, tune: Mapping[str, Any] | None, show: Show, recipes: Sequence[Recipe]) -> None:
+    def check(self, tune: Mapping[str, Any] | None, show: Show, recipes: Sequence[LanguageRecipe]) -> None:
         if tune is not None and tune["text"] is None:
             raise ValueError("tune: name the text whose perplexity chooses: text: validation")
         for recipe in recipes:
@@ -80,38 +80,38 @@ class _Language:
         if show.columns:
             raise ValueError("show.columns is for grids of classifiers; leave it out")
 
-    def recipe(self, raw: Mapping[str, Any], seed: int, *, tuning: bool, where: str) -> Recipe:
+    def recipe(self, raw: Mapping[str, Any], seed: int, *, tuning: bool, where: str) -> LanguageRecipe:
         raw = merge(dict(raw), {"save": False})
         if (raw.get("prune") or {}).get("phases", 1) != 1:
             raise ValueError(f"{where}: prune.phases of language models are run by `prunus run`, not by grids")
         for section in ("retrain", "reconstruct"):
             if raw.get(section) is not None:
                 raw = merge(raw, {f"{section}.seed": seed})
-        return parse(raw, Recipe, where)
+        return parse(raw, LanguageRecipe, where)
 
-    def seeded(self, recipe: Recipe) -> bool:
+    def seeded(self, recipe: LanguageRecipe) -> bool:
         return recipe.retrain is not None or recipe.reconstruct is not None
 
     def loss(self, result: Result, text: str | None) -> float:
         return float(result["perplexity"][text])
 
-    def needs(self, recipe: Recipe) -> tuple[Job, ...]:
+    def needs(self, recipe: LanguageRecipe) -> tuple[Job, ...]:
         """The pruned model; of a soup its members, too."""
         return (pruned_job(recipe), *(_soup_jobs(recipe) if recipe.soup is not None else ()))
 
-    def beside(self, recipes: Sequence[Recipe]) -> tuple[Job, ...]:
+    def beside(self, recipes: Sequence[LanguageRecipe]) -> tuple[Job, ...]:
         return tuple(Job(".", "dense", partial(_measure_dense, recipe)) for recipe in recipes[:1])
 
-    def order(self, recipe: Recipe) -> tuple[Any, ...]:
+    def order(self, recipe: LanguageRecipe) -> tuple[Any, ...]:
         """Members that prune alike follow each other, dearer fits come last."""
         return recipe.reconstruct is not None, pruned_job(recipe).key
 
     @contextmanager
-    def prepared(self, recipes: Sequence[Recipe]) -> Generator[None]:
+    def prepared(self, recipes: Sequence[LanguageRecipe]) -> Generator[None]:
         yield
         _read.clear()
 
-    def run(self, recipe: Recipe, job: Job, store: Store) -> dict[str, Any]:
+    def run(self, recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
         started = time.perf_counter()
         pruned, pruning = _pruned(recipe, store)
         recipe, loaded = pruned.recipe, pruned.loaded
@@ -120,7 +120,9 @@ class _Language:
             _, *members = job.needs
             numbers = [store.result(member) for member in members]
             each = [(store.path(m), found) for m, found in zip(members, numbers, strict=True)][: recipe.soup.members]
-            souped = averaged(pruned, each, numbers[-1] if recipe.soup.longer else None, store.work(job) / "soup")
+            souped = averaged(
+                pruned, each, numbers[-1] if longer_of(recipe) is not None else None, store.work(job) / "soup"
+            )
             loaded, result["perplexity"] = souped.loaded, souped.perplexity[SOUP]
             result["soup"] = {**souped.summary, "perplexity": souped.perplexity, "retraining": souped.retraining}
         else:
@@ -146,19 +148,19 @@ def _check_chooses(text: str, data: Mapping[str, Any]) -> None:
         )
 
 
-def _soup_jobs(recipe: Recipe) -> list[Job]:
+def _soup_jobs(recipe: LanguageRecipe) -> list[Job]:
     """The members of a soup, and the run as long as all of them, whose model is not kept."""
     each, longer = members_of(recipe), longer_of(recipe)
     jobs = [_member_job(recipe, asked, f"member {place}") for place, asked in enumerate(each, 1)]
     return jobs + ([] if longer is None else [_member_job(recipe, longer, LONGER)])
 
 
-def _member_job(recipe: Recipe, asked: Retrain, name: str) -> Job:
+def _member_job(recipe: LanguageRecipe, asked: LanguageRetrain, name: str) -> Job:
     key = digest([member_key(recipe, asked), name == LONGER])[:24]
     return Job("soups", key, partial(_train_member, recipe, asked, name), (pruned_job(recipe),), passing=True)
 
 
-def _train_member(recipe: Recipe, asked: Retrain, name: str, job: Job, store: Store) -> dict[str, Any]:
+def _train_member(recipe: LanguageRecipe, asked: LanguageRetrain, name: str, job: Job, store: Store) -> dict[str, Any]:
     pruned, _ = _pruned(recipe, store)
     model, found = pruned.retrained(name, asked, store.checkpoint(job))
     if name != LONGER:
@@ -168,20 +170,8 @@ def _train_member(recipe: Recipe, asked: Retrain, name: str, job: Job, store: St
 
 def _retrain(pruned: Pruned, checkpoint: Path) -> dict[str, Any]:
     """What retraining a pruned model in place did."""
-    recipe = pruned.recipe
-    assert recipe.retrain is not None
-    report = stages.retrain(
-        pruned.loaded.model,
-        pruned.masks,
-        stages.pruned_views(pruned.loaded.model, pruned.masks, recipe),
-        training_windows(recipe.retrain, pruned.loaded.tokenizer),
-        recipe.retrain,
-        precision=stages.precision_of(recipe, pruned.device),
-        checkpoint=checkpoint,
-        distance=pruned.loaded.distance,
-    )
-    shown = asdict(report) | {"tokens_per_second": report.tokens_per_second}
-    return shown | {"merge": _merge_summary(report.merge)}
+    found = stages.retrain(pruned.loaded, pruned.masks, pruned.recipe, pruned.device, checkpoint=checkpoint).numbers()
+    return found | {"merge": _merge_summary(found["merge"])}
 
 
 def _merge_summary(merge: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -190,7 +180,7 @@ def _merge_summary(merge: dict[str, dict[str, float]]) -> dict[str, float]:
     return found | ({"mean_lost": statistics.fmean(merge["lost"].values())} if merge["lost"] else {})
 
 
-def _dense(recipe: Recipe, device: torch.device) -> stages.Loaded:
+def _dense(recipe: LanguageRecipe, device: torch.device) -> stages.Loaded:
     key = digest({"model": recipe.model, "dtype": recipe.dtype, "device": str(device)})
     if _read.get("dense", ("",))[0] != key:
         _read.clear()
@@ -201,7 +191,7 @@ def _dense(recipe: Recipe, device: torch.device) -> stages.Loaded:
     return _read["dense"][1]
 
 
-def _pruned(recipe: Recipe, store: Store) -> tuple[Pruned, dict[str, Any]]:
+def _pruned(recipe: LanguageRecipe, store: Store) -> tuple[Pruned, dict[str, Any]]:
     """A pruned copy of the dense model, and how it was pruned."""
     job, device = pruned_job(recipe), device_of(recipe)
     within, masks = fitted(recipe, device), store.masks(job)

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import Field
 
-from prunus.run.recipe import Strict
+from prunus.run.plain import Strict
 
 __all__ = ["Layout", "Show", "mean_and_std", "picture_of", "spread"]
 

@@ -1,4 +1,4 @@
-"""Plain values from YAML files and texts, with numbers as in YAML 1.2; the end of a command that did not finish."""
+"""What recipes are made of: plain values from YAML, with numbers as in YAML 1.2, and sections that check them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict
 
-__all__ = ["Unfinished", "read_yaml", "yaml_value"]
+__all__ = ["Strict", "Unfinished", "read_yaml", "yaml_value"]
+
+
+class Strict(BaseModel):
+    """A frozen section that refuses keys it does not know."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+        ser_json_inf_nan="constants",
+        use_attribute_docstrings=True,
+    )
 
 
 class Unfinished(RuntimeError):

@@ -1,8 +1,18 @@
-"""What a run is asked to do: typed recipes, read from YAML, checked before any work.
+"""What a run is asked to do: typed recipes of every task, read from YAML, checked before any work.
 
-A recipe is a plain YAML mapping; every key is a field below. Unknown keys, impossible patterns, sparsities outside
-[0, 1) and missing files are refused with the key, the value and the mend.
+    Recipe              model, device, precision, compile, prune, retrain, soup, out, save: the same for every task
+    LanguageRecipe      and dtype, streaming, calibrate, reconstruct, evaluate
+    ClassifierRecipe    and images, seed, train, during, recalibrate, corruptions, ...: what has the key `images`
+
+A recipe is a plain YAML mapping; every key is a field below. Sections that tasks share are one class. Its defaults are
+those of language models; a class `Classifier...` made of it says which are others, and what more there is.
+
+Unknown keys, impossible patterns, sparsities outside [0, 1) and missing files are refused with the key, the value and
+the mend.
 """
+
+# A task's section may be narrower than that of all, because sections are frozen, which pyright does not see:
+# pyright: reportIncompatibleVariableOverride=false
 
 from __future__ import annotations
 
@@ -13,65 +23,103 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, cast, get_args
 
+import torch
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
+    create_model,
+    field_validator,
     model_validator,
 )
 
 from prunus.adapt import subsets
+from prunus.data import CORRUPTIONS, Strengths
 from prunus.patterns import Pattern, check_sparsity
 from prunus.run.names import (
     AllocationName,
+    AverageName,
     Choice,
     CriterionName,
     PatternName,
+    ScheduleName,
     allocations,
+    averages,
     criteria,
     fixed_sparsity,
+    methods,
+    optimizers,
     pattern_of,
     retrainings,
+    schedules,
 )
-from prunus.run.plain import read_yaml, yaml_value
+from prunus.run.plain import Strict, read_yaml, yaml_value
+from prunus.run.vision.optimizers import OneOptimizer, Optimizer, Pull, Sgd
 from prunus.score import Allocation, Criterion, allocation_of, check_comparable, compared, criterion_of, global_
+from prunus.soup import phase_sparsities, split_steps
 from prunus.train import Multiplier, Original, constant, cosine, linear, linear_warmup_decay
 
 __all__ = [
+    "FORKING",
+    "Augmentation",
     "Calibrate",
+    "ClassifierPrune",
+    "ClassifierRecipe",
+    "ClassifierRetrain",
+    "ClassifierSoup",
+    "Corruptions",
     "Data",
+    "DenseRates",
     "Device",
     "Evaluate",
+    "ImageSource",
+    "Kind",
+    "LanguageRecipe",
+    "LanguageRetrain",
     "Prune",
     "Recipe",
     "Reconstruct",
     "Retrain",
     "Soup",
     "Strict",
+    "Training",
+    "Vary",
     "digest",
+    "given",
     "load_recipe",
+    "looks_local",
+    "member_of",
     "merge",
+    "order_of",
     "parse",
     "read_yaml",
     "said",
     "yaml_value",
 ]
 
-Init = Literal["kaiming", "gaussian"]
 Section = TypeVar("Section", bound=BaseModel)
 Keys = set[str] | Mapping[str, Any]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Part = Annotated[float, Field(ge=0, lt=1)]  # a share that is not all
+Globs = tuple[str, ...]
+Kind = Literal["zeros", "filters", "low_rank"]
+Baseline = Literal["imp", "longer", "reprune", "dense", "swa"]
+_OF_TRAIN = {"weight_decay", "augment"}  # what members vary in the section `train`
+FORKING = ("gmp", "dpf")  # methods whose mask is final some time before the training ends
 
 
 def looks_local(text: str) -> bool:
     """Whether a source is meant as a path, not as a hub name."""
-    endings = (".txt", ".gz", ".parquet", ".jsonl", ".gguf", ".safetensors", ".tsv")
+    endings = (".txt", ".gz", ".parquet", ".jsonl", ".gguf", ".safetensors", ".tsv", ".npz")
     return text.startswith((".", "/", "~")) or text.endswith(endings) or text.count("/") > 1
 
 
@@ -84,16 +132,228 @@ def _device(value: str) -> str:
 Device = Annotated[str, AfterValidator(_device)]
 
 
-class Strict(BaseModel):
-    """A frozen section that refuses keys it does not know."""
+# Sections of every task.
 
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        protected_namespaces=(),
-        ser_json_inf_nan="constants",
-        use_attribute_docstrings=True,
-    )
+
+class Prune(Strict):
+    """Which weights go: a criterion, a pattern, and a sparsity (the share of zeros, in [0, 1)), in how many phases."""
+
+    criterion: CriterionName = "wanda"
+    """How weights are scored, or layers solved."""
+    pattern: PatternName = "unstructured"
+    """unstructured, N:M (at most N nonzeros of M) such as 2:4, block RxC, filters."""
+    sparsity: float = 0.5
+    """Share of zeros, in [0, 1)."""
+    scope: Literal["row", "layer", "model"] | None = None
+    """Which scores compete."""
+    allocation: AllocationName = "uniform"
+    """How many weights each layer keeps."""
+    phases: Count = 1
+    """Prune and retrain that many times."""
+    include: Globs = ()
+    """Globs of layers: only these are pruned."""
+    exclude: Globs = ()
+    """Globs of layers that stay dense."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _implied(cls, value: Any) -> Any:
+        """An N:M pattern says its own sparsity; by it, a scope or another kind every layer keeps alike."""
+        if not isinstance(value, dict):
+            return value
+        fixed = fixed_sparsity(value)
+        alike = fixed is not None or value.get("scope") is not None or value.get("kind", "zeros") != "zeros"
+        implied = ({} if fixed is None else {"sparsity": fixed}) | ({"allocation": "uniform"} if alike else {})
+        return implied | value
+
+    @model_validator(mode="after")
+    def _check(self) -> Prune:
+        pattern, criterion, allocation = pattern_of(self.pattern), self.how(), self.sharing()
+        check_sparsity(pattern, self.sparsity)
+        if self.scope == "model" and allocations.make(self.allocation).reads:
+            raise ValueError("scope 'model' is an allocation already: leave out allocation")
+        asked = [key for key in ("scope", "allocation", "phases") if getattr(self, key) not in (None, "uniform", 1)]
+        if pattern.sparsity is not None and asked:
+            raise ValueError(f"pattern {self.pattern!r} fixes the share of zeros in every group: leave out {asked[0]}")
+        check_comparable(criterion, allocation)
+        if criterion.score is None and self.phases > 1:
+            raise ValueError(
+                f"{criterion.name} cannot stay within the masks of an earlier phase: leave out phases, or take a "
+                "criterion with a score"
+            )
+        if allocation.reads == "inputs":
+            self._check_targets(allocation)
+        return self
+
+    def how(self, seed: int = 0) -> Criterion:
+        """The criterion; seed: of one that draws, unless the recipe gives it its own."""
+        return criterion_of(criteria.make(self.criterion, seed=seed))
+
+    def sharing(self) -> Allocation:
+        """The allocation; scope model is that of one selection over all layers."""
+        return allocation_of(global_ if self.scope == "model" else allocations.make(self.allocation))
+
+    def where(self) -> Pattern:
+        """The pattern, with the scope that is asked for, or that the criterion and the allocation imply."""
+        own = compared(self.how(), self.sharing()) if self.scope is None else self.scope
+        return pattern_of(self.pattern, "row" if own == "row" else "layer")
+
+    def _check_targets(self, allocation: Allocation) -> None:
+        """Refuse sparsities that the allocation cannot spread, before anything is measured for it."""
+        for sparsity in phase_sparsities(self.sparsity, self.phases):
+            allocation({"layer": torch.ones(1, 8)}, sparsity)
+
+
+class ClassifierPrune(Prune):
+    """The same with what is usual for classifiers, and what becomes of the network.
+
+    kind: "zeros" leaves a network of the same size, sparsity being the share of zeros; "filters" removes that share of
+    the filters, of each layer (allocation uniform) or of all (global); "low_rank" decomposes layers, dropping that
+    share of the ranks of each (uniform) or of the weights of all (global).
+    """
+
+    criterion: CriterionName = "magnitude"
+    sparsity: float = 0.9
+    allocation: AllocationName = "global"
+    kind: Kind = "zeros"
+    """What becomes of the network: zeros, or a smaller one."""
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> ClassifierPrune:
+        if self.kind == "zeros":
+            return self
+        criterion = self.how()
+        fixed = {"pattern": "unstructured", "phases": 1, "scope": None}
+        fixed |= {"criterion": "magnitude"} if self.kind == "low_rank" else {}
+        strange = [key for key, value in fixed.items() if getattr(self, key) != value]
+        if strange:
+            raise ValueError(f"kind {self.kind} makes the network smaller at once: leave out {strange[0]}")
+        if self.kind == "filters" and (criterion.score is None or criterion.needs):
+            raise ValueError(
+                f"kind filters ranks them by the scores of their weights, and {criterion.name} "
+                + ("has none" if criterion.score is None else "needs what layers receive")
+                + ": take a criterion of weights alone, such as magnitude"
+            )
+        if self.allocation not in ("uniform", "global"):
+            raise ValueError(f"kind {self.kind} knows the allocations uniform and global; got {self.allocation!r}")
+        return self
+
+
+def _schedule(value: Any) -> Any:
+    """The linear schedule, or one of retraining by name."""
+    return value if value == "linear" else retrainings.check(value)
+
+
+RetrainSchedule = Annotated[Choice, BeforeValidator(_schedule)]
+
+
+class Retrain(Strict):
+    """How long and on which schedule what was pruned is trained again, after each phase; each task adds its own keys.
+
+    schedule: "linear" falls linearly after a linear warm-up; or one of those of retraining, of which all but llr go by
+    the dense training.
+    """
+
+    schedule: RetrainSchedule = "linear"
+    """Of the learning rate: linear, ft, lrw, slr, clr, llr or allr."""
+    of: Literal["phase", "total"] = "phase"
+    """The budget is that of each phase, or of all together."""
+    warmup: Part = 0.1
+    """Share of the steps in which the rate rises."""
+
+    def multiplier(self, original: Original, steps: int, distance: float) -> Multiplier:
+        """The learning rate of every step, in units of its peak. distance: what pruning took away, for allr."""
+        if self.schedule == "linear":
+            return linear_warmup_decay(steps, self.warmup)
+        share = min(1.0, steps / original.steps)
+        return retrainings.make(self.schedule, original, steps, distance=distance, share=share, warmup=self.warmup)
+
+    def shared(self, steps: int, phases: int) -> list[int]:
+        """The steps of each phase. Raises ValueError for a total that leaves a phase none."""
+        return [steps] * phases if self.of == "phase" else split_steps(steps, phases)
+
+
+class Augmentation(Strict):
+    """crop: pixels of padding before a random crop; flip: left and right at random; cutout: side of a blank square."""
+
+    crop: Whole = 0
+    flip: bool = False
+    cutout: Whole = 0
+
+
+class Vary(Strict):
+    """What differs between the members of a soup: member i takes the i-th value of each list, and then the first again.
+
+    seed: "all" that is drawn, the "order" of the images alone, the "same" for all, or a list. Lists are in place of the
+    keys of `retrain`; weight_decay and augment, of those of `train`.
+    """
+
+    seed: Literal["all", "order", "same"] | tuple[int, ...] = "all"
+    lr: tuple[Positive, ...] = ()
+    schedule: tuple[RetrainSchedule, ...] = ()
+    warmup: tuple[Part, ...] = ()
+    steps: tuple[Count, ...] = ()
+    epochs: tuple[Positive, ...] = ()
+    weight_decay: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    augment: tuple[Augmentation, ...] = ()
+
+    def of(self, place: int) -> dict[str, Any]:
+        """The keys that a member has a value of its own for."""
+        lists = {key: values for key, values in self if isinstance(values, tuple) and values}
+        return {key: values[place % len(values)] for key, values in lists.items()}
+
+
+def _average(value: Any) -> Any:
+    """A name, or a weight for each member."""
+    if isinstance(value, (list, tuple)) and all(isinstance(x, (int, float)) and x >= 0 for x in value):
+        return tuple(float(x) for x in value)
+    return averages.check(value)
+
+
+class Soup(Strict):
+    """Several retrainings of what was pruned and their average, in each phase, and what the soup is compared with.
+
+    average: by name (greedy and learned choose by held-out data), or a weight for each member. also: further averages
+    of the last phase's members. swa: where in the last retraining stochastic weight averaging begins, as a share.
+    line, plane: points along lines between two members and a side of the plane of three; 0 leaves them out.
+    """
+
+    members: Count = 3
+    vary: Vary = Vary()
+    average: Annotated[Choice | tuple[float, ...], BeforeValidator(_average)] = "uniform"
+    also: tuple[AverageName, ...] = ()
+    baselines: tuple[Baseline, ...] = ("longer",)
+    swa: Part = 0.75
+    line: Whole = 0
+    plane: Whole = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Soup:
+        if isinstance(self.average, tuple):
+            if len(self.average) != self.members:
+                raise ValueError(f"average: {len(self.average)} weights for {self.members} members; give one each")
+            if abs(math.fsum(self.average) - 1) > 1e-6:
+                raise ValueError(f"average: weights add up to 1; these to {math.fsum(self.average):g}")
+        if self.line == 1 or self.plane == 1:
+            raise ValueError("line and plane: at least 2 points, or 0 to leave it out")
+        return self
+
+    @property
+    def choosing(self) -> list[str]:
+        """The averages that choose by held-out data."""
+        named = [each for each in (self.average, *self.also) if not isinstance(each, tuple)]
+        return [averages.name(each) for each in named if averages.knows(each, "held")]
+
+
+class ClassifierSoup(Soup):
+    """The same, with what is usual for classifiers."""
+
+    baselines: tuple[Baseline, ...] = get_args(Baseline)
+    line: Whole = 11
+    plane: Whole = 9
+
+
+# Sections of language models.
 
 
 class Data(Strict):
@@ -124,6 +384,19 @@ class Data(Strict):
         return self
 
 
+_TRAIN, _TEST = Data(source="embedded", split="train"), Data(source="embedded", split="test")
+
+
+class Calibrate(Strict):
+    """Text that shows the layers their inputs: `samples` windows of `length` tokens, `batch_size` at a time."""
+
+    data: Data = _TRAIN
+    samples: Count = 128
+    length: Annotated[int, Field(ge=2)] = 2048
+    batch_size: Count = 8
+    seed: int = 0
+
+
 def _subsets(value: Any) -> Any:
     """Subset names from a list or from one text with commas; refused as `adapt` refuses them."""
     if not isinstance(value, str | list | tuple):
@@ -136,89 +409,39 @@ def _subsets(value: Any) -> Any:
 Subsets = Annotated[tuple[str, ...], BeforeValidator(_subsets)]
 
 
-class Calibrate(Strict):
-    """Text that shows the layers their inputs: `samples` windows of `length` tokens, `batch_size` at a time."""
+class Adapting(Strict):
+    """Which parameters of a language model are trained by AdamW, and the adapters among them."""
 
-    data: Data = Data(source="embedded", split="train")
-    samples: Annotated[int, Field(ge=1)] = 128
-    length: Annotated[int, Field(ge=2)] = 2048
-    batch_size: Annotated[int, Field(ge=1)] = 8
+    train: Subsets = ("full",)
+    """Parameters: biases,norms or mask_lora or full ..."""
+    steps: Count = 64
+    """Optimizer steps."""
+    lr: Positive = 1e-4
+    """Peak learning rate."""
+    warmup: Part = 0.1
+    rank: Count = 16
+    """Of adapters."""
+    alpha: Positive = 32.0
+    """Of adapters: the update is scaled by alpha / rank."""
+    init: Literal["kaiming", "gaussian"] = "kaiming"
     seed: int = 0
+    """Of the order of sequences, and of adapters."""
 
 
-class Prune(Strict):
-    """Which weights go: a criterion, a pattern and a sparsity (the share of zeros, in [0, 1))."""
+class Reconstruct(Adapting):
+    """Fit each pruned block to its dense outputs, right after it is pruned."""
 
-    criterion: CriterionName = "wanda"
-    """How weights are scored, or layers solved."""
-    pattern: PatternName = "unstructured"
-    """unstructured, N:M (at most N nonzeros of M) such as 2:4, block RxC, filters."""
-    sparsity: float = 0.5
-    """Share of zeros, in [0, 1)."""
-    scope: Literal["row", "layer", "model"] | None = None
-    """Which scores compete."""
-    allocation: AllocationName = "uniform"
-    """How many weights each layer keeps."""
-    phases: Annotated[int, Field(ge=1)] = 1
-    """Prune and retrain that many times."""
-    include: tuple[str, ...] = ()
-    """Globs of layers: only these are pruned."""
-    exclude: tuple[str, ...] = ()
-    """Globs of layers that stay dense."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _implied(cls, value: Any) -> Any:
-        """An N:M pattern says its own sparsity."""
-        fixed = fixed_sparsity(value)
-        return value if fixed is None else {"sparsity": fixed, **value}
-
-    @model_validator(mode="after")
-    def _check(self) -> Prune:
-        pattern, allocation = pattern_of(self.pattern), self.sharing()
-        check_sparsity(pattern, self.sparsity)
-        if pattern.sparsity is not None and (self.scope is not None or allocation.reads):
-            raise ValueError(
-                f"pattern {self.pattern!r} fixes the share of zeros in every group: leave out scope and allocation"
-            )
-        if pattern.sparsity is not None and self.phases > 1:
-            raise ValueError(f"pattern {self.pattern!r} fixes the share of zeros in every group: leave out phases")
-        if self.how().score is None and self.phases > 1:
-            raise ValueError(
-                f"{self.how().name} cannot stay within the masks of an earlier phase: leave out phases, or take a "
-                "criterion with a score"
-            )
-        check_comparable(self.how(), allocation)
-        if self.scope == "model" and allocations.make(self.allocation).reads:
-            raise ValueError("scope 'model' is an allocation already: leave out allocation")
-        return self
-
-    def how(self, seed: int = 0) -> Criterion:
-        """The criterion; seed: of one that draws, unless the recipe gives it its own."""
-        return criterion_of(criteria.make(self.criterion, seed=seed))
-
-    def sharing(self) -> Allocation:
-        """The allocation; scope model is that of one selection over all layers."""
-        return allocation_of(global_ if self.scope == "model" else allocations.make(self.allocation))
-
-    def where(self) -> Pattern:
-        """The pattern, with the scope that is asked for, or that the criterion and the allocation imply."""
-        own = compared(self.how(), self.sharing()) if self.scope is None else self.scope
-        return pattern_of(self.pattern, "row" if own == "row" else "layer")
-
-
-def _schedule(value: Any) -> Any:
-    """The linear schedule, or one of retraining by name."""
-    return value if value == "linear" else retrainings.check(value)
+    window: Literal["block", "half", "matrix"] = "block"
+    inputs: Literal["pruned", "dense"] = "pruned"
 
 
 class DenseRates(Strict):
     """What the learning rate did in the training of the dense model, as its authors say; its peak is retrain.lr."""
 
-    steps: Annotated[int, Field(ge=1)]
+    steps: Count
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup: Annotated[int, Field(ge=0)] = 0
-    end: Annotated[float, Field(ge=0, le=1)] = 0.1
+    warmup: Whole = 0
+    end: Share = 0.1
 
     @model_validator(mode="after")
     def _check(self) -> DenseRates:
@@ -237,49 +460,30 @@ class DenseRates(Strict):
         return Original.of((peak * made(step) for step in range(self.steps)), warmup)
 
 
-class Retrain(Strict):
-    """Which parameters are retrained on packed text, and how: by AdamW, on one schedule.
-
-    schedule: "linear" falls linearly after a linear warm-up; or one of those of retraining, of which all but llr go by
-    the `dense` training.
-    """
+class LanguageRetrain(Adapting, Retrain):
+    """Which parameters are retrained on packed text, and how."""
 
     train: Subsets = ("mask_lora",)
     """Parameters: biases,norms or mask_lora or full ..."""
-    data: Data = Data(source="embedded", split="train")
-    steps: Annotated[int, Field(ge=1)] = 200
+    steps: Count = 200
     """Optimizer steps."""
-    batch_size: Annotated[int, Field(ge=1)] = 8
+    data: Data = _TRAIN
+    batch_size: Count = 8
     """Sequences at a time."""
     length: Annotated[int, Field(ge=2)] = 1024
     """Tokens a sequence."""
-    accumulate: Annotated[int, Field(ge=1)] = 1
+    accumulate: Count = 1
     """Batches whose gradients make one step."""
-    lr: Annotated[float, Field(gt=0)] = 1e-4
-    """Peak learning rate."""
-    lrs: dict[str, Annotated[float, Field(gt=0)]] = {}
-    schedule: Annotated[Choice, BeforeValidator(_schedule)] = "linear"
-    """Of the learning rate: linear, ft, lrw, slr, clr, llr or allr."""
+    lrs: dict[str, Positive] = Field(default_factory=dict)
     dense: DenseRates | None = None
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of the steps in which the rate rises."""
-    rank: Annotated[int, Field(ge=1)] = 16
-    """Of adapters."""
-    alpha: Annotated[float, Field(gt=0)] = 32.0
-    """Of adapters: the update is scaled by alpha / rank."""
-    init: Init = "kaiming"
-    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    clip: Positive | None = 1.0
     add_biases: bool = False
     """Give layers zero biases first."""
     checkpointing: bool | Literal["auto"] = False
     keep_effective: bool = False
-    compile: bool = False
-    """Compile the blocks."""
-    seed: int = 0
-    """Of the order of sequences, and of adapters."""
 
     @model_validator(mode="after")
-    def _check(self) -> Retrain:
+    def _check(self) -> LanguageRetrain:
         strange = [name for name in self.lrs if name not in self.train]
         if strange:
             raise ValueError(f"lrs names {strange[0]!r}, which is not in train={list(self.train)}: leave it out")
@@ -289,70 +493,21 @@ class Retrain(Strict):
 
     def rates(self, distance: float = 1.0) -> Multiplier:
         """The learning rate of every step, in units of its peak. distance: what pruning took away, for allr."""
-        if self.schedule == "linear":
-            return linear_warmup_decay(self.steps, self.warmup)
         original = Original.of([self.lr]) if self.dense is None else self.dense.original(self.lr)
-        share = min(1.0, self.steps / original.steps)
-        return retrainings.make(self.schedule, original, self.steps, distance=distance, share=share, warmup=self.warmup)
-
-
-class Soup(Strict):
-    """Several retrainings of the one pruned model, and their average.
-
-    vary: key of `retrain` -> its value in each member; members differ in their seed, seed + 1000 * place, unless it
-    names seed. average: "uniform", or a weight for each. longer: also train one member as long as all together.
-    """
-
-    members: Annotated[int, Field(ge=2)] = 3
-    vary: dict[Literal["seed", "lr", "steps", "warmup"], list[Any]] = {}
-    average: Literal["uniform"] | list[Annotated[float, Field(ge=0, le=1)]] = "uniform"
-    longer: bool = True
-
-    @model_validator(mode="after")
-    def _check(self) -> Soup:
-        weights = {} if self.average == "uniform" else {"average": self.average}
-        for key, values in {**self.vary, **weights}.items():
-            if len(values) != self.members:
-                raise ValueError(f"{key} has {len(values)} values for {self.members} members; give one each")
-        if self.average != "uniform" and abs(sum(self.average) - 1) > 1e-6:
-            raise ValueError(f"average: weights add up to 1; these to {sum(self.average):g}")
-        return self
-
-    def each(self, retrain: Retrain) -> list[Retrain]:
-        """The retraining of every member."""
-        plain = retrain.model_dump()
-        seeds = [retrain.seed + 1000 * place for place in range(self.members)]
-        vary = {"seed": seeds, **self.vary}
-        changes = [{key: values[place] for key, values in vary.items()} for place in range(self.members)]
-        return [Retrain.model_validate({**plain, **change}) for change in changes]
-
-
-class Reconstruct(Strict):
-    """Fit each pruned block to its dense outputs, right after it is pruned."""
-
-    window: Literal["block", "half", "matrix"] = "block"
-    train: Subsets = ("full",)
-    inputs: Literal["pruned", "dense"] = "pruned"
-    steps: Annotated[int, Field(ge=1)] = 64
-    lr: Annotated[float, Field(gt=0)] = 1e-4
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    rank: Annotated[int, Field(ge=1)] = 16
-    alpha: Annotated[float, Field(gt=0)] = 32.0
-    init: Init = "kaiming"
-    seed: int = 0
+        return self.multiplier(original, self.steps, distance)
 
 
 class Evaluate(Strict):
     """Perplexity of each named text: joined, cut into windows without overlap, mean loss over predicted tokens."""
 
-    data: dict[str, Data] = {"held-out": Data(source="embedded", split="test")}
+    data: dict[str, Data] = Field(default_factory=lambda: {"held-out": _TEST})
     window: Annotated[int, Field(ge=2)] | None = None
     """Tokens a window; the model's own length (at most 2048) if left out."""
-    batch_size: Annotated[int, Field(ge=1)] = 4
+    batch_size: Count = 4
     """Windows at a time."""
-    tasks: dict[str, str] = {}
+    tasks: dict[str, str] = Field(default_factory=dict)
     """Zero-shot tasks and their files (needs the extra 'zeroshot')."""
-    task_batch_size: Annotated[int, Field(ge=1)] = 16
+    task_batch_size: Count = 16
     """Requests of zero-shot tasks at a time."""
 
     @model_validator(mode="after")
@@ -370,8 +525,203 @@ class Evaluate(Strict):
         return value
 
 
+# Sections of classifiers.
+
+
+class ImageSource(Strict):
+    """Where the images come from, and what is measured on.
+
+    source: "digits", a folder or file (.parquet, .npz, .safetensors), or a Hugging Face data set.
+    measure_on: "validation" holds out the share `validation` of the training images, without augmentation, and never
+    reads the test images; "test" trains on all training images; "both" holds out the same share for what is chosen by
+    images (greedy and learned soups), and measures on the test images.
+    """
+
+    source: str
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    measure_on: Literal["test", "validation", "both"] = "test"
+
+    @property
+    def measured(self) -> str:
+        """Which images are measured on: test or validation."""
+        return "validation" if self.measure_on == "validation" else "test"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
+    @field_validator("source")
+    @classmethod
+    def _there(cls, value: str) -> str:
+        if looks_local(value) and not Path(value).expanduser().exists():
+            raise ValueError(f"no file or folder (seen from {os.getcwd()}); give a path, a data set name or digits")
+        return value
+
+
+if TYPE_CHECKING:
+    OptimizerChoice = OneOptimizer
+else:
+    _fields: dict[str, Any] = {name: (each | None, None) for name, each in optimizers.members().items()}
+    OptimizerChoice = create_model("OptimizerChoice", __base__=OneOptimizer, __module__=__name__, **_fields)
+
+
+class Training(Strict):
+    """How the network is trained, by SGD or another `optimizer`; `warmup`, milestones and `snapshots` are in epochs.
+
+    penalty: what is added to the loss of the first training, not of retraining.
+    clip: largest norm of the gradient. ema: decay of a running mean of the weights, which then is what is measured.
+    snapshots: epochs after which the weights are kept, for weight rewinding.
+    evaluate_every: epochs between measurements while `prunus run` trains; 0 measures at the end alone.
+    """
+
+    epochs: Count = 30
+    batch_size: Count = 512
+    lr: Positive = 0.4
+    schedule: ScheduleName = "linear"
+    warmup: Annotated[float, Field(ge=0)] = 2
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = False
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    optimizer: OptimizerChoice | None = None
+    penalty: Pull | None = None
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    augment: Augmentation = Augmentation(crop=4, flip=True)
+    clip: Positive | None = None
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    snapshots: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    evaluate_every: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def chosen(self) -> Optimizer:
+        """The optimizer: SGD where none is named."""
+        return Sgd() if self.optimizer is None else self.optimizer.one
+
+    @model_validator(mode="after")
+    def _check(self) -> Training:
+        if self.warmup >= self.epochs:
+            raise ValueError(f"warmup: {self.warmup:g} epochs leave none of the {self.epochs}; set a smaller warmup")
+        if self.warmup and not schedules.knows(self.schedule, "warmup"):
+            raise ValueError(f"schedule {schedules.name(self.schedule)} rises by itself: set warmup: 0")
+        late = [epoch for epoch in self.snapshots if epoch > self.epochs]
+        if late:
+            raise ValueError(f"snapshots: epoch {late[0]} lies behind the end, epochs: {self.epochs}")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs momentum above 0")
+        if self.nesterov and self.chosen != Sgd():
+            raise ValueError("nesterov is a form of plain SGD: leave out nesterov or optimizer")
+        return self
+
+
+class ClassifierRetrain(Retrain):
+    """How the pruned network is trained again: by the optimizer of `train`, from its peak if there is no `lr`.
+
+    epochs, share (of the dense training's) or steps: one of them. rewind: the epoch whose weights the surviving weights
+    take before retraining; it must be one of train.snapshots.
+    """
+
+    schedule: RetrainSchedule = "allr"
+    epochs: Positive | None = None
+    """How long, in epochs of the training images."""
+    share: Positive | None = None
+    """How long, as a share of the dense training."""
+    steps: Count | None = None
+    rewind: Whole | None = None
+    """Epoch whose weights the surviving ones take again."""
+    lr: Positive | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ClassifierRetrain:
+        if sum(each is not None for each in (self.epochs, self.share, self.steps)) != 1:
+            raise ValueError("give one of epochs, share (of the training's epochs) and steps")
+        return self
+
+    def budgets(self, phases: int, dense_steps: int, epoch_steps: int) -> list[int]:
+        """The steps of each phase. Raises ValueError for a total that leaves a phase none."""
+        by_epochs = (self.epochs or 0) * epoch_steps if self.share is None else self.share * dense_steps
+        return self.shared(self.steps or max(1, round(by_epochs)), phases)
+
+
+def _corruption(name: str) -> str:
+    if name not in CORRUPTIONS:
+        close = difflib.get_close_matches(name, CORRUPTIONS, n=1)
+        raise ValueError("no such corruption; " + (f"did you mean {close[0]!r}?" if close else ", ".join(CORRUPTIONS)))
+    return name
+
+
+class Corruptions(Strict):
+    """On which corruptions of the images that are measured on the final network is measured as well.
+
+    names: all of them if empty. strengths: those of CIFAR-10-C or of ImageNet-C. folder: where corrupted sets are kept
+    for other runs, or one that holds CIFAR-10-C; None makes them anew. images: how many are corrupted, the first ones.
+    """
+
+    names: tuple[Annotated[str, AfterValidator(_corruption)], ...] = ()
+    severities: tuple[Annotated[int, Field(ge=1, le=5)], ...] = Field(default=(1, 2, 3, 4, 5), min_length=1)
+    strengths: Strengths = "cifar"
+    folder: str | None = None
+    images: Count | None = None
+    seed: int = 0
+
+
+# Recipes.
+
+
 class Recipe(Strict):
-    """A whole compression run: load, prune, (reconstruct), (retrain, merge), evaluate, save.
+    """What every task has; it is read as the recipe of a task, a classifier's if it has the key `images`.
+
+    compile: the model's repeated blocks, by torch.compile. save: whether the model is written.
+    """
+
+    model: str
+    """Name, folder or file; 'embedded'; or a network such as resnet18."""
+    device: Device = "auto"
+    """auto, cpu, cuda or one GPU such as cuda:1."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of matrix products."""
+    compile: bool = False
+    """Compile the model's blocks."""
+    prune: Prune | None = None
+    retrain: Retrain | None = None
+    soup: Soup | None = None
+    out: str = "runs/run"
+    """Run folder."""
+    save: bool = True
+    """Whether the model is written."""
+
+    apart: ClassVar[int] = 1  # between the seeds of the members of a soup
+
+    @property
+    def drawn(self) -> int:
+        """The seed that the members of a soup differ in."""
+        return 0
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _of_its_task(cls, value: Any, handler: Any) -> Any:
+        return _task_of(value).model_validate(value) if cls is Recipe else handler(value)
+
+    @model_validator(mode="after")
+    def _check_shared(self) -> Recipe:
+        if Path(self.out).is_file():
+            raise ValueError(f"out: {self.out!r} is a file; give a folder")
+        return self
+
+    def _check_members(self) -> None:
+        """Refuse members of a soup that are the same."""
+        seen: dict[str, int] = {}
+        for place in range(self.soup.members if self.soup is not None else 0):
+            text = member_of(self, place).model_dump_json(exclude={"soup"}) + str(order_of(self, place))
+            if text in seen:
+                raise ValueError(
+                    f"soup.vary: members {seen[text] + 1} and {place + 1} would be the same; give as many values as "
+                    "members, or seed: all"
+                )
+            seen[text] = place
+
+
+class LanguageRecipe(Recipe):
+    """A run of a language model: load, prune, (reconstruct), (retrain, merge, (average)), evaluate, save.
 
     model: a Hugging Face name or folder, a .gguf file, or "embedded". dtype: "auto" is the checkpoint's own.
     precision: autocast while retraining; trained parameters are float32 throughout.
@@ -383,29 +733,24 @@ class Recipe(Strict):
     """Run code that lies beside the model's weights."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights in memory and on disk."""
-    device: Device = "auto"
-    """auto, cpu, cuda or one GPU such as cuda:1."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of matrix products."""
     streaming: bool = False
     """Read blocks from the checkpoint one at a time, for models larger than memory."""
     prune: Prune = Prune()
     calibrate: Calibrate = Calibrate()
     reconstruct: Reconstruct | None = None
-    retrain: Retrain | None = None
+    retrain: LanguageRetrain | None = None
     soup: Soup | None = None
     evaluate: Evaluate = Evaluate()
-    out: str = "runs/compress"
-    """Run folder."""
-    save: bool = True
-    """Whether the model is written."""
+
+    apart: ClassVar[int] = 1000
+
+    @property
+    def drawn(self) -> int:
+        """That of retraining."""
+        return 0 if self.retrain is None else self.retrain.seed
 
     @model_validator(mode="after")
-    def _check(self) -> Recipe:
-        if self.soup is not None:
-            if self.retrain is None:
-                raise ValueError("soup: its members are retrained as `retrain` says; give a section retrain")
-            self.soup.each(self.retrain)
+    def _check(self) -> LanguageRecipe:
         if looks_local(self.model) and not Path(self.model).exists():
             raise ValueError(
                 f"model: no file or folder {self.model!r} (seen from {os.getcwd()}); give a path that exists"
@@ -415,8 +760,8 @@ class Recipe(Strict):
                 "retrain.train: merging 'lora' would fill pruned weights; train 'mask_lora' or 'scale_lora', which "
                 "keep them zero, or 'lora_prune', which drops that part"
             )
-        if Path(self.out).is_file():
-            raise ValueError(f"out: {self.out!r} is a file; give a folder")
+        if self.soup is not None:
+            self._check_soup(self.soup)
         if self.prune.phases > 1:
             self._check_phases()
         if self.streaming and self.retrain is not None and self.retrain.schedule == "allr":
@@ -425,16 +770,190 @@ class Recipe(Strict):
             raise ValueError("evaluate.tasks need the whole model in memory: leave out tasks or streaming")
         return self
 
+    def phase(self, index: int) -> LanguageRecipe:
+        """The recipe of one phase, from 0: its sparsity, and its share of the steps."""
+        prune, retrain = self.prune, self.retrain
+        prune = prune.model_copy(update={"sparsity": phase_sparsities(prune.sparsity, prune.phases)[index]})
+        if retrain is not None:
+            retrain = retrain.model_copy(update={"steps": retrain.shared(retrain.steps, prune.phases)[index]})
+        return self.model_copy(update={"prune": prune, "retrain": retrain})
+
     def _check_phases(self) -> None:
         if self.retrain is None or self.retrain.add_biases:
             raise ValueError("prune.phases: each is retrained: give a section retrain, without add_biases")
-        strange = [key for key in ("streaming", "reconstruct", "soup") if getattr(self, key)]
+        strange = [key for key in ("streaming", "reconstruct") if getattr(self, key)]
         if strange:
             raise ValueError(f"prune.phases: the whole model is retrained in each: leave out {strange[0]}")
+        self.phase(0)
+
+    def _check_soup(self, soup: Soup) -> None:
+        if self.retrain is None:
+            raise ValueError("soup: its members are retrained as `retrain` says; give a section retrain")
+        if soup.choosing or soup.also:
+            raise ValueError(
+                f"soup: {(*soup.choosing, *soup.also)[0]} averages are made of classifiers; take uniform or weights"
+            )
+        vary = {"vary.epochs": soup.vary.epochs, "vary.weight_decay": soup.vary.weight_decay}
+        vary |= {"vary.augment": soup.vary.augment, "vary.seed": soup.vary.seed == "order"}
+        asked = {**vary, "line": soup.line, "plane": soup.plane, "baselines": set(soup.baselines) - {"longer"}}
+        strange = [key for key, value in asked.items() if value]
+        if strange:
+            raise ValueError(f"soup.{strange[0]}: this goes with soups of classifiers; leave it out")
+        self._check_members()
 
 
-def load_recipe(path: Path | None, overrides: dict[str, Any] | None = None) -> Recipe:
-    """The checked recipe of a YAML file with dotted overrides (`{"prune.sparsity": 0.6}`) put on top.
+def _during(value: Any) -> Any:
+    """One method by name with the options that its class takes."""
+    if value is None:
+        return None
+    choice = methods.check(value)
+    return {choice: {}} if isinstance(choice, str) else choice
+
+
+class ClassifierRecipe(Recipe):
+    """A run of a classifier: train, (during a method), prune, retrain, (average), measure; lengths are in epochs.
+
+    images ─▶ train (dense, or during a method) ─▶ prune ─▶ retrain, `prune.phases` times ─▶ measure
+
+    model: a name of `data.build_model`, such as resnet18, resnet20, wrn28_10, "timm:NAME", "torchvision:NAME".
+    during: one method that prunes while training, by name, with its options; it reaches prune.sparsity.
+    capture: record the training step as a CUDA graph. recalibrate: share of an epoch's augmented batches on which
+    BatchNorm statistics are counted anew, after pruning and at the end of every run; 0: never.
+    """
+
+    images: ImageSource
+    model: str = "resnet18"
+    seed: int = 0
+    """Of weights, order and augmentation."""
+    train: Training = Training()
+    during: Annotated[dict[str, dict[str, Any]] | None, BeforeValidator(_during)] = None
+    prune: ClassifierPrune | None = None
+    retrain: ClassifierRetrain | None = None
+    soup: ClassifierSoup | None = None
+    recalibrate: Share = 1.0
+    """Share of the images that count BatchNorm anew."""
+    corruptions: Corruptions | None = None
+    capture: Literal["auto"] | bool = "auto"
+    channels_last: Literal["auto"] | bool = "auto"
+
+    apart: ClassVar[int] = 15_485_863  # so that the members of one run are not those of the next seed's
+
+    @property
+    def drawn(self) -> int:
+        """That of the whole run."""
+        return self.seed
+
+    @model_validator(mode="after")
+    def _check(self) -> ClassifierRecipe:
+        if self.precision == "fp16":
+            raise ValueError("precision: classifiers are trained in fp32 or bf16; leave out fp16")
+        if self.prune is None and (self.during is not None or self.retrain is not None):
+            raise ValueError(f"{'during' if self.during else 'retrain'} needs prune.sparsity: give a section prune")
+        if self.during is not None and self.prune is not None:
+            self._check_during(self.during, self.prune)
+        rewind = self.retrain.rewind if self.retrain is not None else None
+        if rewind is not None and rewind not in self.train.snapshots:
+            raise ValueError(f"retrain.rewind: epoch {rewind} is not kept; set train.snapshots: [{rewind}]")
+        if rewind is not None and self.prune is not None and self.prune.kind != "zeros":
+            raise ValueError("retrain.rewind: a network that became smaller has no earlier weights; leave it out")
+        if self.soup is not None:
+            self._check_soup(self.soup)
+        _check_model(self.model)
+        return self
+
+    def _check_during(self, during: Mapping[str, Mapping[str, Any]], prune: Prune) -> None:
+        own = ("kind", "phases", "criterion", "allocation", "pattern", "scope")
+        changed = [key for key in own if getattr(prune, key) != type(prune).model_fields[key].default]
+        if changed:
+            raise ValueError(f"prune.{changed[0]}: a method that prunes during training chooses itself; leave it out")
+        if self.retrain is not None and self.retrain.rewind is not None:
+            raise ValueError("retrain.rewind goes with pruning after training; leave it out beside during")
+        name, options = next(iter(during.items()))
+        try:
+            methods.make({name: dict(options)}, prune.sparsity)
+        except TypeError as error:
+            raise ValueError(f"during.{name}: {error}") from None
+
+    def _check_soup(self, soup: Soup) -> None:
+        if self.prune is None:
+            raise ValueError("soup needs prune.sparsity: members are copies of one pruned network")
+        if self.prune.kind != "zeros":
+            raise ValueError("soup: members share zeros; leave out prune.kind")
+        if self.retrain is None and (self.during is None or next(iter(self.during)) not in FORKING):
+            raise ValueError(
+                "soup: members are retrainings: give a section retrain (without it, during: gmp or dpf fork members "
+                "when their mask is final)"
+            )
+        if self.retrain is not None and self.retrain.rewind is not None:
+            raise ValueError("retrain.rewind would throw the average of every phase away; leave it out")
+        if soup.choosing and self.images.measure_on == "test":
+            raise ValueError(
+                f"soup: {soup.choosing[0]} averages are chosen by held-out images: set images.measure_on: both (the "
+                "test images measure), or validation"
+            )
+        if self.retrain is None and self.train.ema is not None:
+            raise ValueError(
+                "train.ema: members forked within a training cannot go on with its running mean; leave it out"
+            )
+        vary = soup.vary
+        if self.retrain is None and (vary.epochs or vary.steps or vary.schedule or vary.warmup or vary.lr):
+            raise ValueError(
+                "soup.vary: members forked within a training end it: leave out lr, schedule, warmup, steps and epochs"
+            )
+        self._check_members()
+
+
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
+
+
+def given(section: Section | None) -> Section:
+    """A section that the checks of a recipe say is there."""
+    assert section is not None
+    return section
+
+
+def member_of(recipe: AnyRecipe, place: int | None) -> AnyRecipe:
+    """The recipe of the retraining of a member of a soup; None: of a run without members, as the recipe itself says it.
+
+    Members whose seed differs in all have seeds `recipe.apart` apart.
+    """
+    if place is None or recipe.soup is None:
+        return recipe
+    own = recipe.soup.vary.of(place)
+    if recipe.soup.vary.seed == "all":
+        own["seed"] = recipe.drawn + recipe.apart * place
+    if own.keys() & {"epochs", "steps"}:
+        own = {"epochs": None, "share": None, "steps": None} | own
+    changed: dict[str, Any] = {"seed": own["seed"]} if "seed" in own and isinstance(recipe, ClassifierRecipe) else {}
+    for name, keys in (("train", own.keys() & _OF_TRAIN), ("retrain", own.keys() - _OF_TRAIN)):
+        section: Any = getattr(recipe, name, None)
+        if section is not None:
+            known = keys & type(section).model_fields.keys()
+            changed[name] = section.model_copy(update={key: own[key] for key in known})
+    return recipe.model_copy(update=changed)
+
+
+def order_of(recipe: Recipe, place: int | None) -> int | None:
+    """The seed of the images' order where that alone differs."""
+    if place is None or recipe.soup is None or recipe.soup.vary.seed != "order":
+        return None
+    return recipe.drawn + recipe.apart * place
+
+
+@lru_cache
+def _check_model(name: str) -> None:
+    """Refuse a name that is no model, without making its weights."""
+    from prunus.data import build_model
+
+    with torch.device("meta"):
+        build_model(name, classes=10)
+
+
+# Reading them.
+
+
+def load_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -> Any:
+    """The checked recipe of a YAML file, of whichever task, with dotted overrides ({"prune.sparsity": 0.6}) put on top.
 
     Raises ValueError that lists every wrong key with its value and mend; FileNotFoundError for a missing recipe.
     """
@@ -442,7 +961,7 @@ def load_recipe(path: Path | None, overrides: dict[str, Any] | None = None) -> R
     return parse(merge(raw, overrides or {}), Recipe, str(path or "flags"))
 
 
-def parse(raw: dict[str, Any], model: type[Section], where: str) -> Section:
+def parse(raw: Mapping[str, Any], model: type[Section], where: str) -> Section:
     """The checked section `model` of a plain mapping; errors as in `load_recipe`."""
     strange = next(_not_finite(raw), None)
     if strange is not None:
@@ -450,7 +969,8 @@ def parse(raw: dict[str, Any], model: type[Section], where: str) -> Section:
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        lines = _united([_line(item, model) for item in error.errors()])
+        task = cast("type[BaseModel]", _task_of(raw) if model is Recipe else model)
+        lines = _united([_line(item, task) for item in error.errors()])
         raise ValueError(f"{where}: " + "\n".join(lines)) from None
 
 
@@ -466,7 +986,7 @@ def _not_finite(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
             yield from _not_finite(item, key)
 
 
-def merge(raw: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+def merge(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a nested mapping with dotted keys set."""
     out = json.loads(json.dumps(raw))
     for dotted, value in overrides.items():
@@ -495,6 +1015,10 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def _task_of(raw: Any) -> type[Recipe]:
+    return ClassifierRecipe if isinstance(raw, Mapping) and "images" in raw else LanguageRecipe
+
+
 _MEMBER = re.compile(r"\.(?:bool|int|float|str|dict|list|tuple|literal|constrained|function|\[key\])(?:\W.*)?$")
 
 
@@ -512,19 +1036,26 @@ def _line(item: Any, model: type[BaseModel]) -> str:
     path = [str(part) for part in item["loc"] if part != "value"]
     key = ".".join(path) or "recipe"
     if item["type"] == "extra_forbidden":
-        known = sorted(_fields(model, path[:-1]))
-        close = difflib.get_close_matches(path[-1], known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
-        return f"unknown key {key!r}; {hint}"
+        return f"unknown key {key!r}; {_hint(path, model)}"
     message = item["msg"].removeprefix("Value error, ")
     return f"{key}: {message} (got {item['input']!r})" if not isinstance(item["input"], dict) else f"{key}: {message}"
 
 
-def _fields(model: Any, path: list[str]) -> list[str]:
+def _hint(path: Sequence[str], model: type[BaseModel]) -> str:
+    """What an unknown key may have been meant to be."""
+    known = sorted(_fields(model, path[:-1]))
+    others = {LanguageRecipe: (ClassifierRecipe, "classifiers"), ClassifierRecipe: (LanguageRecipe, "language models")}
+    if model in others and path[-1] in _fields(others[model][0], path[:-1]):
+        return f"that is a key of {others[model][1]}; known keys: {', '.join(known)}"
+    close = difflib.get_close_matches(path[-1], known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+
+
+def _fields(model: Any, path: Sequence[str]) -> list[str]:
     for part in path:
         field = getattr(model, "model_fields", {}).get(part)
         if field is None:
-            continue
+            return []
         options = [field.annotation, *get_args(field.annotation)]
         models = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
         model = models[0] if models else model

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from prunus.machine import write_tensors
-from prunus.run.recipe import Recipe, merge, parse, read_yaml
+from prunus.run.recipe import LanguageRecipe, merge, parse, read_yaml
 
 __all__ = ["Scorer", "scorer"]
 
@@ -45,10 +45,10 @@ def _language_models(path: Path) -> Scorer:
     from prunus.run.folder import device_of
 
     raw = read_yaml(path)
-    parse(raw, Recipe, str(path))  # mistakes show before anything is averaged
+    parse(raw, LanguageRecipe, str(path))  # mistakes show before anything is averaged
 
     def score(checkpoint: Path) -> float:
-        recipe = parse(merge(raw, {"model": str(checkpoint)}), Recipe, str(path))
+        recipe = parse(merge(raw, {"model": str(checkpoint)}), LanguageRecipe, str(path))
         device = device_of(recipe)
         recipe = fitted(recipe, device)
         loaded = stages.load(recipe)

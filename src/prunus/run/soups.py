@@ -4,7 +4,7 @@
            └▶ retrain as long as all of them
 
 Every member is merged under the one mask, so that the average keeps every zero. A member that is finished is a folder,
-complete or absent, and is not trained again. In a grid members are jobs; `blend` makes them here.
+complete or absent, and is not trained again. In a grid members are jobs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import copy
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +22,22 @@ import torch
 from prunus.machine import read_json, write_json
 from prunus.masks import Masks
 from prunus.run import stages
-from prunus.run.recipe import Recipe, Retrain, digest, said
-from prunus.run.texts import training_windows
+from prunus.run.recipe import LanguageRecipe, LanguageRetrain, digest, given, member_of, said
 from prunus.save import average_folders, save_model
-from prunus.soup import check_weights, sms
+from prunus.soup import check_weights
 
 __all__ = [
     "BEST",
     "LONGER",
     "MEAN",
     "SOUP",
+    "Member",
     "Pruned",
     "Souped",
+    "as_long_as_all",
     "averaged",
-    "blend",
     "longer_of",
+    "member",
     "member_key",
     "members_of",
 ]
@@ -53,36 +54,35 @@ def _no_bar(_name: str, _steps: float | None) -> AbstractContextManager[Any]:
 
 @dataclass(frozen=True)
 class Pruned:
-    """A pruned model that members are retrained from, its masks, its recipe; bar: shows how far each is."""
+    """A pruned model that members are retrained from, its masks, the recipe of its phase, from 0.
+
+    bar: shows how far each is.
+    """
 
     loaded: stages.Loaded
     masks: Masks
-    recipe: Recipe
+    recipe: LanguageRecipe
     device: torch.device
+    phase: int = 0
     bar: Bar = _no_bar
 
-    def retrained(self, name: str, asked: Retrain, checkpoint: Path) -> tuple[Any, Numbers]:
+    def retrained(self, name: str, asked: LanguageRetrain, checkpoint: Path) -> tuple[Any, Numbers]:
         """A retrained and merged copy of the model, its perplexity and what retraining did."""
-        model = copy.deepcopy(self.loaded.model).to(self.device)
+        loaded = replace(self.loaded, model=copy.deepcopy(self.loaded.model))
+        recipe = self.recipe.model_copy(update={"retrain": asked})
         with self.bar(name, asked.steps) as advance:
             report = stages.retrain(
-                model,
+                loaded,
                 self.masks,
-                stages.pruned_views(model, self.masks, self.recipe),
-                training_windows(asked, self.loaded.tokenizer),
-                asked,
-                precision=stages.precision_of(self.recipe, self.device),
+                recipe,
+                self.device,
                 checkpoint=checkpoint,
-                distance=self.loaded.distance,
                 on_step=None if advance is None else lambda done, _loss: advance.to(done),
             )
         with self.bar(f"evaluate {name}", None):
-            found = stages.evaluate(stages.Loaded(model, self.loaded.tokenizer, None), self.recipe, self.device)
-        shown = {k: v for k, v in asdict(report).items() if k not in ("losses", "merge")}
-        return model.to("cpu"), {
-            "perplexity": found,
-            "retraining": shown | {"tokens_per_second": report.tokens_per_second},
-        }
+            found = stages.evaluate(replace(loaded, folder=None), self.recipe, self.device)
+        shown = {k: v for k, v in report.numbers().items() if k not in ("losses", "merge")}
+        return loaded.model.to("cpu"), {"perplexity": found, "retraining": shown}
 
     def save(self, model: Any, folder: Path, key: str, found: Numbers) -> None:
         """Write a member to a folder, complete or absent."""
@@ -104,46 +104,33 @@ class Souped:
     summary: dict[str, Any]
 
 
-def members_of(recipe: Recipe) -> list[Retrain]:
+def members_of(recipe: LanguageRecipe) -> list[LanguageRetrain]:
     """The retraining of each member."""
-    assert recipe.soup is not None
-    assert recipe.retrain is not None
-    return recipe.soup.each(recipe.retrain)
+    return [given(member_of(recipe, place).retrain) for place in range(given(recipe.soup).members)]
 
 
-def longer_of(recipe: Recipe) -> Retrain | None:
+def longer_of(recipe: LanguageRecipe) -> LanguageRetrain | None:
     """The retraining that takes as many steps as all members, if it is asked for."""
     first, *_ = each = members_of(recipe)
     steps = sum(one.steps for one in each)
-    return first.model_copy(update={"steps": steps}) if recipe.soup is not None and recipe.soup.longer else None
+    return first.model_copy(update={"steps": steps}) if "longer" in given(recipe.soup).baselines else None
 
 
-def member_key(recipe: Recipe, asked: Retrain) -> str:
+def member_key(recipe: LanguageRecipe, asked: LanguageRetrain) -> str:
     """Hash of what decides a member: everything but the other members, the output and what is done later."""
     return digest({**said(recipe, but={"soup", "out", "save"}), "retrain": said(asked)})
 
 
-def blend(pruned: Pruned, folder: Path, soup: Path) -> Souped:
-    """The soup of a pruned model, which stays as it is; members stand in `folder`, their average in `soup`.
+def member(pruned: Pruned, place: int, folder: Path) -> Member:
+    """A member, from 0: trained, merged and written below `folder`, unless it stands there."""
+    path = folder / str(place + 1)
+    return path, _kept(pruned, f"member {place + 1}", members_of(pruned.recipe)[place], path)
 
-    Checkpoints of a member under way are in `folder`, too. One copy of the model is made beside it, and the average is
-    made piece by piece. Raises ValueError for members that left their mask, and what retraining raises.
-    """
-    asked = members_of(pruned.recipe)
 
-    def retrain(pruned: Pruned, phase: int, place: int) -> Member:
-        path = folder / str(place + 1)
-        return path, _kept(pruned, f"member {place + 1}", asked[place], path)
-
-    def average(pruned: Pruned, members: Sequence[Member]) -> Souped:
-        whole = longer_of(pruned.recipe)
-        longer = None if whole is None else _kept(pruned, LONGER, whole, folder / "longer.json")
-        return averaged(pruned, members, longer, soup)
-
-    before: Souped | None = None
-    (made,) = sms(before, phases=1, members=len(asked), prune=lambda *_: pruned, retrain=retrain, average=average)
-    assert made.average is not None
-    return made.average
+def as_long_as_all(pruned: Pruned, folder: Path) -> Numbers | None:
+    """What one member is that is trained as long as all together, if it is asked for; its model is not kept."""
+    asked = longer_of(pruned.recipe)
+    return None if asked is None else _kept(pruned, LONGER, asked, folder / "longer.json")
 
 
 def averaged(pruned: Pruned, members: Sequence[Member], longer: Numbers | None, soup: Path) -> Souped:
@@ -152,8 +139,8 @@ def averaged(pruned: Pruned, members: Sequence[Member], longer: Numbers | None, 
     The best member is that of the lowest perplexity on the first text of `evaluate.data`.
     """
     recipe, asked = pruned.recipe, members_of(pruned.recipe)
-    assert recipe.soup is not None
-    weights = None if recipe.soup.average == "uniform" else recipe.soup.average
+    average = given(recipe.soup).average
+    weights = average if isinstance(average, tuple) else None
     average_folders([folder for folder, _ in members], soup, weights)
     made = stages.load(
         recipe.model_copy(update={"model": str(soup), "streaming": recipe.streaming and not recipe.evaluate.tasks})
@@ -189,7 +176,7 @@ def _best(perplexities: Sequence[Mapping[str, float]]) -> int:
     return min(range(len(perplexities)), key=lambda place: perplexities[place][first])
 
 
-def _kept(pruned: Pruned, name: str, asked: Retrain, path: Path) -> Numbers:
+def _kept(pruned: Pruned, name: str, asked: LanguageRetrain, path: Path) -> Numbers:
     """What a member's folder says, or the file of the longer run, whose model is not kept; else it is trained first."""
     key, alone = member_key(pruned.recipe, asked), path.suffix == ".json"
     stored = path if alone else path / "prunus.json"

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,14 +30,13 @@ from prunus.checkpoint import (
     read_config,
     read_tokenizer,
 )
-from prunus.data import PackedTokens
 from prunus.layers import View, find_layers
 from prunus.machine import Precision, autocast, of_training, ranks
 from prunus.masks import Masks
 from prunus.measure import perplexity, streamed_perplexity
 from prunus.run.fitted import model_path
-from prunus.run.recipe import Recipe, Retrain
-from prunus.run.texts import calibration_windows, evaluation_texts, window_of
+from prunus.run.recipe import LanguageRecipe, given
+from prunus.run.texts import calibration_windows, evaluation_texts, training_windows, window_of
 from prunus.stream import BlockReport, Fit, Shards, Streamed, Work, stream
 from prunus.train import next_token_loss, train
 
@@ -72,13 +71,12 @@ class Retrained:
     losses: list[float] = field(default_factory=list)
     merge: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def tokens_per_second(self) -> float:
-        """Useful tokens a second: every token of a packed window is trained on."""
-        return self.tokens / max(self.seconds, 1e-9)
+    def numbers(self) -> dict[str, Any]:
+        """The same for tables, with useful tokens a second: every token of a packed window is trained on."""
+        return asdict(self) | {"tokens_per_second": self.tokens / max(self.seconds, 1e-9)}
 
 
-def precision_of(recipe: Recipe, device: torch.device) -> Precision:
+def precision_of(recipe: LanguageRecipe, device: torch.device) -> Precision:
     """Autocast precision; "auto" is bf16 on a GPU that has it, fp16 on one that has not, fp32 on a CPU."""
     if recipe.precision == "fp16" and device.type == "cpu":
         raise ValueError("precision: fp16 needs a GPU; use fp32 or bf16 on a CPU")
@@ -89,7 +87,7 @@ def precision_of(recipe: Recipe, device: torch.device) -> Precision:
     return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
 
 
-def load(recipe: Recipe, home: torch.device | None = None) -> Loaded:
+def load(recipe: LanguageRecipe, home: torch.device | None = None) -> Loaded:
     """The model and tokenizer a recipe names, on `home` (default: the CPU), or on meta with its shards when streaming.
 
     Weights are read straight to `home`: the host holds one shard's pages at a time.
@@ -116,7 +114,7 @@ def load(recipe: Recipe, home: torch.device | None = None) -> Loaded:
     return Loaded(model.eval(), tokenizer, path)
 
 
-def _load_gguf(path: Path, recipe: Recipe, straight: dict[str, Any]) -> Loaded:
+def _load_gguf(path: Path, recipe: LanguageRecipe, straight: dict[str, Any]) -> Loaded:
     """The model of a GGUF file, dequantised: a plain one, in which nothing is random."""
     from transformers import GgufConfig
 
@@ -144,7 +142,7 @@ def _load_gguf(path: Path, recipe: Recipe, straight: dict[str, Any]) -> Loaded:
     return Loaded(model.eval(), tokenizer, None)
 
 
-def check_trainable(model: Any, recipe: Recipe) -> None:
+def check_trainable(model: Any, recipe: LanguageRecipe) -> None:
     """Raises ValueError, before any work, when a subset that is to be retrained is empty in this model."""
     asked = recipe.retrain
     if asked is None:
@@ -160,7 +158,7 @@ def check_trainable(model: Any, recipe: Recipe) -> None:
 
 def prune(
     loaded: Loaded,
-    recipe: Recipe,
+    recipe: LanguageRecipe,
     device: torch.device,
     *,
     within: Masks | None = None,
@@ -214,7 +212,7 @@ def summary(streamed: Streamed) -> dict[str, Any]:
     }
 
 
-def weights_to_compare(loaded: Loaded, recipe: Recipe) -> dict[str, Tensor]:
+def weights_to_compare(loaded: Loaded, recipe: LanguageRecipe) -> dict[str, Tensor]:
     """Copies of the prunable weights where the schedule of retraining goes by what pruning takes away, else nothing."""
     if recipe.retrain is None or recipe.retrain.schedule != "allr":
         return {}
@@ -223,56 +221,55 @@ def weights_to_compare(loaded: Loaded, recipe: Recipe) -> dict[str, Tensor]:
     return {view.parameter: parameters[view.parameter].detach().to("cpu", copy=True) for view in views}
 
 
-def pruned_views(model: nn.Module, masks: Masks, recipe: Recipe) -> list[View]:
+def pruned_views(model: nn.Module, masks: Masks, recipe: LanguageRecipe) -> list[View]:
     """The layers of `model` that the recipe pruned: those that an adapter adapts."""
     found = find_layers(model, include=recipe.prune.include, exclude=recipe.prune.exclude)
     return [view for view in found if view.parameter in masks]
 
 
 def retrain(
-    model: nn.Module,
+    loaded: Loaded,
     masks: Masks,
-    views: Sequence[View],
-    packed: PackedTokens,
-    asked: Retrain,
+    recipe: LanguageRecipe,
+    device: torch.device,
     *,
-    precision: Precision,
     checkpoint: Path | None = None,
     on_step: OnStep | None = None,
     before_merge: Callable[[], None] | None = None,
-    distance: float = 1.0,
 ) -> Retrained:
-    """What happened while the chosen parameters of `model` were retrained on `packed` windows and merged, in place.
+    """What happened while the recipe's parameters were retrained on packed text and merged, in place, on `device`.
 
-    before_merge is called between training and merging, with the adapters still in place. distance: for allr.
+    before_merge is called between training and merging, with the adapters still in place.
     """
+    model, asked = loaded.model.to(device), given(recipe.retrain)
     if asked.add_biases:
         add_biases(model)
-    generator = torch.Generator().manual_seed(asked.seed)
+    precision = precision_of(recipe, device)
     precision = precision if "full" in asked.train else of_training(model, precision)
     adaptation = adapt(
         model,
         asked.train,
         masks=masks,
-        views=views,
+        views=pruned_views(model, masks, recipe),
         rank=asked.rank,
         alpha=asked.alpha,
         init=asked.init,
-        generator=generator,
+        generator=torch.Generator().manual_seed(asked.seed),
     )
     if asked.keep_effective:
         adaptation.keep_effective()
+    packed = training_windows(asked, loaded.tokenizer)
     optimizer = torch.optim.AdamW(adaptation.param_groups(asked.lr, asked.lrs), weight_decay=0.0)
     spare = "free" if asked.checkpointing == "auto" else 0
     with (
-        compiled_forward(model) if asked.compile else nullcontext(),
+        compiled_forward(model) if recipe.compile else nullcontext(),
         recomputed(model, spare=spare) if asked.checkpointing else nullcontext(),
     ):
         trace = train(
             model,
             lambda step: packed.batch(step, batch=asked.batch_size, seed=asked.seed),
             optimizer,
-            asked.rates(distance),
+            asked.rates(loaded.distance),
             steps=asked.steps,
             loss=next_token_loss,
             masks=masks if "full" in asked.train else None,
@@ -299,7 +296,7 @@ def retrain(
     )
 
 
-def evaluate(loaded: Loaded, recipe: Recipe, device: torch.device) -> dict[str, float]:
+def evaluate(loaded: Loaded, recipe: LanguageRecipe, device: torch.device) -> dict[str, float]:
     """Text name -> perplexity, by the recipe's window or the model's own length; block by block when streamed."""
     model, asked = loaded.model, recipe.evaluate
     precision = precision_of(recipe, device)
@@ -312,7 +309,7 @@ def evaluate(loaded: Loaded, recipe: Recipe, device: torch.device) -> dict[str, 
         return {name: perplexity(model, text, **how) for name, text in tokens.items()}
 
 
-def zero_shot(model: nn.Module, tokenizer: Any, recipe: Recipe, device: torch.device) -> dict[str, Any]:
+def zero_shot(model: nn.Module, tokenizer: Any, recipe: LanguageRecipe, device: torch.device) -> dict[str, Any]:
     """Task name -> accuracies with their standard errors; empty when the recipe asks for no task."""
     if not recipe.evaluate.tasks:
         return {}

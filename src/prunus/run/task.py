@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prunus.run.plain import Unfinished
-from prunus.run.recipe import Recipe, merge, parse, read_yaml
+from prunus.run.recipe import LanguageRecipe, load_recipe, read_yaml
 
 __all__ = ["is_sweep", "load", "run_recipe"]
 
@@ -25,15 +25,10 @@ def load(path: Path | None, overrides: Mapping[str, Any]) -> Any:
 
     Raises ValueError that lists every wrong key with its value and mend; FileNotFoundError for a missing recipe.
     """
-    raw = merge({} if path is None else read_yaml(path), dict(overrides))
-    found = next((key for key in GRIDS if key in raw), None)
+    found = next((key for key in GRIDS if key in (overrides if path is None else read_yaml(path))), None)
     if found is not None:
         raise ValueError(f"{path}: with the key {found!r} this is a grid, not one recipe; run it with `prunus grid`")
-    if "images" not in raw:
-        return parse(raw, Recipe, str(path or "flags"))
-    from prunus.run.vision.soups.recipe import class_of
-
-    return parse(raw, class_of(raw), str(path or "flags"))
+    return load_recipe(path, overrides)
 
 
 def is_sweep(paths: Sequence[Path]) -> bool:
@@ -64,16 +59,16 @@ def run_recipe(
     workers, together, ray: of the members of a soup of classifiers. Raises ValueError for them with any other task.
     """
     recipe = _pruning(path, overrides) if path is not None and path.is_dir() else load(path, overrides)
-    soup = "images" in type(recipe).model_fields and "soup" in type(recipe).model_fields
+    soup = recipe.soup is not None and not isinstance(recipe, LanguageRecipe)
     if not soup and (workers != 1 or together != 1 or ray is not None):
         raise ValueError("workers, together and ray share the members of a soup of classifiers; this recipe has none")
-    if isinstance(recipe, Recipe):
+    if isinstance(recipe, LanguageRecipe):
         return _language(recipe)
     _one_process()
     return _soup(recipe, workers, together, ray) if soup else _classifier(recipe, path)
 
 
-def _language(recipe: Recipe) -> Show:
+def _language(recipe: LanguageRecipe) -> Show:
     from prunus.run.compress import compress
     from prunus.run.show import show_result
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from prunus.data import PackedTokens, TextSource, Tokens, calibration, head_of, labels, read_tokens
-from prunus.run.recipe import Calibrate, Data, Recipe, Retrain
+from prunus.run.recipe import Calibrate, Data, LanguageRecipe, LanguageRetrain
 
 __all__ = ["calibration_windows", "check_texts", "evaluation_texts", "head_in_words", "training_windows", "window_of"]
 
@@ -28,7 +28,7 @@ def calibration_windows(asked: Calibrate, tokenizer: Any) -> Tensor:
         return calibration(_tokens(asked.data, tokenizer, most=most), asked.samples, asked.length, asked.seed)
 
 
-def training_windows(asked: Retrain, tokenizer: Any) -> PackedTokens:
+def training_windows(asked: LanguageRetrain, tokenizer: Any) -> PackedTokens:
     """What is retrained on. Raises ValueError for a text without a window."""
     with _named("retrain.data"):
         packed = PackedTokens(_tokens(asked.data, tokenizer, documents=True), asked.length)
@@ -36,7 +36,7 @@ def training_windows(asked: Retrain, tokenizer: Any) -> PackedTokens:
         return packed
 
 
-def evaluation_texts(recipe: Recipe, model: Any, tokenizer: Any) -> dict[str, Tokens]:
+def evaluation_texts(recipe: LanguageRecipe, model: Any, tokenizer: Any) -> dict[str, Tokens]:
     """Text name -> its tokens. Raises ValueError for one without a window of what the model is measured in."""
     found: dict[str, Tokens] = {}
     for name, data in recipe.evaluate.data.items():
@@ -46,7 +46,7 @@ def evaluation_texts(recipe: Recipe, model: Any, tokenizer: Any) -> dict[str, To
     return found
 
 
-def check_texts(recipe: Recipe, model: Any, tokenizer: Any) -> None:
+def check_texts(recipe: LanguageRecipe, model: Any, tokenizer: Any) -> None:
     """Raises ValueError, before the first forward pass, for texts that do not open or are too short for their use."""
     calibration_windows(recipe.calibrate, tokenizer)
     if recipe.retrain is not None:
@@ -54,7 +54,7 @@ def check_texts(recipe: Recipe, model: Any, tokenizer: Any) -> None:
     evaluation_texts(recipe, model, tokenizer)
 
 
-def window_of(recipe: Recipe, model: Any) -> int:
+def window_of(recipe: LanguageRecipe, model: Any) -> int:
     """How many tokens perplexity is measured in at a time: the recipe's, or the model's own, at most 2048."""
     return recipe.evaluate.window or min(int(getattr(model.config, "max_position_embeddings", 2048)), 2048)
 

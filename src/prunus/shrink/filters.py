@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from prunus.layers import matches
+from prunus.layers import Layer, matches
 from prunus.machine import import_extra
 from prunus.patterns import keep_largest, kept_of
+from prunus.score import magnitude
 from prunus.shrink.lowrank import _empty_pair, _replaced
 
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -84,8 +85,12 @@ def find_channels(
 
 
 @torch.no_grad()
-def filter_norms(model: nn.Module, channels: Sequence[Channels]) -> dict[str, Tensor]:
-    """Name of a set -> the L2 norm of each channel's filters, over all layers that make it, (size,) float32.
+def filter_norms(
+    model: nn.Module, channels: Sequence[Channels], criterion: Callable[[Layer], Tensor] = magnitude
+) -> dict[str, Tensor]:
+    """Name of a set -> L2 norm of the scores of each channel's filters, over all layers that make it, (size,) float32.
+
+    criterion: layer -> score (out, in) of weights alone; by magnitude these are the norms of the filters.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     >>> model[0].weight = nn.Parameter(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
@@ -96,7 +101,8 @@ def filter_norms(model: nn.Module, channels: Sequence[Channels]) -> dict[str, Te
     found: dict[str, Tensor] = {}
     for each in channels:
         if each.kept is None:
-            rows = [modules[layer].get_parameter("weight").flatten(1).float() for layer in each.layers]
+            layers = [Layer(layer, modules[layer].get_parameter("weight").flatten(1)) for layer in each.layers]
+            rows = [criterion(layer) for layer in layers]
             found[each.name] = torch.linalg.vector_norm(torch.cat(rows, 1), dim=1)
     return found
 

@@ -24,12 +24,22 @@ from torch.optim import Optimizer
 
 from prunus.data import load_weights_
 from prunus.machine import read_json, read_tensors, write_json, write_tensors
+from prunus.run.recipe import ClassifierRecipe, digest, said
 from prunus.run.vision import stages
-from prunus.run.vision.recipe import dense_key
 from prunus.run.vision.setting import Setting
 from prunus.train import During, Original, Plan, Trace
 
-__all__ = ["Dense", "Snapshots", "adopt", "dense", "losses_by_epoch", "read_dense", "write_state"]
+__all__ = [
+    "Dense",
+    "Snapshots",
+    "adopt",
+    "dense",
+    "dense_key",
+    "dense_of",
+    "losses_by_epoch",
+    "read_dense",
+    "write_state",
+]
 
 _KEPT = 6  # dense networks in memory
 _lock = threading.RLock()
@@ -48,6 +58,21 @@ class Dense:
     def snapshot(self, epoch: int) -> dict[str, Tensor]:
         """The state dict after that epoch."""
         return read_tensors(self.folder / f"epoch-{epoch}.safetensors")[0]
+
+
+def dense_of(recipe: ClassifierRecipe) -> ClassifierRecipe:
+    """The recipe of the dense training that a pruned network starts from."""
+    plain = {"during": None, "prune": None, "retrain": None, "soup": None, "recalibrate": 1.0, "corruptions": None}
+    return recipe.model_copy(update=plain)
+
+
+def dense_key(recipe: ClassifierRecipe) -> str:
+    """Hash of what decides the dense training: recipes that agree on it share the run."""
+    dense = dense_of(recipe)
+    if dense.images.measure_on == "both":  # which trains on the images that "validation" trains on
+        images = dense.images.model_copy(update={"measure_on": "validation"})
+        dense = dense.model_copy(update={"images": images})
+    return digest(said(dense, but={"out": True, "save": True, "train": {"evaluate_every"}}))[:24]
 
 
 def dense(

@@ -21,16 +21,16 @@ from prunus.data import CORRUPTIONS
 from prunus.machine import read_json, write_json
 from prunus.masks import Masks
 from prunus.measure import weight_change
-from prunus.run.names import methods, retrainings
+from prunus.run.names import methods
+from prunus.run.recipe import ClassifierPrune, ClassifierRecipe, ClassifierRetrain
 from prunus.run.vision import stages
 from prunus.run.vision.dense import Dense, dense, losses_by_epoch
-from prunus.run.vision.recipe import ClassifierRecipe, Pruning, Retraining
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.smaller import Smaller, smaller
-from prunus.soup import Phase, distance, imp, phase_sparsities, split_steps
+from prunus.soup import Phase, distance, imp, phase_sparsities
 from prunus.train import During, Original, Trace
 
-__all__ = ["Outcome", "budgets", "experiment", "finished", "method_of"]
+__all__ = ["Outcome", "experiment", "finished", "method_of"]
 
 Bar = Callable[[str, int], AbstractContextManager[Any]]
 Watch = Callable[[nn.Module, During | None], list[During]]
@@ -65,15 +65,6 @@ def experiment(
     """
     notes = _Notes.read(work / "notes.json" if work is not None else None)
     return _Experiment(setting, dense_folder, work, bar, watch, notes).run()
-
-
-def budgets(asked: Retraining | None, phases: int, dense_steps: int, epoch_steps: int) -> list[int]:
-    """The retraining steps of each phase. Raises ValueError for a total that leaves a phase none."""
-    if asked is None:
-        return [0] * phases
-    whole = asked.share * dense_steps if asked.share is not None else (asked.epochs or 0) * epoch_steps
-    steps = max(1, round(whole))
-    return [steps] * phases if asked.of == "phase" else split_steps(steps, phases)
 
 
 @dataclass
@@ -168,10 +159,10 @@ class _Experiment:
         self.trace = {"lrs": original.runs(), "losses": losses_by_epoch(trace.losses, setting.epoch_steps)}
         return model, Phase(0, 1, prune.sparsity, masks, lost), original
 
-    def _phases(self, model: nn.Module, found: Dense, asked: Pruning) -> Masks:
+    def _phases(self, model: nn.Module, found: Dense, asked: ClassifierPrune) -> Masks:
         """Prune and retrain, phase by phase."""
         retrain = self.recipe.retrain
-        steps = budgets(retrain, asked.phases, found.original.steps, self.setting.epoch_steps)
+        steps = [] if retrain is None else self._budgets(retrain, asked.phases, found.original)
         rewind = found.snapshot(retrain.rewind) if retrain is not None and retrain.rewind is not None else None
 
         def retrained(phase: Phase) -> Trace:
@@ -198,11 +189,11 @@ class _Experiment:
             self.notes.stage("retrained", stages.measure(model, self.setting))
         return masks
 
-    def _retrain(self, model: nn.Module, phase: Phase, original: Original, asked: Retraining, steps: int) -> Trace:
+    def _retrain(
+        self, model: nn.Module, phase: Phase, original: Original, asked: ClassifierRetrain, steps: int
+    ) -> Trace:
         signals = phase.signals(steps, original)
-        multiplier = retrainings.make(
-            asked.schedule, original, steps, distance=signals.distance, share=signals.share, warmup=asked.warmup
-        )
+        multiplier = asked.multiplier(original, steps, signals.distance)
         peak = asked.lr or original.peak
         if phase.index and (last := self._checkpoint(f"phase-{phase.index - 1}")) is not None:
             last.unlink(missing_ok=True)  # the file of the phases goes further
@@ -225,20 +216,20 @@ class _Experiment:
         )
         return trace
 
-    def _retrain_under(self, model: nn.Module, phase: Phase, original: Original, asked: Retraining) -> None:
+    def _retrain_under(self, model: nn.Module, phase: Phase, original: Original, asked: ClassifierRetrain) -> None:
         """Retrain what a method left, under its masks."""
-        steps = budgets(asked, 1, original.steps, self.setting.epoch_steps)[0]
+        (steps,) = self._budgets(asked, 1, original)
         self._retrain(model, phase, original, asked, steps)
         self.notes.stage("retrained", stages.measure(model, self.setting))
 
-    def _retrain_smaller(self, small: Smaller, original: Original, asked: Retraining | None) -> None:
+    def _retrain_smaller(self, small: Smaller, original: Original, asked: ClassifierRetrain | None) -> None:
         """Measure a network that became smaller, and retrain it: there are no masks to hold."""
         self._measure_pruned(small.model)
         phase = Phase(0, 1, small.sparsity, Masks({}), small.distance)
         if asked is None:
             self.notes.phase(phase, {})
             return
-        steps = budgets(asked, 1, original.steps, self.setting.epoch_steps)[0]
+        (steps,) = self._budgets(asked, 1, original)
         self._retrain(small.model, phase, original, asked, steps)
         self.notes.stage("retrained", stages.measure(small.model, self.setting))
 
@@ -260,6 +251,9 @@ class _Experiment:
             return {}
         with self.bar("corruptions", len(asked.names or CORRUPTIONS) * len(asked.severities)) as advance:
             return {"corrupted": stages.corrupted(model, self.setting, asked, advance)}
+
+    def _budgets(self, asked: ClassifierRetrain, phases: int, original: Original) -> list[int]:
+        return asked.budgets(phases, original.steps, self.setting.epoch_steps)
 
     def _checkpoint(self, name: str) -> Path | None:
         return None if self.work is None else self.work / f"{name}.pt"

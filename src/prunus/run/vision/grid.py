@@ -12,14 +12,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from prunus.run.layout import Show
-from prunus.run.recipe import merge, parse
+from prunus.run.recipe import ClassifierRecipe, merge, parse
 from prunus.run.store import Job, Store
 from prunus.run.vision.experiment import experiment
-from prunus.run.vision.recipe import ClassifierRecipe
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.soups.experiment import outcome
 from prunus.run.vision.soups.plan import Plan
-from prunus.run.vision.soups.recipe import SoupRecipe, class_of
 from prunus.run.vision.stages import operations
 from prunus.run.vision.starts import dense_job
 from prunus.run.vision.tables import METRICS, row, write
@@ -50,8 +48,7 @@ class _Classifiers:
             changes["images.source"] = raw["images"]
         if tuning:
             changes |= {"images.measure_on": "validation", "corruptions": None}
-        merged = merge(dict(raw), changes)
-        return parse(merged, class_of(merged), where)
+        return parse(merge(raw, changes), ClassifierRecipe, where)
 
     def seeded(self, recipe: ClassifierRecipe) -> bool:
         return True
@@ -61,7 +58,7 @@ class _Classifiers:
 
     def needs(self, recipe: ClassifierRecipe) -> tuple[Job, ...]:
         """The dense training, which methods that prune during training have none of; of a soup everything."""
-        if isinstance(recipe, SoupRecipe):
+        if recipe.soup is not None:
             return Plan(recipe).jobs
         return () if recipe.during is not None else (dense_job(recipe),)
 
@@ -82,7 +79,7 @@ class _Classifiers:
     def run(self, recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str, Any]:
         """No model is written but dense ones, and what soups share."""
         setting = Setting.of(recipe)
-        if isinstance(recipe, SoupRecipe):
+        if recipe.soup is not None:
             found = outcome(Plan(recipe), store, picture=False).result
         else:
             found = experiment(setting, store.path(dense_job(recipe)), work=store.work(job)).result
@@ -99,5 +96,5 @@ def _epochs(recipe: ClassifierRecipe) -> float:
     if asked is None or recipe.prune is None:
         return own
     budget = asked.epochs or (asked.share or 0) * recipe.train.epochs
-    members = recipe.soup.members if isinstance(recipe, SoupRecipe) else 1
+    members = 1 if recipe.soup is None else recipe.soup.members
     return own + members * budget * (recipe.prune.phases if asked.of == "phase" else 1)

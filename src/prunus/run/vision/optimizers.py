@@ -31,7 +31,7 @@ from prunus.frankwolfe import (
 from prunus.layers import View, find_layers
 from prunus.masks import Masks
 from prunus.run import names
-from prunus.run.recipe import Strict
+from prunus.run.plain import Strict
 from prunus.train import During
 
 __all__ = ["Given", "OneOptimizer", "Optimizer", "Prox", "Pull", "Sfw", "Sgd", "Size"]

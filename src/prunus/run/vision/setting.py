@@ -27,7 +27,7 @@ from prunus.data import (
 )
 from prunus.machine import Precision
 from prunus.run.folder import device_name, device_of
-from prunus.run.vision.recipe import ClassifierRecipe, ImageSource
+from prunus.run.recipe import ClassifierRecipe, ImageSource
 
 __all__ = ["ImageSets", "Setting"]
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from prunus.layers import CONVOLUTIONS
 from prunus.measure import Cost, flops_of
 from prunus.patterns import kept_of
+from prunus.run.recipe import ClassifierPrune
 from prunus.run.vision import stages
-from prunus.run.vision.recipe import Pruning
 from prunus.run.vision.setting import Setting
 from prunus.shrink import (
     Channels,
@@ -49,7 +49,7 @@ class Smaller:
     cost: Mapping[str, Any]
 
 
-def smaller(model: nn.Module, setting: Setting, asked: Pruning, seed: int) -> Smaller:
+def smaller(model: nn.Module, setting: Setting, asked: ClassifierPrune, seed: int) -> Smaller:
     """The smaller network that the recipe's kind of pruning makes of the model, which stays as it is.
 
     Raises ValueError for globs that match no layer, budgets too small, and networks whose graph cannot be read.
@@ -64,13 +64,10 @@ def smaller(model: nn.Module, setting: Setting, asked: Pruning, seed: int) -> Sm
 
 
 def _without_filters(
-    model: nn.Module, example: Tensor, asked: Pruning, seed: int
+    model: nn.Module, example: Tensor, asked: ClassifierPrune, seed: int
 ) -> tuple[nn.Module, dict[str, str], float | None]:
     channels = find_channels(model, example, include=asked.include, exclude=asked.exclude)
-    scores = filter_norms(model, channels)
-    if asked.criterion == "random":
-        generator = torch.Generator().manual_seed(seed)
-        scores = {name: torch.rand(len(score), generator=generator) for name, score in scores.items()}
+    scores = filter_norms(model, channels, asked.how(seed))
     allocation = "global" if asked.allocation == "global" else "uniform"
     gone = choose_filters(scores, channels, asked.sparsity, allocation=allocation)
     left = {layer: each.kept for each in channels if each.kept is not None for layer in each.layers}
@@ -78,12 +75,12 @@ def _without_filters(
     return remove_filters(model, example, gone), left, None
 
 
-def _would_be_empty(each: Channels, asked: Pruning) -> bool:
+def _would_be_empty(each: Channels, asked: ClassifierPrune) -> bool:
     return each.kept is None and asked.allocation == "uniform" and not kept_of(each.size // each.blocks, asked.sparsity)
 
 
 def _low_rank(
-    model: nn.Module, example: Tensor, asked: Pruning, seed: int
+    model: nn.Module, example: Tensor, asked: ClassifierPrune, seed: int
 ) -> tuple[nn.Module, dict[str, str], float | None]:
     """Decomposed layers; the one that makes the network's outputs only if `include` names it."""
     head = None if asked.include else _head(model, example)

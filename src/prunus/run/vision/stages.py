@@ -20,8 +20,8 @@ from prunus.masks import Masks
 from prunus.measure import Accuracy, Corrupted, Cost, accuracy, corrupted_sets, own_flops
 from prunus.prune import prune
 from prunus.run.names import schedules
+from prunus.run.recipe import ClassifierPrune, Corruptions
 from prunus.run.vision.optimizers import Given
-from prunus.run.vision.recipe import Corruptions, Pruning
 from prunus.run.vision.setting import Setting
 from prunus.score import needed
 from prunus.train import (
@@ -232,13 +232,13 @@ def cost_of(model: nn.Module, masks: Masks, setting: Setting) -> dict[str, Any]:
     return asdict(found)
 
 
-def views_of(model: nn.Module, asked: Pruning) -> list[View]:
+def views_of(model: nn.Module, asked: ClassifierPrune) -> list[View]:
     """The prunable layers. Raises ValueError for a glob that matches none."""
     return find_layers(model, include=asked.include, exclude=asked.exclude)
 
 
 def select(
-    model: nn.Module, sparsity: float, within: Masks | None, asked: Pruning, seed: int, *, setting: Setting
+    model: nn.Module, sparsity: float, within: Masks | None, asked: ClassifierPrune, seed: int, *, setting: Setting
 ) -> Masks:
     """Masks of a model as the recipe asks for them, chosen and applied; what `within` prunes stays pruned.
 

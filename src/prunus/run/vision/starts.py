@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from prunus.run.recipe import ClassifierRecipe
 from prunus.run.store import Job, Store
 from prunus.run.vision import stages
-from prunus.run.vision.dense import dense
-from prunus.run.vision.recipe import ClassifierRecipe, dense_key
+from prunus.run.vision.dense import dense, dense_key
 from prunus.run.vision.setting import Setting
 
 __all__ = ["ClassifierJobs", "dense_job"]

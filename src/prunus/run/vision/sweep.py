@@ -28,12 +28,11 @@ from prunus.report import markdown_table, plot_sweep
 from prunus.run.folder import mark
 from prunus.run.inputs import check_inputs
 from prunus.run.pool import Workers, run
-from prunus.run.recipe import Strict, digest, merge, parse, read_yaml, said
+from prunus.run.recipe import ClassifierRecipe, Kind, Strict, digest, merge, parse, read_yaml, said
 from prunus.run.store import Job, Store
 from prunus.run.vision import stages
-from prunus.run.vision.dense import adopt
+from prunus.run.vision.dense import adopt, dense_of
 from prunus.run.vision.experiment import experiment
-from prunus.run.vision.recipe import ClassifierRecipe, Kind, dense_of
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.starts import ClassifierJobs
 from prunus.run.vision.train import pruning_of

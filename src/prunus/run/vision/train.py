@@ -26,11 +26,10 @@ from prunus.masks import Masks
 from prunus.measure import Energy
 from prunus.report import append_metrics, append_once, plot_run, progress, read_metrics
 from prunus.run.folder import begin, finished, held, ran_on
-from prunus.run.recipe import digest, merge, parse, read_yaml, said
+from prunus.run.recipe import ClassifierRecipe, digest, merge, parse, read_yaml, said
 from prunus.run.vision import stages
-from prunus.run.vision.dense import read_dense, write_state
+from prunus.run.vision.dense import dense_key, read_dense, write_state
 from prunus.run.vision.experiment import Outcome, experiment
-from prunus.run.vision.recipe import ClassifierRecipe, dense_key
 from prunus.run.vision.setting import Setting
 from prunus.save import FORMAT, INFO_NAME, MASKS_NAME
 from prunus.train import During, Plan, Substituted
@@ -169,7 +168,8 @@ def _write(out: Path, recipe: ClassifierRecipe, outcome: Outcome, result: dict[s
         append_once(out / "metrics.jsonl", {"stage": "corrupted", **result["corrupted"]["mean"]})
     for found in result["phases"]:
         append_once(out / "metrics.jsonl", {"stage": "phase", **found})
-    describe(out, recipe, outcome.model, outcome.masks, result)
+    if recipe.save:
+        describe(out, recipe, outcome.model, outcome.masks, result)
     _plot(out, recipe, result, outcome.trace, dense)
     write_json(out / "result.json", result)
 

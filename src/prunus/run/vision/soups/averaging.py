@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from prunus.data import ImageBatches
 from prunus.masks import Masks
 from prunus.run.names import Choice, averages
+from prunus.run.recipe import ClassifierRecipe
 from prunus.run.vision import stages
-from prunus.run.vision.recipe import ClassifierRecipe
 from prunus.run.vision.setting import Setting
 from prunus.soup import Held, average, check_masks
 from prunus.train import classification_loss

@@ -20,19 +20,21 @@ from prunus.measure import Energy
 from prunus.report import plot_accuracy, plot_lines, plot_plane
 from prunus.run.folder import ran_on
 from prunus.run.pool import Workers, run
+from prunus.run.recipe import ClassifierRecipe, given
 from prunus.run.store import Store
 from prunus.run.vision.soups.experiment import SoupOutcome, outcome
 from prunus.run.vision.soups.jobs import forks_after
 from prunus.run.vision.soups.phases import by_phase
 from prunus.run.vision.soups.plan import Plan
-from prunus.run.vision.soups.recipe import SoupRecipe
 from prunus.run.vision.starts import ClassifierJobs
 from prunus.run.vision.train import begin_classifier, begun, describe
 
 __all__ = ["soup_run"]
 
 
-def soup_run(recipe: SoupRecipe, *, workers: int = 1, together: int = 1, ray: str | None = None) -> dict[str, Any]:
+def soup_run(
+    recipe: ClassifierRecipe, *, workers: int = 1, together: int = 1, ray: str | None = None
+) -> dict[str, Any]:
     """The result of a soup (the content of `out/result.json`); a finished one is read, a killed one goes on.
 
     workers: processes, GPUs in turn; together: members at once in each, in threads; ray: a cluster's address, or local.
@@ -58,9 +60,10 @@ def soup_run(recipe: SoupRecipe, *, workers: int = 1, together: int = 1, ray: st
         return result
 
 
-def _write(out: Path, recipe: SoupRecipe, made: SoupOutcome, result: dict[str, Any]) -> None:
+def _write(out: Path, recipe: ClassifierRecipe, made: SoupOutcome, result: dict[str, Any]) -> None:
     """The network, its description, the pictures; the result last, because it says that all is there."""
-    describe(out, recipe, made.model, made.masks, result)
+    if recipe.save:
+        describe(out, recipe, made.model, made.masks, result)
     title = _plot_accuracy(out, recipe, result)
     if made.geometry is not None and made.geometry.lines:
         plot_lines(made.geometry.lines, out / "lines.png", title=f"{title}: loss between two of them")
@@ -69,10 +72,10 @@ def _write(out: Path, recipe: SoupRecipe, made: SoupOutcome, result: dict[str, A
     write_json(out / "result.json", result)
 
 
-def _plot_accuracy(out: Path, recipe: SoupRecipe, result: Mapping[str, Any]) -> str:
+def _plot_accuracy(out: Path, recipe: ClassifierRecipe, result: Mapping[str, Any]) -> str:
     """Draw accuracy by phase; the title of all pictures."""
     dense = 100 * result["stages"]["dense"]["top1"] if "dense" in result["stages"] else None
-    title = f"{recipe.model}, {recipe.soup.members} members"
+    title = f"{recipe.model}, {given(recipe.soup).members} members"
     plot_accuracy(
         {"": by_phase([result])}, out / "accuracy.png", xlabel="sparsity after the phase", dense=dense, title=title
     )

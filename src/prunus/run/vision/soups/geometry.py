@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from prunus.run.recipe import given
 from prunus.run.vision import stages
 from prunus.run.vision.soups.averaging import Meter, on_device
-from prunus.run.vision.soups.recipe import SoupRecipe
 from prunus.soup import Line, Plane, distances, loss_line, loss_plane
 from prunus.train import unrecorded
 
@@ -50,8 +50,7 @@ def geometry(meter: Meter, states: Sequence[State], names: Sequence[str], *, pic
     whether the plane is measured too, which takes the most.
     """
     setting, recipe, states = meter.setting, meter.setting.recipe, on_device(states, meter.setting.device)
-    assert isinstance(recipe, SoupRecipe)
-    asked, share = recipe.soup, min(recipe.recalibrate, _SETTLED / len(setting.sets.train))
+    asked, share = given(recipe.soup), min(recipe.recalibrate, _SETTLED / len(setting.sets.train))
     few = replace(meter, setting=replace(setting, recipe=recipe.model_copy(update={"recalibrate": share})))
 
     def loss(state: dict[str, Tensor]) -> float:

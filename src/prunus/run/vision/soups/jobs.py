@@ -19,15 +19,14 @@ from torch import Tensor
 
 from prunus.during import Part, cubic
 from prunus.masks import Masks
-from prunus.run.names import criteria, retrainings
-from prunus.run.recipe import digest, said
+from prunus.run.names import criteria
+from prunus.run.recipe import ClassifierRecipe, digest, given, member_of, order_of, said
 from prunus.run.store import Job, Store
 from prunus.run.vision import stages
 from prunus.run.vision.dense import read_dense
-from prunus.run.vision.experiment import budgets, finished, method_of
+from prunus.run.vision.experiment import finished, method_of
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.soups.averaging import Average, Meter, averaged, plain_state
-from prunus.run.vision.soups.recipe import SoupRecipe, member_of, order_of
 from prunus.run.vision.starts import dense_job
 from prunus.soup import average, average_and_reprune, distance, phase_sparsities
 from prunus.train import During, Multiplier, Original, Swa
@@ -46,10 +45,10 @@ __all__ = [
 
 State = Mapping[str, Tensor]
 # What decides only the start, or is said by the job itself.
-_ELSEWHERE = {"out", "during", "prune", "retrain", "soup", "corruptions"}
+_ELSEWHERE = {"out", "save", "during", "prune", "retrain", "soup", "corruptions"}
 
 
-def base_job(recipe: SoupRecipe) -> Job:
+def base_job(recipe: ClassifierRecipe) -> Job:
     """What all begin with: the dense training, or one during which a method pruned.
 
     dense ─▶ prune ─▶ members                        in phases
@@ -58,7 +57,7 @@ def base_job(recipe: SoupRecipe) -> Job:
     """
     if recipe.during is None:
         return dense_job(recipe)
-    whole = said(recipe, but={"out": True, "soup": True, "retrain": True, "train": {"evaluate_every"}})
+    whole = said(recipe, but={"out": True, "save": True, "soup": True, "retrain": True, "train": {"evaluate_every"}})
     return Job("starts", digest(["method", whole, recipe.retrain is None])[:24], partial(_train_method, recipe))
 
 
@@ -81,7 +80,7 @@ class Trunk:
         return cls(Original.from_runs(numbers["lrs"], numbers["warmup"]), numbers["steps"], numbers["measured"])
 
 
-def pruned_job(recipe: SoupRecipe, before: Job, phase: int, within: Job | None, phases: int | None = None) -> Job:
+def pruned_job(recipe: ClassifierRecipe, before: Job, phase: int, within: Job | None, phases: int | None = None) -> Job:
     """A network pruned for a phase (of `phases`, or as many as the recipe has); within: what the phase before pruned.
 
     Every baseline, and every soup of the grid that begins alike, needs it as well.
@@ -106,7 +105,7 @@ class Training:
     snapshots of every epoch are averaged, besides.
     """
 
-    recipe: SoupRecipe
+    recipe: ClassifierRecipe
     place: int | None
     phase: int
     slower: int = 1
@@ -126,21 +125,21 @@ def trained_job(asked: Training, start: Job, base: Job) -> Job:
     return Job("trainings", key, partial(_train, asked, base), needs)
 
 
-def averaged_job(recipe: SoupRecipe, start: Job, members: Sequence[Job]) -> Job:
+def averaged_job(recipe: ClassifierRecipe, start: Job, members: Sequence[Job]) -> Job:
     """The average of a phase's members, as the recipe asks for it; start: what they were pruned as."""
     held = recipe.images.validation if recipe.images.measure_on != "test" else None
-    how = [recipe.soup.average, recipe.recalibrate, held]
+    how = [given(recipe.soup).average, recipe.recalibrate, held]
     key = digest(["averaged", how, [member.key for member in members]])[:24]
     return Job("starts", key, partial(_average, recipe), (start, *members))
 
 
-def mean_job(recipe: SoupRecipe, members: Sequence[Job]) -> Job:
+def mean_job(recipe: ClassifierRecipe, members: Sequence[Job]) -> Job:
     """The mean of dense members."""
     key = digest(["mean", recipe.recalibrate, [member.key for member in members]])[:24]
     return Job("starts", key, partial(_mean, recipe), tuple(members))
 
 
-def repruned_job(recipe: SoupRecipe, runs: Sequence[tuple[Job, Job]]) -> Job:
+def repruned_job(recipe: ClassifierRecipe, runs: Sequence[tuple[Job, Job]]) -> Job:
     """The mean of runs with masks of their own, pruned again: IMP-RePrune. runs: (what was pruned, the training)."""
     assert recipe.prune is not None
     how = [said(recipe.prune), recipe.recalibrate, recipe.seed]
@@ -168,7 +167,7 @@ def forks_after(setting: Setting) -> int:
     return last
 
 
-def _train_method(recipe: SoupRecipe, job: Job, store: Store) -> dict[str, Any]:
+def _train_method(recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str, Any]:
     assert recipe.during is not None
     assert recipe.prune is not None
     setting = Setting.of(recipe)
@@ -205,7 +204,7 @@ def _train_method(recipe: SoupRecipe, job: Job, store: Store) -> dict[str, Any]:
     }
 
 
-def _prune(recipe: SoupRecipe, target: float, seed: int, job: Job, store: Store) -> dict[str, Any]:
+def _prune(recipe: ClassifierRecipe, target: float, seed: int, job: Job, store: Store) -> dict[str, Any]:
     asked = recipe.prune
     assert asked is not None
     before, *more = job.needs
@@ -260,35 +259,27 @@ def _rates(asked: Training, trunk: Trunk, lost: float, setting: Setting) -> tupl
         whole = stages.schedule(setting)[0]
         steps = asked.slower * (trunk.original.steps - trunk.steps)
         return (lambda step: whole(trunk.steps + step // asked.slower)), steps, own.train.lr
-    each = budgets(own.retrain, own.prune.phases, trunk.original.steps, setting.epoch_steps)
+    each = own.retrain.budgets(own.prune.phases, trunk.original.steps, setting.epoch_steps)
     steps = asked.slower * (sum(each) if asked.whole else each[asked.phase])
-    multiplier = retrainings.make(
-        own.retrain.schedule,
-        trunk.original,
-        steps,
-        distance=lost,
-        share=min(1.0, steps / trunk.original.steps),
-        warmup=own.retrain.warmup,
-    )
-    return multiplier, steps, own.retrain.lr or trunk.original.peak
+    return own.retrain.multiplier(trunk.original, steps, lost), steps, own.retrain.lr or trunk.original.peak
 
 
-def _average(recipe: SoupRecipe, job: Job, store: Store) -> dict[str, Any]:
+def _average(recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str, Any]:
     start, *members = job.needs
     masks = store.masks(start)
     assert masks is not None
-    asked: Average = recipe.soup.average
+    asked: Average = given(recipe.soup).average
     state, shares = averaged(asked, [store.state(member) for member in members], masks, Meter.of(recipe))
     store.write_state(job, state)
     return {"shares": shares}
 
 
-def _mean(recipe: SoupRecipe, job: Job, store: Store) -> dict[str, Any]:
+def _mean(recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str, Any]:
     store.write_state(job, Meter.of(recipe).settled(average([store.state(member) for member in job.needs])))
     return {}
 
 
-def _reprune(recipe: SoupRecipe, job: Job, store: Store) -> dict[str, Any]:
+def _reprune(recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str, Any]:
     meter, states = Meter.of(recipe), [store.state(trained) for trained in job.needs[1::2]]
     masks = [mask for mask in map(store.masks, job.needs[::2]) if mask is not None]
     state, again = average_and_reprune(states, masks, select=lambda mean, _: _select(recipe, meter, mean))
@@ -297,7 +288,7 @@ def _reprune(recipe: SoupRecipe, job: Job, store: Store) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _select(recipe: SoupRecipe, meter: Meter, mean: State) -> Masks:
+def _select(recipe: ClassifierRecipe, meter: Meter, mean: State) -> Masks:
     """Masks as the recipe chooses them, of an average of which only the prunable tensors are given."""
     asked, parameters = recipe.prune, dict(meter.model.named_parameters())
     assert asked is not None

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from prunus.run.recipe import ClassifierRecipe, given
 from prunus.run.store import Job, Store
 from prunus.run.vision.soups.jobs import (
     Training,
@@ -24,7 +25,6 @@ from prunus.run.vision.soups.jobs import (
     repruned_job,
     trained_job,
 )
-from prunus.run.vision.soups.recipe import SoupRecipe
 from prunus.soup import Souped, sms
 
 __all__ = ["Plan", "Run"]
@@ -57,7 +57,7 @@ class Run:
 class Plan:
     """The runs that a recipe asks for, by the names of their rows."""
 
-    recipe: SoupRecipe
+    recipe: ClassifierRecipe
 
     @cached_property
     def base(self) -> Job:
@@ -70,7 +70,7 @@ class Plan:
 
         After a method that pruned there is neither another mask to average over nor a dense network.
         """
-        asked, dense = self.recipe.soup, self.recipe.during is None
+        asked, dense = given(self.recipe.soup), self.recipe.during is None
         runs = {"soup": self._run(range(asked.members), lambda *phase: averaged_job(self.recipe, *phase))}
         if "imp" in asked.baselines:
             runs["imp"] = self._run([None], _single)
@@ -111,7 +111,7 @@ class Plan:
 
     def _repruned(self) -> Run:
         """As many runs of imp as members, averaged and pruned again; in one phase this is the uniform soup."""
-        runs = [self._run([place], _single) for place in range(self.recipe.soup.members)]
+        runs = [self._run([place], _single) for place in range(given(self.recipe.soup).members)]
         pairs = [(run.phases[-1].pruned, run.state) for run in runs]
         state = repruned_job(self.recipe, pairs)
         return Run(state, state, tuple(job for run in runs for job in run.trainings))
@@ -123,7 +123,7 @@ class Plan:
         """
         recipe = self.recipe
         assert recipe.prune is not None
-        asked = [Training(recipe, place, 0, whole=True) for place in range(recipe.soup.members)]
+        asked = [Training(recipe, place, 0, whole=True) for place in range(given(recipe.soup).members)]
         members = tuple(trained_job(each, self.base, self.base) for each in asked)
         mean = mean_job(recipe, members)
         shot = pruned_job(recipe, mean, 0, None, phases=1)

@@ -17,6 +17,7 @@ from torch import Tensor
 from prunus.masks import Masks
 from prunus.measure import ensemble_accuracy
 from prunus.run.names import averages
+from prunus.run.recipe import given
 from prunus.run.store import Job, Store
 from prunus.run.vision import stages
 from prunus.run.vision.soups.averaging import Meter, averaged, on_device
@@ -36,7 +37,7 @@ class Rows:
 
     def __init__(self, plan: Plan, store: Store, meter: Meter) -> None:
         self.recipe, self.runs, self.store, self.meter = plan.recipe, plan.runs, store, meter
-        self.asked, self.soup = plan.recipe.soup, plan.runs["soup"]
+        self.asked, self.soup = given(plan.recipe.soup), plan.runs["soup"]
         self.base, self.last = plan.base, self.soup.phases[-1]
         self.trunk = Trunk.of(plan.base, store, meter)
         self.masks = self._masks(self.last.pruned)
