@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from prunus.data import build_model, load_weights_
-from prunus.run.recipe import parse
-from prunus.run.vision.setting import ClassifierRecipe, Setting
+from prunus.data import Images, build_model, load_weights_
+from prunus.run.recipe import ClassifierRecipe, parse
+from prunus.run.vision.setting import Setting
 
 
 def arrays(folder: Path, train: Any, test: Any, channels: tuple[int, int] = (3, 3)) -> str:
@@ -27,7 +27,7 @@ def arrays(folder: Path, train: Any, test: Any, channels: tuple[int, int] = (3, 
 
 
 def setting(source: Any, tmp_path: Path, **changes: Any) -> Setting:
-    train = {"epochs": 1, "batch_size": 4, "warmup": 0, "augment": {"crop": 1}}
+    train = {"epochs": 1, "batch_size": 4, "warmup": 0, "augment": {"resized": 0.5}}
     raw = {"images": source, "model": "resnet8", "train": train, "device": "cpu", "out": str(tmp_path)}
     return Setting.of(parse(raw | changes, ClassifierRecipe, "test"))
 
@@ -37,12 +37,22 @@ def test_names_of_test_images_are_those_of_training(tmp_path: Path):
     assert (sets.measured.labels.tolist(), sets.measured.classes) == ([2, 1], 3)
 
 
+def test_images_are_normalised_as_asked(tmp_path: Path):
+    source = {"source": arrays(tmp_path / "a", [0, 1, 1, 0], [0]), "mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3]}
+    made = setting(source, tmp_path)
+    x, _ = next(made.measured())
+    expected = made.sets.measured.pixels / 255 - torch.tensor([0.5, 0.4, 0.3])[:, None, None]
+    torch.testing.assert_close(x, expected / torch.tensor([0.1, 0.2, 0.3])[:, None, None])
+    assert made.batches(0)(0)[0].shape == (4, 3, 8, 8)
+
+
 @pytest.mark.parametrize(
     ("train", "test", "channels", "more", "message"),
     [
         ([0, 1, 0, 1], [0, 2], (3, 3), {}, "class 2 is only among the test images"),
         (["a"] * 4, ["b"], (3, 3), {}, "class 'b' is only among the test images"),
         ([0, 1, 0, 1], [0], (3, 1), {}, r"training images are \(3, 8, 8\), test images \(1, 8, 8\)"),
+        ([0, 1, 0, 1], [0], (3, 3), {"mean": [0.5]}, "images.mean: one number a channel, 3"),
     ],
 )
 def test_images_that_cannot_be_trained_on_are_refused(
@@ -63,13 +73,17 @@ def test_pretrained_weights_are_loaded_but_for_the_last_layer(tmp_path: Path, mo
     pretrained = tiny(1000, wide=6)
     wrapped = {f"module.{name}": each for name, each in pretrained.state_dict().items()}
     torch.save({"state_dict": wrapped}, tmp_path / "w.pt")
-    model = build_model("torchvision:tiny", classes=2, arguments={"wide": 6})
-    assert load_weights_(model, tmp_path / "w.pt", other_head=True) == ["3.weight", "3.bias"]
+    source = arrays(tmp_path / "a", [0, 1, 1, 0], [0])
+    asked: dict[str, Any] = {"model": "torchvision:tiny", "weights": str(tmp_path / "w.pt")}
+    model = setting(source, tmp_path, **asked, arguments={"wide": 6}).new_model()
     assert torch.equal(model.state_dict()["0.weight"], pretrained.state_dict()["0.weight"])
+    assert model.state_dict()["3.weight"].shape == (2, 6)
     with pytest.raises(ValueError, match=r"3 tensors differ in name or shape, first '0\.weight'"):
-        load_weights_(build_model("torchvision:tiny", classes=2), tmp_path / "w.pt", other_head=True)
+        setting(source, tmp_path, **asked).new_model()
+    with pytest.raises(ValueError, match=r"weights: no file 'absent.pt'"):
+        setting(source, tmp_path, model="resnet8", weights="absent.pt")
     with pytest.raises(ValueError, match=r"arguments .*'resnet8' has none"):
-        build_model("resnet8", classes=2, arguments={"wide": 6})
+        setting(source, tmp_path, arguments={"wide": 6})
 
 
 def test_weights_that_are_none_are_refused(tmp_path: Path):
@@ -84,3 +98,11 @@ def test_weights_that_are_none_are_refused(tmp_path: Path):
     torch.save([1], tmp_path / "c.pt")
     with pytest.raises(ValueError, match="holds a list, not a state dict"):
         load_weights_(model, tmp_path / "c.pt")
+
+
+def test_a_channel_without_contrast_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    plain = Images(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]), 2)
+    monkeypatch.setattr("prunus.run.vision.setting.read_images", lambda *_, **__: plain)
+    with pytest.raises(ValueError, match=r"the same value everywhere .*set images\.std"):
+        setting("some/plain", tmp_path)
+    assert setting({"source": "some/plain", "std": [1.0]}, tmp_path).sets.std.tolist() == [1.0]

@@ -128,7 +128,7 @@ class _Run:
         if ranks.is_main():
             begin(self.out, recipe)
         result: dict[str, Any] = {"key": self.key, "model": recipe.model, **ran_on(self.out, device_name(self.device))}
-        result |= {"processes": ranks.count(), "head": head_in_words(loaded.tokenizer), "perplexity": {}}
+        result |= {"processes": ranks.count(), "head": head_in_words(recipe, loaded.tokenizer), "perplexity": {}}
         result["perplexity"]["dense"] = self._measured("dense", loaded)
         loaded, masks = self._phases(loaded, result)
         if recipe.evaluate.tasks:

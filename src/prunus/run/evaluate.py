@@ -37,7 +37,7 @@ def _language_model(model: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     checked = fitted(checked, device)
     check_tasks(checked)
     loaded = stages.load(checked)
-    head = head_in_words(loaded.tokenizer)
+    head = head_in_words(checked, loaded.tokenizer)
     found: dict[str, Any] = {"perplexity": stages.evaluate(loaded, checked, device), "head": head}
     tasks = stages.zero_shot(loaded.model, loaded.tokenizer, checked, device)
     return found | ({"zero_shot": tasks} if tasks else {})

@@ -23,7 +23,6 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, cast, get_args
 
@@ -40,7 +39,7 @@ from pydantic import (
 )
 
 from prunus.adapt import subsets
-from prunus.data import CORRUPTIONS, Strengths
+from prunus.data import CORRUPTIONS, Strengths, check_model
 from prunus.patterns import Pattern, check_sparsity
 from prunus.run.names import (
     AllocationName,
@@ -119,7 +118,7 @@ FORKING = ("gmp", "dpf")  # methods whose mask is final some time before the tra
 
 def looks_local(text: str) -> bool:
     """Whether a source is meant as a path, not as a hub name."""
-    endings = (".txt", ".gz", ".parquet", ".jsonl", ".gguf", ".safetensors", ".tsv", ".npz")
+    endings = (".txt", ".gz", ".parquet", ".jsonl", ".gguf", ".safetensors", ".tsv", ".csv", ".npz")
     return text.startswith((".", "/", "~")) or text.endswith(endings) or text.count("/") > 1
 
 
@@ -274,11 +273,19 @@ class Retrain(Strict):
 
 
 class Augmentation(Strict):
-    """crop: pixels of padding before a random crop; flip: left and right at random; cutout: side of a blank square."""
+    """crop: pixels of padding before a random crop; flip: left and right at random; cutout: side of a blank square;
+    resized: in place of crop, the least share of the area of a box that is sampled to the image's size."""
 
     crop: Whole = 0
     flip: bool = False
     cutout: Whole = 0
+    resized: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Augmentation:
+        if self.crop and self.resized is not None:
+            raise ValueError("crop and resized are two ways to crop: leave out one")
+        return self
 
 
 class Vary(Strict):
@@ -357,27 +364,44 @@ class ClassifierSoup(Soup):
 
 
 class Data(Strict):
-    """Text: a local .txt, .jsonl or .parquet file, "embedded", or a Hugging Face data set "owner/name:config".
+    """A text or chats: a file, a folder, "embedded", or a data set "name" or "owner/name:config"; or a mixture of them.
 
-    part: the share of the text that is used, [start, stop] in [0, 1], cut after tokenisation.
+    messages: the column of chats; prompt, answer: the columns of pairs. Their loss is on the answers alone.
+    part: the share that is used, [start, stop] in [0, 1], cut after tokenisation.
     """
 
-    source: str
+    source: str | None = None
     column: str = "text"
     split: str | None = None
+    revision: str | None = None
+    streamed: bool = False
+    messages: str | None = None
+    prompt: str | None = None
+    answer: str | None = None
     join: str = "\n\n"
+    end: bool | None = None
+    head: bool = True
     part: tuple[Share, Share] = (0.0, 1.0)
+    weight: Positive = 1.0
+    mix: tuple[Data, ...] = ()
 
     @model_validator(mode="before")
     @classmethod
     def _short(cls, value: Any) -> Any:
-        return {"source": value} if isinstance(value, str) else value
+        short = "source" if isinstance(value, str) else "mix" if isinstance(value, list) else None
+        return value if short is None else {short: value}
 
     @model_validator(mode="after")
     def _check(self) -> Data:
         if self.part[0] >= self.part[1]:
             raise ValueError(f"part [{self.part[0]}, {self.part[1]}] is empty: give [start, stop] with start < stop")
-        if looks_local(self.source) and not Path(self.source).exists():
+        if (self.source is None) == (not self.mix):
+            raise ValueError("give a source, or a list of several, each with source and weight")
+        if any(each.mix for each in self.mix):
+            raise ValueError("a mixture is one of sources, not of mixtures; list all sources in one")
+        if (self.prompt is None) != (self.answer is None) or (self.prompt is not None and self.messages is not None):
+            raise ValueError("chats are in one column, messages, or in two, prompt and answer: give one or two")
+        if self.source is not None and looks_local(self.source) and not Path(self.source).expanduser().exists():
             raise ValueError(
                 f"no file {self.source!r} (seen from {os.getcwd()}); give an existing path or a data set 'owner/name'"
             )
@@ -524,6 +548,15 @@ class Evaluate(Strict):
     """Requests of zero-shot tasks at a time."""
 
     @model_validator(mode="after")
+    def _check_texts(self) -> Evaluate:
+        known: dict[Data, str] = {}
+        for name, data in self.data.items():
+            if data in known:
+                raise ValueError(f"data: {known[data]!r} and {name!r} are one text; choose on one and report another")
+            known[data] = name
+        return self
+
+    @model_validator(mode="after")
     def _check_tasks(self) -> Evaluate:
         missing = [path for path in self.tasks.values() if looks_local(path) and not Path(path).exists()]
         if missing:
@@ -533,8 +566,9 @@ class Evaluate(Strict):
     @model_validator(mode="before")
     @classmethod
     def _one(cls, value: Any) -> Any:
-        if isinstance(value, dict) and isinstance(value.get("data"), str):
-            return {**value, "data": {Path(value["data"]).stem: value["data"]}}
+        data = value.get("data") if isinstance(value, dict) else None
+        if isinstance(data, str):
+            return {**value, "data": {Path(data).stem: data}}
         return value
 
 
@@ -545,6 +579,7 @@ class ImageSource(Strict):
     """Where the images come from, and what is measured on.
 
     source: "digits", a folder or file (.parquet, .npz, .safetensors), or a Hugging Face data set.
+    size: side to which pictures are brought. mean, std: of pixels / 255, by default the training images' own.
     measure_on: "validation" holds out the share `validation` of the training images, without augmentation, and never
     reads the test images; "test" trains on all training images; "both" holds out the same share for what is chosen by
     images (greedy and learned soups), and measures on the test images.
@@ -553,6 +588,9 @@ class ImageSource(Strict):
     source: str
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
     measure_on: Literal["test", "validation", "both"] = "test"
+    size: Count | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[Positive, ...] | None = None
 
     @property
     def measured(self) -> str:
@@ -843,7 +881,8 @@ class ClassifierRecipe(Recipe):
 
     images ─▶ train (dense, or during a method) ─▶ prune ─▶ retrain, `prune.phases` times ─▶ measure
 
-    model: a name of `data.build_model`, such as resnet18, resnet20, wrn28_10, "timm:NAME", "torchvision:NAME".
+    model: a name of `data.build_model`, such as resnet18, resnet20, wrn28_10, "timm:NAME", "torchvision:NAME", with
+    arguments of theirs. weights: a file of pretrained ones, with which training begins.
     during: one method that prunes while training, by name, with its options; it reaches prune.sparsity.
     recalibrate: share of an epoch's augmented batches on which BatchNorm statistics are counted anew, after pruning and
     at the end of every run; 0: never.
@@ -851,6 +890,8 @@ class ClassifierRecipe(Recipe):
 
     images: ImageSource
     model: str = "resnet18"
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    weights: str | None = None
     seed: int = 0
     """Of weights, order and augmentation."""
     train: Training = Training()
@@ -885,7 +926,9 @@ class ClassifierRecipe(Recipe):
             raise ValueError("retrain.rewind: a network that became smaller has no earlier weights; leave it out")
         if self.soup is not None:
             self._check_soup(self.soup)
-        _check_model(self.model)
+        check_model(self.model, self.arguments)
+        if self.weights is not None and not Path(self.weights).expanduser().is_file():
+            raise ValueError(f"weights: no file {self.weights!r} (seen from {os.getcwd()})")
         return self
 
     def _check_during(self, during: Mapping[str, Mapping[str, Any]], prune: Prune) -> None:
@@ -965,15 +1008,6 @@ def order_of(recipe: Recipe, place: int | None) -> int | None:
     if place is None or recipe.soup is None or recipe.soup.vary.seed != "order":
         return None
     return recipe.drawn + recipe.apart * place
-
-
-@lru_cache
-def _check_model(name: str) -> None:
-    """Refuse a name that is no model, without making its weights."""
-    from prunus.data import build_model
-
-    with torch.device("meta"):
-        build_model(name, classes=10)
 
 
 # Reading them.

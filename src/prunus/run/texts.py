@@ -6,17 +6,31 @@ retrain   ─▶ a stream of documents, with the end-of-text token between two
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
 
-from prunus.data import PackedTokens, TextSource, Tokens, calibration, head_of, labels, read_tokens
+from prunus.data import (
+    PackedTokens,
+    TextSource,
+    Tokens,
+    calibration,
+    head_of,
+    labels,
+    mixed,
+    read_chats,
+    read_tokens,
+)
 from prunus.run.recipe import Calibrate, Data, LanguageRecipe, LanguageRetrain
 
 __all__ = ["calibration_windows", "check_texts", "evaluation_texts", "head_in_words", "training_windows", "window_of"]
+
+log = logging.getLogger(__name__)
 
 _ENOUGH = 1 << 20  # tokens that calibration draws from, or four times what it takes, if that is more
 
@@ -31,7 +45,8 @@ def calibration_windows(asked: Calibrate, tokenizer: Any) -> Tensor:
 def training_windows(asked: LanguageRetrain, tokenizer: Any) -> PackedTokens:
     """What is retrained on. Raises ValueError for a text without a window."""
     with _named("retrain.data"):
-        packed = PackedTokens(_tokens(asked.data, tokenizer, documents=True), asked.length)
+        total = asked.steps * asked.accumulate * asked.batch_size * asked.length
+        packed = PackedTokens(_tokens(asked.data, tokenizer, documents=True, total=total), asked.length)
         packed.at(0, batch=1, seed=0)
         return packed
 
@@ -51,6 +66,9 @@ def check_texts(recipe: LanguageRecipe, model: Any, tokenizer: Any) -> None:
     calibration_windows(recipe.calibrate, tokenizer)
     if recipe.retrain is not None:
         training_windows(recipe.retrain, tokenizer)
+        name = next((name for name, data in recipe.evaluate.data.items() if data == recipe.retrain.data), None)
+        if name is not None:
+            log.warning("evaluate.data.%s is the text that is trained on: its perplexity is one of training", name)
     evaluation_texts(recipe, model, tokenizer)
 
 
@@ -59,20 +77,39 @@ def window_of(recipe: LanguageRecipe, model: Any) -> int:
     return recipe.evaluate.window or min(int(getattr(model.config, "max_position_embeddings", 2048)), 2048)
 
 
-def head_in_words(tokenizer: Any) -> str:
-    """What stands at the head of each window, as text; "" for nothing."""
-    return tokenizer.decode(head_of(tokenizer))
+def head_in_words(recipe: LanguageRecipe, tokenizer: Any) -> str:
+    """What stands at the head of each window that is measured, as text; "" for nothing."""
+    return tokenizer.decode(head_of(tokenizer)) if any(data.head for data in recipe.evaluate.data.values()) else ""
 
 
-def _tokens(data: Data, tokenizer: Any, *, documents: bool = False, most: int | None = None) -> Tokens:
-    source = TextSource(data.source, data.column, data.split)
-    if data.part != (0.0, 1.0):
-        return _read(source, tokenizer, None if documents else data.join, None).part(*data.part)
-    return _read(source, tokenizer, None if documents else data.join, most)
+def _tokens(
+    data: Data, tokenizer: Any, *, documents: bool = False, most: int | None = None, total: int | None = None
+) -> Tokens:
+    """documents: whether its rows are. most: enough of it. total: how much of a mixture there will be in all."""
+    most = most if data.part == (0.0, 1.0) else None
+    if data.mix:
+        weights = [each.weight for each in data.mix]
+        parts = [_tokens(each, tokenizer, documents=documents, most=most) for each in data.mix]
+        found = mixed(parts, weights, total)
+    else:
+        assert data.source is not None
+        source = TextSource(data.source, data.column, data.split, data.revision, data.streamed)
+        apart = documents if data.end is None else data.end
+        found = _read(source, (data.messages, data.prompt, data.answer), None if apart else data.join, tokenizer, most)
+    found = found.part(*data.part)
+    return found if data.head else replace(found, head=())
 
 
 @lru_cache(maxsize=8)
-def _read(source: TextSource, tokenizer: Any, join: str | None, most: int | None) -> Tokens:
+def _read(
+    source: TextSource, chats: tuple[str | None, ...], join: str | None, tokenizer: Any, most: int | None
+) -> Tokens:
+    """chats: the columns of messages, or of prompt and answer; none of them for texts."""
+    messages, prompt, answer = chats
+    if messages is not None:
+        return read_chats(source, tokenizer, messages=messages, most=most)
+    if prompt is not None and answer is not None:
+        return read_chats(source, tokenizer, prompt=prompt, answer=answer, most=most)
     return read_tokens(source, tokenizer, join=join, most=most)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from prunus.data import (
     Images,
     build_model,
     check_corruptions,
+    load_weights_,
     matched,
     plain_batches,
     read_images,
@@ -113,10 +115,12 @@ class Setting:
 
         Raises ValueError for a name that is none, ImportError for one whose package is not installed.
         """
-        channels = self.sets.train.pixels.shape[1]
         with _lock, torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.recipe.seed)  # a GPU's may be in use by another thread
-            model = build_model(self.recipe.model, classes=self.sets.train.classes, channels=channels)
+            images, own = self.sets.train, {"arguments": self.recipe.arguments} if self.recipe.arguments else {}
+            model = build_model(self.recipe.model, classes=images.classes, channels=images.pixels.shape[1], **own)
+        if self.recipe.weights is not None:
+            load_weights_(model, Path(self.recipe.weights).expanduser(), other_head=True)
         model = model.to(self.device)
         if self.channels_last:
             model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's stub lacks it
@@ -139,7 +143,7 @@ class Setting:
             batch_size=asked.batch_size,
             seed=self.recipe.seed + 1_000_003 * part,
             order_seed=None if self.order is None else self.order + 1_000_003 * part,
-            augment=Augment(crop=asked.augment.crop, flip=asked.augment.flip, cutout=asked.augment.cutout),
+            augment=Augment(**asked.augment.model_dump()),
             mean=self.sets.mean,
             std=self.sets.std,
             channels_last=self.channels_last,
@@ -174,7 +178,7 @@ def _image_sets(asked: ImageSource, device: torch.device) -> ImageSets:
     with _lock:
         if key not in _sets:
             train, measured, held = _parts(asked)
-            mean, std = train.statistics()
+            mean, std = _normal(asked, train)
             moved = (train.to(device), measured.to(device), mean.to(device), std.to(device))
             _sets[key] = ImageSets(*moved, None if held is None else held.to(device))
             if device.type == "cuda":  # other threads read them on streams of their own
@@ -184,18 +188,32 @@ def _image_sets(asked: ImageSource, device: torch.device) -> ImageSets:
 
 def _parts(asked: ImageSource) -> tuple[Images, Images, Images | None]:
     """The images that are trained on, measured on, held out. Raises ValueError for test images unlike the others."""
-    whole = _images(asked.source, "train")
+    whole = _images(asked, "train")
     train, held = (whole, None) if asked.measure_on == "test" else whole.split(asked.validation, SPLIT_SEED)
     if held is not None and asked.measure_on == "validation":
         return train, held, held
-    test = _images(asked.source, "test")
+    test = _images(asked, "test")
     try:
         return train, matched(test, whole), held
     except ValueError as error:
         raise ValueError(f"images.source {asked.source!r}: {error}") from None
 
 
-def _images(source: str, split: str) -> Images:
-    if (source, split) not in _read:
-        _read[source, split] = read_images(source, split)
-    return _read[source, split]
+def _normal(asked: ImageSource, train: Images) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (C,) of pixels / 255: the recipe's, or the training images' own."""
+    mean, std = train.statistics()
+    for key, given, own in (("mean", asked.mean, mean), ("std", asked.std, std)):
+        if given is not None and len(given) != len(own):
+            raise ValueError(f"images.{key}: one number a channel, {len(own)}; got {list(given)}")
+    mean = mean if asked.mean is None else torch.tensor(asked.mean)
+    std = std if asked.std is None else torch.tensor(asked.std)
+    if bool((std <= 0).any()):
+        raise ValueError(f"images: a channel has the same value everywhere (deviations {std.tolist()}); set images.std")
+    return mean, std
+
+
+def _images(asked: ImageSource, split: str) -> Images:
+    key = (asked.source, split) if asked.size is None else (asked.source, split, asked.size)
+    if key not in _read:
+        _read[key] = read_images(asked.source, split, size=asked.size)
+    return _read[key]
