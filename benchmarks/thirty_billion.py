@@ -41,7 +41,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -360,20 +360,29 @@ def _stored(model: OPTForCausalLM) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
 
 
+class _Enough(Exception):
+    """The blocks that were asked for are done."""
+
+
 def solve(args: argparse.Namespace, device: torch.device, notes: list[str]) -> None:
     """SparseGPT of the checkpoint's first `--blocks` blocks: read, solved and written one by one."""
     model = build_empty(AutoConfig.from_pretrained(args.folder / "model"))
     layers = model.model.decoder.layers
-    if args.blocks is not None and args.blocks < len(layers):
-        del layers[args.blocks :]
     work = Work(args.work or args.folder / "work", f"sparsegpt-{args.seed}-{args.scale}").open()
     done = sum(work.has(f"model.decoder.layers.{index}") for index in range(len(layers)))
     reports = list[BlockReport]()
-    stream(
-        model, sparsegpt(), Unstructured("layer"), 0.5, tokens=_tokens(model.config, args.samples, args.seed),
-        source=Shards.of(model, args.folder / "model"), work=work, device=device, batch_size=args.batch,
-        precision="bf16", on_block=reports.append,
-    )  # fmt: skip
+
+    def enough(report: BlockReport) -> None:
+        reports.append(report)
+        if len(reports) == args.blocks:
+            raise _Enough
+
+    with suppress(_Enough):
+        stream(
+            model, sparsegpt(), Unstructured("layer"), 0.5, tokens=_tokens(model.config, args.samples, args.seed),
+            source=Shards.of(model, args.folder / "model"), work=work, device=device, batch_size=args.batch,
+            precision="bf16", on_block=enough,
+        )  # fmt: skip
     solved = [report.seconds for report in reports[done:]]
     notes.append(f"{len(solved)} blocks solved, {done} found finished")
     if solved:

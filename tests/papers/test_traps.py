@@ -82,7 +82,7 @@ def test_blocks_may_return_a_tensor_or_a_tuple(fit: Fit | None) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_norms_of_every_family_are_found(family: str) -> None:
     model = FAMILIES[family][0]()
-    by_name = {name for name, _ in model.named_parameters() if re.search(r"norm|\bln_", name)}
+    by_name = {name for name, _ in model.named_parameters() if re.search(r"norm|\b(pre_)?ln", name)}
     assert set(find_subset(model, "norms")) == by_name
     adaptation = adapt(model, ["norms"], masks=None, views=[])
     assert adaptation.trainable == sum(model.get_parameter(name).numel() for name in by_name) > 0

@@ -32,7 +32,7 @@ def _pruned(model: nn.Module, views: list[View] | None = None) -> Masks:
 
 
 def _loss(model: nn.Module) -> Tensor:
-    logits = model(IDS).logits[:, :-1].float()
+    logits = model(IDS, use_cache=False).logits[:, :-1].float()
     return nn.functional.cross_entropy(logits.reshape(-1, VOCAB), IDS[:, 1:].reshape(-1))
 
 
@@ -46,7 +46,7 @@ def _train(model: nn.Module, adaptation: Adaptation, steps: int = 2) -> None:
 
 @torch.no_grad()
 def _logits(model: nn.Module) -> Tensor:
-    return model(IDS).logits
+    return model(IDS, use_cache=False).logits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
