@@ -71,14 +71,13 @@ def test_pretrained_weights_are_loaded_but_for_the_last_layer(tmp_path: Path, mo
     home = SimpleNamespace(list_models=lambda: ["tiny"], get_model=lambda _name, weights, **how: tiny(**how))
     monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(models=home))
     pretrained = tiny(1000, wide=6)
-    wrapped = {f"module.{name}": each for name, each in pretrained.state_dict().items()}
-    torch.save({"state_dict": wrapped}, tmp_path / "w.pt")
+    torch.save(pretrained.state_dict(), tmp_path / "w.pt")
     source = arrays(tmp_path / "a", [0, 1, 1, 0], [0])
     asked: dict[str, Any] = {"model": "torchvision:tiny", "weights": str(tmp_path / "w.pt")}
     model = setting(source, tmp_path, **asked, arguments={"wide": 6}).new_model()
     assert torch.equal(model.state_dict()["0.weight"], pretrained.state_dict()["0.weight"])
     assert model.state_dict()["3.weight"].shape == (2, 6)
-    with pytest.raises(ValueError, match=r"3 tensors differ in name or shape, first '0\.weight'"):
+    with pytest.raises(ValueError, match=r"tensors differ in name or shape, first '0\.weight'"):
         setting(source, tmp_path, **asked).new_model()
     with pytest.raises(ValueError, match=r"weights: no file 'absent.pt'"):
         setting(source, tmp_path, model="resnet8", weights="absent.pt")
@@ -93,7 +92,7 @@ def test_weights_that_are_none_are_refused(tmp_path: Path):
     with pytest.raises(ValueError, match=r"2 tensors differ in name or shape, first 'linear.weight'"):
         load_weights_(model, tmp_path / "a.safetensors")
     (tmp_path / "b.safetensors").write_bytes(b"version https://git-lfs")
-    with pytest.raises(ValueError, match="is no state dict that can be read"):
+    with pytest.raises(ValueError, match="is a git-LFS pointer"):
         load_weights_(model, tmp_path / "b.safetensors")
     torch.save([1], tmp_path / "c.pt")
     with pytest.raises(ValueError, match="holds a list, not a state dict"):

@@ -19,9 +19,10 @@ from prunus.checkpoint.stored import PICKLES, read_header, read_pickle
 __all__ = ["read_state"]
 
 
-def read_state(path: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def read_state(path: Path, wanted: Mapping[str, Tensor], *, other_head: bool = False) -> dict[str, Tensor]:
     """Name -> tensor of a weight file, on the CPU: the names and shapes of `wanted`, a network's own state dict.
 
+    other_head: a last layer for another number of classes is left out of it.
     Raises FileNotFoundError for a file that is not there; ValueError, with the mend, for one that is damaged or holds
     something else, and for values that are not finite.
 
@@ -30,6 +31,9 @@ def read_state(path: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     pickled = path.suffix in PICKLES
     state = dict(read_pickle(path)) if pickled else {name: each.read() for name, each in read_header(path)[0].items()}
     _check_flat(path, state)
+    if other_head:
+        fresh = _other_head(state, wanted)
+        state, wanted = ({name: each[name] for name in each if name not in fresh} for each in (state, wanted))
     wrong = [name for name, each in wanted.items() if name not in state or state[name].shape != each.shape]
     wrong += [name for name in state if name not in wanted]
     if wrong:
@@ -42,6 +46,16 @@ def read_state(path: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
         )
     check_finite(state.items(), path)
     return state
+
+
+def _other_head(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """The tensors of the last layer whose number of rows alone differs."""
+    other = [name for name, own in wanted.items() if name in state and _has_other_rows(own, state[name])]
+    return [name for name in other if name.rpartition(".")[0] == other[-1].rpartition(".")[0]]
+
+
+def _has_other_rows(own: Tensor, other: Tensor) -> bool:
+    return own.ndim == other.ndim > 0 and own.shape[1:] == other.shape[1:] and len(own) != len(other)
 
 
 def _check_flat(path: Path, state: Mapping[str, Any]) -> None:

@@ -12,7 +12,6 @@ How they are trained and pruned is not known here.
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -20,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from prunus.checkpoint import read_state
 from prunus.machine import import_extra
 
 __all__ = ["BasicBlock", "build_model", "check_model", "load_weights_"]
@@ -67,46 +65,17 @@ def check_model(name: str, arguments: Mapping[str, Any]) -> None:
 def load_weights_(model: nn.Module, path: Path, *, other_head: bool = False) -> list[str]:
     """Load a file of weights into the model, and return the names of the tensors that stay as they are.
 
-    path: .safetensors, or what torch.save made of a state dict, maybe under "state_dict" or "model". other_head:
-    whether a last layer for another number of classes is left out.
-    Raises ValueError for a file that cannot be read, and for tensors that differ in name or shape.
+    path: .safetensors, or what torch.save made of a state dict. other_head: whether a last layer for another number of
+    classes is left out.
+    Raises ValueError, with the mend, as `checkpoint.read_state`.
 
     >>> load_weights_(build_model("resnet8", classes=3), Path("resnet8.safetensors"), other_head=True)
     ['linear.weight', 'linear.bias']
     """
-    state, own = _read_state(path), model.state_dict()
-    other = [name for name, tensor in own.items() if other_head and _has_other_rows(tensor, state.get(name))]
-    fresh = [name for name in other if name.rpartition(".")[0] == other[-1].rpartition(".")[0]]
-    wrong = [name for name in own if name not in fresh and (name not in state or state[name].shape != own[name].shape)]
-    wrong += [name for name in state if name not in own]
-    if wrong:
-        raise ValueError(
-            f"{path} is not of the recipe's network: {len(wrong)} tensors differ in name or shape, first '{wrong[0]}'; "
-            "give the recipe that it was trained by"
-        )
-    model.load_state_dict({name: own[name] if name in fresh else state[name] for name in own})
-    return fresh
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    try:
-        state: Any = load_file(path) if path.suffix == ".safetensors" else None
-        if state is None:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is no state dict that can be read ({type(error).__name__})") from None
-    inner = next((state[key] for key in ("state_dict", "model") if isinstance(state, dict) and key in state), state)
-    if not isinstance(inner, Mapping) or not all(isinstance(each, Tensor) for each in inner.values()):
-        raise ValueError(f"{path} holds a {type(inner).__name__}, not a state dict: name to tensor")
-    wrapped = all(name.startswith("module.") for name in inner)  # as nn.DataParallel names them
-    return {name.removeprefix("module.") if wrapped else name: each for name, each in inner.items()}
-
-
-def _has_other_rows(own: Tensor, other: Tensor | None) -> bool:
-    """Whether two tensors differ in their number of rows alone."""
-    if other is None or not own.ndim or own.ndim != other.ndim:
-        return False
-    return own.shape[1:] == other.shape[1:] and len(own) != len(other)
+    own = model.state_dict()
+    state = read_state(path, own, other_head=other_head)
+    model.load_state_dict(own | state)
+    return [name for name in own if name not in state]
 
 
 class BasicBlock(nn.Module):
