@@ -27,7 +27,7 @@ from prunus.machine import of_training
 from prunus.prune import prune
 from prunus.train import linear_warmup_decay, train
 
-STEPS, COMPARED = 60, 200  # timed steps of a run, of which the first third is not; steps whose losses are compared
+STEPS = 48  # of a run; the first third is not timed
 SUBSETS = {"norms": ("norms",), "MaskLoRA": ("mask_lora",), "everything": ("full",)}
 
 
@@ -39,45 +39,33 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def _row(args: argparse.Namespace, name: str, subset: tuple[str, ...], batch: int) -> Row:
-    steps = STEPS if args.scale == 1 else 4
-    length = sized(1024, args)
-    plain, _ = _run(args, subset, (batch, length), steps, capture=False)
-    ours, weights = _run(args, subset, (batch, length), steps, capture=True)
-    tokens = batch * length
-    far = _difference(args, subset, (batch, length)) if batch == 4 and args.scale == 1 else None
-    note = f"{tokens / ours * 1e3:,.0f} tokens a second, {tokens / plain * 1e3:,.0f} without"
+    shape = batch, sized(1024, args)
+    plain, expected, _ = _run(args, subset, shape, capture=False)
+    ours, losses, weights = _run(args, subset, shape, capture=True)
+    far, tokens = float(((losses - expected) / expected).abs().max()), batch * shape[1]
+    rates = f"{tokens / ours * 1e3:,.0f} tokens a second, {tokens / plain * 1e3:,.0f} without"
     return Row(
-        name, f"{batch} x {length} tokens", "steps not recorded", ours, plain,
+        name, f"{batch} x {shape[1]} tokens", "steps not recorded", ours, plain,
         floor_ms(args, operations=(4 if subset == ("norms",) else 6) * weights * tokens),
-        note=note if far is None else f"{note}; losses of {COMPARED} steps differ by at most {far:.1e}",
+        note=f"{rates}; losses of {len(losses)} steps differ by at most {far:.0e}",
     )  # fmt: skip
 
 
 def _run(
-    args: argparse.Namespace, subset: tuple[str, ...], shape: tuple[int, int], steps: int, *, capture: bool
-) -> tuple[float, int]:
-    """Milliseconds of a step after the first third, and how many weights the products have."""
-    marks: list[float] = []
+    args: argparse.Namespace, subset: tuple[str, ...], shape: tuple[int, int], *, capture: bool
+) -> tuple[float, torch.Tensor, int]:
+    """Milliseconds of a step after the first third, all losses, and how many weights the products have."""
+    steps, marks = STEPS if args.scale == 1 else 6, list[float]()
 
     def mark(_done: int, _loss: float) -> None:
         marks.append(time.perf_counter())
 
-    model, losses = _trained(args, subset, shape, steps, capture=capture, every=max(1, steps // 3), on_step=mark)
-    del losses
+    model, losses = _trained(args, subset, shape, steps, capture=capture, on_step=mark)
     weights = sum(each.numel() for each in model.parameters() if each.ndim == 2)
-    return (marks[-1] - marks[0]) / (steps - max(1, steps // 3)) * 1e3, weights
+    return (marks[-1] - marks[0]) / (steps - steps // 3) * 1e3, torch.tensor(losses), weights
 
 
-def _difference(args: argparse.Namespace, subset: tuple[str, ...], shape: tuple[int, int]) -> float:
-    runs = [
-        _trained(args, subset, shape, COMPARED, capture=capture, every=COMPARED, on_step=None)[1]
-        for capture in (False, True)
-    ]
-    plain, recorded = (torch.tensor(losses) for losses in runs)
-    return float(((plain - recorded) / plain).abs().max())
-
-
-def _trained(args, subset, shape, steps, *, capture, every, on_step):  # type: ignore[no-untyped-def]
+def _trained(args, subset, shape, steps, *, capture, on_step):  # type: ignore[no-untyped-def]
     torch.manual_seed(args.seed)
     config = LlamaConfig(
         vocab_size=sized(49152, args),
@@ -107,7 +95,7 @@ def _trained(args, subset, shape, steps, *, capture, every, on_step):  # type: i
         precision=precision if cuda else "fp32",
         clip=1.0,
         capture="auto" if capture else False,
-        report_every=every,
+        report_every=steps // 3,
         on_step=on_step,
     )
     return model, trace.losses
