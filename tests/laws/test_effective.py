@@ -301,5 +301,9 @@ def test_memory_of_a_step_is_no_more_than_full_fine_tuning_takes() -> None:
         leaves = [each.detach().requires_grad_() for each in (x, weight)]
         torch.nn.functional.linear(*leaves).backward(g)
 
-    ours = peak(lambda: _all(x, weight, A, B, kept, g, False))
-    assert ours < 1.1 * peak(full)
+    def ours() -> None:
+        _all(x, weight, A, B, kept, g, False)
+
+    for run in (ours, full):
+        run()  # the first product of a process takes a workspace besides
+    assert peak(ours) < 1.1 * peak(full)

@@ -140,12 +140,6 @@ LANGUAGE = _Language()
 def _check_chooses(text: str, data: Mapping[str, Any]) -> None:
     if text not in data:
         raise ValueError(f"tune.text: {text!r} is not in evaluate.data, which has {', '.join(data)}")
-    same = [name for name, other in data.items() if name != text and other == data[text]]
-    if same:
-        raise ValueError(
-            f"evaluate.data: {same[0]!r} is the text that {text!r} is, by which values are chosen; give it another "
-            "source, split or part"
-        )
 
 
 def _soup_jobs(recipe: LanguageRecipe) -> list[Job]:
