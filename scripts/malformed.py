@@ -39,8 +39,8 @@ from prunus.run.recipe import ClassifierRecipe, LanguageRecipe, merge
 TEXT = "The plum tree of row seven bears thirteen plums.\n" * 400
 MENDS = (
     "give|set |use|did you mean|known|should|leave (it )?out|there (is|are)|see |needs|at least|at most|delete|install"
-    "|write|save it|stands twice|takes|is auto|lies in|in \\[0|as in|line \\d|put |get it|fetch|make |pass |goes by"
-    "|must|without|convert|rename|more|by: |not allowed|download|belong to another"
+    "|write|save it|stands twice|takes|is auto|lies in|in \\[0|as in|line \\d|put |get it|fetch|get the |make |pass "
+    "|goes by|must|without|convert|rename|more|by: |not allowed|download|belong to another"
 )
 
 

@@ -49,7 +49,8 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
                 f"model: {str(path)!r} needs code of its own (auto_map in its config.json); if you trust that code, "
                 "set trust_remote_code: true"
             ) from None
-        raise ValueError(f"model: {str(path)!r} has no config that opens ({' '.join(str(error).split())})") from error
+        why = " ".join(str(error).split())
+        raise ValueError(f"model: {str(path)!r} has no config that opens ({why}); get the model again") from error
 
 
 def read_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
