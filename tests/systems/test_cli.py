@@ -388,6 +388,21 @@ def test_ctrl_c_is_one_line_and_status_130(call: Any, monkeypatch: pytest.Monkey
     assert err == f"prunus: {kept if command == 'run' else 'stopped; nothing was written'}\n"
 
 
+def test_a_full_gpu_is_one_line_and_other_errors_are_not_hidden(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("prunus.run.task.load", fail)
+    error: RuntimeError = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB left")
+    status, out, err = call("run")
+    assert (status, out) == (2, "")
+    assert err.startswith("prunus: CUDA out of memory. Tried to allocate 2.00 GiB: make batch_size smaller")
+    assert err.count("\n") == 1
+    error = RuntimeError("a fault of ours")
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        call("run")
+
+
 def limited(bytes_: int, out: str, *arguments: str) -> None:
     """The command where no file may be larger, as on a full disk; what it says on stderr goes to a file."""
     import resource

@@ -276,12 +276,21 @@ def main() -> None:
         if logging.getLogger().isEnabledFor(logging.INFO):
             raise
         status = _refused(" ".join(str(error).split()) if isinstance(error, OSError) else str(error))
+    except RuntimeError as error:
+        torch = sys.modules.get("torch")
+        if torch is None or not isinstance(error, torch.OutOfMemoryError):
+            raise
+        status = _refused(f"{str(error).partition('. GPU')[0]}: {_SMALLER}")
     if status == 130:
         _refused(_STOPPED.get(next(iter(sys.argv[1:]), ""), "stopped; nothing was written"))
     sys.exit(status or 0)
 
 
 _KEPT = "stopped; what is finished is kept in its folder, checkpoints too, and the same command goes on from there"
+_SMALLER = (
+    "make batch_size smaller (of calibrate, retrain, evaluate or train), or set retrain.checkpointing: true or "
+    "streaming: true; what is finished is kept"
+)
 _STOPPED = {"run": _KEPT, "grid": _KEPT}
 
 
