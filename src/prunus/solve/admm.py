@@ -25,8 +25,7 @@ from torch import Tensor
 from prunus.machine import full_products
 from prunus.patterns import Pattern
 from prunus.score import Criterion, magnitude
-from prunus.solve.quadratic import once_per_inputs, scaled_gram, seen_gram
-from prunus.solve.refit import column_scale
+from prunus.solve.quadratic import once_per_inputs, seen_gram, unit_gram
 
 if TYPE_CHECKING:
     from prunus.layers import Layer
@@ -56,7 +55,7 @@ def admm(
         raise ValueError(f"admm needs 1 <= choosing <= iterations; got choosing={choosing}, iterations={iterations}")
     if not all(0 <= each < float("inf") for each in (damping, pull, rho)) or rho == 0:
         raise ValueError(f"admm needs damping and pull >= 0 and rho > 0; got {damping}, {pull} and {rho}")
-    inverted = once_per_inputs(lambda layer, inputs: _invert(scaled_gram(layer, inputs, damping), pull, rho))
+    inverted = once_per_inputs(lambda layer, inputs: _invert(*unit_gram(layer, inputs, damping), pull, rho))
 
     @torch.no_grad()
     def solve(layer: Layer, pattern: Pattern, kept: int) -> tuple[Tensor, Tensor]:
@@ -69,7 +68,7 @@ def admm(
             unit = inverted(layer, inputs).to(layer.weight.device)
             dense = layer.weight.float() * unit.scale
             pattern.mask(dense.abs(), kept, name=layer.name)  # what it refuses is refused before the work
-            sparse, mask = _alternate(dense, unit, pattern, counts, iterations, rho)
+            sparse, mask = _alternate(dense, unit, pattern, counts, iterations=iterations, rho=rho)
             weight = (sparse / unit.scale).to(layer.weight.dtype)
         if not bool(weight.isfinite().all()):
             raise ValueError(
@@ -93,9 +92,7 @@ class _Unit:
         return _Unit(self.gram.to(device), self.inverse.to(device), self.scale.to(device))
 
 
-def _invert(gram: Tensor, pull: float, rho: float) -> _Unit:
-    scale = column_scale(gram)
-    unit = gram.div_(scale).div_(scale[:, None])
+def _invert(unit: Tensor, scale: Tensor, pull: float, rho: float) -> _Unit:
     unit.diagonal().add_(pull)
     tied = unit.clone()
     tied.diagonal().add_(rho)
@@ -112,7 +109,7 @@ def _ramp(shape: tuple[int, int], kept: int, choosing: int, unit: int, *, fixed:
 
 
 def _alternate(
-    dense: Tensor, unit: _Unit, pattern: Pattern, counts: list[int], iterations: int, rho: float
+    dense: Tensor, unit: _Unit, pattern: Pattern, counts: list[int], *, iterations: int, rho: float
 ) -> tuple[Tensor, Tensor]:
     """Z (out, in) in units of the columns, and its mask; nothing in here waits for the device."""
     target = (dense @ unit.gram) @ unit.inverse

@@ -62,6 +62,14 @@ def scaled_gram(layer: Layer, inputs: Inputs, damping: float = 0.0) -> Tensor:
     return scaled.to(layer.weight.device)
 
 
+def unit_gram(layer: Layer, inputs: Inputs, damping: float) -> tuple[Tensor, Tensor]:
+    """The damped Gram matrix in units in which its diagonal is 1, and the units sqrt(G_jj) (in,): 1 where G_jj is 0."""
+    gram = scaled_gram(layer, inputs, damping)
+    own = gram.diagonal()
+    scale = torch.where(own > 0, own.sqrt(), 1.0)
+    return gram.div_(scale).div_(scale[:, None]), scale
+
+
 def row_errors(change: Tensor, gram: Tensor) -> Tensor:
     """d G d^T of every row d of a change of the weight, (out,) float64: nothing is lost to rounding in a comparison."""
     exact = gram.double()

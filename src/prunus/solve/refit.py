@@ -20,7 +20,7 @@ from torch import Tensor
 from prunus.machine import full_products
 from prunus.patterns import Pattern
 from prunus.score import Criterion, Score, criterion_of, wanda
-from prunus.solve.quadratic import row_errors, row_slices, scaled_gram, seen_gram
+from prunus.solve.quadratic import row_errors, row_slices, seen_gram, unit_gram
 
 if TYPE_CHECKING:
     from prunus.layers import Layer
@@ -55,12 +55,10 @@ def refit(of: Criterion | Score = wanda, iterations: int = 20, damping: float = 
         inputs = seen_gram(layer, "refit")
         if inputs is None:
             return weight, mask
-        gram = scaled_gram(layer, inputs, damping)
-        scale = column_scale(gram)
-        unit = gram.div_(scale).div_(scale[:, None])
+        unit, scale = unit_gram(layer, inputs, damping)
         with full_products():
             parts = [
-                _least_squares(layer.weight[rows], weight[rows], mask[rows], unit, scale, iterations)
+                _least_squares(layer.weight[rows], weight[rows], mask[rows], unit, scale, iterations=iterations)
                 for rows in row_slices(weight, _CHUNK)
             ]
         return torch.cat(parts), mask
@@ -68,13 +66,9 @@ def refit(of: Criterion | Score = wanda, iterations: int = 20, damping: float = 
     return Criterion(solve, needs="gram", compare=asked.compare, name=f"{asked.name} with refit")
 
 
-def column_scale(gram: Tensor) -> Tensor:
-    """sqrt(G_jj) (in,), 1 where an input was always zero."""
-    own = gram.diagonal()
-    return torch.where(own > 0, own.sqrt(), 1.0)
-
-
-def _least_squares(dense: Tensor, start: Tensor, mask: Tensor, unit: Tensor, scale: Tensor, iterations: int) -> Tensor:
+def _least_squares(
+    dense: Tensor, start: Tensor, mask: Tensor, unit: Tensor, scale: Tensor, *, iterations: int
+) -> Tensor:
     """The weight (rows, in) in the dtype of `start`, which stays in rows that nothing improves.
 
     unit: the damped Gram matrix in the columns' units.
