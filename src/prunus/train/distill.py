@@ -45,14 +45,15 @@ class _Mixed:
     def gradient(self, z: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The same without a graph, and its gradient by z, in the dtype of z."""
         a, T = self.weight, self.temperature
-        student, taught = (each.float().div(T).softmax(-1) for each in (z, teacher))
-        dz = student.sub_(taught).mul_(a * T)
-        del taught
+        student, taught = ((each.float() / T).log_softmax(-1) for each in (z, teacher))
+        value = a * T**2 * F.kl_div(student, taught, reduction="sum", log_target=True)
+        dz = student.exp().sub_(taught.exp_()).mul_(a * T)
         if a < 1:
-            own = z.float().softmax(-1)
-            own[torch.arange(len(labels), device=z.device), labels] -= 1
+            own = student if T == 1 else z.float().log_softmax(-1)
+            value += (1 - a) * F.nll_loss(own, labels, reduction="sum")
+            own.exp_()[torch.arange(len(labels), device=z.device), labels] -= 1
             dz.add_(own, alpha=1 - a)
-        return self.value(z, teacher, labels), dz.to(z.dtype)
+        return value, dz.to(z.dtype)
 
     def _divergence(self, z: Tensor, teacher: Tensor) -> Tensor:
         a, T = self.weight, self.temperature
