@@ -260,8 +260,12 @@ def retrain(
     if asked.keep_effective:
         adaptation.keep_effective()
     packed = training_windows(asked, loaded.tokenizer)
-    groups, capture = adaptation.param_groups(asked.lr, asked.lrs), _capture(recipe, device)
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, capturable=capture is not False)
+    groups, capture, cuda = (
+        adaptation.param_groups(asked.lr, asked.lrs),
+        _capture(recipe, device),
+        device.type == "cuda",
+    )
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, capturable=capture is not False, fused=cuda or None)
     spare = "free" if asked.checkpointing == "auto" else 0
     with (
         compiled_forward(model) if recipe.compile else nullcontext(),
@@ -300,9 +304,8 @@ def retrain(
 
 
 def _capture(recipe: LanguageRecipe, device: torch.device) -> Literal["auto"] | bool:
-    """Whether training steps are recorded: not on a CPU, nor beside what a recording would get wrong."""
-    asked = given(recipe.retrain)
-    eager = device.type != "cuda" or recipe.compile or asked.checkpointing or asked.keep_effective
+    """Whether training steps are recorded: not on a CPU, nor with weights that are kept by what the host knows."""
+    eager = device.type != "cuda" or given(recipe.retrain).keep_effective
     return False if eager and recipe.capture == "auto" else recipe.capture
 
 
