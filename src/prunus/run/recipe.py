@@ -827,11 +827,8 @@ class LanguageRecipe(Recipe):
         return self
 
     def _check_retrain(self, retrain: LanguageRetrain) -> None:
-        eager = {"compile": self.compile, "retrain.checkpointing": retrain.checkpointing}
-        eager |= {"retrain.keep_effective": retrain.keep_effective}
-        strange = [key for key, value in eager.items() if value]
-        if self.capture is True and strange:
-            raise ValueError(f"capture: steps with {strange[0]} are not recorded; leave out one of the two")
+        if self.capture is True and retrain.keep_effective:
+            raise ValueError("capture: steps with retrain.keep_effective are not recorded; leave out one of the two")
         teacher = None if retrain.distill is None else retrain.distill.teacher
         if teacher is not None and looks_local(teacher) and not Path(teacher).exists():
             raise ValueError(f"retrain.distill.teacher: no file or folder {teacher!r} (seen from {os.getcwd()})")

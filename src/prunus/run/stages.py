@@ -37,7 +37,7 @@ from prunus.run.fitted import model_path
 from prunus.run.recipe import LanguageRecipe, given
 from prunus.run.texts import calibration_windows, evaluation_texts, training_windows, window_of
 from prunus.stream import BlockReport, Fit, Shards, Streamed, Work, stream
-from prunus.train import distilled_next_token, next_token_loss, share_frozen_, train
+from prunus.train import distilled_next_token, lighten_, next_token_loss, train
 
 __all__ = ["Loaded", "Retrained", "evaluate", "load", "precision_of", "prune", "retrain"]
 
@@ -260,8 +260,12 @@ def retrain(
     if asked.keep_effective:
         adaptation.keep_effective()
     packed = training_windows(asked, loaded.tokenizer)
-    groups, capture = adaptation.param_groups(asked.lr, asked.lrs), _capture(recipe, device)
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, capturable=capture is not False)
+    groups, capture, cuda = (
+        adaptation.param_groups(asked.lr, asked.lrs),
+        _capture(recipe, device),
+        device.type == "cuda",
+    )
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, capturable=capture is not False, fused=cuda or None)
     spare = "free" if asked.checkpointing == "auto" else 0
     with (
         compiled_forward(model) if recipe.compile else nullcontext(),
@@ -273,7 +277,7 @@ def retrain(
             optimizer,
             asked.rates(loaded.distance),
             steps=asked.steps,
-            loss=_loss(model, masks, recipe, device),
+            loss=_loss(model, recipe),
             masks=masks if "full" in asked.train else None,
             accumulate=asked.accumulate,
             precision=precision,
@@ -300,22 +304,18 @@ def retrain(
 
 
 def _capture(recipe: LanguageRecipe, device: torch.device) -> Literal["auto"] | bool:
-    """Whether training steps are recorded: not on a CPU, nor beside what a recording would get wrong."""
-    asked = given(recipe.retrain)
-    eager = device.type != "cuda" or recipe.compile or asked.checkpointing or asked.keep_effective
+    """Whether training steps are recorded: not on a CPU, nor with weights that are kept by what the host knows."""
+    eager = device.type != "cuda" or given(recipe.retrain).keep_effective
     return False if eager and recipe.capture == "auto" else recipe.capture
 
 
-def _loss(
-    model: nn.Module, masks: Masks, recipe: LanguageRecipe, device: torch.device
-) -> Callable[[nn.Module, Any], Tensor]:
+def _loss(model: nn.Module, recipe: LanguageRecipe) -> Callable[[nn.Module, Any], Tensor]:
     """The loss of retraining; a teacher, where there is one, is read from its checkpoint."""
     asked = given(recipe.retrain).distill
     if asked is None:
         return next_token_loss
     home = recipe.model_copy(update={"model": asked.teacher or recipe.model, "streaming": False})
-    teacher = load(home, device).model.to(device).requires_grad_(False)
-    share_frozen_(teacher, model, masks)
+    teacher = lighten_(load(home).model.requires_grad_(False), model)
     return distilled_next_token(teacher, asked.weight, asked.temperature)
 
 
