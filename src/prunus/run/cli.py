@@ -121,10 +121,7 @@ def grid(
         show_sweep(sweep(asked, Pool(max(workers, 1), together, ray)), asked.out)
         return
     grids = load_grids(recipes, out)
-    try:
-        found = compare_all(grids, workers=workers, together=together, ray=ray, minutes=minutes)
-    except RuntimeError as error:  # members failed; the others are finished and in the tables
-        raise Unfinished(str(error)) from None
+    found = compare_all(grids, workers=workers, together=together, ray=ray, minutes=minutes)
     for each, rows in zip(grids, found, strict=True):
         show_grid(rows, Path(each.out))
 
