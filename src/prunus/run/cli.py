@@ -93,6 +93,10 @@ def grid(
     recipes: Annotated[
         list[Path], typer.Argument(help="YAML grids: a base recipe and the axes that vary; or one sweep of rates.")
     ],
+    assign: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any key of the grids: --set base.retrain.steps=64 (repeatable)."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the grid; of several, that of their folders.")] = None,
     workers: Annotated[
         int,
@@ -116,11 +120,14 @@ def grid(
     from prunus.run.vision.sweep import load_sweep, sweep
 
     _check_single("grid")
+    changes = assignments(assign)
     if is_sweep(recipes):
+        if changes:
+            raise ValueError("--set goes with grids; write the key into the sweep")
         asked = load_sweep(recipes[0], out)
         show_sweep(sweep(asked, Pool(max(workers, 1), together, ray)), asked.out)
         return
-    grids = load_grids(recipes, out)
+    grids = load_grids(recipes, out, changes)
     found = compare_all(grids, workers=workers, together=together, ray=ray, minutes=minutes)
     for each, rows in zip(grids, found, strict=True):
         show_grid(rows, Path(each.out))
