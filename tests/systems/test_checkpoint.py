@@ -213,6 +213,12 @@ def test_pickled_weights_are_read_without_running_code(llama: Path, tmp_path: Pa
     assert numbers == [plain, plain]
 
 
+def test_an_adapter_without_its_model_is_said_to_be_one(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"is an adapter alone \(adapter_config.json\): load its model, merge it"):
+        stages.load(asked(tmp_path))
+
+
 def test_an_adapter_beside_the_weights_is_refused(llama: Path, tmp_path: Path) -> None:
     folder = variant(llama, tmp_path / "m")
     (folder / "adapter_config.json").write_text("{}")

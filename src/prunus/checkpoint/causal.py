@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from prunus.checkpoint.folder import Checkpoint
+from prunus.checkpoint.folder import ADAPTER, Checkpoint
 from prunus.checkpoint.stored import DTYPES
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["Layout", "check_causal", "check_finite", "check_plain", "check_vocabulary", "empty_model", "wrapper_of"]
 
 _PIECE = 1 << 24  # entries of two tensors that are compared together
-_ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -175,9 +174,9 @@ def check_plain(checkpoint: Checkpoint) -> None:
                 f"{checkpoint.path} is quantised: {name!r} has 8 bits ({DTYPES[each.dtype]}); give the model in bf16, "
                 "fp16 or fp32, or dequantise it first"
             )
-    if (checkpoint.folder / _ADAPTER).is_file():
+    if (checkpoint.folder / ADAPTER).is_file():
         raise ValueError(
-            f"{checkpoint.path} has an adapter beside its weights ({_ADAPTER}): merge it (peft: merge_and_unload, "
+            f"{checkpoint.path} has an adapter beside its weights ({ADAPTER}): merge it (peft: merge_and_unload, "
             "save_pretrained), or move it out of the folder to leave it away"
         )
 

@@ -51,6 +51,16 @@ def atomic(path: str | os.PathLike[str]) -> Generator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def cache(kind: str) -> Path:
+    """Where what takes long to make is kept between runs: `$PRUNUS_CACHE/kind`, by default in `~/.cache/prunus`.
+
+    >>> cache("tokens").name
+    'tokens'
+    """
+    home = os.environ.get("PRUNUS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "prunus"
+    return Path(home).expanduser() / kind
+
+
 @contextmanager
 def hidden_folder(near: str | os.PathLike[str]) -> Generator[Path]:
     """A new hidden folder beside `near`, which need not exist; it is gone at the end, and so is what killed ones left.
