@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -356,12 +357,15 @@ def unpack(packed: Tensor, columns: int) -> Tensor:
     if packed.device.type == "cpu":
         bits = np.unpackbits(packed.numpy(), axis=-1, count=columns, bitorder="little")
         return torch.from_numpy(bits.view(np.bool_))
-    bytes_ = _TABLE.to(packed.device).index_select(0, packed.flatten().int())  # 8 entries each
+    bytes_ = _table(packed.device).index_select(0, packed.flatten().int())  # 8 entries each
     return bytes_.view(torch.bool).view(*packed.shape[:-1], -1)[..., :columns]
 
 
-# Byte -> its 8 entries, as the 8 bytes of an integer.
-_TABLE = ((torch.arange(256).unsqueeze(1) >> torch.arange(8)) & 1).to(torch.uint8).view(torch.int64).flatten()
+@cache
+def _table(device: torch.device) -> Tensor:
+    """Byte -> its 8 entries, as the 8 bytes of an integer; brought to a device once, which no recorded step may do."""
+    bits = (torch.arange(256).unsqueeze(1) >> torch.arange(8)) & 1
+    return bits.to(torch.uint8).view(torch.int64).flatten().to(device)
 
 
 def kept_rows(mask: Tensor, rows: slice, columns: int) -> Tensor:

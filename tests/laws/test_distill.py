@@ -15,11 +15,12 @@ from prunus.prune import prune
 from prunus.train import (
     distilled_classification,
     distilled_next_token,
+    lighten_,
     next_token,
     next_token_loss,
-    share_frozen_,
     train,
 )
+from prunus.train.distill import _Filled
 from tests.conftest import VOCABULARY, tiny_llama
 from tests.laws.test_next_token import build, gradients, tokens
 
@@ -103,22 +104,70 @@ def test_classifiers_have_the_formula_too(weight: float, temperature: float):
     torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
 
 
-def test_a_teacher_shares_what_stays_as_it_is():
-    teacher, ids = tiny_llama(), tokens(VOCABULARY)
-    model = copy.deepcopy(teacher)
-    masks = prune(model, sparsity=0.5)
+def beside(teacher: nn.Module, model: nn.Module) -> int:
+    """Bytes of tensors that a teacher holds and the model does not."""
+    theirs = {each.data_ptr() for each in (*model.parameters(), *model.buffers())}
+    own = {each.data_ptr(): each.numel() * each.element_size() for each in (*teacher.parameters(), *teacher.buffers())}
+    return sum(size for place, size in own.items() if place not in theirs)
+
+
+def rotary(model: nn.Module) -> int:
+    return sum(each.numel() * each.element_size() for each in model.buffers())
+
+
+@pytest.mark.parametrize("trained", [["mask_lora"], ["norms", "scale_lora"], ["lora_prune"]])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2", "opt"])
+def test_a_light_teacher_has_the_bits_of_a_dense_copy_and_costs_what_was_pruned(family: str, trained: list[str]):
+    dense = build(family)
+    model, ids = copy.deepcopy(dense), tokens(min(64, dense.config.vocab_size))
+    views = find_layers(model)
+    masks = prune(model, sparsity=0.5, views=views)
+    masks = masks & prune(model, sparsity=0.6, views=views, within=masks)
+    adapt(model, trained, masks=masks, views=views, rank=2)
+    teacher = lighten_(copy.deepcopy(dense).requires_grad_(False), model)
+    for part in (2, 0.5):  # trained or not, the teacher stays what it was
+        for one in (slice(None), slice(0, 1)):
+            expected, wanted = gradients(model, ids[one], distilled_next_token(dense))
+            value, found = gradients(model, ids[one], distilled_next_token(teacher))
+            assert torch.equal(value, expected)
+            assert all(torch.equal(found[name], grad) for name, grad in wanted.items())
+        with torch.no_grad():
+            for each in model.parameters():
+                each.mul_(part if each.requires_grad else 1)
+    pruned = sum(int((~mask).sum()) for mask in masks.values())
+    bits = sum(-(-mask.numel() // 8) for mask in masks.values())
+    norms = sum(each.numel() for name, each in dense.named_parameters() if "norm" in name or "ln" in name)
+    assert beside(teacher, model) <= 4 * (pruned + norms * ("norms" in trained)) + bits + rotary(dense)
+    assert not any(each._whole is not None for each in teacher.modules() if isinstance(each, _Filled))
+
+
+def test_a_light_teacher_keeps_what_moved_or_is_trained():
+    dense, ids = tiny_llama(), tokens(VOCABULARY)
+    before = dense(ids).logits.detach()
+    model = copy.deepcopy(dense)
+    prune(model, sparsity=0.5)
+    moved = model.model.layers[0].mlp.up_proj.weight
+    with torch.no_grad():
+        moved.mul_(1.5)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("norm" in name)
+    teacher = lighten_(dense, model)
+    table = model.get_input_embeddings().weight
+    assert teacher is dense
+    assert teacher.get_input_embeddings().weight.data_ptr() == table.data_ptr()
+    assert teacher.model.layers[0].mlp.up_proj.weight.data_ptr() != moved.data_ptr()
     with torch.no_grad():
-        before = teacher(ids).logits
-        saved = share_frozen_(teacher, model, masks)
-        table = model.get_input_embeddings().weight
-        assert saved == table.numel() * 4
-        assert teacher.get_input_embeddings().weight.data_ptr() == table.data_ptr()
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.add_(1.0)
+        for parameter in (*(each for each in model.parameters() if each.requires_grad), moved):
+            parameter.add_(1.0)
         assert torch.equal(teacher(ids).logits, before)
+
+
+def test_a_light_teacher_of_a_model_of_which_all_is_trained_is_a_copy():
+    dense = tiny_llama()
+    model = copy.deepcopy(dense)
+    prune(model, sparsity=0.5)
+    size = sum(each.numel() * each.element_size() for each in dense.parameters())
+    assert beside(lighten_(dense, model), model) == size + rotary(dense)
 
 
 def test_what_is_refused():

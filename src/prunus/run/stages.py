@@ -37,7 +37,7 @@ from prunus.run.fitted import model_path
 from prunus.run.recipe import LanguageRecipe, given
 from prunus.run.texts import calibration_windows, evaluation_texts, training_windows, window_of
 from prunus.stream import BlockReport, Fit, Shards, Streamed, Work, stream
-from prunus.train import distilled_next_token, next_token_loss, share_frozen_, train
+from prunus.train import distilled_next_token, lighten_, next_token_loss, train
 
 __all__ = ["Loaded", "Retrained", "evaluate", "load", "precision_of", "prune", "retrain"]
 
@@ -243,7 +243,7 @@ def retrain(
             optimizer,
             asked.rates(loaded.distance),
             steps=asked.steps,
-            loss=_loss(model, masks, recipe, device),
+            loss=_loss(model, recipe),
             masks=masks if "full" in asked.train else None,
             accumulate=asked.accumulate,
             precision=precision,
@@ -276,16 +276,13 @@ def _capture(recipe: LanguageRecipe, device: torch.device) -> Literal["auto"] | 
     return False if eager and recipe.capture == "auto" else recipe.capture
 
 
-def _loss(
-    model: nn.Module, masks: Masks, recipe: LanguageRecipe, device: torch.device
-) -> Callable[[nn.Module, Any], Tensor]:
+def _loss(model: nn.Module, recipe: LanguageRecipe) -> Callable[[nn.Module, Any], Tensor]:
     """The loss of retraining; a teacher, where there is one, is read from its checkpoint."""
     asked = given(recipe.retrain).distill
     if asked is None:
         return next_token_loss
     home = recipe.model_copy(update={"model": asked.teacher or recipe.model, "streaming": False})
-    teacher = load(home, device).model.to(device).requires_grad_(False)
-    share_frozen_(teacher, model, masks)
+    teacher = lighten_(load(home).model.requires_grad_(False), model)
     return distilled_next_token(teacher, asked.weight, asked.temperature)
 
 

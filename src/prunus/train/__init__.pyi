@@ -4,7 +4,7 @@ from .batchnorm import recalibrate_ as recalibrate_
 from .capture import unrecorded as unrecorded
 from .distill import distilled_classification as distilled_classification
 from .distill import distilled_next_token as distilled_next_token
-from .distill import share_frozen_ as share_frozen_
+from .distill import lighten_ as lighten_
 from .hooks import During as During
 from .hooks import Plan as Plan
 from .hooks import masks_by_magnitude as masks_by_magnitude

@@ -12,16 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from prunus.masks import pack, unpack
 from prunus.train.next_token import Aim, aimed_loss, row_logits
-
-if TYPE_CHECKING:
-    from prunus.masks import Masks
 
 
 @dataclass(frozen=True)
@@ -128,22 +127,87 @@ def distilled_classification(
     return loss
 
 
-def share_frozen_(teacher: nn.Module, model: nn.Module, masks: Masks) -> int:
-    """Let the teacher hold the model's own tensors where they are equal and stay so; returns how many bytes that saves.
+@torch.no_grad()
+def lighten_(teacher: nn.Module, model: nn.Module) -> nn.Module:
+    """The teacher, as a dense model that costs what the model beside it lost: it holds the model's frozen tensors.
 
-    Those that are pruned, or require gradients, are not shared. Both on one device.
+    A frozen tensor is held alone where it is the teacher's; where it was pruned, with the values that are missing and a
+    bit an entry that says where. The whole weight is formed while the layer that owns it runs. What is
+    trained, has another dtype or differs in most entries (weights that a criterion moved) stays a copy of its own. No
+    value changes by a bit. Adapted models will do, while they are adapted; they must not be merged while the teacher is
+    asked. The teacher ends on the model's device, and is brought there tensor by tensor.
 
-    >>> share_frozen_(dense, model, masks)
+    >>> loss = distilled_next_token(lighten_(dense, model), weight=0.5)
     """
-    own, saved = dict(model.named_parameters()), 0
-    for name, parameter in teacher.named_parameters():
+    own = {_plain_name(name): parameter for name, parameter in model.named_parameters()}
+    owners = _owners(teacher)
+    for name, parameter in list(teacher.named_parameters()):
         mine = own.get(name)
-        if mine is None or mine.requires_grad or name in masks or mine.dtype != parameter.dtype:
+        if mine is None or mine.requires_grad or (mine.dtype, mine.shape) != (parameter.dtype, parameter.shape):
             continue
-        if mine.device == parameter.device and torch.equal(mine, parameter):
-            parameter.data = mine.data
-            saved += mine.numel() * mine.element_size()
-    return saved
+        dense = parameter.detach().to(mine.device)  # stays when the parameter changes
+        missing = dense != mine
+        present = missing.numel() - int(missing.sum())
+        if present * dense.element_size() <= missing.numel() / 8:
+            continue
+        parameter.data = mine.data
+        if present < missing.numel():
+            filled = _Filled(missing, dense[missing])
+            for owner, attribute in owners[id(parameter)]:
+                filled.put(owner, attribute)
+    return teacher.to(next(model.parameters()).device)
+
+
+class _Filled(nn.Module):
+    """The parametrization of a weight that is held with gaps: what its module sees has them filled.
+
+    Between the beginning and the end of the module's forward it is filled once: experts are read one by one.
+    """
+
+    missing: Tensor  # bits of the flat weight
+    values: Tensor  # of those entries, in order
+
+    def __init__(self, missing: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("missing", pack(missing.flatten()))
+        self.register_buffer("values", values)
+        self._open, self._whole = False, None
+
+    def put(self, owner: nn.Module, attribute: str) -> None:
+        """Show the owner the whole weight."""
+        parametrize.register_parametrization(owner, attribute, self, unsafe=True)
+        owner.register_forward_pre_hook(self._begin)
+        owner.register_forward_hook(self._end, always_call=True)
+
+    def forward(self, held: Tensor) -> Tensor:
+        """The whole weight, in the shape of what is held."""
+        if self._whole is not None:
+            return self._whole
+        missing = unpack(self.missing, held.numel()).view(held.shape)
+        whole = held.masked_scatter(missing, self.values)
+        self._whole = whole if self._open else None
+        return whole
+
+    def _begin(self, *_: Any) -> None:
+        self._open = True
+
+    def _end(self, *_: Any) -> None:
+        self._open, self._whole = False, None
+
+
+def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Parameter's id -> the modules that hold it, with the attribute: several where it is tied."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), []).append((module, attribute))
+    return found
+
+
+def _plain_name(name: str) -> str:
+    """A parameter's name without what a parametrization puts into it."""
+    return name.replace("parametrizations.", "").removesuffix(".original")
 
 
 def _logits(output: Any) -> Tensor:
