@@ -201,18 +201,19 @@ def check_vocabulary(tokenizer: Any, rows: int, where: str) -> None:
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str | Path) -> None:
-    """Raise ValueError naming the first tensor that holds NaN or an infinity.
+    """Raise ValueError naming the first tensor that holds NaN or an infinity. A GPU is waited for once, not for each.
 
     >>> check_finite([("a", torch.ones(2))], "model")
     """
-    for name, each in tensors:
-        if not each.is_floating_point() or not each.numel() or each.is_meta:
-            continue
-        if not bool(torch.stack(each.aminmax()).isfinite().all()):  # NaN and infinities are among the extremes
-            count = int((~torch.isfinite(each)).sum())
-            raise ValueError(
-                f"{where}: {name!r} holds {count} values that are NaN or infinite; the model is broken: get it again"
-            )
+    named = [(name, t.detach()) for name, t in tensors if t.is_floating_point() and t.numel() and not t.is_meta]
+    good = [torch.stack(t.aminmax()).isfinite().all() for _, t in named]  # NaN and infinities are among the extremes
+    if not good or bool(torch.stack([each.to(good[0].device) for each in good]).all()):
+        return
+    name, wrong = next(pair for pair, each in zip(named, good, strict=True) if not each)
+    raise ValueError(
+        f"{where}: {name!r} holds {int((~wrong.isfinite()).sum())} values that are NaN or infinite; the model is "
+        "broken: get it again"
+    )
 
 
 def wrapper_of(names: Sequence[str], known: Callable[[list[str]], bool]) -> str:

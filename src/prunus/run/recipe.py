@@ -560,7 +560,7 @@ class Evaluate(Strict):
     def _check_tasks(self) -> Evaluate:
         missing = [path for path in self.tasks.values() if looks_local(path) and not Path(path).exists()]
         if missing:
-            raise ValueError(f"tasks: no file {missing[0]!r} (seen from {os.getcwd()})")
+            raise ValueError(f"tasks: no file {missing[0]!r} (seen from {os.getcwd()}); check the path")
         return self
 
     @model_validator(mode="before")
@@ -928,7 +928,7 @@ class ClassifierRecipe(Recipe):
             self._check_soup(self.soup)
         check_model(self.model, self.arguments)
         if self.weights is not None and not Path(self.weights).expanduser().is_file():
-            raise ValueError(f"weights: no file {self.weights!r} (seen from {os.getcwd()})")
+            raise ValueError(f"weights: no file {self.weights!r} (seen from {os.getcwd()}); check the path")
         return self
 
     def _check_during(self, during: Mapping[str, Mapping[str, Any]], prune: Prune) -> None:
