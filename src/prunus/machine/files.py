@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 _CHECKSUM = "crc32"
-_PIECE = 1 << 22  # bytes of a file at once
-_SIDE_BY_SIDE = 8  # files
+_PIECE = 1 << 20  # bytes of a file at once
+_BYTES_A_THREAD, _MOST_THREADS = 1 << 31, 8
 _NUMBERS = {text: float(text) for text in ("nan", "inf", "-inf")}
 
 
@@ -199,15 +199,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def checksums(files: Sequence[Path]) -> dict[str, str]:
-    """File name -> CRC-32 of its bytes, in 8 hexadecimal digits; several files are read side by side.
+    """File name -> CRC-32 of its bytes, in 8 hexadecimal digits; large ones are read side by side.
 
     >>> checksums([])
     {}
     """
-    if len(files) < 2:
+    threads = min(sum(file.stat().st_size for file in files) // _BYTES_A_THREAD, _MOST_THREADS)
+    if threads < 2:
         return {file.name: _file_checksum(file) for file in files}
-    with ThreadPoolExecutor(min(len(files), _SIDE_BY_SIDE)) as threads:
-        return dict(zip([file.name for file in files], threads.map(_file_checksum, files), strict=True))
+    with ThreadPoolExecutor(threads) as pool:
+        return dict(zip([file.name for file in files], pool.map(_file_checksum, files), strict=True))
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

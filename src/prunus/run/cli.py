@@ -111,16 +111,19 @@ def grid(
     """Run grids of recipes, side by side; a killed grid goes on and repeats nothing that is finished."""
     from prunus.run.compare import compare_all, load_grids
     from prunus.run.pool import Workers as Pool
-    from prunus.run.show import show_grid, show_sweep
     from prunus.run.task import is_sweep
-    from prunus.run.vision.sweep import load_sweep, sweep
 
     _check_single("grid")
     if is_sweep(recipes):
+        from prunus.run.show import show_sweep
+        from prunus.run.vision.sweep import load_sweep, sweep
+
         asked = load_sweep(recipes[0], out)
         show_sweep(sweep(asked, Pool(max(workers, 1), together, ray)), asked.out)
         return
     grids = load_grids(recipes, out)
+    from prunus.run.show import show_grid  # which takes seconds to import, and a grid that is wrong need not wait
+
     try:
         found = compare_all(grids, workers=workers, together=together, ray=ray, minutes=minutes)
     except RuntimeError as error:  # members failed; the others are finished and in the tables
