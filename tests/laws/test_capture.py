@@ -1,18 +1,24 @@
 """Recorded steps: beside other threads, of language models, and where a step cannot be recorded."""
 
 import logging
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from prunus.adapt import adapt
+from prunus.blocks import Arguments
 from prunus.data import PackedTokens
 from prunus.layers import find_layers
 from prunus.prune import prune
 from prunus.train import linear_warmup_decay, next_token_loss, train
-from prunus.train.capture import _AHEAD, CapturedStep, captures
+from prunus.train.capture import _AHEAD, CapturedStep, _attending, _copied, captures
 from tests.conftest import tiny_llama
 
 
@@ -31,14 +37,16 @@ def test_replays_do_not_queue_up_without_end():
     assert torch.stack(losses).tolist() == [4.0 * sum(range(place + 1)) for place in range(40)]
 
 
-def retrained(capture: bool | str, loss: Any = next_token_loss, **options: Any) -> tuple[list[float], dict[str, Any]]:
-    """Losses and state of a tiny language model after 12 steps of norms and MaskLoRA on a GPU, in two parts each."""
+def retrained(
+    capture: bool | str, loss: Any = next_token_loss, subset: tuple[str, ...] = ("norms", "mask_lora"), **options: Any
+) -> tuple[list[float], dict[str, Any]]:
+    """Losses and state of a tiny language model after 12 steps on a GPU, in two parts each."""
     model = tiny_llama().cuda()
     masks, views = prune(model, sparsity=0.5), find_layers(model)
     generator = torch.Generator().manual_seed(0)
-    adaptation = adapt(model, ["norms", "mask_lora"], masks=masks, views=views, rank=4, generator=generator)
+    adaptation = adapt(model, subset, masks=masks, views=views, rank=4, generator=generator)
     packed = PackedTokens(torch.arange(4000) * 7 % 96, 16)
-    optimizer = torch.optim.AdamW(adaptation.param_groups(1e-2), capturable=True)
+    optimizer = torch.optim.AdamW(adaptation.param_groups(1e-2), capturable=True, fused=True)
     trace = train(
         model,
         lambda step: packed.at(step, batch=4, seed=0),
@@ -46,6 +54,7 @@ def retrained(capture: bool | str, loss: Any = next_token_loss, **options: Any) 
         linear_warmup_decay(12, 0.1),
         steps=12,
         loss=loss,
+        masks=masks if "full" in subset else None,
         accumulate=2,
         clip=1.0,
         capture=capture,  # pyright: ignore[reportArgumentType]
@@ -67,21 +76,115 @@ def test_recorded_steps_of_a_language_model_are_the_plain_ones():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_recorded_run_that_was_killed_ends_where_the_whole_one_does(tmp_path: Path):
-    """To rounding: after a resumption the first steps run as they are, and a recording may choose other kernels."""
-    whole, weights = retrained(capture=True)
+@pytest.mark.parametrize("subset", [("norms", "mask_lora"), ("full",)])
+@pytest.mark.parametrize("stop", [1, 2, 8])
+def test_a_recorded_run_that_was_killed_ends_where_the_whole_one_does(tmp_path: Path, subset: Any, stop: int):
+    whole, weights = retrained(capture=True, subset=subset)
+    resumed, others = resumed_after(stop, tmp_path, lambda **asked: retrained(capture=True, subset=subset, **asked))
+    assert resumed == whole
+    for name, weight in weights.items():
+        assert torch.equal(others[name], weight), name
+
+
+def resumed_after(stop: int, folder: Path, run: Callable[..., Any]) -> Any:
+    """What a run returns that was killed after so many steps and called again."""
 
     def killed(done: int, _loss: float) -> None:
-        if done == 8:
+        if done == stop:
             raise KeyboardInterrupt
 
-    asked: dict[str, Any] = {"checkpoint": tmp_path / "c.pt", "save_seconds": 0.0, "report_every": 4}
+    asked: dict[str, Any] = {"checkpoint": folder / "c.pt", "save_seconds": 0.0, "report_every": 1}
     with pytest.raises(KeyboardInterrupt):
-        retrained(capture=True, on_step=killed, **asked)
-    resumed, others = retrained(capture=True, **asked)
-    assert resumed == pytest.approx(whole, rel=1e-5)
-    for name, weight in weights.items():
-        torch.testing.assert_close(others[name], weight, rtol=1e-3, atol=1e-4)
+        run(on_step=killed, **asked)
+    return run(**asked)
+
+
+class Played(CapturedStep):
+    """A recorded step on a CPU: the loss of what is replayed is one larger, so that one sees which ran."""
+
+    def _plain(self, parts: list[Any]) -> Tensor:
+        return self.step(parts)
+
+    def _record(self, parts: list[Any]) -> None:
+        self.static = [part.clone() for part in parts]
+        self.loss = torch.zeros(())
+        self.graph: Any = self
+
+    def replay(self) -> None:
+        assert self.loss is not None
+        self.loss.copy_(self.step(self.static) + 1)
+
+    def _wait(self) -> None:
+        pass
+
+
+def played(steps: int = 6, **asked: Any) -> tuple[list[float], Tensor]:
+    """Losses and weight of a layer trained with dropout and momentum, its steps from the fourth on "recorded"."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 1), nn.Dropout(0.5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    trace = train(
+        model,
+        lambda step: torch.full((4, 3), float(step)),
+        optimizer,
+        lambda _: 1.0,
+        steps=steps,
+        loss=lambda model, batch: model(batch).square().mean() / 100,
+        capture=True,
+        **asked,
+    )
+    return trace.losses, model[0].weight.detach()  # pyright: ignore[reportReturnType]
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 5, 6])
+def test_a_resumed_run_records_the_same_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int):
+    loop = sys.modules["prunus.train.train"]  # the name is also the function's
+    monkeypatch.setattr(loop, "CapturedStep", Played)
+    monkeypatch.setattr(loop, "captures", lambda *_, **__: True)
+    monkeypatch.setattr(loop, "settled", lambda _: nullcontext())
+    whole, weight = played()
+    assert [loss >= 1 for loss in whole] == [False] * 3 + [True] * 3
+    resumed, other = resumed_after(stop, tmp_path, played)
+    assert resumed == whole
+    assert torch.equal(other, weight)
+
+
+def test_a_model_attends_while_it_is_recorded_as_it_does_otherwise(monkeypatch: pytest.MonkeyPatch):
+    """Seen from inside, a recording is a trace: the model would form a mask of all pairs of tokens."""
+    masks: list[bool] = []
+    attend = F.scaled_dot_product_attention
+
+    def seen(*args: Any, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        masks.append(attn_mask is not None)
+        return attend(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
+    model, ids, found = tiny_llama(), torch.arange(16)[None], set[bool]()
+    with _attending(found, recording=False):
+        model(ids, use_cache=False)
+    assert found == {False}
+    monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda *_: True)
+    model(ids, use_cache=False)
+    with _attending(found, recording=True):
+        model(ids, use_cache=False)
+    assert masks == [False, False, True, True, False, False]
+    with _attending(found, recording=False):
+        model(ids, position_ids=ids % 8, use_cache=False)  # two texts in a window
+    with _attending(found, recording=True):
+        model(ids, position_ids=ids % 8, use_cache=False)
+    assert all(masks[6:])
+
+
+def test_a_batch_takes_the_recorded_ones_place_only_where_it_fits():
+    def call(rows: int, mask: Tensor | None) -> list[Any]:
+        return [{"x": torch.ones(rows, 2), "args": (Arguments((mask,), {"use_cache": False}),)}]
+
+    static = call(2, torch.zeros(2))
+    assert _copied(static, call(2, torch.ones(2)))
+    assert static[0]["args"][0].args[0].tolist() == [1.0, 1.0]
+    assert not _copied(static, call(3, torch.ones(2)))
+    assert not _copied(static, call(2, torch.ones(3)))
+    assert not _copied(static, call(2, None))
 
 
 @pytest.mark.gpu

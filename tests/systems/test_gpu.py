@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from prunus.stream.reconstruct import Fit
 from prunus.stream.sources import Shards
 from prunus.stream.stream import stream
 from prunus.stream.work import Work
+from prunus.train import train as training
 from tests.conftest import tiny_llama
 from tests.systems.test_compress import raw
 
@@ -135,3 +137,27 @@ def test_blocks_that_travel_beside_the_computing_end_with_the_bits_of_those_that
     for other in ends[1:]:
         for name, each in ends[0].items():
             assert torch.equal(each, other[name]), name
+
+
+@pytest.mark.parametrize("window", ["block", "half", "matrix"])
+@pytest.mark.parametrize("train", [("full",), ("norms", "mask_lora")])
+def test_recorded_steps_of_a_fit_are_the_plain_ones(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, window: Any, train: tuple[str, ...]
+) -> None:
+    """Of ten calibration windows in batches of four: the last batch is smaller, and runs as it is."""
+    if window != "block" and "norms" in train:
+        pytest.skip("halves and matrices have no norms")
+    found: list[dict[str, torch.Tensor]] = []
+    for plain in ({}, {"capture": False}):
+        fitting = lambda *args, plain=plain, **kwargs: training(*args, **(kwargs | plain))  # noqa: E731
+        monkeypatch.setattr(sys.modules["prunus.stream.reconstruct"], "train", fitting)
+        model = tiny_llama().cuda()
+        fit = Fit(window=window, train=train, steps=20, lr=3e-3)
+        tokens = torch.arange(160).view(10, 16) * 7 % 96
+        streamed = stream(model, wanda, NM(2, 4), 0.5, tokens=tokens, fit=fit, batch_size=4)
+        streamed.masks.check(model)
+        assert all((each.error_after or 1) < (each.error_before or 0) for each in streamed.reports)
+        found.append(model.state_dict())
+    assert "not recorded" not in caplog.text
+    for name, weight in found[0].items():
+        torch.testing.assert_close(weight, found[1][name], rtol=1e-2, atol=1e-3)

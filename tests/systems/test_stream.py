@@ -152,6 +152,16 @@ def test_a_fit_lowers_the_error_and_keeps_every_zero(window: str, inputs: str, t
     assert int((weight.unflatten(1, (-1, 4)) != 0).sum(-1).max()) == 2
 
 
+@pytest.mark.parametrize("window", ["block", "half", "matrix"])
+def test_the_steps_of_a_fit_run_in_its_precision(window: Any) -> None:
+    model, seen = tiny_llama(), set[torch.dtype]()
+    layer = model.get_submodule("model.layers.0.mlp.down_proj")
+    with_gradients = lambda output: seen.add(output.dtype) if torch.is_grad_enabled() else None  # noqa: E731
+    layer.register_forward_hook(lambda _module, _args, output: with_gradients(output))
+    stream(model, WANDA, NM(2, 4), 0.5, tokens=TOKENS, fit=Fit(window=window, steps=1, precision="bf16"))
+    assert seen == {torch.bfloat16}
+
+
 def test_a_fit_that_would_hurt_is_put_back() -> None:
     fit = Fit(steps=3, lr=10.0)
     model = tiny_llama()

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import register_pytree_node, tree_flatten
 
 from prunus.layers import scan
 from prunus.machine import is_pretrained
@@ -58,6 +58,13 @@ class Arguments:
     def to(self, device: torch.device | str) -> Arguments:
         """The same arguments with every tensor on `device`, also inside tuples, lists and dictionaries."""
         return Arguments(_move(self.args, device), _move(self.kwargs, device), self.hidden)
+
+
+register_pytree_node(
+    Arguments,
+    lambda call: ([call.args, call.kwargs], call.hidden),
+    lambda parts, hidden: Arguments(*parts, hidden=hidden),
+)
 
 
 def find_blocks(model: nn.Module) -> list[str]:
@@ -163,8 +170,8 @@ def _same(one: Arguments, other: Arguments) -> bool:
     """Whether two calls have equal arguments."""
     if one is other:
         return True
-    left, left_spec = tree_flatten((one.args, one.kwargs))
-    right, right_spec = tree_flatten((other.args, other.kwargs))
+    left, left_spec = tree_flatten(one)
+    right, right_spec = tree_flatten(other)
     return left_spec == right_spec and all(
         torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
         for a, b in zip(left, right, strict=True)

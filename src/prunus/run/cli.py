@@ -124,10 +124,7 @@ def grid(
     grids = load_grids(recipes, out)
     from prunus.run.show import show_grid  # which takes seconds to import, and a grid that is wrong need not wait
 
-    try:
-        found = compare_all(grids, workers=workers, together=together, ray=ray, minutes=minutes)
-    except RuntimeError as error:  # members failed; the others are finished and in the tables
-        raise Unfinished(str(error)) from None
+    found = compare_all(grids, workers=workers, together=together, ray=ray, minutes=minutes)
     for each, rows in zip(grids, found, strict=True):
         show_grid(rows, Path(each.out))
 

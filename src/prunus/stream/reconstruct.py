@@ -102,7 +102,7 @@ def reconstruct(
     units = _units(block, views, fit.window, prefix)
     if len(units) == 1 and units[0].path == "":
         return _fit_(block, units[0], whole, masks=masks, fit=fit, prefix=prefix)
-    holder = _hold(block)
+    holder = _Holder(block)
     before = _error(holder, whole, fit.precision)
     for unit in units:
         with autocast(_device(block), fit.precision):
@@ -185,7 +185,7 @@ def _fit_(
 ) -> tuple[float, float]:
     """Relative error of one unit before and after its fit in place; its weights are put back when the error grew."""
     module = block.get_submodule(unit.path)
-    holder = _hold(module)
+    holder = _Holder(module)
     place = f"{prefix}.{unit.path}" if unit.path else prefix
     before = _error(holder, examples, fit.precision)
     saved = {name: value.detach().clone() for name, value in module.state_dict().items()}
@@ -220,25 +220,38 @@ def _train_(holder: nn.Module, unit: _Unit, examples: list[Example], *, masks: M
     if unit.free is not None:
         free = {id(p) for child in unit.free for p in holder.get_submodule(f"unit.{child}").parameters()}
         groups = [{**group, "params": [p for p in group["params"] if id(p) in free]} for group in groups]
+    groups, cuda = [group for group in groups if group["params"]], device.type == "cuda"
     train(
         holder,
         _order(examples, seed),
-        torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0),
+        torch.optim.AdamW(groups, weight_decay=0.0, capturable=cuda, fused=cuda or None),
         linear_warmup_decay(fit.steps, fit.warmup),
         steps=fit.steps,
         loss=_loss,
         masks=own if "full" in fit.train else None,
         precision=fit.precision,
+        capture="auto",
         shared=False,  # an example's masks and positions are for the whole batch
     )
     adaptation.merge_()
 
 
-def _hold(module: nn.Module) -> nn.Module:
-    """A module with `module` as its child "unit", so that a single matrix can be replaced like any other."""
-    holder = nn.Module()
-    holder.add_module("unit", module)
-    return holder
+class _Holder(nn.Module):
+    """Maps an example to a unit's output. The unit is a child, so that a lone matrix can be replaced as others are."""
+
+    def __init__(self, unit: nn.Module) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def forward(self, example: Example) -> Tensor:
+        """The unit's output (b, ..., d) on the unit's device."""
+        device = _device(self)
+        args, kwargs = example["args"], example["kwargs"]
+        if all(p.dtype == torch.float32 for p in self.unit.parameters()):  # "full" trains a 16-bit unit in float32
+            args, kwargs = _float(args), _float(kwargs)
+        if len(args) == 2 and isinstance(args[1], Arguments):
+            return run_block(self.unit, args[0], args[1])
+        return _first(self.unit(*_to(args, device), **_to(kwargs, device)))
 
 
 def _within(name: str, place: str) -> str:
@@ -259,25 +272,11 @@ def _order(examples: Sequence[Example], seed: int) -> Callable[[int], Example]:
 
 def _loss(holder: nn.Module, example: Example) -> Tensor:
     target = example["target"].to(_device(holder)).float()
-    output = _run(holder, example).float()
+    output = holder(example).float()
     return (output - target).square().mean() / target.square().mean().clamp_min(1e-12)
 
 
-def _run(holder: nn.Module, example: Example) -> Tensor:
-    unit = getattr(holder, "module", holder).get_submodule("unit")
-    device = _device(holder)
-    args, kwargs = example["args"], example["kwargs"]
-    if all(p.dtype == torch.float32 for p in unit.parameters()):  # "full" trains a 16-bit unit in float32
-        args, kwargs = _float(args), _float(kwargs)
-    if len(args) == 2 and isinstance(args[1], Arguments):
-        return run_block(unit, args[0], args[1])
-    return _first(unit(*_to(args, device), **_to(kwargs, device)))
-
-
 def _float(tree: Any) -> Any:
-    if isinstance(tree, tuple) and len(tree) == 2 and isinstance(tree[1], Arguments):
-        hidden, call = tree
-        return hidden.float(), Arguments(_float(call.args), _float(call.kwargs), call.hidden)
     return tree_map_only(Tensor, lambda t: t.float() if t.is_floating_point() else t, tree)
 
 
@@ -285,7 +284,7 @@ def _float(tree: Any) -> Any:
 def _error(holder: nn.Module, examples: Sequence[Example], precision: Precision) -> float:
     """Relative squared error over all examples."""
     with autocast(_device(holder), precision):
-        return _relative((_run(holder, example), example["target"]) for example in examples)
+        return _relative((holder(example), example["target"]) for example in examples)
 
 
 def _relative(pairs: Iterator[tuple[Tensor, Tensor]]) -> float:

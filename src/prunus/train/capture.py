@@ -3,12 +3,15 @@
     the first steps run as they are ─▶ one is recorded ─▶ every later one copies its batch in and replays it
                                            └ not possible, and capture is "auto": all run as they are
 
-Learning rates are tensors on the device while a step is captured, because a number would be recorded too.
+Which step is which goes by its number, so that a run that goes on has the bits of the unbroken one: it warms up on a
+batch, takes its state from the checkpoint once more, and records. Learning rates are tensors on the device while a step
+is captured, because a number would be recorded too.
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator
@@ -17,13 +20,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 Capture = bool | Literal["auto"]
 
 log = logging.getLogger(__name__)
 
 _AHEAD = 8  # replays that may wait for the device: a recording waits for what all threads have queued by then
-_WARM = 3  # steps that run as they are: cuDNN chooses its algorithms, the optimizer makes its state
+_WARM = 3  # steps 0, 1, 2 run as they are: cuDNN chooses its algorithms, the optimizer makes its state
 # Two things wait for the whole device, which no thread may do while another records: the beginning of a recording, and
 # cuDNN when it tries its algorithms, as it does the first time that it meets a shape.
 _RECORDING = threading.RLock()
@@ -59,12 +63,13 @@ def settled(device: torch.device | None) -> Generator[None]:
 
 
 class CapturedStep:
-    """`step(parts)` as a CUDA graph; parts: the tensors of a step, in lists, tuples or dicts, always of one shape.
+    """`step(parts)` as a CUDA graph; parts: the batches of a step, trees of tensors of always the same shapes.
 
     step: runs forward, backward and optimizer, and returns the loss (scalar on the device).
+    done: steps that the run has made already.
     forget: called where recording fails and need not succeed (`must`): drops what the recording left, the gradients.
         From then on steps run as they are, and `failure` says why.
-    Raises ValueError for a batch of another shape than the recorded one.
+    A batch of other shapes than the recorded one runs as it is, or raises ValueError where recording `must` succeed.
     """
 
     def __init__(
@@ -72,19 +77,26 @@ class CapturedStep:
         step: Callable[[list[Any]], Tensor],
         device: torch.device,
         *,
+        done: int = 0,
         must: bool = True,
         forget: Callable[[], None] = lambda: None,
     ) -> None:
         self.step = step
         self.device = device
+        self.done = done
         self.must = must
         self.forget = forget
         self.failure = ""
         self.graph: torch.cuda.CUDAGraph | None = None
         self.static: list[Any] = []
         self.loss: Tensor | None = None
-        self.done = 0
+        self.restarts: set[bool] = set()  # whether positions began anew inside a window, in steps before
         self.queued: deque[torch.cuda.Event] = deque()
+
+    def warm_(self, parts: list[Any]) -> None:
+        """Runs as many steps as come before a recording, which change what steps change and are not counted."""
+        for _ in range(_WARM):
+            self._plain(parts)
 
     def __call__(self, parts: list[Any]) -> Tensor:
         """The loss of one step, a tensor of its own."""
@@ -95,14 +107,13 @@ class CapturedStep:
             self._record(parts)
             if self.failure:
                 return self._plain(parts)
-        else:
-            for old, new in zip(_tensors(self.static), _tensors(parts), strict=True):
-                if old.shape != new.shape:
-                    raise ValueError(
-                        f"A captured step was recorded with a batch of {tuple(old.shape)} and got one of "
-                        f"{tuple(new.shape)}: leave out the ragged last batch, or train with capture=False."
-                    )
-                old.copy_(new, non_blocking=True)
+        elif not _copied(self.static, parts):
+            if self.must:
+                raise ValueError(
+                    f"A captured step was recorded with a batch of {_shapes(self.static)} and got one of "
+                    f"{_shapes(parts)}: leave out the ragged last batch, or train with capture=False."
+                )
+            return self._plain(parts)
         assert self.graph is not None
         assert self.loss is not None
         self.graph.replay()
@@ -124,26 +135,38 @@ class CapturedStep:
         with unrecorded():
             stream = _stream(self.device)
             stream.wait_stream(here)
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(stream), _attending(self.restarts, recording=False):
                 loss = self.step(parts)
             here.wait_stream(stream)
         return loss
 
     def _record(self, parts: list[Any]) -> None:
-        self.static = [_cloned(part) for part in parts]
-        graph = torch.cuda.CUDAGraph()
+        self.static = [tree_map_only(Tensor, torch.clone, part) for part in parts]
+        graph, wrong = torch.cuda.CUDAGraph(), list[str]()
         try:
-            with unrecorded(), torch.cuda.graph(graph, stream=_stream(self.device), capture_error_mode="thread_local"):
-                self.loss = self.step(self.static)
+            with unrecorded(), _attending(self.restarts, recording=True):
+                stream = _stream(self.device)
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"), _telling(wrong):
+                    self.loss = self.step(self.static)
         except (RuntimeError, NotImplementedError) as error:
             if self.must:
                 raise
-            self.failure = str(error).split("\n")[0]
+            self.failure = (wrong or [str(error)])[0].split("\n")[0]
             log.warning("training steps are not recorded as a CUDA graph: %s", self.failure)
             self.static.clear()
             self.forget()
             return
         self.graph = graph
+
+
+@contextmanager
+def _telling(wrong: list[str]) -> Generator[None]:
+    """Context that notes why it is left: the end of a recording that has failed says only that it did."""
+    try:
+        yield
+    except Exception as error:
+        wrong.append(str(error))
+        raise
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:
@@ -153,6 +176,35 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
         if place not in _STREAMS:
             _STREAMS[place] = torch.cuda.Stream(priority=-1)
     return _STREAMS[place]
+
+
+@contextmanager
+def _attending(restarts: set[bool], *, recording: bool) -> Generator[None]:
+    """Context in which a transformers model attends alike whether or not the stream records.
+
+    While it does, the model may not look at its positions. It would take them for those of several texts in a window
+    and form a mask of all pairs of tokens, for an attention that is slower and rounds otherwise; and blocks compiled
+    without a mask would be compiled anew, which no recording survives. What steps before found is noted, and holds.
+    """
+    masking: Any = sys.modules.get("transformers.masking_utils")
+    look, tracing = (getattr(masking, name, None) for name in ("find_packed_sequence_indices", "is_tracing"))
+    if look is None or tracing is None:
+        yield
+        return
+
+    def noted(positions: Tensor) -> Tensor | None:
+        found = look(positions)
+        restarts.add(found is not None)
+        return found
+
+    try:
+        if not recording:
+            masking.find_packed_sequence_indices = noted
+        elif restarts == {False}:
+            masking.find_packed_sequence_indices, masking.is_tracing = lambda _: None, lambda *_: False
+        yield
+    finally:
+        masking.find_packed_sequence_indices, masking.is_tracing = look, tracing
 
 
 def captures(asked: Capture, model: nn.Module, optimizer: torch.optim.Optimizer, *, shared: bool, scaled: bool) -> bool:
@@ -189,17 +241,23 @@ def set_rates_(optimizer: torch.optim.Optimizer, rates: list[float], captured: b
             group["lr"] = torch.tensor(rate, dtype=torch.float32, device=group["params"][0].device)
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [tensor for part in value for tensor in _tensors(part)] if isinstance(value, list | tuple) else []
+def _copied(static: list[Any], parts: list[Any]) -> bool:
+    """Whether a batch is of the recorded one's shapes, and now in its place."""
+    old, old_spec = tree_flatten(static)
+    new, new_spec = tree_flatten(parts)
+    if old_spec != new_spec or not all(map(_alike, old, new)):
+        return False
+    for to, value in zip(old, new, strict=True):
+        if isinstance(to, Tensor):
+            to.copy_(value, non_blocking=True)
+    return True
 
 
-def _cloned(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {key: _cloned(part) for key, part in value.items()}
-    return type(value)(_cloned(part) for part in value) if isinstance(value, list | tuple) else value
+def _alike(old: Any, new: Any) -> bool:
+    if isinstance(old, Tensor) and isinstance(new, Tensor):
+        return old.shape == new.shape and old.dtype == new.dtype
+    return old is new or (type(old) is type(new) and bool(old == new))
+
+
+def _shapes(parts: list[Any]) -> str:
+    return ", ".join(str(tuple(each.shape)) for each in tree_leaves(parts) if isinstance(each, Tensor))

@@ -144,7 +144,13 @@ def train(
         first, past = saved.load()
         run = _Run(accelerator, inner, wrapped, stepper, loss, clip, accumulate, tuple(during), shared)
         clock = Clock(save_seconds, first, shared=shared)
-        step_of = CapturedStep(run.step, device, must=capture is True, forget=run.forget) if recorded else run.step
+        step_of = run.step
+        if recorded:
+            step_of = CapturedStep(run.step, device, done=first, must=capture is True, forget=run.forget)
+            if 0 < first < steps:
+                set_rates_(optimizer, [rate * lr(first) for rate in rates], recorded)
+                step_of.warm_(run.parts(batches, first)[0])
+                saved.load()
         own = next(inner.parameters()).device
         trace = _Log(Trace(**past), every=report_every, steps=steps, on_step=on_step, started=started, device=own)
         for step in range(first, steps):
