@@ -39,7 +39,6 @@ from prunus.run.demo import MASK_LORA, RECIPE
 from prunus.run.grid import Grid
 from prunus.run.recipe import ClassifierRecipe, LanguageRecipe, parse
 from prunus.run.vision import demo as digits
-from prunus.run.vision.soups.command import soup_run
 from prunus.run.vision.sweep import sweep, sweep_of
 from prunus.run.vision.train import train_run
 from prunus.score import wanda
@@ -81,7 +80,7 @@ def run_classifier(raw: dict[str, Any]) -> Any:
 
 def run_soup(raw: dict[str, Any]) -> Any:
     """Accuracy of every row of a soup's table."""
-    return {row["name"]: row["accuracy"] for row in soup_run(parse(raw, ClassifierRecipe, "fingerprint"))["rows"]}
+    return {row["name"]: row["accuracy"] for row in train_run(parse(raw, ClassifierRecipe, "fingerprint"))["rows"]}
 
 
 def run_sweep(run: Path) -> Any:

@@ -23,7 +23,7 @@ from prunus.layers import View, find_layers
 from prunus.masks import Masks
 from prunus.patterns.selection import kept_of
 from prunus.run.names import methods
-from prunus.run.vision.experiment import finished
+from prunus.run.vision.jobs import finished
 from prunus.score import erk, global_, lamp, owl, uniform_plus
 from prunus.score.allocations import uniform
 from prunus.soup import distance
@@ -36,6 +36,7 @@ QUICK: dict[str, dict[str, Any]] = {  # what the defaults would not show in so f
     "RigL": {"delta": 4},
     "SET": {"delta": 6},
     "DPF": {"refresh": 3},
+    "ELSA": {"interval": 4},
     "STR": {"init": -3.0},
     "CS": {"penalty": 1e-3},
     "DST": {"penalty": 1e-2},

@@ -111,7 +111,7 @@ def test_a_classifier_is_refused_before_it_is_trained(
 ) -> None:
     raw = {"images": "digits", "model": "resnet8", "train": {"batch_size": 64}, "prune": prune}
     recipe = parse(raw | {"out": str(tmp_path / "run")}, Recipe, "recipe")
-    monkeypatch.setattr(classifiers, "experiment", lambda *_, **__: pytest.fail("it is trained"))
+    monkeypatch.setattr(classifiers, "finish", lambda *_, **__: pytest.fail("it is trained"))
     with pytest.raises(ValueError, match=words):
         classifiers.train_run(recipe)
 

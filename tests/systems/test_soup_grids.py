@@ -24,12 +24,12 @@ from prunus.run.grid import Grid
 from prunus.run.recipe import ClassifierRecipe, parse
 from prunus.run.show import show_soup
 from prunus.run.store import Store
-from prunus.run.vision import stages
+from prunus.run.vision import jobs, stages
 from prunus.run.vision.setting import Setting
-from prunus.run.vision.soups import corrupted, jobs
+from prunus.run.vision.soups import corrupted
 from prunus.run.vision.soups.averaging import averaged
-from prunus.run.vision.soups.command import soup_run
 from prunus.run.vision.soups.phases import by_phase
+from prunus.run.vision.train import train_run
 from tests.systems.test_soups import asked, held_out, row
 from tests.systems.test_vision import raw, tiny
 
@@ -53,7 +53,7 @@ def test_corruptions_are_measured_of_all_that_stands_beside_a_soup(
     )
     corruptions = {"names": ["contrast", "fog"], "severities": [1, 5], "images": 50, "folder": str(tmp_path / "sets")}
     recipe = asked(tmp_path / "soup", {"baselines": ["imp", "longer"]}, corruptions=corruptions)
-    result = soup_run(recipe)
+    result = train_run(recipe)
     setting, store = Setting.of(recipe), Store(tmp_path / "soup" / "members")
     first = setting.sets.measured.take(torch.arange(50))
     sets = [corrupted_images(first, name, severity) for name in ("contrast", "fog") for severity in (1, 5)]
@@ -71,7 +71,7 @@ def test_corruptions_are_measured_of_all_that_stands_beside_a_soup(
 
     states, branches = chosen[0]
     members = [mean(store.state(branch)) for branch in branches]
-    clean = [store.result(branch)["measured"]["top1"] for branch in branches]
+    clean = [jobs.measured_of(store.result(branch))["top1"] for branch in branches]
     singles = [network(store.state(branch)) for branch in branches]
     expected = {
         "soup": mean(load_file(tmp_path / "soup" / "model.safetensors")),
@@ -227,7 +227,7 @@ def test_averages_made_beside_trainings_are_those_of_their_members(
         model = setting.new_model()
         model.load_state_dict(load_file(path))
         numbers = json.loads(path.parent.with_suffix(".json").read_text())
-        assert stages.measure(model, setting)["top1"] == pytest.approx(numbers["measured"]["top1"], abs=0.005)
+        assert stages.measure(model, setting)["top1"] == pytest.approx(jobs.measured_of(numbers)["top1"], abs=0.005)
 
 
 @pytest.mark.parametrize("name", ["resnet18-grid", "smollm2"])

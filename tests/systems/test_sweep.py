@@ -61,15 +61,15 @@ def test_a_sweep_measures_what_pruning_alone_leaves(run: Path) -> None:
 def test_a_killed_sweep_repeats_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = sweep_of(run, kinds=["zeros"], rates=[0.3, 0.6], timed=8)
     calls: list[float] = []
-    whole = sweeping.experiment
+    whole = sweeping.outcome
 
-    def dying(setting: Setting, *args: Any, **kwargs: Any) -> Any:
-        calls.append(0.0 if setting.recipe.prune is None else setting.recipe.prune.sparsity)
+    def dying(plan: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(0.0 if plan.recipe.prune is None else plan.recipe.prune.sparsity)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return whole(setting, *args, **kwargs)
+        return whole(plan, *args, **kwargs)
 
-    monkeypatch.setattr(sweeping, "experiment", dying)
+    monkeypatch.setattr(sweeping, "outcome", dying)
     with pytest.raises(KeyboardInterrupt):
         sweep(asked)
     result = sweep(asked)

@@ -16,11 +16,10 @@ from prunus.run.compare import compare
 from prunus.run.grid import Grid
 from prunus.run.recipe import ClassifierPrune, ClassifierRecipe, parse
 from prunus.run.vision import stages
-from prunus.run.vision.experiment import experiment
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.smaller import smaller
 from prunus.run.vision.sweep import sweep, sweep_of
-from prunus.run.vision.train import prune_run, pruning_of, train_run
+from prunus.run.vision.train import pruning_of, train_run
 from prunus.shrink.filters import resized
 from prunus.shrink.lowrank import decompose
 from tests.laws.test_shrink import masked_filters
@@ -150,7 +149,7 @@ def test_a_killed_retraining_of_a_smaller_network_ends_with_the_same_bits(
 def test_a_finished_run_is_made_smaller(tmp_path: Path) -> None:
     train_run(checked(tmp_path / "run"))
     recipe = pruning_of(tmp_path / "run", {"prune.kind": "filters", "prune.sparsity": 0.25, "prune.exclude": ["0"]})
-    result = prune_run(recipe, tmp_path / "run")
+    result = train_run(recipe, dense=tmp_path / "run" / "dense")
     assert result["left_alone"]["0"] == "it is excluded"
     assert result["by_layer"]["0"] == 0
 
@@ -235,6 +234,4 @@ def test_without_a_layer_of_outputs_every_layer_is_decomposed(tmp_path: Path) ->
 @pytest.mark.parametrize("kind", ["filters", "low_rank"])
 def test_on_a_gpu_the_smaller_network_is_trained_on(tmp_path: Path, kind: str) -> None:
     changes: dict[str, Any] = {"prune": {"kind": kind, "sparsity": 0.5}, "retrain": {"epochs": 1}, "device": "cuda"}
-    outcome = experiment(Setting.of(checked(tmp_path, **changes)), tmp_path / "dense")
-    assert next(outcome.model.parameters()).is_cuda
-    assert outcome.result["accuracy"] > 0.8
+    assert train_run(checked(tmp_path, **changes))["accuracy"] > 0.8

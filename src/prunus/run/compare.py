@@ -13,6 +13,7 @@ from typing import Any
 from prunus.run.folder import mark
 from prunus.run.grid import Grid, Member, final_members, likely_members, load_grid, tuning_members
 from prunus.run.inputs import check_inputs
+from prunus.run.plain import Unfinished
 from prunus.run.pool import Workers, run
 from prunus.run.store import Job
 from prunus.run.tables import read_results, tabulate
@@ -39,7 +40,7 @@ def compare_all(
     of a GPU idle has company. workers, together, ray, minutes: processes, threads, and so on of `Workers`; no workers
     run nothing, and the tables are made of what is finished.
     Raises ValueError for numbers that make no sense, grids that share a folder, and a grid whose members cannot run
-    together; RuntimeError at the end, after every other member ran, when members failed.
+    together; Unfinished at the end, after every other member ran, when members failed.
     """
     asked = Workers(workers or 1, together, ray, minutes)
     if together > 1 and ray is None and not all(grid.task.threads for grid in grids):
@@ -54,7 +55,7 @@ def compare_all(
     wrong = run([GridJobs(grid) for grid in grids], asked) if workers else []
     rows = [tabulate(grid) for grid in grids]
     if wrong:
-        raise RuntimeError(wrong[0])
+        raise Unfinished(wrong[0])
     return rows
 
 
@@ -80,26 +81,33 @@ class GridJobs:
         self._known = set(read_results(self.store.folder))  # packed results have no files of their own
         self._ended: set[str] | None = None
         self._jobs: list[Job] = []
+        self._likely: list[Member] = []
+        self._expected: list[Job] = []
 
     def jobs(self) -> Sequence[Job]:
         """Members by seeds, so that a killed grid is broad, and as their task orders them."""
-        ended = {member.key for member in self._tries if self._has_ended(member)}
-        if ended != self._ended:
-            results = read_results(self.store.folder)
-            final = final_members(self.grid, results, partial=True, ended=ended)
-            self._ended, self._jobs = ended, self._ordered([*self._tries, *final])
+        self._look()
         return self._jobs
 
     def expected(self) -> Sequence[Job]:
         """Every member that there will be; those of undecided cells with the first value that is tried for them."""
-        return self._ordered(self._members())
+        self._look()
+        return self._expected
 
     def prepared(self) -> AbstractContextManager[Any]:
         """What its task needs around the members."""
-        return self.grid.task.prepared([member.recipe for member in self._members()])
+        self._look()
+        return self.grid.task.prepared([member.recipe for member in self._likely])
 
-    def _members(self) -> list[Member]:
-        return [*self._tries, *likely_members(self.grid, read_results(self.store.folder))]
+    def _look(self) -> None:
+        """Choose anew, if a try has ended since."""
+        ended = {member.key for member in self._tries if self._has_ended(member)}
+        if ended != self._ended:
+            results = read_results(self.store.folder)
+            final = final_members(self.grid, results, partial=True, ended=ended)
+            self._likely = [*self._tries, *likely_members(self.grid, results)]
+            self._ended, self._jobs = ended, self._ordered([*self._tries, *final])
+            self._expected = self._ordered(self._likely)
 
     def _ordered(self, members: Sequence[Member]) -> list[Job]:
         task, todo = self.grid.task, {each.key: each for each in members if each.key not in self._known}

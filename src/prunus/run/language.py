@@ -34,7 +34,7 @@ from prunus.soup import distance
 __all__ = ["LANGUAGE", "pruned_job"]
 
 Result = Mapping[str, Any]
-_DECIDES = {"model", "dtype", "device", "precision", "prune", "calibrate", "reconstruct"}
+_DECIDES = {"model", "dtype", "device", "precision", "prune", "calibrate", "reconstruct", "train", "during"}
 _read: dict[str, Any] = {}  # the dense and the pruned model that were used last, each with its key
 
 
@@ -44,7 +44,11 @@ def pruned_job(recipe: LanguageRecipe) -> Job:
     What was fitted block by block is another one for each setting of that, and changes everything: it is not kept.
     """
     key = digest(said(recipe, only=_DECIDES))[:24]
-    return Job("starts", key, partial(_prune, recipe), passing=recipe.reconstruct is not None)
+    return Job("starts", key, partial(_prune, recipe), passing=_changes_all(recipe))
+
+
+def _changes_all(recipe: LanguageRecipe) -> bool:
+    return recipe.reconstruct is not None or recipe.during is not None
 
 
 def _prune(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
@@ -52,9 +56,13 @@ def _prune(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
     within = fitted(recipe, device)
     dense = _dense(within, device)
     model = copy.deepcopy(dense.model)
-    streamed = stages.prune(stages.Loaded(model, dense.tokenizer, dense.folder), within, device)
+    loaded = stages.Loaded(model, dense.tokenizer, dense.folder)
+    if recipe.during is None:
+        streamed = stages.prune(loaded, within, device)
+    else:
+        streamed = stages.prune_in_training(loaded, within, device, checkpoint=store.checkpoint(job))
     parameters = dict(model.named_parameters())
-    names = streamed.masks if recipe.reconstruct is None else parameters
+    names = parameters if _changes_all(recipe) else streamed.masks
     store.write_state(job, {name: parameters[name] for name in names}, streamed.masks)
     errors = [(r.error_before, r.error_after) for r in streamed.reports if r.error_before is not None]
     return {"seconds": sum(r.seconds for r in streamed.reports), "errors": errors}
@@ -84,13 +92,13 @@ class _Language:
         raw = merge(dict(raw), {"save": False})
         if (raw.get("prune") or {}).get("phases", 1) != 1:
             raise ValueError(f"{where}: prune.phases of language models are run by `prunus run`, not by grids")
-        for section in ("retrain", "reconstruct"):
+        for section in ("train", "retrain", "reconstruct"):
             if raw.get(section) is not None:
                 raw = merge(raw, {f"{section}.seed": seed})
         return parse(raw, LanguageRecipe, where)
 
     def seeded(self, recipe: LanguageRecipe) -> bool:
-        return recipe.retrain is not None or recipe.reconstruct is not None
+        return recipe.retrain is not None or _changes_all(recipe)
 
     def loss(self, result: Result, text: str | None) -> float:
         return float(result["perplexity"][text])

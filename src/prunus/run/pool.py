@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -34,7 +34,7 @@ from filelock import FileLock
 from prunus.report import progress
 from prunus.run.store import Job, Store, closure
 
-__all__ = ["Graph", "Workers", "failures", "own_stream", "run"]
+__all__ = ["Graph", "Workers", "failures", "finish", "own_stream", "run"]
 
 log = logging.getLogger(__name__)
 Result = dict[str, Any]
@@ -92,6 +92,7 @@ def run(graphs: Sequence[Graph], workers: Workers, *, name: str = "run") -> list
     deadline = None if workers.minutes is None else time.time() + 60 * workers.minutes
     for graph in graphs:
         graph.store.forget(closure([*graph.jobs(), *graph.expected()], graph.store.finished))
+        _drop_spent(graph.store, closure(graph.expected(), lambda _: False), graphs)  # of a call that was killed
     total = _left(graphs)
     if not total or (deadline is not None and time.time() >= deadline):
         return []
@@ -101,6 +102,12 @@ def run(graphs: Sequence[Graph], workers: Workers, *, name: str = "run") -> list
         else:
             statuses = _in_this(graphs, workers, deadline, lambda: advance(1))
     return failures(graphs) or (_lost(graphs, statuses) if deadline is None else [])
+
+
+def finish(jobs: Sequence[Job], store: Store) -> None:
+    """Run jobs and what they need, one after another in this thread; what one raises is raised."""
+    for job in closure(jobs, store.finished):
+        store.put(job, _run_seeded(job, store))
 
 
 def failures(graphs: Sequence[Graph]) -> list[str]:
@@ -137,6 +144,17 @@ def _cause(store: Store, job: Job) -> tuple[Store, Job]:
 
 def _left(graphs: Sequence[Graph]) -> int:
     return sum(not g.store.failed(job) for g in graphs for job in closure(g.expected(), g.store.finished))
+
+
+def _drop_spent(store: Store, jobs: Iterable[Job], graphs: Sequence[Graph]) -> None:
+    """Delete those that are not kept, where nothing that is still to be done needs them."""
+    spent = [job for job in jobs if job.passing and store.finished(job)]
+    if spent:
+        todo = [job for graph in graphs for job in closure(graph.expected(), graph.store.finished)]
+        wanted = {store.path(need) for job in todo for need in job.needs}
+        for job in spent:
+            if store.path(job) not in wanted:
+                store.drop(job)
 
 
 # Executors: `room` jobs at once, `submit` runs one.
@@ -381,7 +399,8 @@ class _Loop:
             mine = {each.store.path(each.job) for each in self.running.values()}
             todo = list(closure(graph.jobs(), graph.store.finished))
             needed = {graph.store.path(need) for job in todo for need in job.needs}
-            for job in sorted(todo, key=lambda job: graph.store.path(job) not in needed):  # what others wait for first
+            for job in sorted(todo, key=lambda job: job.passing or graph.store.path(job) not in needed):
+                # First what others wait for; what they delete again, when they are next.
                 if self.deadline is not None and time.time() >= self.deadline:
                     return False
                 if graph.store.path(job) not in mine and not graph.store.failed(job):
@@ -418,21 +437,11 @@ class _Loop:
             each, error = self.running.pop(future), future.exception()
             if error is None:
                 each.store.put(each.job, future.result())
-                self._tidy(each)
+                _drop_spent(each.store, each.job.needs, self.graphs)
             else:
                 self._failed(each, error)
             each.store.release(each.job, each.lock)
             self.on_end()
-
-    def _tidy(self, each: _Running) -> None:
-        """Delete what nothing needs any more, now that a job is done."""
-        store, spent = each.store, [need for need in each.job.needs if need.passing]
-        if spent:
-            todo = [job for graph in self.graphs for job in closure(graph.expected(), graph.store.finished)]
-            wanted = {store.path(need) for job in todo for need in job.needs}
-            for need in spent:
-                if store.path(need) not in wanted:
-                    store.drop(need)
 
     def _failed(self, each: _Running, error: BaseException) -> None:
         text = "".join(traceback.format_exception(error))

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prunus.run.plain import Unfinished
 from prunus.run.recipe import LanguageRecipe, load_recipe, read_yaml
 
 __all__ = ["is_sweep", "load", "plan_recipe", "run_recipe"]
@@ -65,7 +64,7 @@ def run_recipe(
     if isinstance(recipe, LanguageRecipe):
         return _language(recipe)
     _one_process()
-    return _soup(recipe, workers, together, ray) if soup else _classifier(recipe, path)
+    return _classifier(recipe, path, processes=workers, threads=together, ray=ray)
 
 
 def plan_recipe(path: Path | None, overrides: Mapping[str, Any]) -> Show:
@@ -89,26 +88,29 @@ def _language(recipe: LanguageRecipe) -> Show:
     from prunus.run.show import show_result
 
     result = compress(recipe)
-    return lambda: show_result(result, Path(recipe.out))
+    return _reported(recipe, lambda out: show_result(result, out))
 
 
-def _classifier(recipe: Any, path: Path | None) -> Show:
-    from prunus.run.show import show_run
-    from prunus.run.vision.train import prune_run, train_run
+def _classifier(recipe: Any, path: Path | None, **workers: Any) -> Show:
+    from prunus.run.pool import Workers
+    from prunus.run.show import show_run, show_soup
+    from prunus.run.vision.train import train_run
 
-    result = prune_run(recipe, path) if path is not None and path.is_dir() else train_run(recipe)
-    return lambda: show_run(result, Path(recipe.out))
+    dense = path / "dense" if path is not None and path.is_dir() else None
+    result = train_run(recipe, dense=dense, workers=Workers(**workers))
+    show = show_run if recipe.soup is None else show_soup
+    return _reported(recipe, lambda out: show(result, out))
 
 
-def _soup(recipe: Any, workers: int, together: int, ray: str | None) -> Show:
-    from prunus.run.show import show_soup
-    from prunus.run.vision.soups.command import soup_run
+def _reported(recipe: Any, show: Callable[[Path], None]) -> Show:
+    """Shows a result and leaves its page."""
+    from prunus.run.page import write_report
 
-    try:
-        result = soup_run(recipe, workers=workers, together=together, ray=ray)
-    except RuntimeError as error:  # members failed for good; the others are kept
-        raise Unfinished(str(error)) from None
-    return lambda: show_soup(result, Path(recipe.out))
+    def shown() -> None:
+        show(Path(recipe.out))
+        write_report(Path(recipe.out))
+
+    return shown
 
 
 def _pruning(run: Path, overrides: Mapping[str, Any]) -> Any:

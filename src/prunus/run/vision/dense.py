@@ -8,17 +8,13 @@ metrics.json        what was measured, and how long it took
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -27,17 +23,17 @@ from prunus.machine import read_json, read_tensors, write_json, write_tensors
 from prunus.run.recipe import ClassifierRecipe, digest, said
 from prunus.run.vision import stages
 from prunus.run.vision.setting import Setting
-from prunus.train import During, Original, Plan, Trace
+from prunus.train import During, Original, Plan
 
 __all__ = [
     "Dense",
     "Snapshots",
     "adopt",
-    "dense",
     "dense_key",
     "dense_of",
     "losses_by_epoch",
     "read_dense",
+    "train_dense",
     "write_state",
 ]
 
@@ -55,10 +51,6 @@ class Dense:
     original: Original
     metrics: Mapping[str, Any]
 
-    def snapshot(self, epoch: int) -> dict[str, Tensor]:
-        """The state dict after that epoch."""
-        return read_tensors(self.folder / f"epoch-{epoch}.safetensors")[0]
-
 
 def dense_of(recipe: ClassifierRecipe) -> ClassifierRecipe:
     """The recipe of the dense training that a pruned network starts from."""
@@ -75,71 +67,35 @@ def dense_key(recipe: ClassifierRecipe) -> str:
     return digest(said(dense, but={"out": True, "save": True, "train": {"evaluate_every"}}))[:24]
 
 
-def dense(
+def train_dense(
     setting: Setting,
     folder: Path,
     *,
-    checkpoint: Path | None = None,
+    checkpoint: Path,
     on_step: stages.OnStep | None = None,
     watch: Callable[[nn.Module], list[During]] = lambda _model: [],
 ) -> Dense:
-    """The dense training of a setting's recipe, read from `folder` if it is finished there, else done and written.
+    """The dense training of a setting's recipe, written to `folder`.
 
     checkpoint: a file from which a killed training goes on. watch: network -> what else looks at it while it trains.
-    Raises ValueError for a folder that holds another training.
     """
-    found = _finished(setting, folder)
-    if found is not None:
-        return found
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = folder.with_name(f"{folder.name}.lock")
-    with FileLock(lock):  # another grid may be training the same
-        made = _finished(setting, folder) or _trained(setting, folder, checkpoint, on_step, watch)
-        with suppress(OSError):  # who waits for it, or makes a new one, finds the training finished
-            lock.unlink()
-    return made
-
-
-def _finished(setting: Setting, folder: Path) -> Dense | None:
-    found = read_dense(folder)
-    if found is not None and found.metrics["key"] != dense_key(setting.recipe):
-        raise ValueError(f"{folder} holds another dense training; give another folder, or delete it")
-    return found
-
-
-def _trained(
-    setting: Setting,
-    folder: Path,
-    checkpoint: Path | None,
-    on_step: stages.OnStep | None,
-    watch: Callable[[nn.Module], list[During]],
-) -> Dense:
-    partial = folder.with_name(f"{folder.name}.partial" if checkpoint else f"{folder.name}.partial{os.getpid()}")
-    if checkpoint is None:
-        shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True, exist_ok=True)
     model = setting.new_model()
     multiplier, warmup = stages.schedule(setting)
-    steps = setting.steps(setting.recipe.train.epochs)
-    snapshots = Snapshots(model, partial, setting)
     trace = stages.fit(
         model,
         setting,
         multiplier,
-        steps=steps,
+        steps=setting.steps(setting.recipe.train.epochs),
         part=0,
-        during=[snapshots, *watch(model)],
+        during=[Snapshots(model, folder, setting), *watch(model)],
         checkpoint=checkpoint,
         on_step=on_step,
     )
-    _write(partial, model, setting, trace, warmup)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
-    made = read_dense(folder)
-    assert made is not None
-    return made
+    steps, losses = len(trace.losses), losses_by_epoch(trace.losses, setting.epoch_steps)
+    speed = steps * setting.recipe.train.batch_size / max(trace.seconds, 1e-9)
+    numbers = {"measured_on": setting.recipe.images.measured, "epochs": setting.recipe.train.epochs, "steps": steps}
+    numbers |= {"seconds": trace.seconds, "images_per_second": speed}
+    return _written(folder, model, setting, Original.of(trace.lrs, warmup), numbers, losses=losses)
 
 
 def adopt(setting: Setting, weights: Path, folder: Path) -> Dense:
@@ -156,13 +112,25 @@ def adopt(setting: Setting, weights: Path, folder: Path) -> Dense:
         if (found.metrics["key"], found.metrics.get("adopted")) != (key, known):
             raise ValueError(f"{folder} holds another dense network; give another --out, or delete it")
         return found
-    write_state(folder / "model.safetensors", model)
     multiplier, warmup = stages.schedule(setting)
-    epochs = setting.recipe.train.epochs
-    original = Original.of([setting.recipe.train.lr * multiplier(t) for t in range(setting.steps(epochs))], warmup)
-    write_json(folder / "trace.json", {"lrs": original.runs(), "warmup": warmup, "losses": []})
-    metrics = {"key": key, "adopted": known, **stages.measure(model, setting)}
-    write_json(folder / "metrics.json", metrics | {"epochs": 0, "steps": 0, "seconds": 0.0})
+    steps = setting.steps(setting.recipe.train.epochs)
+    original = Original.of([setting.recipe.train.lr * multiplier(step) for step in range(steps)], warmup)
+    return _written(folder, model, setting, original, {"adopted": known, "epochs": 0, "steps": 0, "seconds": 0.0})
+
+
+def _written(
+    folder: Path,
+    model: nn.Module,
+    setting: Setting,
+    original: Original,
+    numbers: Mapping[str, Any],
+    *,
+    losses: Sequence[float] = (),
+) -> Dense:
+    """A finished dense network, written and measured; its numbers last, because they say that all is there."""
+    write_state(folder / "model.safetensors", model)
+    write_json(folder / "trace.json", {"lrs": original.runs(), "warmup": original.warmup, "losses": losses})
+    write_json(folder / "metrics.json", {"key": dense_key(setting.recipe), **stages.measure(model, setting), **numbers})
     made = read_dense(folder)
     assert made is not None
     return made
@@ -216,18 +184,3 @@ class Snapshots(During):
         path = self.folder / f"epoch-{epoch}.safetensors"
         if epoch is not None and not path.exists():
             write_state(path, self.network[0])
-
-
-def _write(folder: Path, model: nn.Module, setting: Setting, trace: Trace, warmup: int) -> None:
-    write_state(folder / "model.safetensors", model)
-    original = Original.of(trace.lrs, warmup)
-    by_epoch = losses_by_epoch(trace.losses, setting.epoch_steps)
-    write_json(folder / "trace.json", {"lrs": original.runs(), "warmup": warmup, "losses": by_epoch})
-    metrics = {
-        "key": dense_key(setting.recipe),
-        **stages.measure(model, setting),
-        "measured_on": setting.recipe.images.measured,
-    }
-    images = len(trace.losses) * setting.recipe.train.batch_size
-    metrics |= {"epochs": setting.recipe.train.epochs, "steps": len(trace.losses), "seconds": trace.seconds}
-    write_json(folder / "metrics.json", metrics | {"images_per_second": images / max(trace.seconds, 1e-9)})

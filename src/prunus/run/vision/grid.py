@@ -1,7 +1,7 @@
 """Grids of classifier recipes: seeds, tuning by validation accuracy, shared dense trainings, the numbers of a member.
 
 out/dense/KEY/    a dense training, done once for all members that start from it (see `dense`); or in the grid's `dense`
-out/starts/, out/trainings/    what members of soups start from, and themselves, each once for all cells
+out/starts/, out/trainings/    what pruning, averages and trainings left, each once for all cells; kept of soups
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ from typing import Any
 from prunus.run.layout import Show
 from prunus.run.recipe import ClassifierRecipe, merge, parse
 from prunus.run.store import Job, Store
-from prunus.run.vision.experiment import experiment
+from prunus.run.vision.outcome import outcome
+from prunus.run.vision.plan import Plan
 from prunus.run.vision.setting import Setting
-from prunus.run.vision.soups.experiment import outcome
-from prunus.run.vision.soups.plan import Plan
 from prunus.run.vision.stages import operations
-from prunus.run.vision.starts import dense_job
 from prunus.run.vision.tables import METRICS, row, write
 
 __all__ = ["CLASSIFIERS"]
@@ -57,10 +55,8 @@ class _Classifiers:
         return -float(result["accuracy"])
 
     def needs(self, recipe: ClassifierRecipe) -> tuple[Job, ...]:
-        """The dense training, which methods that prune during training have none of; of a soup everything."""
-        if recipe.soup is not None:
-            return Plan(recipe).jobs
-        return () if recipe.during is not None else (dense_job(recipe),)
+        """All its trainings and what they start from."""
+        return Plan(recipe).jobs
 
     def beside(self, recipes: Sequence[ClassifierRecipe]) -> tuple[Job, ...]:
         return ()
@@ -78,12 +74,7 @@ class _Classifiers:
 
     def run(self, recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str, Any]:
         """No model is written but dense ones, and what soups share."""
-        setting = Setting.of(recipe)
-        if recipe.soup is not None:
-            found = outcome(Plan(recipe), store, picture=False).result
-        else:
-            found = experiment(setting, store.path(dense_job(recipe)), work=store.work(job)).result
-        return {**found, "device": setting.name}
+        return {**outcome(Plan(recipe), store, picture=False).result, "device": Setting.of(recipe).name}
 
 
 CLASSIFIERS = _Classifiers()

@@ -1,6 +1,6 @@
 """The stages of a classifier run as functions of a setting: fit, measure, choose masks, count BatchNorm anew.
 
-`experiment` strings them together. Lengths are steps here, epochs in recipes.
+`jobs` strings them together. Lengths are steps here, epochs in recipes.
 """
 
 from __future__ import annotations

@@ -27,14 +27,16 @@ from prunus.measure import latency
 from prunus.report import markdown_table, plot_sweep
 from prunus.run.folder import mark
 from prunus.run.inputs import check_inputs
+from prunus.run.plain import Unfinished
 from prunus.run.pool import Workers, run
 from prunus.run.recipe import ClassifierRecipe, Kind, Strict, digest, merge, parse, read_yaml, said
 from prunus.run.store import Job, Store
 from prunus.run.vision import stages
-from prunus.run.vision.dense import adopt, dense_of
-from prunus.run.vision.experiment import experiment
+from prunus.run.vision.dense import adopt, dense_key, dense_of
+from prunus.run.vision.jobs import ClassifierJobs
+from prunus.run.vision.outcome import outcome
+from prunus.run.vision.plan import Plan
 from prunus.run.vision.setting import Setting
-from prunus.run.vision.starts import ClassifierJobs
 from prunus.run.vision.train import pruning_of
 
 __all__ = ["KINDS", "RATES", "Sweep", "SweepFile", "Swept", "load_sweep", "rows_of", "sweep", "sweep_of"]
@@ -146,16 +148,17 @@ def sweep(asked: Sweep, workers: Workers = Workers()) -> dict[str, Any]:  # noqa
     """Everything measured, as `out/sweep.json` holds it; tables and pictures are written too.
 
     workers: who measures; what runs beside others takes longer, and latencies say so.
-    Raises ValueError for images or devices that are not there, and for a dense folder of another training; RuntimeError
+    Raises ValueError for images or devices that are not there, and for a dense folder of another training; Unfinished
     at the end when a point failed.
     """
     setting = Setting.of(asked.points[0])
     mark(asked.out, "sweep")
     check_inputs(asked.out, asked.points)
     dense = setting.recipe.model_copy(update={"prune": None, "retrain": None})
-    jobs = ClassifierJobs(Store(asked.out), tuple(_job(asked, recipe) for recipe in (dense, *asked.points)), dense)
+    store = Store(asked.out, places={dense_key(dense): asked.dense.resolve()})
+    jobs = ClassifierJobs(store, tuple(_job(asked, recipe) for recipe in (dense, *asked.points)), dense)
     if wrong := run([jobs], workers, name="sweep"):
-        raise RuntimeError(wrong[0])
+        raise Unfinished(wrong[0])
     reference, *found = [jobs.store.result(job) for job in jobs.wanted]
     result = {
         "model": setting.recipe.model,
@@ -199,15 +202,15 @@ _COUNTED = ("dense_flops", "sparse_flops", "speedup", "parameters", "nonzero", "
 def _job(asked: Sweep, recipe: ClassifierRecipe) -> Job:
     """A point; the dense network is one that is not pruned."""
     key = digest([said(recipe, but={"out"}), asked.timed, _source(asked.dense)])[:24]
-    return Job("points", key, partial(_point, recipe, asked.dense.resolve(), asked.timed))
+    return Job("points", key, partial(_point, recipe, asked.timed), Plan(recipe).jobs)
 
 
-def _point(recipe: ClassifierRecipe, dense: Path, timed: int, job: Job, store: Store) -> dict[str, Any]:
+def _point(recipe: ClassifierRecipe, timed: int, job: Job, store: Store) -> dict[str, Any]:
     setting = Setting.of(recipe)
-    outcome = experiment(setting, dense, work=store.work(job))
-    result = outcome.result
+    found = outcome(Plan(recipe), store)
+    result = found.result
     head = {} if recipe.prune is None else {"kind": recipe.prune.kind, "rate": recipe.prune.sparsity}
-    counted = _whole(outcome.model, setting) | {name: result[name] for name in _COUNTED if name in result}
+    counted = _whole(found.model, setting) | {name: result[name] for name in _COUNTED if name in result}
     return {
         **head,
         "accuracy": result["accuracy"],
@@ -215,7 +218,7 @@ def _point(recipe: ClassifierRecipe, dense: Path, timed: int, job: Job, store: S
         **counted,
         "epochs": 0.0 if recipe.retrain is None else result["phases"][-1]["epochs"],
         "left_alone": result.get("left_alone", {}),
-        "latency": _latencies(outcome.model, setting, timed),
+        "latency": _latencies(found.model, setting, timed),
     }
 
 

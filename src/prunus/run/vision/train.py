@@ -1,10 +1,11 @@
-"""`prunus run` of a classifier: a run in a folder that resumes, with its network, numbers and picture.
+"""`prunus run` of a classifier: a run in a folder that resumes, with its network, numbers and pictures.
 
     out/recipe.yaml      the resolved recipe          out/metrics.jsonl      what was measured, also while it trained
     out/result.json      what the table shows         out/model.safetensors  the network; masks.safetensors, prunus.json
     out/dense/           the dense training           out/report.png         loss, learning rate, accuracy by stage
 
-A killed run goes on from out/work, which is gone when the run is done.
+Of a soup out/members/ has every training that branched off, each kept when it is finished, and the pictures are
+accuracy.png, lines.png and plane.png. A killed run goes on from out/work, which is gone when the run is done.
 """
 
 from __future__ import annotations
@@ -18,54 +19,75 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from prunus import __version__
 from prunus.machine import read_json, write_json, write_text
 from prunus.masks import Masks
 from prunus.measure import Energy
-from prunus.report import append_metrics, append_once, plot_run, progress, read_metrics
+from prunus.report import append_once, plot_accuracy, plot_lines, plot_plane, plot_run, progress
 from prunus.run.folder import begin, finished, held, ran_on
+from prunus.run.plain import Unfinished
 from prunus.run.plan import Outline, outline_classifier
+from prunus.run.pool import Workers, finish, run
 from prunus.run.recipe import ClassifierRecipe, digest, merge, parse, read_yaml, said
+from prunus.run.store import Store
 from prunus.run.vision import stages
 from prunus.run.vision.dense import dense_key, read_dense, write_state
-from prunus.run.vision.experiment import Outcome, experiment
+from prunus.run.vision.jobs import ClassifierJobs, forks_after
+from prunus.run.vision.outcome import Outcome, outcome
+from prunus.run.vision.plan import Plan
 from prunus.run.vision.setting import Setting
+from prunus.run.vision.soups.phases import by_phase
 from prunus.save import FORMAT, INFO_NAME, MASKS_NAME
-from prunus.train import During, Plan, Substituted
 
-__all__ = ["begin_classifier", "begun", "describe", "planned", "prune_run", "pruning_of", "train_run"]
+__all__ = ["planned", "pruning_of", "train_run"]
 
 log = logging.getLogger(__name__)
 
 _RATES = 400  # learning rates in a picture
 
 
-def train_run(recipe: ClassifierRecipe, *, dense: Path | None = None) -> dict[str, Any]:
+def train_run(
+    recipe: ClassifierRecipe,
+    *,
+    dense: Path | None = None,
+    workers: Workers = Workers(),  # noqa: B008 - it is frozen
+) -> dict[str, Any]:
     """The result of a run (the content of `out/result.json`); a finished run is read, a killed one goes on.
 
-    dense: a folder with a finished dense training to start from; `out/dense` if left out.
-    Raises ValueError when `out` holds another recipe's run, and for images or a device that are not there.
+    dense: a folder with a finished dense training to start from; `out/dense` if left out. workers: who runs the members
+    of a soup. Raises ValueError when `out` holds another recipe's run, for images or a device that are not there, and
+    for a mask that is final too late; ImportError without Ray; Unfinished when a member failed.
     """
-    with begun(recipe, "report.png") as (out, key, found):
+    picture, dense = "report.png" if recipe.soup is None else "accuracy.png", dense or Path(recipe.out) / "dense"
+    with _begun(recipe, picture) as (out, key, found):
         if found is not None:
-            if not (out / "report.png").exists():
-                _plot(out, recipe, found, {}, dense or out / "dense")
+            if not (out / picture).exists():
+                _plot(out, recipe, found, _trace(dense))
             return found
-        setting = begin_classifier(recipe, key)
+        setting, plan = _begin(recipe, key), Plan(recipe)
+        forks_after(setting)
         with Energy() as energy:
-            outcome = experiment(
-                setting,
-                dense or out / "dense",
-                work=out / "work",
-                bar=progress,
-                watch=lambda model, method: _watchers(model, method, setting, out / "metrics.jsonl"),
-            )
-        result = {"key": key, "model": recipe.model, **ran_on(out, setting.name), **outcome.result}
+            made = outcome(plan, _finished(plan, dense, workers))
+        result = {"key": key, "model": recipe.model, **ran_on(out, setting.name), **made.result}
         result["joules"] = energy.joules
-        _write(out, recipe, outcome, result, dense or out / "dense")
+        _write(out, recipe, made, result)
         return result
+
+
+def _finished(plan: Plan, dense: Path, workers: Workers) -> Store:
+    """A store in which all of a plan's jobs are finished: of a soup one that stays, and which workers fill."""
+    recipe, out = plan.recipe, Path(plan.recipe.out)
+    places = {dense_key(recipe): dense}
+    if recipe.soup is None:
+        store = Store(out / "work", places=places, bar=progress, log=out / "metrics.jsonl")
+        stages.operations(Setting.of(recipe))
+        finish(plan.jobs, store)
+        return store
+    store = Store(out / "members", places=places)
+    if wrong := run([ClassifierJobs(store, plan.jobs, recipe)], workers, name="members"):
+        raise Unfinished(wrong[0])
+    return store
 
 
 def planned(recipe: ClassifierRecipe) -> Outline:
@@ -78,7 +100,7 @@ def planned(recipe: ClassifierRecipe) -> Outline:
 
 
 @contextmanager
-def begun(recipe: ClassifierRecipe, picture: str) -> Generator[tuple[Path, str, dict[str, Any] | None]]:
+def _begun(recipe: ClassifierRecipe, picture: str) -> Generator[tuple[Path, str, dict[str, Any] | None]]:
     """The folder of a run, the hash of its recipe, and its result if it is finished; the folder is held meanwhile.
 
     At the end nothing is left there that only a killed run needs. Raises ValueError when the folder holds another
@@ -98,7 +120,7 @@ def begun(recipe: ClassifierRecipe, picture: str) -> Generator[tuple[Path, str, 
         shutil.rmtree(out / "work", ignore_errors=True)
 
 
-def begin_classifier(recipe: ClassifierRecipe, key: str) -> Setting:
+def _begin(recipe: ClassifierRecipe, key: str) -> Setting:
     """The setting of a run whose folder is begun: what cannot be run is refused before anything is written."""
     setting = Setting.of(recipe)
     setting.new_model()
@@ -129,76 +151,50 @@ def pruning_of(run: Path, overrides: Mapping[str, Any], out: Path | None = None)
     return recipe
 
 
-def prune_run(recipe: ClassifierRecipe, run: Path) -> dict[str, Any]:
-    """The result of pruning and retraining the dense network of `run`, as `pruning_of` made the recipe."""
-    return train_run(recipe, dense=run / "dense")
-
-
 def _check_work(out: Path, key: str) -> None:
     begun = out / "work" / "key"
     if begun.exists() and begun.read_text(encoding="utf-8") != key:
         raise ValueError(f"out: {out} holds an unfinished run of another recipe; give another folder, or delete it")
 
 
-def _watchers(model: nn.Module, method: During | None, setting: Setting, log: Path) -> list[During]:
-    every = setting.recipe.train.evaluate_every
-    return [_Watch(model, method, setting, log)] if every else []
-
-
-class _Watch(During):
-    """Measures the network every so many epochs while it is trained, with the weights that a method gives it."""
-
-    def __init__(self, model: nn.Module, method: During | None, setting: Setting, log: Path) -> None:
-        super().__init__()
-        self.seen = (model, method)  # a tuple, so that they do not become parts of this module
-        self.setting, self.log = setting, log
-        self.done = {row["epoch"] for row in read_metrics(log) if "epoch" in row} if log.exists() else set[int]()
-        self.every = setting.recipe.train.evaluate_every * setting.epoch_steps
-
-    def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
-        """Nothing is needed."""
-
-    def after_step(self, step: int) -> None:
-        """Measure after the last step of every `evaluate_every`-th epoch."""
-        epoch = (step + 1) // self.setting.epoch_steps
-        if (step + 1) % self.every or epoch in self.done:
-            return
-        model, method = self.seen
-        with torch.no_grad():
-            weights = {} if method is None else method.weights()
-            found = stages.measure(Substituted(model, weights) if weights else model, self.setting)
-        append_metrics(self.log, {"stage": "train", "epoch": epoch, **found})
-
-
-def _write(out: Path, recipe: ClassifierRecipe, outcome: Outcome, result: dict[str, Any], dense: Path) -> None:
-    """The network, its masks, its description, the picture; the result last, because it says that all is there."""
-    for stage, found in result["stages"].items():
-        append_once(out / "metrics.jsonl", {"stage": stage, **found})
-    if "corrupted" in result:
-        append_once(out / "metrics.jsonl", {"stage": "corrupted", **result["corrupted"]["mean"]})
-    for found in result["phases"]:
-        append_once(out / "metrics.jsonl", {"stage": "phase", **found})
+def _write(out: Path, recipe: ClassifierRecipe, made: Outcome, result: dict[str, Any]) -> None:
+    """The network, its masks, its description, the pictures; the result last, because it says that all is there."""
+    if recipe.soup is None:
+        for stage, found in result["stages"].items():
+            append_once(out / "metrics.jsonl", {"stage": stage, **found})
+        if "corrupted" in result:
+            append_once(out / "metrics.jsonl", {"stage": "corrupted", **result["corrupted"]["mean"]})
+        for found in result["phases"]:
+            append_once(out / "metrics.jsonl", {"stage": "phase", **found})
     if recipe.save:
-        describe(out, recipe, outcome.model, outcome.masks, result)
-    _plot(out, recipe, result, outcome.trace, dense)
+        _describe(out, recipe, made.model, made.masks, result)
+    title, geometry = _plot(out, recipe, result, made.trace), made.geometry
+    if geometry is not None and geometry.lines:
+        plot_lines(geometry.lines, out / "lines.png", title=f"{title}: loss between two of them")
+    if geometry is not None and geometry.plane is not None:
+        plot_plane(geometry.plane, out / "plane.png", title=f"{title}: loss over the plane of three")
     write_json(out / "result.json", result)
 
 
-def _plot(
-    out: Path, recipe: ClassifierRecipe, result: Mapping[str, Any], trace: Mapping[str, Any], dense: Path
-) -> None:
-    """The picture; without the trace of a training during which a method pruned, losses are left out."""
-    trace = trace or _trace(dense)
+def _plot(out: Path, recipe: ClassifierRecipe, result: Mapping[str, Any], trace: Mapping[str, Any]) -> str:
+    """The picture of a run, of a soup accuracy by phase, and its title."""
     shown = {name: 100 * found["top1"] for name, found in result["stages"].items()}
-    plot_run(trace.get("losses", []), shown, out / "report.png", rates=_rates(trace), title=recipe.model)
+    if recipe.soup is None:
+        plot_run(trace.get("losses", []), shown, out / "report.png", rates=_rates(trace), title=recipe.model)
+        return recipe.model
+    title, xlabel = f"{recipe.model}, {recipe.soup.members} members", "sparsity after the phase"
+    panels, dense = {"": by_phase([result])}, shown.get("dense")
+    plot_accuracy(panels, out / "accuracy.png", xlabel=xlabel, dense=dense, title=title)
+    return title
 
 
 def _trace(dense: Path) -> dict[str, Any]:
+    """What a dense training left; without the trace of one during which a method pruned, losses are left out."""
     path = dense / "trace.json"
     return read_json(path) if path.exists() else {}
 
 
-def describe(
+def _describe(
     out: Path, recipe: ClassifierRecipe, model: nn.Module, masks: Masks | None, result: Mapping[str, Any]
 ) -> None:
     """Write a network, its masks if it has any, and what it is: model.safetensors, masks.safetensors, prunus.json."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from prunus.measure import Ensemble
 from prunus.run.store import Job, Store
 from prunus.run.vision import stages
+from prunus.run.vision.jobs import measured_of
 from prunus.run.vision.soups.averaging import Meter
 
 __all__ = ["corrupted"]
@@ -33,7 +34,7 @@ def corrupted(
     whole = stages.all_corrupted(networks, meter.setting, asked)
     found = {name: {key: value for key, value in each.items() if key != "sets"} for name, each in whole.items()}
     each = [found.pop(f"member {place}") for place in range(len(members))]
-    clean = [store.result(member)["measured"]["top1"] for member in members]
+    clean = [measured_of(store.result(member))["top1"] for member in members]
     return found | {"mean_member": _mean(each), "best_member": each[max(range(len(each)), key=clean.__getitem__)]}
 
 

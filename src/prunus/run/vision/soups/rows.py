@@ -20,10 +20,10 @@ from prunus.run.names import averages
 from prunus.run.recipe import given
 from prunus.run.store import Job, Store
 from prunus.run.vision import stages
+from prunus.run.vision.jobs import Trunk, measured_of
+from prunus.run.vision.plan import Plan, Run, before_retraining
 from prunus.run.vision.soups.averaging import Meter, averaged, on_device
 from prunus.run.vision.soups.corrupted import corrupted
-from prunus.run.vision.soups.jobs import Trunk
-from prunus.run.vision.soups.plan import Plan, Run
 from prunus.soup import distances
 from prunus.train import unrecorded
 
@@ -36,16 +36,16 @@ class Rows:
     """The rows of the table, each measured once."""
 
     def __init__(self, plan: Plan, store: Store, meter: Meter) -> None:
-        self.recipe, self.runs, self.store, self.meter = plan.recipe, plan.runs, store, meter
+        self.plan, self.recipe, self.runs, self.store, self.meter = plan, plan.recipe, plan.runs, store, meter
         self.asked, self.soup = given(plan.recipe.soup), plan.runs["soup"]
         self.base, self.last = plan.base, self.soup.phases[-1]
-        self.trunk = Trunk.of(plan.base, store, meter)
+        self.trunk = Trunk.of(plan.base, store)
         self.masks = self._masks(self.last.pruned)
         self.rows: list[dict[str, Any]] = []
 
     def result(self) -> dict[str, Any]:
         """Everything but the geometry of the members."""
-        before = {**self.trunk.measured, **(self._pruned() if self.recipe.during is None else {})}
+        before = before_retraining(self.plan, self.soup, self.store)
         if "dense" in before:
             self._add("dense", "dense", self.meter.measure(self.meter.settled(self.store.state(self.base))), None, 0)
         soup = self.meter.measure(self.store.state(self.soup.state))
@@ -69,15 +69,6 @@ class Rows:
         assert masks is not None
         return masks
 
-    def _pruned(self) -> dict[str, Any]:
-        """The network that the last phase's members start from, as pruning left it and with BatchNorm settled."""
-        before = self.soup.phases[-2].average if len(self.soup.phases) > 1 else self.base
-        self.masks.apply_(self.meter.put(self.store.state(before)))
-        found = {"pruned": stages.measure(self.meter.model, self.meter.setting)}
-        if self.recipe.recalibrate and stages.has_batchnorm(self.meter.model):
-            found["recalibrated"] = self.meter.measure(self.store.state(self.last.pruned))
-        return found
-
     def _members(self, taken: int) -> None:
         """What else the last phase's members give: other averages, their mean, the best of them, the ensemble."""
         states = [self.store.state(job) for job in self.last.members]
@@ -87,7 +78,7 @@ class Rows:
                 word, f"soup, last phase {word}", self.meter.measure(state) | {"shares": [*shares]}, self.masks, taken
             )
         results = [self.store.result(job) for job in self.last.members]
-        singles, own = [each["measured"] for each in results], [each["steps"] for each in results]
+        singles, own = [measured_of(each) for each in results], [each["steps"] for each in results]
         keys = [key for key in singles[0] if all(isinstance(each[key], (int, float)) for each in singles)]
         mean = {key: statistics.fmean(each[key] for each in singles) for key in keys}
         self._add("mean_member", "mean member", mean, self.masks, taken - sum(own) + statistics.fmean(own))
@@ -161,14 +152,14 @@ class Rows:
         }
         row |= {"steps": steps, "epochs": steps / setting.epoch_steps}
         row["initial_lr"] = statistics.fmean(each["initial_lr"] for each in numbers)
-        row["members"] = [each["measured"]["top1"] for each in numbers]
+        row["members"] = [measured_of(each)["top1"] for each in numbers]
         row["soup"] = self.meter.measure(store.state(phase.average))["top1"]
         row["shares"] = store.result(phase.average)["shares"]
         with unrecorded():
             row["between"] = distances(states, list(masks)).summary() if len(states) > 1 else {}
         for name in ("imp", "longer"):
             if name in self.runs:
-                row[name] = store.result(self.runs[name].phases[index].members[0])["measured"]["top1"]
+                row[name] = measured_of(store.result(self.runs[name].phases[index].members[0]))["top1"]
         return row
 
 

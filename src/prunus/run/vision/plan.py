@@ -1,4 +1,4 @@
-"""A soup and what it is compared with, as a graph of jobs.
+"""A run of a classifier as a graph of jobs: a soup and what it is compared with, or one member and nothing beside it.
 
     base ─┬─ soup: prune ─▶ members ─▶ average, * phases        longer, imp: the same with one member
           ├─ reprune: m runs of imp ─▶ mean ─▶ prune again
@@ -13,11 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from prunus.run.recipe import ClassifierRecipe, given
 from prunus.run.store import Job, Store
-from prunus.run.vision.soups.jobs import (
+from prunus.run.vision.jobs import (
     Training,
+    Trunk,
     averaged_job,
     base_job,
     mean_job,
@@ -25,9 +27,10 @@ from prunus.run.vision.soups.jobs import (
     repruned_job,
     trained_job,
 )
+from prunus.run.vision.soups.averaging import Meter
 from prunus.soup import Souped, sms
 
-__all__ = ["Plan", "Run"]
+__all__ = ["Plan", "Run", "before_retraining"]
 
 Phase = Souped[Job, Job, Job]
 Average = Callable[[Job, tuple[Job, ...]], Job]
@@ -55,7 +58,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """The runs that a recipe asks for, by the names of their rows."""
+    """The runs that a recipe asks for, by the names of their rows; `single` is one without members."""
 
     recipe: ClassifierRecipe
 
@@ -70,7 +73,9 @@ class Plan:
 
         After a method that pruned there is neither another mask to average over nor a dense network.
         """
-        asked, dense = given(self.recipe.soup), self.recipe.during is None
+        if self.recipe.soup is None:
+            return {"single": self._run([None], _single)}
+        asked, dense = self.recipe.soup, self.recipe.during is None
         runs = {"soup": self._run(range(asked.members), lambda *phase: averaged_job(self.recipe, *phase))}
         if "imp" in asked.baselines:
             runs["imp"] = self._run([None], _single)
@@ -92,21 +97,24 @@ class Plan:
 
     def _run(self, places: Sequence[int | None], average: Average, *, slower: int = 1, swa: float | None = None) -> Run:
         """The loop. places: the members of each phase; [None] is one run as the recipe itself says it, which is imp."""
-        recipe = self.recipe
-        assert recipe.prune is not None
+        recipe, base = self.recipe, self.base
+        if recipe.prune is None:
+            return Run(base, None, ())
         count = recipe.prune.phases
 
         def prune(state: Job, phase: int, before: Job | None) -> Job:
-            return state if recipe.during is not None else pruned_job(recipe, state, phase, before)
+            if recipe.during is not None:
+                return state
+            return pruned_job(recipe, state, phase, before, base=None if state is base else base)
 
         def retrain(start: Job, phase: int, member: int) -> Job:
+            if recipe.retrain is None and recipe.soup is None:
+                return start
             last = phase + 1 == count
-            return trained_job(
-                Training(recipe, places[member], phase, slower, swa=swa if last else None), start, self.base
-            )
+            return trained_job(Training(recipe, places[member], phase, slower, swa=swa if last else None), start, base)
 
-        phases = sms(self.base, phases=count, members=len(places), prune=prune, retrain=retrain, average=average)
-        trainings = tuple(job for phase in phases for job in phase.members)
+        phases = sms(base, phases=count, members=len(places), prune=prune, retrain=retrain, average=average)
+        trainings = tuple(job for phase in phases for job in phase.members if job is not phase.pruned)
         return Run(phases[-1].average, phases[-1].pruned, trainings, tuple(phases))
 
     def _repruned(self) -> Run:
@@ -138,3 +146,18 @@ class Plan:
 def _single(_: Job, members: tuple[Job, ...]) -> Job:
     """The one member, as its training left it."""
     return members[0]
+
+
+def before_retraining(plan: Plan, run: Run, store: Store) -> dict[str, Any]:
+    """Stage -> what was measured of the network that all begin with, and of what the last phase pruned.
+
+    A dense network is measured anew if it was measured on other images than this recipe is.
+    """
+    found, measured = dict(Trunk.of(plan.base, store).measured), plan.recipe.images.measured
+    dense = found.get("dense")
+    if dense is not None:
+        if dense.get("measured_on", measured) != measured:
+            own = Meter.of(plan.recipe).measure(store.state(plan.base))
+            dense = {**dense, **own, "measured_on": measured}
+        found["dense"] = {key: value for key, value in dense.items() if key not in ("key", "seconds")}
+    return found | ({} if run.masks is None else store.result(run.masks)["measured"])
