@@ -134,6 +134,7 @@ LANGUAGE: dict[str, Any] = {
     "calibrate": {"samples": 2, "length": 16},
     "reconstruct": {"steps": 1},
     "retrain": {"steps": 1, "length": 16, "batch_size": 1, "dense": {"steps": 100}},
+    "train": {"steps": 1, "dense": {"steps": 100}},
     "soup": {"members": 2},
     "evaluate": {"data": {"text": {"source": "text.txt"}}, "window": 16},
     "save": False,

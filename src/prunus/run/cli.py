@@ -294,7 +294,7 @@ def main() -> None:
     except (ValueError, ImportError, OSError, FloatingPointError) as error:
         if logging.getLogger().isEnabledFor(logging.INFO):
             raise
-        status = _refused(" ".join(str(error).split()) if isinstance(error, OSError) else str(error))
+        status = _refused(_of_system(error) if isinstance(error, OSError) else str(error))
     except RuntimeError as error:
         torch = sys.modules.get("torch")
         if torch is None or not isinstance(error, torch.OutOfMemoryError):
@@ -311,6 +311,11 @@ _SMALLER = (
     "streaming: true; what is finished is kept"
 )
 _STOPPED = {"run": _KEPT, "grid": _KEPT}
+
+
+def _of_system(error: OSError) -> str:
+    said = " ".join(str(error).split())
+    return f"{said}; make room, and give the same command again" if "No space left" in said else said
 
 
 def _refused(text: str, hint: str = "", status: int = 2) -> int:
