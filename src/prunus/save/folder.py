@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from prunus import __version__
-from prunus.machine import atomic_folder, checksums, read_json, write_json, write_text
+from prunus.machine import atomic_folder, checksums, read_json, read_tensors, write_json, write_text
 from prunus.save.account import account
 from prunus.save.shards import ShardWriter
 
@@ -173,7 +173,7 @@ def load_info(folder: str | Path) -> dict[str, Any]:
 
 
 def check_whole(folder: str | Path) -> None:
-    """Raise ValueError, naming the file, when weights of a saved model are not those that were written."""
+    """Raise ValueError, naming the file, when weights or masks of a saved model are not those that were written."""
     said: dict[str, str] = load_info(folder).get("checksums", {})
     found = checksums([path for name in said if (path := Path(folder) / name).is_file()])
     wrong = next((name for name, each in said.items() if found.get(name) != each), None)
@@ -181,6 +181,8 @@ def check_whole(folder: str | Path) -> None:
         raise ValueError(
             f"{Path(folder) / wrong} is damaged (its checksum is another); delete {folder} to make it anew"
         )
+    if (Path(folder) / MASKS_NAME).is_file():
+        read_tensors(Path(folder) / MASKS_NAME)
 
 
 def is_whole(folder: str | Path) -> bool:
@@ -267,11 +269,14 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def write_info(folder: Path, info: Mapping[str, Any], card: str | None = None) -> tuple[str, ...]:
-    """Write prunus.json, the last of a saved folder's files but for the card, with checksums; the names of all."""
+    """Write prunus.json, the last of a saved folder's files but for the card; the names of all.
+
+    It has the checksums of the weight files. Masks carry one of their own, and their header has no fixed order.
+    """
     if card is not None:
         write_text(folder / CARD_NAME, card)
     files = tuple(sorted({INFO_NAME, *(path.name for path in folder.iterdir())}))
-    sums = checksums(sorted(folder.glob("*.safetensors")))
+    sums = checksums(sorted(path for path in folder.glob("*.safetensors") if path.name != MASKS_NAME))
     write_json(folder / INFO_NAME, {**info, "files": files, "checksums": sums})
     return files
 
