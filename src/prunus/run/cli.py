@@ -17,12 +17,11 @@ import typer
 
 from prunus import __version__
 from prunus.run.flags import Flag, assignments, flags_of, numbers, overrides, with_flags
-from prunus.run.plain import Unfinished
+from prunus.run.plain import Unfinished, yaml_value
 
 app = typer.Typer(
     name="prunus",
     help="Make neural networks sparse and keep them good: prune, retrain a sliver, merge, ship.",
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -33,6 +32,10 @@ SetOption = Annotated[
 Workers = Annotated[int, typer.Option(help="Processes that run members, GPUs in turn.")]
 Together = Annotated[int, typer.Option(help="Networks trained at once in each process, in threads.")]
 Out = Annotated[Path | None, typer.Option(help="Write the numbers as JSON here as well.")]
+
+
+def _share(text: str) -> float:
+    return float(yaml_value(text, "--sparsity"))
 
 
 @cache
@@ -237,10 +240,23 @@ def show(
 
 
 @app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, by which editors complete and check keys."""
+    import json
+
+    from prunus.run.recipe import schema_of_recipes
+
+    typer.echo(json.dumps(schema_of_recipes(), indent=1))
+
+
+@app.command()
 def demo(
     what: Annotated[str, typer.Argument(help="language or vision.")] = "language",
     out: Annotated[Path | None, typer.Option(help="Run folder.")] = None,
-    sparsity: Annotated[float | None, typer.Option(help="Share of zeros, in [0, 1); 0.6, and 0.95 for vision.")] = None,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(parser=_share, metavar="FLOAT", help="Share of zeros, in [0, 1); 0.6, and 0.95 for vision."),
+    ] = None,
 ) -> None:
     """Show what Prunus does, offline: on a small language model (two minutes), or on handwritten digits (one)."""
     _check_single("demo")

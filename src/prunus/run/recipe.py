@@ -32,6 +32,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     Field,
+    TypeAdapter,
     ValidationError,
     create_model,
     field_validator,
@@ -100,6 +101,7 @@ __all__ = [
     "parse",
     "read_yaml",
     "said",
+    "schema_of_recipes",
     "yaml_value",
 ]
 
@@ -371,6 +373,8 @@ class Data(Strict):
     part: the share that is used, [start, stop] in [0, 1], cut after tokenisation.
     """
 
+    shorthands: ClassVar[tuple[str, ...]] = ("string", "array")
+
     source: str | None = None
     column: str = "text"
     split: str | None = None
@@ -553,7 +557,9 @@ class LanguageTraining(LanguageRetrain):
 class Evaluate(Strict):
     """Perplexity of each named text: joined, cut into windows without overlap, mean loss over predicted tokens."""
 
-    data: dict[str, Data] = Field(default_factory=lambda: {"held-out": _TEST})
+    data: dict[str, Data] = Field(
+        default_factory=lambda: {"held-out": _TEST}, json_schema_extra={"type": ["object", "string"]}
+    )
     window: Annotated[int, Field(ge=2)] | None = None
     """Tokens a window; the model's own length (at most 2048) if left out."""
     batch_size: Count = 4
@@ -600,6 +606,8 @@ class ImageSource(Strict):
     reads the test images; "test" trains on all training images; "both" holds out the same share for what is chosen by
     images (greedy and learned soups), and measures on the test images.
     """
+
+    shorthands: ClassVar[tuple[str, ...]] = ("string",)
 
     source: str
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -1083,6 +1091,11 @@ def parse(raw: Mapping[str, Any], model: type[Section], where: str) -> Section:
         task = cast("type[BaseModel]", _task_of(raw) if model is Recipe else model)
         lines = _united([_line(item, task) for item in error.errors()])
         raise ValueError(f"{where}: " + "\n".join(lines)) from None
+
+
+def schema_of_recipes() -> dict[str, Any]:
+    """The JSON schema of recipes of either task."""
+    return TypeAdapter(LanguageRecipe | ClassifierRecipe).json_schema() | {"title": "Recipe of Prunus"}
 
 
 def _not_finite(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
