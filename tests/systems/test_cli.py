@@ -37,8 +37,10 @@ OPTIONS = {
     "grid": "recipes --out --workers --together --ray --minutes",
     "evaluate": "model --data --set --out " + " ".join(f"--{flag.name}" for flag in cli.evaluate_flags()),
     "inspect": "path --out",
+    "report": "folders --out",
     "average": "checkpoints --out --weights --greedy",
     "show": "recipe --set --names",
+    "schema": "",
     "demo": "what --out --sparsity",
 }
 

@@ -3,6 +3,7 @@
 import io
 import logging
 import math
+import os
 import subprocess
 import sys
 
@@ -25,7 +26,7 @@ from prunus.report import (
     terminal,
 )
 from prunus.report.curves import _limits
-from prunus.report.plots import _place, _share
+from prunus.report.plots import _share, by_block
 
 ROWS = [{"layer": "model.layers.0.mlp[3]", "zeros": 12345, "share": 0.5}, {"layer": "head", "zeros": None}]
 
@@ -84,6 +85,16 @@ def test_metrics_come_back(tmp_path):
     path.write_text('{"a": 1}\n{"a"')
     with pytest.raises(ValueError, match="line 2 is not JSON"):
         read_metrics(path)
+
+
+def test_a_full_disk_keeps_no_part_of_a_line(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    append_metrics(path, {"stage": "dense"})
+    whole, write = path.read_bytes(), os.write
+    monkeypatch.setattr(os, "write", lambda file, data: write(file, data[: len(data) // 2]))
+    with pytest.raises(OSError, match=r"No space left on device: .*metrics\.jsonl"):
+        append_metrics(path, {"stage": "pruned"})
+    assert path.read_bytes() == whole
 
 
 def test_lines_of_two_processes_are_not_mixed(tmp_path):
@@ -193,7 +204,6 @@ def test_empty_pictures_are_refused(tmp_path):
 
 
 def test_places_and_shares():
-    assert _place("model.decoder.layers.12.fc1.weight") == (12, "fc1")
-    assert _place("model.layers.3.mlp.experts.gate_up_proj") == (3, "gate_up_proj")
-    assert _place("lm_head.weight") == (None, "lm_head")
+    names = ("model.decoder.layers.12.fc1.weight", "model.layers.3.mlp.experts.gate_up_proj", "lm_head.weight")
+    assert by_block(dict.fromkeys(names, 0.5)) == {"fc1": {12: 0.5}, "gate_up_proj": {3: 0.5}, "lm_head": {2: 0.5}}
     assert [_share(label) for label in ("50 %", "50%", "0.5", "50", "5 %")] == [0.5, 0.5, 0.5, 0.5, 0.05]

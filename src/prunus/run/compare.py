@@ -51,7 +51,8 @@ def compare_all(
         raise ValueError(f"two grids would be written to {shared}: give each an `out` of its own")
     for grid, out in zip(grids, folders, strict=True):
         mark(out, "grid")
-        check_inputs(out, [grid.recipe(labels, 0, {}) for labels in grid.cells()])
+        for place in {out, Path(grid.dense or out)}:
+            check_inputs(place, [grid.recipe(labels, 0, {}) for labels in grid.cells()])
     wrong = run([GridJobs(grid) for grid in grids], asked) if workers else []
     rows = [tabulate(grid) for grid in grids]
     if wrong:

@@ -29,6 +29,7 @@ from prunus.run.recipe import LanguageRecipe, LanguageRetrain, digest, merge, pa
 from prunus.run.soups import LONGER, SOUP, Pruned, averaged, longer_of, member_key, members_of
 from prunus.run.store import Job, Store
 from prunus.run.texts import check_texts
+from prunus.save import check_whole
 from prunus.soup import distance
 
 __all__ = ["LANGUAGE", "pruned_job"]
@@ -128,6 +129,8 @@ class _Language:
             _, *members = job.needs
             numbers = [store.result(member) for member in members]
             each = [(store.path(m), found) for m, found in zip(members, numbers, strict=True)][: recipe.soup.members]
+            for folder, _ in each:
+                check_whole(folder)
             souped = averaged(
                 pruned, each, numbers[-1] if longer_of(recipe) is not None else None, store.work(job) / "soup"
             )
