@@ -223,7 +223,7 @@ def checksums(files: Sequence[Path]) -> dict[str, str]:
         return dict(zip([file.name for file in files], pool.map(_file_checksum, files), strict=True))
 
 
-def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file, on the CPU, and its metadata; the checksum of `write_tensors` is right.
 
     Raises ValueError naming a damaged file.
