@@ -51,7 +51,10 @@ def compare_all(
         raise ValueError(f"two grids would be written to {shared}: give each an `out` of its own")
     for grid, out in zip(grids, folders, strict=True):
         mark(out, "grid")
-        check_inputs(out, [grid.recipe(labels, 0, {}) for labels in grid.cells()])
+        recipes = [grid.recipe(labels, 0, {}) for labels in grid.cells()]
+        check_inputs(out, recipes)
+        if workers:
+            grid.task.look(recipes)
     wrong = run([GridJobs(grid) for grid in grids], asked) if workers else []
     rows = [tabulate(grid) for grid in grids]
     if wrong:

@@ -23,7 +23,7 @@ import torch
 
 from prunus.run import stages
 from prunus.run.fitted import fitted
-from prunus.run.folder import device_of
+from prunus.run.folder import device_name, device_of, ran_on
 from prunus.run.language_tables import row, write
 from prunus.run.layout import Show
 from prunus.run.recipe import LanguageRecipe, LanguageRetrain, digest, member_of, merge, parse, said
@@ -103,7 +103,7 @@ def _averaged_job(recipe: LanguageRecipe, members: Sequence[Job]) -> Job:
 
 def _prune(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
     device, earlier = device_of(recipe), None
-    recipe = fitted(recipe, device)
+    recipe, where = fitted(recipe, device), ran_on(store.work(job), device_name(device))
     loaded = _dense(recipe, device)
     before = loaded.model
     if job.needs:
@@ -117,15 +117,16 @@ def _prune(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
     store.write_state(job, {name: parameters[name] for name in names}, streamed.masks)
     errors = [(r.error_before, r.error_after) for r in streamed.reports if r.error_before is not None]
     lost = distance(dict(before.named_parameters()), streamed.masks, earlier)
-    return {"seconds": sum(r.seconds for r in streamed.reports), "errors": errors, "distance": lost}
+    return {"seconds": sum(r.seconds for r in streamed.reports), "errors": errors, "distance": lost, **where}
 
 
 def _train_member(recipe: LanguageRecipe, asked: LanguageRetrain, name: str, job: Job, store: Store) -> dict[str, Any]:
     pruned = _pruned(recipe, job.needs[0], store)
+    where = ran_on(store.work(job), device_name(pruned.device))
     model, found = pruned.retrained(name, asked, store.checkpoint(job))
     if name != LONGER:
         pruned.save(model, store.path(job), job.key, found)
-    return found
+    return found | where
 
 
 def _average(weights: tuple[float, ...] | None, job: Job, store: Store) -> dict[str, Any]:
@@ -176,6 +177,11 @@ class _Language:
     def order(self, recipe: LanguageRecipe) -> tuple[Any, ...]:
         """Members that prune alike follow each other, dearer fits come last."""
         return recipe.reconstruct is not None, phases_of(recipe)[0].pruned.key
+
+    def look(self, recipes: Sequence[LanguageRecipe]) -> None:
+        """Each checkpoint is that of its config.json."""
+        for recipe in {(each.model, each.dtype): each for each in recipes}.values():
+            stages.check_weights(recipe, stages.empty(recipe).model)
 
     @contextmanager
     def prepared(self, recipes: Sequence[LanguageRecipe]) -> Generator[None]:

@@ -55,6 +55,10 @@ class Task(Protocol):
         """A member's numbers."""
         ...
 
+    def look(self, recipes: Sequence[Any]) -> None:
+        """Raise ValueError, before any job, for what recipes name that can be seen not to be what it should."""
+        ...
+
     def prepared(self, recipes: Sequence[Any]) -> AbstractContextManager[Any]:
         """Entered once in each process around its members. Raises for inputs that are not there."""
         ...

@@ -65,6 +65,9 @@ class _Classifiers:
         """Those that choose values first, then the longest, so that the last ones to finish are short."""
         return recipe.images.measure_on != "validation", -_epochs(recipe)
 
+    def look(self, recipes: Sequence[ClassifierRecipe]) -> None:
+        """Images are read where they are needed."""
+
     @contextmanager
     def prepared(self, recipes: Sequence[ClassifierRecipe]) -> Generator[None]:
         """Read the images and count the operations of each network."""
@@ -74,7 +77,7 @@ class _Classifiers:
 
     def run(self, recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str, Any]:
         """No model is written but dense ones, and what soups share."""
-        return {**outcome(Plan(recipe), store, picture=False).result, "device": Setting.of(recipe).name}
+        return outcome(Plan(recipe), store, picture=False).result
 
 
 CLASSIFIERS = _Classifiers()

@@ -67,9 +67,10 @@ def train_run(
             return found
         setting, plan = _begin(recipe, key), Plan(recipe)
         forks_after(setting)
+        where = ran_on(out / "work", setting.name)
         with Energy() as energy:
             made = outcome(plan, _finished(plan, dense, workers))
-        result = {"key": key, "model": recipe.model, **ran_on(out, setting.name), **made.result}
+        result = {"key": key, "model": recipe.model, **where, **made.result}
         result["joules"] = energy.joules
         _write(out, recipe, made, result)
         return result
