@@ -2,6 +2,7 @@
 
     python benchmarks/recorded_step.py
     python benchmarks/recorded_step.py --device cpu --scale 0.03    # scales down; nothing is recorded on a CPU
+    python benchmarks/recorded_step.py --compile     # instead: compiled blocks, recorded and not, 16 x 1,024 tokens
 
 SmolLM2-135M's shape (random weights, bfloat16, pruned 50 %), 4 and 16 x 1,024 tokens a step, AdamW on float32
 trainables through `prunus.train`, with `capture="auto"` and, as the reference, without. The note has tokens per second
@@ -13,21 +14,23 @@ for its own.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from claims import Row, floor_ms, main, sized
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prunus.adapt import adapt
+from prunus.adapt import adapt, compiled_forward
 from prunus.data import PackedTokens
 from prunus.layers import find_layers
 from prunus.machine import of_training
 from prunus.prune import prune
 from prunus.train import linear_warmup_decay, train
 
-STEPS = 48  # of a run; the first third is not timed
+STEPS = 24  # of a run; the first third is not timed
 SUBSETS = {"norms": ("norms",), "MaskLoRA": ("mask_lora",), "everything": ("full",)}
 
 
@@ -38,11 +41,18 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
             yield _row(args, name, subset, batch)
 
 
-def _row(args: argparse.Namespace, name: str, subset: tuple[str, ...], batch: int) -> Row:
+def compiled(args: argparse.Namespace) -> Iterator[Row]:
+    """Norms and MaskLoRA through compiled blocks."""
+    for name in ("norms", "MaskLoRA"):
+        yield _row(args, name, SUBSETS[name], 16, compiled=True)
+
+
+def _row(args: argparse.Namespace, name: str, subset: tuple[str, ...], batch: int, *, compiled: bool = False) -> Row:
     shape = batch, sized(1024, args)
-    plain, expected, _ = _run(args, subset, shape, capture=False)
-    ours, losses, weights = _run(args, subset, shape, capture=True)
-    far, tokens = float(((losses - expected) / expected).abs().max()), batch * shape[1]
+    plain, expected, _ = _run(args, subset, shape, capture=False, compiled=compiled)
+    ours, losses, weights = _run(args, subset, shape, capture=True, compiled=compiled)
+    name, far = f"{name}, compiled" if compiled else name, float(((losses - expected) / expected).abs().max())
+    tokens = batch * shape[1]
     rates = f"{tokens / ours * 1e3:,.0f} tokens a second, {tokens / plain * 1e3:,.0f} without"
     return Row(
         name, f"{batch} x {shape[1]} tokens", "steps not recorded", ours, plain,
@@ -52,7 +62,7 @@ def _row(args: argparse.Namespace, name: str, subset: tuple[str, ...], batch: in
 
 
 def _run(
-    args: argparse.Namespace, subset: tuple[str, ...], shape: tuple[int, int], *, capture: bool
+    args: argparse.Namespace, subset: tuple[str, ...], shape: tuple[int, int], *, capture: bool, compiled: bool
 ) -> tuple[float, torch.Tensor, int]:
     """Milliseconds of a step after the first third, all losses, and how many weights the products have."""
     steps, marks = STEPS if args.scale == 1 else 6, list[float]()
@@ -60,12 +70,12 @@ def _run(
     def mark(_done: int, _loss: float) -> None:
         marks.append(time.perf_counter())
 
-    model, losses = _trained(args, subset, shape, steps, capture=capture, on_step=mark)
+    model, losses = _trained(args, subset, shape, steps, capture=capture, compiled=compiled, on_step=mark)
     weights = sum(each.numel() for each in model.parameters() if each.ndim == 2)
     return (marks[-1] - marks[0]) / (steps - steps // 3) * 1e3, torch.tensor(losses), weights
 
 
-def _trained(args, subset, shape, steps, *, capture, on_step):  # type: ignore[no-untyped-def]
+def _trained(args, subset, shape, steps, *, capture, compiled, on_step):  # type: ignore[no-untyped-def]
     torch.manual_seed(args.seed)
     config = LlamaConfig(
         vocab_size=sized(49152, args),
@@ -77,7 +87,8 @@ def _trained(args, subset, shape, steps, *, capture, on_step):  # type: ignore[n
         max_position_embeddings=2048,
         tie_word_embeddings=True,
     )
-    model = LlamaForCausalLM(config).to(args.device, torch.bfloat16)
+    with torch.device(args.device):
+        model = LlamaForCausalLM(config).bfloat16()
     views = [view for view in find_layers(model) if "layers" in view.name]
     masks = prune(model, sparsity=0.5, views=views)
     generator = torch.Generator().manual_seed(args.seed)
@@ -85,21 +96,26 @@ def _trained(args, subset, shape, steps, *, capture, on_step):  # type: ignore[n
     precision = "bf16" if subset == ("full",) else of_training(model, "bf16")
     cuda = torch.device(args.device).type == "cuda"
     packed = PackedTokens(torch.randint(config.vocab_size, (1 << 18,), generator=generator), shape[1])
-    trace = train(
-        model,
-        lambda step: packed.at(step, batch=shape[0], seed=0),
-        torch.optim.AdamW(adaptation.param_groups(1e-4), weight_decay=0.0, capturable=cuda),
-        linear_warmup_decay(steps, 0.1),
-        steps=steps,
-        masks=masks if subset == ("full",) else None,
-        precision=precision if cuda else "fp32",
-        clip=1.0,
-        capture="auto" if capture else False,
-        report_every=steps // 3,
-        on_step=on_step,
-    )
+    with compiled_forward(model) if compiled else nullcontext():
+        trace = train(
+            model,
+            lambda step: packed.at(step, batch=shape[0], seed=0),
+            torch.optim.AdamW(adaptation.param_groups(1e-4), weight_decay=0.0, capturable=cuda, fused=cuda or None),
+            linear_warmup_decay(steps, 0.1),
+            steps=steps,
+            masks=masks if subset == ("full",) else None,
+            precision=precision if cuda else "fp32",
+            clip=1.0,
+            capture="auto" if capture else False,
+            report_every=steps // 3,
+            on_step=on_step,
+        )
     return model, trace.losses
 
 
 if __name__ == "__main__":
-    main(__doc__, measure)
+    if "--compile" in sys.argv:
+        sys.argv.remove("--compile")
+        main(__doc__, compiled)
+    else:
+        main(__doc__, measure)

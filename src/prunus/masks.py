@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from prunus.kernels import uses_kernels
 from prunus.machine import local_part, write_tensors
 
 if TYPE_CHECKING:
@@ -135,12 +137,12 @@ class Masks(Mapping[str, Tensor]):
                     "Train with masks.hold(model, optimizer), or call masks.apply_(model)"
                 )
 
-    def hold(self, model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
+    def hold(self, model: nn.Module, optimizer: Optimizer) -> Hold:
         """Keep pruned entries of `model` at +0.0: after every step of `optimizer` they and its state are zeroed there.
 
         State is every tensor of the parameter's shape (momentum, Adam's moments). Masking gradients instead leaks:
         momentum and weight decay move pruned weights. NaN and infinities vanish under the mask too. Nothing waits for
-        the device, and the work of a step is recorded by a CUDA graph.
+        the device, and the work of a step is recorded by a CUDA graph. On a GPU a fused AdamW steps and zeroes at once.
         `model` may be compiled, replicated (DistributedDataParallel) or sharded (fully_shard, done before this call):
         masks keep the ordinary names. Wrapped optimizers (accelerate) need their inner torch optimizer here.
         Returns a handle whose `remove()` lets go. Applies the masks once at once. Raises as `apply_`.
@@ -150,14 +152,24 @@ class Masks(Mapping[str, Tensor]):
         for parameter, gone in self._pairs(model):  # a tied parameter may have masks under several names
             key = id(parameter)
             parameters[key], pruned[key] = parameter, pruned[key] | gone if key in pruned else gone
-        held = [_Held(parameter, pruned[key]) for key, parameter in parameters.items()]
+        fused = _is_fused(parameters.values(), optimizer)
+        held = [_Held(parameter, pruned[key], wide=not fused) for key, parameter in parameters.items()]
+        taken: set[int] = set()
 
         @torch.no_grad()
         def reapply(stepped: Optimizer, *_: Any) -> None:
-            _zero_pruned_(held, stepped)
+            _zero_pruned_([each for each in held if id(each.parameter) not in taken], stepped)
+            taken.clear()
+
+        def take(stepped: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if all(closure is None for closure in (*args[1:], *kwargs.values())):
+                from prunus.kernels import adamw_
+
+                taken.update(adamw_(stepped, pruned))
 
         reapply(optimizer)
-        return optimizer.register_step_post_hook(reapply)
+        before = [optimizer.register_step_pre_hook(take)] if fused else []
+        return Hold((*before, optimizer.register_step_post_hook(reapply)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the masks bit-packed; the file appears complete or not at all."""
@@ -210,18 +222,39 @@ class Masks(Mapping[str, Tensor]):
             yield parameter, ~_as_placed(mask, parameter)
 
 
+@dataclass(frozen=True)
+class Hold:
+    """What keeps pruned entries at zero, until `remove()`."""
+
+    handles: tuple[RemovableHandle, ...]
+
+    def remove(self) -> None:
+        """Let go."""
+        for handle in self.handles:
+            handle.remove()
+
+
+def _is_fused(parameters: Iterable[Tensor], optimizer: Optimizer) -> bool:
+    """Whether a program takes an optimizer's steps of pruned parameters, with their masks."""
+    if not all(type(each) is nn.Parameter and uses_kernels(each) for each in parameters):
+        return False
+    from prunus.kernels import takes_steps
+
+    return takes_steps(optimizer)
+
+
 class _Held:
     """A parameter whose pruned entries are kept at zero, with the mask in the form that is fastest to apply.
 
     The bits of a float, times the integer 0, are +0.0 whatever it was, NaN and -0.0 too; times 1 they stay; and one
     kernel multiplies many tensors. Large parameters are filled one by one: a launch is nothing to them, but a mask of 4
-    bytes an entry is.
+    bytes an entry is; so are those (not `wide`) that a program steps.
     """
 
-    def __init__(self, parameter: Tensor, pruned: Tensor) -> None:
+    def __init__(self, parameter: Tensor, pruned: Tensor, *, wide: bool) -> None:
         self.parameter, self.pruned = parameter, pruned
         local = local_part(parameter.detach())
-        self.integer = _INTEGERS.get(local.element_size()) if local.numel() <= _LARGE else None
+        self.integer = _INTEGERS.get(local.element_size()) if wide and local.numel() <= _LARGE else None
         kept = None if self.integer is None else torch.empty_like(local, dtype=self.integer).copy_(~pruned)
         self.kept = kept  # in the parameter's memory format
 

@@ -36,6 +36,7 @@ QUICK: dict[str, dict[str, Any]] = {  # what the defaults would not show in so f
     "RigL": {"delta": 4},
     "SET": {"delta": 6},
     "DPF": {"refresh": 3},
+    "ELSA": {"interval": 4},
     "STR": {"init": -3.0},
     "CS": {"penalty": 1e-3},
     "DST": {"penalty": 1e-2},

@@ -251,8 +251,10 @@ def build(program, types, tile, **fixed):
     types = {name: kind for name, kind in (item.split(":") for item in types.split())}
     ones = {name: 1 for name in program.arg_names if name.endswith("_column")}
     fixed = {**fixed, **ones, "PRODUCT": False, "RANK": 16, "ROWS": tile[0], "COLUMNS": tile[1]}
+    fixed["OPERAND"] = effective._operand(fixed["HALVES"])
     signature = {name: types.get(name, "constexpr" if name in fixed else "i32") for name in program.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(program.arg_names) if name not in fixed}
+    plain = {*fixed, "scale"}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(program.arg_names) if name not in plain}
     source = ASTSource(fn=program, signature=signature, constexprs=fixed, attrs=aligned)
     done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": tile[2], "num_stages": 2})
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
@@ -264,12 +266,14 @@ def build(program, types, tile, **fixed):
     return re.findall(r"= \\S*dot\\S* %\\w+, %\\w+, (%\\w+)", done.asm["ttir"])
 
 for dtype, tile, other in (("bf16", effective._BUILD, effective._REDUCE), ("fp32", effective._WIDE, effective._WIDE)):
-    types = "".join(f" {name}:*{dtype}" for name in "OUT W A A_LOW B B_LOW".split()) + " M:*u8"
+    types = f"OUT:*{dtype} W:*{dtype} A:*fp32 B:*fp32 M:*u8 scale:fp32"
     for kind in (0, 2):
         first = build(effective._build, types, tile, KIND=kind, HALVES=dtype == "bf16")[0]
         assert first.startswith("%cst"), (dtype, kind, first)
     types = types.replace("OUT:", "G:") + " DA:*fp32 DB:*fp32"
-    build(effective._reduce, types, other, KIND=2, HALVES=dtype == "bf16", STEPS=effective._DEPTH // other[0])
+    for first in (True, False):
+        deep = effective._DEPTH // other[0]
+        build(effective._reduce, types, other, KIND=2, HALVES=dtype == "bf16", STEPS=deep, FIRST=first)
 """
 
 

@@ -76,6 +76,38 @@ def test_a_layer_whose_rows_compete_is_near_the_best_of_all_masks(seed: int):
     assert best * (1 - 1e-9) <= found <= 1.35 * best
 
 
+@pytest.mark.parametrize("pattern", [Unstructured("row"), NM(2, 4), NM(2, 3)], ids=repr)
+def test_what_is_fixed_stays_and_the_rest_is_near_the_best_of_all_masks_around_it(pattern: Pattern):
+    rows, columns = 40, 9 if pattern == NM(2, 3) else 8
+    layer = make_layer(rows, columns)
+    kept = kept_of(pattern, rows, columns)
+    score = wanda(layer).masked_fill(~start(layer, pattern, kept), -1)
+    held = score.argsort(1, descending=True).argsort(1) < kept // rows - 1
+    masks = all_masks_of_row(pattern, columns, kept // rows)
+    each = torch.stack([errors(layer, mask.expand(rows, columns)) for mask in masks])  # (masks, rows)
+    around = (masks[:, None] | ~held).all(2)
+    best = each.masked_fill(~around, torch.inf).amin(0)
+    mask = frank_wolfe(fixed=1 - rows / kept).solve(layer, pattern, kept)[1]
+    found, freely = errors(layer, mask), errors(layer, frank_wolfe().solve(layer, pattern, kept)[1])
+    assert bool(mask[held].all())
+    assert bool((found >= best * (1 - 1e-9)).all())
+    assert float((found <= best * (1 + 1e-6)).float().mean()) > 0.75
+    assert float(found.sum() / best.sum()) < 1.05
+    assert float(found.sum()) > 1.01 * float(freely.sum())
+    assert torch.equal(frank_wolfe(fixed=1).solve(layer, pattern, kept)[1], start(layer, pattern, kept))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+def test_every_pattern_holds_the_share_that_is_fixed(pattern: Pattern):
+    layer = make_layer(12, 12, 1)
+    kept = kept_of(pattern, 12, 12)
+    before, mask = start(layer, pattern, kept), frank_wolfe(fixed=0.8).solve(layer, pattern, kept)[1]
+    stayed = int((mask & before).sum())
+    whole = pattern.unit((12, 12))
+    assert round(0.8 * kept) // whole * whole <= stayed < kept
+    assert float(errors(layer, mask).sum()) < float(errors(layer, before).sum())
+
+
 def textbook(layer: Layer, pattern: Pattern, kept: int, iterations: int, concave: tuple[float, float]) -> Tensor:
     """Frank-Wolfe in float64 by automatic gradients; the line search fits a parabola through three values."""
     weight = layer.weight.double()
@@ -137,6 +169,7 @@ def test_the_concave_term_makes_an_expected_error():
     seed=st.integers(0, 1000),
     dead=st.booleans(),
     equal=st.booleans(),
+    fixed=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
 )
 def test_counts_are_exact_and_the_error_is_never_above_wandas(
     rows: int,
@@ -150,6 +183,7 @@ def test_counts_are_exact_and_the_error_is_never_above_wandas(
     seed: int,
     dead: bool,
     equal: bool,
+    fixed: float,
 ):
     rows, columns = 2 * rows, groups * (pattern.width or 4)
     layer = make_layer(rows, columns, seed, dtype)
@@ -159,7 +193,7 @@ def test_counts_are_exact_and_the_error_is_never_above_wandas(
         layer.weight.fill_(0.5)
     before = layer.weight.clone()
     kept = pattern.counts((rows, columns), pattern.sparsity or sparsity)
-    weight, mask = frank_wolfe(iterations, swaps, concave).solve(layer, pattern, kept)
+    weight, mask = frank_wolfe(iterations, swaps, concave, fixed).solve(layer, pattern, kept)
     assert int(mask.sum()) == kept
     assert torch.equal(pattern.choose(mask.float(), kept), mask)  # within the pattern
     assert weight.dtype == dtype
@@ -263,6 +297,8 @@ def test_what_it_cannot_use_is_named():
     for arguments in ((-1, 0), (0, -1)):
         with pytest.raises(ValueError, match="frank_wolfe needs iterations >= 0"):
             frank_wolfe(*arguments)
+    with pytest.raises(ValueError, match=r"a share of Wanda's mask, in \[0, 1\]; got fixed=90"):
+        frank_wolfe(fixed=90)
     with pytest.raises(ValueError, match=r"concave is \(first, last\)"):
         frank_wolfe(concave=(0.5, 3.0))
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import nn
 
-from prunus.during import CS, DNW, DPF, DST, GMP, GSM, LC, SET, STR, RigL
+from prunus.during import CS, DNW, DPF, DST, ELSA, GMP, GSM, LC, SET, STR, RigL
 from prunus.during import rigl as rigl_file
 from prunus.during import set_ as set_file
 from prunus.layers import find_layers
 from prunus.masks import Masks
+from prunus.patterns import parse
 from prunus.train import During
 from prunus.train.hooks import Plan
 from prunus.train.train import train
@@ -275,6 +276,55 @@ def test_dst_masks_what_is_below_and_far_from_its_threshold():
     assert losses == near(2.0)
     assert stored == near(1.9, -0.2 - 0.024)
     assert method.t.tolist() == near(0.9 - 0.024)
+
+
+def test_elsa_pulls_weights_to_a_sparse_copy_and_lets_them_return():
+    # z = (3, 0), u = 0; step 1: (1, -1) + 0.5 (0, 1): (3, 1) - 0.5 (1, -0.5) = (2.5, 1.25): z = (2.5, 0), u = (0, 1.25)
+    # step 2: (1, -1) + 0.5 (0, 2.5): (2.5, 1.25) - 0.5 (1, 0.25) = (2, 1.125); w + u = (2, 2.375): z is the second's
+    # step 3: u = (2, 0): (1, -1) + 0.5 (4, -1.25): (2, 1.125) - 0.5 (3, -1.625) = (0.5, 1.9375): the larger stays
+    method = ELSA(0.5, lam=0.5, interval=1)
+    stored, masks, (final, losses) = learn(method, [3.0, 1.0], [1.0, -1.0], steps=3, lr=0.5)
+    assert losses == near(2.0, 1.25, 0.875)
+    assert stored == near(0.5, 1.9375)
+    assert final == near(0.0, 1.9375)
+    assert masks["weight"].tolist() == [[False, True]]
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "block 1x2"])
+def test_elsa_is_the_textbook_alternation_with_adams_second_moment(pattern: str):
+    generator = torch.Generator().manual_seed(0)
+    start, x, y = (torch.randn(size, generator=generator) for size in ((3, 8), (40, 8), (40, 3)))
+    x, chosen, kept = x * torch.linspace(0.2, 2, 8), parse(pattern, "layer"), 12
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return (model(x) - y).square().mean()
+
+    model = nn.Linear(8, 3, bias=False)
+    model.weight.data.copy_(start)
+    method = ELSA(0.5, pattern=pattern, lam=0.3, interval=5)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    options = {"steps": 33, "loss": loss, "clip": 0.1, "during": [method]}
+    train(model, lambda step: x, optimizer, lambda step: 1.0, **options)
+    masks = method.finish()
+
+    w = nn.Parameter(start.clone())
+    textbook = torch.optim.Adam([w], lr=0.05)
+    z, u = torch.where(chosen.choose(w.abs(), kept), w, 0.0).detach(), torch.zeros_like(w)
+    for step in range(33):
+        (w.grad,) = torch.autograd.grad((x @ w.T - y).square().mean(), w)
+        torch.nn.utils.clip_grad_norm_([w], 0.1)
+        w.grad += 0.3 * (w.detach() - z + u)
+        textbook.step()
+        second = textbook.state[w]["exp_avg_sq"]
+        if (step + 1) % 5 == 0:
+            both = w.detach() + u
+            z = torch.where(chosen.choose(second * both**2, kept), both, 0.0)
+            u = both - z
+    mask = chosen.choose(second * w.detach() ** 2, kept)
+    assert torch.equal(masks["weight"], mask)
+    torch.testing.assert_close(model.weight.detach(), torch.where(mask, w.detach(), 0.0), rtol=1e-4, atol=1e-5)
+    if pattern == "unstructured":  # the second moment has a say
+        assert not torch.equal(mask, chosen.choose(w.detach().abs(), kept))
 
 
 def half_of_four(*_: Any) -> Masks:

@@ -37,6 +37,7 @@ OPTIONS = {
     "grid": "recipes --out --workers --together --ray --minutes",
     "evaluate": "model --data --set --out " + " ".join(f"--{flag.name}" for flag in cli.evaluate_flags()),
     "inspect": "path --out",
+    "report": "folders --out",
     "average": "checkpoints --out --weights --greedy",
     "show": "recipe --set --names",
     "demo": "what --out --sparsity",

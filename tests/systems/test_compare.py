@@ -98,6 +98,21 @@ def test_a_member_alone_gives_what_it_gives_in_the_grid(tiny_folder: Path, text_
     assert compress(member)["perplexity"]["merged"]["test"] == pytest.approx(row["test"]["mean"], rel=1e-6)
 
 
+def test_members_share_what_a_method_pruned(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    from prunus.run.compress import compress
+
+    raw = grid(tiny_folder, text_file, tmp_path / "grid", tune=None, more_seeds=None)
+    raw["axes"] = {"method": {key: raw["axes"]["method"][key] for key in ("pruned", "norms")}}
+    trained = {"data": str(text_file), "steps": 3, "batch_size": 4, "length": 32, "lr": 1e-3}
+    raw["base"] |= {"prune": {"sparsity": 0.5}, "during": {"elsa": {"interval": 2}}, "train": trained}
+    asked = parse(raw, Grid, "grid.yaml")
+    rows = {row["method"]: row["test"]["mean"] for row in compare(asked)}
+    assert rows["norms"] < rows["pruned"]
+    assert not list((tmp_path / "grid" / "starts").glob("*/*.safetensors"))  # of no use to other settings
+    alone = compress(asked.recipe({"method": "norms"}, 0, {"out": str(tmp_path / "one")}))
+    assert alone["perplexity"]["merged"]["test"] == pytest.approx(rows["norms"], rel=1e-6)
+
+
 def test_a_failing_member_takes_no_other_with_it(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     axes = grid(tiny_folder, text_file, tmp_path)["axes"]
     axes["method"] = {"empty": {"retrain": {"train": ["biases"], "data": str(text_file), "steps": 1}}, "pruned": {}}

@@ -111,6 +111,68 @@ def test_a_run_killed_while_it_prunes_or_retrains_ends_with_the_same_bits(
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+def during(folder: Path, text: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    """A recipe in which ELSA prunes to 2:4 while everything is trained, and MaskLoRA is trained afterwards."""
+    asked = raw(folder, text, out, prune={"pattern": "2:4"}, during={"elsa": {"interval": 4, "lam": 0.1}})
+    keys = ("data", "steps", "batch_size", "length")
+    return asked | {"train": {key: asked["retrain"][key] for key in keys} | {"lr": 2e-3}} | changes
+
+
+def test_a_method_prunes_while_everything_is_trained(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    result = compress(parse(during(tiny_folder, text_file, tmp_path), LanguageRecipe, "test"))
+    found = {stage: value["text"] for stage, value in result["perplexity"].items()}
+    assert list(found) == ["dense", "pruned", "retrained", "merged"]
+    assert found["merged"] < found["pruned"]
+    assert result["pruning"]["sparsity"] == 0.5
+    assert len(result["pruning"]["by_layer"]) == 14
+    masks = Masks.load(tmp_path / "model" / "masks.safetensors")
+    assert all(bool((mask.view(-1, 4).sum(1) == 2).all()) for mask in masks.values())
+    masks.check(AutoModelForCausalLM.from_pretrained(tmp_path / "model"))
+
+
+def test_a_method_that_was_killed_ends_with_the_same_bits(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compress(parse(during(tiny_folder, text_file, tmp_path / "whole"), LanguageRecipe, "test"))
+    asked = parse(during(tiny_folder, text_file, tmp_path / "killed"), LanguageRecipe, "test")
+    train, done = stages.train, 0
+
+    def killed(model: Any, batches: Any, *args: Any, **more: Any) -> Any:
+        def served(step: int) -> Any:
+            nonlocal done
+            done += 1
+            if done == 14:  # the second step of retraining, after twelve of the method's training
+                raise KeyboardInterrupt
+            return batches(step)
+
+        return train(model, served, *args, save_seconds=0, **more)
+
+    monkeypatch.setattr(stages, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        compress(asked)
+    monkeypatch.undo()
+    compress(asked)
+    one, other = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name / "model").state_dict() for name in ("whole", "killed")
+    )
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_what_goes_ill_with_a_method_is_refused(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    for change, message in [
+        ({"train": None}, r"give train: {steps: 1000} as well"),
+        ({"during": None}, "give during: elsa as well"),
+        ({"prune": {"criterion": "magnitude"}}, "prune.criterion: a method that prunes during training chooses itself"),
+        ({"reconstruct": {}}, "reconstruct: a method that prunes during training chooses itself"),
+        ({"during": "gsm"}, "prune.pattern: gsm prunes single entries; leave it out"),
+        ({"during": {"elsa": {"interval": 0}}}, "ELSA needs lam > 0 and interval >= 1"),
+        ({"train": {"train": ["norms"]}}, r"leave out train, or set it to \[full\]"),
+        ({"train": {"data": "./nowhere.txt"}}, "train.data: no file './nowhere.txt'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            parse(during(tiny_folder, text_file, tmp_path) | change, LanguageRecipe, "test")
+
+
 @pytest.mark.parametrize("retrain", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
 def test_streaming_from_disk_gives_the_same_model(

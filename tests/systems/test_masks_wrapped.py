@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from prunus import masks as masks_module
+from prunus.kernels.switch import kernels
 from prunus.masks import Masks
 from tests.processes import run_ranks
 
@@ -285,3 +286,44 @@ def test_a_captured_step_keeps_the_zeros() -> None:
         graph.replay()
     assert not torch.equal(before, model.get_parameter("3.weight"))
     check_zeros(model, Masks({name: mask.cuda() for name, mask in masks.items()}), optimizer)
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param(
+            "cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="compiled where there is a GPU")
+        ),
+        pytest.param(
+            "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+        ),
+    ],
+)
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_a_fused_adamw_steps_and_zeroes_at_once(device: str, decay: float) -> None:
+    """Against AdamW of float64 weights that are multiplied by their masks; a gradient under a mask may be anything."""
+    pytest.importorskip("triton")
+    model = network().to(device)
+    masks, exact = masks_of(model), copy.deepcopy(model).double().cpu()
+    plain = torch.optim.AdamW(exact.parameters(), lr=0.01, weight_decay=decay)
+    fused = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.01, device=device), weight_decay=decay, fused=True)
+    masks.apply_(exact)
+    with kernels(True):
+        held = masks.hold(model, fused)
+        for step in range(5):
+            for (name, one), other in zip(model.named_parameters(), exact.parameters(), strict=True):
+                g = torch.randn(one.shape, generator=torch.Generator().manual_seed(step))
+                other.grad = (g * masks[name] if name in masks else g).double()
+                one.grad = (torch.where(masks[name], g, torch.nan) if name in masks else g).to(device)
+            fused.step()
+            plain.step()
+            assert all((each.grad is None) == (name in masks) for name, each in model.named_parameters())
+    check_zeros(model, Masks({name: mask.to(device) for name, mask in masks.items()}), fused)
+    for one, other in zip(model.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(one.double().cpu(), other, rtol=1e-5, atol=1e-6)
+        for key, value in plain.state[other].items():
+            torch.testing.assert_close(fused.state[one][key].double().cpu(), value.double(), rtol=1e-5, atol=1e-7)
+    held.remove()
+    model.get_parameter("3.weight").grad = torch.ones_like(model.get_parameter("3.weight"))
+    fused.step()
+    assert model.get_parameter("3.weight").all()

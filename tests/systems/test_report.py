@@ -25,7 +25,7 @@ from prunus.report import (
     terminal,
 )
 from prunus.report.curves import _limits
-from prunus.report.plots import _place, _share
+from prunus.report.plots import _share, by_block
 
 ROWS = [{"layer": "model.layers.0.mlp[3]", "zeros": 12345, "share": 0.5}, {"layer": "head", "zeros": None}]
 
@@ -193,7 +193,6 @@ def test_empty_pictures_are_refused(tmp_path):
 
 
 def test_places_and_shares():
-    assert _place("model.decoder.layers.12.fc1.weight") == (12, "fc1")
-    assert _place("model.layers.3.mlp.experts.gate_up_proj") == (3, "gate_up_proj")
-    assert _place("lm_head.weight") == (None, "lm_head")
+    names = ("model.decoder.layers.12.fc1.weight", "model.layers.3.mlp.experts.gate_up_proj", "lm_head.weight")
+    assert by_block(dict.fromkeys(names, 0.5)) == {"fc1": {12: 0.5}, "gate_up_proj": {3: 0.5}, "lm_head": {2: 0.5}}
     assert [_share(label) for label in ("50 %", "50%", "0.5", "50", "5 %")] == [0.5, 0.5, 0.5, 0.5, 0.05]

@@ -59,7 +59,7 @@ def effective_weight(terms: Terms, dtype: torch.dtype | None = None) -> Tensor:
     if _in_kernels(weight, A):
         from prunus.kernels import build_
 
-        build_(out, weight, A, B if scale is None else B * scale, mask, product=scale is None)
+        build_(out, weight, A, B, mask, scale=1.0 if scale is None else scale, product=scale is None)
         return out
     for rows in tiles(weight):
         update = (B[rows] if scale is None else B[rows] * scale) @ (A[rows] if A.ndim == 3 else A)
@@ -110,7 +110,7 @@ def weight_gradients(g: Tensor, x: Tensor, terms: Terms) -> tuple[Tensor, Tensor
         return _reduced(_products(g, x, A.dtype), terms)
     from prunus.kernels import reduce
 
-    return _scaled(*reduce(g, x, weight, A, B, mask, product=scale is None), scale)
+    return reduce(g, x, weight, A, B, mask, scale=1.0 if scale is None else scale, product=scale is None)
 
 
 def tiles(weight: Tensor) -> Iterator[slice]:

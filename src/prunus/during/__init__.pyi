@@ -2,6 +2,7 @@ from .cs import CS as CS
 from .dnw import DNW as DNW
 from .dpf import DPF as DPF
 from .dst import DST as DST
+from .elsa import ELSA as ELSA
 from .gmp import GMP as GMP
 from .gsm import GSM as GSM
 from .lc import LC as LC

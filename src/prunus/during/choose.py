@@ -10,8 +10,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from prunus.patterns import Unstructured, keep_largest, kept_of
+from prunus.patterns import Pattern, Unstructured, keep_largest, kept_of
 from prunus.score import Allocation, Count, allocation_of, counts_under
+
+_ANY = Unstructured("layer")
 
 
 @torch.no_grad()
@@ -41,23 +43,31 @@ def keep_global(scores: Mapping[str, Tensor], kept: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def keep_allocated(scores: Mapping[str, Tensor], sparsity: float, allocation: Allocation | Count) -> dict[str, Tensor]:
-    """Masks (bool (out, in)) of the largest scores of each layer; exactly `kept_of(all entries, sparsity)` stay.
+def keep_allocated(
+    scores: Mapping[str, Tensor],
+    sparsity: float,
+    allocation: Allocation | Count,
+    pattern: Pattern = _ANY,
+) -> dict[str, Tensor]:
+    """Masks (bool (out, in)) of the best scores of each layer under a pattern.
 
-    scores: layer name -> (out, in) float32, -inf where an earlier choice pruned for good. What an allocation's rounding
-    in each layer leaves of the total, the largest layers make up.
+    scores: layer name -> (out, in) float32, -inf where an earlier choice pruned for good. Of single entries exactly
+    `kept_of(all entries, sparsity)` stay: what an allocation's rounding in each layer leaves of the total, the largest
+    layers make up.
 
     >>> keep_allocated({"a": torch.tensor([[1.0, 2.0, 3.0]]), "b": torch.tensor([[1.0, 2.0, 3.0]])}, 0.5, uniform)
     {'a': tensor([[False,  True,  True]]), 'b': tensor([[False, False,  True]])}
     """
-    counts = counts_under(Unstructured("layer"), scores, sparsity, allocation)
+    counts = counts_under(pattern, scores, sparsity, allocation)
+    if not isinstance(pattern, Unstructured):
+        return {name: pattern.mask(score, counts[name], name=name) for name, score in scores.items()}
     room = {name: int((score > -torch.inf).sum()) for name, score in scores.items()}
     missing = kept_of(sum(score.numel() for score in scores.values()), sparsity) - sum(counts.values())
     for name in sorted(room, key=lambda name: -room[name]):  # stable: ties by order
         change = max(-counts[name], min(missing, room[name] - counts[name]))
         counts[name] += change
         missing -= change
-    return {name: keep_largest(score, counts[name]) for name, score in scores.items()}
+    return {name: pattern.mask(score, counts[name], name=name) for name, score in scores.items()}
 
 
 def without_inputs(allocation: Allocation | Count) -> Allocation:

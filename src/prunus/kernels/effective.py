@@ -2,11 +2,12 @@
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
 """The effective weight of a masked low-rank adapter, and what its gradient G = dL/dW_eff leaves in A and B, by tiles.
 
-    W_eff = W + M*(BA)   or   W * (BA)                                                   (scale already in B)
-    dB = (M*G) A^T,   dA = B^T (M*G)   or with W*G in place of M*G
+    W_eff = W + M*(BA)   or   W * (BA)                                                  (B times the scale)
+    dB = (M*G) A^T,   dA = B^T (M*G)   or with W*G in place of M*G                      (and dB times it)
 
 Products are those of float32 or nearly: where the other operand has 16 bits, a float32 factor is taken as two bfloat16
-numbers, high + low, which leaves 2^-17 of it away; else everything is float32. No atomics: the same bits every time.
+numbers, high + low, which leaves 2^-17 of it away; else everything is float32. Factors are split where they are read:
+at the size of a small model a layer's time is its launches. No atomics: the same bits every time.
 
 On paper, for (out, in) = 28672 x 7168 in bfloat16, 4,096 tokens, r = 16 on an H100 (3.0 TB/s, 770 TFLOP/s measured):
 the three products of a training step take 3 x 1.68e12 operations, 6.6 ms. To build W_eff moves 411 MB in, 411 MB out
@@ -33,8 +34,10 @@ _REDUCE = (64, 128, 4)
 _WIDE = (32, 64, 4)  # of float32 operands, either program
 
 
-def build_(out: Tensor, weight: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, *, product: bool) -> None:
-    """Writes W + M*(BA), or W * (BA), rounded to W's dtype and then to that of `out`.
+def build_(
+    out: Tensor, weight: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, *, scale: float, product: bool
+) -> None:
+    """Writes W + scale M*(BA), or scale W * (BA), rounded to W's dtype and then to that of `out`.
 
     out, weight: (out, in), any strides. A: (r, in), B: (out, r), float32, r up to 64. mask: (out, in) bool, or packed
     as by `bits.pack`, (out, ceil(in / 8)) uint8; or None: all True.
@@ -44,31 +47,32 @@ def build_(out: Tensor, weight: Tensor, A: Tensor, B: Tensor, mask: Tensor | Non
     kind, stored = _stored(mask, weight)
     tile = _BUILD if halves else _WIDE
     _build[(_over(columns, tile[1]), _over(rows, tile[0]))](
-        out, weight, *_factors(A, B, halves=halves), stored, rows, columns,
+        out, weight, A.contiguous(), B.contiguous(), stored, rows, columns, len(A), scale,
         *out.stride(), *weight.stride(), *stored.stride(),
-        KIND=kind, PRODUCT=product, HALVES=halves, RANK=_rank(A), ROWS=tile[0], COLUMNS=tile[1], num_warps=tile[2],
+        KIND=kind, PRODUCT=product, HALVES=halves, OPERAND=_operand(halves), RANK=_rank(A), ROWS=tile[0],
+        COLUMNS=tile[1], num_warps=tile[2],
     )  # fmt: skip
 
 
 def reduce(
-    g: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, *, product: bool
+    g: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, mask: Tensor | None, *, scale: float, product: bool
 ) -> tuple[Tensor, Tensor]:
-    """dA (r, in) and dB (out, r), float32, without the scale, from row tiles of G = g^T x, dropped as soon as used.
+    """dA (r, in) and dB (out, r), float32, from row tiles of G = g^T x, dropped as soon as used.
 
-    g: (tokens, out), x: (tokens, in), of one dtype. weight, A, B, mask: as in `build_`; A and B without the scale.
+    g: (tokens, out), x: (tokens, in), of one dtype. weight, A, B, mask, scale: as in `build_`.
     G is rounded to bfloat16 where all are bfloat16, as the weight's own gradient would be; else it is float32, because
     float16 could overflow or vanish.
     """
     rows, columns = weight.shape
     dtype = torch.bfloat16 if g.dtype == weight.dtype == torch.bfloat16 else torch.float32
-    rank, step = _rank(A), _tile_rows(rows, columns)
+    step, rank = _tile_rows(rows, columns), len(A)
     halves = dtype == torch.bfloat16 and not product
-    a, a_low, b, b_low = _factors(A, B, halves=halves)
+    a, b = A.contiguous(), B.contiguous()
     kind, stored = _stored(mask, weight)
     tile = _REDUCE if halves else _WIDE
     across = _over(columns, tile[1])
     G = torch.empty(step, columns, dtype=dtype, device=weight.device)
-    dA = torch.zeros(_over(step, _DEPTH), rank, columns, device=weight.device)  # by program, summed over tiles
+    dA = torch.empty(_over(step, _DEPTH), rank, columns, device=weight.device)  # by program, summed over tiles
     dB = torch.empty(across, step, rank, device=weight.device)  # by program, of one tile
     result = torch.empty(rows, rank, device=weight.device)
     for start in range(0, rows, step):
@@ -76,13 +80,13 @@ def reduce(
         count = inside.stop - start
         _multiply(g[:, inside].t(), x, G[:count])
         _reduce[(across, _over(count, _DEPTH))](
-            G, weight[inside], a, a_low, b[inside], b_low[inside], stored[inside], dA, dB, count, columns,
+            G, weight[inside], a, b[inside], stored[inside], dA, dB, count, columns, rank, scale,
             *weight.stride(), *stored.stride(), dA.stride(0), dB.stride(0),
-            KIND=kind, PRODUCT=product, HALVES=halves, RANK=rank, ROWS=tile[0], COLUMNS=tile[1],
-            STEPS=_DEPTH // tile[0], num_warps=tile[2], num_stages=2 if halves else 1,
+            FIRST=start == 0, KIND=kind, PRODUCT=product, HALVES=halves, OPERAND=_operand(halves), RANK=_rank(A),
+            ROWS=tile[0], COLUMNS=tile[1], STEPS=_DEPTH // tile[0], num_warps=tile[2], num_stages=2 if halves else 1,
         )  # fmt: skip
         torch.sum(dB[:, :count], 0, out=result[inside])
-    return dA.sum(0)[: len(A)], result[:, : len(A)].contiguous()
+    return dA.sum(0) if len(dA) > 1 else dA[0], result
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -109,18 +113,9 @@ def _rank(A: Tensor) -> int:
     return max(16, 1 << (len(A) - 1).bit_length())
 
 
-def _factors(A: Tensor, B: Tensor, *, halves: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A and B with zeros up to `_rank`, each as two bfloat16 numbers that add up, or as it is, twice.
-
-    The interpreter's products know no bfloat16: there the same values are float32.
-    """
-    short = _rank(A) - len(A)
-    found: list[Tensor] = []
-    for x in (torch.nn.functional.pad(A, (0, 0, 0, short)), torch.nn.functional.pad(B, (0, short))):
-        high = x.to(torch.bfloat16) if halves else x
-        pair = (high, (x - high).to(torch.bfloat16)) if halves else (x, x)
-        found += [each.contiguous().to(torch.float32 if _INTERPRETED else each.dtype) for each in pair]
-    return found[0], found[1], found[2], found[3]
+def _operand(halves: bool) -> tl.dtype:
+    """What products are formed of. The interpreter's know no bfloat16: there the same values are float32."""
+    return tl.bfloat16 if halves and not _INTERPRETED else tl.float32
 
 
 def _stored(mask: Tensor | None, weight: Tensor) -> tuple[int, Tensor]:
@@ -147,9 +142,17 @@ def _kept(M, row, first, rows, columns, m_row, m_column, KIND: tl.constexpr, ROW
 
 
 @triton.jit
+def _halves(x, HALVES: tl.constexpr, OPERAND: tl.constexpr):
+    """A float32 factor as two bfloat16 numbers that add up, or as it is, twice."""
+    high = x.to(tl.bfloat16).to(tl.float32) if HALVES else x
+    low = (x - high).to(tl.bfloat16) if HALVES else x
+    return high.to(OPERAND), low.to(OPERAND)
+
+
+@triton.jit
 def _build(
-    OUT, W, A, A_LOW, B, B_LOW, M, rows, columns, o_row, o_column, w_row, w_column, m_row, m_column,
-    KIND: tl.constexpr, PRODUCT: tl.constexpr, HALVES: tl.constexpr, RANK: tl.constexpr,
+    OUT, W, A, B, M, rows, columns, r, scale, o_row, o_column, w_row, w_column, m_row, m_column,
+    KIND: tl.constexpr, PRODUCT: tl.constexpr, HALVES: tl.constexpr, OPERAND: tl.constexpr, RANK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -158,13 +161,14 @@ def _build(
     tall, wide = (row < rows)[:, None], (column < columns)[None, :]
     live = tall & wide
     w = tl.load(W + row[:, None] * w_row + column[None, :] * w_column, mask=live, other=0.0).to(tl.float32)
-    a_at, b_at = rank[:, None] * columns + column[None, :], row[:, None] * RANK + rank[None, :]
-    a = tl.load(A + a_at, mask=wide, other=0.0)
-    b = tl.load(B + b_at, mask=tall, other=0.0)
+    a = tl.load(A + rank[:, None] * columns + column[None, :], mask=wide & (rank < r)[:, None], other=0.0)
+    b = tl.load(B + row[:, None] * r + rank[None, :], mask=tall & (rank < r)[None, :], other=0.0) * scale
+    a, a_low = _halves(a, HALVES, OPERAND)
+    b, b_low = _halves(b, HALVES, OPERAND)
     update = tl.dot(b, a, input_precision="ieee")
     if HALVES:
-        update = tl.dot(tl.load(B_LOW + b_at, mask=tall, other=0.0), a, update)
-        update = tl.dot(b, tl.load(A_LOW + a_at, mask=wide, other=0.0), update)
+        update = tl.dot(b_low, a, update)
+        update = tl.dot(b, a_low, update)
     if PRODUCT:
         w = w * update
     elif KIND == 0:
@@ -178,21 +182,21 @@ def _build(
 
 @triton.jit
 def _reduce(
-    G, W, A, A_LOW, B, B_LOW, M, DA, DB, rows, columns, w_row, w_column, m_row, m_column, da, db,
-    KIND: tl.constexpr, PRODUCT: tl.constexpr, HALVES: tl.constexpr, RANK: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr,
+    G, W, A, B, M, DA, DB, rows, columns, r, scale, w_row, w_column, m_row, m_column, da, db,
+    FIRST: tl.constexpr, KIND: tl.constexpr, PRODUCT: tl.constexpr, HALVES: tl.constexpr, OPERAND: tl.constexpr,
+    RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     rank = tl.arange(0, RANK)
-    wide = (column < columns)[None, :]
+    wide = (column < columns)[None, :] & (rank < r)[:, None]
     at = rank[:, None] * columns + column[None, :]
-    a = tl.load(A + at, mask=wide, other=0.0)  # (r, columns)
-    sums = DA + tl.program_id(1) * da + rank[:, None] * columns + column[None, :]
-    total = tl.load(sums, mask=wide, other=0.0)
+    a, a_low = _halves(tl.load(A + at, mask=wide, other=0.0), HALVES, OPERAND)  # (r, columns)
+    sums = DA + tl.program_id(1) * da + at
+    total = tl.load(sums, mask=wide & (not FIRST), other=0.0)
     for step in range(0, STEPS):
         row = (tl.program_id(1) * STEPS + step) * ROWS + tl.arange(0, ROWS)
-        tall = row < rows
-        live = tall[:, None] & wide
+        live = (row < rows)[:, None] & (column < columns)[None, :]
+        thin = (row < rows)[:, None] & (rank < r)[None, :]
         row = row.to(tl.int64)
         g = tl.load(G + row[:, None] * columns + column[None, :], mask=live, other=0.0)
         if PRODUCT:
@@ -201,16 +205,16 @@ def _reduce(
         elif KIND != 0:
             kept = _kept(M, row, tl.program_id(0) * COLUMNS, rows, columns, m_row, m_column, KIND, ROWS, COLUMNS)
             g = tl.where(kept, g, 0.0)
-        g = g.to(a.dtype)
-        thin = row[None, :] * RANK + rank[:, None]  # B^T
-        b = tl.load(B + thin, mask=tall[None, :], other=0.0)  # (r, rows)
+        g = g.to(OPERAND)
+        b = tl.load(B + row[None, :] * r + rank[:, None], mask=tl.trans(thin), other=0.0) * scale  # B^T, (r, rows)
+        b, b_low = _halves(b, HALVES, OPERAND)
         part = tl.dot(g, tl.trans(a), input_precision="ieee")  # (rows, r)
         total = tl.dot(b, g, total, input_precision="ieee")
         if HALVES:
-            part = tl.dot(g, tl.trans(tl.load(A_LOW + at, mask=wide, other=0.0)), part)
-            total = tl.dot(tl.load(B_LOW + thin, mask=tall[None, :], other=0.0), g, total)
-        own = DB + tl.program_id(0) * db + row[:, None] * RANK + rank[None, :]
-        tl.store(own, part, mask=tall[:, None])
+            part = tl.dot(g, tl.trans(a_low), part)
+            total = tl.dot(b_low, g, total)
+        own = DB + tl.program_id(0) * db + row[:, None] * r + rank[None, :]
+        tl.store(own, part * scale, mask=thin)
     tl.store(sums, total, mask=wide)
 
 

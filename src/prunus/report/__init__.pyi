@@ -1,11 +1,17 @@
 from .curves import Point as Point
 from .curves import plot_accuracy as plot_accuracy
+from .curves import plot_losses as plot_losses
 from .curves import plot_run as plot_run
 from .landscape import plot_lines as plot_lines
 from .landscape import plot_plane as plot_plane
 from .metrics import append_metrics as append_metrics
 from .metrics import append_once as append_once
 from .metrics import read_metrics as read_metrics
+from .page import Card as Card
+from .page import Page as Page
+from .page import Part as Part
+from .page import write_page as write_page
+from .plots import by_block as by_block
 from .plots import plot_compression as plot_compression
 from .plots import plot_grid as plot_grid
 from .rates import plot_sweep as plot_sweep

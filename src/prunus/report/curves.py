@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 Point = tuple[str, float, float | None]  # label on the abscissa, mean, deviation
 _COLUMNS = 3  # panels side by side
 _CROWDED, _SHOWN = 10.0, 15.0  # points
+_CHARACTER = 0.1  # inches on the abscissa
+_FEW = 12  # points that are marked, because a line of one shows nothing
+_WINDOWS = 40  # running means are over a fortieth of a line
 
 
 def plot_accuracy(
@@ -39,7 +42,8 @@ def plot_accuracy(
         raise ValueError("there are no points to draw")
     across = min(_COLUMNS, len(panels))
     down = -(-len(panels) // across)
-    figure = _figure(1.6 + max(3.4, 0.6 * len(labels)) * across, 0.6 + 3.2 * down)
+    width = max(3.4, max(0.6, _CHARACTER * max(map(len, labels))) * len(labels))
+    figure = _figure(1.6 + width * across, 0.6 + 3.2 * down)
     axes = list(figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flat)
     order = {name: i for i, name in enumerate(dict.fromkeys(name for lines in panels.values() for name in lines))}
     for axis, (name, lines) in zip(axes, panels.items(), strict=False):
@@ -76,7 +80,8 @@ def plot_run(
         raise ValueError("there is neither a loss nor a stage to draw")
     figure = _figure(10, 3.8)
     left, right = figure.subplots(1, 2)
-    left.plot([epoch + 0.5 for epoch in range(len(losses))], losses, color=BLUE, linewidth=1.4, label="loss")
+    marker = "o" if len(losses) <= _FEW else None
+    left.plot([epoch + 0.5 for epoch in range(len(losses))], losses, color=BLUE, linewidth=1.4, marker=marker)
     left.set_xlabel("epoch")
     left.set_title("Training loss" + (" and learning rate (dashed)" if rates else ""), loc="left", fontsize=10)
     if rates:
@@ -91,6 +96,29 @@ def plot_run(
     right.set_ylim(0, 108)
     right.set_title("Accuracy, %", loc="left", fontsize=10)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    _save(figure, path)
+
+
+def plot_losses(losses: Mapping[str, Sequence[float]], path: str | Path) -> None:
+    """Write a PNG of training losses by step, a line for each retraining; long ones faint, with their running mean.
+
+    Raises ValueError without a loss.
+    """
+    if not any(losses.values()):
+        raise ValueError("there is no loss to draw")
+    figure = _figure(8, 3.4)
+    axis = figure.subplots()
+    for i, (name, values) in enumerate(losses.items()):
+        style: dict[str, Any] = {**_style(i), "linewidth": 1.4, "label": name}
+        width = len(values) // _WINDOWS
+        if width > 1:
+            axis.plot(range(1, len(values) + 1), values, color=style["color"], linewidth=0.5, alpha=0.35)
+        means = [statistics.fmean(values[max(0, end - max(1, width)) : end]) for end in range(1, len(values) + 1)]
+        axis.plot(range(1, len(values) + 1), means, **style, markevery=max(1, len(values) // 8), markersize=4)
+    axis.set_xlabel("step")
+    axis.set_title("Training loss", loc="left", fontsize=10)
+    if len(losses) > 1:
+        axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     _save(figure, path)
 
 

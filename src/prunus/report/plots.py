@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, YELLOW, BLACK = (
 )
 _CYCLE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK)
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_ALIKE = 5e-4  # shares of zeros that differ by less are one
 _STAGES = {  # by the first word
     **{"dense": BLACK, "pruned": VERMILION, "reconstructed": PURPLE, "retrained": SKY, "merged": BLUE},
     **{"mean": SKY, "best": ORANGE, "soup": GREEN, "as": PURPLE},
@@ -37,7 +39,7 @@ _STAGES = {  # by the first word
 
 
 def plot_compression(result: Mapping[str, Any], path: str | Path) -> None:
-    """Write a PNG of one run: left the sparsity of every layer by block, right the perplexity after each stage.
+    """Write a PNG of one run: the perplexity after each stage, and the sparsity of layers by block where it varies.
 
     result: `pruning.by_layer` (parameter name -> share of zeros) and `perplexity` (stage -> value, or stage ->
     {text: value}); `model` becomes the title. Raises ValueError when there is neither.
@@ -46,12 +48,14 @@ def plot_compression(result: Mapping[str, Any], path: str | Path) -> None:
     perplexity = _by_text(result.get("perplexity", {}))
     if not layers and not perplexity:
         raise ValueError("the result holds neither pruning.by_layer nor perplexity: there is nothing to draw")
-    figure = _figure(11, 4.2)
-    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-    _draw_sparsity(left, layers)
-    _draw_bars(right, perplexity)
-    if result.get("model"):
-        figure.suptitle(str(result["model"]), fontsize=11, x=0.01, ha="left")
+    varies = bool(layers) and max(layers.values()) - min(layers.values()) >= _ALIKE
+    figure = _figure(11 if varies else 6.5, 4.2)
+    axes = figure.subplots(1, 2 if varies else 1, squeeze=False, width_ratios=(1, 1.25) if varies else (1,))[0]
+    _draw_bars(axes[0], perplexity)
+    if varies:
+        _draw_sparsity(axes[1], layers)
+    said = f", {100 * max(layers.values()):.1f} % zeros in every layer" if layers and not varies else ""
+    figure.suptitle(f"{result.get('model', '')}{said}".removeprefix(", "), fontsize=11, x=0.01, ha="left")
     _save(figure, path)
 
 
@@ -94,37 +98,41 @@ def plot_grid(
     _save(figure, path)
 
 
+def by_block(layers: Mapping[str, float]) -> dict[str, dict[int, float]]:
+    """Kind of layer -> block -> its number, of several (experts) the mean; layers outside of blocks by their place.
+
+    >>> by_block({"model.layers.3.mlp.up_proj.weight": 0.5})
+    {'up_proj': {3: 0.5}}
+    """
+    kinds: dict[str, dict[int, list[float]]] = {}
+    for place, (name, value) in enumerate(layers.items()):
+        number = re.search(r"\.(\d+)\.", name)
+        kind = name.removesuffix(".weight").rsplit(".", 1)[-1]
+        kinds.setdefault(kind, {}).setdefault(int(number.group(1)) if number else place, []).append(value)
+    return {kind: {block: statistics.fmean(found) for block, found in row.items()} for kind, row in kinds.items()}
+
+
 def _draw_sparsity(axis: Axes, layers: Mapping[str, float]) -> None:
     """A marker for each kind of layer (up_proj, fc1, ..) over block numbers; blockless layers stand by name."""
     from matplotlib.ticker import MaxNLocator
 
-    kinds: dict[str, list[tuple[int, float]]] = {}
-    for i, (name, share) in enumerate(layers.items()):
-        block, kind = _place(name)
-        kinds.setdefault(kind, []).append((i if block is None else block, share))
+    kinds = by_block(layers)
     spread = 0.6 / max(1, len(kinds))  # kinds of equal sparsity stand side by side, not over each other
     for i, (kind, points) in enumerate(kinds.items()):
         aside = (i - (len(kinds) - 1) / 2) * spread
         axis.plot(
-            [block + aside for block, _ in points],
-            [100 * share for _, share in points],
+            [block + aside for block in points],
+            [100 * share for share in points.values()],
             **_style(i),
             markersize=4,
             linewidth=0.5,
             label=kind,
         )
-    if layers and max(layers.values()) - min(layers.values()) < 5e-4:
-        share = 100 * next(iter(layers.values()))
-        axis.annotate(f"{share:.1f} % in every layer", (0.02, 0.95), xycoords="axes fraction", fontsize=9)
-    axis.set_ylim(0, 100)
     axis.set_xlabel("block")
     axis.set_ylabel("zeros, %")
     axis.set_title("Sparsity by layer", loc="left", fontsize=10)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if kinds:
-        axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    else:
-        axis.text(0.5, 0.5, "nothing was pruned", transform=axis.transAxes, ha="center")
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _draw_bars(axis: Axes, perplexity: Mapping[str, Mapping[str, float]]) -> None:
@@ -204,13 +212,6 @@ def _by_text(perplexity: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         stage: {str(k): float(v) for k, v in value.items()} if isinstance(value, Mapping) else {"": float(value)}
         for stage, value in perplexity.items()
     }
-
-
-def _place(name: str) -> tuple[int | None, str]:
-    """("model.layers.3.mlp.up_proj.weight") -> (3, "up_proj")."""
-    number = re.search(r"\.(\d+)\.", name)
-    kind = name.removesuffix(".weight").rsplit(".", 1)[-1]
-    return (int(number.group(1)) if number else None), kind
 
 
 def _wrapped(stage: str) -> str:

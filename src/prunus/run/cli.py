@@ -110,6 +110,7 @@ def grid(
 ) -> None:
     """Run grids of recipes, side by side; a killed grid goes on and repeats nothing that is finished."""
     from prunus.run.compare import compare_all, load_grids
+    from prunus.run.page import write_report
     from prunus.run.pool import Workers as Pool
     from prunus.run.show import show_grid, show_sweep
     from prunus.run.task import is_sweep
@@ -119,11 +120,14 @@ def grid(
     if is_sweep(recipes):
         asked = load_sweep(recipes[0], out)
         show_sweep(sweep(asked, Pool(max(workers, 1), together, ray)), asked.out)
+        write_report(asked.out)
         return
     grids = load_grids(recipes, out)
     found = compare_all(grids, workers=workers, together=together, ray=ray, minutes=minutes)
     for each, rows in zip(grids, found, strict=True):
         show_grid(rows, Path(each.out))
+        if rows:
+            write_report(Path(each.out))
 
 
 @with_flags(app, evaluate_flags)
@@ -165,6 +169,21 @@ def inspect(
     show_inspection(path, found)
     if out is not None:
         write_json(out, [vars(row) | {"sparsity": row.sparsity} for row in found])
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of finished runs; or of one grid or sweep.")],
+    out: Annotated[Path | None, typer.Option(help="The page; report.html in the folder, or here of several.")] = None,
+) -> None:
+    """Write a page for the browser: of one folder, or of several runs beside one another."""
+    from prunus.run.page import compare_runs, write_report
+
+    if len(folders) == 1:
+        typer.echo(write_report(folders[0], out))
+        return
+    compare_runs(folders, out or Path("report.html"))
+    typer.echo(out or Path("report.html"))
 
 
 @app.command()

@@ -210,6 +210,8 @@ class _Run:
         return loaded
 
     def _prune(self, loaded: stages.Loaded, recipe: LanguageRecipe, index: int, within: Masks | None) -> Streamed:
+        if recipe.during is not None:
+            return self._prune_in_training(loaded, recipe)
         # The work folder's blocks depend on these sections alone, so a run may be resumed with other retraining.
         sections = {"model", "dtype", "precision", "prune", "calibrate", "reconstruct"}
         several = {"retrain", "soup"} if recipe.prune.phases > 1 else set[str]()
@@ -225,6 +227,21 @@ class _Run:
             streamed = stages.prune(loaded, recipe, self.device, within=within, work=work, on_block=on_block)
         ranks.wait()
         return streamed if ranks.is_main() else self._as_written(work, loaded, streamed)
+
+    def _prune_in_training(self, loaded: stages.Loaded, recipe: LanguageRecipe) -> Streamed:
+        assert recipe.during is not None
+        name = next(iter(recipe.during))
+        with self._bar(name, given(recipe.train).steps) as advance:
+            streamed = stages.prune_in_training(
+                loaded,
+                recipe,
+                self.device,
+                checkpoint=self._checkpoint("during"),
+                on_step=lambda done, _loss: advance.to(done),
+            )
+        self._log({"stage": "prune", **asdict(streamed.reports[0])})
+        loaded.model.to(self.home)
+        return streamed
 
     def _as_written(self, work: Work, loaded: stages.Loaded, streamed: Streamed) -> Streamed:
         """The pruning of the main process, in place of this one's: two GPUs may differ in the last bit."""
@@ -356,6 +373,8 @@ def _check_shares(recipe: LanguageRecipe) -> None:
     asked, world = recipe.retrain, ranks.count()
     if recipe.soup is not None and world > 1:
         raise ValueError(f"soup: members are trained in one process, not in {world}; start `prunus run` alone")
+    if recipe.during is not None and world > 1:
+        raise ValueError(f"during: in one process, not in {world}; start `prunus run` alone")
     if recipe.prune.phases > 1 and world > 1:
         raise ValueError(f"prune.phases: in one process, not in {world}; start `prunus run` alone")
     if asked is not None and asked.batch_size % world:

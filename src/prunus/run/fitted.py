@@ -28,7 +28,7 @@ def fitted(recipe: LanguageRecipe, device: torch.device) -> LanguageRecipe:
     config = read_config(model_path(recipe.model), trust_remote_code=recipe.trust_remote_code)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
     changes: dict[str, Any] = {}
-    for section in ("calibrate", "retrain"):
+    for section in ("calibrate", "train", "retrain"):
         asked: Any = getattr(recipe, section)
         if asked is None:
             continue

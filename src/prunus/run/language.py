@@ -36,7 +36,7 @@ from prunus.soup import Souped, distance, sms
 __all__ = ["LANGUAGE"]
 
 Result = Mapping[str, Any]
-_DECIDES = {"model", "dtype", "device", "precision", "prune", "calibrate", "reconstruct"}
+_DECIDES = {"model", "dtype", "device", "precision", "prune", "calibrate", "reconstruct", "train", "during"}
 _read: dict[str, Any] = {}  # the dense and the pruned model that were used last, each with its key
 
 
@@ -78,8 +78,11 @@ def _pruned_job(recipe: LanguageRecipe, before: Job | None, within: Job | None) 
     """
     needs = tuple(job for job in (before, within) if job is not None)
     key = digest([said(recipe, only=_DECIDES), *(job.key for job in needs)])[:24]
-    passing = recipe.reconstruct is not None or before is not None
-    return Job("starts", key, partial(_prune, recipe), needs, passing=passing)
+    return Job("starts", key, partial(_prune, recipe), needs, passing=_changes_all(recipe) or before is not None)
+
+
+def _changes_all(recipe: LanguageRecipe) -> bool:
+    return recipe.reconstruct is not None or recipe.during is not None
 
 
 def _member_job(recipe: LanguageRecipe, asked: LanguageRetrain, name: str, start: Job) -> Job:
@@ -111,9 +114,13 @@ def _prune(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
         before = stages.load(recipe.model_copy(update={"model": str(store.path(state))})).model.to(device)
         earlier = store.masks(within)
     model = copy.deepcopy(before)
-    streamed = stages.prune(replace(loaded, model=model), recipe, device, within=earlier)
+    loaded = replace(loaded, model=model)
+    if recipe.during is None:
+        streamed = stages.prune(loaded, recipe, device, within=earlier)
+    else:
+        streamed = stages.prune_in_training(loaded, recipe, device, checkpoint=store.checkpoint(job))
     parameters = dict(model.named_parameters())
-    names = parameters if job.needs or recipe.reconstruct is not None else streamed.masks
+    names = parameters if _changes_all(recipe) or job.needs else streamed.masks
     store.write_state(job, {name: parameters[name] for name in names}, streamed.masks)
     errors = [(r.error_before, r.error_after) for r in streamed.reports if r.error_before is not None]
     lost = distance(dict(before.named_parameters()), streamed.masks, earlier)
@@ -162,7 +169,7 @@ class _Language:
         return parse(raw, LanguageRecipe, where)
 
     def seeded(self, recipe: LanguageRecipe) -> bool:
-        return recipe.retrain is not None or recipe.reconstruct is not None
+        return recipe.retrain is not None or _changes_all(recipe)
 
     def loss(self, result: Result, text: str | None) -> float:
         return float(result["perplexity"][text])

@@ -21,7 +21,7 @@ from prunus.blocks import find_blocks
 from prunus.layers import View, find_layers
 from prunus.machine import import_extra
 from prunus.measure import read_task
-from prunus.run.recipe import Adapting, ClassifierRecipe, LanguageRecipe, Prune
+from prunus.run.recipe import Adapting, ClassifierRecipe, LanguageRecipe, LanguageRetrain, Prune
 from prunus.score import needed, observable
 
 __all__ = [
@@ -110,22 +110,26 @@ def outline_language(recipe: LanguageRecipe, model: Any, texts: Mapping[str, int
     pruned = sum(view.shape[0] * view.shape[1] for view in views)
     names = find_blocks(model)
     calibrated = recipe.calibrate.samples * recipe.calibrate.length
+    way = _way(prune) if recipe.during is None else f"{prune.pattern}, by {next(iter(recipe.during))}"
     rows = {
         "model": f"{recipe.model}: {_many(total)} parameters in {len(names)} blocks",
-        "pruned": f"{len(views)} layers, {_many(pruned)} weights to {prune.sparsity:.2%} zeros, {_way(prune)}",
+        "pruned": f"{len(views)} layers, {_many(pruned)} weights to {prune.sparsity:.2%} zeros, {way}",
         "calibration": f"{recipe.calibrate.samples} windows of {recipe.calibrate.length}: {_many(calibrated)} tokens",
     }
     trained, members = 0, 1 if recipe.soup is None else recipe.soup.members
     if recipe.reconstruct is not None:
         rows["reconstruction"] = f"{', '.join(recipe.reconstruct.train)}, {recipe.reconstruct.steps} steps a block"
+    if recipe.train is not None:
+        rows["training"] = f"{recipe.train.steps} steps, {_many(_tokens_of(recipe.train))} tokens"
     if recipe.retrain is not None:
         asked = recipe.retrain
         trained = _trained(model, views, asked)
-        each = asked.steps * asked.accumulate * asked.batch_size * asked.length
         rows["trained"] = f"{', '.join(asked.train)}: {_many(trained)} parameters, {trained / total:.3%}"
-        rows["retraining"] = f"{asked.steps} steps, {_many(each)} tokens{_times(prune.phases, members)}"
+        tokens = _many(_tokens_of(asked))
+        rows["retraining"] = f"{asked.steps} steps, {tokens} tokens{_times(prune.phases, members)}"
     evaluated = ", ".join(f"{name}: {_many(count)} tokens" for name, count in texts.items())
     rows["evaluation"] = f"{evaluated}, at each stage"
+    trained = max(trained, 0 if recipe.train is None else total)
     rows |= _language_memory(recipe, model, views, device, trained=trained)
     files = {"model/": weights, "model/masks.safetensors": pruned / 8} if recipe.save else {}
     files |= {f"members/ ({members})": members * weights} if members > 1 and recipe.save else {}
@@ -163,6 +167,10 @@ def outline_classifier(recipe: ClassifierRecipe, setting: Any, retrained: int) -
     return Outline(layers, rows, saved | ({f"members/ ({members})": 4 * total * members} if members > 1 else {}))
 
 
+def _tokens_of(asked: LanguageRetrain) -> int:
+    return asked.steps * asked.accumulate * asked.batch_size * asked.length
+
+
 def _trained(model: nn.Module, views: Sequence[View], asked: Adapting) -> int:
     """How many parameters are trained: of the subsets, each once, and of adapters on the pruned layers."""
     found: dict[str, int] = {}
@@ -189,7 +197,7 @@ def _language_memory(
     rows = {f"memory, {device.type}, pruning": pruning}
     if device.type != "cpu" or not recipe.streaming:
         rows["memory, host"] = f"{size_in_words(max(blocks) if recipe.streaming else weights)} of weights"
-    if recipe.retrain is not None:
+    if trained:
         rows[f"memory, {device.type}, retraining"] = f"{size_in_words(weights + _STATE * trained)} beside activations"
     return rows
 

@@ -62,7 +62,7 @@ from prunus.run.plain import Strict, read_yaml, yaml_value
 from prunus.run.vision.optimizers import OneOptimizer, Optimizer, Pull, Sgd
 from prunus.score import Allocation, Criterion, allocation_of, check_comparable, compared, criterion_of, global_
 from prunus.soup import phase_sparsities, split_steps
-from prunus.train import Multiplier, Original, constant, cosine, linear, linear_warmup_decay
+from prunus.train import During, Multiplier, Original, constant, cosine, linear, linear_warmup_decay
 
 __all__ = [
     "FORKING",
@@ -81,6 +81,7 @@ __all__ = [
     "Kind",
     "LanguageRecipe",
     "LanguageRetrain",
+    "LanguageTraining",
     "Prune",
     "Recipe",
     "Reconstruct",
@@ -534,6 +535,21 @@ class LanguageRetrain(Adapting, Retrain):
         return self.multiplier(original, self.steps, distance)
 
 
+class LanguageTraining(LanguageRetrain):
+    """How everything is trained on packed text while a method prunes."""
+
+    train: Subsets = ("full",)
+    """Everything: full."""
+    lr: Positive = 2e-4
+    """Peak learning rate."""
+
+    @model_validator(mode="after")
+    def _check_all(self) -> LanguageTraining:
+        if self.train != ("full",):
+            raise ValueError("a method prunes while all weights are trained: leave out train, or set it to [full]")
+        return self
+
+
 class Evaluate(Strict):
     """Perplexity of each named text: joined, cut into windows without overlap, mean loss over predicted tokens."""
 
@@ -774,9 +790,21 @@ class Recipe(Strict):
             seen[text] = place
 
 
+def _during(value: Any) -> Any:
+    """One method by name with the options that its class takes."""
+    if value is None:
+        return None
+    choice = methods.check(value)
+    return {choice: {}} if isinstance(choice, str) else choice
+
+
+MethodName = Annotated[dict[str, dict[str, Any]] | None, BeforeValidator(_during)]
+
+
 class LanguageRecipe(Recipe):
     """A run of a language model: load, prune, (reconstruct), (retrain, merge, (average)), evaluate, save.
 
+    during: a method that prunes while everything is trained as `train` says, in place of a criterion.
     model: a Hugging Face name or folder, a .gguf file, or "embedded". dtype: "auto" is the checkpoint's own.
     precision: autocast while retraining; trained parameters are float32 throughout.
     """
@@ -789,6 +817,8 @@ class LanguageRecipe(Recipe):
     """Of the weights in memory and on disk."""
     streaming: bool = False
     """Read blocks from the checkpoint one at a time, for models larger than memory."""
+    train: LanguageTraining | None = None
+    during: MethodName = None
     prune: Prune = Prune()
     calibrate: Calibrate = Calibrate()
     reconstruct: Reconstruct | None = None
@@ -818,13 +848,32 @@ class LanguageRecipe(Recipe):
             self._check_soup(self.soup)
         if self.prune.phases > 1:
             self._check_phases()
-        if self.retrain is not None:
-            self._check_retrain(self.retrain)
+        for section in (self.train, self.retrain):
+            if section is not None:
+                self._check_retrain(section)
+        if self.during is not None or self.train is not None:
+            self._check_during()
         if self.streaming and self.retrain is not None and self.retrain.schedule == "allr":
             raise ValueError("retrain.schedule: allr compares with the dense weights: leave out streaming, or use llr")
         if self.streaming and self.evaluate.tasks and self.retrain is None:
             raise ValueError("evaluate.tasks need the whole model in memory: leave out tasks or streaming")
         return self
+
+    def _check_during(self) -> None:
+        if self.during is None or self.train is None:
+            missing = "train: {steps: 1000}" if self.train is None else "during: elsa"
+            raise ValueError(f"during says what prunes, and train how long it trains: give {missing} as well")
+        strange = [key for key in ("streaming", "reconstruct") if getattr(self, key)]
+        own = [key for key in ("phases", "criterion", "allocation", "scope") if _is_set(self.prune, key)]
+        found = [*strange, *(f"prune.{key}" for key in own)]
+        if found:
+            raise ValueError(f"{found[0]}: a method that prunes during training chooses itself; leave it out")
+        _check_method(self.during, self.prune)
+
+    def method(self) -> During:
+        """The method of `during`, with the pattern of `prune` and the seed of `train` where it takes them."""
+        assert self.during is not None
+        return methods.make(self.during, self.prune.sparsity, seed=given(self.train).seed, pattern=self.prune.pattern)
 
     def _check_retrain(self, retrain: LanguageRetrain) -> None:
         if self.capture is True and retrain.keep_effective:
@@ -865,14 +914,6 @@ class LanguageRecipe(Recipe):
         self._check_members()
 
 
-def _during(value: Any) -> Any:
-    """One method by name with the options that its class takes."""
-    if value is None:
-        return None
-    choice = methods.check(value)
-    return {choice: {}} if isinstance(choice, str) else choice
-
-
 class ClassifierRecipe(Recipe):
     """A run of a classifier: train, (during a method), prune, retrain, (average), measure; lengths are in epochs.
 
@@ -892,7 +933,7 @@ class ClassifierRecipe(Recipe):
     seed: int = 0
     """Of weights, order and augmentation."""
     train: Training = Training()
-    during: Annotated[dict[str, dict[str, Any]] | None, BeforeValidator(_during)] = None
+    during: MethodName = None
     prune: ClassifierPrune | None = None
     retrain: ClassifierRetrain | None = None
     soup: ClassifierSoup | None = None
@@ -930,16 +971,12 @@ class ClassifierRecipe(Recipe):
 
     def _check_during(self, during: Mapping[str, Mapping[str, Any]], prune: Prune) -> None:
         own = ("kind", "phases", "criterion", "allocation", "pattern", "scope")
-        changed = [key for key in own if getattr(prune, key) != type(prune).model_fields[key].default]
+        changed = [key for key in own if _is_set(prune, key)]
         if changed:
             raise ValueError(f"prune.{changed[0]}: a method that prunes during training chooses itself; leave it out")
         if self.retrain is not None and self.retrain.rewind is not None:
             raise ValueError("retrain.rewind goes with pruning after training; leave it out beside during")
-        name, options = next(iter(during.items()))
-        try:
-            methods.make({name: dict(options)}, prune.sparsity)
-        except TypeError as error:
-            raise ValueError(f"during.{name}: {error}") from None
+        _check_method(during, prune)
 
     def _check_soup(self, soup: Soup) -> None:
         if self.prune is None:
@@ -968,6 +1005,22 @@ class ClassifierRecipe(Recipe):
                 "soup.vary: members forked within a training end it: leave out lr, schedule, warmup, steps and epochs"
             )
         self._check_members()
+
+
+def _is_set(section: BaseModel, key: str) -> bool:
+    return getattr(section, key) != type(section).model_fields[key].default
+
+
+def _check_method(during: Mapping[str, Mapping[str, Any]], prune: Prune) -> None:
+    """Refuse what a method does not take, by making it; and a pattern, where it does not know any."""
+    name, options = next(iter(during.items()))
+    knows = methods.knows(name, "pattern")
+    if _is_set(prune, "pattern") and not (knows and isinstance(prune.pattern, str)):
+        raise ValueError(f"prune.pattern: {name} prunes single entries; leave it out")
+    try:
+        methods.make({name: dict(options)}, prune.sparsity, pattern=prune.pattern)
+    except TypeError as error:
+        raise ValueError(f"during.{name}: {error}") from None
 
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)

@@ -15,6 +15,11 @@ from prunus.run.plan import Outline, size_in_words
 from prunus.save import SIZE_NOTE
 
 __all__ = [
+    "SOUP_COLUMNS",
+    "classifier_rows",
+    "grid_rows",
+    "language_rows",
+    "retrainings",
     "show_evaluation",
     "show_grid",
     "show_inspection",
@@ -23,27 +28,35 @@ __all__ = [
     "show_run",
     "show_soup",
     "show_sweep",
+    "soup_rows",
 ]
 
 
 def show_result(result: Mapping[str, Any], out: Path) -> None:
     """The table of one compression: a row a stage, a column a text, and where everything was written."""
-    perplexity: Mapping[str, Mapping[str, float]] = result["perplexity"]
-    zeros = f"{100 * result['pruning']['sparsity']:.1f} %"
-    rows = [
-        {"stage": stage, **{f"perplexity, {text}": value for text, value in found.items()}, "zeros": zeros}
-        for stage, found in perplexity.items()
-    ]
-    rows[0]["zeros"] = "0 %" if rows[0]["stage"] == "dense" else zeros
-    print_table(rows, title=str(result["model"]))
+    print_table(language_rows(result), title=str(result["model"]))
     _show_head(result)
     _show_tasks(result.get("zero_shot", {}))
-    for name, found in _retrainings(result).items():
+    for name, found in retrainings(result).items():
         speed = f"{found['tokens_per_second']:,.0f} tokens/s"
         _note(f"{name}: {found['trainable']:,} parameters trained ({100 * found['share']:.3f} %), {speed}")
     _note(f"{result['seconds']:.0f} s on {result['device']}. Picture: {out / 'report.png'}")
     if "saved" in result:
         _note(f"Model: {result['saved']}. {SIZE_NOTE}")
+
+
+def language_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row a stage, a column a text."""
+    perplexity: Mapping[str, Mapping[str, float]] = result["perplexity"]
+    zeros = f"{100 * result['pruning']['sparsity']:.1f} %"
+    return [
+        {
+            "stage": stage,
+            **{f"perplexity, {text}": value for text, value in found.items()},
+            "zeros": "0 %" if stage == "dense" else zeros,
+        }
+        for stage, found in perplexity.items()
+    ]
 
 
 def show_outline(plan: Outline, out: Path) -> None:
@@ -56,7 +69,8 @@ def show_outline(plan: Outline, out: Path) -> None:
     _note("Nothing was computed or written. Memory and sizes are estimates.")
 
 
-def _retrainings(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def retrainings(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What was trained -> its numbers."""
     found = result.get("retraining", {})
     return {", ".join(found["train"]): found} if "train" in found else dict(found)
 
@@ -105,18 +119,7 @@ def show_inspection(path: Path, found: Inspection) -> None:
 
 def show_run(result: Mapping[str, Any], out: Path) -> None:
     """The table of one classifier run: a row a stage, and where everything was written."""
-    zeros = f"{100 * result['sparsity']:.2f} %"
-    rows = [
-        {
-            "stage": stage,
-            "accuracy": f"{100 * found['top1']:.2f} %",
-            "loss": found["loss"],
-            "calibration error": found["calibration_error"],
-            "zeros": "0 %" if stage == "dense" else zeros,
-        }
-        for stage, found in result["stages"].items()
-    ]
-    print_table(rows, title=f"{result['model']}, {result['measured_on']} images")
+    print_table(classifier_rows(result), title=f"{result['model']}, {result['measured_on']} images")
     _show_corrupted(result.get("corrupted", {}))
     speed = f"{result['images_per_second']:,.0f} images/s"
     _note(f"{result['epochs']:.4g} epochs, {result['seconds']:.0f} s on {result['device']}, {speed}.")
@@ -124,6 +127,21 @@ def show_run(result: Mapping[str, Any], out: Path) -> None:
         smaller = "and the file is smaller" if "left_alone" in result else "in theory; the file is no smaller"
         _note(f"{result['speedup']:.2f} times fewer multiplications {smaller}.")
     _note(f"Network: {out / 'model.safetensors'}; numbers: {out / 'result.json'}; picture: {out / 'report.png'}")
+
+
+def classifier_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row a stage."""
+    zeros = f"{100 * result['sparsity']:.2f} %"
+    return [
+        {
+            "stage": stage,
+            "accuracy": _percent(found["top1"]),
+            "loss": found["loss"],
+            "calibration error": found["calibration_error"],
+            "zeros": "0 %" if stage == "dense" else zeros,
+        }
+        for stage, found in result["stages"].items()
+    ]
 
 
 def show_sweep(result: Mapping[str, Any], out: Path) -> None:
@@ -146,10 +164,23 @@ def show_sweep(result: Mapping[str, Any], out: Path) -> None:
 
 def show_soup(result: Mapping[str, Any], out: Path) -> None:
     """The table of one soup: a row for it and for each that it is compared with, and what all of them cost."""
-    rows = [
+    print_table(soup_rows(result), title=f"{result['model']}, {result['measured_on']} images")
+    _note(SOUP_COLUMNS)
+    _note(f"{result['seconds']:.0f} s on {result['device']}. Pictures: {out}/*.png; numbers: {out / 'result.json'}")
+    _note(f"Network: {out / 'model.safetensors'}; its members are in {out / 'members'}, which may be deleted.")
+
+
+SOUP_COLUMNS = (
+    "epochs: of all training that a row takes, the dense one included. inference: operations, of the dense ones."
+)
+
+
+def soup_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for a soup and for each that it is compared with."""
+    return [
         {
             "run": row["row"],
-            "accuracy": f"{100 * row['accuracy']:.2f} %",
+            "accuracy": _percent(row["accuracy"]),
             "loss": row["loss"],
             "zeros": f"{100 * row['sparsity']:.1f} %",
             "epochs": row["epochs"],
@@ -158,10 +189,6 @@ def show_soup(result: Mapping[str, Any], out: Path) -> None:
         }
         for row in result["rows"]
     ]
-    print_table(rows, title=f"{result['model']}, {result['measured_on']} images")
-    _note("epochs: of all training that a row takes, the dense one included. inference: operations, of the dense ones.")
-    _note(f"{result['seconds']:.0f} s on {result['device']}. Pictures: {out}/*.png; numbers: {out / 'result.json'}")
-    _note(f"Network: {out / 'model.safetensors'}; its members are in {out / 'members'}, which may be deleted.")
 
 
 def _on_corrupted(row: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, str | None]:
@@ -202,21 +229,23 @@ def show_grid(rows: Sequence[Mapping[str, Any]], out: Path, *, title: str = "") 
     if not rows:
         _note(f"Nothing is finished yet; the same command goes on. Folder: {out}")
         return
+    print_table(grid_rows(rows), title=title or str(out))
+    _note(f"Tables: {out / 'table.json'}, {out / 'table.md'}; pictures: {out}/grid*.png")
+
+
+def grid_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row a cell: its labels, means with their deviations, and what was chosen where something was tuned."""
     measured = [key for row in rows for key, value in row.items() if isinstance(value, Mapping) and "mean" in value]
-    texts = list(dict.fromkeys(measured))
     axes = [key for key, value in rows[0].items() if isinstance(value, str)]
-    shown = [
+    tuned = any(row["tuned"] for row in rows)
+    return [
         {
             **{axis: row[axis] for axis in axes},
-            **{text: spread(row[text]) if text in row else None for text in texts},
-            "chosen": _tuned(row) or None,
+            **{name: spread(row[name]) if name in row else None for name in dict.fromkeys(measured)},
+            **({"chosen": _tuned(row) or None} if tuned else {}),
         }
         for row in rows
     ]
-    if not any(row["chosen"] for row in shown):
-        shown = [{key: value for key, value in row.items() if key != "chosen"} for row in shown]
-    print_table(shown, title=title or str(out))
-    _note(f"Tables: {out / 'table.json'}, {out / 'table.md'}; pictures: {out}/grid*.png")
 
 
 def _tuned(row: Mapping[str, Any]) -> str:

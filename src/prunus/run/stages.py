@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,9 +37,9 @@ from prunus.run.fitted import model_path
 from prunus.run.recipe import LanguageRecipe, given
 from prunus.run.texts import calibration_windows, evaluation_texts, training_windows, window_of
 from prunus.stream import BlockReport, Fit, Shards, Streamed, Work, stream
-from prunus.train import distilled_next_token, lighten_, next_token_loss, train
+from prunus.train import During, distilled_next_token, lighten_, next_token_loss, train
 
-__all__ = ["Loaded", "Retrained", "evaluate", "load", "precision_of", "prune", "retrain"]
+__all__ = ["Loaded", "Retrained", "evaluate", "load", "precision_of", "prune", "prune_in_training", "retrain"]
 
 OnStep = Callable[[int, float], None]
 
@@ -200,6 +200,24 @@ def prune(
     )
 
 
+def prune_in_training(
+    loaded: Loaded,
+    recipe: LanguageRecipe,
+    device: torch.device,
+    *,
+    checkpoint: Path | None = None,
+    on_step: OnStep | None = None,
+) -> Streamed:
+    """Masks and one report, after all was trained in place on `device` while the recipe's method pruned."""
+    method, trained = recipe.method(), recipe.model_copy(update={"retrain": recipe.train})
+    found = retrain(loaded, Masks({}), trained, device, checkpoint=checkpoint, on_step=on_step, during=[method])
+    masks = method.masks()
+    masks.check(loaded.model)
+    table = masks.table()
+    kept, total = ({name: counts[place] for name, counts in table.items()} for place in (0, 1))
+    return Streamed(masks, [BlockReport("all blocks", kept, total, found.seconds)])
+
+
 def summary(streamed: Streamed) -> dict[str, Any]:
     """Sparsity of the whole and by layer, and the block reports, as plain values."""
     kept = {name: n for report in streamed.reports for name, n in report.kept.items()}
@@ -237,12 +255,14 @@ def retrain(
     checkpoint: Path | None = None,
     on_step: OnStep | None = None,
     before_merge: Callable[[], None] | None = None,
+    during: Sequence[During] = (),
 ) -> Retrained:
     """What happened while the recipe's parameters were retrained on packed text and merged, in place, on `device`.
 
-    before_merge is called between training and merging, with the adapters still in place.
+    before_merge is called between training and merging, with the adapters still in place. during: methods that take
+    part, and are finished.
     """
-    model, asked = loaded.model.to(device), given(recipe.retrain)
+    model, asked, prune = loaded.model.to(device), given(recipe.retrain), recipe.prune
     if asked.add_biases:
         add_biases(model)
     precision = precision_of(recipe, device)
@@ -279,6 +299,8 @@ def retrain(
             steps=asked.steps,
             loss=_loss(model, recipe),
             masks=masks if "full" in asked.train else None,
+            during=during,
+            views=find_layers(model, include=prune.include, exclude=prune.exclude) if during else None,
             accumulate=asked.accumulate,
             precision=precision,
             clip=asked.clip,
@@ -287,6 +309,8 @@ def retrain(
             on_step=on_step,
         )
     model.eval()
+    for method in during:
+        method.finish()
     if before_merge is not None:
         before_merge()
     report = adaptation.merge_()

@@ -88,7 +88,7 @@ def _language(recipe: LanguageRecipe) -> Show:
     from prunus.run.show import show_result
 
     result = compress(recipe)
-    return lambda: show_result(result, Path(recipe.out))
+    return _reported(recipe, lambda out: show_result(result, out))
 
 
 def _classifier(recipe: Any, path: Path | None, **workers: Any) -> Show:
@@ -99,7 +99,18 @@ def _classifier(recipe: Any, path: Path | None, **workers: Any) -> Show:
     dense = path / "dense" if path is not None and path.is_dir() else None
     result = train_run(recipe, dense=dense, workers=Workers(**workers))
     show = show_run if recipe.soup is None else show_soup
-    return lambda: show(result, Path(recipe.out))
+    return _reported(recipe, lambda out: show(result, out))
+
+
+def _reported(recipe: Any, show: Callable[[Path], None]) -> Show:
+    """Shows a result and leaves its page."""
+    from prunus.run.page import write_report
+
+    def shown() -> None:
+        show(Path(recipe.out))
+        write_report(Path(recipe.out))
+
+    return shown
 
 
 def _pruning(run: Path, overrides: Mapping[str, Any]) -> Any:

@@ -42,9 +42,9 @@ def calibration_windows(asked: Calibrate, tokenizer: Any) -> Tensor:
         return calibration(_tokens(asked.data, tokenizer, most=most), asked.samples, asked.length, asked.seed)
 
 
-def training_windows(asked: LanguageRetrain, tokenizer: Any) -> PackedTokens:
-    """What is retrained on. Raises ValueError for a text without a window."""
-    with _named("retrain.data"):
+def training_windows(asked: LanguageRetrain, tokenizer: Any, section: str = "retrain") -> PackedTokens:
+    """What is retrained on, as a section of the recipe says. Raises ValueError for a text without a window."""
+    with _named(f"{section}.data"):
         total = asked.steps * asked.accumulate * asked.batch_size * asked.length
         packed = PackedTokens(_tokens(asked.data, tokenizer, documents=True, total=total), asked.length)
         packed.at(0, batch=1, seed=0)
@@ -64,9 +64,11 @@ def evaluation_texts(recipe: LanguageRecipe, model: Any, tokenizer: Any) -> dict
 def check_texts(recipe: LanguageRecipe, model: Any, tokenizer: Any) -> None:
     """Raises ValueError, before the first forward pass, for texts that do not open or are too short for their use."""
     calibration_windows(recipe.calibrate, tokenizer)
-    if recipe.retrain is not None:
-        training_windows(recipe.retrain, tokenizer)
-        name = next((name for name, data in recipe.evaluate.data.items() if data == recipe.retrain.data), None)
+    for section, asked in (("train", recipe.train), ("retrain", recipe.retrain)):
+        if asked is None:
+            continue
+        training_windows(asked, tokenizer, section)
+        name = next((name for name, data in recipe.evaluate.data.items() if data == asked.data), None)
         if name is not None:
             log.warning("evaluate.data.%s is the text that is trained on: its perplexity is one of training", name)
     evaluation_texts(recipe, model, tokenizer)

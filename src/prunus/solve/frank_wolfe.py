@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from prunus.patterns import Pattern
+from prunus.patterns import Pattern, Unstructured
 from prunus.score import Criterion, magnitude, wanda
 from prunus.solve.quadratic import row_errors, row_slices, scaled_gram, seen_gram
 
@@ -44,19 +44,24 @@ _CHUNK = 1 << 22  # entries worked on at once: bounds the temporaries, about ten
 _LEAST = 1e-5  # share of its error that an exchange must save: float32 cannot tell less from nothing
 
 
-def frank_wolfe(iterations: int = 30, swaps: int = 100, concave: tuple[float, float] = (0.5, 1.0)) -> Criterion:
+def frank_wolfe(
+    iterations: int = 30, swaps: int = 100, concave: tuple[float, float] = (0.5, 1.0), fixed: float = 0.0
+) -> Criterion:
     """A criterion that keeps the weights whose loss changes the layer's outputs least, and leaves them as they are.
 
     iterations: of Frank-Wolfe, from Wanda's mask; each is one product (out, in) x (in, in) and one selection. 0 leaves
         all to the swaps.
     swaps: most exchanges of a kept for a pruned weight that a row may make at the end, each of which lowers its error.
     concave: c in the first iteration and in the last, linear in between; (0, 0) is the plain convex relaxation.
+    fixed: share of the weights in Wanda's mask, those with the highest scores, that stay whatever their error. The
+        search is for the rest.
 
-    The idea is that of Roux et al. 2025 (arXiv:2510.13713), who minimise the convex relaxation and round it. The
-    concave term and the swaps are ours. The error of no row (of no layer, for patterns that compare rows) exceeds that
-    of Wanda's mask: that is checked in float64, all else is float32. Ties break by index, counts are exact. A layer
-    that saw no token is pruned by magnitude, with a warning. Its solve raises ValueError for a layer without a Gram
-    matrix, for NaN or Inf, and as `pattern.mask`.
+    The idea is that of Roux et al. 2025 (arXiv:2510.13713), who minimise the convex relaxation with a share of 0.9
+    fixed and round it: frank_wolfe(swaps=0, concave=(0, 0), fixed=0.9). The concave term and the swaps are ours. The
+    error of no row (of no layer, for patterns that compare rows) exceeds that of Wanda's mask: that is checked in
+    float64, all else is float32. Ties break by index, counts are exact. A layer that saw no token is pruned by
+    magnitude, with a warning. Its solve raises ValueError for a layer without a Gram matrix, for NaN or Inf, and as
+    `pattern.mask`.
 
     >>> inputs = Inputs(3, gram=True)
     >>> inputs.add_(torch.tensor([[1.0, -1.0, 0.0], [0.0, 0.0, 0.9]]))
@@ -68,22 +73,26 @@ def frank_wolfe(iterations: int = 30, swaps: int = 100, concave: tuple[float, fl
         raise ValueError(f"frank_wolfe needs iterations >= 0 and swaps >= 0; got {iterations} and {swaps}")
     if len(concave) != 2 or not all(0 <= c <= 2 for c in concave):
         raise ValueError(f"concave is (first, last), each in [0, 2]; got {concave}")
+    if not 0 <= fixed <= 1:
+        raise ValueError(f"frank_wolfe fixes a share of Wanda's mask, in [0, 1]; got fixed={fixed}")
 
     @torch.no_grad()
     def solve(layer: Layer, pattern: Pattern, kept: int) -> tuple[Tensor, Tensor]:
         inputs = seen_gram(layer, "frank_wolfe")
         if inputs is None:
             return magnitude.solve(layer, pattern, kept)
-        start = pattern.mask(wanda(layer), kept, name=layer.name)
+        score = wanda(layer)
+        start = pattern.mask(score, kept, name=layer.name)
+        held = _best_of(score, start, pattern, fixed)
         gram = scaled_gram(layer, inputs)
         weight = layer.weight.float().contiguous()
         mask = start
         if iterations:
-            relaxed = _relax(weight, gram, start, pattern, kept, iterations=iterations, concave=concave)
-            mask = _lower(weight, gram, pattern.choose(relaxed, kept), start, pattern)
+            problem = _Problem(weight, gram, pattern, kept, held)
+            mask = _lower(weight, gram, _relax(problem, start, iterations, concave), start, pattern)
         if swaps and pattern.unit((weight.shape[0], weight.shape[1]), name=layer.name) == 1:
             mask = mask.clone()
-            swap_(mask, weight, gram, most=swaps, width=pattern.width)
+            swap_(mask, weight, gram, most=swaps, width=pattern.width, held=held)
         mask = _lower(weight, gram, mask, start, pattern)
         return layer.weight.masked_fill(~mask, 0.0), mask
 
@@ -91,42 +100,63 @@ def frank_wolfe(iterations: int = 30, swaps: int = 100, concave: tuple[float, fl
 
 
 @torch.no_grad()
-def swap_(mask: Tensor, weight: Tensor, gram: Tensor, *, most: int, width: int | None = None) -> None:
+def swap_(
+    mask: Tensor, weight: Tensor, gram: Tensor, *, most: int, width: int | None = None, held: Tensor | None = None
+) -> None:
     """Exchange weights in `mask` (out, in) bool, in place, until no row improves or each has made `most` exchanges.
 
     weight: (out, in) float32; gram: (in, in) float32, symmetric. width: exchanges stay within so many consecutive
-    columns, so every N:M group keeps its count; None is the whole row. Every row keeps its count.
+    columns, so every N:M group keeps its count; None is the whole row. held: (out, in) bool, kept weights that stay.
+    Every row keeps its count.
 
     >>> mask, gram = torch.tensor([[True, False, False]]), torch.tensor([[1, -1, 0], [-1, 1, 0], [0, 0, 0.8]])
     >>> swap_(mask, torch.ones(1, 3), gram, most=1)
     >>> mask.tolist()
     [[False, False, True]]
     """
+    held = torch.zeros_like(mask) if held is None else held
     for rows in row_slices(weight, _CHUNK):
-        _swap_chunk_(mask[rows], weight[rows], gram, most, width)
+        _swap_chunk_(mask[rows], held[rows], weight[rows], gram, most, width)
 
 
-def _relax(
-    weight: Tensor,
-    gram: Tensor,
-    start: Tensor,
-    pattern: Pattern,
-    kept: int,
-    *,
-    iterations: int,
-    concave: tuple[float, float],
-) -> Tensor:
-    """The relaxed mask (out, in) float32 in [0, 1] after the iterations; nothing in here waits for the device.
+def _best_of(score: Tensor, start: Tensor, pattern: Pattern, share: float) -> Tensor:
+    """The share of a mask (out, in) bool with the highest scores, compared as the pattern compares; N:M within rows."""
+    shape = (score.shape[0], score.shape[1])
+    unit = pattern.unit(shape)
+    count = round(share * int(start.sum())) // unit * unit
+    if pattern.sparsity is None:
+        return pattern.choose(score, count)
+    return Unstructured("row").choose(score.masked_fill(~start, -torch.inf), count)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """A layer's weight and Gram matrix, and the masks that are sought: of a pattern, a count, and with what is held."""
+
+    weight: Tensor
+    gram: Tensor
+    pattern: Pattern
+    kept: int
+    held: Tensor
+
+    def best(self, score: Tensor) -> Tensor:
+        """The mask of the highest sum of scores (out, in)."""
+        return self.pattern.choose(score.masked_fill(self.held, torch.inf), self.kept)
+
+
+def _relax(problem: _Problem, start: Tensor, iterations: int, concave: tuple[float, float]) -> Tensor:
+    """The rounded mask (out, in) bool after the iterations; nothing in here waits for the device.
 
     d G is carried along: a step changes it by the same share as d.
     """
+    weight, gram, pattern = problem.weight, problem.gram, problem.pattern
     m = start.float()
     own = weight.square().mul_(gram.diagonal())  # q: what each weight's loss costs by itself
     product = (weight * (1 - m)) @ gram  # d G
     for t in range(iterations):
         c = concave[0] + (concave[1] - concave[0]) * t / max(1, iterations - 1)
         gradient = (own * (c - 2 * c * m)).addcmul_(weight, product, value=-2)
-        direction = pattern.choose(-gradient, kept).float().sub_(m)
+        direction = problem.best(-gradient).float().sub_(m)
         change = (weight * direction).neg_()
         change_product = change @ gram
         slope = _sum(gradient.mul_(direction), pattern)
@@ -134,7 +164,7 @@ def _relax(
         step = _line_search(slope, bend)
         m.addcmul_(step, direction)
         product.addcmul_(step, change_product)
-    return m
+    return problem.best(m)
 
 
 def _sum(entries: Tensor, pattern: Pattern) -> Tensor:
@@ -157,11 +187,12 @@ def _lower(weight: Tensor, gram: Tensor, mask: Tensor, start: Tensor, pattern: P
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows of a chunk that still improve: where they are in it, and their w, m, r, q and error."""
+    """The rows of a chunk that still improve: where they are in it, and their w, m, what is held, r, q and error."""
 
     place: Tensor
     weight: Tensor
     mask: Tensor
+    held: Tensor
     product: Tensor
     own: Tensor
     error: Tensor
@@ -170,12 +201,12 @@ class _Rows:
         return _Rows(*(each[which] for each in vars(self).values()))
 
 
-def _swap_chunk_(mask: Tensor, weight: Tensor, gram: Tensor, most: int, width: int | None) -> None:
+def _swap_chunk_(mask: Tensor, held: Tensor, weight: Tensor, gram: Tensor, most: int, width: int | None) -> None:
     lost = weight * ~mask
     product = lost @ gram
     own = weight.square().mul_(gram.diagonal())
     place = torch.arange(len(weight), device=weight.device)
-    rows = _Rows(place, weight, mask.clone(), product, own, (lost * product).sum(1))
+    rows = _Rows(place, weight, mask.clone(), held, product, own, (lost * product).sum(1))
     for _ in range(most):
         out, back, change = _best_in_row(rows, gram) if width is None else _best_in_group(rows, gram, width)
         better = change < -_LEAST * rows.error.abs()  # where all cancels, rounding can make it negative
@@ -192,9 +223,10 @@ def _swap_chunk_(mask: Tensor, weight: Tensor, gram: Tensor, most: int, width: i
 
 
 def _costs(rows: _Rows) -> tuple[Tensor, Tensor]:
-    """A where a weight is kept and B where it is pruned, +inf elsewhere; (rows, in) each."""
+    """A where a weight may go and B where it is pruned, +inf elsewhere; (rows, in) each."""
     cross = 2 * rows.weight * rows.product
-    return (rows.own + cross).masked_fill_(~rows.mask, torch.inf), (rows.own - cross).masked_fill_(rows.mask, torch.inf)
+    prune = (rows.own + cross).masked_fill_(~rows.mask | rows.held, torch.inf)
+    return prune, (rows.own - cross).masked_fill_(rows.mask, torch.inf)
 
 
 def _best_in_row(rows: _Rows, gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:

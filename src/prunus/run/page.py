@@ -1,0 +1,236 @@
+"""report.html of a folder: the answer first, then how it came about; and several folders beside one another.
+
+result.json ─▶ a language model, a classifier, a soup        table.json ─▶ a grid        sweep.json ─▶ a sweep
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunus import __version__
+from prunus.machine import read_json
+from prunus.report import Card, Page, Part, by_block, format_value, plot_losses, read_metrics, write_page
+from prunus.run.show import SOUP_COLUMNS, classifier_rows, grid_rows, language_rows, retrainings, soup_rows
+
+__all__ = ["compare_runs", "write_report"]
+
+Result = Mapping[str, Any]
+Row = dict[str, Any]
+
+
+def write_report(folder: Path, path: Path | None = None) -> Path:
+    """Write the page of a finished run, grid or sweep, report.html in its folder if not said otherwise; returns where.
+
+    Raises FileNotFoundError for a folder in which nothing is finished.
+    """
+    name, draw = _kind(folder)
+    path = path or folder / "report.html"
+    write_page(draw(folder, read_json(folder / name)), path)
+    return path
+
+
+def compare_runs(folders: Sequence[Path], path: Path) -> None:
+    """Write one page that sets finished runs beside one another: their last stages, what they cost, their recipes.
+
+    Raises FileNotFoundError for a folder without a finished run; ValueError for grids and sweeps, whose pages compare.
+    """
+    for folder in folders:
+        if _kind(folder)[0] != "result.json":
+            raise ValueError(f"{folder} is no single run: its own report.html compares what it holds")
+    found = {str(folder): read_json(folder / "result.json") for folder in folders}
+    rows = [{"folder": name, **_last(result)} for name, result in found.items()]
+    stages = [{"folder": name, **row} for name, result in found.items() for row in _stages(result)]
+    parts = [Part("Runs", rows=rows), Part("Stages", rows=stages), *map(_recipe, folders)]
+    write_page(Page(f"{len(folders)} runs", "", [], [*parts, _versions()]), path)
+
+
+def _kind(folder: Path) -> tuple[str, Callable[[Path, Any], Page]]:
+    """The file that says what a folder holds, and what makes its page."""
+    kinds: dict[str, Callable[[Path, Any], Page]] = {"result.json": _run, "table.json": _grid, "sweep.json": _sweep}
+    for name, draw in kinds.items():
+        if (folder / name).exists():
+            return name, draw
+    raise FileNotFoundError(f"{folder} holds nothing finished: there is none of {', '.join(kinds)}")
+
+
+def _run(folder: Path, result: Result) -> Page:
+    return (_language if "perplexity" in result else _soup if "rows" in result else _classifier)(folder, result)
+
+
+def _stages(result: Result) -> list[Row]:
+    if "rows" in result:
+        return soup_rows(result)
+    return language_rows(result) if "perplexity" in result else classifier_rows(result)
+
+
+def _last(result: Result) -> Row:
+    """What a run ended with, and what it cost."""
+    if "perplexity" in result:
+        return {**language_rows(result)[-1], "seconds": result["seconds"], "device": result["device"]}
+    ended = {"accuracy": f"{100 * result['accuracy']:.2f} %", "zeros": f"{100 * result['sparsity']:.2f} %"}
+    return {"model": result["model"], **ended, "epochs": result["epochs"], "seconds": result["seconds"]}
+
+
+def _language(folder: Path, result: Result) -> Page:
+    perplexity: Mapping[str, Mapping[str, float]] = result["perplexity"]
+    stages, pruning = list(perplexity), result["pruning"]
+    before = [stage for stage in ("dense", "pruned") if stage in stages[:-1]]
+    cards = [
+        Card(
+            f"perplexity, {text}",
+            format_value(value),
+            ", ".join(f"{stage} {format_value(perplexity[stage][text])}" for stage in before),
+        )
+        for text, value in perplexity[stages[-1]].items()
+    ]
+    cards.append(Card("zeros", f"{100 * pruning['sparsity']:.1f} %", f"of {pruning['pruned_parameters']:,} weights"))
+    trained = retrainings(result)
+    for name, found in trained.items():
+        cards.append(Card("trained", f"{100 * found['share']:.3g} %", f"{found['trainable']:,} parameters: {name}"))
+    cards.append(_cost(folder, result))
+    rows = [{"what": name, **_trained(found)} for name, found in trained.items()]
+    parts = [
+        Part("Quality", rows=language_rows(result), pictures=_present(folder, "report.png")),
+        Part("Retraining", rows=rows, pictures=_losses(folder)),
+        _zeros(pruning["by_layer"]),
+        Part("Output error by block", rows=_errors(pruning.get("blocks", []))),
+        Part("Zero-shot", rows=[{"task": task, **found} for task, found in result.get("zero_shot", {}).items()]),
+    ]
+    return _page(folder, result, cards, parts)
+
+
+def _trained(found: Mapping[str, Any]) -> Row:
+    return {
+        "parameters": found["trainable"],
+        "share, %": 100 * found["share"],
+        "tokens": found["tokens"],
+        "tokens a second": found["tokens_per_second"],
+        "seconds": found["seconds"],
+        "GPU memory, GB": found["peak_memory"] / 1e9 or None,
+    }
+
+
+def _classifier(folder: Path, result: Result) -> Page:
+    stages: Mapping[str, Mapping[str, float]] = result["stages"]
+    cards = [Card(f"accuracy, {result['measured_on']} images", f"{100 * result['accuracy']:.2f} %", _dense(stages))]
+    cards += _sizes(result)
+    cards.append(Card("training", f"{result['epochs']:.4g} epochs", f"{result['images_per_second']:,.0f} images/s"))
+    cards.append(_cost(folder, result))
+    layers: Mapping[str, float] = result.get("by_layer", {})
+    corrupted: Mapping[str, Mapping[str, float]] = result.get("corrupted", {}).get("by_name", {})
+    parts = [
+        Part("Stages", rows=classifier_rows(result), pictures=_present(folder, "report.png")),
+        Part("Phases", rows=result["phases"]),
+        Part("Zeros by layer", rows=[{"layer": name, "zeros, %": 100 * share} for name, share in layers.items()]),
+        Part("Corrupted images", rows=[{"corruption": name, **row} for name, row in corrupted.items()]),
+    ]
+    return _page(folder, result, cards, parts)
+
+
+def _soup(folder: Path, result: Result) -> Page:
+    cards = [
+        Card(f"accuracy, {result['measured_on']} images", f"{100 * result['accuracy']:.2f} %", _dense(result["stages"]))
+    ]
+    cards += _sizes(result)
+    cards.append(_cost(folder, result))
+    pictures = sorted(folder.glob("*.png"))
+    return _page(folder, result, cards, [Part("Soup", SOUP_COLUMNS, rows=soup_rows(result), pictures=pictures)])
+
+
+def _grid(folder: Path, rows: Sequence[Result]) -> Page:
+    pictures = sorted([*folder.glob("grid*.png"), *folder.glob("phases*.png")])
+    seeds = sorted({seed for row in rows for seed in row["seeds"]})
+    cards = [Card("cells", str(len(rows)), ""), Card("seeds", str(len(seeds)), "mean ± deviation over those of a cell")]
+    table = [{**row, "n": len(found["seeds"])} for row, found in zip(grid_rows(rows), rows, strict=True)]
+    return Page(folder.name, str(folder), cards, [Part("Cells", rows=table, pictures=pictures), _versions()])
+
+
+def _sweep(folder: Path, result: Result) -> Page:
+    from prunus.run.vision.sweep import rows_of
+
+    part = Part("Rates", rows=rows_of(result), pictures=_present(folder, "sweep.png"))
+    return _page(folder, result, [Card("points", str(len(result["points"])), "")], [part])
+
+
+def _page(folder: Path, result: Result, cards: Sequence[Card], parts: Sequence[Part]) -> Page:
+    device = ", then ".join([str(result["device"]), *result.get("resumed_on", [])])
+    ends = [_recipe(folder), _versions()]
+    return Page(str(result["model"]), f"{folder}, on {device}", cards, [*parts, *ends])
+
+
+def _dense(stages: Mapping[str, Mapping[str, float]]) -> str:
+    shown = [stage for stage in ("dense", "pruned") if stage in stages]
+    return ", ".join(f"{stage} {100 * stages[stage]['top1']:.2f} %" for stage in shown)
+
+
+def _sizes(result: Result) -> list[Card]:
+    cards = [Card("zeros", f"{100 * result['sparsity']:.2f} %", f"{result.get('nonzero', 0):,} weights are left")]
+    if "speedup" in result:
+        cards.append(
+            Card("fewer multiplications", f"{result['speedup']:.2f} ×", "in theory, where zeros are scattered")
+        )
+    return cards
+
+
+def _cost(folder: Path, result: Result) -> Card:
+    files = [
+        path for path in folder.rglob("*.safetensors") if path.name.startswith("model") and "work" not in path.parts
+    ]
+    size = f"{sum(path.stat().st_size for path in files) / 1e6:,.1f} MB of weights" if files else ""
+    return Card("time", f"{result['seconds']:,.0f} s", size)
+
+
+def _zeros(layers: Mapping[str, float]) -> Part:
+    shares = {kind: {str(block): 100 * share for block, share in row.items()} for kind, row in by_block(layers).items()}
+    if layers and max(layers.values()) - min(layers.values()) < 5e-4:
+        return Part(
+            "Zeros by layer", f"{100 * next(iter(layers.values())):.1f} % in every one of {len(layers)} layers."
+        )
+    return Part("Zeros by layer, %", "A row a kind of layer, a column a block.", heat=shares)
+
+
+def _errors(blocks: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Relative errors of blocks' outputs, where they were measured."""
+    keys = ("error_before", "error_after")
+    return [
+        {"block": block["name"], **{key.replace("_", " "): block[key] for key in keys}, "seconds": block["seconds"]}
+        for block in blocks
+        if block.get("error_after") is not None
+    ]
+
+
+def _losses(folder: Path) -> list[Path]:
+    """The picture of the losses that a run wrote down."""
+    path = folder / "metrics.jsonl"
+    rows = [row for row in (read_metrics(path) if path.exists() else []) if row.get("losses")]
+    if not rows:
+        return []
+    plot_losses(
+        {row.get("name") or f"{row['stage']} {place}": row["losses"] for place, row in enumerate(rows, 1)},
+        folder / "loss.png",
+    )
+    return [folder / "loss.png"]
+
+
+def _present(folder: Path, *names: str) -> list[Path]:
+    return [folder / name for name in names if (folder / name).exists()]
+
+
+def _recipe(folder: Path) -> Part:
+    path = folder / "recipe.yaml"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return Part(f"Recipe: prunus run {path}", code=text, folded=True)
+
+
+def _versions() -> Part:
+    import transformers
+
+    return Part(
+        "Versions",
+        f"Page made by Prunus {__version__}, torch {torch.__version__}, transformers {transformers.__version__}.",
+        folded=True,
+    )

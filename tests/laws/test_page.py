@@ -1,0 +1,120 @@
+"""Pages for the browser: what a result says stands on them, escaped, and nothing comes from elsewhere."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from prunus.report import Card, Page, Part, by_block, plot_losses, write_page
+from prunus.run.page import compare_runs, write_report
+
+LANGUAGE = {
+    "model": "tiny <b>",
+    "device": "CPU, 2 threads",
+    "resumed_on": ["CPU, 1 threads"],
+    "perplexity": {"dense": {"held-out": 30.5}, "pruned": {"held-out": 98.25}, "merged": {"held-out": 41.75}},
+    "pruning": {"sparsity": 0.6, "pruned_parameters": 1000, "by_layer": {}, "blocks": []},
+    "retraining": {
+        "train": ["norms"],
+        "trainable": 20,
+        "share": 0.0035,
+        "tokens": 2048,
+        "tokens_per_second": 512.0,
+        "seconds": 4.0,
+        "peak_memory": 0,
+    },
+    "seconds": 12.0,
+}
+CLASSIFIER = {
+    "model": "resnet8",
+    "device": "CPU, 2 threads",
+    "accuracy": 0.9125,
+    "measured_on": "test",
+    "stages": {
+        "dense": {"top1": 0.95, "loss": 0.2, "calibration_error": 0.03},
+        "retrained": {"top1": 0.9125, "loss": 0.3, "calibration_error": 0.04},
+    },
+    "phases": [],
+    "sparsity": 0.9,
+    "epochs": 4.0,
+    "images_per_second": 100.0,
+    "seconds": 3.0,
+}
+
+
+def folder_of(path: Path, result: dict) -> Path:
+    path.mkdir()
+    (path / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    (path / "recipe.yaml").write_text("model: tiny\n", encoding="utf-8")
+    return path
+
+
+def text_of(page: Path) -> str:
+    return " ".join(re.sub(r"<[^>]+>", " ", page.read_text(encoding="utf-8").split("</style>")[1]).split())
+
+
+def test_the_answer_stands_first(tmp_path):
+    folder = folder_of(tmp_path / "run", LANGUAGE)
+    (folder / "metrics.jsonl").write_text(json.dumps({"stage": "retrain", "losses": [3.0, 2.5]}) + "\n", "utf-8")
+    page = write_report(folder)
+    said = text_of(page)
+    assert "perplexity, held-out 41.75 dense 30.50, pruned 98.25" in said
+    assert "zeros 60.0 % of 1,000 weights trained 0.35 % 20 parameters: norms" in said
+    assert "on CPU, 2 threads, then CPU, 1 threads" in said
+    assert "model: tiny" in said  # the recipe
+    assert page.read_text(encoding="utf-8").count("data:image/png;base64,") == 1  # the losses
+
+
+def test_nothing_comes_from_elsewhere_and_text_is_escaped(tmp_path):
+    page = write_report(folder_of(tmp_path / "run", LANGUAGE)).read_text(encoding="utf-8")
+    assert "tiny &lt;b&gt;" in page
+    assert "<b>tiny" not in page
+    assert not re.search(r"(src|href)=\"(?!data:)|https?://|@import|url\(", page)
+
+
+def test_zeros_of_layers_are_shaded_only_where_they_differ(tmp_path):
+    layers = {f"layers.{block}.mlp.{kind}.weight": 0.5 + 0.1 * block for block in range(3) for kind in ("up", "down")}
+    pruning = {**LANGUAGE["pruning"], "by_layer": layers}
+    page = write_report(folder_of(tmp_path / "run", {**LANGUAGE, "pruning": pruning})).read_text(encoding="utf-8")
+    assert re.findall(r"rgba\(var\(--mark\), ([\d.]+)\)\" title=\"([\d.]+)", page) == [
+        (shade, value) for _ in "ab" for shade, value in (("0.000", "50.0"), ("0.375", "60.0"), ("0.750", "70.0"))
+    ]
+    same = {**LANGUAGE["pruning"], "by_layer": dict.fromkeys(layers, 0.5)}
+    page = write_report(folder_of(tmp_path / "same", {**LANGUAGE, "pruning": same}))
+    assert "50.0 % in every one of 6 layers." in text_of(page)
+
+
+def test_experts_of_a_block_are_one_number():
+    layers = {"layers.1.experts.0.up.weight": 0.25, "layers.1.experts.1.up.weight": 0.75, "lm_head.weight": 0.5}
+    assert by_block(layers) == {"up": {1: 0.5}, "lm_head": {2: 0.5}}
+
+
+def test_runs_stand_beside_one_another(tmp_path):
+    folders = [folder_of(tmp_path / "a", LANGUAGE), folder_of(tmp_path / "b", CLASSIFIER)]
+    compare_runs(folders, tmp_path / "both.html")
+    said = text_of(tmp_path / "both.html")
+    assert "2 runs" in said
+    assert said.index("41.75") < said.index("91.25 %") < said.index("30.50")
+    with pytest.raises(FileNotFoundError, match="holds nothing finished"):
+        compare_runs([*folders, tmp_path], tmp_path / "three.html")
+    (tmp_path / "table.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(ValueError, match="is no single run"):
+        compare_runs([*folders, tmp_path], tmp_path / "three.html")
+
+
+def test_a_grid_says_how_many_seeds_a_cell_has(tmp_path):
+    cell = {"method": "ALLR", "seeds": [0, 1], "tuned": {}, "accuracy": {"mean": 94.125, "std": 0.25}}
+    (tmp_path / "table.json").write_text(json.dumps([cell]), encoding="utf-8")
+    assert "method accuracy n ALLR 94.12 ± 0.25 2" in text_of(write_report(tmp_path))
+
+
+def test_empty_parts_are_left_out(tmp_path):
+    page = Page("t", "", [Card("zeros", "60 %")], [Part("nothing"), Part("some", rows=[{"a": 1, "b": "x"}])])
+    write_page(page, tmp_path / "page.html")
+    assert text_of(tmp_path / "page.html").startswith("t zeros 60 % some a b 1 x")
+
+
+def test_no_loss_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no loss"):
+        plot_losses({"retrain": []}, tmp_path / "loss.png")
