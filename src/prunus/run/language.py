@@ -163,7 +163,7 @@ class _Language:
 
     def recipe(self, raw: Mapping[str, Any], seed: int, *, tuning: bool, where: str) -> LanguageRecipe:
         raw = merge(dict(raw), {"save": False})
-        for section in ("retrain", "reconstruct"):
+        for section in ("train", "retrain", "reconstruct"):
             if raw.get(section) is not None:
                 raw = merge(raw, {f"{section}.seed": seed})
         return parse(raw, LanguageRecipe, where)
