@@ -21,7 +21,7 @@ from prunus.run.compress import compress
 from prunus.run.grid import Grid
 from prunus.run.recipe import LanguageRecipe, Recipe, member_of, parse
 from prunus.run.show import show_result
-from prunus.run.soups import BEST, LONGER, MEAN, SOUP
+from prunus.run.tables import BEST, LONGER, MEAN, SOUP
 from prunus.save import load_info
 from tests.systems import test_compress
 

@@ -23,9 +23,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from prunus.run.folder import device_name, device_of, ran_on
-from prunus.run.layout import Layout, Show
 from prunus.run.recipe import Strict, digest, merge, parse, read_yaml, said
 from prunus.run.store import Job, Store
+from prunus.run.tables import Layout, Show
 from prunus.run.tasks import Task, task_of
 
 __all__ = ["Grid", "Member", "final_members", "likely_members", "load_grid", "tuning_members"]

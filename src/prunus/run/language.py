@@ -24,11 +24,10 @@ import torch
 from prunus.run import stages
 from prunus.run.fitted import fitted
 from prunus.run.folder import device_name, device_of, ran_on
-from prunus.run.language_tables import row, write
-from prunus.run.layout import Show
 from prunus.run.recipe import LanguageRecipe, LanguageRetrain, digest, member_of, merge, parse, said
-from prunus.run.soups import LONGER, SOUP, Pruned, averaged, given_weights, longer_of, member_key
+from prunus.run.soups import Pruned, averaged, given_weights, longer_of, member_key
 from prunus.run.store import Job, Store
+from prunus.run.tables import LONGER, SOUP, Show, perplexity_row, perplexity_tables
 from prunus.run.texts import check_texts
 from prunus.save import average_folders
 from prunus.soup import Souped, distance, sms
@@ -150,7 +149,7 @@ class _Language:
     """The task of grids over `LanguageRecipe`; see `tasks.Task`."""
 
     threads = False
-    row, write = staticmethod(row), staticmethod(write)
+    row, write = staticmethod(perplexity_row), staticmethod(perplexity_tables)
 
     def check(self, tune: Mapping[str, Any] | None, show: Show, recipes: Sequence[LanguageRecipe]) -> None:
         if tune is not None and tune["text"] is None:

@@ -23,14 +23,11 @@ from prunus.machine import read_json, write_json
 from prunus.masks import Masks
 from prunus.run import stages
 from prunus.run.recipe import LanguageRecipe, LanguageRetrain, digest, given, member_of, said
+from prunus.run.tables import BEST, LONGER, MEAN, SOUP
 from prunus.save import average_folders, save_model
 from prunus.soup import check_weights
 
 __all__ = [
-    "BEST",
-    "LONGER",
-    "MEAN",
-    "SOUP",
     "Member",
     "Pruned",
     "Souped",
@@ -43,7 +40,6 @@ __all__ = [
     "members_of",
 ]
 
-MEAN, BEST, SOUP, LONGER = "mean of members", "best member", "soup", "as long as all"
 Bar = Callable[[str, "float | None"], AbstractContextManager[Any]]
 Numbers = dict[str, Any]
 Member = tuple[Path, Numbers]  # its folder, and what was measured

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from prunus.run.layout import Layout, Show
 from prunus.run.store import Job, Store
+from prunus.run.tables import Layout, Show
 
 __all__ = ["Task", "task_of"]
 

@@ -31,13 +31,13 @@ from prunus.run.plan import Outline, outline_classifier
 from prunus.run.pool import Workers, finish, run
 from prunus.run.recipe import ClassifierRecipe, digest, merge, parse, read_yaml, said
 from prunus.run.store import Store
+from prunus.run.tables import by_phase
 from prunus.run.vision import stages
 from prunus.run.vision.dense import dense_key, read_dense, write_state
 from prunus.run.vision.jobs import ClassifierJobs, forks_after
 from prunus.run.vision.outcome import Outcome, outcome
 from prunus.run.vision.plan import Plan
 from prunus.run.vision.setting import Setting
-from prunus.run.vision.soups.phases import by_phase
 from prunus.save import FORMAT, INFO_NAME, MASKS_NAME
 
 __all__ = ["planned", "pruning_of", "train_run"]
