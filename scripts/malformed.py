@@ -1,6 +1,6 @@
 """How wrong inputs are refused: hundreds of them, made from valid ones by one mutation each, and given to the command.
 
-    recipe, grid, flag, file, checkpoint, text ─ one mutation ─▶ prunus ... ─▶ one line, status 2, nothing written
+    recipe, grid, flag, file, checkpoint, text, image set ─ one mutation ─▶ prunus ... ─▶ one line, status 2, no file
 
     python scripts/malformed.py --count 200        counts by kind, and every one that was not refused so
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -27,20 +28,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import torch
 import yaml
+from PIL import Image
 from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
+from torch.nn.utils.prune import random_unstructured
 
-from prunus.data import ASSETS
+from prunus.data import ASSETS, build_model
 from prunus.run import cli
 from prunus.run.recipe import ClassifierRecipe, LanguageRecipe, merge
 
 TEXT = "The plum tree of row seven bears thirteen plums.\n" * 400
 MENDS = (
-    "give|set |use|did you mean|known|should|leave (it )?out|there (is|are)|see |needs|at least|at most|delete|install"
-    "|write|save it|stands twice|takes|is auto|lies in|in \\[0|as in|line \\d|put |get it|fetch|get the |make |pass "
-    "|goes by|must|without|convert|rename|more|by: |not allowed|download|belong to another"
+    "give|set |use|did you mean|known|should|leave |check |number |take it out|there (is|are)|see |needs|at least"
+    "|at most|delete|make |install|write|save it|stands twice|takes|is auto|lies in|in \\[0|as in|line \\d|put "
+    "|get it|fetch|get the |pass |goes by|must|without|convert|rename|more|by: |not allowed|download"
+    "|belong to another"
 )
 
 
@@ -115,7 +122,7 @@ def _verdict(case: Case, status: object, said: str, left: Sequence[Path]) -> str
 
 def cases(seed: int = 0) -> list[Case]:
     """All cases, in an order that the seed decides."""
-    found = [*_recipes(), *_flags(), *_files(), *_grids(), *_checkpoints(), *_texts()]
+    found = [*_recipes(), *_flags(), *_files(), *_grids(), *_checkpoints(), *_texts(), *_images(), *_weights()]
     random.Random(seed).shuffle(found)
     return found
 
@@ -127,6 +134,7 @@ LANGUAGE: dict[str, Any] = {
     "calibrate": {"samples": 2, "length": 16},
     "reconstruct": {"steps": 1},
     "retrain": {"steps": 1, "length": 16, "batch_size": 1, "dense": {"steps": 100}},
+    "train": {"steps": 1, "dense": {"steps": 100}},
     "soup": {"members": 2},
     "evaluate": {"data": {"text": {"source": "text.txt"}}, "window": 16},
     "save": False,
@@ -346,6 +354,154 @@ def _texts() -> Iterator[Case]:
                 f"text, {key}", ("run", "--out", "out", "--device", "cpu", "--set", data), (f"{key}.data",), make
             )
     yield Case("text", ("run", "--out", "out", "--set", "calibrate.data=./nowhere.txt"), ("nowhere.txt",))
+
+
+def _classifier(kind: str, make: Callable[[Path], object], *words: str, ending: str = "", **changes: Any) -> Case:
+    """A run of a classifier on the images that `make` writes; changes: keys of the recipe, with __ for dots.
+
+    Their name is new, because a process reads images once; in words and texts it is `set`.
+    """
+    name = f"set{next(_NUMBERS)}{ending}"
+    base = merge(IMAGES, {"images.source": f"./{name}", "train.batch_size": 4, "corruptions": None})
+    recipe = merge(base, {key.replace("__", "."): value for key, value in changes.items()})
+
+    def write(folder: Path) -> None:
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        make(folder / name)
+
+    return Case(kind, ("run", "recipe.yaml", "--out", "out"), words or (name,), write)
+
+
+_NUMBERS = itertools.count()
+
+
+def _picture(seed: int = 0, shape: tuple[int, ...] = (8, 8, 3), kind: Any = np.uint8) -> bytes:
+    written = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, shape).astype(kind)).save(written, "PNG")
+    return written.getvalue()
+
+
+def _set(folder: Path, classes: Sequence[str] = ("a", "b"), count: int = 8) -> None:
+    """A good folder of pictures, one folder for each class."""
+    for place in range(count * len(classes)):
+        path = folder / classes[place % len(classes)] / f"{place}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(_picture(place))
+
+
+def _images() -> Iterator[Case]:
+    """Image sets that cannot be trained on: folders, arrays, tables, and sizes that do not fit them."""
+    whole, larger = _picture(), _picture(shape=(9, 9, 3))
+    pictures: list[tuple[str, bytes, str]] = [
+        ("a/0.png", whole[: len(whole) // 2], "a/0.png"),
+        ("a/2.png", b"", "a/2.png"),
+        ("b/1.jpg", b"a plum", "b/1.jpg"),
+        ("b/3.png", larger, "b/3.png"),
+        ("b/5.png", _picture(shape=(8, 8), kind=np.uint16), "b/5.png"),
+        ("a/notes.txt", b"a plum", "a/notes.txt"),
+        ("c/.hidden", b"", "/c"),
+        ("test/c/1.png", whole, "'c'"),
+        ("test/a/1.png", larger, "9"),
+    ]
+    for path, content, word in pictures:
+
+        def make(place: Path, path: str = path, content: bytes = content) -> None:
+            _set(place / ("train" if path.startswith("test/") else ""))
+            (place / path).parent.mkdir(parents=True, exist_ok=True)
+            (place / path).write_bytes(content)
+
+        yield _classifier("images, picture", make, word)
+    yield _classifier("images, empty", lambda place: place.mkdir())
+    yield _classifier("images, one class", lambda place: _set(place, ("a",)), "1 class")
+    yield _classifier("images, few", lambda place: _set(place, count=1), "2 images")
+    yield _classifier("images, no test", lambda place: _set(place / "train"), "test")
+    yield _classifier("images, small", _set, "vgg16_bn", "8", model="vgg16_bn")
+    sizes: dict[str, Any] = {"images__size": -1, "images__mean": [0.5], "images__std": [0.0, 0.1, 0.1]}
+    sizes |= {"train__augment": {"resized": 2.0}, "train__augment__crop": -1, "train__batch_size": 100}
+    for key, value in sizes.items():
+        yield _classifier("images, sizes", _set, key.rpartition("__")[2], **{key: value})
+    for name, change in ARRAYS.items():
+
+        def write(place: Path, change: Callable[[dict[str, Any]], object] = change) -> None:
+            pixels = np.random.default_rng(0).integers(0, 255, (16, 3, 8, 8), dtype=np.uint8)
+            arrays: dict[str, Any] = {"pixels": pixels, "labels": np.arange(16) % 2}
+            change(arrays)
+            np.savez(place, **arrays)
+
+        yield _classifier(f"images, arrays {name}", write, ending=".npz")
+    for name, alter in TABLES.items():
+
+        def table(place: Path, alter: Callable[[dict[str, list[Any]]], object] = alter) -> None:
+            columns: dict[str, list[Any]] = {"img": [_picture(n) for n in range(16)], "label": [0, 1] * 8}
+            alter(columns)
+            pyarrow.parquet.write_table(pyarrow.table(columns), place)
+
+        yield _classifier(f"images, table {name}", table, ending=".parquet")
+    for ending in (".npz", ".parquet", ".safetensors"):
+        for content in (b"", bytes(64), POINTER.encode()):
+            yield _classifier("images, file", lambda place, content=content: place.write_bytes(content), ending=ending)
+
+
+ARRAYS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "without labels": lambda arrays: arrays.pop("labels"),
+    "without pixels": lambda arrays: arrays.pop("pixels"),
+    "of floats": lambda arrays: arrays.update(pixels=arrays["pixels"] / 255),
+    "of one axis": lambda arrays: arrays.update(pixels=arrays["pixels"].reshape(-1)),
+    "of five axes": lambda arrays: arrays.update(pixels=arrays["pixels"][None]),
+    "of no image": lambda arrays: arrays.update(pixels=arrays["pixels"][:0], labels=arrays["labels"][:0]),
+    "of cubes": lambda arrays: arrays.update(pixels=np.zeros((16, 8, 8, 8), np.uint8)),
+    "shorter": lambda arrays: arrays.update(labels=arrays["labels"][:9]),
+    "with labels of floats": lambda arrays: arrays.update(labels=arrays["labels"] / 2),
+    "with a label of -1": lambda arrays: arrays.update(labels=arrays["labels"] - 1),
+    "with objects": lambda arrays: arrays.update(labels=np.array([{}] * 16, object)),
+    "with two labels": lambda arrays: arrays.update(labels=np.zeros((16, 2), np.int64)),
+    "of one class": lambda arrays: arrays.update(labels=0 * arrays["labels"]),
+}
+TABLES: dict[str, Callable[[dict[str, list[Any]]], object]] = {
+    "without images": lambda columns: columns.pop("img"),
+    "without labels": lambda columns: columns.pop("label"),
+    "an image missing": lambda columns: columns["img"].__setitem__(3, None),
+    "a label missing": lambda columns: columns["label"].__setitem__(3, None),
+    "a label of -1": lambda columns: columns["label"].__setitem__(3, -1),
+    "labels of floats": lambda columns: columns.update(label=[0.5] * 16),
+    "an image cut": lambda columns: columns["img"].__setitem__(3, columns["img"][3][:60]),
+    "images of numbers": lambda columns: columns.update(img=[1] * 16),
+    "images elsewhere": lambda columns: columns.update(img=["nowhere.png"] * 16),
+    "no row": lambda columns: columns.update(img=[], label=[]),
+}
+
+
+def _weights() -> Iterator[Case]:
+    """Pretrained weights of a classifier that are none, or those of another one."""
+    for name, write in WEIGHTS.items():
+        for ending in (".pt", ".safetensors") if name in ("cut", "empty", "pointer", "nowhere") else (".pt",):
+            file = f"w{ending}"
+
+            def make(place: Path, write: Callable[[Path, Any], object] = write, file: str = file) -> None:
+                _set(place)
+                path, model = place.with_name(file), build_model("resnet8", classes=2)
+                (torch.save if file == "w.pt" else save_file)(model.state_dict(), path)
+                write(path, model)
+
+            yield _classifier(f"weights, {name}", make, file, weights=f"./{file}")
+
+
+WEIGHTS: dict[str, Callable[[Path, Any], object]] = {
+    "cut": lambda path, _: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "empty": lambda path, _: path.write_bytes(b""),
+    "pointer": lambda path, _: path.write_text(POINTER),
+    "nowhere": lambda path, _: path.unlink(),
+    "a whole module": lambda path, model: torch.save(model, path),
+    "a list": lambda path, model: torch.save(list(model.state_dict().values()), path),
+    "a whole checkpoint": lambda path, model: torch.save({"state_dict": model.state_dict(), "epoch": 3}, path),
+    "wrapped": lambda path, model: torch.save({f"module.{n}": t for n, t in model.state_dict().items()}, path),
+    "another network": lambda path, _: torch.save(build_model("resnet14", classes=2).state_dict(), path),
+    "a tensor missing": lambda path, model: torch.save(dict(list(model.state_dict().items())[:-3]), path),
+    "not finite": lambda path, model: torch.save({n: t / 0 for n, t in model.state_dict().items()}, path),
+    "masked": lambda path, model: torch.save(
+        random_unstructured(model.stem, "weight", 0.5) and model.state_dict(), path
+    ),
+}
 
 
 def main() -> None:

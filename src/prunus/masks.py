@@ -22,13 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from prunus.kernels import uses_kernels
-from prunus.machine import local_part, write_tensors
+from prunus.machine import local_part, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from prunus.layers import View
@@ -184,19 +183,15 @@ class Masks(Mapping[str, Tensor]):
 
         Raises FileNotFoundError, or ValueError for a file that is damaged, foreign, or of a newer version.
         """
+        packed, metadata = read_tensors(path)
+        _check_metadata(path, metadata)
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata: dict[str, str] = file.metadata() or {}
-                names = list(file.keys())
-                _check_metadata(path, metadata)
-                shapes: dict[str, list[int]] = json.loads(metadata["shapes"])
-                if shapes.keys() != set(names):
-                    raise ValueError(f"{path} is damaged: its shapes and its tensors have different names")
-                return cls(
-                    {name: read_packed(file.get_tensor(name), shapes[name], f"{path}: {name}") for name in shapes}
-                )
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not a complete safetensors file of masks ({error})") from error
+            shapes: dict[str, list[int]] = json.loads(metadata["shapes"])
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is damaged: its shapes are no JSON ({error})") from None
+        if shapes.keys() != packed.keys():
+            raise ValueError(f"{path} is damaged: its shapes and its tensors have different names")
+        return cls({name: read_packed(packed[name], shape, f"{path}: {name}") for name, shape in shapes.items()})
 
     def _pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         """Each masked parameter with the bool tensor of its pruned entries (of this rank's part), all checked before.

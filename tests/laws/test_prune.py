@@ -28,6 +28,7 @@ from prunus.score import (
 )
 from prunus.solve import frank_wolfe, sparsegpt
 from prunus.stream import stream
+from tests.conftest import tiny_llama
 
 ALLOCATIONS = {"global": global_, "uniform": uniform, "uniform_plus": uniform_plus(), "erk": erk, "lamp": lamp}
 
@@ -222,6 +223,16 @@ def test_nm_prunes_without_a_sparsity():
     model = network()
     masks = prune(model, pattern=NM(2, 4), views=find_layers(model, include=["5", "6"]))
     assert masks.sparsity == 0.5
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of what peft calls in transformers
+def test_a_model_that_peft_wraps_is_pruned_when_it_is_merged():
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    for verb in (prune, partial(stream, tokens=torch.zeros(1, 2, dtype=torch.int64))):
+        with pytest.raises(ValueError, match=r"q_proj' holds an adapter of peft: merge it first"):
+            verb(wrapped, magnitude, sparsity=0.5)
+    assert prune(wrapped.merge_and_unload(), magnitude, sparsity=0.5).sparsity == 0.5
 
 
 def test_adapters_of_peft_are_refused_before_their_matrices_are_taken_for_layers(monkeypatch):

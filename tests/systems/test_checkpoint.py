@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils import prune
 
-from prunus.checkpoint import read_checkpoint, read_state, wrapper_of
+from prunus.checkpoint import check_finite, read_checkpoint, read_state, wrapper_of
 from prunus.data import ASSETS, windows
 from prunus.masks import Masks
 from prunus.measure import perplexity
@@ -211,6 +211,28 @@ def test_pickled_weights_are_read_without_running_code(llama: Path, tmp_path: Pa
     numbers = [stages.evaluate(each, asked(folder), torch.device("cpu")) for each in found]
     plain = stages.evaluate(stages.load(asked(llama)), asked(llama), torch.device("cpu"))
     assert numbers == [plain, plain]
+
+
+def test_values_that_are_not_finite_are_found_by_one_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, own = [], Tensor.__bool__
+    monkeypatch.setattr(Tensor, "__bool__", lambda self: asked.append(self) or own(self))
+    many = {
+        "ids": torch.tensor([1]),
+        "none": torch.zeros(0),
+        "a": torch.ones(3),
+        "b": torch.ones(2, dtype=torch.bfloat16),
+    }
+    check_finite(many.items(), "here")
+    assert len(asked) == 1
+    for wrong in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError, match=r"here: 'c' holds 1 values that are NaN or infinite"):
+            check_finite({**many, "c": torch.tensor([0.0, wrong]), "d": torch.tensor([math.nan])}.items(), "here")
+
+
+def test_an_adapter_without_its_model_is_said_to_be_one(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"is an adapter alone \(adapter_config.json\): load its model, merge it"):
+        stages.load(asked(tmp_path))
 
 
 def test_an_adapter_beside_the_weights_is_refused(llama: Path, tmp_path: Path) -> None:

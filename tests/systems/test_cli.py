@@ -40,6 +40,7 @@ OPTIONS = {
     "report": "folders --out",
     "average": "checkpoints --out --weights --greedy",
     "show": "recipe --set --names",
+    "schema": "",
     "demo": "what --out --sparsity",
 }
 

@@ -8,7 +8,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import malformed
 
-SAMPLE = [case for case in malformed.cases(1) if case.kind in ("recipe", "flag", "file", "grid")][:60]
+CASES = malformed.cases(1)
+SAMPLE = [case for case in CASES if case.kind in ("recipe", "flag", "file", "grid")][:60]
+SAMPLE += [case for case in CASES if case.kind.startswith(("images", "weights"))][:24]
 
 
 @pytest.mark.parametrize("part", range(3))

@@ -52,7 +52,7 @@ def test_images_are_normalised_as_asked(tmp_path: Path):
         ([0, 1, 0, 1], [0, 2], (3, 3), {}, "class 2 is only among the test images"),
         (["a"] * 4, ["b"], (3, 3), {}, "class 'b' is only among the test images"),
         ([0, 1, 0, 1], [0], (3, 1), {}, r"training images are \(3, 8, 8\), test images \(1, 8, 8\)"),
-        ([0, 1, 0, 1], [0], (3, 3), {"mean": [0.5]}, "images.mean: one number a channel, 3"),
+        ([0, 1, 0, 1], [0], (3, 3), {"mean": [0.5]}, "images.mean: give one number a channel, 3"),
     ],
 )
 def test_images_that_cannot_be_trained_on_are_refused(

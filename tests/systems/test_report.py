@@ -3,6 +3,7 @@
 import io
 import logging
 import math
+import os
 import subprocess
 import sys
 
@@ -84,6 +85,16 @@ def test_metrics_come_back(tmp_path):
     path.write_text('{"a": 1}\n{"a"')
     with pytest.raises(ValueError, match="line 2 is not JSON"):
         read_metrics(path)
+
+
+def test_a_full_disk_keeps_no_part_of_a_line(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    append_metrics(path, {"stage": "dense"})
+    whole, write = path.read_bytes(), os.write
+    monkeypatch.setattr(os, "write", lambda file, data: write(file, data[: len(data) // 2]))
+    with pytest.raises(OSError, match=r"No space left on device: .*metrics\.jsonl"):
+        append_metrics(path, {"stage": "pruned"})
+    assert path.read_bytes() == whole
 
 
 def test_lines_of_two_processes_are_not_mixed(tmp_path):

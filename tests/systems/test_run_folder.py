@@ -260,6 +260,44 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.parametrize(
+    ("changes", "call", "damaged"),
+    [
+        ({"streaming": True}, "prunus.run.stages.retrain", "work/pruned/model.safetensors"),
+        ({"soup": {"members": 2}}, "prunus.run.compress.averaged", "members/2/model.safetensors"),
+        ({"prune": {"sparsity": 0.5, "phases": 2}}, "prunus.run.stages.summary", "work/phases/*/model.safetensors"),
+    ],
+    ids=["a streamed run", "a soup", "a phase"],
+)
+def test_a_flipped_bit_in_a_model_that_a_killed_run_left_is_found(
+    changes: dict[str, Any],
+    call: str,
+    damaged: str,
+    tiny_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is made anew, and the run ends with the bits of one that nothing happened to."""
+    whole, asked = (recipe(tiny_folder, text_file, tmp_path / name, **changes) for name in ("whole", "run"))
+    compress(whole)
+
+    def kill(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(call, kill)
+        with pytest.raises(KeyboardInterrupt):
+            compress(asked)
+    (path,) = (tmp_path / "run").glob(damaged)
+    flip(path)
+    compress(asked)
+    assert f"{path.parent} is made anew: {path} is damaged (its checksum is another)" in caplog.text
+    one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "run"))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
 def test_a_flipped_bit_in_a_finished_block_is_found(
     killed: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -270,3 +308,15 @@ def test_a_flipped_bit_in_a_finished_block_is_found(
     assert "block model.layers.0 is made anew: " in caplog.text
     one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "run"))
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_grids_do_not_share_a_dense_training_of_other_images(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        (tmp_path / "images" / name / "1.png").write_bytes(name.encode())
+    base = {"images": {"source": str(tmp_path / "images")}, "model": "resnet8"}
+    grid = {"base": base, "axes": {"a": {"b": {}}}, "dense": str(tmp_path / "dense")}
+    compare(parse({**grid, "out": str(tmp_path / "one")}, Grid, ""), workers=0)
+    (tmp_path / "images" / "a" / "1.png").write_bytes(b"another")
+    with pytest.raises(ValueError, match=r"images' was changed since .*dense was begun with it"):
+        compare(parse({**grid, "out": str(tmp_path / "other")}, Grid, ""), workers=0)

@@ -10,6 +10,7 @@ from .folder import SINGLE_NAME as SINGLE_NAME
 from .folder import Checkpoint as Checkpoint
 from .folder import read_checkpoint as read_checkpoint
 from .folder import weight_files as weight_files
+from .gguf import plain as plain
 from .opened import download_weights as download_weights
 from .opened import hub_folder as hub_folder
 from .opened import read_config as read_config

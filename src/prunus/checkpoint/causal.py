@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from prunus.checkpoint.folder import Checkpoint
+from prunus.checkpoint.folder import ADAPTER, Checkpoint
 from prunus.checkpoint.stored import DTYPES
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["Layout", "check_causal", "check_finite", "check_plain", "check_vocabulary", "empty_model", "wrapper_of"]
 
 _PIECE = 1 << 24  # entries of two tensors that are compared together
-_ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -175,9 +174,9 @@ def check_plain(checkpoint: Checkpoint) -> None:
                 f"{checkpoint.path} is quantised: {name!r} has 8 bits ({DTYPES[each.dtype]}); give the model in bf16, "
                 "fp16 or fp32, or dequantise it first"
             )
-    if (checkpoint.folder / _ADAPTER).is_file():
+    if (checkpoint.folder / ADAPTER).is_file():
         raise ValueError(
-            f"{checkpoint.path} has an adapter beside its weights ({_ADAPTER}): merge it (peft: merge_and_unload, "
+            f"{checkpoint.path} has an adapter beside its weights ({ADAPTER}): merge it (peft: merge_and_unload, "
             "save_pretrained), or move it out of the folder to leave it away"
         )
 
@@ -202,18 +201,19 @@ def check_vocabulary(tokenizer: Any, rows: int, where: str) -> None:
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str | Path) -> None:
-    """Raise ValueError naming the first tensor that holds NaN or an infinity.
+    """Raise ValueError naming the first tensor that holds NaN or an infinity. A GPU is waited for once, not for each.
 
     >>> check_finite([("a", torch.ones(2))], "model")
     """
-    for name, each in tensors:
-        if not each.is_floating_point() or not each.numel() or each.is_meta:
-            continue
-        if not bool(torch.stack(each.aminmax()).isfinite().all()):  # NaN and infinities are among the extremes
-            count = int((~torch.isfinite(each)).sum())
-            raise ValueError(
-                f"{where}: {name!r} holds {count} values that are NaN or infinite; the model is broken: get it again"
-            )
+    named = [(name, t.detach()) for name, t in tensors if t.is_floating_point() and t.numel() and not t.is_meta]
+    good = [torch.stack(t.aminmax()).isfinite().all() for _, t in named]  # NaN and infinities are among the extremes
+    if not good or bool(torch.stack([each.to(good[0].device) for each in good]).all()):
+        return
+    name, wrong = next(pair for pair, each in zip(named, good, strict=True) if not each)
+    raise ValueError(
+        f"{where}: {name!r} holds {int((~wrong.isfinite()).sum())} values that are NaN or infinite; the model is "
+        "broken: get it again"
+    )
 
 
 def wrapper_of(names: Sequence[str], known: Callable[[list[str]], bool]) -> str:

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
+from prunus.checkpoint.gguf import plain
 from prunus.checkpoint.stored import PICKLES, Stored, read_header
 from prunus.machine import read_json
 
-__all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "read_checkpoint", "weight_files"]
+__all__ = ["ADAPTER", "INDEX_NAME", "SINGLE_NAME", "Checkpoint", "read_checkpoint", "weight_files"]
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 _PLACES = (SINGLE_NAME, INDEX_NAME, "pytorch_model.bin", "pytorch_model.bin.index.json")
 _WEIGHTS = (".safetensors", *PICKLES, ".gguf")
 
@@ -50,7 +52,7 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """What a folder or weight file holds; only headers are read.
+    """What a folder or weight file holds; only headers are read, but a .gguf file is dequantised first.
 
     Raises FileNotFoundError for a path or shard that is not there; ValueError for a folder without weights, and for
     files that are damaged, half downloaded or pointers.
@@ -58,7 +60,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     >>> read_checkpoint("out/model").tensors["lm_head.weight"].shape
     (4096, 64)
     """
-    path = Path(path)
+    path = plain(Path(path))
     files = weight_files(path)
     tensors: dict[str, Stored] = {}
     for file in files:

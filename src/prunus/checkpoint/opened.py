@@ -1,4 +1,4 @@
-"""Config and tokenizer of a model: from a folder, a .gguf file, or the hub's snapshot of a name. Nothing ever asks."""
+"""Config and tokenizer of a model: from a folder, or the hub's snapshot of a name. Nothing ever asks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from prunus.checkpoint.folder import INDEX_NAME, SINGLE_NAME
+from prunus.checkpoint.folder import ADAPTER, INDEX_NAME, SINGLE_NAME
 from prunus.machine import read_json
 
 __all__ = ["download_weights", "hub_folder", "read_config", "read_tokenizer"]
@@ -35,14 +35,20 @@ def download_weights(name: str) -> Path:
 
 
 def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
-    """The config of the model in a folder or .gguf file, with no code of its own run unless that is trusted.
+    """The config of the model in a folder, with no code of its own run unless that is trusted.
 
-    Raises ValueError for a folder without config.json, one that transformers does not know, and one that needs code.
+    Raises ValueError for a folder without config.json, one that transformers does not know, one that needs code, and an
+    adapter without its model.
     """
     from transformers import AutoConfig
 
+    if (path / ADAPTER).is_file() and not (path / "config.json").is_file():
+        raise ValueError(
+            f"model: {str(path)!r} is an adapter alone ({ADAPTER}): load its model, merge it (peft: merge_and_unload, "
+            "save_pretrained), and give that folder"
+        )
     try:
-        return AutoConfig.from_pretrained(**_place(path), trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         if "trust_remote_code" in str(error):
             raise ValueError(
@@ -54,11 +60,11 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def read_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of the model in a folder or .gguf file. Raises ValueError where there is none that opens."""
+    """The tokenizer of the model in a folder. Raises ValueError where there is none that opens."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(**_place(path), trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises Exception itself
         if isinstance(error, ImportError):
             raise
@@ -66,13 +72,6 @@ def read_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
         raise ValueError(
             f"model: {str(path)!r} has no tokenizer that opens ({reason}); copy the model's own there"
         ) from error
-
-
-def _place(path: Path) -> dict[str, str]:
-    """Where transformers finds it, by its own arguments."""
-    if path.suffix == ".gguf":
-        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    return {"pretrained_model_name_or_path": str(path)}
 
 
 def _snapshot(name: str, patterns: list[str]) -> Path:

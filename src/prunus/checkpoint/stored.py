@@ -132,7 +132,9 @@ def read_pickle(file: Path) -> Mapping[str, Any]:
             f"{file} is damaged or not a file of torch.save ({_first_line(error)}); download or save it again"
         ) from None
     if not isinstance(found, Mapping):
-        raise ValueError(f"{file} holds a {type(found).__name__}, not a state dict: name to tensor")
+        raise ValueError(
+            f"{file} holds a {type(found).__name__}, not a state dict; write one: torch.save(model.state_dict(), path)"
+        )
     return found
 
 

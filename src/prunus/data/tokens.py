@@ -8,7 +8,6 @@ of its data. Memory holds some chunks; a long stream is kept in a file under the
 
 from __future__ import annotations
 
-import os
 import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from prunus.data.texts import TextSource
-from prunus.machine import atomic
+from prunus.machine import atomic, cache
 
 __all__ = [
     "IGNORED",
@@ -462,5 +461,4 @@ def _place(source: TextSource, tokenizer: Any, join: str | None) -> Path | None:
         with path.open("rb") as file:
             while piece := file.read(1 << 20):
                 made.update(piece)
-    home = os.environ.get("PRUNUS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "prunus"
-    return Path(home).expanduser() / "tokens" / f"{made.hexdigest()}.int32"
+    return cache("tokens") / f"{made.hexdigest()}.int32"

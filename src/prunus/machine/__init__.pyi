@@ -1,6 +1,8 @@
 from . import ranks as ranks
 from .files import atomic as atomic
 from .files import atomic_folder as atomic_folder
+from .files import cache as cache
+from .files import checksums as checksums
 from .files import hidden_folder as hidden_folder
 from .files import json_line as json_line
 from .files import json_value as json_value

@@ -13,7 +13,8 @@ import re
 import secrets
 import shutil
 import zlib
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 _CHECKSUM = "crc32"
+_PIECE = 1 << 20  # bytes of a file at once
+_BYTES_A_THREAD, _MOST_THREADS = 1 << 31, 8
 _NUMBERS = {text: float(text) for text in ("nan", "inf", "-inf")}
 
 
@@ -49,6 +52,16 @@ def atomic(path: str | os.PathLike[str]) -> Generator[Path]:
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def cache(kind: str) -> Path:
+    """Where what takes long to make is kept between runs: `$PRUNUS_CACHE/kind`, by default in `~/.cache/prunus`.
+
+    >>> cache("tokens").name
+    'tokens'
+    """
+    home = os.environ.get("PRUNUS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "prunus"
+    return Path(home).expanduser() / kind
 
 
 @contextmanager
@@ -185,6 +198,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             raise OSError(f"{path} cannot be written: {error}") from error
 
 
+def checksums(files: Sequence[Path]) -> dict[str, str]:
+    """File name -> CRC-32 of its bytes, in 8 hexadecimal digits; large ones are read side by side.
+
+    >>> checksums([])
+    {}
+    """
+    threads = min(sum(file.stat().st_size for file in files) // _BYTES_A_THREAD, _MOST_THREADS)
+    if threads < 2:
+        return {file.name: _file_checksum(file) for file in files}
+    with ThreadPoolExecutor(threads) as pool:
+        return dict(zip([file.name for file in files], pool.map(_file_checksum, files), strict=True))
+
+
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file, on the CPU, and its metadata; the checksum of `write_tensors` is right.
 
@@ -202,6 +228,14 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if said.pop(_CHECKSUM, None) not in (None, _checksum(found, said)):
         raise ValueError(f"{path} is damaged (its checksum is another); delete it to make it anew")
     return found, said
+
+
+def _file_checksum(path: Path) -> str:
+    found, room = 0, bytearray(_PIECE)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(room):
+            found = zlib.crc32(memoryview(room)[:count], found)
+    return f"{found:08x}"
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -464,8 +464,8 @@ def _quoted(name: str) -> str:
 
 
 def _excluded(name: str) -> str:
-    """What to write into `exclude` for the layer."""
-    return "its name" if name == "this layer" else f'"{name}"'
+    """What to write into `exclude` for the layer, and those of its name in the other blocks."""
+    return "its name" if name == "this layer" else '"' + re.split(r"\.\d+\.", name)[-1] + '"'
 
 
 def _cumulative(kept: int, columns: int, edges: Sequence[int]) -> list[int]:

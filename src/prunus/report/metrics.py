@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Mapping
@@ -17,15 +18,19 @@ def append_metrics(path: str | Path, row: Mapping[str, Any]) -> None:
     """Append `row` with the time (seconds since 1970) as one line, in one write that other processes cannot split.
 
     NaN and infinities are the strings "nan", "inf", "-inf", which every JSON reader takes and `read_metrics` undoes.
+    Raises OSError for a full disk, which keeps no part of the line.
 
     >>> append_metrics("run/metrics.jsonl", {"stage": "prune", "loss": 2.5})
     """
-    line = json_line({"time": round(time.time(), 3), **row}) + "\n"
+    line = f"{json_line({'time': round(time.time(), 3), **row})}\n".encode()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(file, line.encode())
+        written = os.write(file, line)
+        if written < len(line):
+            os.ftruncate(file, os.fstat(file).st_size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(file)
 

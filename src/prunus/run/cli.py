@@ -17,12 +17,11 @@ import typer
 
 from prunus import __version__
 from prunus.run.flags import Flag, assignments, flags_of, numbers, overrides, with_flags
-from prunus.run.plain import Unfinished
+from prunus.run.plain import Unfinished, yaml_value
 
 app = typer.Typer(
     name="prunus",
     help="Make neural networks sparse and keep them good: prune, retrain a sliver, merge, ship.",
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -33,6 +32,10 @@ SetOption = Annotated[
 Workers = Annotated[int, typer.Option(help="Processes that run members, GPUs in turn.")]
 Together = Annotated[int, typer.Option(help="Networks trained at once in each process, in threads.")]
 Out = Annotated[Path | None, typer.Option(help="Write the numbers as JSON here as well.")]
+
+
+def _share(text: str) -> float:
+    return float(yaml_value(text, "--sparsity"))
 
 
 @cache
@@ -112,17 +115,20 @@ def grid(
     from prunus.run.compare import compare_all, load_grids
     from prunus.run.page import write_report
     from prunus.run.pool import Workers as Pool
-    from prunus.run.show import show_grid, show_sweep
     from prunus.run.task import is_sweep
-    from prunus.run.vision.sweep import load_sweep, sweep
 
     _check_single("grid")
     if is_sweep(recipes):
+        from prunus.run.show import show_sweep
+        from prunus.run.vision.sweep import load_sweep, sweep
+
         asked = load_sweep(recipes[0], out)
         show_sweep(sweep(asked, Pool(max(workers, 1), together, ray)), asked.out)
         write_report(asked.out)
         return
     grids = load_grids(recipes, out)
+    from prunus.run.show import show_grid  # which takes seconds to import, and a grid that is wrong need not wait
+
     found = compare_all(grids, workers=workers, together=together, ray=ray, minutes=minutes)
     for each, rows in zip(grids, found, strict=True):
         show_grid(rows, Path(each.out))
@@ -234,10 +240,23 @@ def show(
 
 
 @app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, by which editors complete and check keys."""
+    import json
+
+    from prunus.run.recipe import schema_of_recipes
+
+    typer.echo(json.dumps(schema_of_recipes(), indent=1))
+
+
+@app.command()
 def demo(
     what: Annotated[str, typer.Argument(help="language or vision.")] = "language",
     out: Annotated[Path | None, typer.Option(help="Run folder.")] = None,
-    sparsity: Annotated[float | None, typer.Option(help="Share of zeros, in [0, 1); 0.6, and 0.95 for vision.")] = None,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(parser=_share, metavar="FLOAT", help="Share of zeros, in [0, 1); 0.6, and 0.95 for vision."),
+    ] = None,
 ) -> None:
     """Show what Prunus does, offline: on a small language model (two minutes), or on handwritten digits (one)."""
     _check_single("demo")
@@ -291,7 +310,7 @@ def main() -> None:
     except (ValueError, ImportError, OSError, FloatingPointError) as error:
         if logging.getLogger().isEnabledFor(logging.INFO):
             raise
-        status = _refused(" ".join(str(error).split()) if isinstance(error, OSError) else str(error))
+        status = _refused(_of_system(error) if isinstance(error, OSError) else str(error))
     except RuntimeError as error:
         torch = sys.modules.get("torch")
         if torch is None or not isinstance(error, torch.OutOfMemoryError):
@@ -308,6 +327,11 @@ _SMALLER = (
     "streaming: true; what is finished is kept"
 )
 _STOPPED = {"run": _KEPT, "grid": _KEPT}
+
+
+def _of_system(error: OSError) -> str:
+    said = " ".join(str(error).split())
+    return f"{said}; make room, and give the same command again" if "No space left" in said else said
 
 
 def _refused(text: str, hint: str = "", status: int = 2) -> int:

@@ -53,7 +53,8 @@ def compare_all(
     for grid, out in zip(grids, folders, strict=True):
         mark(out, "grid")
         recipes = [grid.recipe(labels, 0, {}) for labels in grid.cells()]
-        check_inputs(out, recipes)
+        for place in {out, Path(grid.dense or out)}:
+            check_inputs(place, recipes)
         if workers:
             grid.task.look(recipes)
     wrong = run([GridJobs(grid) for grid in grids], asked) if workers else []

@@ -34,7 +34,7 @@ from prunus.run.plan import Outline, check_language, outline_language
 from prunus.run.recipe import LanguageRecipe, digest, given, said
 from prunus.run.soups import Member, Pruned, as_long_as_all, averaged, member
 from prunus.run.texts import check_texts, evaluation_texts, head_in_words
-from prunus.save import MASKS_NAME, save_model, save_tensors
+from prunus.save import MASKS_NAME, is_whole, save_model, save_tensors
 from prunus.soup import distance, sms
 from prunus.stream import BlockReport, Shards, Streamed, Work
 
@@ -145,7 +145,7 @@ class _Run:
         What every phase but the last leaves is in the work folder, complete or absent, and a killed run goes on there.
         """
         count, soup = self.recipe.prune.phases, self.recipe.soup
-        done = next((index for index in range(count - 1, 0, -1) if self._left(index).is_dir()), 0)
+        done = next((index for index in range(count - 1, 0, -1) if is_whole(self._left(index))), 0)
         start, known = (dense, None) if not done else self._read(dense, self._left(done))
 
         def prune(loaded: stages.Loaded, index: int, before: Pruned | None) -> Pruned:
@@ -303,7 +303,7 @@ class _Run:
         folder = self.out / "work" / "pruned"
         source = loaded.source
         assert isinstance(source, Shards)
-        if ranks.is_main() and not (folder / "config.json").exists():
+        if ranks.is_main() and not is_whole(folder):
             with self._bar("write", None):
                 save_tensors(
                     self._tensors(source, streamed),

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from prunus.checkpoint import hub_folder, read_config, weight_files
+from prunus.checkpoint import hub_folder, plain, read_config, weight_files
 from prunus.data import ASSETS
 from prunus.run.recipe import LanguageRecipe
 
@@ -62,9 +62,9 @@ def home(recipe: LanguageRecipe, device: torch.device) -> torch.device:
 
 
 def model_path(model: str) -> Path:
-    """The folder or .gguf file of a recipe's model; of a hub name its local snapshot, downloaded without weights."""
+    """The folder of a recipe's model: a .gguf file's is dequantised, a hub name's downloaded without weights."""
     path = ASSETS if model == "embedded" else Path(model).expanduser()
-    return path if path.exists() else hub_folder(model)
+    return plain(path) if path.exists() else hub_folder(model)
 
 
 def _check(key: str, value: int, limit: int, model: str) -> None:

@@ -29,7 +29,7 @@ from prunus.run.soups import Pruned, averaged, given_weights, longer_of, member_
 from prunus.run.store import Job, Store
 from prunus.run.tables import LONGER, SOUP, Show, perplexity_row, perplexity_tables
 from prunus.run.texts import check_texts
-from prunus.save import average_folders
+from prunus.save import average_folders, check_whole
 from prunus.soup import Souped, distance, sms
 
 __all__ = ["LANGUAGE"]
@@ -110,6 +110,7 @@ def _prune(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
     before = loaded.model
     if job.needs:
         state, within = job.needs
+        check_whole(store.path(state))
         before = stages.load(recipe.model_copy(update={"model": str(store.path(state))})).model.to(device)
         earlier = store.masks(within)
     model = copy.deepcopy(before)
@@ -136,6 +137,8 @@ def _train_member(recipe: LanguageRecipe, asked: LanguageRetrain, name: str, job
 
 
 def _average(weights: tuple[float, ...] | None, job: Job, store: Store) -> dict[str, Any]:
+    for member in job.needs:
+        check_whole(store.path(member))
     average_folders([store.path(member) for member in job.needs], store.path(job), weights)
     return {}
 
@@ -202,6 +205,8 @@ class _Language:
         result["sparsity"] = pruned.masks.sparsity
         if recipe.soup is not None:
             members = [(store.path(member), store.result(member)) for member in last.members]
+            for folder, _ in members:
+                check_whole(folder)
             longer = [store.result(job) for job in _longer_job(recipe, last)]
             souped = averaged(pruned, members, next(iter(longer), None), store.work(job) / "soup")
             loaded, result["perplexity"] = souped.loaded, souped.perplexity[SOUP]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler
 
 __all__ = ["Strict", "Unfinished", "read_yaml", "yaml_value"]
 
@@ -23,6 +23,12 @@ class Strict(BaseModel):
         ser_json_inf_nan="constants",
         use_attribute_docstrings=True,
     )
+    shorthands: ClassVar[tuple[str, ...]] = ()  # kinds of plain values, in JSON's words, that stand for a section
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        whole = handler(core)
+        return {"anyOf": [{"type": kind} for kind in cls.shorthands] + [whole]} if cls.shorthands else whole
 
 
 class Unfinished(RuntimeError):
@@ -35,6 +41,7 @@ _MOST = 100_000  # values of one text, those that aliases stand for counted as o
 class _Yaml(yaml.SafeLoader):
     """Plain values as in YAML 1.2: in 1.1 the pattern 2:4 is the number 124 (base 60), 1e-3 is text, no is false.
 
+    60% is 0.6, but for keys, which are labels.
     A key that stands twice is a mistake; aliases of aliases, which fill memory from a few bytes, are counted.
     """
 
@@ -46,6 +53,8 @@ class _Yaml(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            key.tag = "tag:yaml.org,2002:str" if key.tag == _SHARE else key.tag
         seen: set[str] = set()
         for key in keys:
             if key.value in seen:
@@ -64,6 +73,7 @@ def _size(node: Any, known: dict[int, float]) -> float:
     return known[id(node)]
 
 
+_SHARE = "!share"
 _REPLACED = [f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "timestamp")]
 _Yaml.yaml_implicit_resolvers = {
     first: [(tag, rule) for tag, rule in rules if tag not in _REPLACED]
@@ -76,13 +86,15 @@ _Yaml.add_implicit_resolver(
     list("-+.0123456789"),
 )
 _Yaml.add_implicit_resolver(_REPLACED[2], re.compile(r"true$|True$|false$|False$"), list("tTfF"))
+_Yaml.add_implicit_resolver(_SHARE, re.compile(r"\d+(\.\d*)?%$"), list("0123456789"))
+_Yaml.add_constructor(_SHARE, lambda _, node: float(node.value[:-1]) / 100)
 
 
 def yaml_value(text: str, where: str) -> Any:
     """The value of a YAML text, with numbers as in YAML 1.2. Raises ValueError naming the place of a mistake.
 
-    >>> yaml_value("{pattern: 2:4, lr: 1e-3}", "here")
-    {'pattern': '2:4', 'lr': 0.001}
+    >>> yaml_value("{pattern: 2:4, lr: 1e-3, sparsity: 60%}", "here")
+    {'pattern': '2:4', 'lr': 0.001, 'sparsity': 0.6}
     """
     try:
         return yaml.load(text, _Yaml)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.adapt import ADAPTERS, add_biases, find_subset
 from prunus.blocks import find_blocks
 from prunus.layers import View, find_layers
 from prunus.machine import import_extra
@@ -74,6 +73,8 @@ def check_language(recipe: LanguageRecipe, model: Any) -> list[View]:
     Raises ValueError as `check_pruning`, for a model without a chain of blocks, for parameters to train that it does
     not have, for ranks that no layer has, and for task files that cannot be read; ImportError for a missing package.
     """
+    from prunus.adapt import add_biases  # which imports transformers: a classifier's plan does without
+
     find_blocks(model)
     views = check_pruning(model, recipe.prune)
     if recipe.retrain is not None and recipe.retrain.add_biases:
@@ -94,6 +95,8 @@ def check_tasks(recipe: LanguageRecipe) -> None:
 
 
 def _check_adapting(key: str, asked: Adapting, model: nn.Module, views: Sequence[View]) -> None:
+    from prunus.adapt import ADAPTERS, find_subset
+
     for name in asked.train:
         if name not in ADAPTERS and key == "retrain":
             find_subset(model, name)
@@ -173,6 +176,8 @@ def _tokens_of(asked: LanguageRetrain) -> int:
 
 def _trained(model: nn.Module, views: Sequence[View], asked: Adapting) -> int:
     """How many parameters are trained: of the subsets, each once, and of adapters on the pruned layers."""
+    from prunus.adapt import ADAPTERS, find_subset
+
     found: dict[str, int] = {}
     for name in asked.train:
         if name not in ADAPTERS:

@@ -32,6 +32,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     Field,
+    TypeAdapter,
     ValidationError,
     create_model,
     field_validator,
@@ -100,6 +101,7 @@ __all__ = [
     "parse",
     "read_yaml",
     "said",
+    "schema_of_recipes",
     "yaml_value",
 ]
 
@@ -371,6 +373,8 @@ class Data(Strict):
     part: the share that is used, [start, stop] in [0, 1], cut after tokenisation.
     """
 
+    shorthands: ClassVar[tuple[str, ...]] = ("string", "array")
+
     source: str | None = None
     column: str = "text"
     split: str | None = None
@@ -553,7 +557,9 @@ class LanguageTraining(LanguageRetrain):
 class Evaluate(Strict):
     """Perplexity of each named text: joined, cut into windows without overlap, mean loss over predicted tokens."""
 
-    data: dict[str, Data] = Field(default_factory=lambda: {"held-out": _TEST})
+    data: dict[str, Data] = Field(
+        default_factory=lambda: {"held-out": _TEST}, json_schema_extra={"type": ["object", "string"]}
+    )
     window: Annotated[int, Field(ge=2)] | None = None
     """Tokens a window; the model's own length (at most 2048) if left out."""
     batch_size: Count = 4
@@ -576,7 +582,7 @@ class Evaluate(Strict):
     def _check_tasks(self) -> Evaluate:
         missing = [path for path in self.tasks.values() if looks_local(path) and not Path(path).exists()]
         if missing:
-            raise ValueError(f"tasks: no file {missing[0]!r} (seen from {os.getcwd()})")
+            raise ValueError(f"tasks: no file {missing[0]!r} (seen from {os.getcwd()}); check the path")
         return self
 
     @model_validator(mode="before")
@@ -600,6 +606,8 @@ class ImageSource(Strict):
     reads the test images; "test" trains on all training images; "both" holds out the same share for what is chosen by
     images (greedy and learned soups), and measures on the test images.
     """
+
+    shorthands: ClassVar[tuple[str, ...]] = ("string",)
 
     source: str
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -966,7 +974,7 @@ class ClassifierRecipe(Recipe):
             self._check_soup(self.soup)
         check_model(self.model, self.arguments)
         if self.weights is not None and not Path(self.weights).expanduser().is_file():
-            raise ValueError(f"weights: no file {self.weights!r} (seen from {os.getcwd()})")
+            raise ValueError(f"weights: no file {self.weights!r} (seen from {os.getcwd()}); check the path")
         return self
 
     def _check_during(self, during: Mapping[str, Mapping[str, Any]], prune: Prune) -> None:
@@ -1083,6 +1091,11 @@ def parse(raw: Mapping[str, Any], model: type[Section], where: str) -> Section:
         task = cast("type[BaseModel]", _task_of(raw) if model is Recipe else model)
         lines = _united([_line(item, task) for item in error.errors()])
         raise ValueError(f"{where}: " + "\n".join(lines)) from None
+
+
+def schema_of_recipes() -> dict[str, Any]:
+    """The JSON schema of recipes of either task."""
+    return TypeAdapter(LanguageRecipe | ClassifierRecipe).json_schema() | {"title": "Recipe of Prunus"}
 
 
 def _not_finite(value: Any, key: str = "") -> Iterator[tuple[str, float]]:

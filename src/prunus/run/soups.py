@@ -24,7 +24,7 @@ from prunus.masks import Masks
 from prunus.run import stages
 from prunus.run.recipe import LanguageRecipe, LanguageRetrain, digest, given, member_of, said
 from prunus.run.tables import BEST, LONGER, MEAN, SOUP
-from prunus.save import average_folders, save_model
+from prunus.save import average_folders, is_whole, save_model
 from prunus.soup import check_weights
 
 __all__ = [
@@ -183,7 +183,7 @@ def _kept(pruned: Pruned, name: str, asked: LanguageRetrain, path: Path) -> Numb
     key, alone = member_key(pruned.recipe, asked), path.suffix == ".json"
     stored = path if alone else path / "prunus.json"
     known = read_json(stored) if stored.is_file() else {}
-    if known.get("member") == key:
+    if known.get("member") == key and (alone or is_whole(path)):
         return known["metrics"]
     checkpoint = path.parent / f"{key[:16]}.pt"
     model, found = pruned.retrained(name, asked, checkpoint)

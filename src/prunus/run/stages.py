@@ -95,8 +95,6 @@ def load(recipe: LanguageRecipe, home: torch.device | None = None) -> Loaded:
     """
     path, trust = model_path(recipe.model), recipe.trust_remote_code
     straight: dict[str, Any] = {} if home is None or home.type == "cpu" else {"device_map": {"": home}}
-    if path.suffix == ".gguf":
-        return _load_gguf(path, recipe, straight)
     if not Path(recipe.model).exists() and recipe.model != "embedded":
         path = download_weights(recipe.model)
     config, checkpoint = read_config(path, trust_remote_code=trust), read_checkpoint(path)
@@ -111,34 +109,6 @@ def load(recipe: LanguageRecipe, home: torch.device | None = None) -> Loaded:
     model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, trust_remote_code=trust, **straight)
     check_finite(model.named_parameters(), path)
     return Loaded(model.eval(), tokenizer, path)
-
-
-def _load_gguf(path: Path, recipe: LanguageRecipe, straight: dict[str, Any]) -> Loaded:
-    """The model of a GGUF file, dequantised: a plain one, in which nothing is random."""
-    from transformers import GgufConfig
-
-    if recipe.streaming:
-        raise ValueError(f"streaming: reads safetensors, and {recipe.model!r} is GGUF; set streaming: false")
-    tokenizer = read_tokenizer(path)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        str(path.parent),
-        gguf_file=path.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype="auto" if recipe.dtype == "auto" else getattr(torch, recipe.dtype),
-        output_loading_info=True,
-        **straight,
-    )
-    model, found = loaded
-    packed = [name for name, each in model.state_dict().items() if not each.is_floating_point()]
-    if packed or found["missing_keys"]:
-        first = [*packed, *found["missing_keys"]][0]
-        raise ValueError(
-            f"{path}: {first!r} is {'still quantised' if packed else 'missing'}; give a folder of safetensors"
-        )
-    check_finite(model.named_parameters(), path)
-    if hasattr(model.config, "quantization_config"):
-        delattr(model.config, "quantization_config")  # what is saved is an ordinary model
-    return Loaded(model.eval(), tokenizer, None)
 
 
 def empty(recipe: LanguageRecipe) -> Loaded:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from prunus import __version__
-from prunus.machine import atomic_folder, read_json, write_json, write_text
+from prunus.machine import atomic_folder, checksums, read_json, read_tensors, write_json, write_text
 from prunus.save.account import account
 from prunus.save.shards import ShardWriter
 
@@ -36,7 +36,17 @@ if TYPE_CHECKING:
 
     from prunus.masks import Masks
 
-__all__ = ["FORMAT", "SIZE_NOTE", "SavedModel", "load_info", "model_card", "save_model", "save_tensors", "write_config"]
+__all__ = [
+    "FORMAT",
+    "SIZE_NOTE",
+    "SavedModel",
+    "is_whole",
+    "load_info",
+    "model_card",
+    "save_model",
+    "save_tensors",
+    "write_config",
+]
 
 log = logging.getLogger(__name__)
 
@@ -162,6 +172,35 @@ def load_info(folder: str | Path) -> dict[str, Any]:
     return info
 
 
+def check_whole(folder: str | Path) -> None:
+    """Raise ValueError, naming the file, when weights or masks of a saved model are not those that were written."""
+    said: dict[str, str] = load_info(folder).get("checksums", {})
+    found = checksums([path for name in said if (path := Path(folder) / name).is_file()])
+    wrong = next((name for name, each in said.items() if found.get(name) != each), None)
+    if wrong is not None:
+        raise ValueError(
+            f"{Path(folder) / wrong} is damaged (its checksum is another); delete {folder} to make it anew"
+        )
+    if (Path(folder) / MASKS_NAME).is_file():
+        read_tensors(Path(folder) / MASKS_NAME)
+
+
+def is_whole(folder: str | Path) -> bool:
+    """Whether a saved model is there as it was written; of a damaged one a warning says that it is made anew.
+
+    >>> is_whole("out/model")
+    True
+    """
+    if not (Path(folder) / INFO_NAME).is_file():
+        return False
+    try:
+        check_whole(folder)
+    except ValueError as error:
+        log.warning("%s is made anew: %s", folder, error)
+        return False
+    return True
+
+
 @contextmanager
 def _as_dense(model: PreTrainedModel) -> Generator[None]:
     """Let transformers save a model that it read from GGUF, and take back what saving writes into the config.
@@ -230,11 +269,15 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def write_info(folder: Path, info: Mapping[str, Any], card: str | None = None) -> tuple[str, ...]:
-    """Write prunus.json, the last of a saved folder's files but for the card; the names of all."""
+    """Write prunus.json, the last of a saved folder's files but for the card; the names of all.
+
+    It has the checksums of the weight files. Masks carry one of their own, and their header has no fixed order.
+    """
     if card is not None:
         write_text(folder / CARD_NAME, card)
     files = tuple(sorted({INFO_NAME, *(path.name for path in folder.iterdir())}))
-    write_json(folder / INFO_NAME, {**info, "files": files})
+    sums = checksums(sorted(path for path in folder.glob("*.safetensors") if path.name != MASKS_NAME))
+    write_json(folder / INFO_NAME, {**info, "files": files, "checksums": sums})
     return files
 
 

@@ -136,6 +136,7 @@ class ShardWriter:
             shard.spool.close()
         for path in (*self._parts.values(), *(shard.path for shard in self._open)):
             path.unlink(missing_ok=True)
+            path.with_suffix(".part").unlink(missing_ok=True)
         self._open = []
 
     def __enter__(self) -> ShardWriter:
@@ -172,30 +173,28 @@ class ShardWriter:
 
     def _close_shard(self, shard: _Shard) -> None:
         shard.settle()
-        part = shard.path.with_suffix(".part")
-        header = _header(shard.entries, _ROOM)
+        part, header = shard.path, _header(shard.entries, _ROOM)
         sizes = [entry.dtype.itemsize for entry in shard.entries]
         if len(header) == _ROOM and sizes == sorted(sizes, reverse=True):
             shard.spool.seek(0)
             shard.spool.write(header)
             _close(shard.spool)
-            os.replace(shard.path, part)
         else:
-            self._lay_out(shard, part)
+            part = self._lay_out(shard)
             shard.spool.close()
             shard.path.unlink()
         self._open.remove(shard)
         self._parts[shard.number] = part
 
-    def _lay_out(self, shard: _Shard, part: Path) -> None:
-        unfinished = part.with_suffix(".tmp")
+    def _lay_out(self, shard: _Shard) -> Path:
+        part = shard.path.with_suffix(".part")
         entries = sorted(shard.entries, key=lambda e: (-e.dtype.itemsize, e.name))
-        with unfinished.open("wb") as file:
+        with part.open("wb") as file:
             file.write(_header(entries))
             for entry in entries:
                 _copy(shard.spool, file, entry)
             _close(file)
-        os.replace(unfinished, part)
+        return part
 
     def _settle(self, *, most: int) -> None:
         """Wait until at most so many tensors are not written yet; raise what went wrong."""

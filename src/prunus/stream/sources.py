@@ -264,7 +264,7 @@ class Ahead:
         except BaseException as error:
             if not quietly:
                 raise
-            log.warning("While another error ended the work, so did this in the background: %r", error)
+            log.info("While another error ended the work, so did this in the background: %r", error)
         finally:
             self._brings.shutdown()
             self._follows.shutdown()

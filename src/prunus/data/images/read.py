@@ -64,6 +64,8 @@ def read_images(
         return images
     if split not in ("train", "test"):
         raise ValueError(f"'{source}' has no splits of its own: ask for 'train', 'test' or None, not {split!r}")
+    if not 0 < round(test_share * len(images)) < len(images):
+        raise ValueError(f"'{source}' has {len(images)} images, too few for a share of {test_share}; give more")
     return images.split(test_share, seed=0)[split == "test"]
 
 
@@ -100,6 +102,7 @@ def _split_folder(folder: Path, split: str | None, size: int | None) -> Images |
     if not files:
         raise FileNotFoundError(
             f"{folder} holds no {split}*.parquet, .npz or .safetensors, at any depth, and no pictures in {split}/CLASS/"
+            "; put them there, or name another folder"
         )
     return _read_files(sorted(files, key=lambda file: (file.name, file)), size)
 
@@ -137,6 +140,8 @@ def _read_files(files: Sequence[Path], size: int | None) -> Images:
     parts = [_read_arrays(path) for path in files if path.suffix != ".parquet"]
     if tables:
         rows = _Rows([row for table in tables for row in table.rows], max((table.names for table in tables), key=len))
+        if not rows.rows:
+            raise ValueError(f"{files[0]} holds no image; give a file that does")
         parts.append(_decoded(rows, size))
     return parts[0] if len(parts) == 1 else _joined(parts)
 
@@ -169,7 +174,9 @@ def _parquet_rows(path: Path) -> _Rows:
 def _read_arrays(path: Path) -> Images:
     found = _arrays(path)
     if not {"pixels", "labels"} <= found.keys():
-        raise ValueError(f"{path} holds {sorted(found)}; images are 'pixels' (N, C, H, W) uint8 and 'labels' (N,)")
+        raise ValueError(
+            f"{path} holds {sorted(found)}; rename images 'pixels' (N, C, H, W) uint8, classes 'labels' (N,)"
+        )
     labels, names = found["labels"], tuple[str, ...]()
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
@@ -178,6 +185,8 @@ def _read_arrays(path: Path) -> Images:
     if np.asarray(labels).dtype.kind not in "iu":
         raise ValueError(f"{path} has labels of {np.asarray(labels).dtype}; give integers or texts")
     numbers = torch.from_numpy(np.asarray(labels, np.int64))
+    if not numbers.numel():
+        raise ValueError(f"{path} holds no image; give a file that does")
     try:
         pixels = torch.from_numpy(_channels_first(found["pixels"]))
         return Images(pixels, numbers, len(names) or int(numbers.max()) + 1, names)
@@ -195,7 +204,8 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except (SafetensorError, zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} holds no arrays that can be read ({' '.join(str(error).split())})") from None
+        why = "objects, or a file of another kind" if "pickle" in str(error) else " ".join(str(error).split())
+        raise ValueError(f"{path} holds no arrays that can be read ({why}); make it again, of plain numbers") from None
 
 
 def _channels_first(pixels: np.ndarray) -> np.ndarray:
@@ -286,7 +296,7 @@ def _targets(found: _Rows) -> tuple[tuple[str, ...], list[int]]:
     for row in found.rows:
         if row.label < 0 or (found.names and row.label >= len(found.names)):
             last = f"to {len(found.names) - 1}" if found.names else "and up"
-            raise ValueError(f"{row.place} has the label {row.label}; classes are 0 {last}")
+            raise ValueError(f"{row.place} has the label {row.label}; classes are 0 {last}: number them so")
     return found.names, labels
 
 
@@ -324,7 +334,7 @@ def _content(row: _Row) -> bytes:
         raise ValueError(f"{row.place} has no image; leave the row out")
     if isinstance(content, (str, Path)):
         if not Path(content).is_file():
-            raise ValueError(f"{row.place} names the picture {str(content)!r}, which is not there")
+            raise ValueError(f"{row.place} names the picture {str(content)!r}, which is not there; put it there")
         return Path(content).read_bytes()
     if not isinstance(content, bytes):
         raise ValueError(

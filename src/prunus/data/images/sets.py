@@ -32,7 +32,7 @@ class Images:
         if labels.dtype != torch.int64 or labels.shape != pixels.shape[:1]:
             raise ValueError(f"labels must be ({len(pixels)},) int64; got {tuple(labels.shape)} {labels.dtype}")
         if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < self.classes:
-            raise ValueError(f"labels go from {labels.min()} to {labels.max()}; {self.classes} classes are 0 and up")
+            raise ValueError(f"labels go from {labels.min()} to {labels.max()}; number {self.classes} classes from 0")
 
     def __len__(self) -> int:
         return len(self.labels)

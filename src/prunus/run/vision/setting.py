@@ -84,6 +84,10 @@ class Setting:
             raise ValueError(
                 f"train.batch_size: {recipe.train.batch_size} is more than the {len(sets.train)} training images"
             )
+        if sets.train.classes < 2:
+            raise ValueError(
+                f"images.source {recipe.images.source!r}: all are of 1 class; a classifier needs 2 at least"
+            )
         asked = recipe.corruptions
         if asked is not None:
             size = tuple(sets.measured.pixels.shape[1:])
@@ -92,8 +96,10 @@ class Setting:
         capture = cuda if recipe.capture == "auto" else recipe.capture
         channels_last = cuda if recipe.channels_last == "auto" else recipe.channels_last
         found = cls(recipe, device, precision, capture, channels_last, sets)
+        model = found.empty_model()
+        found._check_size(model)
         if recipe.prune is not None:
-            check_pruning(found.empty_model(), recipe.prune)
+            check_pruning(model, recipe.prune)
         return found
 
     @property
@@ -117,8 +123,7 @@ class Setting:
         """
         with _lock, torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.recipe.seed)  # a GPU's may be in use by another thread
-            images, own = self.sets.train, {"arguments": self.recipe.arguments} if self.recipe.arguments else {}
-            model = build_model(self.recipe.model, classes=images.classes, channels=images.pixels.shape[1], **own)
+            model = self._built()
         if self.recipe.weights is not None:
             load_weights_(model, Path(self.recipe.weights).expanduser(), other_head=True)
         model = model.to(self.device)
@@ -131,9 +136,24 @@ class Setting:
     def empty_model(self) -> nn.Module:
         """The network on the meta device, for what its shapes alone say."""
         with torch.device("meta"):
-            return build_model(
-                self.recipe.model, classes=self.sets.train.classes, channels=self.sets.train.pixels.shape[1]
-            )
+            return self._built()
+
+    def _built(self) -> nn.Module:
+        images, own = self.sets.train, {"arguments": self.recipe.arguments} if self.recipe.arguments else {}
+        return build_model(self.recipe.model, classes=images.classes, channels=images.pixels.shape[1], **own)
+
+    def _check_size(self, model: nn.Module) -> None:
+        """Raise ValueError for a network that takes no images of this size, as far as an empty one can tell."""
+        shape = tuple(self.sets.train.pixels.shape[1:])
+        try:
+            with torch.no_grad():
+                model.eval()(torch.empty(1, *shape, device="meta"))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            if "meta" not in str(error).lower():
+                raise ValueError(
+                    f"model: {self.recipe.model!r} takes no images of {shape} (channels, rows, columns: "
+                    f"{' '.join(str(error).split())[:150]}); give another, or images.size"
+                ) from None
 
     def batches(self, part: int) -> ImageBatches:
         """Augmented training batches; part: 0 for the training, j for the retraining of phase j, each in its order."""
@@ -204,7 +224,7 @@ def _normal(asked: ImageSource, train: Images) -> tuple[Tensor, Tensor]:
     mean, std = train.statistics()
     for key, given, own in (("mean", asked.mean, mean), ("std", asked.std, std)):
         if given is not None and len(given) != len(own):
-            raise ValueError(f"images.{key}: one number a channel, {len(own)}; got {list(given)}")
+            raise ValueError(f"images.{key}: give one number a channel, {len(own)}; got {list(given)}")
     mean = mean if asked.mean is None else torch.tensor(asked.mean)
     std = std if asked.std is None else torch.tensor(asked.std)
     if bool((std <= 0).any()):

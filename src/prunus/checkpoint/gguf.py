@@ -1,0 +1,77 @@
+"""A .gguf file as a plain checkpoint: dequantised once into a folder of safetensors, and read like any other.
+
+model.gguf ─ transformers ─▶ $PRUNUS_CACHE/models/HASH/   config, tokenizer, float32 weights
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from filelock import FileLock
+
+from prunus.machine import atomic_folder, cache, import_extra
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["plain"]
+
+_HEAD = 1 << 20
+
+
+def plain(path: Path) -> Path:
+    """The folder of the causal language model in a GGUF file, in float32, with its tokenizer; other paths as they are.
+
+    It is made once, by the file's size, time and head, while memory holds the whole model; it may be deleted at any
+    time. Raises ImportError without the package gguf; ValueError for a file that does not open or is no such model, and
+    for tensors that are missing or still quantised.
+
+    >>> plain(Path("out/model"))
+    PosixPath('out/model')
+    """
+    if path.suffix != ".gguf" or not path.is_file():
+        return path
+    import_extra("gguf", "gguf", f"model: {str(path)!r} needs the extra")
+    said, found = blake2b(digest_size=16), path.stat()
+    with path.open("rb") as opened:
+        said.update(f"{path.name} {found.st_size} {found.st_mtime_ns} ".encode() + opened.read(_HEAD))
+    folder = cache("models") / said.hexdigest()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            model, tokenizer = _opened(path)
+            with atomic_folder(folder) as partial:
+                model.save_pretrained(partial)
+                tokenizer.save_pretrained(partial)
+    return folder
+
+
+def _opened(file: Path) -> tuple[PreTrainedModel, Any]:
+    """The model, plain, with nothing random in it, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    place: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    how = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32, "output_loading_info": True}
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(**place, **how)  # type: ignore[misc]
+        tokenizer = AutoTokenizer.from_pretrained(**place)
+    except Exception as error:  # numpy's and the tokenizers library's own among them
+        if isinstance(error, (ImportError, MemoryError)):
+            raise
+        why = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"model: {str(file)!r} is no GGUF file of a causal language model that opens ({type(error).__name__}: "
+            f"{why}); get it again, or give a folder of safetensors"
+        ) from None
+    packed = [name for name, each in model.named_parameters() if not each.is_floating_point()]
+    if packed or loading["missing_keys"]:
+        name = [*packed, *sorted(loading["missing_keys"])][0]
+        raise ValueError(
+            f"model: {str(file)!r}: {name!r} is {'still quantised' if packed else 'missing'}; give a folder of "
+            "safetensors"
+        )
+    vars(model.config).pop("quantization_config", None)  # the folder is that of an ordinary model
+    return model, tokenizer
