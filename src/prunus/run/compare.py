@@ -5,7 +5,7 @@ out/members/KEY.json   a member's result (complete or absent)    out/table.*   w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -64,17 +64,17 @@ def compare_all(
     return rows
 
 
-def load_grids(paths: Sequence[Path], out: Path | None = None) -> list[Grid]:
+def load_grids(paths: Sequence[Path], out: Path | None = None, changes: Mapping[str, Any] | None = None) -> list[Grid]:
     """The checked grids of YAML files; out: the folder of one grid, and of several the folder of their folders,
-    in which they share their dense trainings.
+    in which they share their dense trainings. changes: dotted keys of all of them, and their values.
 
     Raises ValueError naming the cell and the key of the first recipe that is wrong.
     """
     if len(paths) == 1:
-        return [load_grid(paths[0], out)]
+        return [load_grid(paths[0], out, changes=changes)]
     if out is None:
-        return [load_grid(path) for path in paths]
-    return [load_grid(path, out / path.stem, out / "dense") for path in paths]
+        return [load_grid(path, changes=changes) for path in paths]
+    return [load_grid(path, out / path.stem, out / "dense", changes) for path in paths]
 
 
 def tabulate(grid: Grid) -> list[dict[str, Any]]:

@@ -291,10 +291,13 @@ def _trial(grid: Grid, labels: Labels, tuned: dict[str, Any]) -> Member:
     return Member(dict(labels), grid.seeds[0], tuned, grid.recipe(labels, grid.seeds[0], tuned, tuning=True), grid.task)
 
 
-def load_grid(path: Path, out: Path | None = None, dense: Path | None = None) -> Grid:
+def load_grid(
+    path: Path, out: Path | None = None, dense: Path | None = None, changes: Mapping[str, Any] | None = None
+) -> Grid:
     """The checked grid of a YAML file; every member's recipe is checked too. dense: unless the file names a folder.
+    changes: dotted keys and their values.
 
     Raises ValueError naming the cell and the key of the first recipe that is wrong.
     """
-    raw = read_yaml(path)
+    raw = merge(read_yaml(path), changes or {})
     return parse(({"dense": str(dense)} if dense else {}) | raw | ({"out": str(out)} if out else {}), Grid, str(path))
