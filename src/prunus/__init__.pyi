@@ -15,6 +15,7 @@ from .during import CS as CS
 from .during import DNW as DNW
 from .during import DPF as DPF
 from .during import DST as DST
+from .during import ELSA as ELSA
 from .during import GMP as GMP
 from .during import GSM as GSM
 from .during import LC as LC
@@ -54,6 +55,7 @@ from .score import allocation as allocation
 from .score import counts_under as counts_under
 from .score import criterion as criterion
 from .score import erk as erk
+from .score import evopress as evopress
 from .score import global_ as global_
 from .score import lamp as lamp
 from .score import magnitude as magnitude

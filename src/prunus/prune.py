@@ -8,7 +8,9 @@ again and again that of `soup.imp`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from prunus.score import (
     Criterion,
     Score,
     Scores,
+    Tried,
     allocation_of,
     check_comparable,
     check_within,
@@ -64,8 +67,8 @@ def prune(
     views: the prunable weights, by default `find_layers(model)`, without those whose inputs are needed and cannot be
         observed.
     within: earlier masks. What they prune stays pruned and counts as zero: the sparsity is that of the result.
-    batches: calibration for criteria that need inputs: x, or tuples that begin with x, given to the model in eval mode
-        and on its device. Linear and convolutions of one group can be observed.
+    batches: calibration for criteria that need inputs, and allocations that try the model: x, or tuples that begin with
+        x, given to the model in eval mode and on its device. Linear and convolutions of one group can be observed.
 
     Raises ValueError for a model without prunable weights, a sparsity outside [0, 1) or below that of `within`, a
     pattern that does not fit a layer or `within`, scores with NaN, a criterion or allocation that needs inputs when
@@ -90,13 +93,20 @@ def prune(
     check_comparable(asked, shared)
     if within is not None:
         asked = staying(asked, views, within)
+    if shared.reads == "loss" and batches is not None:
+        batches = list(batches)
     inputs = _inputs(model, views, batches, needs)
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     layers = {
         view.name: Layer(view.name, view.matrix(parameters[view.parameter]), inputs.get(view.name)) for view in views
     }
     scores = _scores(asked, layers)
-    counts = counts_under(pattern, Scores(scores, parameter_shapes(parameters, views), layers), sparsity, shared)
+    found = Scores(scores, parameter_shapes(parameters, views), layers)
+    if shared.reads == "loss":
+        with _tried(model, views, inputs, (asked, pattern), batches) as loss:
+            counts = counts_under(pattern, replace(found, loss=loss), sparsity, shared)
+    else:
+        counts = counts_under(pattern, found, sparsity, shared)
     if asked.score is None:
         solved = {name: asked.solve(layers[name], pattern, kept) for name, kept in counts.items()}
         matrices = {name: mask for name, (_, mask) in solved.items()}
@@ -124,6 +134,33 @@ def _scores(criterion: Criterion, layers: Mapping[str, Layer]) -> dict[str, Tens
     if criterion.score is None:
         return {name: torch.zeros(()).expand(layer.weight.shape) for name, layer in layers.items()}
     return {name: criterion.score(layer) for name, layer in layers.items()}
+
+
+@contextmanager
+def _tried(
+    model: nn.Module,
+    views: Sequence[View],
+    inputs: Mapping[str, Inputs],
+    how: tuple[Criterion, Pattern],
+    batches: Iterable[Any] | None,
+) -> Generator[Tried]:
+    """The loss of counts, by the model's logits over the batches; its weights are dense again afterwards."""
+    if batches is None:
+        raise ValueError("the allocation tries the whole model: pass calibration batches")
+    device = next(model.parameters()).device
+    served = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in batches]
+
+    def outputs(batch: int) -> Tensor:
+        out = model(served[batch].to(device))
+        return (out if isinstance(out, Tensor) else out.logits).flatten(0, -2)
+
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    with in_mode(model, training=False):
+        tried = Tried(parameters, views, inputs, how, (outputs, len(served)))
+        try:
+            yield tried
+        finally:
+            tried.restore_()
 
 
 def _inputs(model: nn.Module, views: Sequence[View], batches: Iterable[Any] | None, needs: str) -> Mapping[str, Inputs]:

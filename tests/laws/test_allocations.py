@@ -1,5 +1,9 @@
 """Allocations: integer counts, exact totals under every pattern, and OWL against its formula."""
 
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,8 +12,8 @@ from torch import Tensor
 
 from prunus import patterns
 from prunus.patterns import NM, Block, Pattern, Rows, Unstructured, kept_of
-from prunus.score import Allocation, allocations, counts_under
-from prunus.score.allocations import erk, global_, lamp, owl, uniform, uniform_plus
+from prunus.score import Allocation, Scores, allocations, counts_under
+from prunus.score.allocations import erk, evopress, global_, lamp, owl, uniform, uniform_plus
 
 SHAPES = {
     "model.layers.0.fc1": (6, 8),
@@ -21,7 +25,23 @@ SHAPES = {
     "model.layers.10.fc1": (4, 4),
     "head": (3, 11),
 }
+
+
+def convex(counts: Mapping[str, int], share: float = 1.0) -> float:
+    """Each layer by its name wants another count; the last one most."""
+    return sum(place * (kept - 7 * place) ** 2 for place, kept in enumerate(counts.values(), 1))
+
+
+def searched(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
+    """EvoPress beside a loss, which a model would have to say."""
+    inner = (
+        scores if isinstance(scores, Scores) else Scores(scores, {name: tuple(scores[name].shape) for name in scores})
+    )
+    return evopress(generations=5, step=0.1)(replace(inner, loss=convex), sparsity)
+
+
 FACTORIES: dict[str, Allocation] = {
+    "evopress": Allocation(searched),
     "owl": owl(),
     "uniform_plus": uniform_plus("model.layers.1.experts.up[0]", "head"),
 }
@@ -70,7 +90,7 @@ def test_every_pattern_is_here():
 @given(seed=st.integers(0, 99), sparsity=st.floats(0.1, 0.85))
 def test_masks_have_exactly_the_sparsity_under_every_pattern(name: str, pattern: Pattern, seed: int, sparsity: float):
     shapes = {"a.0.fc": (8, 12), "a.1.fc": (4, 24), "a.2.fc": (6, 36), "a.3.fc": (2, 12), "a.4.fc": (12, 12)}
-    made = {"uniform_plus": uniform_plus("a.3.fc", "a.4.fc")}
+    made = {"uniform_plus": uniform_plus("a.3.fc", "a.4.fc"), "evopress": FACTORIES["evopress"]}
     generator = torch.Generator().manual_seed(seed)
     scores = {layer: torch.randn(shape, generator=generator).abs() for layer, shape in shapes.items()}
     fixed = pattern.sparsity is not None
@@ -99,7 +119,7 @@ def test_masks_have_exactly_the_sparsity_under_every_pattern(name: str, pattern:
 @given(seed=st.integers(0, 99))
 def test_what_was_pruned_before_stays_pruned(name: str, pattern: Pattern, seed: int):
     shapes = {"a.0.fc": (8, 12), "a.1.fc": (4, 24), "a.2.fc": (6, 36), "a.3.fc": (2, 12)}
-    made = {"uniform_plus": uniform_plus("a.3.fc", "a.2.fc")}
+    made = {"uniform_plus": uniform_plus("a.3.fc", "a.2.fc"), "evopress": FACTORIES["evopress"]}
     allocation = made.get(name) or make(name)
     generator = torch.Generator().manual_seed(seed)
     scores = {layer: torch.randn(shape, generator=generator).abs() for layer, shape in shapes.items()}
@@ -227,3 +247,61 @@ def test_owl_refuses_impossible_settings():
     for c, lam in ((0.0, 0.1), (5.0, -0.1), (float("nan"), 0.1)):
         with pytest.raises(ValueError, match="owl needs c > 0"):
             owl(c, lam)
+
+
+# EvoPress.
+
+
+def layers(*sizes: int) -> Scores:
+    shapes = {f"h.{place}.fc": (1, size) for place, size in enumerate(sizes)}
+    return Scores({name: torch.ones(shape) for name, shape in shapes.items()}, shapes)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    seed=st.integers(0, 99),
+    sparsity=st.floats(0.1, 0.9),
+    step=st.floats(0.02, 0.4),
+    levels=st.integers(1, 4),
+    offspring=st.integers(1, 9),
+)
+def test_the_search_keeps_the_budget_and_never_loses_more_than_the_start(
+    seed: int, sparsity: float, step: float, levels: int, offspring: int
+):
+    tried: list[tuple[dict[str, int], float, float]] = []
+
+    def loss(counts: Mapping[str, int], share: float) -> float:
+        tried.append((dict(counts), share, convex(counts)))
+        return tried[-1][2] * (1 if share == 1 else 1 + hash(tuple(counts.values())) % 3)  # a poor first impression
+
+    scores = replace(layers(30, 20, 10, 41), loss=loss)
+    found = evopress(6, offspring, step, levels, seed)(scores, sparsity)
+    start, least = tried[0][0], min(value for _, share, value in tried if share == 1)
+    total = kept_of(101, sparsity)
+    assert all(sum(counts.values()) == total for counts, *_ in tried)
+    assert convex(found) == least <= convex(start)
+    unit = max(1, round(step * 101 / 4))
+    for counts, *_ in tried:
+        assert all(abs(counts[name] - start[name]) in range(0, unit * levels + 1, unit) for name in counts)
+        assert all(0 <= counts[name] <= size for name, size in zip(counts, (30, 20, 10, 41), strict=True))
+    again = evopress(6, offspring, step, levels, seed)(replace(scores, loss=lambda c, _: convex(c)), sparsity)
+    assert again == evopress(6, offspring, step, levels, seed)(replace(scores, loss=lambda c, _: convex(c)), sparsity)
+
+
+def test_a_long_search_ends_at_the_best_of_all_levels():
+    scores = replace(layers(20, 20, 20), loss=lambda counts, _: convex(counts))
+    found = evopress(60, 8, 0.1, 3)(scores, 0.5)
+    every = [
+        (10 + 2 * a, 10 + 2 * b, 10 - 2 * a - 2 * b) for a, b in product(range(-3, 4), repeat=2) if abs(a + b) <= 3
+    ]
+    assert convex(found) == min(convex(dict(enumerate(each))) for each in every) < convex(dict(enumerate([10] * 3)))
+
+
+def test_what_the_search_cannot_use_is_refused():
+    with pytest.raises(ValueError, match="evopress runs the whole model: prune it in memory"):
+        evopress()(draw_scores(0), 0.5)
+    for wrong in ({"generations": 0}, {"offspring": 0}, {"levels": 0}, {"step": 0.0}, {"step": 1.0}):
+        with pytest.raises(
+            ValueError, match=r"evopress needs generations, offspring and levels >= 1 and step in \(0, 1\)"
+        ):
+            evopress(**wrong)

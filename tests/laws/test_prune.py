@@ -11,11 +11,13 @@ from torch import nn
 from prunus import patterns
 from prunus.layers import find_layers
 from prunus.masks import Masks
-from prunus.patterns import NM, Block, Rows, Unstructured
+from prunus.patterns import NM, Block, Rows, Unstructured, kept_of
 from prunus.prune import prune
 from prunus.score import (
+    Tried,
     criterion,
     erk,
+    evopress,
     global_,
     lamp,
     magnitude,
@@ -26,7 +28,7 @@ from prunus.score import (
     uniform_plus,
     wanda,
 )
-from prunus.solve import frank_wolfe, sparsegpt
+from prunus.solve import frank_wolfe, refit, sparsegpt
 from prunus.stream import stream
 from tests.conftest import tiny_llama
 
@@ -248,3 +250,47 @@ def test_adapters_of_peft_are_refused_before_their_matrices_are_taken_for_layers
     for verb in (prune, partial(stream, tokens=torch.zeros(1, 2, dtype=torch.int64))):
         with pytest.raises(ValueError, match=r"'1' holds an adapter of peft: merge it first, .*merge_and_unload"):
             verb(model, magnitude, sparsity=0.5)
+
+
+def classifier() -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 5))
+
+
+@torch.no_grad()
+def divergence(model: nn.Module, dense: nn.Module, x: torch.Tensor) -> float:
+    p, q = (each(x).log_softmax(-1) for each in (dense, model))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("asked", [magnitude, refit(wanda)], ids=lambda each: each.name)
+def test_an_allocation_that_tries_the_model_lowers_its_loss(asked):
+    batches = [torch.randn(16, 6, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    dense, found = classifier(), {}
+    for allocation in (uniform, evopress(12, 6, step=0.1)):
+        model = classifier()
+        masks = prune(model, asked, Unstructured("layer"), 0.6, allocation=allocation, batches=iter(batches))
+        masks.check(model)
+        assert sum(kept for kept, _ in masks.table().values()) == kept_of(144 + 576 + 120, 0.6)
+        if asked is magnitude:  # nothing that was tried is left in the weights
+            for name, mask in masks.items():
+                assert torch.equal(model.get_parameter(name)[mask], dense.get_parameter(name)[mask])
+        found[allocation.name] = divergence(model, dense, torch.cat(batches))
+    assert found["evopress"] < 0.95 * found["uniform"]
+
+
+def test_a_loss_is_the_divergence_of_what_was_solved_and_leaves_no_trace():
+    model, dense = classifier(), classifier()
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    views, parameters = find_layers(model), {name: each.detach() for name, each in model.named_parameters()}
+    tried = Tried(parameters, views, {}, (magnitude, Unstructured("layer")), (lambda _: model(x), 1))
+    sizes = {view.name: view.shape[0] * view.shape[1] for view in views}
+    assert tried(sizes) == pytest.approx(0, abs=1e-7)
+    for share in (0.5, 0.25, 0.5):
+        counts = {name: kept_of(size, share) for name, size in sizes.items()}
+        pruned = classifier()
+        prune(pruned, magnitude, Unstructured("layer"), share, allocation=uniform)
+        assert tried(counts) == pytest.approx(divergence(pruned, dense, x), rel=1e-4)
+    tried.restore_()
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), dense.parameters(), strict=True))

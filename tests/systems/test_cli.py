@@ -253,6 +253,18 @@ def test_flags_win_over_set_and_set_over_the_recipe(
     assert info["metrics"] == {"perplexity": json.loads((tmp_path / "out" / "result.json").read_text())["perplexity"]}
     assert info["versions"]["prunus"] == __version__
 
+    base = {key: value for key, value in asked.items() if key != "out"}
+    grid = {"base": base, "axes": {"share": {"a half": {"prune.sparsity": 0.5}}}, "out": str(tmp_path / "grid")}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
+    changes = ["--set", "axes.share.a half.prune.criterion=magnitude", "--set", "base.calibrate.samples=4"]
+    status, out, err = call("grid", tmp_path / "grid.yaml", *changes)
+    assert status == 0, err
+    (member,) = (tmp_path / "grid" / "members").glob("*.json")
+    used = json.loads(member.read_text())["recipe"]
+    assert (used["prune"]["criterion"], used["calibrate"]["samples"]) == ("magnitude", 4)
+    status, out, err = call("grid", tmp_path / "grid.yaml", "--set", "base.prune.sparsety=0.5")
+    assert (status, "did you mean 'sparsity'?" in err) == (2, True)
+
     rows = tmp_path / "rows.json"
     assert call("inspect", tmp_path / "out" / "model", "--out", rows)[0] == 0
     found = {row["name"]: row["sparsity"] for row in json.loads(rows.read_text())}

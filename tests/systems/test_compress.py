@@ -226,7 +226,7 @@ WRONG = [
         "prune.criterion: concave is (first, last), each in",
     ),
     ({"prune": {"criterion": {"sparsegpt": {"damping": "much"}}}}, "sparsegpt.damping: Input should be a valid number"),
-    ({"prune": {"allocation": "ring"}}, "there is no allocation 'ring'; there are erk, global, lamp, owl, uniform"),
+    ({"prune": {"allocation": "ring"}}, "no allocation 'ring'; there are erk, evopress, global, lamp, owl, uniform"),
     ({"prune": {"criterion": "sparsegpt", "allocation": "lamp"}}, "no scores for lamp to compare"),
     ({"calibrate": {"data": "./nowhere.txt"}}, "nowhere.txt"),
     ({"retrain": {"train": ["biasses"]}}, "biasses"),
@@ -242,6 +242,9 @@ WRONG = [
     ({"device": "gpu3"}, "'gpu3'"),
     ({"prune": {"criterion": {"sparsegpt": {"damping": 3}}}}, "prune.criterion: sparsegpt needs 0 <= damping <= 1"),
     ({"retrain": {"distill": {"weight": 2}}}, "retrain.distill.weight"),
+    ({"prune": {"allocation": "evopress", "phases": 2}}, "evopress solves whole layers"),
+    ({"prune": {"allocation": "evopress"}, "streaming": True}, "leave out streaming"),
+    ({"prune": {"allocation": {"evopress": {"levels": 0}}}}, "evopress needs generations, offspring and levels >= 1"),
     ({"retrain": {"distill": {"teacher": "./nowhere"}}}, "retrain.distill.teacher: no file or folder './nowhere'"),
     ({"retrain": {"keep_effective": True}, "capture": True}, "capture: steps with retrain.keep_effective are not"),
 ]

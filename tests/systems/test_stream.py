@@ -16,7 +16,7 @@ from prunus.layers import Layer, find_layers
 from prunus.masks import Masks
 from prunus.patterns import NM, Block, Pattern, Unstructured
 from prunus.score import Allocation, Criterion, uniform
-from prunus.score.allocations import erk, global_, lamp, owl, uniform_plus
+from prunus.score.allocations import erk, evopress, global_, lamp, owl, uniform_plus
 from prunus.score.criteria import magnitude, wanda
 from prunus.solve.frank_wolfe import frank_wolfe
 from prunus.solve.sweep import sparsegpt
@@ -55,6 +55,30 @@ def test_every_layer_reaches_its_count_and_the_rest_is_untouched() -> None:
     assert all(torch.equal(model.get_parameter(name), dense.get_parameter(name)) for name in rest)
     assert [report.name for report in streamed.reports] == ["model.layers.0", "model.layers.1"]
     assert streamed.reports[0].sparsity == pytest.approx(0.3, abs=1e-3)
+
+
+@pytest.mark.parametrize("asked", [wanda, sparsegpt()], ids=lambda each: each.name)
+def test_a_search_by_the_models_loss_keeps_the_budget(asked: Criterion) -> None:
+    dense, found = tiny_llama(), {}
+    with torch.no_grad():
+        expected = dense(TOKENS).logits.log_softmax(-1)
+    for allocation in (uniform, evopress(8, 6, step=0.2)):
+        model = tiny_llama()
+        masks = stream(model, asked, Unstructured("layer"), 0.75, tokens=TOKENS, allocation=allocation).masks
+        masks.check(model)
+        assert masks.sparsity == 0.75
+        with torch.no_grad():
+            other = model(TOKENS).logits.log_softmax(-1)
+        found[allocation.name] = float((expected.exp() * (expected - other)).sum(-1).mean())
+    assert found["evopress"] < found["uniform"]
+
+
+def test_a_search_needs_the_model_in_memory(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    with init_empty_weights():
+        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    with pytest.raises(ValueError, match="the allocation tries the whole model: leave out streaming"):
+        stream(empty, magnitude, sparsity=0.5, tokens=TOKENS, allocation=evopress(1), source=Shards.of(empty, tmp_path))
 
 
 def test_the_second_block_sees_what_the_pruned_first_block_gives() -> None:

@@ -77,8 +77,8 @@ def without_inputs(allocation: Allocation | Count) -> Allocation:
     ''
     """
     found = allocation_of(allocation)
-    if found.reads == "inputs":
+    if found.reads in ("inputs", "loss"):
         raise ValueError(
-            f"{found.name} looks at what the layers receive, which training does not measure: take another"
+            f"{found.name} looks at what the layers receive or return, which training does not measure: take another"
         )
     return found

@@ -96,6 +96,10 @@ def grid(
     recipes: Annotated[
         list[Path], typer.Argument(help="YAML grids: a base recipe and the axes that vary; or one sweep of rates.")
     ],
+    assign: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any key of the grids: --set base.retrain.steps=64 (repeatable)."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the grid; of several, that of their folders.")] = None,
     workers: Annotated[
         int,
@@ -118,7 +122,10 @@ def grid(
     from prunus.run.task import is_sweep
 
     _check_single("grid")
+    changes = assignments(assign)
     if is_sweep(recipes):
+        if changes:
+            raise ValueError("--set goes with grids; write the key into the sweep")
         from prunus.run.show import show_sweep
         from prunus.run.vision.sweep import load_sweep, sweep
 
@@ -126,7 +133,7 @@ def grid(
         show_sweep(sweep(asked, Pool(max(workers, 1), together, ray)), asked.out)
         write_report(asked.out)
         return
-    grids = load_grids(recipes, out)
+    grids = load_grids(recipes, out, changes)
     from prunus.run.show import show_grid  # which takes seconds to import, and a grid that is wrong need not wait
 
     found = compare_all(grids, workers=workers, together=together, ray=ray, minutes=minutes)

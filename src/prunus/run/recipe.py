@@ -183,6 +183,8 @@ class Prune(Strict):
                 f"{criterion.name} cannot stay within the masks of an earlier phase: leave out phases, or take a "
                 "criterion with a score"
             )
+        if allocation.reads == "loss" and self.phases > 1:
+            raise ValueError(f"{allocation.name} solves whole layers, and later phases have none: leave out phases")
         if allocation.reads == "inputs":
             self._check_targets(allocation)
         return self
@@ -863,6 +865,8 @@ class LanguageRecipe(Recipe):
             self._check_during()
         if self.streaming and self.retrain is not None and self.retrain.schedule == "allr":
             raise ValueError("retrain.schedule: allr compares with the dense weights: leave out streaming, or use llr")
+        if self.streaming and self.prune.sharing().reads == "loss":
+            raise ValueError("prune.allocation: this one tries the whole model in memory: leave out streaming")
         if self.streaming and self.evaluate.tasks and self.retrain is None:
             raise ValueError("evaluate.tasks need the whole model in memory: leave out tasks or streaming")
         return self

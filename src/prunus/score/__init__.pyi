@@ -10,6 +10,7 @@ from .allocations import check_comparable as check_comparable
 from .allocations import compared as compared
 from .allocations import counts_under as counts_under
 from .allocations import erk as erk
+from .allocations import evopress as evopress
 from .allocations import fill as fill
 from .allocations import global_ as global_
 from .allocations import lamp as lamp
@@ -35,6 +36,7 @@ from .criteria import wanda as wanda
 from .criteria import warn_unseen as warn_unseen
 from .observe import observable as observable
 from .observe import observe as observe
+from .tried import Tried as Tried
 from .within import check_within as check_within
 from .within import limited as limited
 from .within import staying as staying

@@ -8,6 +8,7 @@
     lamp           the same, each score seen relative to the larger ones of its layer
     erk            survivors in proportion to the sum of a layer's dimensions
     owl            less sparsity for blocks whose scores have more outliers
+    evopress       what a search over levels finds that moves the model's outputs least
 
 A new allocation is one function and one `__all__` entry: recipes find it there. Its counts add up to
 `kept_of(all entries, sparsity)` (`round_to_total`). Mappings of scores are read in order and more than once, one tensor
@@ -20,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from random import Random
 from typing import Literal
 
 import torch
@@ -29,18 +31,27 @@ from prunus.layers import Layer
 from prunus.patterns import Pattern, check_scores, check_sparsity, kept_of, select_global_share
 from prunus.score.criteria import Compare, Criterion, Needs, Score, required, wanda
 
-__all__ = ["erk", "global_", "lamp", "owl", "uniform", "uniform_plus"]  # what recipes name; `prunus.score` has the rest
+__all__ = [
+    "erk",
+    "evopress",
+    "global_",
+    "lamp",
+    "owl",
+    "uniform",
+    "uniform_plus",
+]  # what recipes name; `prunus.score` has the rest
 
 Count = Callable[[Mapping[str, Tensor], float], dict[str, int]]
-Reads = Literal["", "shapes", "scores", "inputs"]
+Loss = Callable[[Mapping[str, int], float], float]
+Reads = Literal["", "shapes", "scores", "inputs", "loss"]
 
 
 @dataclass(frozen=True)
 class Allocation:
     """How many entries each layer keeps: (scores of all layers, sparsity) -> layer name -> count.
 
-    reads: what it must be given of the layers: "" (each by itself), their "shapes", their "scores", or their "inputs",
-    what they receive. A plain function is an allocation that reads scores.
+    reads: what it must be given of the layers: "" (each by itself), their "shapes", their "scores", their "inputs",
+    what they receive, or the "loss" of the model at given counts. A plain function is an allocation that reads scores.
 
     >>> Allocation(lambda scores, sparsity: {name: 1 for name in scores}, "shapes")({"a": torch.ones(2, 2)}, 0.75)
     {'a': 1}
@@ -87,13 +98,14 @@ class Scores(Mapping[str, Tensor]):
     """Layer name -> score (out, in), and what else an allocation may ask of the layers.
 
     shapes: of the parameters, such as (out, in, kh, kw). layers: weights and inputs, where they are known. change: is
-    applied to each score when it is read.
+    applied to each score when it is read. loss: (counts, share of the calibration) -> what the model loses (`Tried`).
     """
 
     found: Mapping[str, Tensor]
     shapes: Mapping[str, tuple[int, ...]]
     layers: Mapping[str, Layer] | None = None
     change: Callable[[str, Tensor], Tensor] | None = None
+    loss: Loss | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         return self.found[name] if self.change is None else self.change(name, self.found[name])
@@ -146,7 +158,7 @@ def check_comparable(criterion: Criterion, allocation: Allocation | Count) -> No
     if criterion.score is None and allocation_of(allocation).reads == "scores":
         raise ValueError(
             f"{criterion.name} chooses inside one layer and has no scores for {allocation_of(allocation).name} to "
-            "compare: take uniform, or an allocation that looks at shapes or inputs (erk, owl)"
+            "compare: take uniform, or an allocation that looks at shapes, inputs or the loss (erk, owl, evopress)"
         )
 
 
@@ -315,6 +327,72 @@ def owl(c: float = 5.0, lam: float = 0.08) -> Allocation:
         return dict(zip(sizes, kept, strict=True))
 
     return owl
+
+
+def evopress(
+    generations: int = 50, offspring: int = 8, step: float = 0.05, levels: int = 6, seed: int = 0
+) -> Allocation:
+    """A search over the layers' sparsities, by what the pruned model says (EvoPress, Sieberling et al. 2025).
+
+        start at the same sparsity everywhere;  a switch: one layer keeps a step less, another a step more
+        generation: children of the best so far, 1 to 3 switches each; the best quarter of them on an eighth of the
+        calibration is tried on all of it; a child that loses less there than the best takes its place
+
+    The loss is the KL divergence from the dense model's outputs, of layers each solved at that count beforehand. A step
+    is that share of a layer of mean size, in entries, the same number everywhere, so the total never changes. levels:
+    how many steps a layer may be away from the start. Each layer is solved at the counts that are tried, so as many
+    copies of it are kept.
+
+    Raises ValueError for numbers out of range, and without a loss: it runs the whole model in memory.
+
+    >>> evopress(generations=20).reads
+    'loss'
+    """
+    if min(generations, offspring, levels) < 1 or not 0 < step < 1:
+        raise ValueError(
+            f"evopress needs generations, offspring and levels >= 1 and step in (0, 1); got {generations}, "
+            f"{offspring}, {levels} and {step}"
+        )
+
+    @allocation(reads="loss")
+    def evopress(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
+        kept_of(0, sparsity)
+        loss = scores.loss if isinstance(scores, Scores) else None
+        if loss is None:
+            raise ValueError("evopress runs the whole model: prune it in memory, with calibration")
+        sizes, random = _sizes_of(scores), Random(seed)
+        total = sum(sizes.values())
+        exact = [(1 - sparsity) * size for size in sizes.values()]
+        start = dict(zip(sizes, round_to_total(exact, kept_of(total, sparsity)), strict=True))
+        unit = max(1, round(step * total / len(sizes)))
+        best, least = dict.fromkeys(sizes, 0), loss(start, 1.0)
+
+        def counts(steps: Mapping[str, int]) -> dict[str, int]:
+            return {name: kept + unit * steps[name] for name, kept in start.items()}
+
+        def allowed(steps: Mapping[str, int]) -> bool:
+            return all(abs(steps[name]) <= levels and 0 < kept <= sizes[name] for name, kept in counts(steps).items())
+
+        for _ in range(generations):
+            drawn = [_switched(best, random) for _ in range(offspring)]
+            children = [each for each in drawn if each != best and allowed(each)]
+            children.sort(key=lambda each: loss(counts(each), 1 / 8))  # stable: ties by order
+            for each in children[: max(1, offspring // 4)]:
+                value = loss(counts(each), 1.0)
+                best, least = (each, value) if value < least else (best, least)
+        return counts(best)
+
+    return evopress
+
+
+def _switched(steps: Mapping[str, int], random: Random) -> dict[str, int]:
+    """Levels after 1 to 3 switches, few more often than many; each takes a step from one layer to another."""
+    found, names = dict(steps), list(steps)
+    for _ in range(min(random.randint(1, 3), random.randint(1, 3)) if len(names) > 1 else 0):
+        less, more = random.sample(names, 2)
+        found[less] -= 1
+        found[more] += 1
+    return found
 
 
 def _mapped(scores: Mapping[str, Tensor], change: Callable[[str, Tensor], Tensor]) -> Scores:

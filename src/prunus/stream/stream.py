@@ -22,8 +22,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from prunus.blocks import Arguments, Source, embed, find_blocks, finish, run_block
 from prunus.layers import Inputs, Layer, View, check_unwrapped, find_layers, parameter_shapes
-from prunus.machine import Precision, autocast, ranks
+from prunus.machine import Precision, autocast, in_mode, ranks
 from prunus.masks import Masks, count_kept
 from prunus.patterns import Pattern, Unstructured, check_sparsity
 from prunus.score import (
@@ -42,6 +42,7 @@ from prunus.score import (
     Score,
     Scored,
     Scores,
+    Tried,
     allocation_of,
     check_comparable,
     compared,
@@ -59,6 +60,8 @@ from prunus.stream.sources import Ahead, Memory, ahead
 from prunus.stream.work import BlockReport, Work
 
 __all__ = ["Streamed", "stream", "survey"]
+
+_TRIED = 1 << 28  # logits of the dense model that are kept while allocations are tried: 1 GiB
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,8 @@ def stream(
     pattern: where zeros may lie; None is any entries of a row or a layer, as the criterion compares.
     sparsity: the share of zeros; may be left out where the pattern fixes it.
     tokens: (samples, length) int64 calibration windows, run `batch_size` at a time.
-    allocation: how the zeros are shared out. For one that compares scores or inputs the dense blocks run once before.
+    allocation: how the zeros are shared out. For one that compares scores or inputs the dense blocks run once before;
+        one that asks for the loss runs the whole model, which must be in memory.
     within: earlier masks. What they prune stays pruned and counts as zero: the sparsity is that of the result.
     fit: how a pruned block is fitted to its dense outputs; None leaves it.
     precision: autocast in which blocks run; statistics and solvers are float32 throughout.
@@ -226,13 +230,45 @@ def _counts_of(
     if within is not None:
         counts |= counts_under(pattern, _scores_of(place, place.outer, within), sparsity, uniform)
     if asked.reads or within is not None:
-        needs = needed(criterion, asked) if asked.reads in ("scores", "inputs") else ""
+        needs = needed(criterion, asked) if asked.reads in ("scores", "inputs", "loss") else ""
         inputs = _survey(place, tokens, batch_size, gram=needs == "gram") if needs else {}
         layers = _Layers(place, {view.name: view for view in views}, inputs)
         scores = _scores_of(place, views, within)
         found = Scored(layers, criterion) if asked.reads == "scores" else scores.found
-        counts |= counts_under(pattern, replace(scores, found=found, layers=layers), sparsity, asked)
+        with _tried(place, inputs, (criterion, pattern), tokens) if asked.reads == "loss" else nullcontext() as loss:
+            counts |= counts_under(pattern, replace(scores, found=found, layers=layers, loss=loss), sparsity, asked)
     return counts
+
+
+@contextmanager
+def _tried(
+    place: _Place, inputs: Mapping[str, Inputs], how: tuple[Criterion, Pattern], tokens: Tensor
+) -> Generator[Tried]:
+    """The loss of counts, on so many of the windows as have 2^28 logits; the model is whole on the device meanwhile.
+
+    Raises ValueError for a model that is not in memory.
+    """
+    if not isinstance(place.source, Memory):
+        raise ValueError("the allocation tries the whole model: leave out streaming, or take another allocation")
+    model, home = place.model, next(place.model.parameters()).device
+
+    def outputs(window: int) -> Tensor:
+        with autocast(place.device, place.precision):
+            return model(input_ids=tokens[window : window + 1].to(place.device), use_cache=False).logits[0]
+
+    try:
+        model.to(place.device)
+        parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        with in_mode(model, training=False):
+            entries = outputs(0).numel()
+            windows = max(1, min(len(tokens), _TRIED // entries))
+            tried = Tried(parameters, place.inner, inputs, how, (outputs, windows))
+            try:
+                yield tried
+            finally:
+                tried.restore_()
+    finally:
+        model.to(home)
 
 
 def _scores_of(place: _Place, views: Sequence[View], within: Masks | None) -> Scores:

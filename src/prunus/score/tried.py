@@ -1,0 +1,84 @@
+"""What a model loses when its layers keep so many entries each: tried, with each layer solved at that count beforehand.
+
+    layer, count ─▶ solved once, kept on the CPU      counts ─▶ put into the model ─▶ KL(dense ‖ pruned) of its outputs
+
+Allocations that ask for a loss (`evopress`) are given this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prunus.layers import Inputs, Layer, View
+from prunus.patterns import Pattern
+from prunus.score.criteria import Criterion
+
+
+class Tried:
+    """The loss of counts: (layer name -> entries kept, share of the batches) -> mean KL, in nats.
+
+    parameters: of the model, by name; they hold what was tried last until `restore_`. inputs: view name -> what the
+    criterion needs of the dense layers. how: criterion and pattern. outputs: number of a batch -> the model's logits
+    (n, classes), as it is, and how many batches there are.
+
+    What each layer is at a count depends on the dense inputs alone, so it is solved once, the first time it is asked
+    for: a copy of the layer on the CPU for every count that is tried, and the dense outputs beside them.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        views: Sequence[View],
+        inputs: Mapping[str, Inputs],
+        how: tuple[Criterion, Pattern],
+        outputs: tuple[Callable[[int], Tensor], int],
+    ) -> None:
+        self.parameters, self.views, self.inputs = parameters, {view.name: view for view in views}, inputs
+        self.criterion, self.pattern = how
+        self.outputs, self.batches = outputs
+        self.dense = {view.name: view.matrix(parameters[view.parameter]).to("cpu", copy=True) for view in views}
+        self.placed: dict[str, int] = {}
+        self.solved: dict[tuple[str, int], Tensor] = {}
+        self.expected = [self._log_p(batch).cpu() for batch in range(self.batches)]
+
+    @torch.no_grad()
+    def __call__(self, counts: Mapping[str, int], share: float = 1.0) -> float:
+        """The mean over the outputs of the first batches, at least one."""
+        for name, view in self.views.items():
+            unit = self.pattern.unit(view.shape, name=name)
+            self._place_(name, counts[name] // unit * unit)
+        lost = 0.0
+        batches = range(max(1, round(share * self.batches)))
+        for batch in batches:
+            expected = self.expected[batch].to(next(iter(self.parameters.values())).device)
+            lost += float(F.kl_div(self._log_p(batch), expected, reduction="batchmean", log_target=True))
+        return lost / len(batches)
+
+    @torch.no_grad()
+    def restore_(self) -> None:
+        """Put the dense weights back."""
+        for name in self.placed:
+            self._write_(name, self.dense[name])
+        self.placed.clear()
+
+    def _log_p(self, batch: int) -> Tensor:
+        with torch.no_grad():
+            return self.outputs(batch).float().log_softmax(-1)
+
+    def _place_(self, name: str, kept: int) -> None:
+        if self.placed.get(name) == kept:
+            return
+        if (name, kept) not in self.solved:
+            device = self.parameters[self.views[name].parameter].device
+            layer = Layer(name, self.dense[name].to(device), self.inputs.get(name))
+            self.solved[name, kept] = self.criterion.solve(layer, self.pattern, kept)[0].cpu()
+        self._write_(name, self.solved[name, kept])
+        self.placed[name] = kept
+
+    def _write_(self, name: str, matrix: Tensor) -> None:
+        parameter = self.parameters[self.views[name].parameter]
+        self.views[name].write_(parameter, matrix.to(parameter.device))
