@@ -155,10 +155,10 @@ class Store:
                 lock.release()
 
     def pack(self, job: Job) -> dict[str, bytes]:
-        """All that a finished job left, by path within its folder, its numbers by "": for a machine without them."""
-        folder = self.path(job)
-        files = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-        return {**files, "": self.path(job, ".json").read_bytes()}
+        """All that a job left, by path within its folder, its numbers by "": for a machine without them."""
+        folder, numbers = self.path(job), self.path(job, ".json")
+        files = {str(file.relative_to(folder)): file for file in folder.rglob("*")} | {"": numbers}
+        return {name: file.read_bytes() for name, file in files.items() if file.is_file()}
 
     def unpack(self, job: Job, files: Mapping[str, bytes]) -> None:
         """Write what `pack` read elsewhere; the numbers last."""
