@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from prunus.report import markdown_table
-from prunus.run.layout import mean_and_std, spread
-from prunus.run.tables import read_results
+from prunus.run.tables import mean_and_std, read_results, spread
 
 Result = Mapping[str, Any]
 AGAINST = ("mean_member", "best_member", "imp", "longer", "swa", "reprune", "ensemble", "dense_soup_retrained")

@@ -21,7 +21,7 @@ from prunus.run.compress import compress
 from prunus.run.grid import Grid
 from prunus.run.recipe import LanguageRecipe, Recipe, member_of, parse
 from prunus.run.show import show_result
-from prunus.run.soups import BEST, LONGER, MEAN, SOUP
+from prunus.run.tables import BEST, LONGER, MEAN, SOUP
 from prunus.save import load_info
 from tests.systems import test_compress
 
@@ -270,6 +270,25 @@ def test_wrong_soups_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as caught:
         parse(change, Recipe, "recipe.yaml")
     assert message in str(caught.value)
+
+
+def test_members_of_grids_go_through_the_phases_of_a_run(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """Each in two phases, one retraining after both or two members averaged in each: the perplexity of `prunus run`."""
+    base = raw(tiny_folder, text_file, tmp_path, prune={"sparsity": 0.75, "phases": 2})
+    del base["out"]
+    base["retrain"]["steps"] = 4
+    soup = {"members": 2, "baselines": ["longer"]}
+    axes = {"way": {"one": {}, "soup": {"soup": soup}, "once": {"prune.phases": 1}}}
+    rows = compare(parse({"base": base, "axes": axes, "out": str(tmp_path / "grid")}, Grid, "grid.yaml"))
+    assert [path.name for path in (tmp_path / "grid" / "soups").iterdir()] == []
+    assert len(list((tmp_path / "grid" / "starts").glob("*.json"))) == 2  # what the first of two and the only one prune
+    for row, stage in zip(rows, ("merged", SOUP, "merged"), strict=True):
+        changes = {"soup": soup if stage == SOUP else None, "retrain": base["retrain"], "save": False}
+        changes["prune"] = {"sparsity": 0.75, "phases": 1 if row["way"] == "once" else 2}
+        alone = compress(recipe(tiny_folder, text_file, tmp_path / row["way"], **changes))
+        assert row["text"]["mean"] == alone["perplexity"][stage]["text"], row["way"]
+        if stage == SOUP:
+            assert row["beside"]["text"][LONGER]["mean"] == alone["perplexity"][LONGER]["text"]
 
 
 def test_a_grid_of_soups(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:

@@ -76,6 +76,14 @@ def test_the_plan_of_a_language_model_counts_what_the_run_trains(raw: dict[str, 
     assert found.files["model/"] == sum(each.nbytes for each in tiny_llama().parameters())
 
 
+def test_a_dry_run_makes_the_empty_model_once(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    empty = stages.empty_model
+    monkeypatch.setattr(stages, "empty_model", lambda *args, **more: made.append(args) or empty(*args, **more))
+    planned(parse(merge(raw, {"retrain.add_biases": True, "retrain.train": ["biases"]}), Recipe, "recipe"))
+    assert len(made) == 1
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(
     raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

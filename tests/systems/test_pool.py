@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import multiprocessing
 import os
 import signal
@@ -37,6 +38,8 @@ def add(acts: tuple[str, ...], job: Job, store: Store) -> dict[str, Any]:
         os.kill(os.getpid(), signal.SIGKILL)
     if act == "wait":
         time.sleep(0.5)
+    if act == "full":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "file")
     if act in ("ValueError", "RuntimeError", "KeyboardInterrupt"):
         raise getattr(builtins, act)(f"{job.key} is {act}")
     (store.folder_of(job) / "file").write_text(job.key)
@@ -132,6 +135,15 @@ def test_what_another_try_may_not_meet_is_tried_twice(tmp_path: Path) -> None:
     assert sorted(ran(tmp_path)) == ["once", "once", "twice", "twice"]
     assert run([graph], Workers()) == []
     assert ran(tmp_path).count("twice") == 4
+
+
+def test_a_full_disk_ends_the_call_and_marks_no_job(tmp_path: Path) -> None:
+    graph = Wanted(Store(tmp_path), (Sum("once", (), ("full",)), A))
+    with pytest.raises(OSError, match="No space left"):
+        run([graph], Workers())
+    assert ran(tmp_path) == ["once"]
+    assert run([graph], Workers()) == []
+    assert ran(tmp_path) == ["once", "once", "a"]
 
 
 def test_after_the_minutes_nothing_begins(tmp_path: Path) -> None:

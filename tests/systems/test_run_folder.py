@@ -23,6 +23,7 @@ from prunus.run.folder import held, mark
 from prunus.run.grid import Grid
 from prunus.run.inputs import check_inputs
 from prunus.run.recipe import ClassifierRecipe, LanguageRecipe, parse
+from prunus.run.vision import stages as classifier_stages
 from prunus.run.vision.train import train_run
 from tests.systems.test_compress import raw, recipe
 
@@ -178,6 +179,43 @@ def test_a_run_that_goes_on_elsewhere_says_so(killed: dict[str, Any], monkeypatc
     result = compress(parse(killed, LanguageRecipe, ""))
     assert result["device"].startswith("CPU, ")
     assert result["resumed_on"] == ["another device"]
+
+
+def test_a_member_of_a_grid_that_goes_on_elsewhere_says_so(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of language models its retraining; of classifiers a job that it goes by: both say so in the member's result."""
+
+    def kill(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    classifier = {"images": "digits", "model": "resnet8", "train": {"epochs": 1, "warmup": 0}, "device": "cpu"}
+    language = {key: value for key, value in raw(tiny_folder, text_file, tmp_path).items() if key != "out"}
+    for name, base, stage in (("language", language, "retrain"), ("images", classifier, "fit")):
+        module = stages if name == "language" else classifier_stages
+        grid = Grid(base=base, axes={"way": {"one": {}}}, out=str(tmp_path / name))
+        with monkeypatch.context() as patch:
+            patch.setattr(module, stage, kill)
+            with pytest.raises(KeyboardInterrupt):
+                compare(grid)
+        with monkeypatch.context() as patch:
+            for place in ("grid", "language", "vision.setting"):
+                patch.setattr(f"prunus.run.{place}.device_name", lambda _: "another device")
+            compare(grid)
+        (member,) = (tmp_path / name / "members").glob("*.json")
+        assert json.loads(member.read_text())["resumed_on"] == ["another device"], name
+
+
+def test_a_grid_looks_at_its_checkpoint_before_any_job(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights.pop("model.layers.1.mlp.down_proj.weight")
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    base = raw(tmp_path / "model", text_file, tmp_path / "none", retrain=None)
+    grid = Grid(base=base, axes={"way": {"one": {}}}, out=str(tmp_path / "grid"))
+    with pytest.raises(ValueError, match=r"lacks 1 of the .*'model.layers.1.mlp.down_proj.weight'"):
+        compare(grid)
+    assert not (tmp_path / "grid" / "members").exists()
 
 
 def test_a_finished_run_says_so_and_mends_what_is_missing(

@@ -24,11 +24,11 @@ from prunus.run.grid import Grid
 from prunus.run.recipe import ClassifierRecipe, parse
 from prunus.run.show import show_soup
 from prunus.run.store import Store
+from prunus.run.tables import by_phase
 from prunus.run.vision import jobs, stages
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.soups import corrupted
 from prunus.run.vision.soups.averaging import averaged
-from prunus.run.vision.soups.phases import by_phase
 from prunus.run.vision.train import train_run
 from tests.systems.test_soups import asked, held_out, row
 from tests.systems.test_vision import raw, tiny

@@ -17,7 +17,7 @@ import typer
 
 from prunus import __version__
 from prunus.run.flags import Flag, assignments, flags_of, numbers, overrides, with_flags
-from prunus.run.plain import Unfinished, yaml_value
+from prunus.run.plain import Unfinished, is_full, yaml_value
 
 app = typer.Typer(
     name="prunus",
@@ -338,7 +338,7 @@ _STOPPED = {"run": _KEPT, "grid": _KEPT}
 
 def _of_system(error: OSError) -> str:
     said = " ".join(str(error).split())
-    return f"{said}; make room, and give the same command again" if "No space left" in said else said
+    return f"{said}; make room, and give the same command again" if is_full(error) else said
 
 
 def _refused(text: str, hint: str = "", status: int = 2) -> int:

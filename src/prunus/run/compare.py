@@ -10,15 +10,16 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from prunus.machine import json_line, write_json, write_text
 from prunus.run.folder import mark
 from prunus.run.grid import Grid, Member, final_members, likely_members, load_grid, tuning_members
 from prunus.run.inputs import check_inputs
 from prunus.run.plain import Unfinished
 from prunus.run.pool import Workers, run
 from prunus.run.store import Job
-from prunus.run.tables import read_results, tabulate
+from prunus.run.tables import read_results
 
-__all__ = ["GridJobs", "compare", "compare_all", "load_grid", "load_grids"]
+__all__ = ["GridJobs", "compare", "compare_all", "load_grid", "load_grids", "tabulate"]
 
 
 def compare(grid: Grid, **asked: Any) -> list[dict[str, Any]]:
@@ -34,7 +35,7 @@ def compare_all(
     ray: str | None = None,
     minutes: float | None = None,
 ) -> list[list[dict[str, Any]]]:
-    """For each grid one row a cell, as `tables.tabulate` writes them to its folder, after every member has run.
+    """For each grid one row a cell, as `tabulate` writes them to its folder, after every member has run.
 
     Members of all grids run side by side, those of the first before the others where both could: one that leaves most
     of a GPU idle has company. workers, together, ray, minutes: processes, threads, and so on of `Workers`; no workers
@@ -51,8 +52,11 @@ def compare_all(
         raise ValueError(f"two grids would be written to {shared}: give each an `out` of its own")
     for grid, out in zip(grids, folders, strict=True):
         mark(out, "grid")
+        recipes = [grid.recipe(labels, 0, {}) for labels in grid.cells()]
         for place in {out, Path(grid.dense or out)}:
-            check_inputs(place, [grid.recipe(labels, 0, {}) for labels in grid.cells()])
+            check_inputs(place, recipes)
+        if workers:
+            grid.task.look(recipes)
     wrong = run([GridJobs(grid) for grid in grids], asked) if workers else []
     rows = [tabulate(grid) for grid in grids]
     if wrong:
@@ -71,6 +75,26 @@ def load_grids(paths: Sequence[Path], out: Path | None = None, changes: Mapping[
     if out is None:
         return [load_grid(path, changes=changes) for path in paths]
     return [load_grid(path, out / path.stem, out / "dense", changes) for path in paths]
+
+
+def tabulate(grid: Grid) -> list[dict[str, Any]]:
+    """One row a finished cell: labels, seeds, tuned value, mean and deviation of what was measured; written too.
+
+    A cell whose tuned value is not chosen yet is left out; so is a seed that is not finished.
+    """
+    out, rows = Path(grid.out), list[dict[str, Any]]()
+    results = read_results(out)
+    members = [member for member in final_members(grid, results, partial=True) if member.key in results]
+    for labels in grid.cells():
+        mine = [member for member in members if member.labels == labels]
+        if mine:
+            head: dict[str, Any] = {**labels, "seeds": [m.seed for m in mine], "tuned": mine[0].tuned}
+            rows.append(head | grid.task.row([results[m.key] for m in mine]))
+    lines = [json_line({"key": key, **result}) for key, result in sorted(results.items())]
+    write_text(out / "members.jsonl", "".join(line + "\n" for line in lines))
+    write_json(out / "table.json", rows)
+    grid.task.write(grid.layout, rows)
+    return rows
 
 
 class GridJobs:

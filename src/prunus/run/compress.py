@@ -78,18 +78,17 @@ def planned(recipe: LanguageRecipe) -> Outline:
     recipe = fitted(recipe, device)
     _check_shares(recipe)
     finished(recipe, Path(recipe.out), digest(recipe))
-    stages.check_weights(recipe, stages.empty(recipe).model)
-    empty = _checked(recipe)
+    empty = stages.empty(recipe)
+    stages.check_weights(recipe, empty.model)
+    _check(recipe, empty)
     texts = evaluation_texts(recipe, empty.model, empty.tokenizer)
     return outline_language(recipe, empty.model, {name: len(text) for name, text in texts.items()}, device)
 
 
-def _checked(recipe: LanguageRecipe) -> stages.Loaded:
-    """The empty model of a recipe that can be run. Raises ValueError and ImportError for one that cannot."""
-    empty = stages.empty(recipe)
+def _check(recipe: LanguageRecipe, empty: stages.Loaded) -> None:
+    """Raises ValueError and ImportError for a recipe that cannot be run."""
     check_language(recipe, empty.model)
     check_texts(recipe, empty.model, empty.tokenizer)
-    return empty
 
 
 def _end(out: Path, recipe: LanguageRecipe, result: dict[str, Any]) -> None:
@@ -122,12 +121,13 @@ class _Run:
     def execute(self) -> dict[str, Any]:
         started = time.perf_counter()
         recipe = self.recipe
-        _checked(recipe)
+        _check(recipe, stages.empty(recipe))
         with self._bar("load", None):
             loaded = stages.load(recipe, self.home)
         if ranks.is_main():
             begin(self.out, recipe)
-        result: dict[str, Any] = {"key": self.key, "model": recipe.model, **ran_on(self.out, device_name(self.device))}
+        where = ran_on(self.out / "work", device_name(self.device))
+        result: dict[str, Any] = {"key": self.key, "model": recipe.model, **where}
         result |= {"processes": ranks.count(), "head": head_in_words(recipe, loaded.tokenizer), "perplexity": {}}
         result["perplexity"]["dense"] = self._measured("dense", loaded)
         loaded, masks = self._phases(loaded, result)

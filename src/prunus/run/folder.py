@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,16 +98,18 @@ def begin(out: Path, recipe: BaseModel) -> None:
     write_text(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
 
 
-def ran_on(out: Path, name: str) -> dict[str, Any]:
-    """What a result says of devices: the one the run began on, and, if others went on with it, which.
+def ran_on(work: Path, name: str, needs: Iterable[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """What a result says of devices: the one the work began on, and, if others went on with it, which.
 
-    Numbers of different devices or thread counts differ in their last bits.
+    work: a folder that is there until the result is; needs: results that this one goes by. Numbers of different devices
+    or thread counts differ in their last bits.
     """
-    path = out / "work" / "devices.json"
+    path = work / "devices.json"
     names = list(dict.fromkeys([*(read_json(path) if path.exists() else []), name]))
     if ranks.is_main():
         write_json(path, names)
-    return {"device": names[0]} | ({"resumed_on": names[1:]} if names[1:] else {})
+    others = list(dict.fromkeys([*names[1:], *(name for need in needs for name in need.get("resumed_on", ()))]))
+    return {"device": names[0]} | ({"resumed_on": others} if others else {})
 
 
 def _check_ours(out: Path, kind: str) -> None:

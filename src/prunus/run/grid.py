@@ -22,9 +22,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from prunus.run.layout import Layout, Show
+from prunus.run.folder import device_name, device_of, ran_on
 from prunus.run.recipe import Strict, digest, merge, parse, read_yaml, said
 from prunus.run.store import Job, Store
+from prunus.run.tables import Layout, Show
 from prunus.run.tasks import Task, task_of
 
 __all__ = ["Grid", "Member", "final_members", "likely_members", "load_grid", "tuning_members"]
@@ -201,8 +202,10 @@ class Member:
 
     def _run(self, job: Job, store: Store) -> dict[str, Any]:
         """Its numbers, with labels, seed, tuned values and recipe."""
+        needs = [store.result(need) for need in job.needs]
+        where = ran_on(store.work(job), device_name(device_of(self.recipe)), needs)
         head = {"labels": self.labels, "seed": self.seed, "tuned": self.tuned}
-        return head | {"recipe": self.recipe.model_dump(mode="json")} | self.task.run(self.recipe, job, store)
+        return head | {"recipe": self.recipe.model_dump(mode="json")} | self.task.run(self.recipe, job, store) | where
 
 
 def tuning_members(grid: Grid) -> list[Member]:

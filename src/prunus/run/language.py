@@ -1,9 +1,10 @@
 """Grids of language-model recipes: what members share, and the numbers of one.
 
     out/dense.json    perplexities of the unpruned model      out/starts/KEY/    a pruned model that members retrain
-    out/soups/KEY/    a member of soups, until they are measured
+    out/soups/KEY/    a member of soups, or what a phase leaves to the next, until they are measured
 
 Members that prune alike share the pruned model, so a grid prunes each (criterion, pattern) once; soups share members.
+The loop over phases is `prunus.soup.sms` over jobs, as that of classifiers is.
 """
 
 from __future__ import annotations
@@ -22,51 +23,124 @@ import torch
 
 from prunus.run import stages
 from prunus.run.fitted import fitted
-from prunus.run.folder import device_of
-from prunus.run.language_tables import row, write
-from prunus.run.layout import Show
-from prunus.run.recipe import LanguageRecipe, LanguageRetrain, digest, merge, parse, said
-from prunus.run.soups import LONGER, SOUP, Pruned, averaged, longer_of, member_key, members_of
+from prunus.run.folder import device_name, device_of, ran_on
+from prunus.run.recipe import LanguageRecipe, LanguageRetrain, digest, member_of, merge, parse, said
+from prunus.run.soups import Pruned, averaged, given_weights, longer_of, member_key
 from prunus.run.store import Job, Store
+from prunus.run.tables import LONGER, SOUP, Show, perplexity_row, perplexity_tables
 from prunus.run.texts import check_texts
-from prunus.save import check_whole
-from prunus.soup import distance
+from prunus.save import average_folders, check_whole
+from prunus.soup import Souped, distance, sms
 
-__all__ = ["LANGUAGE", "pruned_job"]
+__all__ = ["LANGUAGE"]
 
 Result = Mapping[str, Any]
 _DECIDES = {"model", "dtype", "device", "precision", "prune", "calibrate", "reconstruct", "train", "during"}
 _read: dict[str, Any] = {}  # the dense and the pruned model that were used last, each with its key
 
 
-def pruned_job(recipe: LanguageRecipe) -> Job:
-    """The pruned model of the recipe's sections that decide it: the weights that changed, with their masks.
+Phase = Souped[Job, Job, Job | None]
 
-    What was fitted block by block is another one for each setting of that, and changes everything: it is not kept.
+
+def phases_of(recipe: LanguageRecipe) -> list[Phase]:
+    """What a recipe asks for as jobs, by the loop of soups."""
+
+    def prune(state: Job | None, index: int, within: Job | None) -> Job:
+        return _pruned_job(recipe.phase(index), state, within)
+
+    def retrain(start: Job, index: int, place: int) -> Job:
+        own = recipe.phase(index)
+        retraining = member_of(own, place).retrain
+        return start if retraining is None else _member_job(own, retraining, f"member {place + 1}", start)
+
+    def average(_: Job, members: tuple[Job, ...]) -> Job:
+        return members[0] if recipe.soup is None else _averaged_job(recipe, members)
+
+    members = 1 if recipe.soup is None else recipe.soup.members
+    return sms(None, phases=recipe.prune.phases, members=members, prune=prune, retrain=retrain, average=average)
+
+
+def jobs_of(recipe: LanguageRecipe) -> tuple[Job, ...]:
+    """Those of all phases, each once; the last one ends where it is measured: a single run is retrained there, and
+    members are averaged."""
+    *earlier, last = phases_of(recipe)
+    jobs = [job for phase in earlier for job in (phase.pruned, *phase.members, phase.average)]
+    jobs += [last.pruned, *(() if recipe.soup is None else (*last.members, *_longer_job(recipe, last)))]
+    return tuple({job.key: job for job in jobs if job is not None}.values())
+
+
+def _pruned_job(recipe: LanguageRecipe, before: Job | None, within: Job | None) -> Job:
+    """The pruned model of the recipe's sections that decide it, as masks and the weights that changed.
+
+    before: what left the model, None for the dense one. What was fitted block by block is another one for each setting
+    of that, and later phases go by all that was before: they are not kept.
     """
-    key = digest(said(recipe, only=_DECIDES))[:24]
-    return Job("starts", key, partial(_prune, recipe), passing=_changes_all(recipe))
+    needs = tuple(job for job in (before, within) if job is not None)
+    key = digest([said(recipe, only=_DECIDES), *(job.key for job in needs)])[:24]
+    return Job("starts", key, partial(_prune, recipe), needs, passing=_changes_all(recipe) or before is not None)
 
 
 def _changes_all(recipe: LanguageRecipe) -> bool:
     return recipe.reconstruct is not None or recipe.during is not None
 
 
+def _member_job(recipe: LanguageRecipe, asked: LanguageRetrain, name: str, start: Job) -> Job:
+    key = digest([member_key(recipe, asked), name == LONGER, start.key])[:24]
+    return Job("soups", key, partial(_train_member, recipe, asked, name), (start,), passing=True)
+
+
+def _longer_job(recipe: LanguageRecipe, last: Phase) -> list[Job]:
+    """The run as long as all members of the last phase, whose model is not kept."""
+    own = recipe.phase(recipe.prune.phases - 1)
+    longer = None if own.soup is None else longer_of(own)
+    return [] if longer is None else [_member_job(own, longer, LONGER, last.pruned)]
+
+
+def _averaged_job(recipe: LanguageRecipe, members: Sequence[Job]) -> Job:
+    """What a phase but the last leaves to the next."""
+    weights = given_weights(recipe)
+    key = digest(["averaged", weights, [member.key for member in members]])[:24]
+    return Job("soups", key, partial(_average, weights), tuple(members), passing=True)
+
+
 def _prune(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
-    device = device_of(recipe)
-    within = fitted(recipe, device)
-    dense = _dense(within, device)
-    model = copy.deepcopy(dense.model)
-    loaded = stages.Loaded(model, dense.tokenizer, dense.folder)
+    device, earlier = device_of(recipe), None
+    recipe, where = fitted(recipe, device), ran_on(store.work(job), device_name(device))
+    loaded = _dense(recipe, device)
+    before = loaded.model
+    if job.needs:
+        state, within = job.needs
+        check_whole(store.path(state))
+        before = stages.load(recipe.model_copy(update={"model": str(store.path(state))})).model.to(device)
+        earlier = store.masks(within)
+    model = copy.deepcopy(before)
+    loaded = replace(loaded, model=model)
     if recipe.during is None:
-        streamed = stages.prune(loaded, within, device)
+        streamed = stages.prune(loaded, recipe, device, within=earlier)
     else:
-        streamed = stages.prune_in_training(loaded, within, device, checkpoint=store.checkpoint(job))
+        streamed = stages.prune_in_training(loaded, recipe, device, checkpoint=store.checkpoint(job))
     parameters = dict(model.named_parameters())
-    names = parameters if _changes_all(recipe) else streamed.masks
+    names = parameters if _changes_all(recipe) or job.needs else streamed.masks
     store.write_state(job, {name: parameters[name] for name in names}, streamed.masks)
     errors = [(r.error_before, r.error_after) for r in streamed.reports if r.error_before is not None]
-    return {"seconds": sum(r.seconds for r in streamed.reports), "errors": errors}
+    lost = distance(dict(before.named_parameters()), streamed.masks, earlier)
+    return {"seconds": sum(r.seconds for r in streamed.reports), "errors": errors, "distance": lost, **where}
+
+
+def _train_member(recipe: LanguageRecipe, asked: LanguageRetrain, name: str, job: Job, store: Store) -> dict[str, Any]:
+    pruned = _pruned(recipe, job.needs[0], store)
+    where = ran_on(store.work(job), device_name(pruned.device))
+    model, found = pruned.retrained(name, asked, store.checkpoint(job))
+    if name != LONGER:
+        pruned.save(model, store.path(job), job.key, found)
+    return found | where
+
+
+def _average(weights: tuple[float, ...] | None, job: Job, store: Store) -> dict[str, Any]:
+    for member in job.needs:
+        check_whole(store.path(member))
+    average_folders([store.path(member) for member in job.needs], store.path(job), weights)
+    return {}
 
 
 def _measure_dense(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
@@ -78,7 +152,7 @@ class _Language:
     """The task of grids over `LanguageRecipe`; see `tasks.Task`."""
 
     threads = False
-    row, write = staticmethod(row), staticmethod(write)
+    row, write = staticmethod(perplexity_row), staticmethod(perplexity_tables)
 
     def check(self, tune: Mapping[str, Any] | None, show: Show, recipes: Sequence[LanguageRecipe]) -> None:
         if tune is not None and tune["text"] is None:
@@ -91,8 +165,6 @@ class _Language:
 
     def recipe(self, raw: Mapping[str, Any], seed: int, *, tuning: bool, where: str) -> LanguageRecipe:
         raw = merge(dict(raw), {"save": False})
-        if (raw.get("prune") or {}).get("phases", 1) != 1:
-            raise ValueError(f"{where}: prune.phases of language models are run by `prunus run`, not by grids")
         for section in ("train", "retrain", "reconstruct"):
             if raw.get(section) is not None:
                 raw = merge(raw, {f"{section}.seed": seed})
@@ -105,15 +177,20 @@ class _Language:
         return float(result["perplexity"][text])
 
     def needs(self, recipe: LanguageRecipe) -> tuple[Job, ...]:
-        """The pruned model; of a soup its members, too."""
-        return (pruned_job(recipe), *(_soup_jobs(recipe) if recipe.soup is not None else ()))
+        """The pruned models; members of soups, and what is retrained between two phases."""
+        return jobs_of(recipe)
 
     def beside(self, recipes: Sequence[LanguageRecipe]) -> tuple[Job, ...]:
         return tuple(Job(".", "dense", partial(_measure_dense, recipe)) for recipe in recipes[:1])
 
     def order(self, recipe: LanguageRecipe) -> tuple[Any, ...]:
         """Members that prune alike follow each other, dearer fits come last."""
-        return recipe.reconstruct is not None, pruned_job(recipe).key
+        return recipe.reconstruct is not None, phases_of(recipe)[0].pruned.key
+
+    def look(self, recipes: Sequence[LanguageRecipe]) -> None:
+        """Each checkpoint is that of its config.json."""
+        for recipe in {(each.model, each.dtype): each for each in recipes}.values():
+            stages.check_weights(recipe, stages.empty(recipe).model)
 
     @contextmanager
     def prepared(self, recipes: Sequence[LanguageRecipe]) -> Generator[None]:
@@ -121,25 +198,24 @@ class _Language:
         _read.clear()
 
     def run(self, recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
-        started = time.perf_counter()
-        pruned, pruning = _pruned(recipe, store)
-        recipe, loaded = pruned.recipe, pruned.loaded
-        result: dict[str, Any] = {"pruning": pruning, "sparsity": pruned.masks.sparsity}
+        started, last = time.perf_counter(), phases_of(recipe)[-1]
+        pruned = _pruned(recipe.phase(recipe.prune.phases - 1), last.pruned, store)
+        loaded, pruning = pruned.loaded, store.result(last.pruned)
+        result: dict[str, Any] = {"pruning": {key: pruning[key] for key in ("seconds", "errors")}}
+        result["sparsity"] = pruned.masks.sparsity
         if recipe.soup is not None:
-            _, *members = job.needs
-            numbers = [store.result(member) for member in members]
-            each = [(store.path(m), found) for m, found in zip(members, numbers, strict=True)][: recipe.soup.members]
-            for folder, _ in each:
+            members = [(store.path(member), store.result(member)) for member in last.members]
+            for folder, _ in members:
                 check_whole(folder)
-            souped = averaged(
-                pruned, each, numbers[-1] if longer_of(recipe) is not None else None, store.work(job) / "soup"
-            )
+            longer = [store.result(job) for job in _longer_job(recipe, last)]
+            souped = averaged(pruned, members, next(iter(longer), None), store.work(job) / "soup")
             loaded, result["perplexity"] = souped.loaded, souped.perplexity[SOUP]
             result["soup"] = {**souped.summary, "perplexity": souped.perplexity, "retraining": souped.retraining}
         else:
             if recipe.retrain is not None:
                 result["retraining"] = _retrain(pruned, store.checkpoint(job))
-            result["perplexity"] = stages.evaluate(loaded, recipe, pruned.device)
+            result["perplexity"] = stages.evaluate(loaded, pruned.recipe, pruned.device)
+        recipe = fitted(recipe, pruned.device)
         if recipe.evaluate.tasks:
             result["zero_shot"] = stages.zero_shot(loaded.model, loaded.tokenizer, recipe, pruned.device)
         return result | {"seconds": time.perf_counter() - started, "recipe": recipe.model_dump(mode="json")}
@@ -151,26 +227,6 @@ LANGUAGE = _Language()
 def _check_chooses(text: str, data: Mapping[str, Any]) -> None:
     if text not in data:
         raise ValueError(f"tune.text: {text!r} is not in evaluate.data, which has {', '.join(data)}")
-
-
-def _soup_jobs(recipe: LanguageRecipe) -> list[Job]:
-    """The members of a soup, and the run as long as all of them, whose model is not kept."""
-    each, longer = members_of(recipe), longer_of(recipe)
-    jobs = [_member_job(recipe, asked, f"member {place}") for place, asked in enumerate(each, 1)]
-    return jobs + ([] if longer is None else [_member_job(recipe, longer, LONGER)])
-
-
-def _member_job(recipe: LanguageRecipe, asked: LanguageRetrain, name: str) -> Job:
-    key = digest([member_key(recipe, asked), name == LONGER])[:24]
-    return Job("soups", key, partial(_train_member, recipe, asked, name), (pruned_job(recipe),), passing=True)
-
-
-def _train_member(recipe: LanguageRecipe, asked: LanguageRetrain, name: str, job: Job, store: Store) -> dict[str, Any]:
-    pruned, _ = _pruned(recipe, store)
-    model, found = pruned.retrained(name, asked, store.checkpoint(job))
-    if name != LONGER:
-        pruned.save(model, store.path(job), job.key, found)
-    return found
 
 
 def _retrain(pruned: Pruned, checkpoint: Path) -> dict[str, Any]:
@@ -196,15 +252,12 @@ def _dense(recipe: LanguageRecipe, device: torch.device) -> stages.Loaded:
     return _read["dense"][1]
 
 
-def _pruned(recipe: LanguageRecipe, store: Store) -> tuple[Pruned, dict[str, Any]]:
-    """A pruned copy of the dense model, and how it was pruned."""
-    job, device = pruned_job(recipe), device_of(recipe)
-    within, masks = fitted(recipe, device), store.masks(job)
+def _pruned(recipe: LanguageRecipe, job: Job, store: Store) -> Pruned:
+    """A pruned copy of the dense model. recipe: of its phase."""
+    device, masks = device_of(recipe), store.masks(job)
+    recipe = fitted(recipe, device)
     assert masks is not None
-    dense = _dense(within, device)
+    dense = _dense(recipe, device)
     model = copy.deepcopy(dense.model)
     model.load_state_dict(store.state(job), strict=False)
-    loaded = stages.Loaded(model, dense.tokenizer, dense.folder)
-    if recipe.retrain is not None and recipe.retrain.schedule == "allr":
-        loaded = replace(loaded, distance=distance(dict(dense.model.named_parameters()), masks))
-    return Pruned(loaded, masks, within, device), store.result(job)
+    return Pruned(replace(dense, model=model, distance=store.result(job)["distance"]), masks, recipe, device)

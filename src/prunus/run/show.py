@@ -10,8 +10,8 @@ from rich.console import Console
 
 from prunus.report import format_value, print_table
 from prunus.run.inspect import Inspection
-from prunus.run.layout import spread
 from prunus.run.plan import Outline, size_in_words
+from prunus.run.tables import spread
 from prunus.save import SIZE_NOTE
 
 __all__ = [

@@ -23,26 +23,23 @@ from prunus.machine import read_json, write_json
 from prunus.masks import Masks
 from prunus.run import stages
 from prunus.run.recipe import LanguageRecipe, LanguageRetrain, digest, given, member_of, said
+from prunus.run.tables import BEST, LONGER, MEAN, SOUP
 from prunus.save import average_folders, is_whole, save_model
 from prunus.soup import check_weights
 
 __all__ = [
-    "BEST",
-    "LONGER",
-    "MEAN",
-    "SOUP",
     "Member",
     "Pruned",
     "Souped",
     "as_long_as_all",
     "averaged",
+    "given_weights",
     "longer_of",
     "member",
     "member_key",
     "members_of",
 ]
 
-MEAN, BEST, SOUP, LONGER = "mean of members", "best member", "soup", "as long as all"
 Bar = Callable[[str, "float | None"], AbstractContextManager[Any]]
 Numbers = dict[str, Any]
 Member = tuple[Path, Numbers]  # its folder, and what was measured
@@ -116,6 +113,12 @@ def longer_of(recipe: LanguageRecipe) -> LanguageRetrain | None:
     return first.model_copy(update={"steps": steps}) if "longer" in given(recipe.soup).baselines else None
 
 
+def given_weights(recipe: LanguageRecipe) -> tuple[float, ...] | None:
+    """The weights of the members in their average; None: all equal."""
+    average = given(recipe.soup).average
+    return average if isinstance(average, tuple) else None
+
+
 def member_key(recipe: LanguageRecipe, asked: LanguageRetrain) -> str:
     """Hash of what decides a member: everything but the other members, the output and what is done later."""
     return digest({**said(recipe, but={"soup", "out", "save"}), "retrain": said(asked)})
@@ -139,8 +142,7 @@ def averaged(pruned: Pruned, members: Sequence[Member], longer: Numbers | None, 
     The best member is that of the lowest perplexity on the first text of `evaluate.data`.
     """
     recipe, asked = pruned.recipe, members_of(pruned.recipe)
-    average = given(recipe.soup).average
-    weights = average if isinstance(average, tuple) else None
+    weights = given_weights(recipe)
     average_folders([folder for folder, _ in members], soup, weights)
     made = stages.load(
         recipe.model_copy(update={"model": str(soup), "streaming": recipe.streaming and not recipe.evaluate.tasks})

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from prunus.run.layout import Layout, Show
 from prunus.run.store import Job, Store
+from prunus.run.tables import Layout, Show
 
 __all__ = ["Task", "task_of"]
 
@@ -53,6 +53,10 @@ class Task(Protocol):
 
     def run(self, recipe: Any, job: Job, store: Store) -> dict[str, Any]:
         """A member's numbers."""
+        ...
+
+    def look(self, recipes: Sequence[Any]) -> None:
+        """Raise ValueError, before any job, for what recipes name that can be seen not to be what it should."""
         ...
 
     def prepared(self, recipes: Sequence[Any]) -> AbstractContextManager[Any]:

@@ -11,14 +11,13 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from prunus.run.layout import Show
 from prunus.run.recipe import ClassifierRecipe, merge, parse
 from prunus.run.store import Job, Store
+from prunus.run.tables import METRICS, Show, accuracy_row, accuracy_tables
 from prunus.run.vision.outcome import outcome
 from prunus.run.vision.plan import Plan
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.stages import operations
-from prunus.run.vision.tables import METRICS, row, write
 
 __all__ = ["CLASSIFIERS"]
 
@@ -29,7 +28,7 @@ class _Classifiers:
     """The task of grids over `ClassifierRecipe`; see `tasks.Task`."""
 
     threads = True
-    row, write = staticmethod(row), staticmethod(write)
+    row, write = staticmethod(accuracy_row), staticmethod(accuracy_tables)
 
     def check(self, tune: Mapping[str, Any] | None, show: Show, recipes: Sequence[ClassifierRecipe]) -> None:
         if tune is not None and tune["by"] is None:
@@ -65,6 +64,9 @@ class _Classifiers:
         """Those that choose values first, then the longest, so that the last ones to finish are short."""
         return recipe.images.measure_on != "validation", -_epochs(recipe)
 
+    def look(self, recipes: Sequence[ClassifierRecipe]) -> None:
+        """Images are read where they are needed."""
+
     @contextmanager
     def prepared(self, recipes: Sequence[ClassifierRecipe]) -> Generator[None]:
         """Read the images and count the operations of each network."""
@@ -74,7 +76,7 @@ class _Classifiers:
 
     def run(self, recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str, Any]:
         """No model is written but dense ones, and what soups share."""
-        return {**outcome(Plan(recipe), store, picture=False).result, "device": Setting.of(recipe).name}
+        return outcome(Plan(recipe), store, picture=False).result
 
 
 CLASSIFIERS = _Classifiers()

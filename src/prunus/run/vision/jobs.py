@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from prunus.during import Part, cubic
 from prunus.masks import Masks
 from prunus.report import Advance
+from prunus.run.folder import ran_on
 from prunus.run.names import criteria, methods
 from prunus.run.recipe import ClassifierRecipe, digest, given, member_of, order_of, said
 from prunus.run.store import Job, Store
@@ -260,7 +261,7 @@ def finished(method: During, name: str, model: nn.Module) -> tuple[Masks, float]
 
 def _train_dense(recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str, Any]:
     setting, folder = Setting.of(recipe), store.path(job)
-    found = read_dense(folder)
+    found, where = read_dense(folder), ran_on(store.work(job), setting.name)
     if found is not None and found.metrics["key"] != job.key:
         raise ValueError(f"{folder} holds another dense training; give another folder, or delete it")
     if found is None:
@@ -268,11 +269,12 @@ def _train_dense(recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str, 
             checkpoint = store.checkpoint(job)
             watch = partial(watchers, setting, store.log)
             found = train_dense(setting, folder, checkpoint=checkpoint, on_step=_reports(advance), watch=watch)
-    return dict(found.metrics)
+    return {**found.metrics, **where}
 
 
 def _train_method(recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str, Any]:
     setting = Setting.of(recipe)
+    where = ran_on(store.work(job), setting.name)
     name, method = _method(recipe)
     whole, steps = setting.steps(recipe.train.epochs), forks_after(setting)
     taking: During = method if steps == whole else Part(method, whole)
@@ -297,7 +299,7 @@ def _train_method(recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str,
     runs = Original.of([recipe.train.lr * multiplier(step) for step in range(whole)], warmup).runs()
     numbers = {"lrs": runs, "warmup": warmup, "losses": losses_by_epoch(trace.losses, setting.epoch_steps)}
     numbers |= {"steps": steps, "seconds": trace.seconds, "measured": measured}
-    numbers |= {"distance": lost, "sparsity": masks.sparsity}
+    numbers |= {"distance": lost, "sparsity": masks.sparsity, **where}
     return numbers | ({} if reached is None else {"reached": float(reached)})
 
 
@@ -343,6 +345,7 @@ def _train(asked: Training, base: Job, job: Job, store: Store) -> dict[str, Any]
     own, start = asked.own, job.needs[0]
     setting = replace(Setting.of(own), order=order_of(asked.recipe, asked.place))
     lost, masks = store.result(start).get("distance", 0.0), store.masks(start)
+    where = ran_on(store.work(job), setting.name)
     multiplier, steps, peak = _rates(asked, Trunk.of(base, store), lost, setting)
     model = network(own, store, start, base)
     swa = Swa(asked.swa) if asked.swa is not None else None
@@ -366,7 +369,7 @@ def _train(asked: Training, base: Job, job: Job, store: Store) -> dict[str, Any]
     if swa is not None:
         swa.finish()
         store.write_state(job, model.state_dict(), name="swa")
-    return {"measured": measured, "steps": steps, "seconds": trace.seconds, "initial_lr": max(trace.lrs)}
+    return {"measured": measured, "steps": steps, "seconds": trace.seconds, "initial_lr": max(trace.lrs), **where}
 
 
 def _measure_trained(asked: Training, model: nn.Module, setting: Setting) -> dict[str, Any]:

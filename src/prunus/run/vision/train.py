@@ -31,13 +31,13 @@ from prunus.run.plan import Outline, outline_classifier
 from prunus.run.pool import Workers, finish, run
 from prunus.run.recipe import ClassifierRecipe, digest, merge, parse, read_yaml, said
 from prunus.run.store import Store
+from prunus.run.tables import by_phase
 from prunus.run.vision import stages
 from prunus.run.vision.dense import dense_key, read_dense, write_state
 from prunus.run.vision.jobs import ClassifierJobs, forks_after
 from prunus.run.vision.outcome import Outcome, outcome
 from prunus.run.vision.plan import Plan
 from prunus.run.vision.setting import Setting
-from prunus.run.vision.soups.phases import by_phase
 from prunus.save import FORMAT, INFO_NAME, MASKS_NAME
 
 __all__ = ["planned", "pruning_of", "train_run"]
@@ -67,9 +67,10 @@ def train_run(
             return found
         setting, plan = _begin(recipe, key), Plan(recipe)
         forks_after(setting)
+        where = ran_on(out / "work", setting.name)
         with Energy() as energy:
             made = outcome(plan, _finished(plan, dense, workers))
-        result = {"key": key, "model": recipe.model, **ran_on(out, setting.name), **made.result}
+        result = {"key": key, "model": recipe.model, **where, **made.result}
         result["joules"] = energy.joules
         _write(out, recipe, made, result)
         return result
