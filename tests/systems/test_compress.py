@@ -17,8 +17,8 @@ from prunus.masks import Masks
 from prunus.report import read_metrics
 from prunus.run import stages
 from prunus.run.compress import compress
-from prunus.run.fitted import home
 from prunus.run.recipe import DenseRates, LanguageRecipe, load_recipe, parse
+from prunus.run.stages import home
 from prunus.run.texts import training_windows
 from prunus.score import criteria, criterion
 from prunus.soup import distance

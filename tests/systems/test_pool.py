@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from prunus.run import pool
-from prunus.run.pool import Workers, failures, run
+from prunus.run.pool import Workers, failures, finish, run
 from prunus.run.store import Job, Store
 
 
@@ -45,6 +45,17 @@ def add(acts: tuple[str, ...], job: Job, store: Store) -> dict[str, Any]:
     (store.folder_of(job) / "file").write_text(job.key)
     value = 1 + sum(store.result(need)["value"] for need in job.needs)
     return {"value": value, "drawn": torch.rand(1).item(), "process": os.getpid()}
+
+
+def test_what_a_job_leaves_travels_from_wherever_it_lies(tmp_path: Path) -> None:
+    job, here = Sum("a"), Store(tmp_path / "here", places={"a": tmp_path / "elsewhere"})
+    here.folder.mkdir()
+    finish([job], here)
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["file"]
+    there = Store(tmp_path / "there")
+    there.unpack(job, here.pack(job))
+    assert there.result(job) == here.result(job)
+    assert (there.path(job) / "file").read_text() == "a"
 
 
 @dataclass(frozen=True)

@@ -212,7 +212,7 @@ def average(
     """Average checkpoints on disk, a tensor at a time; zeros stay zero, and members of other masks are refused."""
     from prunus.report import print_table
     from prunus.run.average import average_checkpoints, average_greedily
-    from prunus.run.scored import scorer
+    from prunus.run.evaluate import scorer
 
     _check_single("average")
     if greedy is not None and weights is not None:
