@@ -29,8 +29,8 @@ from prunus.layers import Layer
 from prunus.patterns import Pattern
 from prunus.report import print_table
 from prunus.run import stages
-from prunus.run.fitted import fitted
 from prunus.run.recipe import load_recipe
+from prunus.run.stages import fitted
 from prunus.run.texts import calibration_windows
 from prunus.score import Criterion
 

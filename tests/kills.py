@@ -58,6 +58,13 @@ def _grid(folder: Path) -> dict[str, Any]:
     return {"base": base, "axes": axes, "seeds": [0, 1]}
 
 
+def _classifiers(_: Path) -> dict[str, Any]:
+    axes = {
+        "way": {"pruned": {"retrain": None}, "retrained": {}, "soup": {"soup": {"members": 2, "line": 0, "plane": 0}}}
+    }
+    return {"base": classifier(), "axes": axes}
+
+
 RECIPES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "language": language,
     "streamed": lambda folder: language(folder, streaming=True),
@@ -65,6 +72,7 @@ RECIPES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "classifier": lambda _: classifier(),
     "classifier soup": lambda _: classifier(soup={"members": 2}),
     "grid": _grid,
+    "grid of classifiers": _classifiers,
 }
 
 
@@ -81,12 +89,12 @@ def run(name: str, folder: Path, out: str, kills: tuple[float, ...] = ()) -> flo
     path = folder / f"{out}.yaml"
     path.write_text(yaml.safe_dump({**RECIPES[name](folder), "out": str(folder / out)}))
     for seconds in kills:
-        process = start_command("grid" if name == "grid" else "run", path)
+        process = start_command("grid" if name.startswith("grid") else "run", path)
         process.join(seconds)
         process.kill()
         process.join()
     started = time.perf_counter()
-    process = start_command("grid" if name == "grid" else "run", path)
+    process = start_command("grid" if name.startswith("grid") else "run", path)
     process.join(_WAIT)
     assert process.exitcode == 0, f"{name} ended with {process.exitcode} after kills at {kills}"
     return time.perf_counter() - started

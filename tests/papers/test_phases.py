@@ -18,7 +18,9 @@ from prunus.train.lr import Original, allr
 def test_sparsities_by_hand():
     """s = 0.9, J = 3: each phase prunes 0.5358411 of what is left."""
     assert phase_sparsities(0.9, 3) == pytest.approx([0.5358411, 0.7845565, 0.9], abs=1e-7)
-    assert phase_sparsities(0.5, 1) == [0.5]
+    assert phase_sparsities(0.5, 1) == phase_sparsities(0.5, 1, "cubic") == [0.5]
+    # 0.8 - 0.8 (3/4)^3 = 0.4625, 0.8 - 0.8 / 8 = 0.7, 0.8 - 0.8 / 64 = 0.7875
+    assert phase_sparsities(0.8, 4, "cubic") == pytest.approx([0.4625, 0.7, 0.7875, 0.8])
 
 
 @settings(deadline=None)

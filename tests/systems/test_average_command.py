@@ -16,8 +16,8 @@ from prunus.masks import Masks
 from prunus.measure.accuracy import accuracy
 from prunus.measure.perplexity import perplexity
 from prunus.run import cli
+from prunus.run.evaluate import scorer
 from prunus.run.recipe import ClassifierRecipe, parse
-from prunus.run.scored import scorer
 from prunus.run.vision.dense import write_state
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.train import train_run

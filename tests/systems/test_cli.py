@@ -16,7 +16,6 @@ from prunus import __version__
 from prunus.patterns import Unstructured
 from prunus.run import cli
 from prunus.run import fitted as fitting
-from prunus.run.fitted import fitted
 from prunus.run.recipe import (
     ClassifierRecipe,
     LanguageRecipe,
@@ -28,6 +27,7 @@ from prunus.run.recipe import (
     said,
     yaml_value,
 )
+from prunus.run.stages import fitted
 from prunus.run.vision.dense import dense_key
 from tests.processes import start
 from tests.systems.test_compress import raw

@@ -17,8 +17,8 @@ from prunus.masks import Masks
 from prunus.report import read_metrics
 from prunus.run import stages
 from prunus.run.compress import compress
-from prunus.run.fitted import home
 from prunus.run.recipe import DenseRates, LanguageRecipe, load_recipe, parse
+from prunus.run.stages import home
 from prunus.run.texts import training_windows
 from prunus.score import criteria, criterion
 from prunus.soup import distance
@@ -128,6 +128,19 @@ def test_a_method_prunes_while_everything_is_trained(tiny_folder: Path, text_fil
     masks = Masks.load(tmp_path / "model" / "masks.safetensors")
     assert all(bool((mask.view(-1, 4).sum(1) == 2).all()) for mask in masks.values())
     masks.check(AutoModelForCausalLM.from_pretrained(tmp_path / "model"))
+
+
+def test_sparsities_rise_gradually_over_phases_or_during_training(
+    tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    prune = {"sparsity": 0.8, "phases": 2, "ramp": "cubic"}
+    asked = recipe(tiny_folder, text_file, tmp_path, prune=prune)
+    assert [asked.phase(index).prune.sparsity for index in range(2)] == [pytest.approx(0.7), 0.8]
+    changes = {"during": {"gmp": {"every": 0.2}}, "prune": {"sparsity": 0.8}, "retrain": None}
+    result = compress(parse(during(tiny_folder, text_file, tmp_path, **changes), LanguageRecipe, "test"))
+    assert result["pruning"]["sparsity"] == pytest.approx(0.8, abs=1e-4)
+    shares = result["pruning"]["by_layer"].values()
+    assert max(shares) - min(shares) > 0.01  # it compares all layers
 
 
 def test_a_method_that_was_killed_ends_with_the_same_bits(

@@ -142,7 +142,7 @@ def test_weights_are_mended_as_said(tmp_path: Path) -> None:
 
 IMAGES: list[tuple[tuple[int, ...], dict[str, Any], str, dict[str, Any]]] = [  # sides of pictures, recipe, line, mend
     ((8, 8, 8, 9), {}, "images.size", {"images.size": 8}),
-    ((8, 8, 8, 8), {"model": "vgg16_bn"}, "give another, or images.size", {"images.size": 32}),
+    ((8, 8, 8, 8), {"model": "vgg16_bn"}, "give another, images.size, or its arguments", {"images.size": 32}),
     ((8, 8, 8, 8), {"train.batch_size": 9}, "is more than the 6 training images", {"train.batch_size": 6}),
     ((0, 0, 0, 0), {}, r"set images\.std", {"images.std": [1.0]}),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import multiprocessing
 import os
 import signal
@@ -19,7 +20,7 @@ import pytest
 import torch
 
 from prunus.run import pool
-from prunus.run.pool import Workers, failures, run
+from prunus.run.pool import Workers, failures, finish, run
 from prunus.run.store import Job, Store
 
 
@@ -37,11 +38,24 @@ def add(acts: tuple[str, ...], job: Job, store: Store) -> dict[str, Any]:
         os.kill(os.getpid(), signal.SIGKILL)
     if act == "wait":
         time.sleep(0.5)
+    if act == "full":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "file")
     if act in ("ValueError", "RuntimeError", "KeyboardInterrupt"):
         raise getattr(builtins, act)(f"{job.key} is {act}")
     (store.folder_of(job) / "file").write_text(job.key)
     value = 1 + sum(store.result(need)["value"] for need in job.needs)
     return {"value": value, "drawn": torch.rand(1).item(), "process": os.getpid()}
+
+
+def test_what_a_job_leaves_travels_from_wherever_it_lies(tmp_path: Path) -> None:
+    job, here = Sum("a"), Store(tmp_path / "here", places={"a": tmp_path / "elsewhere"})
+    here.folder.mkdir()
+    finish([job], here)
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["file"]
+    there = Store(tmp_path / "there")
+    there.unpack(job, here.pack(job))
+    assert there.result(job) == here.result(job)
+    assert (there.path(job) / "file").read_text() == "a"
 
 
 @dataclass(frozen=True)
@@ -132,6 +146,15 @@ def test_what_another_try_may_not_meet_is_tried_twice(tmp_path: Path) -> None:
     assert sorted(ran(tmp_path)) == ["once", "once", "twice", "twice"]
     assert run([graph], Workers()) == []
     assert ran(tmp_path).count("twice") == 4
+
+
+def test_a_full_disk_ends_the_call_and_marks_no_job(tmp_path: Path) -> None:
+    graph = Wanted(Store(tmp_path), (Sum("once", (), ("full",)), A))
+    with pytest.raises(OSError, match="No space left"):
+        run([graph], Workers())
+    assert ran(tmp_path) == ["once"]
+    assert run([graph], Workers()) == []
+    assert ran(tmp_path) == ["once", "once", "a"]
 
 
 def test_after_the_minutes_nothing_begins(tmp_path: Path) -> None:

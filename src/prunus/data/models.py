@@ -224,4 +224,6 @@ def _foreign(package: str, name: str, classes: int, channels: int, arguments: Ma
     try:
         return (home.get_model if package == "torchvision" else home.create_model)(name, **own, **arguments)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"'{package}:{name}' does not take {dict(arguments)} ({error})") from None
+        raise ValueError(
+            f"'{package}:{name}' does not take {dict(arguments)} ({error}); leave out what it lacks"
+        ) from None

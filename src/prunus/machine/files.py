@@ -44,12 +44,9 @@ def atomic(path: str | os.PathLike[str]) -> Generator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
-        yield partial
-        os.replace(partial, path)
-    except OSError as error:
-        if error.errno is not None and error.filename is None:
-            error.filename = str(path)
-        raise
+        with naming(path):
+            yield partial
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -62,6 +59,21 @@ def cache(kind: str) -> Path:
     """
     home = os.environ.get("PRUNUS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "prunus"
     return Path(home).expanduser() / kind
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Generator[None]:
+    """Context in which an error of the system names `path`, if it names no file: a full disk, for example.
+
+    >>> with naming("out/model"):
+    ...     file.write(data)
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 @contextmanager
@@ -211,7 +223,7 @@ def checksums(files: Sequence[Path]) -> dict[str, str]:
         return dict(zip([file.name for file in files], pool.map(_file_checksum, files), strict=True))
 
 
-def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file, on the CPU, and its metadata; the checksum of `write_tensors` is right.
 
     Raises ValueError naming a damaged file.

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prunus.machine import json_line, json_value
+from prunus.machine import json_line, json_value, naming
 
 _TIMES = ("time", "seconds", "tokens_per_second", "images_per_second", "peak_memory")
 
@@ -27,10 +27,11 @@ def append_metrics(path: str | Path, row: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        written = os.write(file, line)
-        if written < len(line):
-            os.ftruncate(file, os.fstat(file).st_size - written)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        with naming(path):
+            written = os.write(file, line)
+            if written < len(line):
+                os.ftruncate(file, os.fstat(file).st_size - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     finally:
         os.close(file)
 

@@ -18,7 +18,7 @@ import typer
 from prunus import __version__
 from prunus.machine import bound_threads
 from prunus.run.flags import Flag, assignments, flags_of, numbers, overrides, with_flags
-from prunus.run.plain import Unfinished, yaml_value
+from prunus.run.plain import Unfinished, is_full, yaml_value
 
 app = typer.Typer(
     name="prunus",
@@ -213,7 +213,7 @@ def average(
     """Average checkpoints on disk, a tensor at a time; zeros stay zero, and members of other masks are refused."""
     from prunus.report import print_table
     from prunus.run.average import average_checkpoints, average_greedily
-    from prunus.run.scored import scorer
+    from prunus.run.evaluate import scorer
 
     _check_single("average")
     if greedy is not None and weights is not None:
@@ -340,7 +340,7 @@ _STOPPED = {"run": _KEPT, "grid": _KEPT}
 
 def _of_system(error: OSError) -> str:
     said = " ".join(str(error).split())
-    return f"{said}; make room, and give the same command again" if "No space left" in said else said
+    return f"{said}; make room, and give the same command again" if is_full(error) else said
 
 
 def _refused(text: str, hint: str = "", status: int = 2) -> int:

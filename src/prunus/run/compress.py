@@ -28,7 +28,6 @@ from prunus.machine import ranks, write_json
 from prunus.masks import Masks
 from prunus.report import Advance, append_once, plot_compression, progress
 from prunus.run import stages
-from prunus.run.fitted import fitted, home
 from prunus.run.folder import begin, device_name, device_of, finished, held, ran_on
 from prunus.run.plan import Outline, check_language, outline_language
 from prunus.run.recipe import LanguageRecipe, digest, given, said
@@ -50,7 +49,7 @@ def compress(recipe: LanguageRecipe) -> dict[str, Any]:
     lengths, or the launched processes cannot share a batch.
     """
     keeps_dtype = recipe.dtype == "auto"
-    recipe = fitted(recipe, device_of(recipe))
+    recipe = stages.fitted(recipe, device_of(recipe))
     _check_shares(recipe)
     device = ranks.join(device_of(recipe))
     out, key = Path(recipe.out), digest(recipe)
@@ -75,7 +74,7 @@ def compress(recipe: LanguageRecipe) -> dict[str, Any]:
 def planned(recipe: LanguageRecipe) -> Outline:
     """What `compress` would do, checked as far as can be without a weight. Raises as `compress`."""
     device = device_of(recipe)
-    recipe = fitted(recipe, device)
+    recipe = stages.fitted(recipe, device)
     _check_shares(recipe)
     finished(recipe, Path(recipe.out), digest(recipe))
     empty = stages.empty(recipe)
@@ -116,7 +115,7 @@ class _Run:
         self, out: Path, recipe: LanguageRecipe, key: str, device: torch.device, stored: torch.dtype | None = None
     ) -> None:
         self.out, self.recipe, self.key, self.device, self.stored = out, recipe, key, device, stored
-        self.home = home(recipe, device)
+        self.home = stages.home(recipe, device)
 
     def execute(self) -> dict[str, Any]:
         started = time.perf_counter()
@@ -315,7 +314,7 @@ class _Run:
                 )
         ranks.wait()
         pruned = self.recipe.model_copy(update={"model": str(folder), "streaming": self.recipe.retrain is None})
-        found = stages.load(pruned, home(pruned, self.device))
+        found = stages.load(pruned, stages.home(pruned, self.device))
         return stages.Loaded(found.model, found.tokenizer, source.checkpoint.folder, found.source)
 
     def _tensors(self, source: Shards, streamed: Streamed) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,19 +1,31 @@
-"""`prunus evaluate`: how good a saved model is, a language model or the network of a classifier run.
+"""How good a model on disk is: `prunus evaluate`, and the one number by which checkpoints are averaged greedily.
 
 folder with recipe.yaml of a classifier ─▶ accuracy and its companions, also on corrupted images
 anything else                           ─▶ perplexity of texts, zero-shot tasks
+
+A recipe with the key `images` scores classifiers by top-1 accuracy on the validation split, never the test images,
+BatchNorm counted anew; any other scores language models by the perplexity (negative) on the first text of `evaluate`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prunus.run.folder import device_of
 from prunus.run.recipe import ClassifierRecipe, LanguageRecipe, merge, parse, read_yaml
 
-__all__ = ["evaluate_model"]
+__all__ = ["Scorer", "evaluate_model", "scorer"]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """score: checkpoint (folder or file) -> how good it is. settle_: what a new average on disk still needs."""
+
+    score: Callable[[Path], float]
+    settle_: Callable[[Path], None]
 
 
 def evaluate_model(model: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,20 +38,47 @@ def evaluate_model(model: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     return _classifier(path, raw, overrides) if "images" in raw else _language_model(model, overrides)
 
 
+def scorer(path: Path) -> Scorer:
+    """The scorer that an evaluation recipe describes.
+
+    Raises what reading the recipe raises; `score` raises ValueError for a checkpoint of another network.
+
+    >>> scorer(Path("validation.yaml")).score(Path("runs/a/model"))
+    """
+    raw = read_yaml(path)
+    if "images" in raw:
+        return _of_classifiers(path, raw)
+    parse(raw, LanguageRecipe, str(path))  # mistakes show before anything is averaged
+
+    def score(checkpoint: Path) -> float:
+        from prunus.run import stages
+
+        loaded, recipe, device = _loaded(merge(raw, {"model": str(checkpoint)}), str(path))
+        return -next(iter(stages.evaluate(loaded, recipe, device).values()))
+
+    return Scorer(score, lambda _: None)
+
+
+def _loaded(raw: Mapping[str, Any], where: str) -> tuple[Any, LanguageRecipe, Any]:
+    """A language model, its recipe, and the device on which it is measured."""
+    from prunus.run import stages
+    from prunus.run.plan import check_tasks
+
+    recipe = parse(raw, LanguageRecipe, where)
+    device = device_of(recipe)
+    recipe = stages.fitted(recipe, device)
+    check_tasks(recipe)
+    return stages.load(recipe), recipe, device
+
+
 def _language_model(model: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     from prunus.run import stages
-    from prunus.run.fitted import fitted
-    from prunus.run.plan import check_tasks
     from prunus.run.texts import head_in_words
 
-    checked = parse(merge({"model": model}, dict(overrides)), LanguageRecipe, "flags")
-    device = device_of(checked)
-    checked = fitted(checked, device)
-    check_tasks(checked)
-    loaded = stages.load(checked)
-    head = head_in_words(checked, loaded.tokenizer)
-    found: dict[str, Any] = {"perplexity": stages.evaluate(loaded, checked, device), "head": head}
-    tasks = stages.zero_shot(loaded.model, loaded.tokenizer, checked, device)
+    loaded, recipe, device = _loaded(merge({"model": model}, overrides), "flags")
+    head = head_in_words(recipe, loaded.tokenizer)
+    found: dict[str, Any] = {"perplexity": stages.evaluate(loaded, recipe, device), "head": head}
+    tasks = stages.zero_shot(loaded.model, loaded.tokenizer, recipe, device)
     return found | ({"zero_shot": tasks} if tasks else {})
 
 
@@ -61,3 +100,39 @@ def _classifier(path: Path, raw: dict[str, Any], overrides: Mapping[str, Any]) -
     if recipe.corruptions is not None:
         found["corrupted"] = stages.corrupted(network, setting, recipe.corruptions)
     return found
+
+
+def _of_classifiers(path: Path, raw: Mapping[str, Any]) -> Scorer:
+    import torch
+    from safetensors import safe_open
+
+    from prunus.checkpoint import read_state
+    from prunus.machine import write_tensors
+    from prunus.run.vision import stages
+    from prunus.run.vision.setting import Setting
+
+    source = {"images.source": raw["images"]} if isinstance(raw["images"], str) else {}
+    held = merge(raw, {**source, "images.measure_on": "validation"})
+    setting = Setting.of(parse(held, ClassifierRecipe, str(path)))
+    model = setting.new_model()
+
+    def settled(checkpoint: Path) -> Any:
+        model.load_state_dict(read_state(_file(checkpoint), model.state_dict()))
+        stages.settle(model, setting)
+        return model
+
+    def settle(checkpoint: Path) -> None:
+        file = _file(checkpoint)
+        with safe_open(file, framework="pt") as stored:
+            metadata = stored.metadata()
+        write_tensors(file, settled(checkpoint).state_dict(), metadata)
+
+    with torch.no_grad():
+        return Scorer(lambda checkpoint: float(stages.measure(settled(checkpoint), setting)["top1"]), settle)
+
+
+def _file(checkpoint: Path) -> Path:
+    file = checkpoint / "model.safetensors" if checkpoint.is_dir() else checkpoint
+    if not file.is_file():
+        raise ValueError(f"{checkpoint} holds no model.safetensors: classifiers are scored from one file")
+    return file

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from prunus.run import stages
-from prunus.run.fitted import fitted
 from prunus.run.folder import device_name, device_of, ran_on
 from prunus.run.recipe import LanguageRecipe, LanguageRetrain, digest, member_of, merge, parse, said
 from prunus.run.soups import Pruned, averaged, given_weights, longer_of, member_key
@@ -105,7 +104,7 @@ def _averaged_job(recipe: LanguageRecipe, members: Sequence[Job]) -> Job:
 
 def _prune(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
     device, earlier = device_of(recipe), None
-    recipe, where = fitted(recipe, device), ran_on(store.work(job), device_name(device))
+    recipe, where = stages.fitted(recipe, device), ran_on(store.work(job), device_name(device))
     loaded = _dense(recipe, device)
     before = loaded.model
     if job.needs:
@@ -215,7 +214,7 @@ class _Language:
             if recipe.retrain is not None:
                 result["retraining"] = _retrain(pruned, store.checkpoint(job))
             result["perplexity"] = stages.evaluate(loaded, pruned.recipe, pruned.device)
-        recipe = fitted(recipe, pruned.device)
+        recipe = stages.fitted(recipe, pruned.device)
         if recipe.evaluate.tasks:
             result["zero_shot"] = stages.zero_shot(loaded.model, loaded.tokenizer, recipe, pruned.device)
         return result | {"seconds": time.perf_counter() - started, "recipe": recipe.model_dump(mode="json")}
@@ -255,7 +254,7 @@ def _dense(recipe: LanguageRecipe, device: torch.device) -> stages.Loaded:
 def _pruned(recipe: LanguageRecipe, job: Job, store: Store) -> Pruned:
     """A pruned copy of the dense model. recipe: of its phase."""
     device, masks = device_of(recipe), store.masks(job)
-    recipe = fitted(recipe, device)
+    recipe = stages.fitted(recipe, device)
     assert masks is not None
     dense = _dense(recipe, device)
     model = copy.deepcopy(dense.model)

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 from pydantic import BaseModel, BeforeValidator, TypeAdapter, ValidationError
@@ -62,7 +61,7 @@ class Family:
     """
 
     word: str
-    modules: Callable[[], Sequence[ModuleType]]
+    modules: tuple[str, ...]
     belongs: Callable[[Any], bool] = lambda member: True
     ready: Callable[[Any], bool] = lambda member: False
     given: tuple[str, ...] = ()
@@ -74,7 +73,8 @@ class Family:
         >>> sorted(criteria.members())[:2]
         ['frank_wolfe', 'magnitude']
         """
-        found = {name: getattr(module, name) for module in self.modules() for name in module.__all__}
+        modules = [import_module(name) for name in self.modules]
+        found = {name: getattr(module, name) for module in modules for name in module.__all__}
         return {name.lower().rstrip("_"): each for name, each in found.items() if self.belongs(each)}
 
     def options(self, name: str) -> dict[str, inspect.Parameter]:
@@ -215,23 +215,10 @@ def _closest(name: str, known: Mapping[str, Any]) -> str:
     return f"did you mean {close[0]!r}? " if close else ""
 
 
-def _criteria() -> list[ModuleType]:
-    from prunus import solve
-    from prunus.score import criteria
-
-    return [criteria, solve]
-
-
 def _is_criterion(member: Any) -> bool:
     from prunus.score import Criterion, required
 
     return isinstance(member, Criterion) or required(member) == 1
-
-
-def _allocations() -> list[ModuleType]:
-    from prunus.score import allocations
-
-    return [allocations]
 
 
 def _is_allocation(member: Any) -> bool:
@@ -240,49 +227,15 @@ def _is_allocation(member: Any) -> bool:
     return isinstance(member, Allocation) or required(member) == 2
 
 
-def _patterns() -> list[ModuleType]:
-    from prunus import patterns
-
-    return [patterns]
-
-
-def _during() -> list[ModuleType]:
-    from prunus import during
-
-    return [during]
-
-
 def _is_method(member: Any) -> bool:
     from prunus.train import During
 
     return inspect.isclass(member) and issubclass(member, During) and next(iter(_takes(member)), "") == "sparsity"
 
 
-def _lr() -> list[ModuleType]:
-    from prunus.train import lr
-
-    return [lr]
-
-
-def _sets() -> list[ModuleType]:
-    from prunus.frankwolfe import sets
-
-    return [sets]
-
-
-def _optimizers() -> list[ModuleType]:
-    return [import_module("prunus.run.vision.optimizers")]  # which reads `sets` of this file
-
-
 def _is_optimizer(member: Any) -> bool:
-    base = _optimizers()[0].Optimizer
+    base = import_module("prunus.run.vision.optimizers").Optimizer
     return inspect.isclass(member) and issubclass(member, base) and member is not base
-
-
-def _averages() -> list[ModuleType]:
-    from prunus.soup import averages
-
-    return [averages]
 
 
 def _returns(member: Any, name: str) -> bool:
@@ -293,28 +246,28 @@ def _takes(member: Any) -> list[str]:
     return list(inspect.signature(member).parameters)
 
 
-criteria = Family("criterion", _criteria, ready=_is_criterion)
-allocations = Family("allocation", _allocations, ready=_is_allocation)
+criteria = Family("criterion", ("prunus.score.criteria", "prunus.solve"), ready=_is_criterion)
+allocations = Family("allocation", ("prunus.score.allocations",), ready=_is_allocation)
 patterns = Family(
-    "pattern", _patterns, belongs=lambda each: inspect.isclass(each) and not getattr(each, "_is_protocol", 0)
+    "pattern", ("prunus.patterns",), belongs=lambda each: inspect.isclass(each) and not getattr(each, "_is_protocol", 0)
 )
-methods = Family("method", _during, belongs=_is_method, given=("sparsity",))
+methods = Family("method", ("prunus.during",), belongs=_is_method, given=("sparsity",))
 retrainings = Family(
     "retraining schedule",
-    _lr,
+    ("prunus.train.lr",),
     belongs=lambda each: _returns(each, "Multiplier") and _takes(each)[0] == "original",
     given=("original", "steps", "distance", "share"),
 )
 schedules = Family(
     "schedule",
-    _lr,
+    ("prunus.train.lr",),
     belongs=lambda each: _returns(each, "Multiplier") and _takes(each)[0] == "steps",
     given=("steps", "warmup", "epoch"),
     short=True,
 )
-sets = Family("set", _sets, belongs=lambda each: _returns(each, "Ball"), given=("radius",))
-optimizers = Family("optimizer", _optimizers, belongs=_is_optimizer)
-averages = Family("average", _averages, belongs=inspect.isfunction, given=("states", "held"))
+sets = Family("set", ("prunus.frankwolfe.sets",), belongs=lambda each: _returns(each, "Ball"), given=("radius",))
+optimizers = Family("optimizer", ("prunus.run.vision.optimizers",), belongs=_is_optimizer)
+averages = Family("average", ("prunus.soup.averages",), belongs=inspect.isfunction, given=("states", "held"))
 FAMILIES = (criteria, allocations, patterns, methods, schedules, retrainings, optimizers, averages, sets)
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import yaml
 from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler
 
-__all__ = ["Strict", "Unfinished", "read_yaml", "yaml_value"]
+__all__ = ["Strict", "Unfinished", "is_full", "read_yaml", "yaml_value"]
 
 
 class Strict(BaseModel):
@@ -33,6 +33,16 @@ class Strict(BaseModel):
 
 class Unfinished(RuntimeError):
     """Some members failed for good; what is finished is kept, and the same command goes on."""
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that a disk has no room left.
+
+    >>> is_full(OSError(28, "No space left on device"))
+    True
+    """
+    said = ("No space left on device", "is the disk full?")
+    return isinstance(error, OSError) and any(words in str(error) for words in said)
 
 
 _MOST = 100_000  # values of one text, those that aliases stand for counted as often

@@ -32,6 +32,7 @@ import torch
 from filelock import FileLock
 
 from prunus.report import progress
+from prunus.run.plain import is_full
 from prunus.run.store import Job, Store, closure
 
 __all__ = ["Graph", "Workers", "failures", "finish", "own_stream", "run"]
@@ -435,12 +436,16 @@ class _Loop:
         done, _ = wait(self.running, timeout=_WAIT, return_when=FIRST_COMPLETED)
         for future in done:
             each, error = self.running.pop(future), future.exception()
-            if error is None:
-                each.store.put(each.job, future.result())
-                _drop_spent(each.store, each.job.needs, self.graphs)
-            else:
-                self._failed(each, error)
-            each.store.release(each.job, each.lock)
+            try:
+                if error is None:
+                    each.store.put(each.job, future.result())
+                    _drop_spent(each.store, each.job.needs, self.graphs)
+                elif is_full(error):
+                    raise error  # which every other job would meet
+                else:
+                    self._failed(each, error)
+            finally:
+                each.store.release(each.job, each.lock)
             self.on_end()
 
     def _failed(self, each: _Running, error: BaseException) -> None:

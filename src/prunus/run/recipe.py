@@ -62,7 +62,7 @@ from prunus.run.names import (
 from prunus.run.plain import Strict, read_yaml, yaml_value
 from prunus.run.vision.optimizers import OneOptimizer, Optimizer, Pull, Sgd
 from prunus.score import Allocation, Criterion, allocation_of, check_comparable, compared, criterion_of, global_
-from prunus.soup import phase_sparsities, split_steps
+from prunus.soup import Ramp, phase_sparsities, split_steps
 from prunus.train import During, Multiplier, Original, constant, cosine, linear, linear_warmup_decay
 
 __all__ = [
@@ -152,6 +152,8 @@ class Prune(Strict):
     """How many weights each layer keeps."""
     phases: Count = 1
     """Prune and retrain that many times."""
+    ramp: Ramp = "geometric"
+    """How the sparsity rises over the phases: geometric or cubic."""
     include: Globs = ()
     """Globs of layers: only these are pruned."""
     exclude: Globs = ()
@@ -204,7 +206,7 @@ class Prune(Strict):
 
     def _check_targets(self, allocation: Allocation) -> None:
         """Refuse sparsities that the allocation cannot spread, before anything is measured for it."""
-        for sparsity in phase_sparsities(self.sparsity, self.phases):
+        for sparsity in phase_sparsities(self.sparsity, self.phases, self.ramp):
             allocation({"layer": torch.ones(1, 8)}, sparsity)
 
 
@@ -897,7 +899,7 @@ class LanguageRecipe(Recipe):
     def phase(self, index: int) -> LanguageRecipe:
         """The recipe of one phase, from 0: its sparsity, and its share of the steps."""
         prune, retrain = self.prune, self.retrain
-        prune = prune.model_copy(update={"sparsity": phase_sparsities(prune.sparsity, prune.phases)[index]})
+        prune = prune.model_copy(update={"sparsity": phase_sparsities(prune.sparsity, prune.phases, prune.ramp)[index]})
         if retrain is not None:
             retrain = retrain.model_copy(update={"steps": retrain.shared(retrain.steps, prune.phases)[index]})
         return self.model_copy(update={"prune": prune, "retrain": retrain})

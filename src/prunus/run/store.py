@@ -155,15 +155,15 @@ class Store:
                 lock.release()
 
     def pack(self, job: Job) -> dict[str, bytes]:
-        """All that a finished job left, by path within its room: for a machine without this folder."""
-        room, files = self.path(job).parent, [self.path(job, ".json"), *self.path(job).rglob("*")]
-        return {str(file.relative_to(room)): file.read_bytes() for file in files if file.is_file()}
+        """All that a job left, by path within its folder, its numbers by "": for a machine without them."""
+        folder, numbers = self.path(job), self.path(job, ".json")
+        files = {str(file.relative_to(folder)): file for file in folder.rglob("*")} | {"": numbers}
+        return {name: file.read_bytes() for name, file in files.items() if file.is_file()}
 
     def unpack(self, job: Job, files: Mapping[str, bytes]) -> None:
         """Write what `pack` read elsewhere; the numbers last."""
-        room = self.path(job).parent
-        for name in sorted(files, key=lambda name: name == f"{job.key}.json"):
-            with atomic(room / name) as partial:
+        for name in sorted(files, key=lambda name: not name):
+            with atomic(self.path(job) / name if name else self.path(job, ".json")) as partial:
                 partial.write_bytes(files[name])
 
     def write_state(self, job: Job, state: State, masks: Masks | None = None, name: str = "model") -> None:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from prunus import __version__
-from prunus.machine import atomic_folder, checksums, read_json, read_tensors, write_json, write_text
+from prunus.machine import atomic_folder, checksums, naming, read_json, read_tensors, write_json, write_text
 from prunus.save.account import account
 from prunus.save.shards import ShardWriter
 
@@ -236,7 +236,8 @@ def new_folder(folder: str | Path, source: str | Path | None = None) -> Generato
     check_apart(folder, source)
     with atomic_folder(folder) as partial:
         try:
-            yield partial
+            with naming(folder):
+                yield partial
         except Exception as error:
             if isinstance(error, OSError) or "(os error " not in str(error):
                 raise

@@ -26,7 +26,7 @@ class Tried:
     (n, classes), as it is, and how many batches there are.
 
     What each layer is at a count depends on the dense inputs alone, so it is solved once, the first time it is asked
-    for: a copy of the layer on the CPU for every count that is tried, and the dense outputs beside them.
+    for: a copy of the layer on the CPU for every count that is tried. The dense outputs are kept where they are made.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Tried:
         self.dense = {view.name: view.matrix(parameters[view.parameter]).to("cpu", copy=True) for view in views}
         self.placed: dict[str, int] = {}
         self.solved: dict[tuple[str, int], Tensor] = {}
-        self.expected = [self._log_p(batch).cpu() for batch in range(self.batches)]
+        self.expected = [self._log_p(batch) for batch in range(self.batches)]
 
     @torch.no_grad()
     def __call__(self, counts: Mapping[str, int], share: float = 1.0) -> float:
@@ -54,8 +54,7 @@ class Tried:
         lost = 0.0
         batches = range(max(1, round(share * self.batches)))
         for batch in batches:
-            expected = self.expected[batch].to(next(iter(self.parameters.values())).device)
-            lost += float(F.kl_div(self._log_p(batch), expected, reduction="batchmean", log_target=True))
+            lost += float(F.kl_div(self._log_p(batch), self.expected[batch], reduction="batchmean", log_target=True))
         return lost / len(batches)
 
     @torch.no_grad()

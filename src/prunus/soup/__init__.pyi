@@ -16,6 +16,7 @@ from .geometry import loss_line as loss_line
 from .geometry import loss_plane as loss_plane
 from .imp import Distance as Distance
 from .imp import Phase as Phase
+from .imp import Ramp as Ramp
 from .imp import bimp_budget as bimp_budget
 from .imp import distance as distance
 from .imp import imp as imp

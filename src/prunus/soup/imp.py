@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from prunus.train import Original, Trace
 
 Select = Callable[[nn.Module, float, Masks | None], Masks]
+Ramp = Literal["geometric", "cubic"]
 
 _logger = logging.getLogger(__name__)
 
@@ -67,19 +68,26 @@ class Phase:
         return Distance(self.distance, min(1.0, steps / original.steps))
 
 
-def phase_sparsities(sparsity: float, phases: int) -> list[float]:
-    """The sparsity after each phase, 1 - (1 - s)^(j / J); the last is exactly s.
+def phase_sparsities(sparsity: float, phases: int, ramp: Ramp = "geometric") -> list[float]:
+    """The sparsity after each phase; the last is exactly s.
 
-    Each phase prunes the share 1 - (1 - s)^(1 / J) of the weights that remain. Counts are taken from these absolute
-    targets, not phase by phase, so that rounding does not drift.
+        geometric   1 - (1 - s)^(j / J)     each phase prunes the same share of the weights that remain
+        cubic       s - s (1 - j / J)^3     most in the first, when there is most to spare (Zhu & Gupta 2017)
+
+    Counts are taken from these absolute targets, not phase by phase, so that rounding does not drift.
     Raises ValueError for a sparsity outside [0, 1) or phases < 1.
 
     >>> [round(value, 7) for value in phase_sparsities(0.9, 3)]
     [0.5358411, 0.7845565, 0.9]
+    >>> [round(value, 7) for value in phase_sparsities(0.9, 3, "cubic")]
+    [0.6333333, 0.8666667, 0.9]
     """
     kept_of(0, sparsity)
     _check_phases(phases)
-    return [1 - (1 - sparsity) ** (phase / phases) for phase in range(1, phases)] + [sparsity]
+    shares = [phase / phases for phase in range(1, phases)]
+    if ramp == "cubic":
+        return [sparsity - sparsity * (1 - share) ** 3 for share in shares] + [sparsity]
+    return [1 - (1 - sparsity) ** share for share in shares] + [sparsity]
 
 
 def split_steps(total: int, phases: int) -> list[int]:

@@ -62,6 +62,7 @@ from prunus.stream.work import BlockReport, Work
 __all__ = ["Streamed", "stream", "survey"]
 
 _TRIED = 1 << 28  # logits of the dense model that are kept while allocations are tried: 1 GiB
+_PARTS = 16  # batches of those windows: searches look at a part first
 
 
 @dataclass(frozen=True)
@@ -252,17 +253,18 @@ def _tried(
         raise ValueError("the allocation tries the whole model: leave out streaming, or take another allocation")
     model, home = place.model, next(place.model.parameters()).device
 
-    def outputs(window: int) -> Tensor:
+    def logits(windows: Tensor) -> Tensor:
         with autocast(place.device, place.precision):
-            return model(input_ids=tokens[window : window + 1].to(place.device), use_cache=False).logits[0]
+            return model(input_ids=windows.to(place.device), use_cache=False).logits.flatten(0, 1)
 
     try:
         model.to(place.device)
         parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
         with in_mode(model, training=False):
-            entries = outputs(0).numel()
-            windows = max(1, min(len(tokens), _TRIED // entries))
-            tried = Tried(parameters, place.inner, inputs, how, (outputs, windows))
+            with torch.no_grad():
+                count = max(1, min(len(tokens), _TRIED // logits(tokens[:1]).numel()))
+            parts = tokens[:count].split(-(-count // _PARTS))
+            tried = Tried(parameters, place.inner, inputs, how, (lambda part: logits(parts[part]), len(parts)))
             try:
                 yield tried
             finally:

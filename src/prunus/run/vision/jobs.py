@@ -124,7 +124,8 @@ def pruned_job(
     base: what was trained first, if that is not `before`: the recipe may rewind to it. All that begin alike share it.
     """
     asked, count, rewind = given(recipe.prune), phases or given(recipe.prune).phases, _rewind(recipe)
-    target, seed, last = phase_sparsities(asked.sparsity, count)[phase], recipe.seed + 7919 * phase, phase + 1 == count
+    target = phase_sparsities(asked.sparsity, count, asked.ramp)[phase]
+    seed, last = recipe.seed + 7919 * phase, phase + 1 == count
     how = [said(asked, but={"sparsity", "phases"}), target, last and [recipe.recalibrate, recipe.images.measured]]
     drawn = seed if "seed" in criteria.takes(asked.criterion) else None
     key = ["pruned", before.key, None if within is None else within.key, how, drawn, rewind]

@@ -152,7 +152,7 @@ class Setting:
             if "meta" not in str(error).lower():
                 raise ValueError(
                     f"model: {self.recipe.model!r} takes no images of {shape} (channels, rows, columns: "
-                    f"{' '.join(str(error).split())[:150]}); give another, or images.size"
+                    f"{' '.join(str(error).split())[:150]}); give another, images.size, or its arguments"
                 ) from None
 
     def batches(self, part: int) -> ImageBatches:
