@@ -34,6 +34,7 @@ from prunus.score import (
     counts_under,
     criterion_of,
     global_,
+    limited,
     magnitude,
     needed,
     observable,
@@ -101,6 +102,8 @@ def prune(
         view.name: Layer(view.name, view.matrix(parameters[view.parameter]), inputs.get(view.name)) for view in views
     }
     scores = _scores(asked, layers)
+    if asked.score is None and within is not None:
+        scores = {view.name: limited(scores[view.name], view, within) for view in views}
     found = Scores(scores, parameter_shapes(parameters, views), layers)
     if shared.reads == "loss":
         with _tried(model, views, inputs, (asked, pattern), batches) as loss:

@@ -28,7 +28,7 @@ from prunus.score import (
     uniform_plus,
     wanda,
 )
-from prunus.solve import frank_wolfe, refit, sparsegpt
+from prunus.solve import admm, frank_wolfe, refit, sparsegpt
 from prunus.stream import stream
 from tests.conftest import tiny_llama
 
@@ -159,6 +159,26 @@ def test_classifiers_are_pruned_by_what_their_layers_receive(asked, allocation):
         if not torch.equal(model.get_parameter(name), dense.get_parameter(name) * mask)
     ]
     assert moved == ([*masks] if asked.name == "sparsegpt" else [])
+
+
+@pytest.mark.parametrize("asked", [admm(), refit(wanda), refit(admm()), ria], ids=lambda each: each.name)
+@pytest.mark.parametrize("pattern", [Unstructured("layer"), Block(2, 2)], ids=repr)
+def test_solvers_stay_within_earlier_masks(asked, pattern):
+    batches = [torch.randn(16, 2, 6, 6, generator=torch.Generator().manual_seed(0)).cumsum(-1)]
+    views = find_layers(network(), include=["3", "6"])
+    model = network()
+    first = prune(model, magnitude, pattern, 0.5, allocation=uniform, views=views)
+    with torch.no_grad():
+        for name, mask in first.items():  # retraining moves what stays
+            model.get_parameter(name).add_(0.1 * mask)
+    before = {name: model.get_parameter(name).detach().clone() for name in first}
+    second = prune(model, asked, pattern, 0.75, allocation=uniform, views=views, within=first, batches=batches)
+    second.check(model)
+    for name, mask in second.items():
+        assert int(mask.sum()) == mask.numel() // 4
+        assert not bool((mask & ~first[name]).any())
+        moved = not torch.equal(model.get_parameter(name)[mask], before[name][mask])
+        assert moved == (asked.name != "ria")
 
 
 def test_sparsegpt_serves_a_convolution_better_than_magnitude():

@@ -143,6 +143,13 @@ def test_sparsities_rise_gradually_over_phases_or_during_training(
     assert max(shares) - min(shares) > 0.01  # it compares all layers
 
 
+def test_phases_go_on_by_a_solver(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    prune = {"criterion": {"refit": {"of": "admm"}}, "sparsity": 0.75, "phases": 2, "ramp": "cubic"}
+    result = compress(recipe(tiny_folder, text_file, tmp_path, prune=prune))
+    assert result["pruning"]["sparsity"] == 0.75
+    assert result["perplexity"]["merged"]["text"] < result["perplexity"]["pruned"]["text"]
+
+
 def test_a_method_that_was_killed_ends_with_the_same_bits(
     tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

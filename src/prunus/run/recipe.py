@@ -180,7 +180,7 @@ class Prune(Strict):
         if pattern.sparsity is not None and asked:
             raise ValueError(f"pattern {self.pattern!r} fixes the share of zeros in every group: leave out {asked[0]}")
         check_comparable(criterion, allocation)
-        if criterion.score is None and self.phases > 1:
+        if not criterion.stays and self.phases > 1:
             raise ValueError(
                 f"{criterion.name} cannot stay within the masks of an earlier phase: leave out phases, or take a "
                 "criterion with a score"

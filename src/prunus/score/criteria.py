@@ -52,6 +52,8 @@ class Criterion:
     score: (layer) -> (out, in) float32, higher is kept; None where masks are not those of one score.
     needs: "" (the weight alone), "norms" or "gram" of the inputs; nothing else is measured.
     compare: "row" or "layer", within which its scores compete by default.
+    nests: whether its mask is one choice of the pattern among scores of the whole layer, as that of a score is: then it
+        can stay within earlier masks.
 
     >>> Criterion(lambda layer, pattern, kept: magnitude.solve(layer, pattern, kept), compare="row").needs
     ''
@@ -62,6 +64,12 @@ class Criterion:
     needs: Needs = ""
     compare: Compare = "layer"
     name: str = "criterion"
+    nests: bool = False
+
+    @property
+    def stays(self) -> bool:
+        """Whether it can stay within earlier masks."""
+        return self.nests or self.score is not None
 
     def __call__(self, layer: Layer) -> Tensor:
         """The score (out, in) float32, higher is kept. Raises ValueError for criteria that have none."""

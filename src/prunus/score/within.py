@@ -6,8 +6,8 @@ beside inputs that are zero, and not in a layer that is now to keep more than wa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prunus.layers import Layer, View
 from prunus.masks import Masks
-from prunus.score.criteria import Criterion
+from prunus.score.criteria import Criterion, Score
 
 if TYPE_CHECKING:
     from prunus.patterns import Pattern
@@ -38,22 +38,65 @@ def staying(criterion: Criterion, views: Sequence[View], within: Masks) -> Crite
     """The criterion with scores that are -inf where earlier masks prune.
 
     views: those of the layers that it will be asked about.
-    Raises ValueError for a criterion without a score; its solve does where the pattern cannot keep as many as it is to.
+    Raises ValueError for a criterion that cannot stay; its solve does where the pattern cannot keep as many as asked.
     """
     score, by_name = criterion.score, {view.name: view for view in views}
-    if score is None:
+    if not criterion.stays:
         raise ValueError(
             f"{criterion.name} cannot stay within earlier masks: prune at once, or by a criterion with a score"
         )
 
-    def left(layer: Layer) -> Tensor:
-        return limited(score(layer), by_name[layer.name], within)
-
     @torch.no_grad()
     def solve(layer: Layer, pattern: Pattern, kept: int) -> tuple[Tensor, Tensor]:
-        found = left(layer)
-        mask = pattern.mask(found, kept, name=layer.name)
-        check_within(pattern, found, mask, name=layer.name)
-        return torch.where(mask, layer.weight, 0.0), mask
+        view = by_name[layer.name]
+        left = limited(torch.zeros(view.shape, device=layer.weight.device), view, within)
+        weight, mask = criterion.solve(layer, _Within(pattern, left == -torch.inf), kept)
+        check_within(pattern, left, mask, name=layer.name)
+        return weight, mask
 
-    return replace(criterion, score=left, solve=solve)
+    return replace(criterion, score=None if score is None else _limiting(score, by_name, within), solve=solve)
+
+
+def _limiting(score: Score, views: Mapping[str, View], within: Masks) -> Score:
+    return lambda layer: limited(score(layer), views[layer.name], within)
+
+
+@dataclass(frozen=True, eq=False)
+class _Within:
+    """A pattern that chooses, of a whole layer, what is pruned already last of all; pruned: (out, in) bool."""
+
+    pattern: Pattern
+    pruned: Tensor
+
+    def __str__(self) -> str:
+        return str(self.pattern)
+
+    @property
+    def width(self) -> int | None:
+        return self.pattern.width
+
+    @property
+    def sparsity(self) -> float | None:
+        return self.pattern.sparsity
+
+    @property
+    def by_row(self) -> bool:
+        return self.pattern.by_row
+
+    def counts(self, shape: tuple[int, int], sparsity: float | None, *, name: str = "this layer") -> int:
+        return self.pattern.counts(shape, sparsity, name=name)
+
+    def mask(self, score: Tensor, kept: int, *, name: str = "this layer") -> Tensor:
+        return self.pattern.mask(score.masked_fill(self.pruned, -torch.inf), kept, name=name)
+
+    def choose(self, score: Tensor, kept: int) -> Tensor:
+        return self.pattern.choose(score.masked_fill(self.pruned, -torch.inf), kept)
+
+    def split(self, shape: tuple[int, int], kept: int, edges: Sequence[int], *, name: str = "this layer") -> list[int]:
+        return self.pattern.split(shape, kept, edges, name=name)
+
+    def unit(self, shape: tuple[int, int], *, name: str = "this layer") -> int:
+        return self.pattern.unit(shape, name=name)
+
+    def pool(self, score: Tensor) -> Tensor:
+        return self.pattern.pool(score)

@@ -77,7 +77,7 @@ def admm(
             )
         return weight, mask
 
-    return Criterion(solve, needs="gram", name="admm")
+    return Criterion(solve, needs="gram", name="admm", nests=True)
 
 
 @dataclass(frozen=True)

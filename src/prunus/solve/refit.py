@@ -63,7 +63,7 @@ def refit(of: Criterion | Score = wanda, iterations: int = 20, damping: float = 
             ]
         return torch.cat(parts), mask
 
-    return Criterion(solve, needs="gram", compare=asked.compare, name=f"{asked.name} with refit")
+    return Criterion(solve, needs="gram", compare=asked.compare, name=f"{asked.name} with refit", nests=asked.stays)
 
 
 def _least_squares(
