@@ -14,8 +14,7 @@ import yaml
 
 from prunus import __version__
 from prunus.patterns import Unstructured
-from prunus.run import cli
-from prunus.run import fitted as fitting
+from prunus.run import cli, stages
 from prunus.run.recipe import (
     ClassifierRecipe,
     LanguageRecipe,
@@ -220,7 +219,7 @@ def test_what_the_hub_says_is_put_in_one_line(call: Any, monkeypatch: pytest.Mon
 
 
 def test_bugs_show_themselves(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "fitted", None)
+    monkeypatch.setattr(stages, "fitted", None)
     with pytest.raises(TypeError, match="NoneType"):
         call("evaluate", "embedded")
 

@@ -93,6 +93,14 @@ def test_a_sweep_may_retrain(run: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert not (run / "sweep" / "work").exists()
 
 
+def test_the_dense_network_of_a_soup_is_swept_as_any(run: Path, tmp_path: Path) -> None:
+    soup = {"members": 2, "line": 0, "plane": 0, "baselines": []}
+    pruned = {"prune": {"sparsity": 0.8}, "retrain": {"schedule": "llr", "epochs": 1}}
+    train_run(checked(tmp_path / "soup", **pruned, soup=soup))
+    options: dict[str, Any] = {"kinds": ["zeros"], "rates": [0.5], "timed": 8}
+    assert numbers(sweep(sweep_of(tmp_path / "soup", **options))) == numbers(sweep(sweep_of(run, **options)))
+
+
 def test_a_state_dict_is_swept_as_its_run_is(run: Path, tmp_path: Path) -> None:
     made = raw(tmp_path)
     del made["out"]

@@ -125,7 +125,7 @@ def sweep_of(
     if not kinds or not rates or timed < 1:
         raise ValueError(f"a sweep needs a kind, a rate and an image to time; got {kinds=}, {rates=}, images={timed}")
     retrain = retrain or None
-    given = {"prune": {}, "retrain": retrain, **(overrides or {})}
+    given = {"prune": {}, "retrain": retrain, "soup": None, **(overrides or {})}
     changes = [{**given, "prune.kind": kind, "prune.sparsity": rate} for kind in kinds for rate in rates]
     if source.is_dir():
         out = out or source / "sweep"
