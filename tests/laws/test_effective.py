@@ -89,7 +89,7 @@ def test_float32_weights_of_another_dtype_outside(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_gradients_in_several_tiles(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of 256 rows, the last of 88: their sums are those of one tile, and the same bits every time."""
+    """Tiles of 256 rows, the last of 88, each by one program: sums are those of many, and the same bits every time."""
     from prunus.kernels import effective
 
     generator = torch.Generator().manual_seed(0)
@@ -101,11 +101,21 @@ def test_gradients_in_several_tiles(device: str, monkeypatch: pytest.MonkeyPatch
         whole = _all(*tensors, pack(kept).to(device), g.to(device), False)
         monkeypatch.setattr(effective, "_TILE", 256 * 40)
         monkeypatch.setattr(effective, "_DEPTH", 256)
+        monkeypatch.setattr(effective, "_PROGRAMS", 1)
         parts = _all(*tensors, pack(kept).to(device), g.to(device), False)
         again = _all(*tensors, pack(kept).to(device), g.to(device), False)
     for one, other, third in zip(whole, parts, again, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
         assert torch.equal(other, third)
+
+
+def test_a_small_matrix_is_reduced_by_many_programs() -> None:
+    from prunus.kernels import effective
+
+    rows, across, tile = 4096, 32, effective._REDUCE[0]
+    assert effective._depth(rows, across, tile) == effective._DEPTH
+    assert effective._depth(2048, 16, tile) == 256
+    assert effective._depth(576, 5, tile) == effective._depth(8, 1, tile) == tile
 
 
 def test_a_stack_a_wide_rank_and_float64_take_plain_operations() -> None:

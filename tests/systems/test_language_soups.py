@@ -257,7 +257,8 @@ WRONG = [
     ({"retrain": {}, "soup": {"vary": {"seed": "same", "lr": [1e-3, 1e-2]}}}, "members 1 and 3 would be the same"),
     ({"retrain": {}, "soup": {"vary": {"weight_decay": [1e-3]}}}, "vary.weight_decay: this goes with soups of class"),
     ({"retrain": {}, "soup": {"baselines": ["swa"]}}, "soup.baselines: this goes with soups of classifiers"),
-    ({"retrain": {}, "soup": {"average": "greedy"}}, "greedy averages are made of classifiers"),
+    ({"retrain": {}, "soup": {"average": "learned"}}, "learned averages are made of classifiers"),
+    ({"retrain": {}, "soup": {"also": ["greedy"]}}, "chosen by the first text of evaluate.data: give a second one"),
     ({"retrain": {}, "soup": {"vary": {"rank": [1, 2, 3]}}}, "soup.vary"),
     ({"retrain": {}, "soup": {"vary": {"lr": [1, 2, -3]}}}, "-3"),
     ({"retrain": {}, "soup": {"average": [0.5, 0.5]}}, "average: 2 weights for 3 members"),
@@ -289,6 +290,32 @@ def test_members_of_grids_go_through_the_phases_of_a_run(tiny_folder: Path, text
         assert row["text"]["mean"] == alone["perplexity"][stage]["text"], row["way"]
         if stage == SOUP:
             assert row["beside"]["text"][LONGER]["mean"] == alone["perplexity"][LONGER]["text"]
+
+
+def test_a_greedy_soup_is_chosen_by_the_first_text(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """It leaves out the member that is bad; with its weights given it is the same, and so is a grid's."""
+    texts = {
+        name: {"source": str(text_file), "part": part} for name, part in (("chosen", [0, 0.1]), ("told", [0.1, 0.2]))
+    }
+    changes: dict[str, Any] = {"evaluate": {"data": texts, "window": 32, "batch_size": 16}}
+    vary = {"lr": [1e-2, 2e-2, 0.3]}
+    changes["soup"] = {"members": 3, "vary": vary, "average": "greedy", "also": ["uniform"], "baselines": []}
+    found = compress(recipe(tiny_folder, text_file, tmp_path / "run", **changes))
+    weights = found["soup"]["weights"]
+    assert 0 < sum(weight > 0 for weight in weights) < 3  # one of the members is bad
+    assert found["perplexity"][SOUP]["chosen"] <= found["perplexity"][BEST]["chosen"]
+    changes["soup"] |= {"average": weights, "also": []}
+    told = compress(recipe(tiny_folder, text_file, tmp_path / "told", **changes, save=False))
+    assert told["perplexity"][SOUP] == found["perplexity"][SOUP]
+    changes["soup"] |= {"average": "uniform"}
+    uniform = compress(recipe(tiny_folder, text_file, tmp_path / "uniform", **changes, save=False))
+    assert uniform["perplexity"][SOUP] == found["perplexity"][f"{SOUP}, uniform"]
+    base = {key: value for key, value in raw(tiny_folder, text_file, tmp_path, **changes).items() if key != "out"}
+    base["soup"] |= {"average": "greedy", "also": ["uniform"]}
+    (row,) = compare(parse({"base": base, "axes": {"a": {"b": {}}}, "out": str(tmp_path / "grid")}, Grid, "grid.yaml"))
+    assert row["told"]["mean"] == found["perplexity"][SOUP]["told"]
+    assert row["beside"]["told"][f"{SOUP}, uniform"]["mean"] == uniform["perplexity"][SOUP]["told"]
+    assert not list((tmp_path / "grid").rglob("*trial*"))
 
 
 def test_a_grid_of_soups(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from triton.runtime.interpreter import InterpretedFunction
 _NONE, _BOOL, _BITS = 0, 1, 2  # how a mask is stored
 _TILE = 1 << 26  # entries of G formed at once: 128 MiB of bfloat16, few tails of products that leave the GPU half idle
 _DEPTH = 512  # rows of G that a program reduces, some at a time: each writes r sums a column, twice 16 KiB of 128
+_PROGRAMS = 128  # fewer leave multiprocessors idle: a small matrix is reduced by fewer rows a program
 
 # Rows, columns and warps of a tile where operands are bfloat16, compiled without spills. Building waits for memory: 76
 # registers leave 24 warps on a multiprocessor. Reducing writes r sums for every row of every tile: they are wide.
@@ -71,19 +72,20 @@ def reduce(
     kind, stored = _stored(mask, weight)
     tile = _REDUCE if halves else _WIDE
     across = _over(columns, tile[1])
+    depth = _depth(step, across, tile[0])
     G = torch.empty(step, columns, dtype=dtype, device=weight.device)
-    dA = torch.empty(_over(step, _DEPTH), rank, columns, device=weight.device)  # by program, summed over tiles
+    dA = torch.empty(_over(step, depth), rank, columns, device=weight.device)  # by program, summed over tiles
     dB = torch.empty(across, step, rank, device=weight.device)  # by program, of one tile
     result = torch.empty(rows, rank, device=weight.device)
     for start in range(0, rows, step):
         inside = slice(start, min(rows, start + step))
         count = inside.stop - start
         _multiply(g[:, inside].t(), x, G[:count])
-        _reduce[(across, _over(count, _DEPTH))](
+        _reduce[(across, _over(count, depth))](
             G, weight[inside], a, b[inside], stored[inside], dA, dB, count, columns, rank, scale,
             *weight.stride(), *stored.stride(), dA.stride(0), dB.stride(0),
             FIRST=start == 0, KIND=kind, PRODUCT=product, HALVES=halves, OPERAND=_operand(halves), RANK=_rank(A),
-            ROWS=tile[0], COLUMNS=tile[1], STEPS=_DEPTH // tile[0], num_warps=tile[2], num_stages=2 if halves else 1,
+            ROWS=tile[0], COLUMNS=tile[1], STEPS=depth // tile[0], num_warps=tile[2], num_stages=2 if halves else 1,
         )  # fmt: skip
         torch.sum(dB[:, :count], 0, out=result[inside])
     return dA.sum(0) if len(dA) > 1 else dA[0], result
@@ -103,6 +105,17 @@ def _tile_rows(rows: int, columns: int) -> int:
     """Rows of G formed at once: equal shares of the matrix, in multiples of what a program takes."""
     tiles = max(1, _over(rows * columns, _TILE))
     return min(rows, _over(_over(rows, tiles), _DEPTH) * _DEPTH)
+
+
+def _depth(rows: int, across: int, tile: int) -> int:
+    """Rows of a program: halved from `_DEPTH`, down to one tile, while that makes fewer than `_PROGRAMS` programs.
+
+    On an H200 the matrices of a block of width 576 took 17 us each in 5 to 24 programs of up to eight tiles in turn.
+    """
+    depth = _DEPTH
+    while depth > tile and across * _over(rows, depth) < _PROGRAMS:
+        depth //= 2
+    return depth
 
 
 def _over(a: int, b: int) -> int:

@@ -1,4 +1,4 @@
-"""What a process runs on: files that are complete or absent, ranks, and how a model runs."""
+"""What a process runs on: files that are complete or absent, ranks, cores, and how a model runs."""
 
 import lazy_loader
 

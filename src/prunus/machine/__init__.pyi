@@ -1,4 +1,5 @@
 from . import ranks as ranks
+from .cores import bound_threads as bound_threads
 from .files import atomic as atomic
 from .files import atomic_folder as atomic_folder
 from .files import cache as cache

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from prunus import __version__
+from prunus.machine import bound_threads
 from prunus.run.flags import Flag, assignments, flags_of, numbers, overrides, with_flags
 from prunus.run.plain import Unfinished, is_full, yaml_value
 
@@ -265,7 +266,7 @@ def demo(
         typer.Option(parser=_share, metavar="FLOAT", help="Share of zeros, in [0, 1); 0.6, and 0.95 for vision."),
     ] = None,
 ) -> None:
-    """Show what Prunus does, offline: on a small language model (two minutes), or on handwritten digits (one)."""
+    """Show what Prunus does, offline: in a minute: on a small language model, or on handwritten digits."""
     _check_single("demo")
     if what == "vision":
         from prunus.run.vision.demo import demo as run_vision
@@ -308,6 +309,7 @@ _USAGE: Any = typer.BadParameter.__base__  # wrong arguments, whichever click th
 
 def main() -> None:
     """Entry point: wrong input is one line and exit status 2."""
+    bound_threads()
     try:
         status = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except _USAGE as error:

@@ -283,7 +283,8 @@ class _Run:
         """The average of the members; what was measured in the last phase goes into `result`."""
         last = self._is_last(pruned.phase)
         longer = as_long_as_all(pruned, self._members(pruned)) if last else None
-        found = averaged(pruned, members, longer, self.out / "work" / "soup" if last else self._left(pruned.phase + 1))
+        folder = self.out / "work" / "soup" if last else self._left(pruned.phase + 1)
+        found = averaged(pruned, members, longer, folder, given(self.recipe.soup).also if last else ())
         for stage, perplexity in found.perplexity.items():
             self._log({"stage": stage if last else f"phase {pruned.phase + 1}, {stage}", "perplexity": perplexity})
         if last:

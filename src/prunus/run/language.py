@@ -23,8 +23,8 @@ import torch
 
 from prunus.run import stages
 from prunus.run.folder import device_name, device_of, ran_on
-from prunus.run.recipe import LanguageRecipe, LanguageRetrain, digest, member_of, merge, parse, said
-from prunus.run.soups import Pruned, averaged, given_weights, longer_of, member_key
+from prunus.run.recipe import LanguageRecipe, LanguageRetrain, digest, given, member_of, merge, parse, said
+from prunus.run.soups import Member, Pruned, averaged, longer_of, member_key, weights_of
 from prunus.run.store import Job, Store
 from prunus.run.tables import LONGER, SOUP, Show, perplexity_row, perplexity_tables
 from prunus.run.texts import check_texts
@@ -52,8 +52,8 @@ def phases_of(recipe: LanguageRecipe) -> list[Phase]:
         retraining = member_of(own, place).retrain
         return start if retraining is None else _member_job(own, retraining, f"member {place + 1}", start)
 
-    def average(_: Job, members: tuple[Job, ...]) -> Job:
-        return members[0] if recipe.soup is None else _averaged_job(recipe, members)
+    def average(start: Job, members: tuple[Job, ...]) -> Job:
+        return members[0] if recipe.soup is None else _averaged_job(recipe, start, members)
 
     members = 1 if recipe.soup is None else recipe.soup.members
     return sms(None, phases=recipe.prune.phases, members=members, prune=prune, retrain=retrain, average=average)
@@ -95,11 +95,10 @@ def _longer_job(recipe: LanguageRecipe, last: Phase) -> list[Job]:
     return [] if longer is None else [_member_job(own, longer, LONGER, last.pruned)]
 
 
-def _averaged_job(recipe: LanguageRecipe, members: Sequence[Job]) -> Job:
+def _averaged_job(recipe: LanguageRecipe, start: Job, members: Sequence[Job]) -> Job:
     """What a phase but the last leaves to the next."""
-    weights = given_weights(recipe)
-    key = digest(["averaged", weights, [member.key for member in members]])[:24]
-    return Job("soups", key, partial(_average, weights), tuple(members), passing=True)
+    key = digest(["averaged", given(recipe.soup).average, [member.key for member in members]])[:24]
+    return Job("soups", key, partial(_average, recipe), (start, *members), passing=True)
 
 
 def _prune(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
@@ -135,11 +134,19 @@ def _train_member(recipe: LanguageRecipe, asked: LanguageRetrain, name: str, job
     return found | where
 
 
-def _average(weights: tuple[float, ...] | None, job: Job, store: Store) -> dict[str, Any]:
-    for member in job.needs:
-        check_whole(store.path(member))
-    average_folders([store.path(member) for member in job.needs], store.path(job), weights)
+def _average(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
+    start, *needs = job.needs
+    members, average = _members(needs, store), given(recipe.soup).average
+    weights = weights_of(_pruned(recipe, start, store), members, average, store.work(job) / "trial")
+    average_folders([folder for folder, _ in members], store.path(job), weights)
     return {}
+
+
+def _members(jobs: Sequence[Job], store: Store) -> list[Member]:
+    """Finished members, which are whole."""
+    for job in jobs:
+        check_whole(store.path(job))
+    return [(store.path(job), store.result(job)) for job in jobs]
 
 
 def _measure_dense(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
@@ -203,11 +210,9 @@ class _Language:
         result: dict[str, Any] = {"pruning": {key: pruning[key] for key in ("seconds", "errors")}}
         result["sparsity"] = pruned.masks.sparsity
         if recipe.soup is not None:
-            members = [(store.path(member), store.result(member)) for member in last.members]
-            for folder, _ in members:
-                check_whole(folder)
-            longer = [store.result(job) for job in _longer_job(recipe, last)]
-            souped = averaged(pruned, members, next(iter(longer), None), store.work(job) / "soup")
+            longer = next((store.result(job) for job in _longer_job(recipe, last)), None)
+            made = _members(last.members, store)
+            souped = averaged(pruned, made, longer, store.work(job) / "soup", recipe.soup.also)
             loaded, result["perplexity"] = souped.loaded, souped.perplexity[SOUP]
             result["soup"] = {**souped.summary, "perplexity": souped.perplexity, "retraining": souped.retraining}
         else:

@@ -920,9 +920,11 @@ class LanguageRecipe(Recipe):
     def _check_soup(self, soup: Soup) -> None:
         if self.retrain is None:
             raise ValueError("soup: its members are retrained as `retrain` says; give a section retrain")
-        if soup.choosing or soup.also:
+        if strange := [name for name in soup.choosing if name != "greedy"]:
+            raise ValueError(f"soup: {strange[0]} averages are made of classifiers; take uniform, greedy or weights")
+        if soup.choosing and len(self.evaluate.data) < 2:
             raise ValueError(
-                f"soup: {(*soup.choosing, *soup.also)[0]} averages are made of classifiers; take uniform or weights"
+                "soup: greedy averages are chosen by the first text of evaluate.data: give a second one to report"
             )
         vary = {"vary.epochs": soup.vary.epochs, "vary.weight_decay": soup.vary.weight_decay}
         vary |= {"vary.augment": soup.vary.augment, "vary.seed": soup.vary.seed == "order"}

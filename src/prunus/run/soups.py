@@ -10,6 +10,7 @@ complete or absent, and is not trained again. In a grid members are jobs.
 from __future__ import annotations
 
 import copy
+import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -22,10 +23,11 @@ import torch
 from prunus.machine import read_json, write_json
 from prunus.masks import Masks
 from prunus.run import stages
+from prunus.run.names import Choice, averages
 from prunus.run.recipe import LanguageRecipe, LanguageRetrain, digest, given, member_of, said
 from prunus.run.tables import BEST, LONGER, MEAN, SOUP
 from prunus.save import average_folders, is_whole, save_model
-from prunus.soup import check_weights
+from prunus.soup import check_weights, greedy_members
 
 __all__ = [
     "Member",
@@ -33,13 +35,14 @@ __all__ = [
     "Souped",
     "as_long_as_all",
     "averaged",
-    "given_weights",
     "longer_of",
     "member",
     "member_key",
     "members_of",
+    "weights_of",
 ]
 
+Average = Choice | tuple[float, ...]
 Bar = Callable[[str, "float | None"], AbstractContextManager[Any]]
 Numbers = dict[str, Any]
 Member = tuple[Path, Numbers]  # its folder, and what was measured
@@ -113,10 +116,49 @@ def longer_of(recipe: LanguageRecipe) -> LanguageRetrain | None:
     return first.model_copy(update={"steps": steps}) if "longer" in given(recipe.soup).baselines else None
 
 
-def given_weights(recipe: LanguageRecipe) -> tuple[float, ...] | None:
-    """The weights of the members in their average; None: all equal."""
-    average = given(recipe.soup).average
-    return average if isinstance(average, tuple) else None
+def weights_of(pruned: Pruned, members: Sequence[Member], average: Average, folder: Path) -> tuple[float, ...] | None:
+    """The weights of members in an average; None: all equal.
+
+    A greedy soup is chosen by perplexity on the first text of `evaluate.data`; what it tries is written to `folder`,
+    and is gone afterwards.
+    """
+    if isinstance(average, tuple) or averages.name(average) not in given(pruned.recipe.soup).choosing:
+        return average if isinstance(average, tuple) else None
+    text, data = next(iter(pruned.recipe.evaluate.data.items()))
+    alone = pruned.recipe.evaluate.model_copy(update={"data": {text: data}})
+    recipe = pruned.recipe.model_copy(update={"evaluate": alone})
+
+    def score(chosen: tuple[int, ...]) -> float:
+        if len(chosen) == 1:
+            return -members[chosen[0]][1]["perplexity"][text]
+        return -_tried(pruned, recipe, folder, [members[place][0] for place in chosen])[text]
+
+    chosen = greedy_members(len(members), score).members
+    return tuple(1 / len(chosen) if place in chosen else 0.0 for place in range(len(members)))
+
+
+def _measured(pruned: Pruned, recipe: LanguageRecipe, folder: Path) -> tuple[stages.Loaded, dict[str, float]]:
+    """An average on disk, and its perplexities."""
+    streaming = recipe.streaming and not recipe.evaluate.tasks
+    made = stages.load(recipe.model_copy(update={"model": str(folder), "streaming": streaming}))
+    if made.source is None:
+        pruned.masks.check(made.model)
+    return made, stages.evaluate(made, recipe, pruned.device)
+
+
+def _tried(
+    pruned: Pruned,
+    recipe: LanguageRecipe,
+    folder: Path,
+    members: Sequence[Path],
+    weights: tuple[float, ...] | None = None,
+) -> dict[str, float]:
+    """The perplexities of an average that is not kept."""
+    shutil.rmtree(folder, ignore_errors=True)  # of a killed run
+    average_folders(members, folder, weights)
+    found = _measured(pruned, recipe, folder)[1]
+    shutil.rmtree(folder)
+    return found
 
 
 def member_key(recipe: LanguageRecipe, asked: LanguageRetrain) -> str:
@@ -136,21 +178,22 @@ def as_long_as_all(pruned: Pruned, folder: Path) -> Numbers | None:
     return None if asked is None else _kept(pruned, LONGER, asked, folder / "longer.json")
 
 
-def averaged(pruned: Pruned, members: Sequence[Member], longer: Numbers | None, soup: Path) -> Souped:
-    """The average of finished members, written to `soup` and measured.
+def averaged(
+    pruned: Pruned, members: Sequence[Member], longer: Numbers | None, soup: Path, also: Sequence[Choice] = ()
+) -> Souped:
+    """The average of finished members, written to `soup` and measured. also: further averages, measured only.
 
     The best member is that of the lowest perplexity on the first text of `evaluate.data`.
     """
-    recipe, asked = pruned.recipe, members_of(pruned.recipe)
-    weights = given_weights(recipe)
-    average_folders([folder for folder, _ in members], soup, weights)
-    made = stages.load(
-        recipe.model_copy(update={"model": str(soup), "streaming": recipe.streaming and not recipe.evaluate.tasks})
-    )
-    if made.source is None:
-        pruned.masks.check(made.model)
+    recipe, asked, folders = pruned.recipe, members_of(pruned.recipe), [folder for folder, _ in members]
+    trial, more = soup.with_name(f"{soup.name}-trial"), dict[str, dict[str, float]]()
+    for choice in also:
+        weights = weights_of(pruned, members, choice, trial)
+        more[f"{SOUP}, {averages.name(choice)}"] = _tried(pruned, recipe, trial, folders, weights)
+    weights = weights_of(pruned, members, given(recipe.soup).average, trial)
+    average_folders(folders, soup, weights)
     with pruned.bar("evaluate soup", None):
-        own = stages.evaluate(made, recipe, pruned.device)
+        made, own = _measured(pruned, recipe, soup)
     found = {f"member {place}": numbers for place, (_, numbers) in enumerate(members, 1)}
     each = [numbers["perplexity"] for _, numbers in members]
     best = _best(each)
@@ -159,6 +202,7 @@ def averaged(pruned: Pruned, members: Sequence[Member], longer: Numbers | None, 
         MEAN: {text: statistics.fmean(one[text] for one in each) for text in each[0]},
         BEST: each[best],
         SOUP: own,
+        **more,
         **{name: other["perplexity"] for name, other in others.items()},
     }
     summary = {

@@ -135,7 +135,7 @@ def perplexity_row(results: Sequence[Result]) -> dict[str, Any]:
 
     row = over_seeds(lambda result, text: result["perplexity"][text])
     if all("soup" in result for result in results):
-        names = [name for name in _BESIDE if name in results[0]["soup"]["perplexity"]]
+        names = [x for x in results[0]["soup"]["perplexity"] if x in _BESIDE or x.startswith(f"{SOUP}, ")]
         each = {name: over_seeds(lambda r, text, name=name: r["soup"]["perplexity"][name][text]) for name in names}
         row["beside"] = {text: {name: found[text] for name, found in each.items()} for text in results[0]["perplexity"]}
     for part in ("retraining", "zero_shot", "pruning"):
