@@ -72,7 +72,9 @@ def test_the_command_prints_it_with_what_keys_mean(monkeypatch, capsys):
     assert printed["$defs"]["Prune"]["properties"]["sparsity"]["description"].startswith("Share of zeros")
 
 
-@pytest.mark.parametrize(("text", "value"), [("60%", 0.6), ("2.5%", 0.025), ("100%", 1.0), ("60 %", "60 %")])
+@pytest.mark.parametrize(
+    ("text", "value"), [("60%", 0.6), ("2.5%", 0.025), ("99.9%", 0.999), ("100%", 1.0), ("60 %", "60 %")]
+)
 def test_percents_are_shares(text, value):
     assert yaml_value(text, "here") == value
 

@@ -115,6 +115,7 @@ MISTAKES = [
     (["compress"], "No such command 'compress'", "--help"),
     (["average", "{f}/pickled", "--out", "x", "--weights", "a"], "--weights 'a'", "as in 0.5"),
     (["demo", "--sparsity", "2"], "2.0", "[0, 1)"),
+    (["demo", "--sparsity", "[1]"], "[1]", "--sparsity"),
     (["show", "--set", "prunes=1"], "unknown key 'prunes'", "did you mean 'prune'"),
     (["show", "--set", "images=digits", "--set", "modle=resnet8"], "unknown key 'modle'", "did you mean 'model'"),
     (["demo", "sound"], "'sound'", "use language or vision"),

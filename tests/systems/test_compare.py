@@ -133,6 +133,16 @@ def test_two_workers_share_a_grid(tiny_folder: Path, text_file: Path, tmp_path: 
     assert [row["test"] for row in one] == [row["test"] for row in two]
 
 
+def test_percents_name_labels_quoted_or_not(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    axes = {"rate": {"50%": {}, "99.9%": {"prune.sparsity": 0.999}}, "method": {"pruned": {}, "again": {}}}
+    raw = grid(tiny_folder, text_file, tmp_path, axes=axes, tune=None)
+    del raw["more_seeds"]
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump(raw) + "skip: [{rate: [99.9%], method: [again]}]\n")
+    cells = {(each["rate"], each["method"]) for each in load_grid(path).cells()}
+    assert cells == {("50%", "pruned"), ("50%", "again"), ("99.9%", "pruned")}
+
+
 def test_wrong_grids_are_refused(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'colour' is not an axis"):
         checked(tiny_folder, text_file, tmp_path, more_seeds={"seeds": [1], "where": {"colour": ["red"]}})

@@ -36,7 +36,8 @@ Out = Annotated[Path | None, typer.Option(help="Write the numbers as JSON here a
 
 
 def _share(text: str) -> float:
-    return float(yaml_value(text, "--sparsity"))
+    value = yaml_value(text, "--sparsity")
+    return float(value if isinstance(value, int | float) else text)
 
 
 @cache

@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from prunus.run.folder import device_name, device_of, ran_on
 from prunus.run.recipe import Strict, digest, merge, parse, read_yaml, said
@@ -31,6 +31,8 @@ from prunus.run.tasks import Task, task_of
 __all__ = ["Grid", "Member", "final_members", "likely_members", "load_grid", "tuning_members"]
 
 Labels = dict[str, str]
+# 60%, which elsewhere in YAML is 0.6, is itself where it names a label.
+Label = Annotated[str, BeforeValidator(lambda value: f"{100 * value:.12g}%" if isinstance(value, float) else value)]
 
 
 class Tried(Strict):
@@ -41,7 +43,7 @@ class Tried(Strict):
 
     key: str | None = None
     values: list[Any] = Field(min_length=1)
-    at: Labels = Field(default_factory=dict)
+    at: dict[str, Label] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check(self) -> Tried:
@@ -67,7 +69,7 @@ class MoreSeeds(Strict):
     """Further seeds for the cells whose labels are all among those listed."""
 
     seeds: list[int]
-    where: dict[str, list[str]]
+    where: dict[str, list[Label]]
 
 
 class Grid(Strict):
@@ -81,7 +83,7 @@ class Grid(Strict):
     tune: Tune | None = None
     seeds: list[int] = Field(default=[0], min_length=1)
     more_seeds: MoreSeeds | None = None
-    skip: list[dict[str, list[str]]] = Field(default_factory=list)
+    skip: list[dict[str, list[Label]]] = Field(default_factory=list)
     show: Show = Show()
     out: str = "runs/compare"
     dense: str | None = None

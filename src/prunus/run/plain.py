@@ -97,7 +97,7 @@ _Yaml.add_implicit_resolver(
 )
 _Yaml.add_implicit_resolver(_REPLACED[2], re.compile(r"true$|True$|false$|False$"), list("tTfF"))
 _Yaml.add_implicit_resolver(_SHARE, re.compile(r"\d+(\.\d*)?%$"), list("0123456789"))
-_Yaml.add_constructor(_SHARE, lambda _, node: float(node.value[:-1]) / 100)
+_Yaml.add_constructor(_SHARE, lambda _, node: float(f"{node.value[:-1]}e-2"))  # 99.9 / 100 is not 0.999
 
 
 def yaml_value(text: str, where: str) -> Any:
