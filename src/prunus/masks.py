@@ -214,7 +214,7 @@ class Masks(Mapping[str, Tensor]):
                 )
             checked.append((parameter, mask))
         for parameter, mask in checked:
-            yield parameter, ~_as_placed(mask, parameter)
+            yield parameter, (~_as_placed(mask, parameter)).contiguous()  # for kernels; a mask may be transposed
 
 
 @dataclass(frozen=True)

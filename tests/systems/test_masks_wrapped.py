@@ -305,6 +305,7 @@ def test_a_fused_adamw_steps_and_zeroes_at_once(device: str, decay: float) -> No
     pytest.importorskip("triton")
     model = network().to(device)
     masks, exact = masks_of(model), copy.deepcopy(model).double().cpu()
+    masks = Masks({name: mask.mT.contiguous().mT if mask.ndim > 1 else mask for name, mask in masks.items()})
     plain = torch.optim.AdamW(exact.parameters(), lr=0.01, weight_decay=decay)
     fused = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.01, device=device), weight_decay=decay, fused=True)
     masks.apply_(exact)
@@ -327,3 +328,14 @@ def test_a_fused_adamw_steps_and_zeroes_at_once(device: str, decay: float) -> No
     model.get_parameter("3.weight").grad = torch.ones_like(model.get_parameter("3.weight"))
     fused.step()
     assert model.get_parameter("3.weight").all()
+
+
+def test_an_adamw_without_momentum_takes_its_own_steps() -> None:
+    pytest.importorskip("triton")
+    from prunus.kernels import takes_steps
+
+    parameters = [torch.nn.Parameter(torch.ones(2))]
+    taken = [
+        takes_steps(torch.optim.AdamW(parameters, betas=betas, fused=True)) for betas in ((0.9, 0.999), (0.0, 0.999))
+    ]
+    assert taken == [True, False]

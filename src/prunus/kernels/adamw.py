@@ -25,17 +25,19 @@ _SIZE, _WARPS = 2048, 8  # entries of a program
 
 def takes_steps(optimizer: torch.optim.Optimizer) -> bool:
     """Whether steps of an optimizer can be taken here: those of a fused `torch.optim.AdamW` without variations."""
-    odd = ("amsgrad", "maximize", "differentiable")
-    return type(optimizer) is torch.optim.AdamW and all(
-        group["fused"] and not any(group[key] for key in odd) for group in optimizer.param_groups
-    )
+    return type(optimizer) is torch.optim.AdamW and all(map(_is_usual, optimizer.param_groups))
+
+
+def _is_usual(group: Mapping[str, Any]) -> bool:
+    odd = any(group[key] for key in ("amsgrad", "maximize", "differentiable"))
+    return group["fused"] and not odd and all(isinstance(beta, float) and beta > 0 for beta in group["betas"])
 
 
 @torch.no_grad()
 def adamw_(optimizer: torch.optim.Optimizer, pruned: Mapping[int, Tensor]) -> set[int]:
     """Takes the step for parameters with masks, and their gradients away, so that the optimizer passes them by.
 
-    pruned: id of a parameter -> bool in its shape, True where it is pruned. Returns the ids of those that were taken:
+    pruned: id of a parameter -> bool in its shape, contiguous, True where it is pruned. Returns the ids of those that were taken:
     contiguous float32 ones with a gradient that is not scaled. Their state is the optimizer's.
     """
     taken: set[int] = set()
