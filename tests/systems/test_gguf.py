@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -125,6 +127,19 @@ def test_a_file_is_dequantised_once_and_anew_when_it_is_another(file: Path) -> N
     assert (folder / "mark").exists()
     write(file, llama(1), "Q4_0")
     assert plain(file) != folder
+
+
+def test_two_files_with_one_head_are_two_models(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Archives and packages give all files one time, and a tuned model has the other's words before its weights."""
+    monkeypatch.setattr("prunus.checkpoint.gguf._ENDS", 1 << 12)
+    opened = Mock(return_value=(llama(), byte_tokenizer()))
+    monkeypatch.setattr("prunus.checkpoint.gguf._opened", opened)
+    data, place = file.read_bytes(), file.stat()
+    folder = plain(file)
+    file.write_bytes(data[:-8] + bytes(8))
+    os.utime(file, ns=(place.st_atime_ns, place.st_mtime_ns))
+    assert plain(file) != folder
+    assert opened.call_count == 2
 
 
 @pytest.mark.parametrize("content", [b"", b"plums" * 99, None])

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 __all__ = ["plain"]
 
-_HEAD = 1 << 20
+_ENDS = 1 << 20
 
 
 def plain(path: Path) -> Path:
     """The folder of the causal language model in a GGUF file, in float32, with its tokenizer; other paths as they are.
 
-    It is made once, by the file's size, time and head, while memory holds the whole model; it may be deleted at any
+    It is made once, by the file's size, time and ends, while memory holds the whole model; it may be deleted at any
     time. Raises ImportError without the package gguf; ValueError for a file that does not open or is no such model, and
     for tensors that are missing or still quantised.
 
@@ -37,7 +37,9 @@ def plain(path: Path) -> Path:
     import_extra("gguf", "gguf", f"model: {str(path)!r} needs the extra")
     said, found = blake2b(digest_size=16), path.stat()
     with path.open("rb") as opened:
-        said.update(f"{path.name} {found.st_size} {found.st_mtime_ns} ".encode() + opened.read(_HEAD))
+        said.update(f"{path.name} {found.st_size} {found.st_mtime_ns} ".encode() + opened.read(_ENDS))
+        opened.seek(max(0, found.st_size - _ENDS))  # the head of a tuned model, its words, is that of the other
+        said.update(opened.read())
     folder = cache("models") / said.hexdigest()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
