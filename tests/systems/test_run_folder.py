@@ -154,6 +154,13 @@ def test_a_grid_does_not_go_on_with_other_weights(tiny_folder: Path, text_file: 
         compare(grid, minutes=0)
 
 
+def test_a_teacher_is_read_too(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    asked = raw(tiny_folder, text_file, tmp_path / "teacher" / "run")
+    asked["retrain"]["distill"] = {"teacher": str(shutil.copytree(tiny_folder, tmp_path / "teacher"))}
+    with pytest.raises(ValueError, match="lie in each other"):
+        compress(parse(asked, LanguageRecipe, ""))
+
+
 def test_large_files_are_told_apart_by_size_time_and_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prunus.run.inputs._WHOLE", 10)
     text = tmp_path / "text.txt"
@@ -251,6 +258,15 @@ def test_a_finished_classifier_says_so_and_mends_what_is_missing(
     assert "is finished: nothing is repeated" in caplog.text
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert (tmp_path / "report.png").read_bytes() == picture
+
+
+def test_a_classifier_that_is_not_saved_is_finished_without_its_network(tmp_path: Path) -> None:
+    train = {"epochs": 1, "batch_size": 512, "warmup": 0}
+    asked = {"images": "digits", "model": "resnet8", "device": "cpu", "out": str(tmp_path), "save": False}
+    recipe = parse({**asked, "train": train}, ClassifierRecipe, "")
+    first = train_run(recipe)
+    assert not (tmp_path / "model.safetensors").exists()
+    assert train_run(recipe) == json.loads(json.dumps(first))
 
 
 def flip(path: Path) -> None:

@@ -19,7 +19,7 @@ __all__ = ["check_inputs", "inputs_of"]
 
 _WHOLE = 1 << 26  # bytes of the largest file that is read whole
 _HEAD = 1 << 20
-_NAMED = ("model", "weights", "source", "tasks", "start")  # keys of recipes that name what is read
+_NAMED = ("model", "teacher", "weights", "source", "tasks", "start")  # keys of recipes that name what is read
 _OF_MODELS = (".safetensors", ".json", ".gguf", ".model", ".jinja", ".txt")
 
 

@@ -108,7 +108,7 @@ def _begun(recipe: ClassifierRecipe, picture: str) -> Generator[tuple[Path, str,
     recipe's run, finished or not, or another process has it.
     """
     out, key = Path(recipe.out), digest(said(recipe, but={"out"}))
-    left = ("model.safetensors", INFO_NAME)
+    left = ("model.safetensors", INFO_NAME) if recipe.save else ()
     found = finished(recipe, out, key, left)
     if found is not None:
         log.warning("%s is finished: nothing is repeated", out)
