@@ -109,6 +109,23 @@ def test_a_grid_says_how_many_seeds_a_cell_has(tmp_path):
     assert "method accuracy n ALLR 94.12 ± 0.25 2" in text_of(write_report(tmp_path))
 
 
+def test_a_grid_without_a_row_has_no_page(tmp_path):
+    (tmp_path / "table.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match="holds nothing finished"):
+        write_report(tmp_path)
+
+
+def test_a_size_is_that_of_the_network_wherever_its_folder_lies(tmp_path):
+    (tmp_path / "work").mkdir()
+    folder = folder_of(tmp_path / "work" / "run", CLASSIFIER)
+    for name in ("model.safetensors", "dense/model.safetensors", "masks.safetensors"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(bytes(2_000_000))
+    said = text_of(write_report(folder))
+    assert "time 3 s 2.0 MB of weights" in said
+    assert "weights are left" not in said  # nobody counted them
+
+
 def test_empty_parts_are_left_out(tmp_path):
     page = Page("t", "", [Card("zeros", "60 %")], [Part("nothing"), Part("some", rows=[{"a": 1, "b": "x"}])])
     write_page(page, tmp_path / "page.html")

@@ -142,6 +142,8 @@ def _soup(folder: Path, result: Result) -> Page:
 
 
 def _grid(folder: Path, rows: Sequence[Result]) -> Page:
+    if not rows:
+        raise FileNotFoundError(f"{folder} holds nothing finished: its table has no row; run its grid again")
     pictures = sorted([*folder.glob("grid*.png"), *folder.glob("phases*.png")])
     seeds = sorted({seed for row in rows for seed in row["seeds"]})
     cards = [Card("cells", str(len(rows)), ""), Card("seeds", str(len(seeds)), "mean ± deviation over those of a cell")]
@@ -168,7 +170,8 @@ def _dense(stages: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _sizes(result: Result) -> list[Card]:
-    cards = [Card("zeros", f"{100 * result['sparsity']:.2f} %", f"{result.get('nonzero', 0):,} weights are left")]
+    left = f"{result['nonzero']:,} weights are left" if "nonzero" in result else ""
+    cards = [Card("zeros", f"{100 * result['sparsity']:.2f} %", left)]
     if "speedup" in result:
         cards.append(
             Card("fewer multiplications", f"{result['speedup']:.2f} ×", "in theory, where zeros are scattered")
@@ -177,9 +180,7 @@ def _sizes(result: Result) -> list[Card]:
 
 
 def _cost(folder: Path, result: Result) -> Card:
-    files = [
-        path for path in folder.rglob("*.safetensors") if path.name.startswith("model") and "work" not in path.parts
-    ]
+    files = [*folder.glob("model*.safetensors"), *folder.glob("model/model*.safetensors")]
     size = f"{sum(path.stat().st_size for path in files) / 1e6:,.1f} MB of weights" if files else ""
     return Card("time", f"{result['seconds']:,.0f} s", size)
 
