@@ -11,7 +11,7 @@ from torch import nn
 
 from prunus.adapt import adapt
 from prunus.layers import find_layers
-from prunus.run import cli, plan, stages
+from prunus.run import cli, outline, stages
 from prunus.run.compress import compress, planned
 from prunus.run.recipe import Recipe, merge, parse
 from prunus.run.vision import train as classifiers
@@ -128,4 +128,4 @@ def test_what_removes_filters_is_asked_for_before_training(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     asked = parse({"images": "digits", "prune": {"kind": "filters"}}, Recipe, "recipe").prune
     with pytest.raises(ImportError, match=r"prunus\[shrink\]"):
-        plan.check_pruning(nn.Linear(2, 2), asked)
+        outline.check_pruning(nn.Linear(2, 2), asked)

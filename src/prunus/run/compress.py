@@ -29,7 +29,7 @@ from prunus.masks import Masks
 from prunus.report import Advance, append_once, plot_compression, progress
 from prunus.run import stages
 from prunus.run.folder import begin, device_name, device_of, finished, held, ran_on
-from prunus.run.plan import Outline, check_language, outline_language
+from prunus.run.outline import Outline, check_language, outline_language
 from prunus.run.recipe import LanguageRecipe, digest, given, said
 from prunus.run.soups import Member, Pruned, as_long_as_all, averaged, member
 from prunus.run.texts import check_texts, evaluation_texts, head_in_words

@@ -62,7 +62,7 @@ def scorer(path: Path) -> Scorer:
 def _loaded(raw: Mapping[str, Any], where: str) -> tuple[Any, LanguageRecipe, Any]:
     """A language model, its recipe, and the device on which it is measured."""
     from prunus.run import stages
-    from prunus.run.plan import check_tasks
+    from prunus.run.outline import check_tasks
 
     recipe = parse(raw, LanguageRecipe, where)
     device = device_of(recipe)

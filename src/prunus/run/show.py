@@ -10,7 +10,7 @@ from rich.console import Console
 
 from prunus.report import format_value, print_table
 from prunus.run.inspect import Inspection
-from prunus.run.plan import Outline, size_in_words
+from prunus.run.outline import Outline, size_in_words
 from prunus.run.tables import spread
 from prunus.save import SIZE_NOTE
 

@@ -29,7 +29,7 @@ from prunus.data import (
 )
 from prunus.machine import Precision
 from prunus.run.folder import device_name, device_of
-from prunus.run.plan import check_pruning
+from prunus.run.outline import check_pruning
 from prunus.run.recipe import ClassifierRecipe, ImageSource
 
 __all__ = ["ImageSets", "Setting"]
