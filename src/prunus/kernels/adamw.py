@@ -37,8 +37,8 @@ def _is_usual(group: Mapping[str, Any]) -> bool:
 def adamw_(optimizer: torch.optim.Optimizer, pruned: Mapping[int, Tensor]) -> set[int]:
     """Takes the step for parameters with masks, and their gradients away, so that the optimizer passes them by.
 
-    pruned: id of a parameter -> bool in its shape, contiguous, True where it is pruned. Returns the ids of those that were
-    taken: contiguous float32 ones with a gradient that is not scaled. Their state is the optimizer's.
+    pruned: id of a parameter -> bool in its shape, contiguous, True where it is pruned. Returns the ids of those that
+    were taken: contiguous float32 ones with a gradient that is not scaled. Their state is the optimizer's.
     """
     taken: set[int] = set()
     if vars(optimizer).get("found_inf") is None:  # which a scaler of gradients sets
