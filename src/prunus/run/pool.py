@@ -102,6 +102,8 @@ def run(graphs: Sequence[Graph], workers: Workers, *, name: str = "run") -> list
             statuses = _in_processes(graphs, workers, deadline, lambda: advance.to(total - _left(graphs)))
         else:
             statuses = _in_this(graphs, workers, deadline, lambda: advance(1))
+    for graph in graphs:
+        graph.store.tidy(closure(graph.expected(), lambda _: False))
     return failures(graphs) or (_lost(graphs, statuses) if deadline is None else [])
 
 

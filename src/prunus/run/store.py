@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,12 @@ class Store:
         """Delete a result that nothing needs any more."""
         self.path(job, ".json").unlink(missing_ok=True)
         shutil.rmtree(self.path(job), ignore_errors=True)
+
+    def tidy(self, jobs: Iterable[Job]) -> None:
+        """Remove the rooms of jobs in which nothing is left."""
+        for room in {self.path(job, ".json").parent for job in jobs}:
+            with suppress(OSError):  # of one that is in use
+                room.rmdir()
 
     def claim(self, job: Job) -> FileLock | None:
         """The lock of a job that nobody else runs; `release` it."""
