@@ -1,6 +1,8 @@
 """Laws of the training loop and of learning-rate schedules."""
 
+import itertools
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -216,6 +218,16 @@ def test_reports_come_every_few_steps_with_their_mean():
     assert [step for step, _ in reports] == [3, 6, 7]
     assert reports[1][1] == pytest.approx(sum(trace.losses[3:6]) / 3)
     assert reports[2][1] == pytest.approx(trace.losses[6])
+
+
+def test_reports_come_once_a_second_where_nothing_is_said(monkeypatch):
+    clock = itertools.count(0.0, 0.4)  # a look at it is 0.4 seconds; steps that are not reported look once
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    steps: list[int] = []
+    run(Net(), steps=12, on_step=lambda step, _: steps.append(step))
+    assert steps[-1] == 12
+    assert 2 < len(steps) < 8
+    assert steps == sorted(set(steps))
 
 
 def test_what_cannot_be_trained_is_refused():

@@ -148,6 +148,27 @@ def test_progress_draws_on_a_terminal(total):
     assert f"3/{total or '?'}" in console.file.getvalue()
 
 
+def test_training_shows_its_loss_and_speed_on_a_line(monkeypatch):
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    clock = iter([100.0, 102.0])
+    with progress("retrain", 400, tokens=2048, console=console) as advance:
+        monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock, 102.0))
+        advance.step(300, 4.25)  # a run that goes on: its speed is not that of the steps before
+        advance.step(304, 4.125)
+        monkeypatch.undo()
+    shown = console.file.getvalue()
+    assert "loss 4.125, 4,096 tokens/s" in shown
+    assert "304/400" in shown
+
+
+def test_losses_are_logged_where_there_is_no_terminal(caplog, monkeypatch):
+    clock = iter([0.0, 0.0, 40.0, 41.0])
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
+    with caplog.at_level(logging.INFO), progress("train", 8, console=Console(file=io.StringIO())) as advance:
+        advance.step(2, 3.5)
+    assert "train: 2 of 8, 120 s left, loss 3.500" in [r.message for r in caplog.records]
+
+
 def result(**perplexity):
     layers = {f"model.layers.{i}.mlp.{kind}.weight": 0.5 + i / 10 for i in range(3) for kind in ("up", "down")}
     return {"model": "tiny", "pruning": {"by_layer": layers}, "perplexity": perplexity}

@@ -89,12 +89,19 @@ class Advance(Protocol):
         """`done` in all are done, counted from the beginning."""
         ...
 
+    def step(self, done: int, loss: float) -> None:
+        """`done` training steps in all are done, the last ones with this loss: what `train` takes as `on_step`."""
+        ...
+
 
 @contextmanager
-def progress(description: str, total: float | None, *, console: Console | None = None) -> Generator[Advance]:
+def progress(
+    description: str, total: float | None, *, tokens: int = 0, console: Console | None = None
+) -> Generator[Advance]:
     """A bar of `total` steps (None: unknown, the bar pulses) on stderr while the block runs.
 
-    Without a terminal nothing is drawn; the start, the end and every half minute between are logged at INFO.
+    tokens: those of a training step, whose speed is shown beside the loss. Without a terminal nothing is drawn; the
+    start, the end and every half minute between are logged at INFO.
 
     >>> with progress("prune", 12) as advance:
     ...     advance(1)
@@ -102,9 +109,10 @@ def progress(description: str, total: float | None, *, console: Console | None =
     console = console or Console(stderr=True)
     started = time.monotonic()
     if console.is_terminal:
-        columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn())
-        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
-            yield _Bar(bar, description, total)
+        columns = (TextColumn("{task.description:<12}"), BarColumn(bar_width=20), MofNCompleteColumn())
+        said = TextColumn("{task.fields[said]}")
+        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), said, console=console) as bar:
+            yield _Bar(bar, description, total, tokens)
     else:
         log.info("%s: started", description)
         yield _Log(description, total)
@@ -112,15 +120,23 @@ def progress(description: str, total: float | None, *, console: Console | None =
 
 
 class _Bar:
-    def __init__(self, bar: Progress, description: str, total: float | None) -> None:
-        self.bar = bar
-        self.task = bar.add_task(description, total=total)
+    def __init__(self, bar: Progress, description: str, total: float | None, tokens: int) -> None:
+        self.bar, self.tokens = bar, tokens
+        self.task = bar.add_task(description, total=total, said="")
+        self.first: tuple[int, float] | None = None
 
     def __call__(self, steps: float = 1) -> None:
         self.bar.advance(self.task, steps)
 
     def to(self, done: float) -> None:
         self.bar.update(self.task, completed=done)
+
+    def step(self, done: int, loss: float) -> None:
+        now = time.monotonic()
+        self.first = self.first or (done, now)  # a run that goes on did not make the steps before
+        passed = now - self.first[1]
+        speed = f", {self.tokens * (done - self.first[0]) / passed:,.0f} tokens/s" if self.tokens and passed else ""
+        self.bar.update(self.task, completed=done, said=f"loss {loss:.3f}{speed}")
 
 
 class _Log:
@@ -131,11 +147,14 @@ class _Log:
     def __call__(self, steps: float = 1) -> None:
         self.to(self.done + steps)
 
-    def to(self, done: float) -> None:
+    def step(self, done: int, loss: float) -> None:
+        self.to(done, f", loss {loss:.3f}")
+
+    def to(self, done: float, said: str = "") -> None:
         self.done = done
         now = time.monotonic()
         if now - self.last < _LOG_EVERY or done <= 0:
             return
         self.last = now
         left = f" of {self.total:g}, {(now - self.started) * (self.total / done - 1):.0f} s left" if self.total else ""
-        log.info("%s: %g%s", self.description, done, left)
+        log.info("%s: %g%s%s", self.description, done, left, said)

@@ -230,13 +230,14 @@ class _Run:
     def _prune_in_training(self, loaded: stages.Loaded, recipe: LanguageRecipe) -> Streamed:
         assert recipe.during is not None
         name = next(iter(recipe.during))
-        with self._bar(name, given(recipe.train).steps) as advance:
+        asked = given(recipe.train)
+        with self._bar(name, asked.steps, asked.step_tokens) as advance:
             streamed = stages.prune_in_training(
                 loaded,
                 recipe,
                 self.device,
                 checkpoint=self._checkpoint("during"),
-                on_step=lambda done, _loss: advance.to(done),
+                on_step=advance.step,
             )
         self._log({"stage": "prune", **asdict(streamed.reports[0])})
         loaded.model.to(self.home)
@@ -259,14 +260,15 @@ class _Run:
         def before_merge() -> None:
             perplexities["retrained"] = self._measured("retrained", loaded)
 
-        with self._bar(name, given(pruned.recipe.retrain).steps) as advance:
+        asked = given(pruned.recipe.retrain)
+        with self._bar(name, asked.steps, asked.step_tokens) as advance:
             report = stages.retrain(
                 loaded,
                 pruned.masks,
                 pruned.recipe,
                 self.device,
                 checkpoint=self._checkpoint(name),
-                on_step=lambda done, _loss: advance.to(done),
+                on_step=advance.step,
                 before_merge=before_merge if last else None,
             )
         if last:
@@ -365,8 +367,10 @@ class _Run:
         if ranks.is_main():
             append_once(self.out / "metrics.jsonl", row)
 
-    def _bar(self, description: str, total: float | None) -> AbstractContextManager[Advance]:
-        return progress(description, total, console=None if ranks.is_main() else Console(force_terminal=False))
+    def _bar(self, description: str, total: float | None, tokens: int = 0) -> AbstractContextManager[Advance]:
+        return progress(
+            description, total, tokens=tokens, console=None if ranks.is_main() else Console(force_terminal=False)
+        )
 
 
 def _check_shares(recipe: LanguageRecipe) -> None:

@@ -114,7 +114,5 @@ def _retrain(
         merge(recipe.model_dump(mode="json"), {f"retrain.{k}": v for k, v in change.items()}), LanguageRecipe, "demo"
     )
     with progress(f"retrain {name}", given(recipe.retrain).steps) as advance:
-        report = stages.retrain(
-            loaded, streamed.masks, recipe, device_of(recipe), on_step=lambda done, _loss: advance.to(done)
-        )
+        report = stages.retrain(loaded, streamed.masks, recipe, device_of(recipe), on_step=advance.step)
     return loaded, {k: v for k, v in report.numbers().items() if k not in ("losses", "merge")}

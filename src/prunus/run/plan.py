@@ -171,7 +171,7 @@ def outline_classifier(recipe: ClassifierRecipe, setting: Any, retrained: int) -
 
 
 def _tokens_of(asked: LanguageRetrain) -> int:
-    return asked.steps * asked.accumulate * asked.batch_size * asked.length
+    return asked.steps * asked.step_tokens
 
 
 def _trained(model: nn.Module, views: Sequence[View], asked: Adapting) -> int:

@@ -537,6 +537,11 @@ class LanguageRetrain(Adapting, Retrain):
             raise ValueError(f"schedule {self.schedule} goes by the dense training: give dense: {{steps: 100000}}")
         return self
 
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one step."""
+        return self.accumulate * self.batch_size * self.length
+
     def rates(self, distance: float = 1.0) -> Multiplier:
         """The learning rate of every step, in units of its peak. distance: what pruning took away, for allr."""
         original = Original.of([self.lr]) if self.dense is None else self.dense.original(self.lr)

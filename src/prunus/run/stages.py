@@ -355,7 +355,7 @@ def retrain(
         before_merge()
     report = adaptation.merge_()
     masks.check(model)
-    used = asked.steps * asked.accumulate * asked.batch_size * asked.length
+    used = asked.steps * asked.step_tokens
     return Retrained(
         adaptation.trainable,
         adaptation.share,

@@ -45,7 +45,7 @@ def calibration_windows(asked: Calibrate, tokenizer: Any) -> Tensor:
 def training_windows(asked: LanguageRetrain, tokenizer: Any, section: str = "retrain") -> PackedTokens:
     """What is retrained on, as a section of the recipe says. Raises ValueError for a text without a window."""
     with _named(f"{section}.data"):
-        total = asked.steps * asked.accumulate * asked.batch_size * asked.length
+        total = asked.steps * asked.step_tokens
         packed = PackedTokens(_tokens(asked.data, tokenizer, documents=True, total=total), asked.length)
         packed.at(0, batch=1, seed=0)
         return packed

@@ -35,6 +35,8 @@ from prunus.train.sharded import asked
 if TYPE_CHECKING:
     from prunus.masks import Masks
 
+_EVERY = 1.0  # seconds between two reports
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -90,7 +92,7 @@ def train(
     capture: Capture = False,
     checkpoint: Path | None = None,
     save_seconds: float = 180.0,
-    report_every: int = 50,
+    report_every: int | None = None,
     on_step: Callable[[int, float], None] | None = None,
     shared: bool = True,
 ) -> Trace:
@@ -104,8 +106,8 @@ def train(
     capture: record the step as a CUDA graph and replay it, which helps where launches cost more than arithmetic
     (batches of one shape only); "auto" does so where it can be done, and logs why where a recording fails.
     checkpoint: a file, written when `save_seconds` have passed and at the end, from which an interrupted call resumes.
-    on_step(steps done, mean loss since the last call) is called every `report_every` steps and at the end: reading a
-    loss makes the host wait for the device, so it is done no more often.
+    on_step(steps done, mean loss since the last call) is called every `report_every` steps, or once a second where that
+    is left out, and at the end: reading a loss makes the host wait for the device, so it is done no more often.
     shared: whether several processes train one model together; if not, each trains its own on the whole batches.
 
     The model is trained where it is (under several processes that share it, on the device of each), and ends in the
@@ -270,7 +272,7 @@ class _Log:
         self,
         past: Trace,
         *,
-        every: int,
+        every: int | None,
         steps: int,
         on_step: Callable[[int, float], None] | None,
         started: float,
@@ -280,7 +282,7 @@ class _Log:
         self.started, self.device = started, device
         self.losses, self.lrs, self.tokens = list(past.losses), list(past.lrs), past.tokens
         self.pending: list[Tensor] = []
-        self.reported = len(past.losses)
+        self.reported, self.read_at = len(past.losses), started
 
     def add(self, loss: Tensor, lr: float, tokens: int) -> None:
         """One more step; now and then its losses are read and reported."""
@@ -288,12 +290,16 @@ class _Log:
         self.lrs.append(lr)
         self.tokens += tokens
         done = len(self.losses) + len(self.pending)
-        if done % self.every and done != self.steps:
+        if done != self.steps and not self._is_due(done):
             return
         self._settle()
+        self.read_at = time.perf_counter()
         if self.on_step is not None:
             self.on_step(done, sum(self.losses[self.reported :]) / (done - self.reported))
         self.reported = done
+
+    def _is_due(self, done: int) -> bool:
+        return time.perf_counter() - self.read_at >= _EVERY if self.every is None else done % self.every == 0
 
     def read(self) -> Trace:
         """The trace up to the last step; waits for the device."""

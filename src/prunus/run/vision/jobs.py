@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from prunus.during import Part, cubic
 from prunus.masks import Masks
-from prunus.report import Advance
 from prunus.run.folder import ran_on
 from prunus.run.names import criteria, methods
 from prunus.run.recipe import ClassifierRecipe, digest, given, member_of, order_of, said
@@ -269,7 +268,7 @@ def _train_dense(recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str, 
         with store.bar("train", setting.steps(recipe.train.epochs)) as advance:
             checkpoint = store.checkpoint(job)
             watch = partial(watchers, setting, store.log)
-            found = train_dense(setting, folder, checkpoint=checkpoint, on_step=_reports(advance), watch=watch)
+            found = train_dense(setting, folder, checkpoint=checkpoint, on_step=advance and advance.step, watch=watch)
     return {**found.metrics, **where}
 
 
@@ -291,7 +290,7 @@ def _train_method(recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str,
             during=[taking, *watchers(setting, store.log, model, method)],
             views=stages.views_of(model, given(recipe.prune)),
             checkpoint=store.checkpoint(job),
-            on_step=_reports(advance),
+            on_step=advance and advance.step,
         )
     masks, lost = finished(taking, name, model)
     reached = dict(method.named_buffers()).get("reached")
@@ -361,7 +360,7 @@ def _train(asked: Training, base: Job, job: Job, store: Store) -> dict[str, Any]
             masks=masks,
             during=[swa] if swa is not None else [],
             checkpoint=store.checkpoint(job),
-            on_step=_reports(advance),
+            on_step=advance and advance.step,
         )
     if masks is not None:
         masks.check(model)
@@ -429,7 +428,3 @@ def _select(recipe: ClassifierRecipe, meter: Meter, mean: State) -> Masks:
 
 def _on_cpu(masks: Masks) -> Masks:
     return Masks({name: mask.cpu() for name, mask in masks.items()})
-
-
-def _reports(advance: Advance | None) -> stages.OnStep | None:
-    return None if advance is None else lambda done, _loss: advance.to(done)
