@@ -59,7 +59,13 @@ def test_what_does_not_fit_is_seen(wrong):
 
 
 def test_short_forms_fit():
-    for short in ("images: digits", "evaluate: {data: text.parquet}", "calibrate: {data: [a.txt, {source: b.txt}]}"):
+    for short in (
+        "during: elsa",
+        "during: {elsa: }",
+        "images: digits",
+        "evaluate: {data: text.parquet}",
+        "calibrate: {data: [a.txt, {source: b.txt}]}",
+    ):
         assert takes(SCHEMA, yaml_value(short, "here"))
 
 

@@ -815,7 +815,10 @@ def _during(value: Any) -> Any:
     return {choice: {}} if isinstance(choice, str) else choice
 
 
-MethodName = Annotated[dict[str, dict[str, Any]] | None, BeforeValidator(_during)]
+MethodName = Annotated[
+    dict[str, dict[str, Any]] | None,
+    BeforeValidator(_during, json_schema_input_type=str | dict[str, dict[str, Any] | None] | None),
+]
 
 
 class LanguageRecipe(Recipe):
