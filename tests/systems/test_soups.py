@@ -565,7 +565,7 @@ def test_a_mask_that_is_final_only_at_the_end_leaves_nothing_to_members(tmp_path
     for refuse in (planned, train_run):
         with pytest.raises(ValueError, match=r"set during\.gmp\.stop below 1"):
             refuse(asked(tmp_path, **DURING, during={"gmp": {"stop": 1.0}}))
-    assert not list(tmp_path.iterdir())  # the mended recipe finds no other one there
+    assert not (tmp_path / "work").exists()  # the mended recipe finds no other one there
     with pytest.raises(ValueError, match="give a section retrain"):
         asked(tmp_path, **DURING, during="rigl")
     with pytest.raises(ValueError, match="leave out lr, schedule, warmup, steps and epochs"):
