@@ -7,6 +7,7 @@
 network is needed): SparseGPT 2:4 on 128 windows of 2,048 tokens, 2,000 steps of MaskLoRA on 4 x 1,024 tokens, merged,
 perplexity of the dense, pruned, retrained and merged model, and the saved model. Each row is a stage, first calls
 included; what is not in a stage is start, reading texts and writing pictures. Random weights say nothing of quality.
+On an H200 it takes 69.4 s, 62.3 of them retraining (docs/results/recorded-steps.md).
 """
 
 from __future__ import annotations
