@@ -12,7 +12,7 @@ import yaml
 from prunus.run import language
 from prunus.run.compare import compare
 from prunus.run.grid import Grid, final_members, load_grid, tuning_members
-from prunus.run.recipe import parse
+from prunus.run.recipe import Recipe, digest, parse, said
 from tests.systems.test_compress import raw
 
 
@@ -105,12 +105,18 @@ def test_members_share_what_a_method_pruned(tiny_folder: Path, text_file: Path, 
     raw["axes"] = {"method": {key: raw["axes"]["method"][key] for key in ("pruned", "norms")}}
     trained = {"data": str(text_file), "steps": 3, "batch_size": 4, "length": 32, "lr": 1e-3}
     raw["base"] |= {"prune": {"sparsity": 0.5}, "during": {"elsa": {"interval": 2}}, "train": trained}
+    del raw["base"]["calibrate"]  # whose default is longer than the model takes
     asked = parse(raw, Grid, "grid.yaml")
     rows = {row["method"]: row["test"]["mean"] for row in compare(asked)}
     assert rows["norms"] < rows["pruned"]
     assert not list((tmp_path / "grid" / "starts").glob("*/*.safetensors"))  # of no use to other settings
     alone = compress(asked.recipe({"method": "norms"}, 0, {"out": str(tmp_path / "one")}))
     assert alone["perplexity"]["merged"]["test"] == pytest.approx(rows["norms"], rel=1e-6)
+    for path in (tmp_path / "grid" / "members").glob(
+        "*.json"
+    ):  # what was asked, so that packed results find their cells
+        recipe = parse(json.loads(path.read_text())["recipe"], Recipe, path.name)
+        assert digest(said(recipe, but={"out", "save"}))[:24] == path.stem
 
 
 def test_a_failing_member_takes_no_other_with_it(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:

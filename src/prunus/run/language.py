@@ -221,7 +221,7 @@ class _Language:
         recipe = stages.fitted(recipe, pruned.device)
         if recipe.evaluate.tasks:
             result["zero_shot"] = stages.zero_shot(loaded.model, loaded.tokenizer, recipe, pruned.device)
-        return result | {"seconds": time.perf_counter() - started, "recipe": recipe.model_dump(mode="json")}
+        return result | {"seconds": time.perf_counter() - started}
 
 
 LANGUAGE = _Language()
