@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from prunus import patterns
+from prunus import magnitude, patterns, prune
 from prunus.patterns import NM, Block, Pattern, Rows, Unstructured, kept_of
 from prunus.score import Allocation, Scores, allocations, counts_under
 from prunus.score.allocations import erk, evopress, global_, lamp, owl, uniform, uniform_plus
@@ -305,3 +305,13 @@ def test_what_the_search_cannot_use_is_refused():
             ValueError, match=r"evopress needs generations, offspring and levels >= 1 and step in \(0, 1\)"
         ):
             evopress(**wrong)
+
+
+def test_a_search_stays_within_earlier_masks() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
+    batches = [torch.randn(8, 16) for _ in range(4)]
+    masks = prune(model, magnitude, None, 0.3, batches=batches)
+    again = prune(model, magnitude, None, 0.5, batches=batches, within=masks, allocation=evopress(generations=5))
+    assert again.sparsity == 0.5
+    assert not any((again[name] & ~masks[name]).any() for name in masks)

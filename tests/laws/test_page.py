@@ -103,6 +103,16 @@ def test_runs_stand_beside_one_another(tmp_path):
         compare_runs([*folders, tmp_path], tmp_path / "three.html")
 
 
+def test_a_soup_is_the_answer_and_not_what_it_is_compared_with(tmp_path):
+    beside = {"soup": {"held-out": 41.75}, "soup, greedy": {"held-out": 42.5}, "as long as all": {"held-out": 40.0}}
+    soup = {**LANGUAGE, "perplexity": {**LANGUAGE["perplexity"], **beside}}
+    folders = [folder_of(tmp_path / "soup", soup), folder_of(tmp_path / "run", CLASSIFIER)]
+    assert "perplexity, held-out 41.75 dense 30.50, pruned 98.25" in text_of(write_report(folders[0]))
+    compare_runs(folders, tmp_path / "both.html")
+    said = text_of(tmp_path / "both.html")
+    assert said.index("41.75") < min(said.index("42.50"), said.index("40.00"))
+
+
 def test_a_grid_says_how_many_seeds_a_cell_has(tmp_path):
     cell = {"method": "ALLR", "seeds": [0, 1], "tuned": {}, "accuracy": {"mean": 94.125, "std": 0.25}}
     (tmp_path / "table.json").write_text(json.dumps([cell]), encoding="utf-8")

@@ -281,7 +281,7 @@ def test_members_of_grids_go_through_the_phases_of_a_run(tiny_folder: Path, text
     soup = {"members": 2, "baselines": ["longer"]}
     axes = {"way": {"one": {}, "soup": {"soup": soup}, "once": {"prune.phases": 1}}}
     rows = compare(parse({"base": base, "axes": axes, "out": str(tmp_path / "grid")}, Grid, "grid.yaml"))
-    assert [path.name for path in (tmp_path / "grid" / "soups").iterdir()] == []
+    assert not (tmp_path / "grid" / "soups").exists()
     assert len(list((tmp_path / "grid" / "starts").glob("*.json"))) == 2  # what the first of two and the only one prune
     for row, stage in zip(rows, ("merged", SOUP, "merged"), strict=True):
         changes = {"soup": soup if stage == SOUP else None, "retrain": base["retrain"], "save": False}
@@ -332,7 +332,7 @@ def test_a_grid_of_soups(tiny_folder: Path, text_file: Path, tmp_path: Path) -> 
     assert len(rows) == 4
     cells = {(row["pattern"], row["soup"]): row for row in rows}
     assert not list((tmp_path / "grid").glob("members/*.work"))
-    assert not list((tmp_path / "grid" / "soups").iterdir())
+    assert not (tmp_path / "grid" / "soups").exists()
     alone = compress(recipe(tiny_folder, text_file, tmp_path / "one", save=False, retrain=base["retrain"], soup={}))
     member = next(
         json.loads(line)

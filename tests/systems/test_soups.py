@@ -32,7 +32,7 @@ from prunus.run.vision import stages
 from prunus.run.vision.dense import read_dense
 from prunus.run.vision.jobs import Training, base_job, pruned_job, trained_job
 from prunus.run.vision.setting import Setting
-from prunus.run.vision.train import train_run
+from prunus.run.vision.train import planned, train_run
 from prunus.soup import sms_
 from prunus.soup.average import average
 from prunus.soup.imp import Phase, imp
@@ -562,8 +562,10 @@ def test_members_may_be_retrainings_of_what_a_method_left(tmp_path: Path) -> Non
 
 @pytest.mark.usefixtures("tiny")
 def test_a_mask_that_is_final_only_at_the_end_leaves_nothing_to_members(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"set during\.gmp\.stop below 1"):
-        train_run(asked(tmp_path, **DURING, during={"gmp": {"stop": 1.0}}))
+    for refuse in (planned, train_run):
+        with pytest.raises(ValueError, match=r"set during\.gmp\.stop below 1"):
+            refuse(asked(tmp_path, **DURING, during={"gmp": {"stop": 1.0}}))
+    assert not (tmp_path / "work").exists()  # the mended recipe finds no other one there
     with pytest.raises(ValueError, match="give a section retrain"):
         asked(tmp_path, **DURING, during="rigl")
     with pytest.raises(ValueError, match="leave out lr, schedule, warmup, steps and epochs"):

@@ -267,7 +267,7 @@ def demo(
         typer.Option(parser=_share, metavar="FLOAT", help="Share of zeros, in [0, 1); 0.6, and 0.95 for vision."),
     ] = None,
 ) -> None:
-    """Show what Prunus does, offline: in a minute: on a small language model, or on handwritten digits."""
+    """Show what Prunus does, offline, in a minute: on a small language model, or on handwritten digits."""
     _check_single("demo")
     if what == "vision":
         from prunus.run.vision.demo import demo as run_vision

@@ -35,8 +35,7 @@ __all__ = ["LANGUAGE"]
 
 Result = Mapping[str, Any]
 _DECIDES = {"model", "dtype", "device", "precision", "prune", "calibrate", "reconstruct", "train", "during"}
-_read: dict[str, Any] = {}  # the dense and the pruned model that were used last, each with its key
-
+_read: dict[str, stages.Loaded] = {}  # the dense model that was used last, by its key
 
 Phase = Souped[Job, Job, Job | None]
 
@@ -247,13 +246,13 @@ def _merge_summary(merge: dict[str, dict[str, float]]) -> dict[str, float]:
 
 def _dense(recipe: LanguageRecipe, device: torch.device) -> stages.Loaded:
     key = digest({"model": recipe.model, "dtype": recipe.dtype, "device": str(device)})
-    if _read.get("dense", ("",))[0] != key:
+    if key not in _read:
         _read.clear()
         loaded = stages.load(recipe)
         check_texts(recipe, loaded.model, loaded.tokenizer)
         loaded.model.to(device)
-        _read["dense"] = (key, loaded)
-    return _read["dense"][1]
+        _read[key] = loaded
+    return _read[key]
 
 
 def _pruned(recipe: LanguageRecipe, job: Job, store: Store) -> Pruned:

@@ -15,6 +15,7 @@ from prunus import __version__
 from prunus.machine import read_json
 from prunus.report import Card, Page, Part, by_block, format_value, plot_losses, read_metrics, write_page
 from prunus.run.show import SOUP_COLUMNS, classifier_rows, grid_rows, language_rows, retrainings, soup_rows
+from prunus.run.tables import SOUP
 
 __all__ = ["compare_runs", "write_report"]
 
@@ -70,22 +71,28 @@ def _stages(result: Result) -> list[Row]:
 def _last(result: Result) -> Row:
     """What a run ended with, and what it cost."""
     if "perplexity" in result:
-        return {**language_rows(result)[-1], "seconds": result["seconds"], "device": result["device"]}
+        ended = next(row for row in language_rows(result) if row["stage"] == _ended(result["perplexity"]))
+        return {**ended, "seconds": result["seconds"], "device": result["device"]}
     ended = {"accuracy": f"{100 * result['accuracy']:.2f} %", "zeros": f"{100 * result['sparsity']:.2f} %"}
     return {"model": result["model"], **ended, "epochs": result["epochs"], "seconds": result["seconds"]}
 
 
+def _ended(stages: Mapping[str, Any]) -> str:
+    """The stage that a run ended with: the last, or the soup, behind which others stand that it is compared with."""
+    return SOUP if SOUP in stages else list(stages)[-1]
+
+
 def _language(folder: Path, result: Result) -> Page:
     perplexity: Mapping[str, Mapping[str, float]] = result["perplexity"]
-    stages, pruning = list(perplexity), result["pruning"]
-    before = [stage for stage in ("dense", "pruned") if stage in stages[:-1]]
+    ended, pruning = _ended(perplexity), result["pruning"]
+    before = [stage for stage in ("dense", "pruned") if stage in perplexity and stage != ended]
     cards = [
         Card(
             f"perplexity, {text}",
             format_value(value),
             ", ".join(f"{stage} {format_value(perplexity[stage][text])}" for stage in before),
         )
-        for text, value in perplexity[stages[-1]].items()
+        for text, value in perplexity[ended].items()
     ]
     cards.append(Card("zeros", f"{100 * pruning['sparsity']:.1f} %", f"of {pruning['pruned_parameters']:,} weights"))
     trained = retrainings(result)

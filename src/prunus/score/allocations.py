@@ -189,9 +189,7 @@ def counts_under(
     pooled = _mapped(scores, lambda name, score: pattern.pool(score))
     counts = allocation(pooled, share)
     left = {name: int((score > -torch.inf).sum()) for name, score in pooled.items()}
-    if any(counts[name] > left[name] for name in left):
-        counts = _within(counts, left)
-    return _whole(counts, units)
+    return _whole(_within(counts, left), units)
 
 
 def round_to_total(exact: Sequence[float], total: int) -> list[int]:
@@ -363,7 +361,8 @@ def evopress(
         sizes, random = _sizes_of(scores), Random(seed)
         total = sum(sizes.values())
         exact = [(1 - sparsity) * size for size in sizes.values()]
-        start = dict(zip(sizes, round_to_total(exact, kept_of(total, sparsity)), strict=True))
+        left = {name: int((score > -torch.inf).sum()) for name, score in scores.items()}  # by earlier masks
+        start = _within(dict(zip(sizes, round_to_total(exact, kept_of(total, sparsity)), strict=True)), left)
         unit = max(1, round(step * total / len(sizes)))
         best, least = dict.fromkeys(sizes, 0), loss(start, 1.0)
 
@@ -371,7 +370,7 @@ def evopress(
             return {name: kept + unit * steps[name] for name, kept in start.items()}
 
         def allowed(steps: Mapping[str, int]) -> bool:
-            return all(abs(steps[name]) <= levels and 0 < kept <= sizes[name] for name, kept in counts(steps).items())
+            return all(abs(steps[name]) <= levels and 0 < kept <= left[name] for name, kept in counts(steps).items())
 
         for _ in range(generations):
             drawn = [_switched(best, random) for _ in range(offspring)]
@@ -429,7 +428,9 @@ def fill(weights: Sequence[int], sizes: Sequence[int], total: int) -> list[float
 
 
 def _within(counts: Mapping[str, int], left: Mapping[str, int]) -> dict[str, int]:
-    """Counts with the same total of which none exceeds what is left."""
+    """Counts with the same total of which none exceeds what is left; themselves where none does."""
+    if all(counts[name] <= left[name] for name in left):
+        return dict(counts)
     total = sum(counts.values())
     if total > sum(left.values()):
         raise ValueError(
