@@ -242,6 +242,7 @@ def _train(
         precision=recipe.precision,
         checkpoint=folder / "work" / "checkpoint.pt",
         save_seconds=recipe.save_seconds,
+        report_every=50,
         on_step=report,
     )
     return trace, steps, model

@@ -23,10 +23,9 @@ from prunus.layers import View, find_layers
 from prunus.masks import Masks
 from prunus.patterns.selection import kept_of
 from prunus.run.names import methods
-from prunus.run.vision.jobs import finished
 from prunus.score import erk, global_, lamp, owl, uniform_plus
 from prunus.score.allocations import uniform
-from prunus.soup import distance
+from prunus.soup import distance, finish
 from prunus.train.hooks import During, Plan, masks_by_magnitude
 from prunus.train.train import classification_loss, train
 
@@ -526,7 +525,7 @@ def test_what_the_end_takes_away_is_measured():
             method.before_step(step)
             method.after_step(step)
         before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
-        masks, lost = finished(method, name, model)
+        masks, lost = finish(method, model)
         assert lost == distance(before, masks)
         assert (lost > 0) == expected
 

@@ -21,7 +21,7 @@ from prunus.run.recipe import DenseRates, LanguageRecipe, load_recipe, parse
 from prunus.run.stages import home
 from prunus.run.texts import training_windows
 from prunus.score import criteria, criterion
-from prunus.soup import distance
+from prunus.soup import distance, finish
 from prunus.train import Original, allr, distilled_next_token, ft, llr, next_token, slr
 from tests.conftest import byte_tokenizer, tiny_llama
 
@@ -128,6 +128,25 @@ def test_a_method_prunes_while_everything_is_trained(tiny_folder: Path, text_fil
     masks = Masks.load(tmp_path / "model" / "masks.safetensors")
     assert all(bool((mask.view(-1, 4).sum(1) == 2).all()) for mask in masks.values())
     masks.check(AutoModelForCausalLM.from_pretrained(tmp_path / "model"))
+
+
+def test_allr_after_a_method_goes_by_what_its_end_took_away(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by what the whole training moved and pruned."""
+    ended: list[float] = []
+
+    def noted(*asked: Any) -> Any:
+        ended.append(0.0)
+        masks, ended[-1] = finish(*asked)
+        return masks, ended[-1]
+
+    monkeypatch.setattr("prunus.run.stages.finish", noted)
+    asked = during(tiny_folder, text_file, tmp_path)
+    asked["retrain"] |= {"schedule": "allr", "dense": {"steps": 8}}
+    result = compress(parse(asked, LanguageRecipe, "test"))
+    assert [result["distance"]] == ended
+    assert 0 < ended[0] < 1
 
 
 def test_sparsities_rise_gradually_over_phases_or_during_training(

@@ -167,11 +167,14 @@ class _Run:
         """The model pruned for a phase, from 0."""
         recipe = self.recipe.phase(index)
         before = stages.weights_to_compare(loaded, recipe)
-        streamed = self._prune(loaded, recipe, index, within)
-        if before:
-            loaded = replace(loaded, distance=distance(before, streamed.masks, within))
+        if recipe.during is not None:
+            streamed, lost = self._prune_in_training(loaded, recipe)
+        else:
+            streamed = self._prune(loaded, recipe, index, within)
+            lost = distance(before, streamed.masks, within) if before else 1.0
+        loaded = replace(loaded, distance=lost)
         if self._is_last(index):
-            result |= ({"distance": loaded.distance} if before else {}) | {"pruning": stages.summary(streamed)}
+            result |= ({"distance": lost} if before else {}) | {"pruning": stages.summary(streamed)}
             if recipe.streaming:
                 loaded = self._assembled(loaded, streamed)
             result["perplexity"]["pruned"] = self._measured("pruned", loaded)
@@ -209,8 +212,6 @@ class _Run:
         return loaded
 
     def _prune(self, loaded: stages.Loaded, recipe: LanguageRecipe, index: int, within: Masks | None) -> Streamed:
-        if recipe.during is not None:
-            return self._prune_in_training(loaded, recipe)
         # The work folder's blocks depend on these sections alone, so a run may be resumed with other retraining.
         sections = {"model", "dtype", "precision", "prune", "calibrate", "reconstruct"}
         several = {"retrain", "soup"} if recipe.prune.phases > 1 else set[str]()
@@ -227,12 +228,12 @@ class _Run:
         ranks.wait()
         return streamed if ranks.is_main() else self._as_written(work, loaded, streamed)
 
-    def _prune_in_training(self, loaded: stages.Loaded, recipe: LanguageRecipe) -> Streamed:
+    def _prune_in_training(self, loaded: stages.Loaded, recipe: LanguageRecipe) -> tuple[Streamed, float]:
         assert recipe.during is not None
         name = next(iter(recipe.during))
         asked = given(recipe.train)
         with self._bar(name, asked.steps, asked.step_tokens) as advance:
-            streamed = stages.prune_in_training(
+            streamed, lost = stages.prune_in_training(
                 loaded,
                 recipe,
                 self.device,
@@ -241,7 +242,7 @@ class _Run:
             )
         self._log({"stage": "prune", **asdict(streamed.reports[0])})
         loaded.model.to(self.home)
-        return streamed
+        return streamed, lost
 
     def _as_written(self, work: Work, loaded: stages.Loaded, streamed: Streamed) -> Streamed:
         """The pruning of the main process, in place of this one's: two GPUs may differ in the last bit."""

@@ -114,13 +114,13 @@ def _prune(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
     loaded = replace(loaded, model=model)
     if recipe.during is None:
         streamed = stages.prune(loaded, recipe, device, within=earlier)
+        lost = distance(dict(before.named_parameters()), streamed.masks, earlier)
     else:
-        streamed = stages.prune_in_training(loaded, recipe, device, checkpoint=store.checkpoint(job))
+        streamed, lost = stages.prune_in_training(loaded, recipe, device, checkpoint=store.checkpoint(job))
     parameters = dict(model.named_parameters())
     names = parameters if _changes_all(recipe) or job.needs else streamed.masks
     store.write_state(job, {name: parameters[name] for name in names}, streamed.masks)
     errors = [(r.error_before, r.error_after) for r in streamed.reports if r.error_before is not None]
-    lost = distance(dict(before.named_parameters()), streamed.masks, earlier)
     return {"seconds": sum(r.seconds for r in streamed.reports), "errors": errors, "distance": lost, **where}
 
 

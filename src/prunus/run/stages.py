@@ -39,6 +39,7 @@ from prunus.masks import Masks
 from prunus.measure import perplexity, streamed_perplexity
 from prunus.run.recipe import LanguageRecipe, given
 from prunus.run.texts import calibration_windows, evaluation_texts, training_windows, window_of
+from prunus.soup import finish
 from prunus.stream import BlockReport, Fit, Shards, Streamed, Work, stream
 from prunus.train import During, distilled_next_token, lighten_, next_token_loss, train
 
@@ -247,15 +248,28 @@ def prune_in_training(
     *,
     checkpoint: Path | None = None,
     on_step: OnStep | None = None,
-) -> Streamed:
-    """Masks and one report, after all was trained in place on `device` while the recipe's method pruned."""
+) -> tuple[Streamed, float]:
+    """Masks and one report, after all was trained in place on `device` while the recipe's method pruned.
+
+    And what its end took away, as `soup.distance` measures it.
+    """
     method, trained = recipe.method(), recipe.model_copy(update={"retrain": recipe.train})
-    found = retrain(loaded, Masks({}), trained, device, checkpoint=checkpoint, on_step=on_step, during=[method])
-    masks = method.masks()
+    ends: list[tuple[Masks, float]] = []
+    found = retrain(
+        loaded,
+        Masks({}),
+        trained,
+        device,
+        checkpoint=checkpoint,
+        on_step=on_step,
+        before_merge=lambda: ends.append(finish(method, loaded.model)),
+        during=[method],
+    )
+    ((masks, lost),) = ends
     masks.check(loaded.model)
     table = masks.table()
     kept, total = ({name: counts[place] for name, counts in table.items()} for place in (0, 1))
-    return Streamed(masks, [BlockReport("all blocks", kept, total, found.seconds)])
+    return Streamed(masks, [BlockReport("all blocks", kept, total, found.seconds)]), lost
 
 
 def summary(streamed: Streamed) -> dict[str, Any]:
@@ -300,7 +314,7 @@ def retrain(
     """What happened while the recipe's parameters were retrained on packed text and merged, in place, on `device`.
 
     before_merge is called between training and merging, with the adapters still in place. during: methods that take
-    part, and are finished.
+    part; the caller finishes them.
     """
     model, asked, prune = loaded.model.to(device), given(recipe.retrain), recipe.prune
     if asked.add_biases:
@@ -349,8 +363,6 @@ def retrain(
             on_step=on_step,
         )
     model.eval()
-    for method in during:
-        method.finish()
     if before_merge is not None:
         before_merge()
     report = adaptation.merge_()

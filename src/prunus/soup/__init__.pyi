@@ -19,6 +19,7 @@ from .imp import Phase as Phase
 from .imp import Ramp as Ramp
 from .imp import bimp_budget as bimp_budget
 from .imp import distance as distance
+from .imp import finish as finish
 from .imp import imp as imp
 from .imp import phase_sparsities as phase_sparsities
 from .imp import split_steps as split_steps

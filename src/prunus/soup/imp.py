@@ -25,7 +25,7 @@ from prunus.masks import Masks
 from prunus.patterns import kept_of
 
 if TYPE_CHECKING:
-    from prunus.train import Original, Trace
+    from prunus.train import During, Original, Trace
 
 Select = Callable[[nn.Module, float, Masks | None], Masks]
 Ramp = Literal["geometric", "cubic"]
@@ -118,6 +118,23 @@ def bimp_budget(total_steps: int, dense_steps: int, phases: int) -> list[int]:
             f"BIMP needs 0 < dense steps < total steps; got {dense_steps} of {total_steps}: leave some for retraining."
         )
     return split_steps(total_steps - dense_steps, phases)
+
+
+@torch.no_grad()
+def finish(method: During, model: nn.Module) -> tuple[Masks, float]:
+    """The masks that a method leaves after its training, in the weights too, and what its end took away, for ALLR.
+
+    Raises ValueError for a method that leaves none.
+
+    >>> masks, lost = finish(GMP(0.9), model)
+    """
+    own = dict(model.named_parameters()) | method.weights()
+    before = {name: weight.detach().clone() for name, weight in own.items()}
+    masks = method.finish()
+    if masks is None:
+        raise ValueError(f"{type(method).__name__} leaves no masks, so nothing was pruned")
+    masks.check(model)
+    return masks, distance(before, masks)
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ from prunus.run.vision.setting import Setting
 from prunus.run.vision.smaller import smaller
 from prunus.run.vision.soups.averaging import Average, Meter, averaged
 from prunus.run.vision.watch import watchers
-from prunus.soup import average, average_and_reprune, distance, phase_sparsities
+from prunus.soup import average, average_and_reprune, distance, finish, phase_sparsities
 from prunus.train import During, Multiplier, Original, Swa
 
 __all__ = [
@@ -40,7 +40,6 @@ __all__ = [
     "Trunk",
     "averaged_job",
     "base_job",
-    "finished",
     "forks_after",
     "mean_job",
     "measured_of",
@@ -248,17 +247,6 @@ def _method(recipe: ClassifierRecipe) -> tuple[str, Any]:
     return name, methods.make({name: dict(options)}, given(recipe.prune).sparsity, seed=recipe.seed)
 
 
-def finished(method: During, name: str, model: nn.Module) -> tuple[Masks, float]:
-    """The masks that a method leaves after its training, in the weights too, and what its end took away, for ALLR."""
-    own = dict(model.named_parameters()) | method.weights()
-    before = {key: weight.detach().clone() for key, weight in own.items()}
-    masks = method.finish()
-    if masks is None:
-        raise ValueError(f"during.{name}: this method leaves no masks, so nothing was pruned")
-    masks.check(model)
-    return masks, distance(before, masks)
-
-
 def _train_dense(recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str, Any]:
     setting, folder = Setting.of(recipe), store.path(job)
     found, where = read_dense(folder), ran_on(store.work(job), setting.name)
@@ -292,7 +280,7 @@ def _train_method(recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str,
             checkpoint=store.checkpoint(job),
             on_step=advance and advance.step,
         )
-    masks, lost = finished(taking, name, model)
+    masks, lost = finish(taking, model)
     reached = dict(method.named_buffers()).get("reached")
     measured = _measure_pruned(model, setting, settles=not _forks(recipe))
     store.write_state(job, model.state_dict(), _on_cpu(masks))
