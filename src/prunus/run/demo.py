@@ -20,6 +20,7 @@ from prunus.report import plot_compression, progress
 from prunus.run import stages
 from prunus.run.compress import prunus_info
 from prunus.run.folder import device_of, held
+from prunus.run.page import write_report
 from prunus.run.recipe import LanguageRecipe, given, merge, parse
 from prunus.run.show import show_result
 from prunus.save import save_model
@@ -80,6 +81,7 @@ def _demo(recipe: LanguageRecipe, out: Path) -> dict[str, Any]:
     write_json(out / "result.json", result)
     plot_compression(result, out / "report.png")
     show_result(result, out)
+    write_report(out)
     return result
 
 
