@@ -166,7 +166,7 @@ class _Run:
     def _pruned(self, loaded: stages.Loaded, index: int, within: Masks | None, result: dict[str, Any]) -> Pruned:
         """The model pruned for a phase, from 0."""
         recipe = self.recipe.phase(index)
-        before = stages.weights_to_compare(loaded, recipe)
+        before, retrain = stages.weights_to_compare(loaded, recipe), recipe.retrain
         if recipe.during is not None:
             streamed, lost = self._prune_in_training(loaded, recipe)
         else:
@@ -174,7 +174,8 @@ class _Run:
             lost = distance(before, streamed.masks, within) if before else 1.0
         loaded = replace(loaded, distance=lost)
         if self._is_last(index):
-            result |= ({"distance": lost} if before else {}) | {"pruning": stages.summary(streamed)}
+            by_distance = retrain is not None and retrain.schedule == "allr"
+            result |= ({"distance": lost} if by_distance else {}) | {"pruning": stages.summary(streamed)}
             if recipe.streaming:
                 loaded = self._assembled(loaded, streamed)
             result["perplexity"]["pruned"] = self._measured("pruned", loaded)

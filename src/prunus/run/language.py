@@ -218,9 +218,8 @@ class _Language:
             if recipe.retrain is not None:
                 result["retraining"] = _retrain(pruned, store.checkpoint(job))
             result["perplexity"] = stages.evaluate(loaded, pruned.recipe, pruned.device)
-        recipe = stages.fitted(recipe, pruned.device)
         if recipe.evaluate.tasks:
-            result["zero_shot"] = stages.zero_shot(loaded.model, loaded.tokenizer, recipe, pruned.device)
+            result["zero_shot"] = stages.zero_shot(loaded.model, loaded.tokenizer, pruned.recipe, pruned.device)
         return result | {"seconds": time.perf_counter() - started}
 
 

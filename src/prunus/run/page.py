@@ -6,10 +6,9 @@ result.json ─▶ a language model, a classifier, a soup        table.json ─�
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from prunus import __version__
 from prunus.machine import read_json
@@ -235,10 +234,5 @@ def _recipe(folder: Path) -> Part:
 
 
 def _versions() -> Part:
-    import transformers
-
-    return Part(
-        "Versions",
-        f"Page made by Prunus {__version__}, torch {torch.__version__}, transformers {transformers.__version__}.",
-        folded=True,
-    )
+    said = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    return Part("Versions", f"Page made by Prunus {__version__}, {said}.", folded=True)

@@ -77,7 +77,7 @@ class Pruned:
                 recipe,
                 self.device,
                 checkpoint=checkpoint,
-                on_step=None if advance is None else advance.step,
+                on_step=advance and advance.step,
             )
         with self.bar(f"evaluate {name}", None):
             found = stages.evaluate(replace(loaded, folder=None), self.recipe, self.device)

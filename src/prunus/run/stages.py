@@ -286,8 +286,11 @@ def summary(streamed: Streamed) -> dict[str, Any]:
 
 
 def weights_to_compare(loaded: Loaded, recipe: LanguageRecipe) -> dict[str, Tensor]:
-    """Copies of the prunable weights where the schedule of retraining goes by what pruning takes away, else nothing."""
-    if recipe.retrain is None or recipe.retrain.schedule != "allr":
+    """Copies of the prunable weights where the schedule of retraining goes by what pruning takes away, else nothing.
+
+    A method that prunes during training measures that itself.
+    """
+    if recipe.retrain is None or recipe.retrain.schedule != "allr" or recipe.during is not None:
         return {}
     views = find_layers(loaded.model, include=recipe.prune.include, exclude=recipe.prune.exclude)
     parameters = dict(loaded.model.named_parameters())
@@ -334,12 +337,9 @@ def retrain(
     if asked.keep_effective:
         adaptation.keep_effective()
     packed = training_windows(asked, loaded.tokenizer)
-    groups, capture, cuda = (
-        adaptation.param_groups(asked.lr, asked.lrs),
-        _capture(recipe, device),
-        device.type == "cuda",
-    )
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, capturable=capture is not False, fused=cuda or None)
+    capture, fused = _capture(recipe, device), True if device.type == "cuda" else None
+    groups = adaptation.param_groups(asked.lr, asked.lrs)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, capturable=capture is not False, fused=fused)
     spare = "free" if asked.checkpointing == "auto" else 0
     with (
         compiled_forward(model) if recipe.compile else nullcontext(),

@@ -116,7 +116,7 @@ def swap_(
     """
     held = torch.zeros_like(mask) if held is None else held
     for rows in row_slices(weight, _CHUNK):
-        _swap_chunk_(mask[rows], held[rows], weight[rows], gram, most, width)
+        _swap_chunk_(mask[rows], held[rows], weight[rows], gram, most=most, width=width)
 
 
 def _best_of(score: Tensor, start: Tensor, pattern: Pattern, share: float) -> Tensor:
@@ -201,7 +201,7 @@ class _Rows:
         return _Rows(*(each[which] for each in vars(self).values()))
 
 
-def _swap_chunk_(mask: Tensor, held: Tensor, weight: Tensor, gram: Tensor, most: int, width: int | None) -> None:
+def _swap_chunk_(mask: Tensor, held: Tensor, weight: Tensor, gram: Tensor, *, most: int, width: int | None) -> None:
     lost = weight * ~mask
     product = lost @ gram
     own = weight.square().mul_(gram.diagonal())
