@@ -131,8 +131,10 @@ def stream(
         tokens = _own_share(tokens, fit)
     names = place.names
     done = ranks.agree([work is not None and work.has(name) for name in names]) if shared else None
-    hidden, arguments = embed(model, names, tokens, source=place.source, device=place.device, batch_size=batch_size)
-    flow = _Flow(hidden, arguments, list(hidden) if fit is not None and fit.inputs == "dense" else None)
+    how = {"source": place.source, "device": place.device, "batch_size": batch_size}
+    hidden, arguments = embed(model, names, tokens, **how)
+    dense = embed(model, names, tokens, **how) if fit is not None and fit.inputs == "dense" else None
+    flow = _Flow(hidden, arguments, dense)
     reports: list[BlockReport] = []
     with ahead(place.source, names, place.device) as moving:
         for index, name in enumerate(names):
@@ -369,12 +371,12 @@ def _solve_layers_(
 
 @dataclass(eq=False)
 class _Flow:
-    """What runs through the blocks: per batch the hidden state (b, length, d), that of the dense network where a fit
-    asks for it, and the arguments of each block's calls; the masks so far."""
+    """What runs through the blocks: per batch the hidden state (b, length, d) and the arguments of each block's calls,
+    both also of the dense network where a fit asks for them; the masks so far."""
 
     hidden: list[Tensor]
     arguments: Mapping[str, list[Arguments]]
-    dense: list[Tensor] | None
+    dense: tuple[list[Tensor], Mapping[str, list[Arguments]]] | None
     masks: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -400,15 +402,15 @@ class _Step:
         if fit is not None and before is not None:
             errors = self._fit_(before, fit, Masks(chosen), flow, leaving)
         del leaving
-        self._advance_(self.block, flow.hidden, flow)
+        self._advance_(self.block, flow.hidden, flow.arguments)
         return _report(self.name, self.views, flow.masks, started=self.started, fallback=fallback, errors=errors)
 
     def replay_(self, work: Work, flow: _Flow) -> BlockReport:
         """Take the finished block from the work folder and only run it."""
         if flow.dense is not None:
-            self._advance_(self.block, flow.dense, flow)
+            self._advance_(self.block, *flow.dense)
         report = work.restore_(self.name, self.block, flow.masks)
-        self._advance_(self.block, flow.hidden, flow)
+        self._advance_(self.block, flow.hidden, flow.arguments)
         return report
 
     @torch.no_grad()
@@ -434,14 +436,15 @@ class _Step:
         """The block's error before and after its fit to what the dense block makes of pruned or of dense inputs."""
         entering, targets = None, leaving
         if flow.dense is not None:
-            entering, targets = list(flow.dense), flow.dense
-            self._advance_(before, flow.dense, flow)
+            hidden, arguments = flow.dense
+            entering, targets = list(zip(hidden, arguments[self.name], strict=True)), hidden
+            self._advance_(before, hidden, arguments)
         passing = Passing(flow.hidden, flow.arguments[self.name], targets, entering)
         return reconstruct(self.block, before, fit, passing, views=self.views, masks=masks, prefix=self.name)
 
-    def _advance_(self, block: nn.Module, hidden: list[Tensor], flow: _Flow) -> None:
+    def _advance_(self, block: nn.Module, hidden: list[Tensor], arguments: Mapping[str, list[Arguments]]) -> None:
         with self._autocast():
-            _advance_(block, hidden, flow.arguments[self.name])
+            _advance_(block, hidden, arguments[self.name])
 
     def _autocast(self) -> AbstractContextManager[object]:
         return autocast(self.place.device, self.place.precision)
