@@ -318,12 +318,16 @@ class _Chain:
                 f"block '{name}' does not receive the output of the block before it as its first argument but "
                 f"{_describe(first)}; a chain of blocks that hand on one hidden state was looked for"
             )
-        rest = {key: value for key, value in kwargs.items() if key != keyword}
-        return Arguments(*tree_map_only(MutableMapping, self._left, (args[1:], rest), is_leaf=_is_empty), keyword)
+        rest = {key: self._placed(value) for key, value in kwargs.items() if key != keyword}
+        return Arguments(tuple(self._placed(value) for value in args[1:]), rest, keyword)
 
-    def _left(self, container: Any) -> Any:
-        """The place of a container in which blocks may leave things for later ones."""
-        return self.left.setdefault(id(container), Passed(container)) if _is_empty(container) else container
+    def _placed(self, value: Any) -> Any:
+        """An argument with a place for each container in which blocks may leave things for later ones."""
+
+        def placed(container: Any) -> Any:
+            return self.left.setdefault(id(container), Passed(container)) if _is_empty(container) else container
+
+        return tree_map_only(MutableMapping, placed, value, is_leaf=_is_empty)
 
     def result(self, model: nn.Module) -> tuple[Tensor, dict[str, Arguments]]:
         if self.hidden is None or len(self.calls) < len(self.names):
