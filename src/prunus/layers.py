@@ -117,6 +117,17 @@ class Inputs:
         else:
             self.gram.addmm_(part.T, part)
 
+    @classmethod
+    def together(cls, parts: Sequence[Inputs]) -> Inputs:
+        """What all of these learnt about layers of as many columns, added up."""
+        found = cls(parts[0].columns, device=parts[0].squares.device)
+        for part in parts:
+            found.tokens += part.tokens
+            found.squares += part.squares
+            if part.gram is not None:
+                found.gram = part.gram.clone() if found.gram is None else found.gram.add_(part.gram)
+        return found
+
     def check(self, name: str) -> None:
         """Raises ValueError if the sums of layer `name` are not finite."""
         bad = ~self.squares.isfinite()
@@ -365,7 +376,7 @@ def _multiplied(around: nn.Module, stack: Tensor) -> bool | None:
 
     def seen(left: Tensor, right: Tensor, axis: int) -> None:
         for weight, contracted in ((right, axis), (left, -1)):
-            if weight.ndim > 1 and 0 <= weight.data_ptr() - stack.data_ptr() < size:
+            if weight.ndim in (2, 3) and 0 <= weight.data_ptr() - stack.data_ptr() < size:
                 found.update(rows for rows in (False, True) if weight.stride(contracted) == stack.stride(2 - rows))
 
     tokens = 2 * stack.shape[0]

@@ -353,8 +353,9 @@ def _describe(value: Any) -> str:
 
 
 def _without_cache(model: nn.Module) -> dict[str, Any]:
-    parameters = inspect.signature(model.forward).parameters
-    return {"use_cache": False} if is_pretrained(model) and "use_cache" in parameters else {}
+    parameters = inspect.signature(model.forward).parameters.values()
+    takes = any(each.name == "use_cache" or each.kind is each.VAR_KEYWORD for each in parameters)
+    return {"use_cache": False} if is_pretrained(model) and takes else {}
 
 
 def _move(value: Any, device: torch.device | str) -> Any:
