@@ -48,7 +48,9 @@ from .run.compress import compress as compress
 from .run.inspect import inspect_model as inspect_model
 from .run.recipe import load_recipe as load_recipe
 from .save import load_info as load_info
+from .save import load_model as load_model
 from .save import save_model as save_model
+from .save import unpack as unpack
 from .score import Allocation as Allocation
 from .score import Criterion as Criterion
 from .score import allocation as allocation

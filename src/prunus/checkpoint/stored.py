@@ -16,12 +16,15 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "PICKLES", "Stored", "read_header", "read_pickle"]
+if TYPE_CHECKING:
+    from prunus.checkpoint.packed import Packed
+
+__all__ = ["DTYPES", "PICKLES", "Stored", "dtype_of", "read_header", "read_pickle"]
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 DTYPES = {
@@ -49,13 +52,15 @@ _LARGEST_HEADER = 100_000_000  # bytes; the library's own limit
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor in a file: shape, dtype, and where its bytes start; `mapped` is that of a pickle instead."""
+    """One tensor in a file: shape, dtype, and where its bytes start; `mapped` of a pickle, `packed` of a packed folder
+    stand for the bytes."""
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
     mapped: Tensor | None = None
+    packed: Packed | None = None
 
     @property
     def numel(self) -> int:
@@ -69,6 +74,9 @@ class Stored:
         """
         if self.mapped is not None:
             return self.mapped.reshape(-1)[start:stop].clone()
+        if self.packed is not None:
+            found = self.packed.piece(start, stop, self.dtype, self.numel)
+            return found.pin_memory() if pin else found
         whole = torch.empty(stop - start, dtype=self.dtype, pin_memory=pin)
         if stop > start:
             with self.file.open("rb", buffering=0) as file:
@@ -79,6 +87,15 @@ class Stored:
     def read(self, *, pin: bool = False) -> Tensor:
         """The whole tensor."""
         return self.piece(0, self.numel, pin=pin).view(self.shape)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype that safetensors calls so.
+
+    >>> dtype_of("BF16")
+    torch.bfloat16
+    """
+    return _TORCH[name]
 
 
 def read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:

@@ -187,6 +187,18 @@ def inspect(
 
 
 @app.command()
+def unpack(
+    packed: Annotated[Path, typer.Argument(help="Folder of a packed model (save: {packed: true}).")],
+    out: Annotated[Path, typer.Argument(help="The ordinary folder that is made of it.")],
+) -> None:
+    """Make the ordinary Hugging Face folder of a packed model, exactly, a tensor at a time."""
+    from prunus.save import unpack as unpacked
+
+    made = unpacked(packed, out)
+    typer.echo(f"{out}: {made.weight_bytes / 1e6:,.1f} MB of weights")
+
+
+@app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders of finished runs; or of one grid or sweep.")],
     out: Annotated[Path | None, typer.Option(help="The page; report.html in the folder, or here of several.")] = None,

@@ -33,7 +33,7 @@ from prunus.run.outline import Outline, check_language, outline_language
 from prunus.run.recipe import LanguageRecipe, digest, given, said
 from prunus.run.soups import Member, Pruned, as_long_as_all, averaged, member
 from prunus.run.texts import check_texts, evaluation_texts, head_in_words
-from prunus.save import MASKS_NAME, is_whole, save_model, save_tensors
+from prunus.save import MASKS_NAME, is_whole, load_info, save_model, save_tensors
 from prunus.soup import distance, sms
 from prunus.stream import BlockReport, Shards, Streamed, Work
 
@@ -136,6 +136,7 @@ class _Run:
         if recipe.save:
             result["saved"] = str(self.out / "model")
             self._save(loaded, masks, result)
+            result["size"] = load_info(self.out / "model")["size"]
         return result
 
     def _phases(self, dense: stages.Loaded, result: dict[str, Any]) -> tuple[stages.Loaded, Masks]:
@@ -340,20 +341,19 @@ class _Run:
     def _save(self, loaded: stages.Loaded, masks: Masks, result: dict[str, Any]) -> None:
         if not ranks.is_main():
             return
-        info = prunus_info(self.recipe, result)
+        how: dict[str, Any] = {"masks": masks, "info": prunus_info(self.recipe, result), "packed": self.recipe.packed}
         with self._bar("save", None):
             if isinstance(loaded.source, Shards):
                 save_tensors(
                     ((name, self._as_stored(tensor)) for name, tensor in loaded.source.tensors()),
                     loaded.tokenizer,
                     self.out / "model",
-                    masks=masks,
-                    info=info,
                     source=loaded.folder or loaded.source.checkpoint.folder,
+                    **how,
                 )
                 return
             loaded.model.to(self.stored)
-            save_model(loaded.model, loaded.tokenizer, self.out / "model", masks=masks, info=info, source=loaded.folder)
+            save_model(loaded.model, loaded.tokenizer, self.out / "model", source=loaded.folder, **how)
 
     def _as_stored(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.stored) if tensor.is_floating_point() else tensor

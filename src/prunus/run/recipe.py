@@ -87,6 +87,7 @@ __all__ = [
     "Recipe",
     "Reconstruct",
     "Retrain",
+    "Save",
     "Soup",
     "Strict",
     "Training",
@@ -751,6 +752,12 @@ class Corruptions(Strict):
 # Recipes.
 
 
+class Save(Strict):
+    """How the model is written. packed: by its zeros, a bit a weight and the nonzeros; "zstd": compressed as well."""
+
+    packed: bool | Literal["zstd"] = False
+
+
 class Recipe(Strict):
     """What every task has; it is read as the recipe of a task, a classifier's if it has the key `images`.
 
@@ -773,8 +780,13 @@ class Recipe(Strict):
     soup: Soup | None = None
     out: str = "runs/run"
     """Run folder."""
-    save: bool = True
+    save: bool | Save = True
     """Whether the model is written."""
+
+    @property
+    def packed(self) -> bool | Literal["zstd"]:
+        """Whether the saved model is packed."""
+        return isinstance(self.save, Save) and self.save.packed
 
     apart: ClassVar[int] = 1  # between the seeds of the members of a soup
 
@@ -975,6 +987,8 @@ class ClassifierRecipe(Recipe):
 
     @model_validator(mode="after")
     def _check(self) -> ClassifierRecipe:
+        if self.packed:
+            raise ValueError("save.packed is for language models; leave it out")
         if self.precision == "fp16":
             raise ValueError("precision: classifiers are trained in fp32 or bf16; leave out fp16")
         if self.prune is None and (self.during is not None or self.retrain is not None):

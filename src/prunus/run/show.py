@@ -12,7 +12,7 @@ from prunus.report import format_value, print_table
 from prunus.run.inspect import Inspection
 from prunus.run.outline import Outline, size_in_words
 from prunus.run.tables import spread
-from prunus.save import SIZE_NOTE
+from prunus.save import SIZE_NOTE, size_note
 
 __all__ = [
     "SOUP_COLUMNS",
@@ -42,7 +42,8 @@ def show_result(result: Mapping[str, Any], out: Path) -> None:
         _note(f"{name}: {found['trainable']:,} parameters trained ({100 * found['share']:.3f} %), {speed}")
     _note(f"{result['seconds']:.0f} s on {result['device']}. Picture: {out / 'report.png'}")
     if "saved" in result:
-        _note(f"Model: {result['saved']}. {SIZE_NOTE}")
+        note = size_note(**result["size"]) if "size" in result else SIZE_NOTE
+        _note(f"Model: {result['saved']}. {note}")
 
 
 def language_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from prunus.adapt import adapt, add_biases, compiled_forward
 from prunus.blocks import Source, recomputed
@@ -39,6 +38,7 @@ from prunus.masks import Masks
 from prunus.measure import perplexity, streamed_perplexity
 from prunus.run.recipe import LanguageRecipe, given
 from prunus.run.texts import calibration_windows, evaluation_texts, training_windows, window_of
+from prunus.save import loaded_model
 from prunus.soup import finish
 from prunus.stream import BlockReport, Fit, Shards, Streamed, Work, stream
 from prunus.train import During, distilled_next_token, lighten_, next_token_loss, train
@@ -177,9 +177,9 @@ def load(recipe: LanguageRecipe, home: torch.device | None = None) -> Loaded:
     if recipe.streaming:
         return Loaded(model, tokenizer, path, Shards.of(model, checkpoint))
     check_causal(checkpoint, model)
-    model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, trust_remote_code=trust, **straight)
+    model = loaded_model(checkpoint, model, dtype=dtype, **straight)
     check_finite(model.named_parameters(), path)
-    return Loaded(model.eval(), tokenizer, path)
+    return Loaded(model, tokenizer, path)
 
 
 def empty(recipe: LanguageRecipe) -> Loaded:
