@@ -358,8 +358,9 @@ def test_a_float16_checkpoint_is_computed_in_float32_on_a_cpu_and_saved_in_float
     asked = recipe(tmp_path / "dense", text_file, tmp_path / "run", retrain=None, streaming=streaming, save=save)
     size = compress(asked)["size"]
     dense = read_checkpoint(tmp_path / "dense")
-    header = 1 << 15
-    assert (size["weight_bytes"] - header < 0.9 * size["dense_bytes"]) == bool(packed)
+    least, most = (0.5, 0.9) if packed else (1.0, 1.1)
+    header = 1 << 15 if packed or streaming else 0
+    assert least < (size["weight_bytes"] - header) / size["dense_bytes"] < most
     assert size["dense_bytes"] == sum(2 * each.numel for each in dense.tensors.values())
     assert load_model(tmp_path / "run" / "model").dtype == torch.float16
     assert (tmp_path / "run" / "model" / "config.json").read_bytes() == (

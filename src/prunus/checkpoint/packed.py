@@ -59,7 +59,7 @@ class Packed:
         if not self.zstd:
             return self.values.piece(start, stop)
         planes = _expanded(self.values, self.count * dtype.itemsize).view(dtype.itemsize, self.count)
-        return planes[:, start:stop].t().flatten().contiguous().view(dtype)
+        return planes[:, start:stop].t().flatten().clone(memory_format=torch.contiguous_format).view(dtype)
 
     def _bits(self, start: int, stop: int, numel: int) -> Tensor:
         assert self.bits is not None
