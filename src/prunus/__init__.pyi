@@ -39,6 +39,7 @@ from .masks import Masks as Masks
 from .masks import infer_masks as infer_masks
 from .measure import accuracy as accuracy
 from .measure import perplexity as perplexity
+from .measure import speed as speed
 from .patterns import NM as NM
 from .patterns import Block as Block
 from .patterns import Rows as Rows

@@ -103,7 +103,7 @@ def _end(out: Path, recipe: LanguageRecipe, result: dict[str, Any]) -> None:
 
 def prunus_info(recipe: LanguageRecipe, result: Mapping[str, Any]) -> dict[str, Any]:
     """What `prunus.json` says of a run beside sparsity and versions: recipe, pattern, metrics, how it was pruned."""
-    metrics = {key: result[key] for key in ("perplexity", "zero_shot") if key in result}
+    metrics = {key: result[key] for key in ("perplexity", "zero_shot", "speed") if key in result}
     rest = {key: value for key, value in result.items() if key not in metrics}
     return {"recipe": recipe.model_dump(mode="json"), "pattern": recipe.prune.pattern, "metrics": metrics, **rest}
 
@@ -129,7 +129,10 @@ class _Run:
         result: dict[str, Any] = {"key": self.key, "model": recipe.model, **where}
         result |= {"processes": ranks.count(), "head": head_in_words(recipe, loaded.tokenizer), "perplexity": {}}
         result["perplexity"]["dense"] = self._measured("dense", loaded)
+        speed = {"dense": self._paced("dense", loaded)}
         loaded, masks = self._phases(loaded, result)
+        speed["now"] = self._paced("now", loaded)
+        result |= {"speed": speed} if speed["now"] else {}
         if recipe.evaluate.tasks:
             result["zero_shot"] = stages.zero_shot(loaded.model, loaded.tokenizer, recipe, self.device)
         result["seconds"] = time.perf_counter() - started
@@ -301,6 +304,14 @@ class _Run:
         self._log({"stage": stage, "perplexity": found})
         if stage == "dense":
             _check_measured(found, loaded.model.dtype)
+        return found
+
+    def _paced(self, stage: str, loaded: stages.Loaded) -> dict[str, Any]:
+        if self.recipe.evaluate.speed is None or loaded.source is not None:
+            return {}
+        with self._bar(f"speed {stage}", None):
+            found = stages.pace(loaded.model, self.recipe, self.device)
+        self._log({"stage": stage, "speed": found})
         return found
 
     def _assembled(self, loaded: stages.Loaded, streamed: Streamed) -> stages.Loaded:

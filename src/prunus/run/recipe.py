@@ -564,6 +564,20 @@ class LanguageTraining(LanguageRetrain):
         return self
 
 
+def _asked(value: Any) -> Any:
+    """`true` is a section with its defaults, `false` none."""
+    return ({} if value else None) if isinstance(value, bool) else value
+
+
+class Pace(Strict):
+    """How the speed is measured: `tokens` are decoded after a prompt; each phase is repeated for so many seconds."""
+
+    prompt: Count = 512
+    tokens: Count = 32
+    batch_size: Count = 1
+    seconds: Positive = 2.0
+
+
 class Evaluate(Strict):
     """Perplexity of each named text: joined, cut into windows without overlap, mean loss over predicted tokens."""
 
@@ -578,6 +592,7 @@ class Evaluate(Strict):
     """Zero-shot tasks and their files (needs the extra 'zeroshot')."""
     task_batch_size: Count = 16
     """Requests of zero-shot tasks at a time."""
+    speed: Annotated[Pace | None, BeforeValidator(_asked, json_schema_input_type=Pace | bool | None)] = None
 
     @model_validator(mode="after")
     def _check_texts(self) -> Evaluate:
@@ -889,8 +904,9 @@ class LanguageRecipe(Recipe):
             raise ValueError("retrain.schedule: allr compares with the dense weights: leave out streaming, or use llr")
         if self.streaming and self.prune.sharing().reads == "loss":
             raise ValueError("prune.allocation: this one tries the whole model in memory: leave out streaming")
-        if self.streaming and self.evaluate.tasks and self.retrain is None:
-            raise ValueError("evaluate.tasks need the whole model in memory: leave out tasks or streaming")
+        whole = [key for key in ("tasks", "speed") if getattr(self.evaluate, key)]
+        if self.streaming and whole and self.retrain is None:
+            raise ValueError(f"evaluate.{whole[0]}: the whole model must be in memory: leave out this or streaming")
         return self
 
     def _check_during(self) -> None:

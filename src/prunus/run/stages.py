@@ -35,7 +35,7 @@ from prunus.data import ASSETS
 from prunus.layers import View, find_layers
 from prunus.machine import Precision, autocast, of_training, ranks
 from prunus.masks import Masks
-from prunus.measure import perplexity, streamed_perplexity
+from prunus.measure import perplexity, speed, streamed_perplexity
 from prunus.run.recipe import LanguageRecipe, given
 from prunus.run.texts import calibration_windows, evaluation_texts, training_windows, window_of
 from prunus.save import loaded_model
@@ -417,6 +417,15 @@ def zero_shot(model: nn.Module, tokenizer: Any, recipe: LanguageRecipe, device: 
     tasks = {name: Path(path) for name, path in recipe.evaluate.tasks.items()}
     with _on(model, device), autocast(device, precision_of(recipe, device)):
         return measure(model, tokenizer, tasks, batch_size=recipe.evaluate.task_batch_size)  # type: ignore[arg-type]
+
+
+def pace(model: nn.Module, recipe: LanguageRecipe, device: torch.device) -> dict[str, Any]:
+    """The model's speed as numbers; empty when the recipe does not ask for it."""
+    asked = recipe.evaluate.speed
+    if asked is None:
+        return {}
+    with _on(model, device):
+        return asdict(speed(model, **asked.model_dump(), precision=precision_of(recipe, device)))
 
 
 @contextmanager
