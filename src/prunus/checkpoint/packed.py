@@ -13,6 +13,7 @@ entries apart: their exponents are much alike, their mantissas are not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from prunus.checkpoint.stored import DTYPES, Stored, dtype_of, read_header
 from prunus.machine import read_json
 from prunus.masks import pack, unpack
 
-__all__ = ["PACKED_NAME", "Packed", "nonzero", "pack_tensor", "read_packed"]
+__all__ = ["PACKED_NAME", "nonzero", "pack_tensor", "read_packed"]
 
 PACKED_NAME = "packed.json"
 FORMAT = 1
@@ -34,36 +35,39 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # b
 
 
 @dataclass(frozen=True)
-class Packed:
+class _Packed:
     """Where the entries of a packed tensor lie. bits: None where all are stored; count: how many are."""
 
     values: Stored
     bits: Stored | None
     count: int
     zstd: bool
+    dtype: torch.dtype
+    numel: int
 
-    def piece(self, start: int, stop: int, dtype: torch.dtype, numel: int) -> Tensor:
+    def piece(self, start: int, stop: int) -> Tensor:
         """Entries start..stop of the flat tensor."""
         if self.bits is None:
-            return self._values(start, stop, dtype)
+            return self._values(start, stop)
         first, end = start // 8, -(-stop // 8)
-        before, bits = self._bits(0, first, numel), self._bits(first, end, numel)
-        inside = unpack(bits, min(numel, 8 * end) - 8 * first)
+        before, bits = self._bits(0, first), self._bits(first, end)
+        inside = unpack(bits, min(self.numel, 8 * end) - 8 * first)
         kept = inside[start - 8 * first : stop - 8 * first]
         skipped = int(unpack(before, 8 * first).sum()) + int(inside[: start - 8 * first].sum())
-        found = torch.zeros(stop - start, dtype=dtype)
-        _as_bits(found)[kept] = _as_bits(self._values(skipped, skipped + int(kept.sum()), dtype))
+        found = torch.zeros(stop - start, dtype=self.dtype)
+        _as_bits(found)[kept] = _as_bits(self._values(skipped, skipped + int(kept.sum())))
         return found
 
-    def _values(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    def _values(self, start: int, stop: int) -> Tensor:
         if not self.zstd:
             return self.values.piece(start, stop)
-        planes = _expanded(self.values, self.count * dtype.itemsize).view(dtype.itemsize, self.count)
-        return planes[:, start:stop].t().flatten().clone(memory_format=torch.contiguous_format).view(dtype)
+        size = self.dtype.itemsize
+        planes = _expanded(self.values, self.count * size).view(size, self.count)
+        return planes[:, start:stop].t().flatten().clone(memory_format=torch.contiguous_format).view(self.dtype)
 
-    def _bits(self, start: int, stop: int, numel: int) -> Tensor:
+    def _bits(self, start: int, stop: int) -> Tensor:
         assert self.bits is not None
-        return _expanded(self.bits, -(-numel // 8))[start:stop] if self.zstd else self.bits.piece(start, stop)
+        return _expanded(self.bits, -(-self.numel // 8))[start:stop] if self.zstd else self.bits.piece(start, stop)
 
 
 def pack_tensor(name: str, tensor: Tensor, *, zstd: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -114,8 +118,9 @@ def read_packed(folder: Path, files: Sequence[Path]) -> dict[str, Stored]:
 
 def _stored(name: str, said: Mapping[str, Any], parts: Mapping[str, Stored]) -> Stored:
     bits = parts[f"{name}.bits"] if said["bits"] else None
-    packed = Packed(parts[name], bits, said["count"], said["zstd"])
-    return Stored(parts[name].file, dtype_of(said["dtype"]), tuple(said["shape"]), 0, packed=packed)
+    dtype, shape = dtype_of(said["dtype"]), tuple(said["shape"])
+    packed = _Packed(parts[name], bits, said["count"], said["zstd"], dtype, math.prod(shape))
+    return Stored(parts[name].file, dtype, shape, 0, entries=packed.piece)
 
 
 def _compressed(flat: Tensor) -> Tensor:

@@ -13,16 +13,13 @@ import json
 import math
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from prunus.checkpoint.packed import Packed
 
 __all__ = ["DTYPES", "PICKLES", "Stored", "dtype_of", "read_header", "read_pickle"]
 
@@ -52,15 +49,15 @@ _LARGEST_HEADER = 100_000_000  # bytes; the library's own limit
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor in a file: shape, dtype, and where its bytes start; `mapped` of a pickle, `packed` of a packed folder
-    stand for the bytes."""
+    """One tensor in a file: shape, dtype, and where its bytes start; `mapped` of a pickle, and `entries`, which
+    gives any stretch of a packed tensor, stand for the bytes."""
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
     mapped: Tensor | None = None
-    packed: Packed | None = None
+    entries: Callable[[int, int], Tensor] | None = None
 
     @property
     def numel(self) -> int:
@@ -74,8 +71,8 @@ class Stored:
         """
         if self.mapped is not None:
             return self.mapped.reshape(-1)[start:stop].clone()
-        if self.packed is not None:
-            found = self.packed.piece(start, stop, self.dtype, self.numel)
+        if self.entries is not None:
+            found = self.entries(start, stop)
             return found.pin_memory() if pin else found
         whole = torch.empty(stop - start, dtype=self.dtype, pin_memory=pin)
         if stop > start:
