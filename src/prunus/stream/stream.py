@@ -136,7 +136,7 @@ def stream(
     done = ranks.agree([work is not None and work.has(name) for name in names]) if shared else None
     begin = partial(embed, model, names, tokens, source=place.source, device=place.device, batch_size=batch_size)
     hidden, arguments = begin()
-    dense = begin() if fit is not None and fit.inputs == "dense" else None
+    dense = (list(hidden), begin()[1]) if fit is not None and fit.inputs == "dense" else None
     flow = _Flow(hidden, arguments, dense, _survey_tied(place, asked.needs, tokens, batch_size))
     reports: list[BlockReport] = []
     with ahead(place.source, names, place.device) as moving:
