@@ -359,9 +359,11 @@ def build(program, warps, types, **fixed):
     assert "ld.global.v4" in ptx, (program.__name__, fixed)
     assert "st.global.v4" in ptx or program is threshold._histogram, (program.__name__, fixed)
 
-for block, warps in ((8192, 4), (32768, 16)):
+for quarter, four, warps in ((2048, True, 4), (4096, False, 8), (8192, True, 16)):
     build(rows._keep, warps, "X:*bf16 S:*fp32 M:*u8 NANS:*i32 columns:i32 stride:i32 kept:i32 extra:i32",
-          ABSOLUTE=True, SCALED=True, BLOCK=block, SHIFT=0, PART=512 * warps)
+          ABSOLUTE=True, SCALED=True, QUARTER=quarter, FOUR=four, SHIFT=0, PART=512 * warps)
+build(groups._keep_of_wide, 1, "X:*bf16 S:*fp32 M:*u8 NANS:*i32 groups:i32 across:i32 stride:i32",
+      N=16, ABSOLUTE=True, SCALED=True, M_=32, GROUPS=32)
 build(groups._keep_of_four, 4, "X:*bf16 S:*fp32 WORDS:*i32 NANS:*i32 columns:i32 stride:i32 parts:i32",
       N=2, ABSOLUTE=True, SCALED=True, BLOCK=2048)
 build(threshold._above, 4, "X:*fp32 threshold:fp32 M:*u8 numel:i32", BLOCK=4096)
