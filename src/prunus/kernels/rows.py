@@ -12,8 +12,8 @@ Scores of 16 bits that no float32 multiplies have keys whose low bits are all al
 16 bits make likely, would be looked for by halving the empty space between two keys.
 
 A row lies in quarters of a power of two, of which the fourth is left out where three hold it (11,008 columns are 3 x
-4,096). Each weight is read once and each entry of the mask written once. At 28672 x 7168 in bf16 that is 0.6 GB, 0.2 ms of an
-H100's memory; 2 integer operations a key and step are 0.3 ms.
+4,096). Each weight is read once and each entry of the mask written once. At 28672 x 7168 in bf16 that is 0.6 GB, 0.2 ms
+of an H100's memory; 2 integer operations a key and step are 0.3 ms.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from torch import Tensor
 from prunus.machine import full_products
 from prunus.patterns import Pattern
 from prunus.score import Criterion, Score, criterion_of, wanda
-from prunus.solve.quadratic import row_errors, row_slices, seen_gram, unit_gram
+from prunus.solve.quadratic import halved, row_errors, row_slices, seen_gram, times, unit_gram
 
 if TYPE_CHECKING:
     from prunus.layers import Layer
@@ -34,9 +34,10 @@ def refit(of: Criterion | Score = wanda, iterations: int = 20, damping: float = 
     of: the criterion that chooses; any. iterations: of conjugate gradients, each one product (out, in) x (in, in).
     damping: lam, as a share of the mean diagonal of G; it holds weights near the dense ones where tokens say little.
 
-    Float32 products (never TF32), compared in float64 after rounding to the weight's dtype: no row's E exceeds what
-    `of` left, which stays where nothing better was found. A layer that saw no token stays
-    as `of` left it. Its solve raises ValueError for a layer without a Gram matrix, for NaN or Inf, and as that of `of`.
+    Products are float32 (on CUDA of bfloat16 halves, never TF32), results compared in float64 after rounding to the
+    weight's dtype: no row's E exceeds what `of` left, which stays where nothing better was found. A layer that saw no
+    token stays as `of` left it. Its solve raises ValueError for a layer without a Gram matrix, for NaN or Inf, and as
+    that of `of`.
 
     >>> inputs = Inputs(2, gram=True)
     >>> inputs.add_(torch.tensor([[1.0, 1.0], [1.0, 0.0]]))
@@ -75,11 +76,12 @@ def _least_squares(
     """
     change = (dense.float() - start.float()) * scale
     weight = start.float() * scale
-    residual = (change @ unit).mul_(mask)
+    gram = halved(unit)
+    residual = times(change, gram).mul_(mask)
     direction = residual.clone()
     squares = residual.square().sum(1, keepdim=True)
     for _ in range(iterations):
-        product = (direction @ unit).mul_(mask)
+        product = times(direction, gram).mul_(mask)
         step = _ratio(squares, (direction * product).sum(1, keepdim=True))
         weight.addcmul_(step, direction)
         residual.addcmul_(step, product, value=-1)
