@@ -1,5 +1,7 @@
+from .adapt import Adaptation as Adaptation
 from .adapt import adapt as adapt
 from .adapt import add_biases as add_biases
+from .adapt import mask_adapters as mask_adapters
 from .blocks import find_blocks as find_blocks
 from .data import Augment as Augment
 from .data import ImageBatches as ImageBatches
@@ -48,6 +50,7 @@ from .run.compress import compress as compress
 from .run.inspect import inspect_model as inspect_model
 from .run.recipe import load_recipe as load_recipe
 from .save import load_info as load_info
+from .save import push_to_hub as push_to_hub
 from .save import save_model as save_model
 from .score import Allocation as Allocation
 from .score import Criterion as Criterion
@@ -83,6 +86,7 @@ from .stream import stream as stream
 from .stream import survey as survey
 from .train import During as During
 from .train import Ema as Ema
+from .train import HoldMasks as HoldMasks
 from .train import Original as Original
 from .train import Swa as Swa
 from .train import allr as allr

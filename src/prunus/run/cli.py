@@ -229,6 +229,26 @@ def average(
 
 
 @app.command()
+def merge(
+    base: Annotated[
+        str, typer.Argument(help="The pruned model: name or folder; the dense one if pruning only zeroed.")
+    ],
+    adapter: Annotated[Path, typer.Argument(help="Folder of an adapter, of Prunus or a LoRA of peft.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the merged model.")],
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or one GPU such as cuda:1.")] = "auto",
+) -> None:
+    """Merge a kept adapter into the model that it was trained on; zeros stay zero, and another model is refused.
+
+    Example: prunus merge facebook/opt-125m runs/opt/adapter runs/merged
+    """
+    from prunus.report import print_table
+    from prunus.run.merge import merge_adapter
+
+    _check_single("merge")
+    print_table([merge_adapter(base, adapter, out, device=device)], title=str(out))
+
+
+@app.command()
 def show(
     recipe: RecipeArg = None,
     names: Annotated[bool, typer.Option("--names", help="Print what recipes may name instead, with options.")] = False,

@@ -3,7 +3,8 @@
 out/recipe.yaml      the resolved recipe          out/metrics.jsonl   every number, as it was measured
 out/result.json      what the table shows         out/report.png      sparsity by layer, perplexity by stage
 out/model/           the compressed model         out/work/           finished blocks, until the run is done
-out/members/         the members of a soup
+out/members/         the members of a soup        out/adapter/        what was trained, with `retrain.keep_adapter`, and
+out/pruned/          the model that it belongs on, where that is more than the dense one under the masks
 
 Launched as several processes, each computes everything alike but for training, which shares each batch; the main
 process writes, and the others take its pruned blocks from the work folder.
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from prunus.adapt import Adaptation
 from prunus.machine import ranks, write_json
 from prunus.masks import Masks
 from prunus.report import Advance, append_once, plot_compression, progress
@@ -53,7 +55,8 @@ def compress(recipe: LanguageRecipe) -> dict[str, Any]:
     _check_shares(recipe)
     device = ranks.join(device_of(recipe))
     out, key = Path(recipe.out), digest(recipe)
-    left = ("model",) if recipe.save else ()
+    keeps = recipe.retrain is not None and recipe.retrain.keep_adapter
+    left = (("model",) if recipe.save else ()) + (("adapter",) if keeps else ())
     found = finished(recipe, out, key, left)
     ranks.wait()  # nothing is written before every process has looked
     if found is not None:
@@ -257,12 +260,14 @@ class _Run:
     def _retrain(self, pruned: Pruned, result: dict[str, Any]) -> None:
         """Retrain and merge in place; the last phase is measured before and after merging."""
         loaded, last, perplexities = pruned.loaded, self._is_last(pruned.phase), result["perplexity"]
-        name = "retrain" if last else f"phase-{pruned.phase + 1}"
+        name, asked = "retrain" if last else f"phase-{pruned.phase + 1}", given(pruned.recipe.retrain)
+        base = self._base(pruned) if asked.keep_adapter else None
 
-        def before_merge() -> None:
+        def before_merge(adaptation: Adaptation) -> None:
             perplexities["retrained"] = self._measured("retrained", loaded)
+            if base is not None and ranks.is_main():
+                adaptation.save(self.out / "adapter", base=base)
 
-        asked = given(pruned.recipe.retrain)
         with self._bar(name, asked.steps, asked.step_tokens) as advance:
             report = stages.retrain(
                 loaded,
@@ -280,6 +285,18 @@ class _Run:
             result["retraining"] = {key: value for key, value in found.items() if key != "losses"}
             result["retraining"]["train"] = list(given(pruned.recipe.retrain).train)
         loaded.model.to(self.home)
+
+    def _base(self, pruned: Pruned) -> str:
+        """Where the model is that an adapter belongs on: the dense one, or what pruning left, which is then written."""
+        rounded = self.recipe.dtype != "auto" and self.stored is None
+        if not self.recipe.moves and not rounded:
+            return self.recipe.model
+        folder = self.out / "pruned"
+        if ranks.is_main() and not is_whole(folder):
+            info = {"model": self.recipe.model, "pattern": self.recipe.prune.pattern}
+            loaded = pruned.loaded
+            save_model(loaded.model, loaded.tokenizer, folder, masks=pruned.masks, info=info, source=loaded.folder)
+        return str(folder)
 
     def _soup(self, pruned: Pruned, members: Sequence[Member], result: dict[str, Any]) -> stages.Loaded:
         """The average of the members; what was measured in the last phase goes into `result`."""

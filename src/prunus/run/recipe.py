@@ -526,6 +526,8 @@ class LanguageRetrain(Adapting, Retrain):
     """Give layers zero biases first."""
     checkpointing: bool | Literal["auto"] = False
     keep_effective: bool = False
+    keep_adapter: bool = False
+    """Leave what is trained in OUT/adapter, too."""
     distill: Distill | None = None
 
     @model_validator(mode="after")
@@ -533,6 +535,9 @@ class LanguageRetrain(Adapting, Retrain):
         strange = [name for name in self.lrs if name not in self.train]
         if strange:
             raise ValueError(f"lrs names {strange[0]!r}, which is not in train={list(self.train)}: leave it out")
+        if self.keep_adapter and ("full" in self.train or self.add_biases):
+            what = "add_biases" if self.add_biases else "train: [full]"
+            raise ValueError(f"keep_adapter: {what} changes the model that an adapter would belong on: leave out one")
         if self.dense is None and self.schedule not in ("linear", "llr"):
             raise ValueError(f"schedule {self.schedule} goes by the dense training: give dense: {{steps: 100000}}")
         return self
@@ -868,6 +873,8 @@ class LanguageRecipe(Recipe):
             self._check_soup(self.soup)
         if self.prune.phases > 1:
             self._check_phases()
+        if self.retrain is not None and self.retrain.keep_adapter and (self.soup or self.prune.phases > 1):
+            raise ValueError("retrain.keep_adapter: of one retraining, not of phases or members; leave it out")
         for section in (self.train, self.retrain):
             if section is not None:
                 self._check_retrain(section)
@@ -909,6 +916,11 @@ class LanguageRecipe(Recipe):
         if retrain is not None:
             retrain = retrain.model_copy(update={"steps": retrain.shared(retrain.steps, prune.phases)[index]})
         return self.model_copy(update={"prune": prune, "retrain": retrain})
+
+    @property
+    def moves(self) -> bool:
+        """Whether what pruning leaves is more than the dense model under masks."""
+        return bool(self.during or self.reconstruct) or self.prune.how().score is None
 
     def _check_phases(self) -> None:
         if self.retrain is None or self.retrain.add_biases:

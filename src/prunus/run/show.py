@@ -123,6 +123,8 @@ def show_run(result: Mapping[str, Any], out: Path) -> None:
     _show_corrupted(result.get("corrupted", {}))
     speed = f"{result['images_per_second']:,.0f} images/s"
     _note(f"{result['epochs']:.4g} epochs, {result['seconds']:.0f} s on {result['device']}, {speed}.")
+    if "left_of_start" in result:
+        _note(f"Frank-Wolfe left {100 * result['left_of_start']:.3g} % of the initialisation: the product of 1 - step.")
     if "speedup" in result:
         smaller = "and the file is smaller" if "left_alone" in result else "in theory; the file is no smaller"
         _note(f"{result['speedup']:.2f} times fewer multiplications {smaller}.")

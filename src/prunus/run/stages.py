@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from prunus.adapt import adapt, add_biases, compiled_forward
+from prunus.adapt import Adaptation, adapt, add_biases, compiled_forward
 from prunus.blocks import Source, recomputed
 from prunus.checkpoint import (
     check_causal,
@@ -262,7 +262,7 @@ def prune_in_training(
         device,
         checkpoint=checkpoint,
         on_step=on_step,
-        before_merge=lambda: ends.append(finish(method, loaded.model)),
+        before_merge=lambda _: ends.append(finish(method, loaded.model)),
         during=[method],
     )
     ((masks, lost),) = ends
@@ -311,12 +311,12 @@ def retrain(
     *,
     checkpoint: Path | None = None,
     on_step: OnStep | None = None,
-    before_merge: Callable[[], None] | None = None,
+    before_merge: Callable[[Adaptation], None] | None = None,
     during: Sequence[During] = (),
 ) -> Retrained:
     """What happened while the recipe's parameters were retrained on packed text and merged, in place, on `device`.
 
-    before_merge is called between training and merging, with the adapters still in place. during: methods that take
+    before_merge is called between training and merging, with what is still in place. during: methods that take
     part; the caller finishes them.
     """
     model, asked, prune = loaded.model.to(device), given(recipe.retrain), recipe.prune
@@ -364,7 +364,7 @@ def retrain(
         )
     model.eval()
     if before_merge is not None:
-        before_merge()
+        before_merge(adaptation)
     report = adaptation.merge_()
     masks.check(model)
     used = asked.steps * asked.step_tokens

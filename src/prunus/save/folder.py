@@ -25,7 +25,16 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from prunus import __version__
-from prunus.machine import atomic_folder, checksums, naming, read_json, read_tensors, write_json, write_text
+from prunus.machine import (
+    atomic_folder,
+    check_replaceable,
+    checksums,
+    naming,
+    read_json,
+    read_tensors,
+    write_json,
+    write_text,
+)
 from prunus.save.account import account
 from prunus.save.shards import ShardWriter
 
@@ -232,7 +241,7 @@ def new_folder(folder: str | Path, source: str | Path | None = None) -> Generato
     Raises ValueError for a `folder` with anything that Prunus did not write there, and for one that is its own source.
     """
     folder = Path(folder)
-    _check_replaceable(folder)
+    check_new(folder)
     check_apart(folder, source)
     with atomic_folder(folder) as partial:
         try:
@@ -254,19 +263,12 @@ def check_apart(folder: Path, source: str | Path | None) -> None:
             )
 
 
-def _check_replaceable(folder: Path) -> None:
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is a file; give the model another output folder")
-    names = sorted(path.name for path in folder.iterdir())
-    ours = load_info(folder).get("files", []) if INFO_NAME in names else []
-    strange = [name for name in names if name not in ours]
-    if strange:
-        raise ValueError(
-            f"{folder} has files that no {INFO_NAME} of Prunus lists ({strange[0]!r}, ...), so it is not replaced; "
-            "give another output folder, or empty this one"
-        )
+def check_new(folder: str | Path) -> None:
+    """Raise ValueError for a folder that is there and holds anything but a model that Prunus saved.
+
+    >>> check_new("runs/new")
+    """
+    check_replaceable(folder, load_info(folder).get("files", []) if (Path(folder) / INFO_NAME).is_file() else [])
 
 
 def write_info(folder: Path, info: Mapping[str, Any], card: str | None = None) -> tuple[str, ...]:
@@ -394,7 +396,7 @@ def model_card(name: str, info: Mapping[str, Any]) -> str:
     missing is left out.
     """
     sparsity: Mapping[str, Any] = info.get("sparsity", {})
-    lines = [f"# {name}", "", _summary(info, sparsity), "", "## Size", "", SIZE_NOTE, ""]
+    lines = [*_front(info), f"# {name}", "", _summary(info, sparsity), "", "## Size", "", SIZE_NOTE, ""]
     metrics = info.get("metrics") or {key: info[key] for key in ("perplexity", "zero_shot") if key in info}
     if metrics:
         lines += ["## Results", "", *_metric_table(metrics), ""]
@@ -414,6 +416,15 @@ def model_card(name: str, info: Mapping[str, Any]) -> str:
         lines += [f"| `{layer}` | {100 * share:.2f} % |" for layer, share in layers.items()] + [""]
     lines += ["## Files", "", *_files(info), ""]
     return "\n".join(lines)
+
+
+def _front(info: Mapping[str, Any]) -> list[str]:
+    """What the hub reads: its library, its tags, and the dense model, where that is one of the hub."""
+    said: dict[str, Any] = {"library_name": "transformers", "tags": ["sparse", "pruned", "prunus"]}
+    model = str(info.get("model", ""))
+    if model.count("/") == 1 and not model.startswith((".", "~")) and not Path(model).exists():
+        said["base_model"] = model
+    return ["---", yaml.safe_dump(said, sort_keys=False).rstrip(), "---", ""]
 
 
 def _summary(info: Mapping[str, Any], sparsity: Mapping[str, Any]) -> str:
