@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from prunus.checkpoint import read_checkpoint
 from prunus.layers import Layer
 from prunus.masks import Masks
 from prunus.report import read_metrics
@@ -20,6 +21,7 @@ from prunus.run.compress import compress
 from prunus.run.recipe import DenseRates, LanguageRecipe, load_recipe, parse
 from prunus.run.stages import home
 from prunus.run.texts import training_windows
+from prunus.save import load_model
 from prunus.score import criteria, criterion
 from prunus.soup import distance, finish
 from prunus.train import Original, allr, distilled_next_token, ft, llr, next_token, slr
@@ -345,15 +347,21 @@ def test_random_pruning_of_the_whole_model_is_exact_and_resumes(
     assert one == other
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("streaming", "packed"), [(False, False), (True, "zstd")])
 def test_a_float16_checkpoint_is_computed_in_float32_on_a_cpu_and_saved_in_float16(
-    text_file: Path, tmp_path: Path, streaming: bool
+    text_file: Path, tmp_path: Path, streaming: bool, packed: Any
 ) -> None:
     tiny_llama().half().save_pretrained(tmp_path / "dense")
     byte_tokenizer().save_pretrained(tmp_path / "dense")
-    compress(recipe(tmp_path / "dense", text_file, tmp_path / "run", retrain=None, streaming=streaming))
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
-    assert saved.dtype == torch.float16
+    save = {"packed": packed}
+    asked = recipe(tmp_path / "dense", text_file, tmp_path / "run", retrain=None, streaming=streaming, save=save)
+    size = compress(asked)["size"]
+    dense = read_checkpoint(tmp_path / "dense")
+    least, most = (0.5, 0.9) if packed else (1.0, 1.1)
+    header = 1 << 15 if packed or streaming else 0
+    assert least < (size["weight_bytes"] - header) / size["dense_bytes"] < most
+    assert size["dense_bytes"] == sum(2 * each.numel for each in dense.tensors.values())
+    assert load_model(tmp_path / "run" / "model").dtype == torch.float16
     assert (tmp_path / "run" / "model" / "config.json").read_bytes() == (
         tmp_path / "dense" / "config.json"
     ).read_bytes()

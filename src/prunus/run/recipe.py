@@ -87,6 +87,7 @@ __all__ = [
     "Recipe",
     "Reconstruct",
     "Retrain",
+    "Save",
     "Soup",
     "Strict",
     "Training",
@@ -568,6 +569,20 @@ class LanguageTraining(LanguageRetrain):
         return self
 
 
+def _asked(value: Any) -> Any:
+    """`true` is a section with its defaults, `false` none."""
+    return ({} if value else None) if isinstance(value, bool) else value
+
+
+class Pace(Strict):
+    """How the speed is measured: `tokens` are decoded after a prompt; each phase is repeated for so many seconds."""
+
+    prompt: Count = 512
+    tokens: Count = 32
+    batch_size: Count = 1
+    seconds: Positive = 2.0
+
+
 class Evaluate(Strict):
     """Perplexity of each named text: joined, cut into windows without overlap, mean loss over predicted tokens."""
 
@@ -582,6 +597,7 @@ class Evaluate(Strict):
     """Zero-shot tasks and their files (needs the extra 'zeroshot')."""
     task_batch_size: Count = 16
     """Requests of zero-shot tasks at a time."""
+    speed: Annotated[Pace | None, BeforeValidator(_asked, json_schema_input_type=Pace | bool | None)] = None
 
     @model_validator(mode="after")
     def _check_texts(self) -> Evaluate:
@@ -756,6 +772,12 @@ class Corruptions(Strict):
 # Recipes.
 
 
+class Save(Strict):
+    """How the model is written. packed: by its zeros, a bit a weight and the nonzeros; "zstd": compressed as well."""
+
+    packed: bool | Literal["zstd"] = False
+
+
 class Recipe(Strict):
     """What every task has; it is read as the recipe of a task, a classifier's if it has the key `images`.
 
@@ -778,8 +800,13 @@ class Recipe(Strict):
     soup: Soup | None = None
     out: str = "runs/run"
     """Run folder."""
-    save: bool = True
+    save: bool | Save = True
     """Whether the model is written."""
+
+    @property
+    def packed(self) -> bool | Literal["zstd"]:
+        """Whether the saved model is packed."""
+        return isinstance(self.save, Save) and self.save.packed
 
     apart: ClassVar[int] = 1  # between the seeds of the members of a soup
 
@@ -884,8 +911,9 @@ class LanguageRecipe(Recipe):
             raise ValueError("retrain.schedule: allr compares with the dense weights: leave out streaming, or use llr")
         if self.streaming and self.prune.sharing().reads == "loss":
             raise ValueError("prune.allocation: this one tries the whole model in memory: leave out streaming")
-        if self.streaming and self.evaluate.tasks and self.retrain is None:
-            raise ValueError("evaluate.tasks need the whole model in memory: leave out tasks or streaming")
+        whole = [key for key in ("tasks", "speed") if getattr(self.evaluate, key)]
+        if self.streaming and whole and self.retrain is None:
+            raise ValueError(f"evaluate.{whole[0]}: the whole model must be in memory: leave out this or streaming")
         return self
 
     def _check_during(self) -> None:
@@ -985,6 +1013,8 @@ class ClassifierRecipe(Recipe):
 
     @model_validator(mode="after")
     def _check(self) -> ClassifierRecipe:
+        if self.packed:
+            raise ValueError("save.packed is for language models; leave it out")
         if self.precision == "fp16":
             raise ValueError("precision: classifiers are trained in fp32 or bf16; leave out fp16")
         if self.prune is None and (self.during is not None or self.retrain is not None):

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from prunus.adapt import Adaptation, adapt, add_biases, compiled_forward
 from prunus.blocks import Source, recomputed
@@ -36,9 +35,10 @@ from prunus.data import ASSETS
 from prunus.layers import View, find_layers
 from prunus.machine import Precision, autocast, of_training, ranks
 from prunus.masks import Masks
-from prunus.measure import perplexity, streamed_perplexity
+from prunus.measure import perplexity, speed, streamed_perplexity
 from prunus.run.recipe import LanguageRecipe, given
 from prunus.run.texts import calibration_windows, evaluation_texts, training_windows, window_of
+from prunus.save import loaded_model
 from prunus.soup import finish
 from prunus.stream import BlockReport, Fit, Shards, Streamed, Work, stream
 from prunus.train import During, distilled_next_token, lighten_, next_token_loss, train
@@ -177,9 +177,9 @@ def load(recipe: LanguageRecipe, home: torch.device | None = None) -> Loaded:
     if recipe.streaming:
         return Loaded(model, tokenizer, path, Shards.of(model, checkpoint))
     check_causal(checkpoint, model)
-    model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, trust_remote_code=trust, **straight)
+    model = loaded_model(checkpoint, model, dtype=dtype, **straight)
     check_finite(model.named_parameters(), path)
-    return Loaded(model.eval(), tokenizer, path)
+    return Loaded(model, tokenizer, path)
 
 
 def empty(recipe: LanguageRecipe) -> Loaded:
@@ -416,6 +416,15 @@ def zero_shot(model: nn.Module, tokenizer: Any, recipe: LanguageRecipe, device: 
     tasks = {name: Path(path) for name, path in recipe.evaluate.tasks.items()}
     with _on(model, device), autocast(device, precision_of(recipe, device)):
         return measure(model, tokenizer, tasks, batch_size=recipe.evaluate.task_batch_size)  # type: ignore[arg-type]
+
+
+def pace(model: nn.Module, recipe: LanguageRecipe, device: torch.device) -> dict[str, Any]:
+    """The model's speed as numbers; empty when the recipe does not ask for it."""
+    asked = recipe.evaluate.speed
+    if asked is None:
+        return {}
+    with _on(model, device):
+        return asdict(speed(model, **asked.model_dump(), precision=precision_of(recipe, device)))
 
 
 @contextmanager

@@ -60,9 +60,7 @@ def refit(of: Criterion | Score = wanda, iterations: int = 20, damping: float = 
         unit, scale = unit_gram(layer, inputs, damping)
         with full_products():
             parts = [
-                _least_squares(
-                    layer.weight[rows], weight[rows], mask[rows], unit, scale, gram=gram, iterations=iterations
-                )
+                _least_squares(dense[rows], weight[rows], mask[rows], unit, scale, gram=gram, iterations=iterations)
                 for rows in row_slices(weight, _CHUNK)
             ]
         return torch.cat(parts), mask
