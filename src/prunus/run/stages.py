@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -253,7 +254,10 @@ def prune_in_training(
 
     And what its end took away, as `soup.distance` measures it.
     """
-    method, trained = recipe.method(), recipe.model_copy(update={"retrain": recipe.train})
+    prior = None
+    if recipe.begins_masked:
+        prior = prune(replace(loaded, model=copy.deepcopy(loaded.model)), recipe, device).masks
+    method, trained = recipe.method(prior), recipe.model_copy(update={"retrain": recipe.train})
     ends: list[tuple[Masks, float]] = []
     found = retrain(
         loaded,
