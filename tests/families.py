@@ -62,7 +62,20 @@ OWN: dict[str, dict[str, Any]] = {  # what a family needs besides
     "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"] * 2},
     "LongcatFlashConfig": {"expert_ffn_hidden_size": 32, "zero_expert_num": 2, "head_dim": 8, "num_layers": 2},
+    "Llama4TextConfig": {"interleave_moe_layer_step": 2},
     "Mamba2Config": {"num_heads": 8, "head_dim": 16, "n_groups": 2},
+    "MllamaTextConfig": {"cross_attention_layers": [1]},
+    "Qwen4ExpTextConfig": {
+        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
+        "indexer_compress_ratio": 2, "hc_lowrank": 8, "ngram_vocab_size_base": 100, "ple_embed_dim": 64,
+        "layer_types": ["linear_attention", "indexed_attention"] * 2,
+    },
+    "ReformerConfig": {
+        "is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "local"], "feed_forward_size": 96,
+    },
+    "XmodConfig": {"default_language": "en_XX"},
+    "ZayaConfig": {"num_experts_per_tok": 1, "router_hidden_size": 16},
+    "xLSTMConfig": {"embedding_dim": 64, "num_blocks": 4, "qk_dim_factor": 1.0},
 }  # fmt: skip
 
 

@@ -270,7 +270,7 @@ class _Chain:
     """
 
     names: list[str]
-    wrap: Callable[[Tensor], Any]
+    wrap: Callable[[Tensor | None], Any]
     hidden: Tensor | None = None
     leaving: Tensor | None = None
     calls: dict[str, Arguments] = field(default_factory=dict)

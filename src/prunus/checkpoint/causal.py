@@ -111,14 +111,20 @@ class Layout:
 def empty_model(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The causal language model of a config on the meta device; buffers that no checkpoint stores have their values.
 
-    Raises ValueError for a config of another kind.
+    Of a model of several towers all of them, as the class that its config names has them. Raises ValueError for a
+    config of another kind.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
+    whole = _class_of_towers(config)
     try:
         with init_empty_weights(include_buffers=False):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            model: Any = (
+                AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+                if whole is None
+                else whole._from_config(config, dtype=dtype)
+            )
     except ValueError as error:
         raise ValueError(
             f"config.json says {_kind(config)}, of which transformers has no causal language model "
@@ -126,6 +132,15 @@ def empty_model(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = Fa
         ) from None
     model.tie_weights()
     return model.eval()
+
+
+def _class_of_towers(config: Any) -> Any:
+    """The class of transformers that a config of several towers names, if it generates; None for any other config."""
+    import transformers
+
+    found: Any = getattr(transformers, _kind(config), object)
+    towers = config.get_text_config() is not config
+    return found if towers and issubclass(found, transformers.GenerationMixin) else None
 
 
 def check_causal(checkpoint: Checkpoint, model: PreTrainedModel) -> Layout:
