@@ -308,7 +308,6 @@ WRONG = [
     ({"prune": {"allocation": "evopress"}, "streaming": True}, "leave out streaming"),
     ({"prune": {"allocation": {"evopress": {"levels": 0}}}}, "evopress needs generations, offspring and levels >= 1"),
     ({"retrain": {"distill": {"teacher": "./nowhere"}}}, "retrain.distill.teacher: no file or folder './nowhere'"),
-    ({"retrain": {"keep_effective": True}, "capture": True}, "capture: steps with retrain.keep_effective are not"),
 ]
 
 

@@ -949,8 +949,6 @@ class LanguageRecipe(Recipe):
         )
 
     def _check_retrain(self, retrain: LanguageRetrain) -> None:
-        if self.capture is True and retrain.keep_effective:
-            raise ValueError("capture: steps with retrain.keep_effective are not recorded; leave out one of the two")
         teacher = None if retrain.distill is None else retrain.distill.teacher
         if teacher is not None and looks_local(teacher) and not Path(teacher).exists():
             raise ValueError(f"retrain.distill.teacher: no file or folder {teacher!r} (seen from {os.getcwd()})")

@@ -384,9 +384,8 @@ def retrain(
 
 
 def _capture(recipe: LanguageRecipe, device: torch.device) -> Literal["auto"] | bool:
-    """Whether training steps are recorded: not on a CPU, nor with weights that are kept by what the host knows."""
-    eager = device.type != "cuda" or given(recipe.retrain).keep_effective
-    return False if eager and recipe.capture == "auto" else recipe.capture
+    """Whether training steps are recorded: where nothing else is asked for, on a GPU."""
+    return False if recipe.capture == "auto" and device.type != "cuda" else recipe.capture
 
 
 def _loss(model: nn.Module, recipe: LanguageRecipe) -> Callable[[nn.Module, Any], Tensor]:
