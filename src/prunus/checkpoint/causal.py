@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -117,13 +117,13 @@ def empty_model(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = Fa
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    whole = _class_of_towers(config)
+    named = _named_class(config)
     try:
         with init_empty_weights(include_buffers=False):
             model: Any = (
                 AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-                if whole is None
-                else whole._from_config(config, dtype=dtype)
+                if named is None
+                else named._from_config(config, dtype=dtype)
             )
     except ValueError as error:
         raise ValueError(
@@ -134,13 +134,16 @@ def empty_model(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = Fa
     return model.eval()
 
 
-def _class_of_towers(config: Any) -> Any:
-    """The class of transformers that a config of several towers names, if it generates; None for any other config."""
+def _named_class(config: Any) -> Any:
+    """The class of transformers that a config names, if it generates text and is of several towers, or one that the
+    causal language models of transformers lack; None for any other config."""
     import transformers
 
     found: Any = getattr(transformers, _kind(config), object)
-    towers = config.get_text_config() is not config
-    return found if towers and issubclass(found, transformers.GenerationMixin) else None
+    known = config.get_text_config() is config and type(config) in transformers.AutoModelForCausalLM._model_mapping
+    if known or config.is_encoder_decoder or not issubclass(found, transformers.GenerationMixin):
+        return None
+    return found if isinstance(config, cast(Any, found).config_class) else None
 
 
 def check_causal(checkpoint: Checkpoint, model: PreTrainedModel) -> Layout:
