@@ -6,9 +6,11 @@ import copy
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -17,14 +19,27 @@ from transformers import (
     OPTForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
+from prunus.data import ASSETS
 from prunus.layers import Inputs, Layer
 from prunus.patterns import Unstructured
+from prunus.run.compress import compress
+from prunus.run.recipe import LanguageRecipe, parse
 from prunus.save import save_model
-from prunus.shrink import choose_blocks, columns, remove_blocks, remove_heads, remove_neurons
+from prunus.shrink import (
+    choose_blocks,
+    columns,
+    needed_words,
+    remove_blocks,
+    remove_heads,
+    remove_neurons,
+    trim_tokenizer,
+    trim_vocabulary,
+)
 
 SMALL = {
     "vocab_size": 60,
@@ -167,3 +182,108 @@ def test_counts_that_leave_nothing_are_refused(tokens: torch.Tensor):
         choose_blocks(made("llama"), tokens, 3)
     with pytest.raises(ValueError, match="cannot go of 3 blocks"):
         remove_blocks(made("llama"), [3])
+
+
+@pytest.fixture(scope="module")
+def words():
+    return AutoTokenizer.from_pretrained(ASSETS)
+
+
+TEXT = "It was the best of times, it was the worst of times. Æsop said: nothing! 你好</s>"
+
+
+def test_a_text_whose_words_stay_is_cut_and_understood_alike(words, tmp_path):
+    """Special tokens, bytes and what words are merged of stay; ids in the config follow."""
+    torch.manual_seed(0)
+    config = OPTConfig(**{**OPT, "vocab_size": 4200}, pad_token_id=0, eos_token_id=1)  # some rows without a word
+    model = OPTForCausalLM(config).eval()
+    ids = torch.tensor(words(TEXT)["input_ids"])
+    kept = needed_words(words, ids)
+    assert len(ids.unique()) < len(kept) < 500
+    tokenizer, small = trim_tokenizer(words, kept), trim_vocabulary(model, kept)
+    new = torch.tensor(tokenizer(TEXT)["input_ids"])
+    assert torch.equal(kept[new], ids)
+    assert tokenizer.decode(new) == words.decode(ids)
+    other = "Quixotic zebras vex 世界"
+    assert tokenizer.decode(tokenizer(other)["input_ids"]) == other
+    assert torch.allclose(logits(small, new[None]), logits(model, ids[None])[..., kept], atol=1e-5)
+    assert (small.config.vocab_size, small.config.eos_token_id) == (len(kept), tokenizer.eos_token_id)
+    save_model(small, tokenizer, tmp_path / "out", masks=None, info={})
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(TEXT)["input_ids"] == new.tolist()
+    assert torch.equal(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), new[None]), logits(small, new[None])
+    )
+
+
+def test_tokenizers_of_likely_words_are_cut_too():
+    pieces = [
+        ("<unk>", 0.0),
+        *((chr(97 + place), -9.0) for place in range(26)),
+        ("▁", -3.0),
+        ("▁ab", -1.0),
+        ("cd", -2.0),
+    ]
+    model = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
+    model.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>")
+    ids = torch.tensor(tokenizer("ab cd x?")["input_ids"])
+    kept = needed_words(tokenizer, ids[ids != 29])
+    small = trim_tokenizer(tokenizer, kept)
+    assert [int(kept[index]) for index in small("ab x?")["input_ids"]] == tokenizer("ab x?")["input_ids"]
+    assert small.convert_ids_to_tokens(small("cd")["input_ids"]) == ["▁", "c", "d"]
+
+
+def test_other_tokenizers_are_refused():
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+    with pytest.raises(ValueError, match="this is WordLevel"):
+        needed_words(tokenizer, torch.tensor([0]))
+
+
+RETRAIN = {"train": ["full"], "steps": 2, "batch_size": 2, "length": 32, "lr": 1e-3, "distill": {"weight": 0.5}}
+
+
+def test_a_run_makes_the_model_smaller_and_retrains_it(tmp_path):
+    """Heads, neurons, a block and words; taught by the dense model of the same words."""
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**{**GATED, "vocab_size": 4096})).save_pretrained(tmp_path / "dense")
+    AutoTokenizer.from_pretrained(ASSETS).save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(TEXT * 40)
+    text = str(tmp_path / "text.txt")
+    raw = {
+        "model": str(tmp_path / "dense"),
+        "device": "cpu",
+        "shrink": {"blocks": 1, "heads": 0.5, "neurons": 0.25, "vocabulary": text},
+        "calibrate": {"data": text, "samples": 4, "length": 32},
+        "retrain": {**RETRAIN, "data": text},
+        "evaluate": {"data": {"text": text}, "window": 32},
+        "out": str(tmp_path / "run"),
+    }  # fmt: skip
+    asked = parse(raw, LanguageRecipe, "test")
+    assert asked.prune.sparsity == 0
+    result = compress(asked)
+    assert list(result["perplexity"]) == ["dense", "shrunk", "pruned", "retrained", "merged"]
+    assert result["perplexity"]["pruned"] == result["perplexity"]["shrunk"]
+    assert result["shrink"]["tokens"] == {"text": 1.0}
+    left, dense = result["shrink"]["parameters"]
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert sum(each.numel() for each in saved.parameters()) == left < 0.7 * dense
+    assert (saved.config.num_hidden_layers, saved.config.intermediate_size, saved.config.num_key_value_heads) == (
+        2,
+        36,
+        1,
+    )
+    assert not (tmp_path / "run" / "model" / "masks.safetensors").exists()  # nothing is pruned
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "run" / "model")) == saved.config.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"shrink": {}}, "say what goes"),
+        ({"shrink": {"blocks": 1}, "streaming": True}, "leave out streaming"),
+        ({"shrink": {"neurons": 1.0}}, "less than 1"),
+    ],
+)
+def test_recipes_that_cannot_be_are_refused(changes, said: str):
+    with pytest.raises(ValueError, match=said):
+        parse(changes, LanguageRecipe, "test")

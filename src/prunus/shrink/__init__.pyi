@@ -12,3 +12,6 @@ from .language import remove_neurons as remove_neurons
 from .lowrank import decompose as decompose
 from .lowrank import ranks_by_budget as ranks_by_budget
 from .lowrank import ranks_by_share as ranks_by_share
+from .vocabulary import needed_words as needed_words
+from .vocabulary import trim_tokenizer as trim_tokenizer
+from .vocabulary import trim_vocabulary as trim_vocabulary

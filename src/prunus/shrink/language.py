@@ -27,10 +27,11 @@ from prunus.blocks import Arguments, embed, find_blocks, finish, run_block
 from prunus.checkpoint import empty_model
 from prunus.machine import Precision, autocast, imported, in_mode
 from prunus.patterns import Unstructured, kept_of
+from prunus.score import Criterion
 from prunus.shrink.columns import columns
 from prunus.stream import Memory, stream
 
-__all__ = ["choose_blocks", "remove_blocks", "remove_heads", "remove_neurons"]
+__all__ = ["choose_blocks", "rebuilt", "remove_blocks", "remove_heads", "remove_neurons"]
 
 _LOOK = 32  # tokens on which the smaller model is compared with the masked one
 _EXACT, _ROUNDED = 1e-3, 0.1  # largest difference of logits, as a share of the largest: 32 bits, and fewer
@@ -51,14 +52,16 @@ def remove_neurons(
     tokens: Tensor,
     share: float,
     *,
+    criterion: Criterion | None = None,
     device: torch.device | str | None = None,
     batch_size: int = 8,
     precision: Precision = "fp32",
 ) -> Any:
     """A smaller model without that share of the neurons of every MLP, one intermediate size for all blocks.
 
-    tokens: (samples, length) int64, on which what stays of each down projection is fitted, as in `stream`. The given
-    model is used up: its down projections are those that were fitted.
+    tokens: (samples, length) int64, on which what stays of each down projection is fitted, as in `stream`. criterion:
+    what chooses columns of the down projections, in place of `columns()`. The given model is used up: its down
+    projections are those that were fitted.
 
     Raises ValueError for a share outside [0, 1), for models without such MLPs (experts), with several sizes of them,
     and where the config does not say the size.
@@ -82,7 +85,7 @@ def remove_neurons(
         return model
     cuts: dict[str, _Cut] = {}
     how = {"device": device, "batch_size": batch_size, "precision": precision}
-    for part, kept in _fitted(model, tokens, parts, 1, stay / size, how):
+    for part, kept in _fitted(model, tokens, parts, criterion or columns(), stay / size, how):
         both = torch.cat([kept, kept + size])  # of gate and up in one matrix
         rows = {maker: kept if _height(model, maker) == size else both for maker in part.makers}
         cuts |= {part.reader: _Cut(columns=kept)} | {maker: _Cut(rows=each) for maker, each in rows.items()}
@@ -118,7 +121,7 @@ def remove_heads(
         return model
     how = {"device": device, "batch_size": batch_size, "precision": precision}
     cuts: dict[str, _Cut] = {}
-    for part, kept in _fitted(model, tokens, parts, group * size, stay / pairs, how):
+    for part, kept in _fitted(model, tokens, parts, columns(group * size), stay / pairs, how):
         own = kept.view(stay, group * size)[:, 0] // (group * size)  # which pairs of a key and a value
         few = (own[:, None] * size + torch.arange(size)).flatten()
         cuts |= {maker: _Cut(rows=kept if _height(model, maker) == heads * size else few) for maker in part.makers}
@@ -193,7 +196,7 @@ def remove_blocks(model: Any, gone: Sequence[int]) -> Any:
     for key, value in model.config.to_dict().items():
         if "layer" in key and isinstance(value, list) and len(value) == len(names):
             changes[key] = [value[index] for index in stay]
-    return _made(model, _changed(model.config, changes), state)
+    return rebuilt(model, _changed(model.config, changes), state)
 
 
 @dataclass(frozen=True)
@@ -304,12 +307,11 @@ def _width(model: Any, name: str) -> int:
 
 
 def _fitted(
-    model: Any, tokens: Tensor, parts: Sequence[_Part], width: int, kept: float, how: Mapping[str, Any]
+    model: Any, tokens: Tensor, parts: Sequence[_Part], criterion: Criterion, kept: float, how: Mapping[str, Any]
 ) -> Iterator[tuple[_Part, Tensor]]:
     """Each part and which inputs its reader keeps, after the model's readers were fitted in place."""
     readers = [part.reader for part in parts]
-    criterion, pattern = columns(width), Unstructured("layer")
-    masks = stream(model, criterion, pattern, 1 - kept, tokens=tokens, include=readers, **how).masks
+    masks = stream(model, criterion, Unstructured("layer"), 1 - kept, tokens=tokens, include=readers, **how).masks
     for part in parts:
         mask = masks[f"{part.reader}.weight"]
         stays = mask.any(1) if _is_transposed(model.get_submodule(part.reader)) else mask.any(0)
@@ -327,7 +329,7 @@ def _cut(model: Any, tokens: Tensor, cuts: Mapping[str, _Cut], config_of: Callab
                 state[f"{name}.weight"] = weight.index_select(dim, stays.to(weight.device))
         if cut.rows is not None and f"{name}.bias" in state:
             state[f"{name}.bias"] = state[f"{name}.bias"][cut.rows.to(state[f"{name}.bias"].device)]
-    small = _made(model, config_of(state), state)
+    small = rebuilt(model, config_of(state), state)
     _check_same(model, small, tokens)
     return small
 
@@ -344,7 +346,7 @@ def _check_same(model: Any, small: Any, tokens: Tensor) -> None:
         )
 
 
-def _made(model: Any, config: Any, state: Mapping[str, Tensor]) -> Any:
+def rebuilt(model: Any, config: Any, state: Mapping[str, Tensor]) -> Any:
     """A model of the config with these tensors. Raises ValueError where they have other sizes."""
     small = empty_model(config, model.dtype)
     wrong = _other_sizes(small, state)
