@@ -132,6 +132,27 @@ def test_a_method_prunes_while_everything_is_trained(tiny_folder: Path, text_fil
     masks.check(AutoModelForCausalLM.from_pretrained(tmp_path / "model"))
 
 
+def test_masks_are_learnt_from_those_of_a_criterion_and_weights_stay(
+    tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    prune = {"pattern": "2:4", "criterion": "sparsegpt"}
+    for trust in (3.0, 1e6):  # so sure of the criterion that nothing else is learnt
+        changes = {"during": {"maskllm": {"trust": trust, "keep": 0.0}}, "prune": prune, "retrain": None}
+        asked = during(tiny_folder, text_file, tmp_path / str(trust), **changes)
+        asked["train"]["lr"] = 0.3
+        compress(parse(asked, LanguageRecipe, "test"))
+    alone = {"during": None, "train": None, "prune": prune, "retrain": None}
+    compress(parse(during(tiny_folder, text_file, tmp_path / "alone", **alone), LanguageRecipe, "test"))
+    learned, sure, chosen = (
+        Masks.load(tmp_path / x / "model/masks.safetensors") for x in ("3.0", "1000000.0", "alone")
+    )
+    assert all(torch.equal(mask, chosen[name]) for name, mask in sure.items())
+    assert any(not torch.equal(mask, chosen[name]) for name, mask in learned.items())
+    dense = AutoModelForCausalLM.from_pretrained(tiny_folder).state_dict()
+    for name, weight in AutoModelForCausalLM.from_pretrained(tmp_path / "3.0" / "model").state_dict().items():
+        assert torch.equal(weight, dense[name] * learned[name] if name in learned else dense[name])
+
+
 def test_allr_after_a_method_goes_by_what_its_end_took_away(
     tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,7 +308,6 @@ WRONG = [
     ({"prune": {"allocation": "evopress"}, "streaming": True}, "leave out streaming"),
     ({"prune": {"allocation": {"evopress": {"levels": 0}}}}, "evopress needs generations, offspring and levels >= 1"),
     ({"retrain": {"distill": {"teacher": "./nowhere"}}}, "retrain.distill.teacher: no file or folder './nowhere'"),
-    ({"retrain": {"keep_effective": True}, "capture": True}, "capture: steps with retrain.keep_effective are not"),
 ]
 
 

@@ -41,6 +41,7 @@ from pydantic import (
 
 from prunus.adapt import subsets
 from prunus.data import CORRUPTIONS, Strengths, check_model
+from prunus.masks import Masks
 from prunus.patterns import Pattern, check_sparsity
 from prunus.run.names import (
     AllocationName,
@@ -684,6 +685,8 @@ class ImageSource(Strict):
 
 
 if TYPE_CHECKING:
+    from prunus.masks import Masks
+
     OptimizerChoice = OneOptimizer
 else:
     _fields: dict[str, Any] = {name: (each | None, None) for name, each in optimizers.members().items()}
@@ -952,20 +955,26 @@ class LanguageRecipe(Recipe):
             missing = "train: {steps: 1000}" if self.train is None else "during: elsa"
             raise ValueError(f"during says what prunes, and train how long it trains: give {missing} as well")
         strange = [key for key in ("streaming", "reconstruct") if getattr(self, key)]
-        own = [key for key in ("phases", "criterion", "allocation", "scope") if _is_set(self.prune, key)]
-        found = [*strange, *(f"prune.{key}" for key in own)]
+        own = ["phases", "allocation", "scope", *([] if self.begins_masked else ["criterion"])]
+        found = [*strange, *(f"prune.{key}" for key in own if _is_set(self.prune, key))]
         if found:
             raise ValueError(f"{found[0]}: a method that prunes during training chooses itself; leave it out")
         _check_method(self.during, self.prune)
 
-    def method(self) -> During:
-        """The method of `during`, with the pattern of `prune` and the seed of `train` where it takes them."""
+    @property
+    def begins_masked(self) -> bool:
+        """Whether the method of `during` begins with the masks of `prune.criterion`."""
+        return self.during is not None and methods.knows(self.during, "prior")
+
+    def method(self, prior: Masks | None = None) -> During:
+        """The method of `during`, with the pattern of `prune`, the seed of `train` and masks where it takes them."""
         assert self.during is not None
-        return methods.make(self.during, self.prune.sparsity, seed=given(self.train).seed, pattern=self.prune.pattern)
+        asked = self.prune
+        return methods.make(
+            self.during, asked.sparsity, seed=given(self.train).seed, pattern=asked.pattern, prior=prior
+        )
 
     def _check_retrain(self, retrain: LanguageRetrain) -> None:
-        if self.capture is True and retrain.keep_effective:
-            raise ValueError("capture: steps with retrain.keep_effective are not recorded; leave out one of the two")
         teacher = None if retrain.distill is None else retrain.distill.teacher
         if teacher is not None and looks_local(teacher) and not Path(teacher).exists():
             raise ValueError(f"retrain.distill.teacher: no file or folder {teacher!r} (seen from {os.getcwd()})")

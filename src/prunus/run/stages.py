@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -256,7 +257,10 @@ def prune_in_training(
 
     And what its end took away, as `soup.distance` measures it.
     """
-    method, trained = recipe.method(), recipe.model_copy(update={"retrain": recipe.train})
+    prior = None
+    if recipe.begins_masked:
+        prior = prune(replace(loaded, model=copy.deepcopy(loaded.model)), recipe, device).masks
+    method, trained = recipe.method(prior), recipe.model_copy(update={"retrain": recipe.train})
     ends: list[tuple[Masks, float]] = []
     found = retrain(
         loaded,
@@ -383,9 +387,8 @@ def retrain(
 
 
 def _capture(recipe: LanguageRecipe, device: torch.device) -> Literal["auto"] | bool:
-    """Whether training steps are recorded: not on a CPU, nor with weights that are kept by what the host knows."""
-    eager = device.type != "cuda" or given(recipe.retrain).keep_effective
-    return False if eager and recipe.capture == "auto" else recipe.capture
+    """Whether training steps are recorded: where nothing else is asked for, on a GPU."""
+    return False if recipe.capture == "auto" and device.type != "cuda" else recipe.capture
 
 
 def _loss(loaded: Loaded, recipe: LanguageRecipe) -> Callable[[nn.Module, Any], Tensor]:
