@@ -33,14 +33,14 @@ from tests.systems.test_compress import raw
 
 OPTIONS = {
     "run": "recipe --set --workers --together --ray " + " ".join(f"--{flag.name}" for flag in cli.run_flags()),
-    "grid": "recipes --out --workers --together --ray --minutes",
+    "grid": "recipes --set --device --out --workers --together --ray --minutes",
     "evaluate": "model --data --set --out " + " ".join(f"--{flag.name}" for flag in cli.evaluate_flags()),
-    "inspect": "path --out",
+    "inspect": "path --all --out",
     "report": "folders --out",
-    "average": "checkpoints --out --weights --greedy",
+    "average": "checkpoints --out --weights --greedy --set --device",
     "show": "recipe --set --names",
     "schema": "",
-    "demo": "what --out --sparsity",
+    "demo": "what --out --sparsity --device",
 }
 
 
