@@ -1,5 +1,7 @@
+from .adapt import Adaptation as Adaptation
 from .adapt import adapt as adapt
 from .adapt import add_biases as add_biases
+from .adapt import mask_adapters as mask_adapters
 from .blocks import find_blocks as find_blocks
 from .data import Augment as Augment
 from .data import ImageBatches as ImageBatches
@@ -39,6 +41,7 @@ from .masks import Masks as Masks
 from .masks import infer_masks as infer_masks
 from .measure import accuracy as accuracy
 from .measure import perplexity as perplexity
+from .measure import speed as speed
 from .patterns import NM as NM
 from .patterns import Block as Block
 from .patterns import Rows as Rows
@@ -48,7 +51,10 @@ from .run.compress import compress as compress
 from .run.inspect import inspect_model as inspect_model
 from .run.recipe import load_recipe as load_recipe
 from .save import load_info as load_info
+from .save import load_model as load_model
+from .save import push_to_hub as push_to_hub
 from .save import save_model as save_model
+from .save import unpack as unpack
 from .score import Allocation as Allocation
 from .score import Criterion as Criterion
 from .score import allocation as allocation
@@ -83,6 +89,7 @@ from .stream import stream as stream
 from .stream import survey as survey
 from .train import During as During
 from .train import Ema as Ema
+from .train import HoldMasks as HoldMasks
 from .train import Original as Original
 from .train import Swa as Swa
 from .train import allr as allr

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from prunus.frankwolfe import Initial, constrained_groups
 from prunus.frankwolfe.sets import (
     group_k_support,
     k_sparse,
@@ -84,3 +85,47 @@ def test_vertices_have_half_the_diameter():
     for ball in [*sets, nuclear(), spectral_k_sparse(3), spectral_k_support(3)]:
         assert float(ball.lmo(m).norm()) == pytest.approx(ball.diameter((6, 8)) / 2, rel=1e-5)
     assert float(lp(3).lmo(m).norm()) < 0.99 * lp(3).diameter((6, 8)) / 2
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("ball", [lp(2), k_support(2), spectral_k_support(1)])
+def test_what_is_left_of_the_start_is_its_weight_in_the_mean(ball, joint):
+    """x_T = p x_0 + vertices' part: with another start and the same gradients, the difference shrank by p exactly."""
+    torch.manual_seed(0)
+    gradients = torch.randn(4, 3, 3)
+    ends, lefts = [], []
+    starts = [torch.zeros(3, 3), 0.1 * torch.randn(3, 3)]
+    for start in starts:
+        x = nn.Parameter(start.clone())
+        optimizer = SFW([x], 0.1, constraint=ball, joint=joint, rescale="fast_gradient")
+        assert optimizer.left() is None
+        for gradient in gradients:
+            x.grad = gradient
+            optimizer.step()
+        ends.append(x.detach())
+        lefts.append(optimizer.left())
+    assert 0 < lefts[0] < 1
+    assert lefts[0] == pytest.approx(lefts[1], rel=1e-6)
+    torch.testing.assert_close(ends[1] - ends[0], lefts[0] * starts[1], rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_left_goes_on_after_loading():
+    torch.manual_seed(0)
+    x = nn.Parameter(torch.zeros(4))
+    first = SFW([x], 0.1, constraint=lp(2))
+    for optimizer in (first, SFW([x], 0.1, constraint=lp(2))):
+        if optimizer is not first:
+            optimizer.load_state_dict(first.state_dict())
+        x.grad = torch.ones(4)
+        optimizer.step()
+    assert optimizer.left() == pytest.approx(0.9**2)
+
+
+def test_heads_of_convolutional_networks_are_left_out_of_structured_sets():
+    wide = [nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)]
+    for model, names in (
+        (nn.Sequential(*wide, nn.Linear(4, 10)), {"0.weight", "1.weight"}),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 8), nn.Linear(8, 4)), {"0.weight", "1.weight", "2.weight"}),
+    ):
+        chosen = constrained_groups(model, group_k_support(0.5), Initial(3.0))[0]["params"]
+        assert {name for name, each in model.named_parameters() if any(each is one for one in chosen)} == names

@@ -38,6 +38,7 @@ OPTIONS = {
     "inspect": "path --all --out",
     "report": "folders --out",
     "average": "checkpoints --out --weights --greedy --set --device",
+    "merge": "base adapter out --device",
     "show": "recipe --set --names",
     "schema": "",
     "demo": "what --out --sparsity --device",
@@ -384,7 +385,8 @@ def test_a_classifier_is_trained_pruned_and_compared(call: Any, tmp_path: Path) 
 
 def test_only_run_takes_several_processes(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for command in (["demo"], ["grid", "x"], ["average", "x", "--out", "y"], ["evaluate", "x"]):
+    merge = ["merge", "x", "y", "z"]
+    for command in (["demo"], ["grid", "x"], ["average", "x", "--out", "y"], merge, ["evaluate", "x"]):
         assert f"{command[0]} runs in one process, not in 2" in refused(call, *command)
     assert "a classifier is trained in one process" in refused(call, "run", "--set", "images=digits")
 

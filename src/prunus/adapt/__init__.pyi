@@ -1,6 +1,10 @@
 from . import subsets as subsets
+from .adapt import Adaptation as Adaptation
 from .adapt import adapt as adapt
 from .biases import add_biases as add_biases
 from .fused import compiled_forward as compiled_forward
+from .peft import mask_adapters as mask_adapters
+from .stored import check_adapter_folder as check_adapter_folder
+from .stored import read_adapter as read_adapter
 from .subsets import ADAPTERS as ADAPTERS
 from .subsets import find_subset as find_subset

@@ -1,9 +1,11 @@
 """Train a sliver of a pruned model: choose parameters, put adapters in place, and merge them again.
 
     adapt(model, ["norms", "mask_lora"]) ── train ──▶ adaptation.merge_() ──▶ the same modules, dtypes and zeros
+                                             └─▶ adaptation.save(folder)     Adaptation.load(folder, model)
 
-Subsets are found in `subsets`; the mathematics of the adapters is in `adapters`. Merging is done in float32, one layer
-at a time, under the stored mask (never one inferred from zeros, which training can create and leave), and is checked.
+Subsets are found in `subsets`; the mathematics of the adapters is in `adapters`, their folders in `stored`. Merging is
+done in float32, one layer at a time, under the stored mask (never one inferred from zeros, which training can create
+and leave), and is checked.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +22,10 @@ from torch import Tensor, nn
 
 from prunus.adapt.adapters import Factors, Init
 from prunus.adapt.sites import LINEAR, Cast, Kind, Parametrization, Site, find_owners, make_sites
+from prunus.adapt.stored import StoredAdapter, fingerprint, peft_config, read_adapter
 from prunus.adapt.subsets import ADAPTERS, SUBSETS, check_subsets, find_subset
-from prunus.layers import View
+from prunus.layers import View, find_layers
+from prunus.masks import Masks
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +50,7 @@ class _Plain:
     parameter: nn.Parameter
     dtype: torch.dtype
     casts: tuple[Parametrization, ...]
+    before: Tensor | None = None  # what it was before an adapter was loaded over it
 
 
 @dataclass
@@ -63,6 +69,7 @@ class Adaptation:
     _plain: list[_Plain] = field(repr=False)
     _held: list[tuple[str, nn.Parameter, Tensor]] = field(repr=False)
     _requires_grad: list[tuple[nn.Parameter, bool]] = field(repr=False)
+    _masks: Masks = field(repr=False)
     _merged: bool = field(default=False, repr=False)
 
     @property
@@ -122,14 +129,123 @@ class Adaptation:
             difference[site.name] = site.merge_(exact=self._kind != "lora_prune")
         for _, parameter, mask in self._held:
             parameter.masked_fill_(~mask.to(parameter.device), 0)  # -0.0 becomes +0.0
+        self._freeze_as_before()
+        return MergeReport(difference, lost)
+
+    @torch.no_grad()
+    def save(self, folder: str | Path, *, base: str = "") -> None:
+        """Write what is trained to a folder of some megabytes, in peft's layout where peft can express it (`stored`).
+
+        base: where the pruned model is, for whoever merges it later. Call it before `merge_`. Raises ValueError for an
+        adaptation that is merged, or trains "full", and a folder with files of others.
+
+        >>> adaptation = adapt(model, ["norms", "lora"], masks=None, views=find_layers(model))
+        >>> adaptation.save("out/adapter", base="facebook/opt-125m")
+        """
+        self._check_alive()
+        if "full" in self.groups:
+            raise ValueError("'full' trains every parameter, which is no adapter: merge and save the model")
+        tensors = {plain.key: plain.parameter.detach() for plain in self._plain}
+        for site in self._sites:
+            tensors |= {f"{site.name}.lora_A": site.factors.A, f"{site.name}.lora_B": site.factors.B}
+        first = self._sites[0].factors if self._sites else None
+        rank = 1 if first is None else first.A.shape[-2]
+        alpha = float(rank if first is None or first.scale is None else first.scale * rank)
+        masks = self._masks if self._masks else None
+        views = tuple(name for site in self._sites for name in site.views)
+        prints = {site.name: site.fingerprint() for site in self._sites}
+        train = tuple(self.groups)
+        StoredAdapter(rank, alpha, tensors, views, train, masks, base, prints, self._peft(rank, alpha, base)).write(
+            folder
+        )
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, model: nn.Module, *, masks: Masks | None = None, keep: bool = False
+    ) -> Adaptation:
+        """The adapter of a folder on `model`, the pruned model that it was trained on, to use, train on or merge.
+
+        The masks that lie beside it are applied to the model first, so a dense model will do where pruning only zeroed
+        weights. A LoRA of peft has none: under `masks` it becomes MaskLoRA. keep: what `remove_` puts back of norms,
+        biases, heads and embeddings is kept, so that another adapter may take their place.
+
+        Raises: FileNotFoundError without an adapter; ValueError for a damaged one, another base, masks that differ.
+
+        >>> adaptation = Adaptation.load("out/adapter", model)
+        >>> adaptation.remove_()
+        """
+        stored = read_adapter(folder)
+        if masks is not None and stored.masks is not None and masks != stored.masks:
+            raise ValueError(f"{folder} was trained under other masks than those given; give the model it belongs on")
+        masks = stored.masks if masks is None else masks
+        views = _views_named(model, stored.views, folder)
+        _check_base(model, views, masks or {}, stored, folder)
+        if masks is not None:
+            masks.apply_(model)
+        train = stored.train or ("lora" if masks is None else "mask_lora",)
+        found = adapt(model, train, masks=masks, views=views, rank=stored.rank, alpha=stored.alpha)
+        found._fill_(stored.tensors, folder, keep=keep)
+        return found
+
+    @torch.no_grad()
+    def remove_(self) -> None:
+        """Takes everything out again, so that the model is the pruned one as before, and another adapter may follow.
+
+        Raises: ValueError for an adaptation that is merged, or that trained parameters of the model in place without
+        being loaded with keep=True.
+        """
+        self._check_alive()
+        lost = next((plain.key for plain in self._plain if plain.before is None), None)
+        if lost is not None:
+            raise ValueError(f"'{lost}' was trained in place, and what it was is gone; use Adaptation.load(keep=True)")
+        self._merged = True
+        for plain in self._plain:
+            _restore(plain)
+            assert plain.before is not None
+            plain.parameter.copy_(plain.before)
+        for site in self._sites:
+            site.restore()
+        self._freeze_as_before()
+
+    def _fill_(self, tensors: Mapping[str, Tensor], folder: str | Path, *, keep: bool) -> None:
+        """Puts stored values in place. Raises ValueError for names and shapes that are not the model's."""
+        own = {plain.key: plain.parameter for plain in self._plain}
+        for site in self._sites:
+            own |= {f"{site.name}.lora_A": site.factors.A, f"{site.name}.lora_B": site.factors.B}
+        shapes = {name: tuple(each.shape) for name, each in own.items()}
+        found = {name: tuple(each.shape) for name, each in tensors.items()}
+        if shapes != found:
+            name = next(iter(sorted(shapes.items() ^ found.items())))[0]
+            raise ValueError(f"{folder}: '{name}' is {found.get(name)}; this model has {shapes.get(name)} there")
+        if keep:
+            self._plain = [
+                replace(plain, before=plain.parameter.detach().to(plain.dtype, copy=True)) for plain in self._plain
+            ]
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(tensors[name])
+
+    def _peft(self, rank: int, alpha: float, base: str) -> dict[str, Any] | None:
+        """The config by which peft opens it; None where peft computes otherwise."""
+        whole = sorted({plain.key.rpartition(".")[0] for plain in self._plain})
+        linear = all(isinstance(site.adapter, LINEAR) for site in self._sites)
+        if not linear or not set(self.groups) <= {"norms", "lora", "lora_prune"} or self._kind is None:
+            return None
+        transposed = any(site.transposed for site in self._sites)
+        how = {"base_model_name_or_path": base, "fan_in_fan_out": transposed, "task_type": "CAUSAL_LM"}
+        return peft_config([site.name for site in self._sites], whole, rank, alpha, how)
+
+    def _freeze_as_before(self) -> None:
         for parameter, flag in self._requires_grad:
             parameter.requires_grad_(flag)
             parameter.grad = None
-        return MergeReport(difference, lost)
+
+    def _check_alive(self) -> None:
+        if self._merged:
+            raise ValueError("This adaptation is merged already, or removed; call adapt or Adaptation.load again")
 
     def _check(self) -> None:
-        if self._merged:
-            raise ValueError("This adaptation is merged already; call adapt again to train on")
+        self._check_alive()
         for site in self._sites:
             if self._kind == "lora" and site.pruned:
                 raise ValueError(
@@ -206,9 +322,34 @@ def adapt(
         groups[kind] = [factor for site in sites for factor in (site.factors.A, site.factors.B)]
     trained = {key: parameter for found in claimed.values() for key, parameter in found.items()}
     held = [(key, trained[key], mask) for key, mask in own.items() if key in trained]
-    adaptation = Adaptation(groups, total, kind, sites, plain, held, flags)
+    adaptation = Adaptation(groups, total, kind, sites, plain, held, flags, Masks(own))
     log.info("training %s: %d values, %.3f %%", ", ".join(groups), adaptation.trainable, 100 * adaptation.share)
     return adaptation
+
+
+def _views_named(model: nn.Module, names: Sequence[str], folder: str | Path) -> list[View]:
+    """The views of these names. Raises ValueError for one that the model does not have."""
+    known = {view.name: view for view in find_layers(model)}
+    if not known.keys() >= set(names):  # a head, a router
+        known |= {view.name: view for view in find_layers(model, include=["*"])}
+    lacking = next((name for name in names if name not in known), None)
+    if lacking is not None:
+        raise ValueError(f"{folder} adapts '{lacking}', which {type(model).__name__} does not have: another model's")
+    return [known[name] for name in names]
+
+
+def _check_base(
+    model: nn.Module, views: Sequence[View], masks: Mapping[str, Tensor], stored: StoredAdapter, folder: str | Path
+) -> None:
+    parameters = dict(model.named_parameters())
+    names = {view.parameter: view.name if view.index is None else view.name.rpartition("[")[0] for view in views}
+    for parameter, name in names.items():
+        said = stored.prints.get(name)
+        if said is not None and fingerprint(parameters[parameter], masks.get(parameter)) != said:
+            raise ValueError(
+                f"{folder} was trained on other weights: '{name}' of this model is not what it was. Give the pruned "
+                f"model that it belongs on{f', {stored.base}' if stored.base else ''}"
+            )
 
 
 def _claim(model: nn.Module, names: Sequence[str]) -> dict[str, dict[str, nn.Parameter]]:

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from prunus.adapt.adapters import AdaptedWeight, EffectiveLinear, Factors, Init, LowRankLinear, matrices, new_factors
 from prunus.adapt.effective import effective_weight, tiles
+from prunus.adapt.stored import fingerprint
 from prunus.layers import View
 from prunus.machine import no_autocast
 from prunus.masks import pack, unpack
@@ -118,6 +119,17 @@ class Site:
         if isinstance(self.adapter, LINEAR):
             for parent, child in self.owners[0].slots:
                 setattr(parent, child, self.owners[0].module)
+
+    @property
+    def views(self) -> list[str]:
+        """The names of the views that it adapts."""
+        if self.factors.A.ndim == 2:
+            return [self.name]
+        return [f"{self.name}[{place}]" for place in self.experts or range(len(self.factors.A))]
+
+    def fingerprint(self) -> str:
+        """`stored.fingerprint` of the weight as it is stored."""
+        return fingerprint(self.weight)
 
     @property
     def pruned(self) -> int:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from prunus.frankwolfe.sets.ball import Ball, lp
 from prunus.frankwolfe.sets.group import Entries
 from prunus.frankwolfe.sets.radius import Size, expected_norm, measured_norm
+from prunus.layers import CONVOLUTIONS
 from prunus.masks import Masks
 from prunus.train import During, Plan
 
@@ -33,8 +34,9 @@ def constrained_groups(
     """Parameter groups for `SFW`: which parameters are in which set, of which radius, as the papers have it.
 
     Sets of entries constrain every parameter that requires gradients; sets of groups and spectral ones the weights of
-    Linear and convolution layers, and then rest: "l2" puts every other parameter into an L2 ball of the same size,
-    "free" into a group without constraint. size: `Radius`, `Diameter` or `Initial`; joint: one set over all. norms:
+    convolutions, and those of Linear layers unless these are fewer (the head of a convolutional network, which the
+    authors, too, leave out). Then rest: "l2" puts every other parameter into an L2 ball of the same size, "free" into a
+    group without constraint. size: `Radius`, `Diameter` or `Initial`; joint: one set over all. norms:
     "expected", what torch's own initialisation of each layer makes on average, whatever this model's was; or
     "measured", the norms now. only: names of the parameters that are in the set, in place of that rule.
     Raises ValueError for an expected norm without closed form, and when nothing would be in the set.
@@ -45,11 +47,12 @@ def constrained_groups(
     """
     chosen: list[tuple[Tensor, float]] = []
     others: list[tuple[Tensor, float]] = []
+    structured = _structured(model)
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad or any(parameter is known for known, _ in chosen + others):
                 continue
-            whole = isinstance(ball.seen, Entries) or (name == "weight" and isinstance(module, _LAYERS))
+            whole = isinstance(ball.seen, Entries) or (name == "weight" and isinstance(module, structured))
             if only is not None:
                 whole = (f"{path}.{name}" if path else name) in only
             if not whole and rest == "free":
@@ -97,7 +100,11 @@ class KeptGradients(During):
                 parameter.grad.masked_fill_(pruned, 0.0)
 
 
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+def _structured(model: nn.Module) -> tuple[type[nn.Module], ...]:
+    """The layers whose weights sets of groups and spectral ones constrain."""
+    convolutions = sum(isinstance(module, CONVOLUTIONS) for module in model.modules())
+    linear = sum(isinstance(module, nn.Linear) for module in model.modules())
+    return CONVOLUTIONS if linear < convolutions else (nn.Linear, *CONVOLUTIONS)
 
 
 def _group(members: list[tuple[Tensor, float]], ball: Ball, size: Size, joint: bool) -> dict[str, Any]:

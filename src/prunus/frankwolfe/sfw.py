@@ -124,7 +124,9 @@ class SFW(Optimizer):
             work += [_Work(group, each, present, each.gather(directions, present)) for each in problems]
         for each, leading in zip(work, self._leading(work), strict=True):
             vertices = each.problems.vertices(each.moments, leading)
-            each.problems.move_(each.present, vertices, _share(each, vertices))
+            share = _share(each, vertices)
+            each.problems.move_(each.present, vertices, share[:, None, None])
+            self._note_left([each.problems], each.present, share)
         return loss
 
     @torch.no_grad()
@@ -158,6 +160,18 @@ class SFW(Optimizer):
                 total = total + _dot(moments, [x - v for x, v in zip(points, vertices, strict=True)]).sum()
             found.append(total)
         return found
+
+    def left(self) -> float | None:
+        """How much of the start is left: prod (1 - s) over all steps, a mean over the constrained entries.
+
+        A point is that share of where it began and for the rest a mean of vertices. None before the first step. Waits
+        for the device.
+        """
+        moved = [p for group in self.param_groups for p in group["params"] if "left" in self.state[p]]
+        if not moved:
+            return None
+        entries = sum(parameter.numel() for parameter in moved)
+        return sum(self.state[parameter]["left"].item() * parameter.numel() for parameter in moved) / entries
 
     def state_dict(self) -> dict[str, Any]:
         """As for any torch optimizer, without the constraints."""
@@ -223,8 +237,17 @@ class SFW(Optimizer):
             known = self._fused.get(number)
             if known is None or not known.fits(chosen, present, moments):
                 known = self._fused[number] = FusedMoves(chosen, present, moments)
-            known.move_(present, group["lr"], group["rescale"])
+            self._note_left(chosen, present, known.move_(present, group["lr"], group["rescale"]))
         return [each for each in problems if not any(each is other for other in chosen)]
+
+    def _note_left(self, moved: Sequence[Problems], present: Sequence[Tensor], share: Tensor) -> None:
+        """Multiply what is left of the start by 1 - share, (problems,) of all that moved, in their order."""
+        places = [place for problems in moved for part in problems.parts for place in part.places]
+        for state in (self.state[present[place]] for place in places):
+            if "left" not in state:
+                state["left"] = torch.ones((), device=share.device)
+        factors = (1 - share).float().expand(len(places)).unbind()  # a joint constraint moves all by one share
+        torch._foreach_mul_([self.state[present[place]]["left"] for place in places], factors)
 
     def _leading(self, work: Sequence[_Work]) -> list[list[Triple] | None]:
         """For each work the leading singular vectors of its moments, where its set needs some; None elsewhere.
@@ -319,7 +342,7 @@ def _check_group(group: dict[str, Any]) -> None:
 
 
 def _share(work: _Work, vertices: Sequence[Tensor]) -> Tensor:
-    """How far each problem moves towards its vertex, (problems, 1, 1) in [0, 1]."""
+    """How far each problem moves towards its vertex, (problems,) in [0, 1]."""
     problems, rescale, lr = work.problems, work.group["rescale"], work.group["lr"]
     if rescale == "none":
         factor = torch.ones_like(problems.half)
@@ -331,7 +354,7 @@ def _share(work: _Work, vertices: Sequence[Tensor]) -> Tensor:
         points = problems.gather(work.present, work.present)
         apart = [x - v for x, v in zip(points, vertices, strict=True)]
         factor = _length(work.moments) / _length(apart).clamp_min(_TINY)
-    return (factor * lr).clamp(0, 1)[:, None, None]
+    return (factor * lr).clamp(0, 1)
 
 
 def _length(parts: Sequence[Tensor]) -> Tensor:

@@ -65,8 +65,8 @@ def plan_moves(
     )
 
 
-def move_(moves: Moves, radius: Tensor, half: Tensor | None, rate: Tensor, *, by_length: bool = False) -> None:
-    """Move the parameters towards the vertices of their sets, in place; see the module.
+def move_(moves: Moves, radius: Tensor, half: Tensor | None, rate: Tensor, *, by_length: bool = False) -> Tensor:
+    """Move the parameters towards the vertices of their sets, in place; returns s, (tensors,) float32. See the module.
 
     radius: (tensors,) float32 r; rate: a scalar. s = clamp(rate * factor, 0, 1): the factor is 1 without `half`
     (tensors,) float32, else 0.5 / half, or ||m|| / half if it goes `by_length`.
@@ -88,6 +88,7 @@ def move_(moves: Moves, radius: Tensor, half: Tensor | None, rate: Tensor, *, by
             *each, sums, equal, scale, radius, radius if half is None else half, rate, TINY=_TINY, FACTOR=factor
         )
         _move[(programs,)](*each, equal, scale, **flags)
+    return scale[0]
 
 
 @triton.jit

@@ -3,6 +3,7 @@ from .cores import bound_threads as bound_threads
 from .files import atomic as atomic
 from .files import atomic_folder as atomic_folder
 from .files import cache as cache
+from .files import check_replaceable as check_replaceable
 from .files import checksums as checksums
 from .files import hidden_folder as hidden_folder
 from .files import json_line as json_line

@@ -114,6 +114,22 @@ def atomic_folder(folder: str | os.PathLike[str]) -> Generator[Path]:
         os.replace(partial, folder)
 
 
+def check_replaceable(folder: str | os.PathLike[str], ours: Sequence[str]) -> None:
+    """Raise ValueError for a folder that is there and has files besides those that we wrote, or that is a file.
+
+    >>> check_replaceable("out/nowhere", [])
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; give another output folder")
+    strange = sorted({path.name for path in folder.iterdir()} - set(ours)) if folder.is_dir() else []
+    if strange:
+        raise ValueError(
+            f"{folder} has files that Prunus did not list when it wrote there ({strange[0]!r}, ...), so it is not "
+            "replaced; give another output folder, or empty this one"
+        )
+
+
 def remove_partials(folder: Path) -> None:
     """Delete, anywhere in a folder that nobody else writes to, files that killed processes left half written."""
     for path in folder.rglob(".*.partial"):

@@ -186,6 +186,37 @@ def evaluate(
 
 
 @app.command()
+def measure(
+    models: Annotated[list[str], typer.Argument(help="Language models: names, folders, .gguf files, 'embedded'.")],
+    assign: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any recipe key: --set evaluate.speed.prompt=512 (repeatable)."),
+    ] = None,
+    device: DeviceOption = None,
+    prompt: Annotated[int | None, typer.Option(help="Tokens that are read at once; 512.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens that are decoded after them; 32.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences at once; 1.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="How long each phase is repeated; 2.")] = None,
+    out: Out = None,
+) -> None:
+    """Time saved language models: prefill and decode tokens a second, memory, file size, beside the first one's.
+
+    $ prunus measure embedded runs/60/model --device cpu
+    """
+    from prunus.machine import write_json
+    from prunus.run.measure import measure_models
+    from prunus.run.show import show_speed
+
+    _check_single("measure")
+    asked = {"prompt": prompt, "tokens": tokens, "batch_size": batch_size, "seconds": seconds}
+    said = {f"evaluate.speed.{key}": value for key, value in asked.items() if value is not None}
+    found = measure_models(models, assignments(assign) | _of_device(device) | said)
+    show_speed({row["model"]: row for row in found})
+    if out is not None:
+        write_json(out, found)
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="Folder or .safetensors file of any saved model.")],
     every: Annotated[bool, typer.Option("--all", help="A row for every weight, not for every kind.")] = False,
@@ -204,6 +235,21 @@ def inspect(
     show_inspection(path, found, every=every)
     if out is not None:
         write_json(out, [vars(row) | {"sparsity": row.sparsity} for row in found])
+
+
+@app.command()
+def unpack(
+    packed: Annotated[Path, typer.Argument(help="Folder of a packed model (save: {packed: true}).")],
+    out: Annotated[Path, typer.Argument(help="The ordinary folder that is made of it.")],
+) -> None:
+    """Make the ordinary Hugging Face folder of a packed model, exactly, a tensor at a time.
+
+    $ prunus unpack runs/60/model runs/60/ordinary
+    """
+    from prunus.save import unpack as unpacked
+
+    made = unpacked(packed, out)
+    typer.echo(f"{out}: {made.weight_bytes / 1e6:,.1f} MB of weights")
 
 
 @app.command()
@@ -261,6 +307,26 @@ def average(
         rows = average_greedily(checkpoints, out, by.score)
         by.settle_(out)
     print_table(rows, title=str(out))
+
+
+@app.command()
+def merge(
+    base: Annotated[
+        str, typer.Argument(help="The pruned model: name or folder; the dense one if pruning only zeroed.")
+    ],
+    adapter: Annotated[Path, typer.Argument(help="Folder of an adapter, of Prunus or a LoRA of peft.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the merged model.")],
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or one GPU such as cuda:1.")] = "auto",
+) -> None:
+    """Merge a kept adapter into the model that it was trained on; zeros stay zero, and another model is refused.
+
+    $ prunus merge facebook/opt-125m runs/opt/adapter runs/merged
+    """
+    from prunus.report import print_table
+    from prunus.run.merge import merge_adapter
+
+    _check_single("merge")
+    print_table([merge_adapter(base, adapter, out, device=device)], title=str(out))
 
 
 @app.command()

@@ -3,7 +3,8 @@
 out/recipe.yaml      the resolved recipe          out/metrics.jsonl   every number, as it was measured
 out/result.json      what the table shows         out/report.png      sparsity by layer, perplexity by stage
 out/model/           the compressed model         out/work/           finished blocks, until the run is done
-out/members/         the members of a soup
+out/members/         the members of a soup        out/adapter/        what was trained, with `retrain.keep_adapter`, and
+out/pruned/          the model that it belongs on, where that is more than the dense one under the masks
 
 Launched as several processes, each computes everything alike but for training, which shares each batch; the main
 process writes, and the others take its pruned blocks from the work folder.
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from prunus.adapt import Adaptation
 from prunus.machine import ranks, write_json
 from prunus.masks import Masks
 from prunus.report import Advance, append_once, plot_compression, progress
@@ -33,7 +35,7 @@ from prunus.run.outline import Outline, check_language, outline_language
 from prunus.run.recipe import LanguageRecipe, digest, given, said
 from prunus.run.soups import Member, Pruned, as_long_as_all, averaged, member
 from prunus.run.texts import check_texts, evaluation_texts, head_in_words
-from prunus.save import MASKS_NAME, is_whole, save_model, save_tensors
+from prunus.save import MASKS_NAME, is_whole, load_info, save_model, save_tensors
 from prunus.soup import distance, sms
 from prunus.stream import BlockReport, Shards, Streamed, Work
 
@@ -53,7 +55,8 @@ def compress(recipe: LanguageRecipe) -> dict[str, Any]:
     _check_shares(recipe)
     device = ranks.join(device_of(recipe))
     out, key = Path(recipe.out), digest(recipe)
-    left = ("model",) if recipe.save else ()
+    keeps = recipe.retrain is not None and recipe.retrain.keep_adapter
+    left = (("model",) if recipe.save else ()) + (("adapter",) if keeps else ())
     found = finished(recipe, out, key, left)
     ranks.wait()  # nothing is written before every process has looked
     if found is not None:
@@ -103,7 +106,7 @@ def _end(out: Path, recipe: LanguageRecipe, result: dict[str, Any]) -> None:
 
 def prunus_info(recipe: LanguageRecipe, result: Mapping[str, Any]) -> dict[str, Any]:
     """What `prunus.json` says of a run beside sparsity and versions: recipe, pattern, metrics, how it was pruned."""
-    metrics = {key: result[key] for key in ("perplexity", "zero_shot") if key in result}
+    metrics = {key: result[key] for key in ("perplexity", "zero_shot", "speed") if key in result}
     rest = {key: value for key, value in result.items() if key not in metrics}
     return {"recipe": recipe.model_dump(mode="json"), "pattern": recipe.prune.pattern, "metrics": metrics, **rest}
 
@@ -129,13 +132,17 @@ class _Run:
         result: dict[str, Any] = {"key": self.key, "model": recipe.model, **where}
         result |= {"processes": ranks.count(), "head": head_in_words(recipe, loaded.tokenizer), "perplexity": {}}
         result["perplexity"]["dense"] = self._measured("dense", loaded)
+        speed = {"dense": self._paced("dense", loaded)}
         loaded, masks = self._phases(loaded, result)
+        speed["now"] = self._paced("now", loaded)
+        result |= {"speed": speed} if speed["now"] else {}
         if recipe.evaluate.tasks:
             result["zero_shot"] = stages.zero_shot(loaded.model, loaded.tokenizer, recipe, self.device)
         result["seconds"] = time.perf_counter() - started
         if recipe.save:
             result["saved"] = str(self.out / "model")
             self._save(loaded, masks, result)
+            result["size"] = load_info(self.out / "model")["size"]
         return result
 
     def _phases(self, dense: stages.Loaded, result: dict[str, Any]) -> tuple[stages.Loaded, Masks]:
@@ -257,12 +264,14 @@ class _Run:
     def _retrain(self, pruned: Pruned, result: dict[str, Any]) -> None:
         """Retrain and merge in place; the last phase is measured before and after merging."""
         loaded, last, perplexities = pruned.loaded, self._is_last(pruned.phase), result["perplexity"]
-        name = "retrain" if last else f"phase-{pruned.phase + 1}"
+        name, asked = "retrain" if last else f"phase-{pruned.phase + 1}", given(pruned.recipe.retrain)
+        base = self._base(pruned) if asked.keep_adapter else None
 
-        def before_merge() -> None:
+        def before_merge(adaptation: Adaptation) -> None:
             perplexities["retrained"] = self._measured("retrained", loaded)
+            if base is not None and ranks.is_main():
+                adaptation.save(self.out / "adapter", base=base)
 
-        asked = given(pruned.recipe.retrain)
         with self._bar(name, asked.steps, asked.step_tokens) as advance:
             report = stages.retrain(
                 loaded,
@@ -280,6 +289,18 @@ class _Run:
             result["retraining"] = {key: value for key, value in found.items() if key != "losses"}
             result["retraining"]["train"] = list(given(pruned.recipe.retrain).train)
         loaded.model.to(self.home)
+
+    def _base(self, pruned: Pruned) -> str:
+        """Where the model is that an adapter belongs on: the dense one, or what pruning left, which is then written."""
+        rounded = self.recipe.dtype != "auto" and self.stored is None
+        if not self.recipe.moves and not rounded:
+            return self.recipe.model
+        folder = self.out / "pruned"
+        if ranks.is_main() and not is_whole(folder):
+            info = {"model": self.recipe.model, "pattern": self.recipe.prune.pattern}
+            loaded = pruned.loaded
+            save_model(loaded.model, loaded.tokenizer, folder, masks=pruned.masks, info=info, source=loaded.folder)
+        return str(folder)
 
     def _soup(self, pruned: Pruned, members: Sequence[Member], result: dict[str, Any]) -> stages.Loaded:
         """The average of the members; what was measured in the last phase goes into `result`."""
@@ -300,6 +321,14 @@ class _Run:
         self._log({"stage": stage, "perplexity": found})
         if stage == "dense":
             _check_measured(found, loaded.model.dtype)
+        return found
+
+    def _paced(self, stage: str, loaded: stages.Loaded) -> dict[str, Any]:
+        if self.recipe.evaluate.speed is None or loaded.source is not None:
+            return {}
+        with self._bar(f"speed {stage}", None):
+            found = stages.pace(loaded.model, self.recipe, self.device)
+        self._log({"stage": stage, "speed": found})
         return found
 
     def _assembled(self, loaded: stages.Loaded, streamed: Streamed) -> stages.Loaded:
@@ -340,20 +369,19 @@ class _Run:
     def _save(self, loaded: stages.Loaded, masks: Masks, result: dict[str, Any]) -> None:
         if not ranks.is_main():
             return
-        info = prunus_info(self.recipe, result)
+        how: dict[str, Any] = {"masks": masks, "info": prunus_info(self.recipe, result), "packed": self.recipe.packed}
         with self._bar("save", None):
             if isinstance(loaded.source, Shards):
                 save_tensors(
                     ((name, self._as_stored(tensor)) for name, tensor in loaded.source.tensors()),
                     loaded.tokenizer,
                     self.out / "model",
-                    masks=masks,
-                    info=info,
                     source=loaded.folder or loaded.source.checkpoint.folder,
+                    **how,
                 )
                 return
             loaded.model.to(self.stored)
-            save_model(loaded.model, loaded.tokenizer, self.out / "model", masks=masks, info=info, source=loaded.folder)
+            save_model(loaded.model, loaded.tokenizer, self.out / "model", source=loaded.folder, **how)
 
     def _as_stored(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.stored) if tensor.is_floating_point() else tensor

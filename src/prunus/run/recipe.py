@@ -41,6 +41,7 @@ from pydantic import (
 
 from prunus.adapt import subsets
 from prunus.data import CORRUPTIONS, Strengths, check_model
+from prunus.masks import Masks
 from prunus.patterns import Pattern, check_sparsity
 from prunus.run.names import (
     AllocationName,
@@ -87,6 +88,7 @@ __all__ = [
     "Recipe",
     "Reconstruct",
     "Retrain",
+    "Save",
     "Soup",
     "Strict",
     "Training",
@@ -526,6 +528,8 @@ class LanguageRetrain(Adapting, Retrain):
     """Give layers zero biases first."""
     checkpointing: bool | Literal["auto"] = False
     keep_effective: bool = False
+    keep_adapter: bool = False
+    """Leave what is trained in OUT/adapter, too."""
     distill: Distill | None = None
 
     @model_validator(mode="after")
@@ -533,6 +537,9 @@ class LanguageRetrain(Adapting, Retrain):
         strange = [name for name in self.lrs if name not in self.train]
         if strange:
             raise ValueError(f"lrs names {strange[0]!r}, which is not in train={list(self.train)}: leave it out")
+        if self.keep_adapter and ("full" in self.train or self.add_biases):
+            what = "add_biases" if self.add_biases else "train: [full]"
+            raise ValueError(f"keep_adapter: {what} changes the model that an adapter would belong on: leave out one")
         if self.dense is None and self.schedule not in ("linear", "llr"):
             raise ValueError(f"schedule {self.schedule} goes by the dense training: give dense: {{steps: 100000}}")
         return self
@@ -563,6 +570,20 @@ class LanguageTraining(LanguageRetrain):
         return self
 
 
+def _asked(value: Any) -> Any:
+    """`true` is a section with its defaults, `false` none."""
+    return ({} if value else None) if isinstance(value, bool) else value
+
+
+class Pace(Strict):
+    """How the speed is measured: `tokens` are decoded after a prompt; each phase is repeated for so many seconds."""
+
+    prompt: Count = 512
+    tokens: Count = 32
+    batch_size: Count = 1
+    seconds: Positive = 2.0
+
+
 class Evaluate(Strict):
     """Perplexity of each named text: joined, cut into windows without overlap, mean loss over predicted tokens."""
 
@@ -577,6 +598,7 @@ class Evaluate(Strict):
     """Zero-shot tasks and their files (needs the extra 'zeroshot')."""
     task_batch_size: Count = 16
     """Requests of zero-shot tasks at a time."""
+    speed: Annotated[Pace | None, BeforeValidator(_asked, json_schema_input_type=Pace | bool | None)] = None
 
     @model_validator(mode="after")
     def _check_texts(self) -> Evaluate:
@@ -644,6 +666,8 @@ class ImageSource(Strict):
 
 
 if TYPE_CHECKING:
+    from prunus.masks import Masks
+
     OptimizerChoice = OneOptimizer
 else:
     _fields: dict[str, Any] = {name: (each | None, None) for name, each in optimizers.members().items()}
@@ -751,6 +775,12 @@ class Corruptions(Strict):
 # Recipes.
 
 
+class Save(Strict):
+    """How the model is written. packed: by its zeros, a bit a weight and the nonzeros; "zstd": compressed as well."""
+
+    packed: bool | Literal["zstd"] = False
+
+
 class Recipe(Strict):
     """What every task has; it is read as the recipe of a task, a classifier's if it has the key `images`.
 
@@ -773,8 +803,13 @@ class Recipe(Strict):
     soup: Soup | None = None
     out: str = "runs/run"
     """Run folder."""
-    save: bool = True
+    save: bool | Save = True
     """Whether the model is written."""
+
+    @property
+    def packed(self) -> bool | Literal["zstd"]:
+        """Whether the saved model is packed."""
+        return isinstance(self.save, Save) and self.save.packed
 
     apart: ClassVar[int] = 1  # between the seeds of the members of a soup
 
@@ -868,6 +903,8 @@ class LanguageRecipe(Recipe):
             self._check_soup(self.soup)
         if self.prune.phases > 1:
             self._check_phases()
+        if self.retrain is not None and self.retrain.keep_adapter and (self.soup or self.prune.phases > 1):
+            raise ValueError("retrain.keep_adapter: of one retraining, not of phases or members; leave it out")
         for section in (self.train, self.retrain):
             if section is not None:
                 self._check_retrain(section)
@@ -877,8 +914,9 @@ class LanguageRecipe(Recipe):
             raise ValueError("retrain.schedule: allr compares with the dense weights: leave out streaming, or use llr")
         if self.streaming and self.prune.sharing().reads == "loss":
             raise ValueError("prune.allocation: this one tries the whole model in memory: leave out streaming")
-        if self.streaming and self.evaluate.tasks and self.retrain is None:
-            raise ValueError("evaluate.tasks need the whole model in memory: leave out tasks or streaming")
+        whole = [key for key in ("tasks", "speed") if getattr(self.evaluate, key)]
+        if self.streaming and whole and self.retrain is None:
+            raise ValueError(f"evaluate.{whole[0]}: the whole model must be in memory: leave out this or streaming")
         return self
 
     def _check_during(self) -> None:
@@ -886,20 +924,26 @@ class LanguageRecipe(Recipe):
             missing = "train: {steps: 1000}" if self.train is None else "during: elsa"
             raise ValueError(f"during says what prunes, and train how long it trains: give {missing} as well")
         strange = [key for key in ("streaming", "reconstruct") if getattr(self, key)]
-        own = [key for key in ("phases", "criterion", "allocation", "scope") if _is_set(self.prune, key)]
-        found = [*strange, *(f"prune.{key}" for key in own)]
+        own = ["phases", "allocation", "scope", *([] if self.begins_masked else ["criterion"])]
+        found = [*strange, *(f"prune.{key}" for key in own if _is_set(self.prune, key))]
         if found:
             raise ValueError(f"{found[0]}: a method that prunes during training chooses itself; leave it out")
         _check_method(self.during, self.prune)
 
-    def method(self) -> During:
-        """The method of `during`, with the pattern of `prune` and the seed of `train` where it takes them."""
+    @property
+    def begins_masked(self) -> bool:
+        """Whether the method of `during` begins with the masks of `prune.criterion`."""
+        return self.during is not None and methods.knows(self.during, "prior")
+
+    def method(self, prior: Masks | None = None) -> During:
+        """The method of `during`, with the pattern of `prune`, the seed of `train` and masks where it takes them."""
         assert self.during is not None
-        return methods.make(self.during, self.prune.sparsity, seed=given(self.train).seed, pattern=self.prune.pattern)
+        asked = self.prune
+        return methods.make(
+            self.during, asked.sparsity, seed=given(self.train).seed, pattern=asked.pattern, prior=prior
+        )
 
     def _check_retrain(self, retrain: LanguageRetrain) -> None:
-        if self.capture is True and retrain.keep_effective:
-            raise ValueError("capture: steps with retrain.keep_effective are not recorded; leave out one of the two")
         teacher = None if retrain.distill is None else retrain.distill.teacher
         if teacher is not None and looks_local(teacher) and not Path(teacher).exists():
             raise ValueError(f"retrain.distill.teacher: no file or folder {teacher!r} (seen from {os.getcwd()})")
@@ -911,6 +955,11 @@ class LanguageRecipe(Recipe):
         if retrain is not None:
             retrain = retrain.model_copy(update={"steps": retrain.shared(retrain.steps, prune.phases)[index]})
         return self.model_copy(update={"prune": prune, "retrain": retrain})
+
+    @property
+    def moves(self) -> bool:
+        """Whether what pruning leaves is more than the dense model under masks."""
+        return bool(self.during or self.reconstruct) or self.prune.how().score is None
 
     def _check_phases(self) -> None:
         if self.retrain is None or self.retrain.add_biases:
@@ -975,6 +1024,8 @@ class ClassifierRecipe(Recipe):
 
     @model_validator(mode="after")
     def _check(self) -> ClassifierRecipe:
+        if self.packed:
+            raise ValueError("save.packed is for language models; leave it out")
         if self.precision == "fp16":
             raise ValueError("precision: classifiers are trained in fp32 or bf16; leave out fp16")
         if self.prune is None and (self.during is not None or self.retrain is not None):

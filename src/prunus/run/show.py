@@ -28,8 +28,10 @@ __all__ = [
     "show_result",
     "show_run",
     "show_soup",
+    "show_speed",
     "show_sweep",
     "soup_rows",
+    "speed_rows",
 ]
 
 
@@ -38,12 +40,16 @@ def show_result(result: Mapping[str, Any], out: Path) -> None:
     print_table(language_rows(result), title=str(result["model"]))
     _show_head(result)
     _show_tasks(result.get("zero_shot", {}))
+    show_speed(result.get("speed", {}))
     for name, found in retrainings(result).items():
         speed = f"{found['tokens_per_second']:,.0f} tokens/s"
         _note(f"{name}: {found['trainable']:,} parameters trained ({100 * found['share']:.3f} %), {speed}")
     _note(f"{result['seconds']:.0f} s on {result['device']}. Picture: {out / 'report.png'}")
     if "saved" in result:
-        _note(f"Model: {result['saved']}, in files as large as before (its README.md says why)")
+        size = result.get("size", {"weight_bytes": 1, "dense_bytes": 1})
+        share = size["weight_bytes"] / size["dense_bytes"]
+        much = "as large as before" if share >= 1 else f"of {share:.1%} of the bytes before"
+        _note(f"Model: {result['saved']}, in files {much} (its README.md says why)")
 
 
 def language_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -87,6 +93,28 @@ def show_evaluation(model: str, numbers: Mapping[str, Any]) -> None:
     print_table([{"data": name, "perplexity": value} for name, value in numbers["perplexity"].items()], title=model)
     _show_head(numbers)
     _show_tasks(numbers.get("zero_shot", {}))
+
+
+def speed_rows(found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row a model: tokens a second, and times the first one's; memory and files."""
+    first = next(iter(found.values()))
+    return [
+        {
+            "model": name,
+            **{phase: f"{row[phase]:,.4g}, {row[phase] / first[phase]:.2f}×" for phase in ("prefill", "decode")},
+            "weights, MB": row["weights"] / 1e6,
+            "memory, MB": row["peak"] / 1e6 if row["peak"] else None,
+            **({"file, MB": row["file"] / 1e6} if "file" in row else {}),
+            "spread, %": 100 * row["spread"],
+        }
+        for name, row in found.items()
+    ]
+
+
+def show_speed(found: Mapping[str, Mapping[str, Any]]) -> None:
+    """The table of measured speeds."""
+    if found:
+        print_table(speed_rows(found), title="measured speed, tokens a second")
 
 
 def _show_head(result: Mapping[str, Any]) -> None:
@@ -143,6 +171,8 @@ def show_run(result: Mapping[str, Any], out: Path) -> None:
     _show_corrupted(result.get("corrupted", {}))
     speed = f"{result['images_per_second']:,.0f} images/s"
     _note(f"{result['epochs']:.4g} epochs, {result['seconds']:.0f} s on {result['device']}, {speed}.")
+    if "left_of_start" in result:
+        _note(f"Frank-Wolfe left {100 * result['left_of_start']:.3g} % of the initialisation: the product of 1 - step.")
     if "speedup" in result:
         smaller = "and the file is smaller" if "left_alone" in result else "in theory; the file is no smaller"
         _note(f"{result['speedup']:.2f} times fewer multiplications {smaller}.")

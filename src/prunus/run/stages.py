@@ -5,19 +5,19 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
-from prunus.adapt import adapt, add_biases, compiled_forward
+from prunus.adapt import Adaptation, adapt, add_biases, compiled_forward
 from prunus.blocks import Source, recomputed
 from prunus.checkpoint import (
     check_causal,
@@ -37,9 +37,10 @@ from prunus.data import ASSETS
 from prunus.layers import View, find_layers
 from prunus.machine import Precision, autocast, of_training, ranks
 from prunus.masks import Masks
-from prunus.measure import perplexity, streamed_perplexity
+from prunus.measure import perplexity, speed, streamed_perplexity
 from prunus.run.recipe import LanguageRecipe, given
 from prunus.run.texts import calibration_windows, evaluation_texts, training_windows, window_of
+from prunus.save import loaded_model
 from prunus.soup import finish
 from prunus.stream import BlockReport, Fit, Shards, Streamed, Work, stream
 from prunus.train import During, distilled_next_token, lighten_, next_token_loss, train
@@ -184,9 +185,9 @@ def load(recipe: LanguageRecipe, home: torch.device | None = None) -> Loaded:
     if recipe.streaming:
         return Loaded(model, tokenizer, path, Shards.of(model, checkpoint))
     check_causal(checkpoint, model)
-    model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, trust_remote_code=trust, **straight)
+    model = loaded_model(checkpoint, model, dtype=dtype, **straight)
     check_finite(model.named_parameters(), path)
-    return Loaded(model.eval(), tokenizer, path)
+    return Loaded(model, tokenizer, path)
 
 
 def empty(recipe: LanguageRecipe) -> Loaded:
@@ -260,7 +261,10 @@ def prune_in_training(
 
     And what its end took away, as `soup.distance` measures it.
     """
-    method, trained = recipe.method(), recipe.model_copy(update={"retrain": recipe.train})
+    prior = None
+    if recipe.begins_masked:
+        prior = prune(replace(loaded, model=copy.deepcopy(loaded.model)), recipe, device).masks
+    method, trained = recipe.method(prior), recipe.model_copy(update={"retrain": recipe.train})
     ends: list[tuple[Masks, float]] = []
     found = retrain(
         loaded,
@@ -269,7 +273,7 @@ def prune_in_training(
         device,
         checkpoint=checkpoint,
         on_step=on_step,
-        before_merge=lambda: ends.append(finish(method, loaded.model)),
+        before_merge=lambda _: ends.append(finish(method, loaded.model)),
         during=[method],
     )
     ((masks, lost),) = ends
@@ -318,12 +322,12 @@ def retrain(
     *,
     checkpoint: Path | None = None,
     on_step: OnStep | None = None,
-    before_merge: Callable[[], None] | None = None,
+    before_merge: Callable[[Adaptation], None] | None = None,
     during: Sequence[During] = (),
 ) -> Retrained:
     """What happened while the recipe's parameters were retrained on packed text and merged, in place, on `device`.
 
-    before_merge is called between training and merging, with the adapters still in place. during: methods that take
+    before_merge is called between training and merging, with what is still in place. during: methods that take
     part; the caller finishes them.
     """
     model, asked, prune = loaded.model.to(device), given(recipe.retrain), recipe.prune
@@ -371,7 +375,7 @@ def retrain(
         )
     model.eval()
     if before_merge is not None:
-        before_merge()
+        before_merge(adaptation)
     report = adaptation.merge_()
     masks.check(model)
     used = asked.steps * asked.step_tokens
@@ -387,9 +391,8 @@ def retrain(
 
 
 def _capture(recipe: LanguageRecipe, device: torch.device) -> Literal["auto"] | bool:
-    """Whether training steps are recorded: not on a CPU, nor with weights that are kept by what the host knows."""
-    eager = device.type != "cuda" or given(recipe.retrain).keep_effective
-    return False if eager and recipe.capture == "auto" else recipe.capture
+    """Whether training steps are recorded: where nothing else is asked for, on a GPU."""
+    return False if recipe.capture == "auto" and device.type != "cuda" else recipe.capture
 
 
 def _loss(model: nn.Module, recipe: LanguageRecipe) -> Callable[[nn.Module, Any], Tensor]:
@@ -424,6 +427,15 @@ def zero_shot(model: nn.Module, tokenizer: Any, recipe: LanguageRecipe, device: 
     tasks = {name: Path(path) for name, path in recipe.evaluate.tasks.items()}
     with _on(model, device), autocast(device, precision_of(recipe, device)):
         return measure(model, tokenizer, tasks, batch_size=recipe.evaluate.task_batch_size)  # type: ignore[arg-type]
+
+
+def pace(model: nn.Module, recipe: LanguageRecipe, device: torch.device) -> dict[str, Any]:
+    """The model's speed as numbers; empty when the recipe does not ask for it."""
+    asked = recipe.evaluate.speed
+    if asked is None:
+        return {}
+    with _on(model, device):
+        return asdict(speed(model, **asked.model_dump(), precision=precision_of(recipe, device)))
 
 
 @contextmanager

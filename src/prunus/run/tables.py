@@ -208,7 +208,7 @@ def _plot_perplexity(layout: Layout, rows: Sequence[Row], across: str, text: str
 _PERCENT = ("accuracy", "top5", "worst_class", "calibration_error", "maximum_calibration_error", "sparsity", "reached")
 _STAGES = ("dense", "pruned", "recalibrated", "retrained", "settled")
 _COSTS = ("speedup", "parameters", "nonzero")
-_NUMBERS = ("loss", *_COSTS, "weight_change", "epochs", "steps", "seconds", "images_per_second")
+_NUMBERS = ("loss", *_COSTS, "weight_change", "epochs", "steps", "seconds", "images_per_second", "left_of_start")
 _LAST_PHASE = ("distance", "share", "initial_lr")
 # What stands beside a soup, by the names of its rows.
 _SOUPS = (

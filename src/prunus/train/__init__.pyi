@@ -1,6 +1,7 @@
 from .averaged import Ema as Ema
 from .averaged import Swa as Swa
 from .batchnorm import recalibrate_ as recalibrate_
+from .callback import HoldMasks as HoldMasks
 from .capture import unrecorded as unrecorded
 from .distill import distilled_classification as distilled_classification
 from .distill import distilled_next_token as distilled_next_token

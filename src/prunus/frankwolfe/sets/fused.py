@@ -55,16 +55,20 @@ class FusedMoves:
         )
         return same and self.addresses == _addresses(problems, tensors, moments)
 
-    def move_(self, tensors: Sequence[Tensor], rate: float | Tensor, rescale: str) -> None:
-        """One step: rescale is "none", "diameter" or "fast_gradient". tensors: those of the plan, among others."""
+    def move_(self, tensors: Sequence[Tensor], rate: float | Tensor, rescale: str) -> Tensor:
+        """One step: rescale is "none", "diameter" or "fast_gradient". tensors: those of the plan, among others.
+
+        Returns how far each of the plan's tensors moved towards its vertex, (tensors,) in [0, 1].
+        """
         from prunus.kernels import move_
 
         share = torch.ones((), device=self.radius.device) * rate
         half = None if rescale == "none" else self.half
-        move_(self.moves, self.radius, half, share, by_length=rescale == "fast_gradient")
+        moved_by = move_(self.moves, self.radius, half, share, by_length=rescale == "fast_gradient")
         # The programs write past torch, which would not know that anything changed.
         moved = [tensors[place] for each in self.problems for place in each.parts[0].places]
         torch.autograd.graph.increment_version(moved)
+        return moved_by
 
 
 @dataclass(frozen=True)

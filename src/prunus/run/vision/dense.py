@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prunus.checkpoint import read_state
+from prunus.frankwolfe import SFW
 from prunus.machine import read_json, read_tensors, write_json, write_tensors
 from prunus.run.recipe import ClassifierRecipe, digest, said
 from prunus.run.vision import stages
@@ -79,7 +80,7 @@ def train_dense(
 
     checkpoint: a file from which a killed training goes on. watch: network -> what else looks at it while it trains.
     """
-    model = setting.new_model()
+    model, left = setting.new_model(), _Left()
     multiplier, warmup = stages.schedule(setting)
     trace = stages.fit(
         model,
@@ -87,14 +88,14 @@ def train_dense(
         multiplier,
         steps=setting.steps(setting.recipe.train.epochs),
         part=0,
-        during=[Snapshots(model, folder, setting), *watch(model)],
+        during=[Snapshots(model, folder, setting), left, *watch(model)],
         checkpoint=checkpoint,
         on_step=on_step,
     )
     steps, losses = len(trace.losses), losses_by_epoch(trace.losses, setting.epoch_steps)
     speed = steps * setting.recipe.train.batch_size / max(trace.seconds, 1e-9)
     numbers = {"measured_on": setting.recipe.images.measured, "epochs": setting.recipe.train.epochs, "steps": steps}
-    numbers |= {"seconds": trace.seconds, "images_per_second": speed}
+    numbers |= {"seconds": trace.seconds, "images_per_second": speed, **left.numbers()}
     return _written(folder, model, setting, Original.of(trace.lrs, warmup), numbers, losses=losses)
 
 
@@ -162,6 +163,19 @@ def losses_by_epoch(losses: Sequence[float], epoch_steps: int) -> list[float]:
 def write_state(path: Path, model: nn.Module) -> None:
     """Write the state dict, contiguous and on the CPU; the file is complete or absent."""
     write_tensors(path, model.state_dict())
+
+
+class _Left(During):
+    """Notes how much of the initialisation Frank-Wolfe has left, in trainings by it."""
+
+    def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
+        """Keep the optimizer, whose state knows."""
+        self.optimizer = optimizer
+
+    def numbers(self) -> dict[str, Any]:
+        """left_of_start: prod (1 - s) over the steps."""
+        left = self.optimizer.left() if isinstance(self.optimizer, SFW) else None
+        return {} if left is None else {"left_of_start": left}
 
 
 class Snapshots(During):

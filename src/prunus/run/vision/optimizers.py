@@ -116,7 +116,8 @@ class Sfw(Optimizer):
 
     k: a count (an integer) or a share (a float in (0, 1]), for sets with a K. p: of the set lp.
     include, exclude: globs of layers; with them only the weights of those layers are in the set. Without, sets of
-    entries have every parameter, sets of groups and spectral ones the weights of Linear and convolution layers.
+    entries have every parameter, sets of groups and spectral ones the weights of convolutions, and of Linear layers
+    unless these are fewer, as a head is.
     rest: the other parameters are in L2 balls of the same size ("l2"), or trained by SGD ("free").
     norms: `size.initial` multiplies the norm that torch's initialisation has on average, or the one measured before
     training. joint: one set over all. dampening: of the momentum. iterations: of the singular vectors, each step.

@@ -94,7 +94,8 @@ def _work(plan: Plan, run: Run, trunk: Trunk, store: Store) -> dict[str, Any]:
     steps = trunk.steps + sum(each["steps"] for each in numbers)
     seconds = store.result(plan.base)["seconds"] + sum(each["seconds"] for each in numbers)
     speed = steps * asked.batch_size / max(seconds, 1e-9)
-    return {"epochs": steps / epoch, "steps": steps, "train_seconds": seconds, "images_per_second": speed}
+    left = {key: value for key, value in store.result(plan.base).items() if key == "left_of_start"}
+    return {"epochs": steps / epoch, "steps": steps, "train_seconds": seconds, "images_per_second": speed, **left}
 
 
 def _phases(plan: Plan, run: Run, trunk: Trunk, store: Store) -> list[dict[str, Any]]:
