@@ -36,6 +36,8 @@ OPTIONS = {
     "grid": "recipes --set --device --out --workers --together --ray --minutes",
     "evaluate": "model --data --set --out " + " ".join(f"--{flag.name}" for flag in cli.evaluate_flags()),
     "inspect": "path --all --out",
+    "measure": "models --set --device --prompt --tokens --batch-size --seconds --out",
+    "unpack": "packed out",
     "report": "folders --out",
     "average": "checkpoints --out --weights --greedy --set --device",
     "merge": "base adapter out --device",
