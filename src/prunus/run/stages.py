@@ -349,7 +349,7 @@ def retrain(
         adaptation.keep_effective()
     packed = training_windows(asked, loaded.tokenizer)
     capture, fused = _capture(recipe, device), True if device.type == "cuda" else None
-    groups = adaptation.param_groups(asked.lr, asked.lrs)
+    groups = adaptation.param_groups(asked.peak, asked.lrs)
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, capturable=capture is not False, fused=fused)
     spare = "free" if asked.checkpointing == "auto" else 0
     with (
