@@ -292,7 +292,7 @@ def test_a_hash_is_of_what_a_recipe_says_beside_its_defaults() -> None:
     asked = digits | {"corruptions": {"severities": [1, 2, 3, 4, 5]}}
     assert len(keys(digits, digits | {"corruptions": {}}, asked)) == 2
     assert dense_key(parse(asked, ClassifierRecipe, "")) == dense_key(parse(digits, ClassifierRecipe, ""))
-    retrained = [{"retrain": {}}, {"retrain": {"lr": 1e-4}, "compile": False}, {"retrain": {}, "soup": None}]
+    retrained = [{"retrain": {}}, {"retrain": {"lr": None}, "compile": False}, {"retrain": {}, "soup": None}]
     assert len(keys(*retrained)) == 1
     assert len(keys({}, {"retrain": {}}, {"retrain": {"lr": 2e-4}}, {"retrain": {}, "soup": {}})) == 4
 
