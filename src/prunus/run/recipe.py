@@ -264,7 +264,7 @@ class Retrain(Strict):
     """
 
     schedule: RetrainSchedule = "linear"
-    """Of the learning rate: linear, ft, lrw, slr, clr, llr or allr."""
+    """Schedule of the learning rate: linear, ft, lrw, slr, clr, llr or allr."""
     of: Literal["phase", "total"] = "phase"
     """The budget is that of each phase, or of all together."""
     warmup: Part = 0.1
@@ -467,24 +467,24 @@ class Adapting(Strict):
     """Which parameters of a language model are trained by AdamW, and the adapters among them."""
 
     train: Subsets = ("full",)
-    """Parameters: biases,norms or mask_lora or full ..."""
+    """What is trained: biases,norms or mask_lora or full ..."""
     steps: Count = 64
     """Optimizer steps."""
-    lr: Positive = 1e-4
-    """Peak learning rate."""
     warmup: Part = 0.1
     rank: Count = 16
-    """Of adapters."""
+    """Rank of adapters."""
     alpha: Positive = 32.0
-    """Of adapters: the update is scaled by alpha / rank."""
+    """Scale of adapters: their update is multiplied by alpha / rank."""
     init: Literal["kaiming", "gaussian"] = "kaiming"
     seed: int = 0
-    """Of the order of sequences, and of adapters."""
+    """Seed of the order of sequences, and of adapters."""
 
 
 class Reconstruct(Adapting):
     """Fit each pruned block to its dense outputs, right after it is pruned."""
 
+    lr: Positive = 1e-4
+    """Peak learning rate."""
     window: Literal["block", "half", "matrix"] = "block"
     inputs: Literal["pruned", "dense"] = "pruned"
 
@@ -521,7 +521,7 @@ class Distill(Strict):
     """
 
     weight: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Of the divergence; the rest is cross-entropy."""
+    """Weight of the divergence; that of the cross-entropy is the rest."""
     temperature: Positive = 1.0
     teacher: str | None = None
 
@@ -529,8 +529,10 @@ class Distill(Strict):
 class LanguageRetrain(Adapting, Retrain):
     """Which parameters are retrained on packed text, and how."""
 
+    lr: Positive | None = None
+    """Peak learning rate; left out, 0.003, of everything 0.001."""
     train: Subsets = ("mask_lora",)
-    """Parameters: biases,norms or mask_lora or full ..."""
+    """What is trained: biases,norms or mask_lora or full ..."""
     steps: Count = 200
     """Optimizer steps."""
     data: Data = _TRAIN
@@ -564,13 +566,18 @@ class LanguageRetrain(Adapting, Retrain):
         return self
 
     @property
+    def peak(self) -> float:
+        """The learning rate: left out, what was best of few on small models (docs/how-to/choose-parameters.md)."""
+        return self.lr or (1e-3 if "full" in self.train else 3e-3)
+
+    @property
     def step_tokens(self) -> int:
         """Tokens of one step."""
         return self.accumulate * self.batch_size * self.length
 
     def rates(self, distance: float = 1.0) -> Multiplier:
         """The learning rate of every step, in units of its peak. distance: what pruning took away, for allr."""
-        original = Original.of([self.lr]) if self.dense is None else self.dense.original(self.lr)
+        original = Original.of([self.peak]) if self.dense is None else self.dense.original(self.peak)
         return self.multiplier(original, self.steps, distance)
 
 
@@ -579,8 +586,6 @@ class LanguageTraining(LanguageRetrain):
 
     train: Subsets = ("full",)
     """Everything: full."""
-    lr: Positive = 2e-4
-    """Peak learning rate."""
 
     @model_validator(mode="after")
     def _check_all(self) -> LanguageTraining:
@@ -812,7 +817,7 @@ class Recipe(Strict):
     device: Device = "auto"
     """auto, cpu, cuda or one GPU such as cuda:1."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of matrix products."""
+    """Precision of matrix products."""
     compile: bool = False
     """Compile the model's blocks."""
     capture: Literal["auto"] | bool = "auto"
@@ -888,7 +893,7 @@ class LanguageRecipe(Recipe):
     trust_remote_code: bool = False
     """Run code that lies beside the model's weights."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the weights in memory and on disk."""
+    """Type of the weights in memory and on disk."""
     streaming: bool = False
     """Read blocks from the checkpoint one at a time, for models larger than memory."""
     train: LanguageTraining | None = None
@@ -1035,7 +1040,7 @@ class ClassifierRecipe(Recipe):
     arguments: dict[str, Any] = Field(default_factory=dict)
     weights: str | None = None
     seed: int = 0
-    """Of weights, order and augmentation."""
+    """Seed of weights, order and augmentation."""
     train: Training = Training()
     during: MethodName = None
     prune: ClassifierPrune | None = None
