@@ -205,7 +205,7 @@ def compare(modes: list[str], args: argparse.Namespace, device: torch.device) ->
     _tell(HEAD)
     for mode in modes:
         switch(mode)
-        pruning = () if mode == "sharded" else ("Wanda 2:4", "SparseGPT 2:4")  # it knows no sharding
+        pruning = () if mode == "sharded" or args.recorded else ("Wanda 2:4", "SparseGPT 2:4")  # it knows no sharding
         for name in (*RETRAINED, *pruning):
             if args.only in (None, name):
                 rows.append(attempt(name, mode, args, device))
@@ -232,7 +232,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=56, help="of attention, 128 values wide")
     parser.add_argument("--batch", type=int, default=4, help="windows of a step, over all processes")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--recorded", action="store_true", help="record steps, and time those after the first third")
+    parser.add_argument("--recorded", action="store_true", help="record steps, time those after a third; prune nothing")
     parser.add_argument("--samples", type=int, default=64, help="calibration windows, over all processes")
     parser.add_argument("--calibrated", type=int, default=4, help="windows that go through a block at once")
     parser.add_argument("--only", help="works of this name alone")
