@@ -284,12 +284,15 @@ class Retrain(Strict):
 
 class Augmentation(Strict):
     """crop: pixels of padding before a random crop; flip: left and right at random; cutout: side of a blank square;
-    resized: in place of crop, the least share of the area of a box that is sampled to the image's size."""
+    resized: in place of crop, the least share of the area of a box that is sampled to the image's size. mixup, cutmix:
+    alpha of the shares in which two images, or a box of one in another, are one with both labels; 0: not done."""
 
     crop: Whole = 0
     flip: bool = False
     cutout: Whole = 0
     resized: Annotated[float, Field(gt=0, le=1)] | None = None
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
 
     @model_validator(mode="after")
     def _check(self) -> Augmentation:
@@ -749,8 +752,18 @@ class ClassifierRetrain(Retrain):
     """How the pruned network is trained again: by the optimizer of `train`, from its peak if there is no `lr`.
 
     epochs, share (of the dense training's) or steps: one of them. rewind: the epoch whose weights the surviving weights
-    take before retraining; it must be one of train.snapshots.
+    take before retraining; it must be one of train.snapshots. distill: the weight of the divergence from the dense
+    network in the loss; 0 leaves that out.
     """
+
+    train: Subsets = ("full",)
+    """What is trained: biases,norms or mask_lora or full ..."""
+    rank: Count = 16
+    """Rank of adapters."""
+    alpha: Positive = 32.0
+    """Scale of adapters: their update is multiplied by alpha / rank."""
+    distill: Share = 0.0
+    """Weight of what the dense network says, in the loss."""
 
     schedule: RetrainSchedule = "allr"
     epochs: Positive | None = None
@@ -766,6 +779,10 @@ class ClassifierRetrain(Retrain):
     def _check(self) -> ClassifierRetrain:
         if sum(each is not None for each in (self.epochs, self.share, self.steps)) != 1:
             raise ValueError("give one of epochs, share (of the training's epochs) and steps")
+        if "lora" in self.train:
+            raise ValueError(
+                "train: merging 'lora' would fill pruned weights; train 'mask_lora', which keeps them zero"
+            )
         return self
 
     def budgets(self, phases: int, dense_steps: int, epoch_steps: int) -> list[int]:
@@ -1076,9 +1093,24 @@ class ClassifierRecipe(Recipe):
         if self.soup is not None:
             self._check_soup(self.soup)
         check_model(self.model, self.arguments)
+        if self.retrain is not None and self.retrain.train != ("full",):
+            self._check_subset(self.retrain)
+        if self.retrain is not None and self.retrain.distill and self.during is not None:
+            raise ValueError(
+                "retrain.distill: beside during there is no dense network to be held against: leave it out"
+            )
         if self.weights is not None and not Path(self.weights).expanduser().is_file():
             raise ValueError(f"weights: no file {self.weights!r} (seen from {os.getcwd()}); check the path")
         return self
+
+    def _check_subset(self, retrain: ClassifierRetrain) -> None:
+        if self.soup is not None:
+            raise ValueError("retrain.train: members of a classifier's soup are retrained whole: leave it out")
+        if self.prune is not None and self.prune.kind != "zeros":
+            raise ValueError("retrain.train: a network that became smaller is trained whole: leave it out")
+        if not self.train.chosen.partly:
+            name = type(self.train.chosen).__name__.lower()
+            raise ValueError(f"retrain.train: {name} is of whole networks: take another train.optimizer, or [full]")
 
     def _check_during(self, during: Mapping[str, Mapping[str, Any]], prune: Prune) -> None:
         own = ("kind", "phases", "criterion", "allocation", "pattern", "scope")

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunus.adapt import Adaptation, adapt
 from prunus.during import Part, cubic
 from prunus.masks import Masks
 from prunus.run.folder import ran_on
@@ -32,7 +33,7 @@ from prunus.run.vision.smaller import smaller
 from prunus.run.vision.soups.averaging import Average, Meter, averaged
 from prunus.run.vision.watch import watchers
 from prunus.soup import average, average_and_reprune, distance, finish, phase_sparsities
-from prunus.train import During, Multiplier, Original, Swa
+from prunus.train import During, Multiplier, Original, Swa, distilled_classification
 
 __all__ = [
     "ClassifierJobs",
@@ -336,6 +337,7 @@ def _train(asked: Training, base: Job, job: Job, store: Store) -> dict[str, Any]
     where = ran_on(store.work(job), setting.name)
     multiplier, steps, peak = _rates(asked, Trunk.of(base, store), lost, setting)
     model = network(own, store, start, base)
+    adaptation, loss = _adapted(model, own, masks), _distilling(own, store, base)
     swa = Swa(asked.swa) if asked.swa is not None else None
     with store.bar(f"retrain {asked.phase + 1}/{given(own.prune).phases}", steps) as advance:
         trace = stages.fit(
@@ -345,11 +347,14 @@ def _train(asked: Training, base: Job, job: Job, store: Store) -> dict[str, Any]
             steps=steps,
             part=asked.phase + 1,
             lr=peak,
-            masks=masks,
+            masks=masks if adaptation is None else None,
             during=[swa] if swa is not None else [],
+            loss=loss,
             checkpoint=store.checkpoint(job),
             on_step=advance and advance.step,
         )
+    if adaptation is not None:
+        adaptation.merge_()
     if masks is not None:
         masks.check(model)
     measured = _measure_trained(asked, model, setting)
@@ -358,6 +363,23 @@ def _train(asked: Training, base: Job, job: Job, store: Store) -> dict[str, Any]
         swa.finish()
         store.write_state(job, model.state_dict(), name="swa")
     return {"measured": measured, "steps": steps, "seconds": trace.seconds, "initial_lr": max(trace.lrs), **where}
+
+
+def _adapted(model: nn.Module, own: ClassifierRecipe, masks: Masks | None) -> Adaptation | None:
+    """What of a pruned network is retrained, where that is not everything."""
+    asked = own.retrain
+    if asked is None or "full" in asked.train:
+        return None
+    views = [view for view in stages.views_of(model, given(own.prune)) if view.parameter in (masks or {})]
+    generator = torch.Generator().manual_seed(own.seed)
+    how = {"rank": asked.rank, "alpha": asked.alpha, "generator": generator}
+    return adapt(model, asked.train, masks=masks, views=views, **how)
+
+
+def _distilling(own: ClassifierRecipe, store: Store, base: Job) -> stages.Loss | None:
+    """The loss against the dense network, where that is asked for."""
+    weight = 0.0 if own.retrain is None else own.retrain.distill
+    return distilled_classification(network(own, store, base, base).eval(), weight) if weight else None
 
 
 def _measure_trained(asked: Training, model: nn.Module, setting: Setting) -> dict[str, Any]:
