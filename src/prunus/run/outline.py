@@ -74,6 +74,7 @@ def check_language(recipe: LanguageRecipe, model: Any) -> list[View]:
     not have, for ranks that no layer has, and for task files that cannot be read; ImportError for a missing package.
     """
     from prunus.adapt import add_biases  # which imports transformers: a classifier's plan does without
+    from prunus.run.stages import optimizer_of
 
     find_blocks(model)
     views = check_pruning(model, recipe.prune)
@@ -82,6 +83,9 @@ def check_language(recipe: LanguageRecipe, model: Any) -> list[View]:
     for key, asked in (("reconstruct", recipe.reconstruct), ("retrain", recipe.retrain)):
         if asked is not None:
             _check_adapting(key, asked, model, views)
+    for trained in (recipe.train, recipe.retrain):
+        if trained is not None:
+            optimizer_of(trained.optimizer)
     check_tasks(recipe)
     return views
 

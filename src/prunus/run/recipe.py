@@ -48,6 +48,7 @@ from prunus.run.names import (
     Choice,
     CriterionName,
     PatternName,
+    RetrainingName,
     ScheduleName,
     allocations,
     averages,
@@ -63,7 +64,7 @@ from prunus.run.plain import Strict, read_yaml, yaml_value
 from prunus.run.vision.optimizers import OneOptimizer, Optimizer, Pull, Sgd
 from prunus.score import Allocation, Criterion, allocation_of, check_comparable, compared, criterion_of, global_
 from prunus.soup import Ramp, phase_sparsities, split_steps
-from prunus.train import During, Multiplier, Original, constant, cosine, linear, linear_warmup_decay
+from prunus.train import During, Multiplier, Original, constant, cosine, linear, warmup_steps
 
 __all__ = [
     "FORKING",
@@ -245,32 +246,32 @@ class ClassifierPrune(Prune):
         return self
 
 
-def _schedule(value: Any) -> Any:
-    """The linear schedule, or one of retraining by name."""
-    return value if value == "linear" else retrainings.check(value)
-
-
-RetrainSchedule = Annotated[Choice, BeforeValidator(_schedule)]
-
-
 class Retrain(Strict):
     """How long and on which schedule what was pruned is trained again, after each phase; each task adds its own keys.
 
-    schedule: "linear" falls linearly after a linear warm-up; or one of those of retraining, of which all but llr go by
-    the dense training.
+    schedule: one of any training (linear, cosine, wsd, ...), after a linear warm-up; or one of those of retraining, of
+    which all but llr go by the dense training.
     """
 
-    schedule: RetrainSchedule = "linear"
-    """Of the learning rate: linear, ft, lrw, slr, clr, llr or allr."""
+    schedule: RetrainingName = "linear"
+    """Of the learning rate: linear, cosine, wsd, ..., or ft, lrw, slr, clr, llr, allr."""
     of: Literal["phase", "total"] = "phase"
     """The budget is that of each phase, or of all together."""
     warmup: Part = 0.1
     """Share of the steps in which the rate rises."""
 
-    def multiplier(self, original: Original, steps: int, distance: float) -> Multiplier:
-        """The learning rate of every step, in units of its peak. distance: what pruning took away, for allr."""
-        if self.schedule == "linear":
-            return linear_warmup_decay(steps, self.warmup)
+    @property
+    def restarts(self) -> bool:
+        """Whether its schedule is one of retraining, in units of the dense training's peak."""
+        return retrainings.has(self.schedule)
+
+    def multiplier(self, original: Original, steps: int, distance: float, epoch: int = 1) -> Multiplier:
+        """The learning rate of every step, in units of its peak. distance: what pruning took away, for allr.
+
+        epoch: the steps of one, in which milestones are counted.
+        """
+        if not self.restarts:
+            return schedules.make(self.schedule, steps, warmup=warmup_steps(steps, self.warmup), epoch=epoch)
         share = min(1.0, steps / original.steps)
         return retrainings.make(self.schedule, original, steps, distance=distance, share=share, warmup=self.warmup)
 
@@ -304,7 +305,7 @@ class Vary(Strict):
 
     seed: Literal["all", "order", "same"] | tuple[int, ...] = "all"
     lr: tuple[Positive, ...] = ()
-    schedule: tuple[RetrainSchedule, ...] = ()
+    schedule: tuple[RetrainingName, ...] = ()
     warmup: tuple[Part, ...] = ()
     steps: tuple[Count, ...] = ()
     epochs: tuple[Positive, ...] = ()
@@ -526,6 +527,18 @@ class LanguageRetrain(Adapting, Retrain):
     """Give layers zero biases first."""
     checkpointing: bool | Literal["auto"] = False
     keep_effective: bool = False
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """AdamW, or with moments of 8 bits."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of matrices; none of norms and biases."""
+    evaluate_every: Whole = 0
+    """Steps between measurements of `watch`; 0 for none."""
+    watch: str | None = None
+    """The text of evaluate.data that is measured meanwhile."""
+    keep_best: bool = False
+    """End with the weights that measured best."""
+    patience: Count | None = None
+    """End when so many measurements were no better."""
     keep_adapter: bool = False
     """Leave what is trained in OUT/adapter, too."""
     distill: Distill | None = None
@@ -538,8 +551,15 @@ class LanguageRetrain(Adapting, Retrain):
         if self.keep_adapter and ("full" in self.train or self.add_biases):
             what = "add_biases" if self.add_biases else "train: [full]"
             raise ValueError(f"keep_adapter: {what} changes the model that an adapter would belong on: leave out one")
-        if self.dense is None and self.schedule not in ("linear", "llr"):
+        if self.dense is None and self.restarts and self.schedule != "llr":
             raise ValueError(f"schedule {self.schedule} goes by the dense training: give dense: {{steps: 100000}}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_watch(self) -> LanguageRetrain:
+        asked = [key for key in ("watch", "keep_best", "patience") if getattr(self, key)]
+        if asked and not self.evaluate_every:
+            raise ValueError(f"{asked[0]}: nothing is measured meanwhile: set evaluate_every: 50, in steps")
         return self
 
     @property
@@ -565,6 +585,8 @@ class LanguageTraining(LanguageRetrain):
     def _check_all(self) -> LanguageTraining:
         if self.train != ("full",):
             raise ValueError("a method prunes while all weights are trained: leave out train, or set it to [full]")
+        if self.evaluate_every:
+            raise ValueError("evaluate_every: a method's masks are not final before its end: leave it out")
         return self
 
 
@@ -709,7 +731,7 @@ class ClassifierRetrain(Retrain):
     take before retraining; it must be one of train.snapshots.
     """
 
-    schedule: RetrainSchedule = "allr"
+    schedule: RetrainingName = "allr"
     epochs: Positive | None = None
     """How long, in epochs of the training images."""
     share: Positive | None = None
@@ -905,6 +927,15 @@ class LanguageRecipe(Recipe):
         return methods.make(self.during, self.prune.sparsity, seed=given(self.train).seed, pattern=self.prune.pattern)
 
     def _check_retrain(self, retrain: LanguageRetrain) -> None:
+        texts = list(self.evaluate.data)
+        if retrain.watch is not None and retrain.watch not in texts:
+            raise ValueError(f"retrain.watch: evaluate.data has no text {retrain.watch!r}, only {', '.join(texts)}")
+        if (retrain.keep_best or retrain.patience) and len(texts) < 2:
+            raise ValueError(
+                "retrain.keep_best, patience: what chooses is not what is reported: give evaluate.data a second text"
+            )
+        if self.capture is True and retrain.optimizer != "adamw":
+            raise ValueError("capture: steps of adamw_8bit are not recorded; leave out one of the two")
         if self.capture is True and retrain.keep_effective:
             raise ValueError("capture: steps with retrain.keep_effective are not recorded; leave out one of the two")
         teacher = None if retrain.distill is None else retrain.distill.teacher

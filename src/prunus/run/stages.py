@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,14 +34,14 @@ from prunus.checkpoint import (
 )
 from prunus.data import ASSETS
 from prunus.layers import View, find_layers
-from prunus.machine import Precision, autocast, of_training, ranks
+from prunus.machine import Precision, autocast, import_extra, of_training, ranks
 from prunus.masks import Masks
 from prunus.measure import perplexity, streamed_perplexity
-from prunus.run.recipe import LanguageRecipe, given
+from prunus.run.recipe import LanguageRecipe, LanguageRetrain, given
 from prunus.run.texts import calibration_windows, evaluation_texts, training_windows, window_of
 from prunus.soup import finish
 from prunus.stream import BlockReport, Fit, Shards, Streamed, Work, stream
-from prunus.train import During, distilled_next_token, lighten_, next_token_loss, train
+from prunus.train import During, Watch, distilled_next_token, lighten_, next_token_loss, train
 
 __all__ = [
     "Loaded",
@@ -79,7 +79,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Retrained:
-    """What retraining did: which share of the parameters, how fast, how it merged."""
+    """What retraining did: which share of the parameters, how fast, how it merged; steps and perplexities meanwhile."""
 
     trainable: int
     share: float
@@ -88,6 +88,7 @@ class Retrained:
     peak_memory: int
     losses: list[float] = field(default_factory=list)
     merge: dict[str, Any] = field(default_factory=dict)
+    watched: list[tuple[int, float]] = field(default_factory=list)
 
     def numbers(self) -> dict[str, Any]:
         """The same for tables, with useful tokens a second: every token of a packed window is trained on."""
@@ -337,9 +338,9 @@ def retrain(
     if asked.keep_effective:
         adaptation.keep_effective()
     packed = training_windows(asked, loaded.tokenizer)
-    capture, fused = _capture(recipe, device), True if device.type == "cuda" else None
-    groups = adaptation.param_groups(asked.lr, asked.lrs)
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, capturable=capture is not False, fused=fused)
+    capture = _capture(recipe, device)
+    groups = adaptation.param_groups(asked.lr, asked.lrs, weight_decay=asked.weight_decay)
+    optimizer = optimizer_of(asked.optimizer)(groups, **_recordable(asked, device, capture is not False))
     spare = "free" if asked.checkpointing == "auto" else 0
     with (
         compiled_forward(model) if recipe.compile else nullcontext(),
@@ -359,6 +360,7 @@ def retrain(
             precision=precision,
             clip=asked.clip,
             capture=capture,
+            watch=_watch(loaded, recipe, device),
             checkpoint=checkpoint,
             on_step=on_step,
         )
@@ -367,7 +369,7 @@ def retrain(
         before_merge(adaptation)
     report = adaptation.merge_()
     masks.check(model)
-    used = asked.steps * asked.step_tokens
+    used = len(trace.losses) * asked.step_tokens
     return Retrained(
         adaptation.trainable,
         adaptation.share,
@@ -376,7 +378,37 @@ def retrain(
         trace.peak_bytes,
         list(trace.losses),
         asdict(report),
+        trace.watched,
     )
+
+
+def optimizer_of(name: str) -> Any:
+    """The optimizer's class. Raises ImportError for one whose package is missing."""
+    if name == "adamw":
+        return torch.optim.AdamW
+    return import_extra("bitsandbytes.optim", "eightbit", "retrain.optimizer: adamw_8bit is bitsandbytes'").AdamW8bit
+
+
+def _recordable(asked: LanguageRetrain, device: torch.device, recorded: bool) -> dict[str, Any]:
+    """What an AdamW of torch's is told, so that its steps may be recorded."""
+    fused = True if device.type == "cuda" else None
+    return {"capturable": recorded, "fused": fused} if asked.optimizer == "adamw" else {}
+
+
+def _watch(loaded: Loaded, recipe: LanguageRecipe, device: torch.device) -> Watch | None:
+    """What is measured while a model is retrained: the perplexity of one text."""
+    asked = given(recipe.retrain)
+    if not asked.evaluate_every:
+        return None
+    name = asked.watch or next(iter(recipe.evaluate.data))
+    alone = recipe.evaluate.model_copy(update={"data": {name: recipe.evaluate.data[name]}})
+    one = recipe.model_copy(update={"evaluate": alone})
+    plain = replace(loaded, source=None)
+
+    def measure() -> float:
+        return evaluate(plain, one, device)[name]
+
+    return Watch(measure, asked.evaluate_every, asked.patience, asked.keep_best)
 
 
 def _capture(recipe: LanguageRecipe, device: torch.device) -> Literal["auto"] | bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +24,14 @@ from accelerate.utils import send_to_device, slice_tensors
 from torch import Tensor, nn
 
 from prunus.layers import View, find_layers
-from prunus.machine import Precision
+from prunus.machine import Precision, in_mode
 from prunus.train.capture import Capture, CapturedStep, captures, set_rates_, settled
-from prunus.train.checkpoint import Checkpoint, Clock
+from prunus.train.checkpoint import Checkpoint, Clock, resumable
 from prunus.train.hooks import During, Plan
 from prunus.train.next_token import next_token_loss
 from prunus.train.prepared import make_accelerator, prepared
 from prunus.train.sharded import asked
+from prunus.train.watch import Watch, Watched
 
 if TYPE_CHECKING:
     from prunus.masks import Masks
@@ -45,6 +46,7 @@ class Trace:
     losses: mean loss of each step; lrs: learning rate of the first parameter group in each step; tokens: integers in
     the first tensor of every batch (token ids; for other batches the number of samples), over all ranks; seconds: wall
     time of all parts of the run, the saving included; peak_bytes: most accelerator memory in use (0 on a CPU).
+    watched: step and value of what a `Watch` measured.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -52,6 +54,7 @@ class Trace:
     tokens: int = 0
     seconds: float = 0.0
     peak_bytes: int = 0
+    watched: list[tuple[int, float]] = field(default_factory=list)
 
 
 def classification_loss(smoothing: float = 0.0) -> Callable[[nn.Module, tuple[Tensor, Tensor]], Tensor]:
@@ -90,6 +93,7 @@ def train(
     precision: Precision = "fp32",
     clip: float | None = None,
     capture: Capture = False,
+    watch: Watch | None = None,
     checkpoint: Path | None = None,
     save_seconds: float = 180.0,
     report_every: int | None = None,
@@ -105,6 +109,7 @@ def train(
     steps) and the prunable `views` (default: `find_layers(model)`); the caller calls their `finish()` afterwards.
     capture: record the step as a CUDA graph and replay it, which helps where launches cost more than arithmetic
     (batches of one shape only); "auto" does so where it can be done, and logs why where a recording fails.
+    watch: what is measured meanwhile, and whether it keeps the best weights or ends the run early.
     checkpoint: a file, written when `save_seconds` have passed and at the end, from which an interrupted call resumes.
     on_step(steps done, mean loss since the last call) is called every `report_every` steps, or once a second where that
     is left out, and at the end: reading a loss makes the host wait for the device, so it is done no more often.
@@ -137,12 +142,15 @@ def train(
         for method in during:
             method.attach(model, optimizer, plan)
         _check_own_parameters(during, shared)
+    if watch is not None and shared and asked():
+        raise ValueError("A model is not measured while its weights are sharded: leave out watch, or --use_fsdp.")
     started = time.perf_counter()
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     wrap = prepared(model, optimizer, accelerator, masks, shared)
     with wrap as (inner, wrapped, stepper), settled(device if recorded else None):
-        key = {"steps": steps, "accumulate": accumulate, "base_lrs": rates}
-        saved = Checkpoint(checkpoint, key, accelerator, inner, optimizer, during, shared)
+        watched = Watched(watch, lambda: resumable(inner))
+        key = {"steps": steps, "accumulate": accumulate, "base_lrs": rates, **watched.plan}
+        saved = Checkpoint(checkpoint, key, accelerator, inner, optimizer, during, watched, shared)
         first, past = saved.load()
         run = _Run(accelerator, inner, wrapped, stepper, loss, clip, accumulate, tuple(during), shared)
         clock = Clock(save_seconds, first, shared=shared)
@@ -155,7 +163,7 @@ def train(
                 saved.load()
         own = next(inner.parameters()).device
         trace = _Log(Trace(**past), every=report_every, steps=steps, on_step=on_step, started=started, device=own)
-        for step in range(first, steps):
+        for step in range(first, first if watched.ended else steps):
             multiplier = lr(step)
             set_rates_(optimizer, [rate * multiplier for rate in rates], recorded)
             for method in during:
@@ -165,10 +173,17 @@ def train(
             for method in during:
                 method.after_step(step)
             trace.add(value, rates[0] * multiplier, seen)
-            if checkpoint is not None and (step + 1 == steps or clock.is_due(step + 1)):
+            if watched.is_due(step + 1, steps):
+                with in_mode(inner, training=False):
+                    watched.look(step + 1)
+            last = step + 1 == steps or watched.ended
+            if checkpoint is not None and (last or clock.is_due(step + 1)):
                 saved.save(step + 1, vars(trace.read()))
                 clock.restart(step + 1)
-        return trace.read()
+            if last:
+                break
+        watched.finish_()
+        return replace(trace.read(), watched=watched.seen)
 
 
 def _check_during(precision: Precision) -> None:
