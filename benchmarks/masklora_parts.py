@@ -5,7 +5,8 @@
 
 The parts of the step of `masklora.py`, one by one: W_eff is built twice, there are three products, and dA and dB are
 reduced from tiles of the third. Where Triton programs run, each of theirs is timed with other tiles, too: the name says
-rows x columns and warps of a program, and how many entries of G are formed at once.
+rows x columns and warps of a program, how many tiles a program that builds takes in turn, and how many entries of G are
+formed at once.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from prunus.adapt.effective import Terms, effective_weight, weight_gradients
 from prunus.kernels.switch import uses_kernels
 from prunus.masks import pack
 
-BUILD = ((64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 8), (32, 128, 8))
+BUILD = ((64, 64, 4, 1), (64, 64, 4, 4), (64, 64, 4, 8), (128, 64, 8, 4), (32, 128, 4, 4))
 REDUCE = ((64, 128, 4), (64, 64, 4), (32, 128, 4), (64, 128, 8))
 ENTRIES = (1 << 25, 1 << 26, 1 << 27, 1 << 28)
 DEPTHS = (256, 512, 1024)
@@ -78,8 +79,9 @@ def _set(**constants: Any) -> Any:
     return mock.patch.multiple(effective, **constants)
 
 
-def _spelt(tile: tuple[int, int, int]) -> str:
-    return f"{tile[0]} x {tile[1]}, {tile[2]} warps"
+def _spelt(tile: tuple[int, ...]) -> str:
+    turns = f", {tile[3]} in turn" if tile[3:] else ""
+    return f"{tile[0]} x {tile[1]}, {tile[2]} warps{turns}"
 
 
 def _tiles(g: Tensor, x: Tensor, rows: int) -> None:

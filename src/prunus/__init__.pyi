@@ -41,6 +41,7 @@ from .masks import Masks as Masks
 from .masks import infer_masks as infer_masks
 from .measure import accuracy as accuracy
 from .measure import perplexity as perplexity
+from .measure import speed as speed
 from .patterns import NM as NM
 from .patterns import Block as Block
 from .patterns import Rows as Rows
@@ -50,8 +51,10 @@ from .run.compress import compress as compress
 from .run.inspect import inspect_model as inspect_model
 from .run.recipe import load_recipe as load_recipe
 from .save import load_info as load_info
+from .save import load_model as load_model
 from .save import push_to_hub as push_to_hub
 from .save import save_model as save_model
+from .save import unpack as unpack
 from .score import Allocation as Allocation
 from .score import Criterion as Criterion
 from .score import allocation as allocation

@@ -18,7 +18,7 @@ from prunus.data import PackedTokens
 from prunus.layers import find_layers
 from prunus.prune import prune
 from prunus.train import linear_warmup_decay, next_token_loss, train
-from prunus.train.capture import _AHEAD, CapturedStep, _attending, _copied, captures
+from prunus.train.capture import _AHEAD, CapturedStep, _attending, _copied, _tell, captures
 from tests.conftest import tiny_llama
 
 
@@ -38,13 +38,19 @@ def test_replays_do_not_queue_up_without_end():
 
 
 def retrained(
-    capture: bool | str, loss: Any = next_token_loss, subset: tuple[str, ...] = ("norms", "mask_lora"), **options: Any
+    capture: bool | str,
+    loss: Any = next_token_loss,
+    subset: tuple[str, ...] = ("norms", "mask_lora"),
+    keep: bool = False,
+    **options: Any,
 ) -> tuple[list[float], dict[str, Any]]:
     """Losses and state of a tiny language model after 12 steps on a GPU, in two parts each."""
     model = tiny_llama().cuda()
     masks, views = prune(model, sparsity=0.5), find_layers(model)
     generator = torch.Generator().manual_seed(0)
     adaptation = adapt(model, subset, masks=masks, views=views, rank=4, generator=generator)
+    if keep:
+        adaptation.keep_effective()
     packed = PackedTokens(torch.arange(4000) * 7 % 96, 16)
     optimizer = torch.optim.AdamW(adaptation.param_groups(1e-2), capturable=True, fused=True)
     trace = train(
@@ -67,8 +73,9 @@ def retrained(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_recorded_steps_of_a_language_model_are_the_plain_ones():
-    (plain, weights), (recorded, others) = retrained(capture=False), retrained(capture="auto")
+@pytest.mark.parametrize("keep", [False, True])
+def test_recorded_steps_of_a_language_model_are_the_plain_ones(keep: bool):
+    (plain, weights), (recorded, others) = retrained(capture=False), retrained(capture=True, keep=keep)
     torch.testing.assert_close(torch.tensor(recorded), torch.tensor(plain), rtol=1e-4, atol=1e-4)
     for name, weight in weights.items():
         torch.testing.assert_close(others[name], weight, rtol=1e-2, atol=1e-3)
@@ -195,15 +202,25 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is(caplog: pytest.LogCaptureF
         return value * (1.0 if float(value.detach()) > 0 else 0.0)  # the host waits for the device
 
     plain, weights = retrained(capture=False, loss=waiting)
+    _tell.cache_clear()
     with caplog.at_level(logging.WARNING):
         tried, others = retrained(capture="auto", loss=waiting)
-    assert "not recorded as a CUDA graph" in caplog.text
+        retrained(capture="auto", loss=waiting)
+    assert caplog.text.count("not recorded as a CUDA graph") == 1
     torch.testing.assert_close(torch.tensor(tried), torch.tensor(plain), rtol=1e-4, atol=1e-4)
     for name, weight in weights.items():
         torch.testing.assert_close(others[name], weight, rtol=1e-2, atol=1e-3)
     with pytest.raises(RuntimeError):
         retrained(capture=True, loss=waiting)
     retrained(capture=True)  # and what can be recorded still is
+
+
+def test_a_reason_is_told_once(caplog: pytest.LogCaptureFixture):
+    _tell.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for why in ("the host waits", "the host waits", "one process"):
+            _tell(why)
+    assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == ["the host waits", "one process"]
 
 
 def test_auto_records_nothing_where_nothing_can_be_recorded():

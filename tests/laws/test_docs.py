@@ -200,6 +200,7 @@ WHOLE = {
     "`reconstruct`": "Reconstruct",
     "`retrain.dense`": "DenseRates",
     "`evaluate`": "Evaluate",
+    "`evaluate.speed`": "Pace",
     "Texts": "Data",
     "Classifier `images`": "ImageSource",
     "Classifier `train`": "Training",

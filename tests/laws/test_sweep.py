@@ -12,7 +12,7 @@ from torch import Tensor
 from prunus.kernels.switch import kernels
 from prunus.layers import Inputs, Layer
 from prunus.patterns import NM, Block, Pattern, Unstructured
-from prunus.solve import sweep
+from prunus.solve import quadratic, sweep
 from prunus.solve.sweep import sparsegpt
 
 pytest.importorskip("triton")
@@ -46,7 +46,7 @@ def _error(layer: Layer, weight: Tensor) -> float:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
-@pytest.mark.parametrize(("rows", "columns", "blocksize"), [(5, 16, 128), (40, 80, 32), (33, 48, 16)])
+@pytest.mark.parametrize(("rows", "columns", "blocksize"), [(5, 16, 128), (40, 80, 32), (5, 48, 16)])
 def test_the_program_does_what_plain_operations_do(
     device: str, pattern: Pattern, rows: int, columns: int, blocksize: int
 ) -> None:
@@ -115,11 +115,11 @@ def test_what_no_program_is_written_for_takes_plain_operations(monkeypatch: pyte
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 33, 100])
 def test_the_inverse_of_a_triangular_matrix(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "_DIRECT", 3)
+    monkeypatch.setattr(quadratic, "_DIRECT", 3)
     generator = torch.Generator().manual_seed(n)
     L = (torch.randn(n, n, generator=generator, dtype=torch.float64) / n).tril(-1) + torch.eye(n).double() * 2
     inverse = L.clone()
-    sweep._invert_lower_(inverse)
+    quadratic.invert_lower_(inverse)
     torch.testing.assert_close(inverse @ L, torch.eye(n, dtype=torch.float64))
     assert not inverse.triu(1).any()
 

@@ -1,5 +1,7 @@
 """ADMM in one layer (Boza 2024) against a float64 loop, all masks of tiny layers, and a case worked by hand."""
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch import Tensor
 from prunus.layers import Inputs, Layer
 from prunus.patterns import NM, Block, Pattern, Rows, Unstructured
 from prunus.score import wanda
-from prunus.solve import admm, refit, sparsegpt
+from prunus.solve import admm, quadratic, refit, sparsegpt
 
 from .test_sparsegpt import layer_with_gram, make_layer, sorted_mask
 
@@ -109,10 +111,30 @@ def test_inputs_that_were_always_zero_leave_finite_weights():
 
 def test_layers_that_share_inputs_share_one_inverse(monkeypatch: pytest.MonkeyPatch):
     layer, solver, calls = make_layer(4, 8), admm(), []
-    monkeypatch.setattr(torch, "cholesky_inverse", lambda L, plain=torch.cholesky_inverse: calls.append(1) or plain(L))
+    monkeypatch.setattr(torch.linalg, "cholesky", lambda G, plain=torch.linalg.cholesky: calls.append(1) or plain(G))
     for weight in (layer.weight, layer.weight * 2):
         solver.solve(Layer("q", weight, layer.inputs), NM(2, 4), 16)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+def test_products_of_halves_end_as_near(pattern: Pattern, monkeypatch: pytest.MonkeyPatch):
+    """What a GPU does, here on the CPU."""
+    layer = make_layer(48, 64)
+    kept = kept_of(pattern, 48, 64)
+    expected = [error(layer, each.solve(layer, pattern, kept)[0]) for each in (admm(), refit(admm()))]
+    for module in ("admm", "refit"):
+        monkeypatch.setattr(sys.modules[f"prunus.solve.{module}"], "halved", quadratic._thrice)
+    for each, wanted in zip((admm(), refit(admm())), expected, strict=True):
+        weight, mask = each.solve(layer, pattern, kept)
+        assert int(mask.sum()) == kept
+        assert error(layer, weight) == pytest.approx(wanted, rel=2e-3)
+
+
+def test_a_product_of_halves_is_nearly_that_of_float32():
+    x, matrix = torch.randn(8, 300), torch.randn(300, 40)
+    gap = quadratic.times(x, quadratic._thrice(matrix)) - x.double() @ matrix.double()
+    assert 0 < float(gap.abs().max() / (x.abs().double() @ matrix.abs().double()).max()) < 1e-5
 
 
 def test_what_is_refused():

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from prunus.checkpoint import read_checkpoint
 from prunus.layers import Layer
 from prunus.masks import Masks
 from prunus.report import read_metrics
@@ -23,6 +24,7 @@ from prunus.run.page import write_report
 from prunus.run.recipe import DenseRates, LanguageRecipe, LanguageRetrain, load_recipe, parse
 from prunus.run.stages import home
 from prunus.run.texts import training_windows
+from prunus.save import load_model
 from prunus.score import criteria, criterion
 from prunus.soup import distance, finish
 from prunus.train import Original, allr, distilled_next_token, ft, llr, next_token, slr
@@ -133,6 +135,27 @@ def test_a_method_prunes_while_everything_is_trained(tiny_folder: Path, text_fil
     masks = Masks.load(tmp_path / "model" / "masks.safetensors")
     assert all(bool((mask.view(-1, 4).sum(1) == 2).all()) for mask in masks.values())
     masks.check(AutoModelForCausalLM.from_pretrained(tmp_path / "model"))
+
+
+def test_masks_are_learnt_from_those_of_a_criterion_and_weights_stay(
+    tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    prune = {"pattern": "2:4", "criterion": "sparsegpt"}
+    for trust in (3.0, 1e6):  # so sure of the criterion that nothing else is learnt
+        changes = {"during": {"maskllm": {"trust": trust, "keep": 0.0}}, "prune": prune, "retrain": None}
+        asked = during(tiny_folder, text_file, tmp_path / str(trust), **changes)
+        asked["train"]["lr"] = 0.3
+        compress(parse(asked, LanguageRecipe, "test"))
+    alone = {"during": None, "train": None, "prune": prune, "retrain": None}
+    compress(parse(during(tiny_folder, text_file, tmp_path / "alone", **alone), LanguageRecipe, "test"))
+    learned, sure, chosen = (
+        Masks.load(tmp_path / x / "model/masks.safetensors") for x in ("3.0", "1000000.0", "alone")
+    )
+    assert all(torch.equal(mask, chosen[name]) for name, mask in sure.items())
+    assert any(not torch.equal(mask, chosen[name]) for name, mask in learned.items())
+    dense = AutoModelForCausalLM.from_pretrained(tiny_folder).state_dict()
+    for name, weight in AutoModelForCausalLM.from_pretrained(tmp_path / "3.0" / "model").state_dict().items():
+        assert torch.equal(weight, dense[name] * learned[name] if name in learned else dense[name])
 
 
 def test_allr_after_a_method_goes_by_what_its_end_took_away(
@@ -290,7 +313,6 @@ WRONG = [
     ({"prune": {"allocation": "evopress"}, "streaming": True}, "leave out streaming"),
     ({"prune": {"allocation": {"evopress": {"levels": 0}}}}, "evopress needs generations, offspring and levels >= 1"),
     ({"retrain": {"distill": {"teacher": "./nowhere"}}}, "retrain.distill.teacher: no file or folder './nowhere'"),
-    ({"retrain": {"keep_effective": True}, "capture": True}, "capture: steps with retrain.keep_effective are not"),
 ]
 
 
@@ -351,15 +373,21 @@ def test_random_pruning_of_the_whole_model_is_exact_and_resumes(
     assert one == other
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("streaming", "packed"), [(False, False), (True, "zstd")])
 def test_a_float16_checkpoint_is_computed_in_float32_on_a_cpu_and_saved_in_float16(
-    text_file: Path, tmp_path: Path, streaming: bool
+    text_file: Path, tmp_path: Path, streaming: bool, packed: Any
 ) -> None:
     tiny_llama().half().save_pretrained(tmp_path / "dense")
     byte_tokenizer().save_pretrained(tmp_path / "dense")
-    compress(recipe(tmp_path / "dense", text_file, tmp_path / "run", retrain=None, streaming=streaming))
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
-    assert saved.dtype == torch.float16
+    save = {"packed": packed}
+    asked = recipe(tmp_path / "dense", text_file, tmp_path / "run", retrain=None, streaming=streaming, save=save)
+    size = compress(asked)["size"]
+    dense = read_checkpoint(tmp_path / "dense")
+    least, most = (0.5, 0.9) if packed else (1.0, 1.1)
+    header = 1 << 15 if packed or streaming else 0
+    assert least < (size["weight_bytes"] - header) / size["dense_bytes"] < most
+    assert size["dense_bytes"] == sum(2 * each.numel for each in dense.tensors.values())
+    assert load_model(tmp_path / "run" / "model").dtype == torch.float16
     assert (tmp_path / "run" / "model" / "config.json").read_bytes() == (
         tmp_path / "dense" / "config.json"
     ).read_bytes()

@@ -15,7 +15,7 @@ from prunus.train import During
 from prunus.train.lr import linear_warmup_decay
 from prunus.train.train import classification_loss, train
 
-METHODS = [each.__name__ for each in methods.members().values()]
+METHODS = [each.__name__ for each in methods.members().values() if each is not during.MaskLLM]  # it trains no weights
 OPTIONS: dict[str, dict[str, Any]] = {
     "RigL": {"delta": 10},
     "STR": {"init": -4.0},

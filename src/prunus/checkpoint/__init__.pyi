@@ -15,6 +15,9 @@ from .opened import download_weights as download_weights
 from .opened import hub_folder as hub_folder
 from .opened import read_config as read_config
 from .opened import read_tokenizer as read_tokenizer
+from .packed import PACKED_NAME as PACKED_NAME
+from .packed import nonzero as nonzero
+from .packed import pack_tensor as pack_tensor
 from .states import read_state as read_state
 from .stored import DTYPES as DTYPES
 from .stored import Stored as Stored

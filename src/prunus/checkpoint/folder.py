@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from prunus.checkpoint.gguf import plain
+from prunus.checkpoint.packed import PACKED_NAME, read_packed
 from prunus.checkpoint.stored import PICKLES, Stored, read_header
 from prunus.machine import read_json
 
@@ -19,6 +20,7 @@ SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 _PLACES = (SINGLE_NAME, INDEX_NAME, "pytorch_model.bin", "pytorch_model.bin.index.json")
+_PACKED = ("packed.safetensors", "packed.safetensors.index.json")
 _WEIGHTS = (".safetensors", *PICKLES, ".gguf")
 
 
@@ -34,6 +36,11 @@ class Checkpoint:
     def folder(self) -> Path:
         """Where config, tokenizer and masks lie."""
         return self.path if self.path.is_dir() else self.path.parent
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether transformers cannot read it as it is."""
+        return (self.path / PACKED_NAME).is_file()
 
     @property
     def bytes(self) -> int:
@@ -54,6 +61,8 @@ class Checkpoint:
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """What a folder or weight file holds; only headers are read, but a .gguf file is dequantised first.
 
+    The tensors of a packed folder are those that were packed.
+
     Raises FileNotFoundError for a path or shard that is not there; ValueError for a folder without weights, and for
     files that are damaged, half downloaded or pointers.
 
@@ -62,6 +71,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = plain(Path(path))
     files = weight_files(path)
+    if (path / PACKED_NAME).is_file():
+        return Checkpoint(path, tuple(files), read_packed(path, files))
     tensors: dict[str, Stored] = {}
     for file in files:
         for name, stored in read_header(file)[0].items():
@@ -87,7 +98,7 @@ def weight_files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not there; give a local model folder or a .safetensors file")
-    for name in _PLACES:
+    for name in _PACKED if (path / PACKED_NAME).is_file() else _PLACES:
         if (path / name).is_file():
             return _indexed(path / name) if name.endswith(".json") else [path / name]
     found = sorted(each.name for each in path.iterdir() if each.suffix in _WEIGHTS)

@@ -13,7 +13,7 @@ import json
 import math
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "PICKLES", "Stored", "read_header", "read_pickle"]
+__all__ = ["DTYPES", "PICKLES", "Stored", "dtype_of", "read_header", "read_pickle"]
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 DTYPES = {
@@ -49,13 +49,15 @@ _LARGEST_HEADER = 100_000_000  # bytes; the library's own limit
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor in a file: shape, dtype, and where its bytes start; `mapped` is that of a pickle instead."""
+    """One tensor in a file: shape, dtype, and where its bytes start; `mapped` of a pickle, and `entries`, which
+    gives any stretch of a packed tensor, stand for the bytes."""
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
     mapped: Tensor | None = None
+    entries: Callable[[int, int], Tensor] | None = None
 
     @property
     def numel(self) -> int:
@@ -69,6 +71,9 @@ class Stored:
         """
         if self.mapped is not None:
             return self.mapped.reshape(-1)[start:stop].clone()
+        if self.entries is not None:
+            found = self.entries(start, stop)
+            return found.pin_memory() if pin else found
         whole = torch.empty(stop - start, dtype=self.dtype, pin_memory=pin)
         if stop > start:
             with self.file.open("rb", buffering=0) as file:
@@ -79,6 +84,15 @@ class Stored:
     def read(self, *, pin: bool = False) -> Tensor:
         """The whole tensor."""
         return self.piece(0, self.numel, pin=pin).view(self.shape)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype that safetensors calls so.
+
+    >>> dtype_of("BF16")
+    torch.bfloat16
+    """
+    return _TORCH[name]
 
 
 def read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:

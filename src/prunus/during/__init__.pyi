@@ -6,6 +6,7 @@ from .elsa import ELSA as ELSA
 from .gmp import GMP as GMP
 from .gsm import GSM as GSM
 from .lc import LC as LC
+from .maskllm import MaskLLM as MaskLLM
 from .part import Part as Part
 from .rigl import RigL as RigL
 from .schedule import cubic as cubic

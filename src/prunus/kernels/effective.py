@@ -28,11 +28,11 @@ _TILE = 1 << 26  # entries of G formed at once: 128 MiB of bfloat16, few tails o
 _DEPTH = 512  # rows of G that a program reduces, some at a time: each writes r sums a column, twice 16 KiB of 128
 _PROGRAMS = 128  # fewer leave multiprocessors idle: a small matrix is reduced by fewer rows a program
 
-# Rows, columns and warps of a tile where operands are bfloat16, compiled without spills. Building waits for memory: 76
-# registers leave 24 warps on a multiprocessor. Reducing writes r sums for every row of every tile: they are wide.
-_BUILD = (64, 64, 4)
+# Rows, columns and warps of a tile where operands are bfloat16, compiled without spills; of building, how many tiles a
+# program takes in turn, with B in registers. Reducing writes r sums for every row of every tile: they are wide.
+_BUILD = (64, 64, 4, 1)
 _REDUCE = (64, 128, 4)
-_WIDE = (32, 64, 4)  # of float32 operands, either program
+_WIDE = (32, 64, 4, 1)  # of float32 operands, either program
 
 
 def build_(
@@ -47,11 +47,11 @@ def build_(
     halves = weight.dtype != torch.float32
     kind, stored = _stored(mask, weight)
     tile = _BUILD if halves else _WIDE
-    _build[(_over(columns, tile[1]), _over(rows, tile[0]))](
+    _build[(_over(columns, tile[1] * tile[3]), _over(rows, tile[0]))](
         out, weight, A.contiguous(), B.contiguous(), stored, rows, columns, len(A), scale,
         *out.stride(), *weight.stride(), *stored.stride(),
         KIND=kind, PRODUCT=product, HALVES=halves, OPERAND=_operand(halves), RANK=_rank(A), ROWS=tile[0],
-        COLUMNS=tile[1], num_warps=tile[2],
+        COLUMNS=tile[1], STEPS=tile[3], num_warps=tile[2],
     )  # fmt: skip
 
 
@@ -166,31 +166,34 @@ def _halves(x, HALVES: tl.constexpr, OPERAND: tl.constexpr):
 def _build(
     OUT, W, A, B, M, rows, columns, r, scale, o_row, o_column, w_row, w_column, m_row, m_column,
     KIND: tl.constexpr, PRODUCT: tl.constexpr, HALVES: tl.constexpr, OPERAND: tl.constexpr, RANK: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     rank = tl.arange(0, RANK)
-    tall, wide = (row < rows)[:, None], (column < columns)[None, :]
-    live = tall & wide
-    w = tl.load(W + row[:, None] * w_row + column[None, :] * w_column, mask=live, other=0.0).to(tl.float32)
-    a = tl.load(A + rank[:, None] * columns + column[None, :], mask=wide & (rank < r)[:, None], other=0.0)
+    tall = (row < rows)[:, None]
     b = tl.load(B + row[:, None] * r + rank[None, :], mask=tall & (rank < r)[None, :], other=0.0) * scale
-    a, a_low = _halves(a, HALVES, OPERAND)
     b, b_low = _halves(b, HALVES, OPERAND)
-    update = tl.dot(b, a, input_precision="ieee")
-    if HALVES:
-        update = tl.dot(b_low, a, update)
-        update = tl.dot(b, a_low, update)
-    if PRODUCT:
-        w = w * update
-    elif KIND == 0:
-        w = w + tl.where(live, update, 0.0)  # a bare sum would be started with w, and rounded otherwise than below
-    else:
-        kept = _kept(M, row, tl.program_id(0) * COLUMNS, rows, columns, m_row, m_column, KIND, ROWS, COLUMNS)
-        w = w + tl.where(kept, update, 0.0)
-    rounded = w.to(W.dtype.element_ty).to(tl.float32).to(OUT.dtype.element_ty)
-    tl.store(OUT + row[:, None] * o_row + column[None, :] * o_column, rounded, mask=live)
+    for step in range(0, STEPS):
+        start = (tl.program_id(0) * STEPS + step) * COLUMNS
+        column = start + tl.arange(0, COLUMNS)
+        wide = (column < columns)[None, :]
+        live = tall & wide
+        w = tl.load(W + row[:, None] * w_row + column[None, :] * w_column, mask=live, other=0.0).to(tl.float32)
+        a = tl.load(A + rank[:, None] * columns + column[None, :], mask=wide & (rank < r)[:, None], other=0.0)
+        a, a_low = _halves(a, HALVES, OPERAND)
+        update = tl.dot(b, a, input_precision="ieee")
+        if HALVES:
+            update = tl.dot(b_low, a, update)
+            update = tl.dot(b, a_low, update)
+        if PRODUCT:
+            w = w * update
+        elif KIND == 0:
+            w = w + tl.where(live, update, 0.0)  # a bare sum would be started with w, and rounded otherwise than below
+        else:
+            kept = _kept(M, row, start, rows, columns, m_row, m_column, KIND, ROWS, COLUMNS)
+            w = w + tl.where(kept, update, 0.0)
+        rounded = w.to(W.dtype.element_ty).to(tl.float32).to(OUT.dtype.element_ty)
+        tl.store(OUT + row[:, None] * o_row + column[None, :] * o_column, rounded, mask=live)
 
 
 @triton.jit

@@ -14,6 +14,8 @@ from .ensemble import Ensemble as Ensemble
 from .ensemble import ensemble_accuracy as ensemble_accuracy
 from .latency import latency as latency
 from .perplexity import perplexity as perplexity
+from .speed import Speed as Speed
+from .speed import speed as speed
 from .streamed import streamed_perplexity as streamed_perplexity
 from .zeroshot import read_task as read_task
 from .zeroshot import zero_shot as zero_shot

@@ -171,6 +171,33 @@ def evaluate(
 
 
 @app.command()
+def measure(
+    models: Annotated[list[str], typer.Argument(help="Language models: names, folders, .gguf files, 'embedded'.")],
+    assign: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Of a recipe: --set device=cpu --set evaluate.speed.prompt=512 (repeatable)."),
+    ] = None,
+    prompt: Annotated[int | None, typer.Option(help="Tokens that are read at once; 512.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens that are decoded after them; 32.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences at once; 1.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="How long each phase is repeated; 2.")] = None,
+    out: Out = None,
+) -> None:
+    """Time saved language models: prefill and decode tokens a second, memory, file size, beside the first one's."""
+    from prunus.machine import write_json
+    from prunus.run.measure import measure_models
+    from prunus.run.show import show_speed
+
+    _check_single("measure")
+    asked = {"prompt": prompt, "tokens": tokens, "batch_size": batch_size, "seconds": seconds}
+    said = {f"evaluate.speed.{key}": value for key, value in asked.items() if value is not None}
+    found = measure_models(models, assignments(assign) | said)
+    show_speed({row["model"]: row for row in found})
+    if out is not None:
+        write_json(out, found)
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="Folder or .safetensors file of any saved model.")],
     out: Out = None,
@@ -184,6 +211,18 @@ def inspect(
     show_inspection(path, found)
     if out is not None:
         write_json(out, [vars(row) | {"sparsity": row.sparsity} for row in found])
+
+
+@app.command()
+def unpack(
+    packed: Annotated[Path, typer.Argument(help="Folder of a packed model (save: {packed: true}).")],
+    out: Annotated[Path, typer.Argument(help="The ordinary folder that is made of it.")],
+) -> None:
+    """Make the ordinary Hugging Face folder of a packed model, exactly, a tensor at a time."""
+    from prunus.save import unpack as unpacked
+
+    made = unpacked(packed, out)
+    typer.echo(f"{out}: {made.weight_bytes / 1e6:,.1f} MB of weights")
 
 
 @app.command()

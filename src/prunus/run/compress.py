@@ -35,7 +35,7 @@ from prunus.run.outline import Outline, check_language, outline_language
 from prunus.run.recipe import LanguageRecipe, digest, given, said
 from prunus.run.soups import Member, Pruned, as_long_as_all, averaged, member
 from prunus.run.texts import check_texts, evaluation_texts, head_in_words
-from prunus.save import MASKS_NAME, is_whole, save_model, save_tensors
+from prunus.save import MASKS_NAME, is_whole, load_info, save_model, save_tensors
 from prunus.soup import distance, sms
 from prunus.stream import BlockReport, Shards, Streamed, Work
 
@@ -106,7 +106,7 @@ def _end(out: Path, recipe: LanguageRecipe, result: dict[str, Any]) -> None:
 
 def prunus_info(recipe: LanguageRecipe, result: Mapping[str, Any]) -> dict[str, Any]:
     """What `prunus.json` says of a run beside sparsity and versions: recipe, pattern, metrics, how it was pruned."""
-    metrics = {key: result[key] for key in ("perplexity", "zero_shot") if key in result}
+    metrics = {key: result[key] for key in ("perplexity", "zero_shot", "speed") if key in result}
     rest = {key: value for key, value in result.items() if key not in metrics}
     return {"recipe": recipe.model_dump(mode="json"), "pattern": recipe.prune.pattern, "metrics": metrics, **rest}
 
@@ -132,13 +132,17 @@ class _Run:
         result: dict[str, Any] = {"key": self.key, "model": recipe.model, **where}
         result |= {"processes": ranks.count(), "head": head_in_words(recipe, loaded.tokenizer), "perplexity": {}}
         result["perplexity"]["dense"] = self._measured("dense", loaded)
+        speed = {"dense": self._paced("dense", loaded)}
         loaded, masks = self._phases(loaded, result)
+        speed["now"] = self._paced("now", loaded)
+        result |= {"speed": speed} if speed["now"] else {}
         if recipe.evaluate.tasks:
             result["zero_shot"] = stages.zero_shot(loaded.model, loaded.tokenizer, recipe, self.device)
         result["seconds"] = time.perf_counter() - started
         if recipe.save:
             result["saved"] = str(self.out / "model")
             self._save(loaded, masks, result)
+            result["size"] = load_info(self.out / "model")["size"]
         return result
 
     def _phases(self, dense: stages.Loaded, result: dict[str, Any]) -> tuple[stages.Loaded, Masks]:
@@ -319,6 +323,14 @@ class _Run:
             _check_measured(found, loaded.model.dtype)
         return found
 
+    def _paced(self, stage: str, loaded: stages.Loaded) -> dict[str, Any]:
+        if self.recipe.evaluate.speed is None or loaded.source is not None:
+            return {}
+        with self._bar(f"speed {stage}", None):
+            found = stages.pace(loaded.model, self.recipe, self.device)
+        self._log({"stage": stage, "speed": found})
+        return found
+
     def _assembled(self, loaded: stages.Loaded, streamed: Streamed) -> stages.Loaded:
         """The pruned model as a folder of shards, written tensor by tensor; in memory only if it is to be retrained."""
         folder = self.out / "work" / "pruned"
@@ -357,20 +369,19 @@ class _Run:
     def _save(self, loaded: stages.Loaded, masks: Masks, result: dict[str, Any]) -> None:
         if not ranks.is_main():
             return
-        info = prunus_info(self.recipe, result)
+        how: dict[str, Any] = {"masks": masks, "info": prunus_info(self.recipe, result), "packed": self.recipe.packed}
         with self._bar("save", None):
             if isinstance(loaded.source, Shards):
                 save_tensors(
                     ((name, self._as_stored(tensor)) for name, tensor in loaded.source.tensors()),
                     loaded.tokenizer,
                     self.out / "model",
-                    masks=masks,
-                    info=info,
                     source=loaded.folder or loaded.source.checkpoint.folder,
+                    **how,
                 )
                 return
             loaded.model.to(self.stored)
-            save_model(loaded.model, loaded.tokenizer, self.out / "model", masks=masks, info=info, source=loaded.folder)
+            save_model(loaded.model, loaded.tokenizer, self.out / "model", source=loaded.folder, **how)
 
     def _as_stored(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.stored) if tensor.is_floating_point() else tensor

@@ -162,5 +162,6 @@ def _takes(annotation: Any) -> str | None:
         return None
     if str in inner and any(get_origin(each) is dict for each in inner):
         return "NAME"  # one of a family, or {name: {option: value}}
-    words = [_takes(each) for each in inner]  # a union
+    plain = [each for each in inner if not (isinstance(each, type) and issubclass(each, BaseModel))]
+    words = [_takes(each) for each in (plain if len(inner) > 1 else inner)]  # a union, perhaps with a section
     return None if None in words else "|".join(dict.fromkeys(word for word in words if word))

@@ -189,8 +189,8 @@ class _Language:
         return tuple(Job(".", "dense", partial(_measure_dense, recipe)) for recipe in recipes[:1])
 
     def order(self, recipe: LanguageRecipe) -> tuple[Any, ...]:
-        """Members that prune alike follow each other, dearer fits come last."""
-        return recipe.reconstruct is not None, phases_of(recipe)[0].pruned.key
+        """As the grid says them, dearer fits last."""
+        return (recipe.reconstruct is not None,)
 
     def look(self, recipes: Sequence[LanguageRecipe]) -> None:
         """Each checkpoint is that of its config.json."""

@@ -260,7 +260,7 @@ allocations = Family("allocation", ("prunus.score.allocations",), ready=_is_allo
 patterns = Family(
     "pattern", ("prunus.patterns",), belongs=lambda each: inspect.isclass(each) and not getattr(each, "_is_protocol", 0)
 )
-methods = Family("method", ("prunus.during",), belongs=_is_method, given=("sparsity",))
+methods = Family("method", ("prunus.during",), belongs=_is_method, given=("sparsity", "prior"))
 retrainings = Family(
     "retraining schedule",
     ("prunus.train.lr",),

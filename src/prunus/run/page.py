@@ -13,7 +13,7 @@ from typing import Any
 from prunus import __version__
 from prunus.machine import read_json
 from prunus.report import Card, Page, Part, by_block, format_value, plot_losses, read_metrics, write_page
-from prunus.run.show import SOUP_COLUMNS, classifier_rows, grid_rows, language_rows, retrainings, soup_rows
+from prunus.run.show import SOUP_COLUMNS, classifier_rows, grid_rows, language_rows, retrainings, soup_rows, speed_rows
 from prunus.run.tables import SOUP
 
 __all__ = ["compare_runs", "write_report"]
@@ -104,6 +104,7 @@ def _language(folder: Path, result: Result) -> Page:
         Part("Retraining", rows=rows, pictures=_losses(folder)),
         _zeros(pruning["by_layer"]),
         Part("Output error by block", rows=_errors(pruning.get("blocks", []))),
+        Part("Measured speed", "Tokens a second.", rows=speed_rows(result["speed"]) if "speed" in result else []),
         Part("Zero-shot", rows=[{"task": task, **found} for task, found in result.get("zero_shot", {}).items()]),
     ]
     return _page(folder, result, cards, parts)

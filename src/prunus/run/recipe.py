@@ -41,6 +41,7 @@ from pydantic import (
 
 from prunus.adapt import subsets
 from prunus.data import CORRUPTIONS, Strengths, check_model
+from prunus.masks import Masks
 from prunus.patterns import Pattern, check_sparsity
 from prunus.run.names import (
     AllocationName,
@@ -88,6 +89,7 @@ __all__ = [
     "Recipe",
     "Reconstruct",
     "Retrain",
+    "Save",
     "Soup",
     "Strict",
     "Training",
@@ -590,6 +592,20 @@ class LanguageTraining(LanguageRetrain):
         return self
 
 
+def _asked(value: Any) -> Any:
+    """`true` is a section with its defaults, `false` none."""
+    return ({} if value else None) if isinstance(value, bool) else value
+
+
+class Pace(Strict):
+    """How the speed is measured: `tokens` are decoded after a prompt; each phase is repeated for so many seconds."""
+
+    prompt: Count = 512
+    tokens: Count = 32
+    batch_size: Count = 1
+    seconds: Positive = 2.0
+
+
 class Evaluate(Strict):
     """Perplexity of each named text: joined, cut into windows without overlap, mean loss over predicted tokens."""
 
@@ -604,6 +620,7 @@ class Evaluate(Strict):
     """Zero-shot tasks and their files (needs the extra 'zeroshot')."""
     task_batch_size: Count = 16
     """Requests of zero-shot tasks at a time."""
+    speed: Annotated[Pace | None, BeforeValidator(_asked, json_schema_input_type=Pace | bool | None)] = None
 
     @model_validator(mode="after")
     def _check_texts(self) -> Evaluate:
@@ -671,6 +688,8 @@ class ImageSource(Strict):
 
 
 if TYPE_CHECKING:
+    from prunus.masks import Masks
+
     OptimizerChoice = OneOptimizer
 else:
     _fields: dict[str, Any] = {name: (each | None, None) for name, each in optimizers.members().items()}
@@ -778,6 +797,12 @@ class Corruptions(Strict):
 # Recipes.
 
 
+class Save(Strict):
+    """How the model is written. packed: by its zeros, a bit a weight and the nonzeros; "zstd": compressed as well."""
+
+    packed: bool | Literal["zstd"] = False
+
+
 class Recipe(Strict):
     """What every task has; it is read as the recipe of a task, a classifier's if it has the key `images`.
 
@@ -800,8 +825,13 @@ class Recipe(Strict):
     soup: Soup | None = None
     out: str = "runs/run"
     """Run folder."""
-    save: bool = True
+    save: bool | Save = True
     """Whether the model is written."""
+
+    @property
+    def packed(self) -> bool | Literal["zstd"]:
+        """Whether the saved model is packed."""
+        return isinstance(self.save, Save) and self.save.packed
 
     apart: ClassVar[int] = 1  # between the seeds of the members of a soup
 
@@ -906,8 +936,9 @@ class LanguageRecipe(Recipe):
             raise ValueError("retrain.schedule: allr compares with the dense weights: leave out streaming, or use llr")
         if self.streaming and self.prune.sharing().reads == "loss":
             raise ValueError("prune.allocation: this one tries the whole model in memory: leave out streaming")
-        if self.streaming and self.evaluate.tasks and self.retrain is None:
-            raise ValueError("evaluate.tasks need the whole model in memory: leave out tasks or streaming")
+        whole = [key for key in ("tasks", "speed") if getattr(self.evaluate, key)]
+        if self.streaming and whole and self.retrain is None:
+            raise ValueError(f"evaluate.{whole[0]}: the whole model must be in memory: leave out this or streaming")
         return self
 
     def _check_during(self) -> None:
@@ -915,16 +946,24 @@ class LanguageRecipe(Recipe):
             missing = "train: {steps: 1000}" if self.train is None else "during: elsa"
             raise ValueError(f"during says what prunes, and train how long it trains: give {missing} as well")
         strange = [key for key in ("streaming", "reconstruct") if getattr(self, key)]
-        own = [key for key in ("phases", "criterion", "allocation", "scope") if _is_set(self.prune, key)]
-        found = [*strange, *(f"prune.{key}" for key in own)]
+        own = ["phases", "allocation", "scope", *([] if self.begins_masked else ["criterion"])]
+        found = [*strange, *(f"prune.{key}" for key in own if _is_set(self.prune, key))]
         if found:
             raise ValueError(f"{found[0]}: a method that prunes during training chooses itself; leave it out")
         _check_method(self.during, self.prune)
 
-    def method(self) -> During:
-        """The method of `during`, with the pattern of `prune` and the seed of `train` where it takes them."""
+    @property
+    def begins_masked(self) -> bool:
+        """Whether the method of `during` begins with the masks of `prune.criterion`."""
+        return self.during is not None and methods.knows(self.during, "prior")
+
+    def method(self, prior: Masks | None = None) -> During:
+        """The method of `during`, with the pattern of `prune`, the seed of `train` and masks where it takes them."""
         assert self.during is not None
-        return methods.make(self.during, self.prune.sparsity, seed=given(self.train).seed, pattern=self.prune.pattern)
+        asked = self.prune
+        return methods.make(
+            self.during, asked.sparsity, seed=given(self.train).seed, pattern=asked.pattern, prior=prior
+        )
 
     def _check_retrain(self, retrain: LanguageRetrain) -> None:
         texts = list(self.evaluate.data)
@@ -936,8 +975,6 @@ class LanguageRecipe(Recipe):
             )
         if self.capture is True and retrain.optimizer != "adamw":
             raise ValueError("capture: steps of adamw_8bit are not recorded; leave out one of the two")
-        if self.capture is True and retrain.keep_effective:
-            raise ValueError("capture: steps with retrain.keep_effective are not recorded; leave out one of the two")
         teacher = None if retrain.distill is None else retrain.distill.teacher
         if teacher is not None and looks_local(teacher) and not Path(teacher).exists():
             raise ValueError(f"retrain.distill.teacher: no file or folder {teacher!r} (seen from {os.getcwd()})")
@@ -1018,6 +1055,8 @@ class ClassifierRecipe(Recipe):
 
     @model_validator(mode="after")
     def _check(self) -> ClassifierRecipe:
+        if self.packed:
+            raise ValueError("save.packed is for language models; leave it out")
         if self.precision == "fp16":
             raise ValueError("precision: classifiers are trained in fp32 or bf16; leave out fp16")
         if self.prune is None and (self.during is not None or self.retrain is not None):

@@ -12,7 +12,7 @@ from prunus.report import format_value, print_table
 from prunus.run.inspect import Inspection
 from prunus.run.outline import Outline, size_in_words
 from prunus.run.tables import spread
-from prunus.save import SIZE_NOTE
+from prunus.save import SIZE_NOTE, size_note
 
 __all__ = [
     "SOUP_COLUMNS",
@@ -27,8 +27,10 @@ __all__ = [
     "show_result",
     "show_run",
     "show_soup",
+    "show_speed",
     "show_sweep",
     "soup_rows",
+    "speed_rows",
 ]
 
 
@@ -37,12 +39,14 @@ def show_result(result: Mapping[str, Any], out: Path) -> None:
     print_table(language_rows(result), title=str(result["model"]))
     _show_head(result)
     _show_tasks(result.get("zero_shot", {}))
+    show_speed(result.get("speed", {}))
     for name, found in retrainings(result).items():
         speed = f"{found['tokens_per_second']:,.0f} tokens/s"
         _note(f"{name}: {found['trainable']:,} parameters trained ({100 * found['share']:.3f} %), {speed}")
     _note(f"{result['seconds']:.0f} s on {result['device']}. Picture: {out / 'report.png'}")
     if "saved" in result:
-        _note(f"Model: {result['saved']}. {SIZE_NOTE}")
+        note = size_note(**result["size"]) if "size" in result else SIZE_NOTE
+        _note(f"Model: {result['saved']}. {note}")
 
 
 def language_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -86,6 +90,28 @@ def show_evaluation(model: str, numbers: Mapping[str, Any]) -> None:
     print_table([{"data": name, "perplexity": value} for name, value in numbers["perplexity"].items()], title=model)
     _show_head(numbers)
     _show_tasks(numbers.get("zero_shot", {}))
+
+
+def speed_rows(found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row a model: tokens a second, and times the first one's; memory and files."""
+    first = next(iter(found.values()))
+    return [
+        {
+            "model": name,
+            **{phase: f"{row[phase]:,.4g}, {row[phase] / first[phase]:.2f}×" for phase in ("prefill", "decode")},
+            "weights, MB": row["weights"] / 1e6,
+            "memory, MB": row["peak"] / 1e6 if row["peak"] else None,
+            **({"file, MB": row["file"] / 1e6} if "file" in row else {}),
+            "spread, %": 100 * row["spread"],
+        }
+        for name, row in found.items()
+    ]
+
+
+def show_speed(found: Mapping[str, Mapping[str, Any]]) -> None:
+    """The table of measured speeds."""
+    if found:
+        print_table(speed_rows(found), title="measured speed, tokens a second")
 
 
 def _show_head(result: Mapping[str, Any]) -> None:

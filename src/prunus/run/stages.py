@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from prunus.adapt import Adaptation, adapt, add_biases, compiled_forward
 from prunus.blocks import Source, recomputed
@@ -36,9 +36,10 @@ from prunus.data import ASSETS
 from prunus.layers import View, find_layers
 from prunus.machine import Precision, autocast, import_extra, of_training, ranks
 from prunus.masks import Masks
-from prunus.measure import perplexity, streamed_perplexity
+from prunus.measure import perplexity, speed, streamed_perplexity
 from prunus.run.recipe import LanguageRecipe, LanguageRetrain, given
 from prunus.run.texts import calibration_windows, evaluation_texts, training_windows, window_of
+from prunus.save import loaded_model
 from prunus.soup import finish
 from prunus.stream import BlockReport, Fit, Shards, Streamed, Work, stream
 from prunus.train import During, Watch, distilled_next_token, lighten_, next_token_loss, train
@@ -178,9 +179,9 @@ def load(recipe: LanguageRecipe, home: torch.device | None = None) -> Loaded:
     if recipe.streaming:
         return Loaded(model, tokenizer, path, Shards.of(model, checkpoint))
     check_causal(checkpoint, model)
-    model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, trust_remote_code=trust, **straight)
+    model = loaded_model(checkpoint, model, dtype=dtype, **straight)
     check_finite(model.named_parameters(), path)
-    return Loaded(model.eval(), tokenizer, path)
+    return Loaded(model, tokenizer, path)
 
 
 def empty(recipe: LanguageRecipe) -> Loaded:
@@ -254,7 +255,10 @@ def prune_in_training(
 
     And what its end took away, as `soup.distance` measures it.
     """
-    method, trained = recipe.method(), recipe.model_copy(update={"retrain": recipe.train})
+    prior = None
+    if recipe.begins_masked:
+        prior = prune(replace(loaded, model=copy.deepcopy(loaded.model)), recipe, device).masks
+    method, trained = recipe.method(prior), recipe.model_copy(update={"retrain": recipe.train})
     ends: list[tuple[Masks, float]] = []
     found = retrain(
         loaded,
@@ -412,9 +416,8 @@ def _watch(loaded: Loaded, recipe: LanguageRecipe, device: torch.device) -> Watc
 
 
 def _capture(recipe: LanguageRecipe, device: torch.device) -> Literal["auto"] | bool:
-    """Whether training steps are recorded: not on a CPU, nor with weights that are kept by what the host knows."""
-    eager = device.type != "cuda" or given(recipe.retrain).keep_effective
-    return False if eager and recipe.capture == "auto" else recipe.capture
+    """Whether training steps are recorded: where nothing else is asked for, on a GPU."""
+    return False if recipe.capture == "auto" and device.type != "cuda" else recipe.capture
 
 
 def _loss(model: nn.Module, recipe: LanguageRecipe) -> Callable[[nn.Module, Any], Tensor]:
@@ -449,6 +452,15 @@ def zero_shot(model: nn.Module, tokenizer: Any, recipe: LanguageRecipe, device: 
     tasks = {name: Path(path) for name, path in recipe.evaluate.tasks.items()}
     with _on(model, device), autocast(device, precision_of(recipe, device)):
         return measure(model, tokenizer, tasks, batch_size=recipe.evaluate.task_batch_size)  # type: ignore[arg-type]
+
+
+def pace(model: nn.Module, recipe: LanguageRecipe, device: torch.device) -> dict[str, Any]:
+    """The model's speed as numbers; empty when the recipe does not ask for it."""
+    asked = recipe.evaluate.speed
+    if asked is None:
+        return {}
+    with _on(model, device):
+        return asdict(speed(model, **asked.model_dump(), precision=precision_of(recipe, device)))
 
 
 @contextmanager

@@ -11,6 +11,10 @@ from .folder import is_whole as is_whole
 from .folder import load_info as load_info
 from .folder import save_model as save_model
 from .folder import save_tensors as save_tensors
+from .folder import size_note as size_note
 from .folder import source_folder as source_folder
+from .folder import unpack as unpack
 from .hub import push_to_hub as push_to_hub
+from .packed import load_model as load_model
+from .packed import loaded_model as loaded_model
 from .shards import ShardWriter as ShardWriter

@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 _PIECE = 1 << 21  # entries of one tensor that are averaged together
-_OF_ONE_MODEL = ("metrics", "perplexity", "zero_shot", "sparsity", "versions", "masks", "format", "average")
+_OF_ONE_MODEL = ("metrics", "perplexity", "zero_shot", "sparsity", "versions", "masks", "format", "average", "size")
 
 
 def average_folders(
@@ -90,7 +90,7 @@ def average_folders(
         _warn_of_lost_zeros(zeros, checkpoints)
         info = _info(members, shares, zeros)
         saved = _write_rest(members[0], partial, Path(out).name, info)
-    return SavedModel(Path(out), saved, writer.total_bytes)
+    return SavedModel(Path(out), saved, writer.total_bytes, writer.total_bytes)
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,8 @@ class _Member:
     @classmethod
     def read(cls, path: Path) -> _Member:
         checkpoint = read_checkpoint(path)
+        if checkpoint.is_packed:
+            raise ValueError(f"{path} is packed: `prunus unpack {path} FOLDER` makes what can be averaged")
         if checkpoint.config():
             check_plain(checkpoint)
         folder = path if path.is_dir() else path.parent if path.name == SINGLE_NAME else None

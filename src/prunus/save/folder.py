@@ -14,7 +14,7 @@ import json
 import logging
 import platform
 import shutil
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from prunus import __version__
+from prunus.checkpoint import read_checkpoint
 from prunus.machine import (
     atomic_folder,
     check_replaceable,
@@ -36,6 +37,7 @@ from prunus.machine import (
     write_text,
 )
 from prunus.save.account import account
+from prunus.save.packed import Packing, pack_, unpack_
 from prunus.save.shards import ShardWriter
 
 if TYPE_CHECKING:
@@ -54,6 +56,8 @@ __all__ = [
     "model_card",
     "save_model",
     "save_tensors",
+    "size_note",
+    "unpack",
     "write_config",
 ]
 
@@ -67,12 +71,17 @@ SIZE_NOTE = (
     "nor time. A general compressor (zstd, gzip) makes the files smaller for storage and transfer; a speed-up needs a "
     "runtime with kernels for the pattern (2:4 on recent NVIDIA GPUs, for example) and its own conversion step."
 )
+PACKED_NOTE = (
+    "The weights are packed: a bit says of each whether it is zero, and only the others are stored. `prunus unpack "
+    "FOLDER OUT` makes the ordinary folder, exactly, which every program reads; Prunus itself reads this one as it is."
+)
 _WRITERS = 4  # shards of a large model written side by side; a file in memory takes about 1 GB/s
 # Of the source folder, what transformers and serving stacks read beside weights and config.json.
 _COPIED = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
     "chat_template*", "generation_config.json", "*processor_config.json", "*.py", "LICENSE*",
 )  # fmt: skip
+_REST = (*_COPIED, "config.json", MASKS_NAME)  # of a packed folder
 # What loading and training set on a config object without changing the model.
 RUNTIME = {
     "_attn_implementation",
@@ -91,14 +100,31 @@ RUNTIME = {
 }
 
 
+def size_note(weight_bytes: int, dense_bytes: int) -> str:
+    """What the size of weight files means for who reads it, packed or not.
+
+    >>> size_note(47, 100)[:36]
+    'The weight files have 47.0 % of the '
+    """
+    if weight_bytes >= dense_bytes:  # by their headers
+        return SIZE_NOTE
+    return f"The weight files have {weight_bytes / dense_bytes:.1%} of the dense model's bytes. {PACKED_NOTE}"
+
+
 @dataclass(frozen=True)
 class SavedModel:
-    """A finished folder: its file names, the bytes of its weights, and the sentence on its size to show the user."""
+    """A finished folder: its file names, the bytes of its weights, what they take as ordinary tensors, and the sentence
+    on its size to show the user."""
 
     folder: Path
     files: tuple[str, ...]
     weight_bytes: int
-    note: str = SIZE_NOTE
+    dense_bytes: int
+
+    @property
+    def note(self) -> str:
+        """What its size means."""
+        return size_note(self.weight_bytes, self.dense_bytes)
 
 
 def save_model(
@@ -109,6 +135,7 @@ def save_model(
     masks: Masks | None,
     info: Mapping[str, Any],
     source: str | Path | None = None,
+    packed: Packing = False,
     max_shard_bytes: float = 4e9,
 ) -> SavedModel:
     """The folder of a model that is in memory, saved in its checkpoint's own names (experts apart, ties once).
@@ -117,6 +144,8 @@ def save_model(
     source: the folder or Hugging Face name that the model came from; its config.json, tokenizer and generation
     config are copied as they are. config.json differs only in the keys that the model's config changed (added
     biases) and in a dtype that is no longer true.
+
+    packed: whether its weights are packed by their zeros, or "zstd": compressed as well; see `unpack` and `load_model`.
 
     prunus.json also lists the source's tensors that are left out, each with its reason, and those in another dtype.
 
@@ -130,8 +159,9 @@ def save_model(
         with _as_dense(model):
             model.save_pretrained(partial, max_shard_size=int(max_shard_bytes))
         write_config(model.config, partial / "config.json", source_folder(source), dtype=model.dtype)
+        within = packed is not False and pack_(partial, packed, masks, max_shard_bytes)
         info = {**info, "tensors": account(partial, source_folder(source), model)}
-        return _finish(partial, folder, tokenizer, masks=masks, info=info, source=source)
+        return _finish(partial, folder, tokenizer, masks=masks, info=info, source=source, within=within)
 
 
 def save_tensors(
@@ -143,6 +173,7 @@ def save_tensors(
     info: Mapping[str, Any],
     source: str | Path,
     config: Any = None,
+    packed: Packing = False,
     max_shard_bytes: float = 4e9,
 ) -> SavedModel:
     """The folder of a model larger than memory, from (checkpoint name, tensor) pairs that arrive one at a time.
@@ -160,8 +191,32 @@ def save_tensors(
                 dtypes |= {tensor.dtype} if tensor.is_floating_point() else set()
         dtype = next(iter(dtypes)) if len(dtypes) == 1 else None
         write_config(config, partial / "config.json", source_folder(source), dtype=dtype)
+        within = packed is not False and pack_(partial, packed, masks, max_shard_bytes)
         info = {**info, "tensors": account(partial, source_folder(source), None)}
-        return _finish(partial, folder, tokenizer, masks=masks, info=info, source=source)
+        return _finish(partial, folder, tokenizer, masks=masks, info=info, source=source, within=within)
+
+
+def unpack(packed: str | Path, out: str | Path) -> SavedModel:
+    """The ordinary folder of a packed one, exactly, tensor by tensor, with masks, config, tokenizer and prunus.json.
+
+    Raises ValueError for a folder that is not packed, damaged weights, and an `out` that holds anything else.
+
+    >>> save_model(model, tokenizer, "out/packed", masks=None, info={}, packed=True)
+    >>> unpack("out/packed", "out/unpacked")
+    """
+    packed = Path(packed)
+    checkpoint = read_checkpoint(packed)
+    if not checkpoint.is_packed:
+        raise ValueError(f"{packed} is not packed: transformers reads it as it is")
+    check_whole(packed)
+    info = {key: value for key, value in load_info(packed).items() if key not in ("files", "checksums")}
+    with new_folder(out, packed) as partial:
+        unpack_(checkpoint, partial)
+        _copy_small_files(packed, partial, _REST)
+        info["masks"] = MASKS_NAME if (partial / MASKS_NAME).is_file() else None
+        info["size"] = _size(partial)
+        files = write_info(partial, info, model_card(Path(out).name, info))
+        return SavedModel(Path(out), files, **info["size"])
 
 
 def load_info(folder: str | Path) -> dict[str, Any]:
@@ -292,29 +347,37 @@ def _finish(
     masks: Masks | None,
     info: Mapping[str, Any],
     source: str | Path | None,
+    within: bool,
 ) -> SavedModel:
-    """Write what goes beside the weights."""
+    """Write what goes beside the weights. within: whether the masks are among the packed weights."""
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
     origin = source_folder(source)
     if origin is not None:
         _copy_small_files(origin, partial)
-    if masks is not None:
+    if masks is not None and not within:
         masks.save(partial / MASKS_NAME)
-    stored = {"format": FORMAT, **info, "masks": MASKS_NAME if masks is not None else None}
+    stored = {"format": FORMAT, **info, "masks": MASKS_NAME if masks is not None and not within else None}
     stored["sparsity"] = _sparsity(masks)
+    stored["size"] = size = _size(partial)
     stored["versions"] = _versions()
     files = write_info(partial, stored, model_card(Path(folder).name, stored))
-    weights = [p for p in partial.glob("*.safetensors") if p.name != MASKS_NAME]
-    size = sum(p.stat().st_size for p in weights)
-    log.info("saved %s (%.1f MB of weights). %s", folder, size / 1e6, SIZE_NOTE)
-    return SavedModel(Path(folder), files, size)
+    saved = SavedModel(Path(folder), files, **size)
+    log.info("saved %s (%.1f MB of weights). %s", folder, saved.weight_bytes / 1e6, saved.note)
+    return saved
 
 
-def _copy_small_files(source: Path, partial: Path) -> None:
+def _size(folder: Path) -> dict[str, int]:
+    """The bytes of a folder's weight files, and those that its tensors take when they are not packed."""
+    found = read_checkpoint(folder)
+    dense = sum(each.numel * each.dtype.itemsize for each in found.tensors.values())
+    return {"weight_bytes": found.bytes, "dense_bytes": dense}
+
+
+def _copy_small_files(source: Path, partial: Path, globs: Sequence[str] = _COPIED) -> None:
     """Tokenizer, generation config, chat template and code of the source, byte for byte, over what was generated."""
     for path in source.iterdir():
-        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _COPIED):
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in globs):
             shutil.copyfile(path, partial / path.name)
 
 
@@ -396,7 +459,9 @@ def model_card(name: str, info: Mapping[str, Any]) -> str:
     missing is left out.
     """
     sparsity: Mapping[str, Any] = info.get("sparsity", {})
-    lines = [*_front(info), f"# {name}", "", _summary(info, sparsity), "", "## Size", "", SIZE_NOTE, ""]
+    size = info.get("size")
+    note = SIZE_NOTE if size is None else size_note(**size)
+    lines = [*_front(info), f"# {name}", "", _summary(info, sparsity), "", "## Size", "", note, ""]
     metrics = info.get("metrics") or {key: info[key] for key in ("perplexity", "zero_shot") if key in info}
     if metrics:
         lines += ["## Results", "", *_metric_table(metrics), ""]

@@ -26,7 +26,7 @@ from typing import BinaryIO, Literal
 import torch
 from torch import Tensor
 
-from prunus.checkpoint import DTYPES, INDEX_NAME, SINGLE_NAME
+from prunus.checkpoint import DTYPES
 from prunus.machine import write_json
 from prunus.stream import carried
 
@@ -75,7 +75,8 @@ class _Shard:
 class ShardWriter:
     """Takes named tensors one after another and writes them as the safetensors shards of a Hugging Face folder.
 
-    max_shard_bytes: a shard is closed before it would hold more; a tensor larger than that is a shard of its own.
+    stem: how the files are called. max_shard_bytes: a shard is closed before it would hold more; a tensor larger than
+    that is a shard of its own.
     writers: shards that grow side by side, once the first is full; each next tensor goes to the emptiest.
     Memory: two tensors and one for each writer. Disk: a shard that is laid out anew, twice. `close` (or leaving the
     `with` block without an error) gives the shards their final names and writes the index, or one `model.safetensors`
@@ -87,8 +88,10 @@ class ShardWriter:
     Raises ValueError for a name written twice, a dtype that safetensors lacks, or no tensor at all.
     """
 
-    def __init__(self, folder: str | Path, *, max_shard_bytes: float = 4e9, writers: int = 1) -> None:
-        self.folder, self.max_shard_bytes, self.writers = Path(folder), int(max_shard_bytes), writers
+    def __init__(
+        self, folder: str | Path, *, stem: str = "model", max_shard_bytes: float = 4e9, writers: int = 1
+    ) -> None:
+        self.folder, self.stem, self.max_shard_bytes, self.writers = Path(folder), stem, int(max_shard_bytes), writers
         self.total_bytes = 0
         self._parts: dict[int, Path] = {}  # number of a full shard -> its file
         self._names: dict[str, int] = {}  # tensor -> number of its shard
@@ -118,15 +121,16 @@ class ShardWriter:
             raise ValueError(f"no tensor was written to {self.folder}; a model without weights is not saved")
         for shard in list(self._open):
             self._close_shard(shard)
-        count = len(self._parts)
-        files = [SINGLE_NAME] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        count, stem = len(self._parts), self.stem
+        several = [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        files = [f"{stem}.safetensors"] if count == 1 else several
         for file, part in zip(files, sorted(self._parts), strict=True):
             os.replace(self._parts[part], self.folder / file)
         if count > 1:
             weight_map = {name: files[i] for name, i in sorted(self._names.items())}
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-            write_json(self.folder / INDEX_NAME, index)
-            files.append(INDEX_NAME)
+            files.append(f"{stem}.safetensors.index.json")
+            write_json(self.folder / files[-1], index)
         return tuple(files)
 
     def abort(self) -> None:

@@ -4,7 +4,7 @@
 
 in the columns' own units, B_ij = W0_ij sqrt(G_jj), so that G has a unit diagonal, and with G + d I for G:
 
-    Z = M * (W + U),   U += W - Z,   W = (B G + rho (Z - U)) (G + rho I)^-1
+    Z = M * (W + U),   U += W - Z,   W = (B G + rho (Z - U)) (G + rho I)^-1 = B + rho (Z - U - B) (G + rho I)^-1
 
 In the first iterations M is chosen anew from |W + U|, at a sparsity that rises as s - s (1 - t)^3, t in (0, 1]: weights
 that go early may come back, and those that stay have moved meanwhile.
@@ -25,7 +25,7 @@ from torch import Tensor
 from prunus.machine import full_products
 from prunus.patterns import Pattern
 from prunus.score import Criterion, magnitude
-from prunus.solve.quadratic import once_per_inputs, seen_gram, unit_gram
+from prunus.solve.quadratic import halved, invert_lower_, once_per_inputs, seen_gram, times, unit_gram
 
 if TYPE_CHECKING:
     from prunus.layers import Layer
@@ -36,14 +36,14 @@ def admm(
 ) -> Criterion:
     """ADMM pruning (Boza 2024, arXiv:2401.02938): mask and weights of a layer together, for its outputs.
 
-    iterations: each one product (out, in) x (in, in). choosing: in so many of them, the first ones, the mask is chosen
-        anew. damping: added to the diagonal of G, as a share of its mean. pull: d, added to the unit diagonal. rho: how
-        strongly the dense and the sparse copy are tied.
+    iterations: all but the last are one product (out, in) x (in, in). choosing: in so many of them, the first ones,
+        the mask is chosen anew. damping: added to the diagonal of G, as a share of its mean. pull: d, added to the unit
+        diagonal. rho: how strongly the dense and the sparse copy are tied.
 
     What it ends with is near least squares on its mask; `refit(admm())` goes all the way. Patterns that fix the share
-    of zeros (N:M) have it from the first iteration on. All is float32 (never TF32); layers that share one `Inputs`
-    share one inverse. A layer that saw no token is pruned by magnitude, with a warning. Its solve raises ValueError for
-    a layer without a Gram matrix, for NaN or Inf, and as `pattern.mask`.
+    of zeros (N:M) have it from the first iteration on. All is float32, on CUDA in products of bfloat16 halves (never
+    TF32); layers that share one `Inputs` share one inverse. A layer that saw no token is pruned by magnitude, with a
+    warning. Its solve raises ValueError for a layer without a Gram matrix, for NaN or Inf, and as `pattern.mask`.
 
     >>> inputs = Inputs(2, gram=True)
     >>> inputs.add_(torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]]))
@@ -55,7 +55,7 @@ def admm(
         raise ValueError(f"admm needs 1 <= choosing <= iterations; got choosing={choosing}, iterations={iterations}")
     if not all(0 <= each < float("inf") for each in (damping, pull, rho)) or rho == 0:
         raise ValueError(f"admm needs damping and pull >= 0 and rho > 0; got {damping}, {pull} and {rho}")
-    inverted = once_per_inputs(lambda layer, inputs: _invert(*unit_gram(layer, inputs, damping), pull, rho))
+    inverted = once_per_inputs(lambda layer, inputs: _invert(*unit_gram(layer, inputs, damping), pull + rho))
 
     @torch.no_grad()
     def solve(layer: Layer, pattern: Pattern, kept: int) -> tuple[Tensor, Tensor]:
@@ -82,21 +82,20 @@ def admm(
 
 @dataclass(frozen=True)
 class _Unit:
-    """G + d I (in, in) where G has a unit diagonal, the inverse with rho I besides, and the units sqrt(G_jj) (in,)."""
+    """The inverse of G + (d + rho) I (in, in) where G has a unit diagonal, and the units sqrt(G_jj) (in,)."""
 
-    gram: Tensor
-    inverse: Tensor
+    inverse: Tensor  # as by `halved`
     scale: Tensor
 
     def to(self, device: torch.device) -> _Unit:
-        return _Unit(self.gram.to(device), self.inverse.to(device), self.scale.to(device))
+        return _Unit(self.inverse.to(device), self.scale.to(device))
 
 
-def _invert(unit: Tensor, scale: Tensor, pull: float, rho: float) -> _Unit:
-    unit.diagonal().add_(pull)
-    tied = unit.clone()
-    tied.diagonal().add_(rho)
-    return _Unit(unit, torch.cholesky_inverse(torch.linalg.cholesky(tied)), scale)
+def _invert(unit: Tensor, scale: Tensor, added: float) -> _Unit:
+    unit.diagonal().add_(added)
+    lower = torch.linalg.cholesky(unit)
+    invert_lower_(lower)
+    return _Unit(halved(times(lower.T, halved(lower))), scale)
 
 
 def _ramp(shape: tuple[int, int], kept: int, choosing: int, unit: int, *, fixed: bool) -> list[int]:
@@ -112,7 +111,6 @@ def _alternate(
     dense: Tensor, unit: _Unit, pattern: Pattern, counts: list[int], *, iterations: int, rho: float
 ) -> tuple[Tensor, Tensor]:
     """Z (out, in) in units of the columns, and its mask; nothing in here waits for the device."""
-    target = (dense @ unit.gram) @ unit.inverse
     weight, multipliers = dense.clone(), torch.zeros_like(dense)
     sparse = mask = dense
     for step in range(iterations):
@@ -122,5 +120,5 @@ def _alternate(
         sparse = torch.where(mask, both, 0.0)
         multipliers = both - sparse
         if step + 1 < iterations:
-            weight = torch.addmm(target, sparse - multipliers, unit.inverse, alpha=rho)
+            weight = times(sparse - multipliers - dense, unit.inverse).mul_(rho).add_(dense)
     return sparse, mask

@@ -20,7 +20,7 @@ from torch import Tensor
 from prunus.machine import full_products
 from prunus.patterns import Pattern
 from prunus.score import Criterion, Score, criterion_of, wanda
-from prunus.solve.quadratic import row_errors, row_slices, seen_gram, unit_gram
+from prunus.solve.quadratic import halved, row_errors, row_slices, scaled_gram, seen_gram, times, unit_gram
 
 if TYPE_CHECKING:
     from prunus.layers import Layer
@@ -34,9 +34,10 @@ def refit(of: Criterion | Score = wanda, iterations: int = 20, damping: float = 
     of: the criterion that chooses; any. iterations: of conjugate gradients, each one product (out, in) x (in, in).
     damping: lam, as a share of the mean diagonal of G; it holds weights near the dense ones where tokens say little.
 
-    Float32 products (never TF32), compared in float64 after rounding to the weight's dtype: no row's E exceeds what
-    `of` left, which stays where nothing better was found. A layer that saw no token stays
-    as `of` left it. Its solve raises ValueError for a layer without a Gram matrix, for NaN or Inf, and as that of `of`.
+    Products are float32 (on CUDA of bfloat16 halves, never TF32), results compared in float64 after rounding to the
+    weight's dtype: no row's E exceeds what `of` left, which stays where nothing better was found. A layer that saw no
+    token stays as `of` left it. Its solve raises ValueError for a layer without a Gram matrix, for NaN or Inf, and as
+    that of `of`.
 
     >>> inputs = Inputs(2, gram=True)
     >>> inputs.add_(torch.tensor([[1.0, 1.0], [1.0, 0.0]]))
@@ -55,10 +56,11 @@ def refit(of: Criterion | Score = wanda, iterations: int = 20, damping: float = 
         inputs = seen_gram(layer, "refit")
         if inputs is None:
             return weight, mask
+        dense, gram = layer.weight, scaled_gram(layer, inputs, damping)
         unit, scale = unit_gram(layer, inputs, damping)
         with full_products():
             parts = [
-                _least_squares(layer.weight[rows], weight[rows], mask[rows], unit, scale, iterations=iterations)
+                _least_squares(dense[rows], weight[rows], mask[rows], unit, scale, gram=gram, iterations=iterations)
                 for rows in row_slices(weight, _CHUNK)
             ]
         return torch.cat(parts), mask
@@ -67,26 +69,27 @@ def refit(of: Criterion | Score = wanda, iterations: int = 20, damping: float = 
 
 
 def _least_squares(
-    dense: Tensor, start: Tensor, mask: Tensor, unit: Tensor, scale: Tensor, *, iterations: int
+    dense: Tensor, start: Tensor, mask: Tensor, unit: Tensor, scale: Tensor, *, gram: Tensor, iterations: int
 ) -> Tensor:
     """The weight (rows, in) in the dtype of `start`, which stays in rows that nothing improves.
 
-    unit: the damped Gram matrix in the columns' units.
+    gram: the damped Gram matrix; unit: the same in the columns' units, whose rounding may leave it indefinite.
     """
     change = (dense.float() - start.float()) * scale
     weight = start.float() * scale
-    residual = (change @ unit).mul_(mask)
+    factor = halved(unit)
+    residual = times(change, factor).mul_(mask)
     direction = residual.clone()
     squares = residual.square().sum(1, keepdim=True)
     for _ in range(iterations):
-        product = (direction @ unit).mul_(mask)
+        product = times(direction, factor).mul_(mask)
         step = _ratio(squares, (direction * product).sum(1, keepdim=True))
         weight.addcmul_(step, direction)
         residual.addcmul_(step, product, value=-1)
         before, squares = squares, residual.square().sum(1, keepdim=True)
         direction.mul_(_ratio(squares, before)).add_(residual)
     fitted = torch.where(mask, weight / scale, 0.0).to(start.dtype)
-    errors = (row_errors((dense.float() - each.float()) * scale, unit) for each in (fitted, start))
+    errors = (row_errors(dense.double() - each.double(), gram) for each in (fitted, start))
     return torch.where(torch.lt(*errors)[:, None], fitted, start)
 
 

@@ -11,7 +11,7 @@ Criteria that only score are in `score`; where zeros may lie is the pattern's af
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ from prunus.kernels import uses_kernels
 from prunus.machine import full_products
 from prunus.patterns import NM, Pattern
 from prunus.score import Criterion, magnitude
-from prunus.solve.quadratic import finite_gram, once_per_inputs, seen_gram
+from prunus.solve.quadratic import finite_gram, invert_lower_, once_per_inputs, seen_gram
 
 if TYPE_CHECKING:
     from prunus.layers import Inputs, Layer
@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 _INNER = 32  # columns swept before the next ones in the block are brought up to date with one product
 _PANEL = 8  # blocks after which all later columns are brought up to date: one wide product instead of eight thin ones
 _KERNEL_BLOCK = 256  # most columns that a program holds in registers
-_DIRECT = 1024  # columns of a triangular matrix that are inverted by substitution; more are by matrix products
 _MOST_DAMPING = 1.0  # share of the mean diagonal; more would be magnitude pruning under another name
 
 
@@ -119,37 +118,8 @@ def _factorise(layer: Layer, inputs: Inputs, damping: float) -> _Factor:
         used = min(max(10 * used, 1e-6), _MOST_DAMPING)
         log.warning("'%s': factorisation failed, damping raised to %g of the mean diagonal", layer.name, used)
     del hessian
-    _invert_lower_(lower)
+    invert_lower_(lower)
     return _Factor(lower.flip(0, 1).contiguous(), dead, used)
-
-
-def _invert_lower_(L: Tensor) -> None:
-    """A lower triangular matrix becomes its inverse: by halves, and for the corner by matrix products.
-
-        [A 0; C B]^-1 = [A^-1 0; -B^-1 C A^-1 B^-1]
-
-    0.19 n^3 multiply-adds, in products of large matrices; substitution with the identity takes 0.5 n^3.
-    """
-    n = len(L)
-    if n <= _DIRECT:
-        identity = torch.eye(n, dtype=L.dtype, device=L.device)
-        L.copy_(torch.linalg.solve_triangular(L, identity, upper=False))
-        return
-    half = n // 2
-    above, below, corner = L[:half, :half], L[half:, half:], L[half:, :half]
-    _invert_lower_(above)
-    _invert_lower_(below)
-    left = torch.empty_like(corner)
-    for start, stop in _parts(half):  # C A^-1, without the zeros above A^-1's diagonal
-        torch.mm(corner[:, start:], above[start:, start:stop], out=left[:, start:stop])
-    for start, stop in _parts(n - half):  # B^-1 (C A^-1), without the zeros beyond B^-1's
-        torch.mm(below[start:stop, :stop], left[:stop], out=corner[start:stop])
-    corner.neg_()
-
-
-def _parts(n: int) -> Iterable[tuple[int, int]]:
-    """An eighth of n at a time, but at least _DIRECT."""
-    return pairwise([*range(0, n, max(_DIRECT, -(-n // 8))), n])
 
 
 def _sweep(layer: Layer, pattern: Pattern, kept: int, factor: _Factor, blocksize: int) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -152,7 +153,7 @@ class CapturedStep:
             if self.must:
                 raise
             self.failure = (wrong or [str(error)])[0].split("\n")[0]
-            log.warning("training steps are not recorded as a CUDA graph: %s", self.failure)
+            _tell(self.failure)
             self.static.clear()
             self.forget()
             return
@@ -207,11 +208,19 @@ def _attending(restarts: set[bool], *, recording: bool) -> Generator[None]:
         masking.find_packed_sequence_indices, masking.is_tracing = look, tracing
 
 
+@cache
+def _tell(why: str) -> None:
+    """Say why steps are not recorded, each reason once in a process: a block after the other is fitted, or a member."""
+    log.warning("training steps are not recorded as a CUDA graph: %s", why)
+
+
 def captures(asked: Capture, model: nn.Module, optimizer: torch.optim.Optimizer, *, shared: bool, scaled: bool) -> bool:
-    """Whether the steps of a run are to be recorded. Raises ValueError when they must be and cannot."""
+    """Whether the steps of a run are recorded; told where not on a GPU. Raises ValueError when they must be."""
     why = _obstacle(model, optimizer, shared=shared, scaled=scaled) if asked else ""
     if why and asked is True:
         raise ValueError(f"{why}; use capture=False.")
+    if why and next(model.parameters()).is_cuda:
+        _tell(why)
     return bool(asked) and not why
 
 
@@ -220,8 +229,10 @@ def _obstacle(model: nn.Module, optimizer: torch.optim.Optimizer, *, shared: boo
     device = next(model.parameters()).device
     if device.type != "cuda":
         return f"capture=True records a CUDA graph, and the model is on {device}"
-    if shared or scaled:
-        return "capture=True goes with one process and with bf16 or fp32"
+    if shared:
+        return "capture=True goes with one process: several wait for each other's gradients on the host"
+    if scaled:
+        return "capture=True goes with bf16 or fp32: the host looks at what fp16 scales"
     if not all(group.get("fused") or group.get("capturable") for group in optimizer.param_groups):
         return (
             f"capture=True needs an optimizer that reads its learning rate on the device: make it with fused=True "

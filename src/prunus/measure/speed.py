@@ -1,0 +1,121 @@
+"""How fast a language model answers on the machine at hand, in plain transformers: measured, not counted.
+
+prefill   all tokens of a prompt in one pass: limited by products
+decode    one token after another, each by a pass over the keys and values so far: limited by memory or launching
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.benchmark import Measurement, Timer
+
+from prunus.machine import Precision, autocast, in_mode
+
+_PEAK = Path("/proc/self/clear_refs"), Path("/proc/self/status")  # Linux: written to, the peak begins anew
+_RUNS = 3  # at least, after one that warms up
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens a second of both phases (medians; of all sequences of a batch together), and memory in bytes.
+
+    spread: the larger interquartile range of the two, as a share of its median. weights: of parameters and buffers.
+    peak: on a GPU what tensors took at most, on Linux what the process did; None elsewhere.
+    """
+
+    prefill: float
+    decode: float
+    spread: float
+    weights: int
+    peak: int | None
+
+
+@torch.no_grad()
+def speed(
+    model: Any,
+    *,
+    prompt: int = 512,
+    tokens: int = 32,
+    batch_size: int = 1,
+    seconds: float = 2.0,
+    precision: Precision = "fp32",
+) -> Speed:
+    """The Speed of a causal language model of transformers where it is, in eval mode.
+
+    prompt: tokens that are read at once, the same random ones for models of one vocabulary. tokens: that are decoded
+    after them, greedily, by a plain loop with a cache. seconds: how long each phase is repeated, at least 3 times.
+    Scattered zeros save no time, and none is pretended. What else runs on the machine counts.
+
+    Raises ValueError for counts below 1, and for a prompt and tokens beyond the model's length.
+
+    >>> speed(model, prompt=4, tokens=2, seconds=0.01).decode > 0
+    True
+    """
+    _check(model, prompt, tokens, batch_size)
+    device = next(model.parameters()).device
+    words = model.get_input_embeddings().num_embeddings
+    ids = torch.randint(words, (batch_size, prompt), generator=torch.Generator().manual_seed(0)).to(device)
+
+    def read() -> Any:
+        return model(input_ids=ids, use_cache=True, logits_to_keep=1)
+
+    def write(begun: Any) -> None:
+        for _ in range(tokens):
+            last = begun.logits[:, -1:].argmax(-1)
+            begun = model(input_ids=last, past_key_values=begun.past_key_values, use_cache=True)
+
+    _begin_peak(device)
+    with in_mode(model, training=False), autocast(device, precision):
+        prefill = _timed("read()", "pass", {"read": read}, seconds)
+        decode = _timed("write(begun)", "begun = read()", {"read": read, "write": write}, seconds)
+    return Speed(
+        batch_size * prompt / prefill.median,
+        batch_size * tokens / decode.median,
+        max(each.iqr / each.median for each in (prefill, decode)),
+        sum(each.nbytes for each in (*model.parameters(), *model.buffers())),
+        _peak(device),
+    )
+
+
+def _check(model: Any, prompt: int, tokens: int, batch_size: int) -> None:
+    for name, value in {"prompt": prompt, "tokens": tokens, "batch_size": batch_size}.items():
+        if value < 1:
+            raise ValueError(f"speed: {name} is {value}; give at least 1")
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if prompt + tokens > most:
+        raise ValueError(f"speed: prompt {prompt} and {tokens} tokens are more than the model's {most}; give fewer")
+
+
+def _timed(what: str, setup: str, names: dict[str, Callable[..., Any]], seconds: float) -> Measurement:
+    """The setup is not counted. torch's timer waits for the GPU, and would take one thread."""
+    timer = Timer(what, setup, globals=names, num_threads=torch.get_num_threads())
+    timer.timeit(1)
+    found: list[Measurement] = []
+    while len(found) < _RUNS or sum(each.mean for each in found) < seconds:
+        found.append(timer.timeit(1))
+    return Measurement.merge(found)[0]
+
+
+def _begin_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        _PEAK[0].write_text("5")
+
+
+def _peak(device: torch.device) -> int | None:
+    """Bytes at most since `_begin_peak`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):
+        line = next((line for line in _PEAK[1].read_text().splitlines() if line.startswith("VmHWM")), None)
+        return None if line is None else int(line.split()[1]) * 1024
+    return None

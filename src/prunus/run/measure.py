@@ -1,0 +1,47 @@
+"""`prunus measure`: how fast saved language models answer, what memory they take, how large their files are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prunus.checkpoint import download_weights, read_checkpoint
+from prunus.run import stages
+from prunus.run.folder import device_name, device_of
+from prunus.run.recipe import LanguageRecipe, merge, parse
+
+__all__ = ["measure_models"]
+
+
+def measure_models(models: Sequence[str], overrides: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of each model the numbers of `measure.Speed`, its dtype, bytes on disk and share of zeros; one after another.
+
+    overrides: dotted keys of a recipe, such as `device`, `dtype` and those of `evaluate.speed`. All models are looked
+    for before the first is measured. Raises ValueError for models that do not open.
+    """
+    raws = [merge({"model": model, "evaluate": {"speed": {}}}, overrides) for model in models]
+    recipes = [parse(raw, LanguageRecipe, "flags") for raw in raws]
+    for recipe in recipes:
+        stages.check_weights(recipe, stages.empty(recipe).model)
+    return [_measured(recipe) for recipe in recipes]
+
+
+def _measured(recipe: LanguageRecipe) -> dict[str, Any]:
+    device = device_of(recipe)
+    recipe = stages.fitted(recipe, device)
+    loaded = stages.load(recipe, device)
+    total = sum(each.numel() for each in loaded.model.parameters())
+    zeros = sum(int((each == 0).sum()) for each in loaded.model.parameters())
+    found = {"model": recipe.model, "device": device_name(device), "dtype": str(loaded.model.dtype)[6:]}
+    found |= {"file": _file_bytes(recipe.model), "parameters": total, "zeros": zeros / total}
+    return found | stages.pace(loaded.model, recipe, device)
+
+
+def _file_bytes(model: str) -> int:
+    """Of a .gguf file its own, not those of what it is read into."""
+    path = Path(model).expanduser()
+    if path.is_file():
+        return path.stat().st_size
+    local = path.exists() or model == "embedded"
+    return read_checkpoint(stages.model_path(model) if local else download_weights(model)).bytes
