@@ -4,10 +4,11 @@ Prunable are the weights of Linear, Conv1d/2d/3d and the transposed Conv1D of GP
 three-dimensional parameter. They are found by module type and shape, never by the name of a model family:
 
     Linear (out, in)   Conv2d (out, in, h, w) -> (out, in*h*w)   Conv1D (in, out)
-    stack (experts, out, in), or (experts, in, out) where its module says is_transposed
+    stack (experts, out, in), or (experts, in, out): as its module says with is_transposed, or multiplies a probe
 
-Left dense unless an `include` glob names them: the output head, weights tied to an embedding, routers, and stacks of
-square matrices that do not say how they are stored: the gates of recurrent blocks.
+Left dense unless an `include` glob names them: the output head, weights tied to an embedding, routers, depthwise
+convolutions, gates (matrices with no more rows or columns than the model has heads), every part of a model of several
+towers that text does not pass, and stacks that no module was seen to multiply with: gates of recurrent blocks.
 How blocks are found, and how inputs are recorded, is in `blocks`.
 """
 
@@ -16,18 +17,33 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from itertools import pairwise
+from itertools import pairwise, product
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from prunus.machine import imported, is_pretrained
+from prunus.machine import imported, in_mode, is_pretrained
 
-__all__ = ["Inputs", "Layer", "View", "check_unwrapped", "find_layers", "matches", "parameter_shapes", "scan"]
+__all__ = [
+    "Inputs",
+    "Layer",
+    "Products",
+    "View",
+    "check_unwrapped",
+    "find_layers",
+    "matches",
+    "parameter_shapes",
+    "scan",
+]
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +117,17 @@ class Inputs:
         else:
             self.gram.addmm_(part.T, part)
 
+    @classmethod
+    def together(cls, parts: Sequence[Inputs]) -> Inputs:
+        """What all of these learnt about layers of as many columns, added up."""
+        found = cls(parts[0].columns, device=parts[0].squares.device)
+        for part in parts:
+            found.tokens += part.tokens
+            found.squares += part.squares
+            if part.gram is not None:
+                found.gram = part.gram.clone() if found.gram is None else found.gram.add_(part.gram)
+        return found
+
     def check(self, name: str) -> None:
         """Raises ValueError if the sums of layer `name` are not finite."""
         bad = ~self.squares.isfinite()
@@ -161,8 +188,8 @@ def find_layers(
     tied embeddings and routers (`include=["*"]` is everything). `prefix` is prepended to the names: with root the
     block `model.layers.0`, names stay those of the model.
 
-    Raises: ValueError for a glob that matches nothing, for a stack of matrices whose orientation is unknown, and for
-    weights that are not floating point.
+    Raises: ValueError for a glob that matches nothing, for a stack of matrices that is named and whose orientation is
+    unknown, and for weights that are not floating point.
 
     >>> [view.name for view in find_layers(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))]
     ['0', '2']
@@ -171,7 +198,7 @@ def find_layers(
     for glob in (*include, *exclude):
         _check_matches(glob, [candidate.view.name for candidate in found])
     taken: list[View] = []
-    gates: dict[str, None] = {}
+    unknown: dict[str, None] = {}
     for candidate in found:
         name = candidate.view.name
         named = any(matches(name, glob) for glob in include)
@@ -179,13 +206,13 @@ def find_layers(
             continue
         if not named and (include or candidate.dense):
             if candidate.trouble and not include:
-                gates.setdefault(_stack_name(name))
+                unknown.setdefault(_stack_name(name))
             continue
         if candidate.trouble:
             raise ValueError(candidate.trouble)
         taken.append(candidate.view)
-    if gates:
-        _note(f"{', '.join(gates)} stay dense: square matrices that may be stored (out, in) or (in, out)")
+    if unknown:
+        _note(f"{', '.join(unknown)} stay dense: whether these stacks are stored (out, in) or (in, out) is not known")
     return taken
 
 
@@ -232,25 +259,56 @@ class _Candidate:
     trouble: str  # why it cannot be pruned, or empty
 
 
+class Products(TorchFunctionMode):
+    """While active, `seen(left, right, axis)` learns of every matrix product; axis: where `right` is contracted.
+
+    >>> with Products(lambda left, right, axis: print(tuple(right.shape), axis)):
+    ...     _ = F.linear(torch.ones(1, 2), torch.ones(3, 2))
+    (3, 2) -1
+    """
+
+    def __init__(self, seen: Callable[[Tensor, Tensor, int], None]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _OPERANDS:
+            first = _OPERANDS[func]
+            left, right = (*args, *kwargs.values())[first : first + 2]
+            self.seen(left, right, -1 if func is F.linear else -2)
+        return func(*args, **kwargs)
+
+
+_OPERANDS: dict[Any, int] = {  # position of the two factors among the arguments
+    **dict.fromkeys([F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm], 0),
+    **dict.fromkeys([torch.bmm, Tensor.bmm], 0),
+    **dict.fromkeys([torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm], 1),
+}
+
+
 def scan(root: nn.Module, prefix: str = "") -> Iterator[_Candidate]:
     keys = {id(parameter): name for name, parameter in root.named_parameters()}
-    dense = _tied_and_heads(root) | _routers(root)
+    dense = _tied_and_heads(root) | _routers(root) | _gates(root) | _other_towers(root)
     seen: set[int] = set()
     for path, module in root.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            views, trouble = _views(path, module, name, parameter)
+            views, trouble = _views(root, path, name, parameter)
             if not views or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             key = _join(prefix, keys[id(parameter)])
             for view in views:
                 named = replace(view, name=_join(prefix, view.name) or "weight", parameter=key)
-                gate = view.index is not None and bool(trouble) and view.shape[0] == view.shape[1]
-                yield _Candidate(named, gate or id(parameter) in dense, trouble.format(name=named.name))
+                unknown = view.index is not None and bool(trouble)
+                yield _Candidate(named, unknown or id(parameter) in dense, trouble.format(name=named.name))
 
 
-def _views(path: str, module: nn.Module, name: str, parameter: Tensor) -> tuple[list[View], str]:
-    """The views of one parameter owned by `module` (none if it is not prunable), and what is wrong with them."""
+def _views(root: nn.Module, path: str, name: str, parameter: Tensor) -> tuple[list[View], str]:
+    """The views of one parameter of the module at `path` (none if it is not prunable), and what is wrong with them."""
+    module = root.get_submodule(path)
     transposed = isinstance(module, imported("transformers.pytorch_utils", "Conv1D"))
     if name == "weight" and (transposed or isinstance(module, (nn.Linear, *CONVOLUTIONS))):
         shape = parameter.shape if not transposed else parameter.shape[::-1]
@@ -260,7 +318,7 @@ def _views(path: str, module: nn.Module, name: str, parameter: Tensor) -> tuple[
     if not _is_stack(module, parameter):
         return [], ""
     experts, rows, columns = parameter.shape
-    transposed = _is_transposed(module)
+    transposed = _is_transposed(root, path, name)
     shape = (columns, rows) if transposed else (rows, columns)
     names = [f"{_join(path, name)}[{index}]" for index in range(experts)]
     trouble = (
@@ -268,8 +326,8 @@ def _views(path: str, module: nn.Module, name: str, parameter: Tensor) -> tuple[
         if transposed is not None
         else (
             f"'{{name}}' is one of {experts} stacked matrices of shape {(rows, columns)}, and its module "
-            f"'{path}' ({type(module).__name__}) has no attribute is_transposed that says whether they are stored "
-            "(in, out). Set it to True or False on the module, or skip them with exclude."
+            f"'{path}' ({type(module).__name__}) neither says whether they are stored (in, out) nor showed it when it "
+            "was run. Set is_transposed to True or False on the module, or skip them with exclude."
         )
     )
     return [View(each, "", index, bool(transposed), shape) for index, each in enumerate(names)], trouble
@@ -281,10 +339,64 @@ def _is_stack(module: nn.Module, parameter: Tensor) -> bool:
     return min(parameter.shape) > 1  # (1, positions, width) is a position or class embedding
 
 
-def _is_transposed(module: nn.Module) -> bool | None:
-    """Whether transformers (use_experts_implementation) or the caller declares the module's stacks (in, out)."""
+def _is_transposed(root: nn.Module, path: str, name: str) -> bool | None:
+    """Whether a stack is stored (in, out): as transformers or the caller declares, or as its module multiplies."""
+    module = root.get_submodule(path)
     declared = getattr(module, "is_transposed", None)
-    return declared if isinstance(declared, bool) else None
+    if isinstance(declared, bool):
+        return declared
+    key = type(module), name
+    if key not in _PROBED:
+        _PROBED[key] = _probed(root, path, name)
+    return _PROBED[key]
+
+
+_PROBED: dict[tuple[type, str], bool | None] = {}  # a class multiplies in one way
+
+
+def _probed(root: nn.Module, path: str, name: str) -> bool | None:
+    """How the stack is multiplied when its module, or one of two around it, runs on a few tokens; None if none does."""
+    parts = path.split(".") if path else []
+    for above in range(min(3, len(parts)) or 1):
+        around = root.get_submodule(".".join(parts[: len(parts) - above]))
+        if any(each.is_meta for each in around.parameters()):
+            around = _of_zeros(around)
+        below = ".".join([*parts[len(parts) - above :], name])
+        found = _multiplied(around, around.get_parameter(below))
+        if found is not None:
+            return found
+    return None
+
+
+@torch.no_grad()
+def _multiplied(around: nn.Module, stack: Tensor) -> bool | None:
+    """Whether a product with a part of the stack contracts its rows, in a run of `around`; None if there is none."""
+    found: set[bool] = set()
+    size = stack.numel() * stack.element_size()
+
+    def seen(left: Tensor, right: Tensor, axis: int) -> None:
+        for weight, contracted in ((right, axis), (left, -1)):
+            if weight.ndim in (2, 3) and 0 <= weight.data_ptr() - stack.data_ptr() < size:
+                found.update(rows for rows in (False, True) if weight.stride(contracted) == stack.stride(2 - rows))
+
+    tokens = 2 * stack.shape[0]
+    with in_mode(around, training=False), Products(seen):
+        for front, width in product([(1, tokens), (tokens,)], dict.fromkeys(stack.shape[1:])):
+            x = torch.linspace(-1, 1, tokens * width).sin().reshape(*front, width).to(stack)
+            with suppress(Exception):  # most modules take other arguments
+                around(x)
+            if len(found) == 1:
+                return found.pop()
+            found.clear()
+    return None
+
+
+def _of_zeros(module: nn.Module) -> nn.Module:
+    """A copy of a module on the meta device that can be run: all zeros, on the CPU."""
+    found = deepcopy(module).to_empty(device="cpu")
+    for tensor in (*found.parameters(), *found.buffers()):
+        tensor.data.zero_()
+    return found
 
 
 def _tied_and_heads(root: nn.Module) -> set[int]:
@@ -292,6 +404,29 @@ def _tied_and_heads(root: nn.Module) -> set[int]:
     tied = {id(module.weight) for module in root.modules() if isinstance(module, nn.Embedding)}
     head = root.get_output_embeddings() if is_pretrained(root) else None
     return tied | ({id(parameter) for parameter in head.parameters()} if head is not None else set())
+
+
+def _gates(root: nn.Module) -> set[int]:
+    """The ids of weights of depthwise convolutions, and of linear layers as thin as one value a head of the model."""
+    found = {
+        id(each.weight)
+        for each in root.modules()
+        if isinstance(each, CONVOLUTIONS) and each.groups == each.in_channels > 1
+    }
+    config: dict[str, Any] = root.config.get_text_config().to_dict() if is_pretrained(root) else {}
+    heads = [n for key, n in config.items() if isinstance(n, int) and ("heads" in key or key == "n_head")]
+    linears = [each for each in root.modules() if isinstance(each, nn.Linear)]
+    return found | {id(each.weight) for each in linears if min(each.weight.shape) <= max(heads, default=0)}
+
+
+def _other_towers(root: nn.Module) -> set[int]:
+    """The ids of parameters of a model of several towers that lie outside the one text goes through."""
+    config = root.config if is_pretrained(root) else None
+    if config is None or config.is_encoder_decoder or config.get_text_config() is config:
+        return set()
+    text: nn.Module = root.get_decoder()
+    inside = {id(parameter) for parameter in text.parameters()}
+    return {id(parameter) for parameter in root.parameters()} - inside
 
 
 def _routers(root: nn.Module) -> set[int]:

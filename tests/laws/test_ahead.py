@@ -186,6 +186,19 @@ class Refusing(Work):
         raise OSError(f"no space for {name}")
 
 
+def test_a_block_is_brought_after_one_that_shares_its_weights_is_released() -> None:
+    source = Slow()
+    source.model[3].weight = source.model[1].weight
+    late = threading.Event()
+
+    def save(name: str) -> None:
+        if name == "1":
+            late.wait(0.05)
+
+    work(source, save)
+    assert source.log.index("release 1") < source.log.index("load 3")
+
+
 def test_a_full_disk_ends_a_pruning(tmp_path: Path) -> None:
     tokens = torch.randint(VOCABULARY, (4, 8), generator=torch.Generator().manual_seed(1))
     work = Refusing(tmp_path, "key").open()

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from prunus.blocks.chain import Arguments, capture, find_blocks, run_block
+from prunus.blocks.chain import Arguments, capture, embed, find_blocks, run_block
 from prunus.layers import Inputs, find_layers
 from prunus.score import observable, observe
+from prunus.stream.sources import Memory
 
 D = 6
 
@@ -95,6 +96,43 @@ def test_a_chain_of_blocks_equals_the_model(ids: Tensor, wrap: int, keyword: boo
         hidden = run_block(model.get_submodule(name), hidden, arguments[name])
     assert torch.equal(model.norm(hidden), model(ids))
     assert hidden.requires_grad
+
+
+class Keeper(nn.Module):
+    """A block that leaves keys for later blocks, or reads them, and returns how it chose, which the next one takes."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.fc, self.first = nn.Linear(D, D), first
+
+    def forward(self, hidden: Tensor, chosen: Tensor | None, shared: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        if self.first:
+            shared["keys"], chosen = self.fc(hidden), hidden.argmax(-1)
+        return hidden + shared["keys"] * chosen.unsqueeze(-1) + self.fc(hidden), chosen
+
+
+class Keeping(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Keeper(number == 0) for number in range(3))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden, chosen, shared = self.embed(ids), None, {}
+        for block in self.layers:
+            hidden, chosen = block(hidden, chosen, shared)
+        return self.norm(hidden)
+
+
+def test_what_blocks_pass_on_beside_the_hidden_state_is_each_batch_s_own(ids: Tensor) -> None:
+    model = Keeping()
+    names = find_blocks(model)
+    hidden, arguments = embed(model, names, ids, source=Memory(model), device=torch.device("cpu"), batch_size=1)
+    for name in names:
+        block = model.get_submodule(name)
+        for _ in range(2):  # once to be observed, once to go on
+            leaving = [run_block(block, x, call) for x, call in zip(hidden, arguments[name], strict=True)]
+        hidden = leaving
+    torch.testing.assert_close(model.norm(torch.cat(hidden)), model(ids))
 
 
 def test_capture_leaves_no_trace(ids: Tensor) -> None:
@@ -334,7 +372,7 @@ def test_a_grouped_convolution_cannot_be_observed() -> None:
 
 
 def test_what_cannot_be_observed_stays_dense_with_a_note(caplog: pytest.LogCaptureFixture) -> None:
-    block = nn.Sequential(nn.Conv1d(4, 4, 3, groups=4), nn.Conv1d(4, 8, 1), nn.Conv3d(8, 8, 1))
+    block = nn.Sequential(nn.Conv1d(4, 4, 3, groups=2), nn.Conv1d(4, 8, 1), nn.Conv3d(8, 8, 1))
     views = find_layers(block)
     assert [view.name for view in observable(block, views)] == ["1"]
     assert "0, 2 stay dense" in caplog.text

@@ -115,20 +115,52 @@ def test_routers_beside_stacked_experts_are_left_dense_unless_named() -> None:
     assert sorted(names(Moe(), include=["*"])) == sorted([*usual, "router", "shared_gate"])
 
 
-def test_a_stack_of_unknown_orientation_is_refused_by_name() -> None:
+def test_a_stack_that_nothing_multiplies_stays_dense_unless_named(caplog: pytest.LogCaptureFixture) -> None:
+    assert names(Moe(None)) == ["shared.0", "shared.1"]
+    assert "experts.up stay dense" in caplog.text
     with pytest.raises(ValueError, match=r"'experts.up\[0\]' is one of 3 .* shape \(4, 6\).*is_transposed.*exclude"):
-        find_layers(Moe(None))
+        names(Moe(None), include=["up"])
     assert names(Moe(None), exclude=["experts.*"]) == ["shared.0", "shared.1"]
 
 
-def test_gates_of_unknown_orientation_stay_dense_with_a_note(caplog: pytest.LogCaptureFixture) -> None:
-    gates = nn.Module()
-    gates.weight = nn.Parameter(torch.ones(3, 5, 5))
-    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "recurrent": gates})
-    assert names(model) == ["fc"]
-    assert "recurrent.weight stay dense" in caplog.text
-    with pytest.raises(ValueError, match="is_transposed"):
-        find_layers(model, include=["recurrent.weight"])
+class Told(nn.Module):
+    """Experts that say how many tokens each takes, called by a module around them that takes tokens alone."""
+
+    def __init__(self, stored: str, width: int) -> None:
+        super().__init__()
+        self.stored, self.experts = stored, nn.Module()
+        self.experts.weight = nn.Parameter(torch.randn(*((2, 6, width) if stored == "out, in" else (2, width, 6))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = x.flatten(0, -2).tensor_split(2)
+        if self.stored == "out, in":
+            return torch.cat([nn.functional.linear(parts[i], self.experts.weight[i]) for i in range(2)])
+        return torch.bmm(torch.stack(parts), self.experts.weight)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("width", [4, 6])
+@pytest.mark.parametrize("stored", ["out, in", "in, out"])
+def test_a_run_on_probes_tells_how_experts_are_stored(stored: str, width: int, device: str, monkeypatch) -> None:
+    monkeypatch.setattr(prunus.layers, "_PROBED", {})
+    root = nn.ModuleDict({"moe": Told(stored, width).to(device)})
+    views = find_layers(root)
+    assert [view.name for view in views] == ["moe.experts.weight[0]", "moe.experts.weight[1]"]
+    assert {(view.shape, view.transposed) for view in views} == {((6, width), stored == "in, out")}
+
+
+def test_depthwise_convolutions_stay_dense_unless_named() -> None:
+    model = nn.ModuleDict({"conv": nn.Conv1d(6, 6, 4, groups=6), "one": nn.Conv2d(1, 6, 3), "fc": nn.Linear(6, 6)})
+    assert names(model) == ["one", "fc"]
+    assert names(model, include=["conv"]) == ["conv"]
+
+
+def test_gates_of_one_value_a_head_stay_dense_unless_named() -> None:
+    config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=4)
+    model = LlamaForCausalLM(config)
+    model.model.layers[0].self_attn.gate = nn.Linear(8, 4)
+    assert len(names(model)) == 7
+    assert names(model, include=["gate"]) == ["model.layers.0.self_attn.gate"]
 
 
 def test_position_embeddings_are_no_stack() -> None:

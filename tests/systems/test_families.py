@@ -235,6 +235,7 @@ def test_layers_of_a_block_leave_embeddings_head_and_routers(family: str) -> Non
     gates = {
         f"temporal_block.rg_lru.{each}_gate_{part}" for each in ("input", "recurrent") for part in ("weight", "bias")
     }
+    gates |= {key for key in left if key.endswith(("conv1d.weight", "conv_1d.weight"))}  # depthwise
     mixes = {key for key in left if ".time_mix_" in key}  # (1, 1, width) of RWKV
     assert left <= routers | biases | gates | mixes, left
     assert not any(view.name.startswith(("lm_head", "model.embed")) for view in find_layers(model))

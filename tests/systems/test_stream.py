@@ -57,6 +57,24 @@ def test_every_layer_reaches_its_count_and_the_rest_is_untouched() -> None:
     assert streamed.reports[0].sparsity == pytest.approx(0.3, abs=1e-3)
 
 
+def test_a_weight_in_two_blocks_is_solved_once_with_what_both_receive() -> None:
+    model = tiny_llama()
+    first, second = model.model.layers
+    second.mlp = first.mlp
+    seen: list[torch.Tensor] = []
+    hook = first.mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].square().sum((0, 1))))
+    dense = first.mlp.down_proj.weight.detach().clone()
+    with torch.no_grad():
+        model(TOKENS)
+    hook.remove()
+    masks = stream(model, WANDA, None, 0.5, tokens=TOKENS).masks
+    assert not any(name.startswith("model.layers.1.mlp") for name in masks)
+    kept = (dense.abs() * sum(seen).sqrt()).topk(24).indices
+    assert torch.equal(
+        masks["model.layers.0.mlp.down_proj.weight"], torch.zeros(32, 48, dtype=torch.bool).scatter(1, kept, True)
+    )
+
+
 @pytest.mark.parametrize("asked", [wanda, sparsegpt()], ids=lambda each: each.name)
 def test_a_search_by_the_models_loss_keeps_the_budget(asked: Criterion) -> None:
     dense, found = tiny_llama(), {}

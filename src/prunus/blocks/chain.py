@@ -3,21 +3,22 @@
     h_0 = embeddings(input_ids)     h_{i+1} = block_i(h_i, its own captured arguments)     logits = head(norm(h_n))
 
 Nothing is named by family: blocks are the repeated modules of the tree, their arguments are whatever the model passes
-(rotary embeddings, masks and positions may differ by block). Which weights are prunable is in `layers`.
+(rotary embeddings, masks and positions may differ by block), also what earlier blocks return besides the hidden state,
+or leave in a dictionary for later ones (shared keys and values). Which weights are prunable is in `layers`.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import register_pytree_node, tree_flatten
+from torch.utils._pytree import register_pytree_node, tree_flatten, tree_leaves, tree_map_only
 
 from prunus.layers import scan
 from prunus.machine import is_pretrained
@@ -47,23 +48,36 @@ class Source(Protocol):
         ...
 
 
+@dataclass(eq=False)
+class Passed:
+    """A place in the arguments of one batch for what only a block that has run knows: a value that it returned, or
+    whatever it left in a container that was empty before."""
+
+    value: Any = None
+
+
 @dataclass(frozen=True, eq=False)
 class Arguments:
-    """The arguments one block receives besides the hidden state, which goes first or under the keyword `hidden`."""
+    """The arguments one block receives besides the hidden state, which goes first or under the keyword `hidden`.
+
+    returns: where what it returns after the hidden state goes, None for what no later block takes.
+    """
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     hidden: str | None = None
+    returns: tuple[Passed | None, ...] = ()
 
     def to(self, device: torch.device | str) -> Arguments:
-        """The same arguments with every tensor on `device`, also inside tuples, lists and dictionaries."""
-        return Arguments(_move(self.args, device), _move(self.kwargs, device), self.hidden)
+        """The same arguments with every tensor on `device`, also inside tuples, lists and dictionaries, and what
+        earlier blocks passed, as it is."""
+        return Arguments(_move(self.args, device), _move(self.kwargs, device), self.hidden, self.returns)
 
 
 register_pytree_node(
     Arguments,
-    lambda call: ([call.args, call.kwargs], call.hidden),
-    lambda parts, hidden: Arguments(*parts, hidden=hidden),
+    lambda call: ([call.args, call.kwargs], (call.hidden, call.returns)),
+    lambda parts, rest: Arguments(*parts, *rest),
 )
 
 
@@ -172,9 +186,13 @@ def _same(one: Arguments, other: Arguments) -> bool:
         return True
     left, left_spec = tree_flatten(one)
     right, right_spec = tree_flatten(other)
-    return left_spec == right_spec and all(
-        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
-        for a, b in zip(left, right, strict=True)
+    return (
+        left_spec == right_spec
+        and not any(isinstance(each, Passed) for each in left)
+        and all(
+            torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
+            for a, b in zip(left, right, strict=True)
+        )
     )
 
 
@@ -213,6 +231,9 @@ def run_block(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
         else block(*arguments.args, **{arguments.hidden: hidden, **arguments.kwargs})
     )
     if isinstance(output, (tuple, list)) and output:
+        for place, value in zip(arguments.returns, output[1:], strict=False):
+            if place is not None:
+                place.value = value
         output = output[0]
     if not isinstance(output, Tensor) or output.shape != hidden.shape:
         found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
@@ -231,10 +252,12 @@ class _NoChain(ValueError):
     """The model does not call its blocks as a chain."""
 
 
-_WAYS: tuple[Callable[[Tensor], Any], ...] = (  # what blocks return
+_WAYS: tuple[Callable[..., Any], ...] = (  # what blocks return: the hidden state, and what no block has made yet
     lambda hidden: hidden,
     lambda hidden: (hidden,),
-    lambda hidden: (hidden, None),  # attention weights, caches
+    lambda hidden: (hidden, Passed()),
+    lambda hidden: (hidden, Passed(), Passed()),
+    lambda hidden: (hidden, None),  # attention weights, caches that the model looks into
     lambda hidden: (hidden, None, None),
 )
 
@@ -251,6 +274,7 @@ class _Chain:
     hidden: Tensor | None = None
     leaving: Tensor | None = None
     calls: dict[str, Arguments] = field(default_factory=dict)
+    left: dict[int, Passed] = field(default_factory=dict)  # by id of a container that was empty
     output: Any = None
 
     @contextmanager
@@ -272,13 +296,14 @@ class _Chain:
             expected = self.names[len(self.calls)]
             if name != expected:
                 raise _NoChain(f"the model called block '{name}' where '{expected}' was expected")
-            self.calls[name] = self._split(name, args, kwargs)
-            if len(self.calls) == len(self.names):
-                if self.leaving is None:
-                    raise _LastBlock
-                return self.wrap(self.leaving)
-            assert self.hidden is not None
-            return self.wrap(self.hidden)
+            call = self._split(name, args, kwargs)
+            last = len(self.calls) + 1 == len(self.names)
+            output = self.wrap(self.leaving if last and self.leaving is not None else self.hidden)
+            returns = tuple(each for each in output if isinstance(each, Passed)) if isinstance(output, tuple) else ()
+            self.calls[name] = replace(call, returns=returns)
+            if last and self.leaving is None:
+                raise _LastBlock
+            return output
 
         return forward
 
@@ -293,13 +318,30 @@ class _Chain:
                 f"block '{name}' does not receive the output of the block before it as its first argument but "
                 f"{_describe(first)}; a chain of blocks that hand on one hidden state was looked for"
             )
-        return Arguments(args[1:], {key: value for key, value in kwargs.items() if key != keyword}, keyword)
+        rest = {key: self._placed(value) for key, value in kwargs.items() if key != keyword}
+        return Arguments(tuple(self._placed(value) for value in args[1:]), rest, keyword)
+
+    def _placed(self, value: Any) -> Any:
+        """An argument with a place for each container in which blocks may leave things for later ones."""
+
+        def placed(container: Any) -> Any:
+            return self.left.setdefault(id(container), Passed(container)) if _is_empty(container) else container
+
+        return tree_map_only(MutableMapping, placed, value, is_leaf=_is_empty)
 
     def result(self, model: nn.Module) -> tuple[Tensor, dict[str, Arguments]]:
         if self.hidden is None or len(self.calls) < len(self.names):
             missing = self.names[len(self.calls)] if self.names else "none given"
             raise _NoChain(f"{type(model).__name__} never called block '{missing}' in its forward")
+        taken = {id(each) for each in tree_leaves([(call.args, call.kwargs) for call in self.calls.values()])}
+        for name, call in self.calls.items():
+            wanted = tuple(each if id(each) in taken else None for each in call.returns)
+            self.calls[name] = replace(call, returns=wanted if any(wanted) else ())
         return self.hidden, self.calls
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, MutableMapping) and not value
 
 
 def _describe(value: Any) -> str:
@@ -311,11 +353,14 @@ def _describe(value: Any) -> str:
 
 
 def _without_cache(model: nn.Module) -> dict[str, Any]:
-    parameters = inspect.signature(model.forward).parameters
-    return {"use_cache": False} if is_pretrained(model) and "use_cache" in parameters else {}
+    parameters = inspect.signature(model.forward).parameters.values()
+    takes = any(each.name == "use_cache" or each.kind is each.VAR_KEYWORD for each in parameters)
+    return {"use_cache": False} if is_pretrained(model) and takes else {}
 
 
 def _move(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, Passed):
+        return value.value
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple

@@ -15,12 +15,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from prunus.layers import CONVOLUTIONS, Inputs, View, matches, scan
+from prunus.layers import CONVOLUTIONS, Inputs, Products, View, matches, scan
 from prunus.machine import imported
 
 log = logging.getLogger(__name__)
@@ -45,7 +43,7 @@ def observe(block: nn.Module, views: Sequence[View], *, gram: bool) -> Generator
         stack.callback(start.remove)
         if stacks:
             stack.enter_context(_eager_experts(block))
-            stack.enter_context(_Products(stacks, ledger))
+            stack.enter_context(Products(_recorder(stacks, ledger)))
         yield ledger.inputs
     ledger.finish(located, stacks)
 
@@ -167,26 +165,10 @@ class _Stack:
         return range(first, first + count)
 
 
-class _Products(TorchFunctionMode):
-    """Records the other operand of every matrix product with an expert."""
+def _recorder(stacks: Sequence[_Stack], ledger: _Ledger) -> Callable[[Tensor, Tensor, int], None]:
+    """What `Products` calls: the other operand of every product with an expert is that expert's input."""
 
-    def __init__(self, stacks: Sequence[_Stack], ledger: _Ledger) -> None:
-        super().__init__()
-        self.stacks = stacks
-        self.ledger = ledger
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in _OPERANDS:
-            first = _OPERANDS[func]
-            left, right = (*args, *kwargs.values())[first : first + 2]
-            for stack in self.stacks:
-                self._record(stack, left, right, -1 if func is F.linear else -2)
-        return func(*args, **kwargs)
-
-    def _record(self, stack: _Stack, left: Tensor, right: Tensor, contracted: int) -> None:
+    def record(stack: _Stack, left: Tensor, right: Tensor, contracted: int) -> None:
         weight, x, experts = right, left, stack.experts(right)
         if experts is None and contracted == -2:  # the weight may stand on the left: W @ x^T
             weight, experts, contracted = left, stack.experts(left), -1
@@ -203,14 +185,13 @@ class _Products(TorchFunctionMode):
             )
         for position, expert in enumerate(experts):
             if expert in stack.views:
-                self.ledger.receive(stack.views[expert].name, _expert_rows(x, position, len(experts)))
+                ledger.receive(stack.views[expert].name, _expert_rows(x, position, len(experts)))
 
+    def seen(left: Tensor, right: Tensor, contracted: int) -> None:
+        for stack in stacks:
+            record(stack, left, right, contracted)
 
-_OPERANDS: dict[Any, int] = {  # position of the two factors among the arguments
-    **dict.fromkeys([F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm], 0),
-    **dict.fromkeys([torch.bmm, Tensor.bmm], 0),
-    **dict.fromkeys([torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm], 1),
-}
+    return seen
 
 
 def _expert_rows(x: Tensor, position: int, count: int) -> Tensor:

@@ -67,12 +67,12 @@ class _Unit:
 @dataclass(frozen=True, eq=False)
 class Passing:
     """What runs through a block, per batch: hidden (b, length, d), which enters the pruned block; the other arguments
-    of the call; targets, what the dense block gave; dense, what entered the dense block where that is not `hidden`."""
+    of the call; targets, what the dense block gave; dense, what entered the dense block where that is another."""
 
     hidden: Sequence[Tensor]
     arguments: Sequence[Arguments]
     targets: Sequence[Tensor]
-    dense: Sequence[Tensor] | None
+    dense: Sequence[tuple[Tensor, Arguments]] | None
 
 
 Example = dict[str, Any]  # target: (b, ..., d); args, kwargs: what the unit receives
@@ -142,13 +142,13 @@ def _examples(
 ) -> list[Example]:
     """What a part of the block receives in the pruned block, with the dense part's answer."""
     examples: list[Example] = []
-    entering = passing.hidden if passing.dense is None else passing.dense
-    for x, e, call in zip(passing.hidden, entering, passing.arguments, strict=True):
+    own = list(zip(passing.hidden, passing.arguments, strict=True))
+    for (x, call), other in zip(own, passing.dense or own, strict=True):
         [(args, kwargs)] = _calls(block, unit.path, lambda x=x, call=call: run_block(block, x, call))
-        if e is x:
+        if other[0] is x:
             target = _first(dense.get_submodule(unit.path)(*args, **kwargs))
         else:
-            [target] = _outputs(dense, unit.path, lambda e=e, call=call: run_block(dense, e, call))
+            [target] = _outputs(dense, unit.path, lambda other=other: run_block(dense, *other))
         home = x.device
         examples.append({"target": target.to(home), "args": _to(args, home), "kwargs": _to(kwargs, home)})
     return examples

@@ -223,15 +223,19 @@ class Ahead:
         self._brings = ThreadPoolExecutor(1, thread_name_prefix="bring")
         self._follows = ThreadPoolExecutor(1, thread_name_prefix="behind")
         self._coming: tuple[str, Future[nn.Module]] | None = None
-        self._behind: list[Future[None]] = []
+        self._behind: list[tuple[str, Future[None]]] = []
         self._streams = _streams(device)
 
     def load(self, name: str, device: torch.device) -> nn.Module:
         """The block on `device`; the one after it is on its way when this returns."""
-        block = self._take(name) or self.source.load(name, device)
+        block = self._take(name)
+        if block is None:
+            self._part(name)
+            block = self.source.load(name, device)
         self._settle(most=1)  # the block before this one may still be on its way
         following = self._next.get(name)
         if following is not None and not self._shares(name, following):
+            self._part(following)
             self._coming = following, self._brings.submit(self._bring, following)
         return block
 
@@ -243,7 +247,7 @@ class Ahead:
                 after()
             self.source.release(name)
 
-        self._follow(task)
+        self._follow(name, task)
 
     @contextmanager
     def outside(self, device: torch.device) -> Generator[None]:
@@ -259,7 +263,7 @@ class Ahead:
                 name, future = self._coming
                 self._coming = None
                 if future.exception() is None:
-                    self._follow(lambda: self.source.release(name))
+                    self._follow(name, lambda: self.source.release(name))
             self._settle(most=0)
         except BaseException as error:
             if not quietly:
@@ -287,7 +291,7 @@ class Ahead:
         with self._on(0):
             return self.source.load(name, self.device)
 
-    def _follow(self, task: Callable[[], None]) -> None:
+    def _follow(self, name: str, task: Callable[[], None]) -> None:
         done = None if self._streams is None else torch.cuda.current_stream(self.device).record_event()
 
         def run() -> None:
@@ -298,12 +302,17 @@ class Ahead:
                 if stream is not None:
                     stream.synchronize()  # what was copied may be written, and what was read may be freed
 
-        self._behind.append(self._follows.submit(run))
+        self._behind.append((name, self._follows.submit(run)))
 
     def _settle(self, *, most: int) -> None:
         """Wait until at most so many tasks are left behind; raise the error of any that is done."""
         while len(self._behind) > most:
-            self._behind.pop(0).result()
+            self._behind.pop(0)[1].result()
+
+    def _part(self, name: str) -> None:
+        """Wait until no block is left behind that shares parameters with this one, which is about to be brought."""
+        if any(self._shares(name, other) for other, _ in self._behind):
+            self._settle(most=0)
 
     def _shares(self, name: str, other: str) -> bool:
         """Whether two blocks are one module or share parameters: the second must not move before the first is done."""

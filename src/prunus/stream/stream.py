@@ -13,6 +13,9 @@ The layers of a block are solved by one process, or shared among several:
 
     inputs_r = statistics of rank r's windows;   inputs = sum_r inputs_r;   each layer is solved by one rank and sent
 
+A weight that several blocks share is solved once, in the first of them, with what all of them receive in the dense
+model: the dense blocks run once before, and the later ones are given the solved weight.
+
 Every rank ends with the same bits: sums come out alike everywhere, and weights and masks are their solver's.
 
 How a block is run is in `blocks`, where it comes from in `sources`; the fit of a pruned block is in `reconstruct`.
@@ -131,8 +134,10 @@ def stream(
         tokens = _own_share(tokens, fit)
     names = place.names
     done = ranks.agree([work is not None and work.has(name) for name in names]) if shared else None
-    hidden, arguments = embed(model, names, tokens, source=place.source, device=place.device, batch_size=batch_size)
-    flow = _Flow(hidden, arguments, list(hidden) if fit is not None and fit.inputs == "dense" else None)
+    begin = partial(embed, model, names, tokens, source=place.source, device=place.device, batch_size=batch_size)
+    hidden, arguments = begin()
+    dense = (list(hidden), begin()[1]) if fit is not None and fit.inputs == "dense" else None
+    flow = _Flow(hidden, arguments, dense, _survey_tied(place, asked.needs, tokens, batch_size))
     reports: list[BlockReport] = []
     with ahead(place.source, names, place.device) as moving:
         for index, name in enumerate(names):
@@ -183,6 +188,7 @@ class _Place:
     names: list[str]
     views: dict[str, list[View]]
     outer: list[View]
+    tied: dict[str, dict[str, View]]  # name of a view whose weight several blocks have -> block -> the view there
 
     @property
     def inner(self) -> list[View]:
@@ -209,7 +215,8 @@ def _placed(
     names = find_blocks(model)
     found = find_layers(model, include=include, exclude=exclude)
     views, outer = _views_by_block(observable(model, found, include) if observed else found, names, include, exclude)
-    return _Place(model, source or Memory(model), device, precision, names, views, outer)
+    tied = _tied_views(model, views)
+    return _Place(model, source or Memory(model), device, precision, names, views, outer, tied)
 
 
 @torch.no_grad()
@@ -369,12 +376,14 @@ def _solve_layers_(
 
 @dataclass(eq=False)
 class _Flow:
-    """What runs through the blocks: per batch the hidden state (b, length, d), that of the dense network where a fit
-    asks for it, and the arguments of each block's calls; the masks so far."""
+    """What runs through the blocks: per batch the hidden state (b, length, d) and the arguments of each block's calls,
+    both also of the dense network where a fit asks for them; the masks so far."""
 
     hidden: list[Tensor]
     arguments: Mapping[str, list[Arguments]]
-    dense: list[Tensor] | None
+    dense: tuple[list[Tensor], Mapping[str, list[Arguments]]] | None
+    tied: Mapping[str, Inputs] = field(default_factory=dict)  # of views whose weights several blocks have
+    solved: dict[str, Tensor] = field(default_factory=dict)  # those weights, by name of the view's parameter
     masks: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -388,8 +397,10 @@ class _Step:
 
     def solve_(self, task: _Task, fit: Fit | None, flow: _Flow) -> BlockReport:
         """Prune the block from what reaches it, fit it, and replace `flow.hidden` by what leaves it."""
+        self._take_tied_(flow)
         before = copy.deepcopy(self.block) if fit is not None else None
         inputs, leaving = self._observe(task, flow, keep=fit is not None and flow.dense is None)
+        inputs |= {view.name: flow.tied[view.name] for view in self.views if view.name in flow.tied}
         parameters = dict(self.block.named_parameters(prefix=self.name))
         if self.shared:
             _add_up_(self.views, inputs)
@@ -400,16 +411,33 @@ class _Step:
         if fit is not None and before is not None:
             errors = self._fit_(before, fit, Masks(chosen), flow, leaving)
         del leaving
-        self._advance_(self.block, flow.hidden, flow)
+        self._leave_tied_(flow)
+        self._advance_(self.block, flow.hidden, flow.arguments)
         return _report(self.name, self.views, flow.masks, started=self.started, fallback=fallback, errors=errors)
 
     def replay_(self, work: Work, flow: _Flow) -> BlockReport:
         """Take the finished block from the work folder and only run it."""
         if flow.dense is not None:
-            self._advance_(self.block, flow.dense, flow)
+            self._advance_(self.block, *flow.dense)
         report = work.restore_(self.name, self.block, flow.masks)
-        self._advance_(self.block, flow.hidden, flow)
+        self._leave_tied_(flow)
+        self._advance_(self.block, flow.hidden, flow.arguments)
         return report
+
+    @torch.no_grad()
+    def _take_tied_(self, flow: _Flow) -> None:
+        """Give the block the weights that it shares with one solved before; its source may have read dense ones."""
+        for places in self.place.tied.values():
+            parameter = places[next(iter(places))].parameter
+            if parameter in flow.solved and self.name in places:
+                key = places[self.name].parameter.removeprefix(f"{self.name}.")
+                self.block.get_parameter(key).copy_(flow.solved[parameter])
+
+    def _leave_tied_(self, flow: _Flow) -> None:
+        for view in self.views:
+            if view.name in self.place.tied:
+                weight = self.block.get_parameter(view.parameter.removeprefix(f"{self.name}."))
+                flow.solved[view.parameter] = weight.detach().clone()
 
     @torch.no_grad()
     def _observe(self, task: _Task, flow: _Flow, *, keep: bool) -> tuple[dict[str, Inputs], list[Tensor]]:
@@ -434,14 +462,15 @@ class _Step:
         """The block's error before and after its fit to what the dense block makes of pruned or of dense inputs."""
         entering, targets = None, leaving
         if flow.dense is not None:
-            entering, targets = list(flow.dense), flow.dense
-            self._advance_(before, flow.dense, flow)
+            hidden, arguments = flow.dense
+            entering, targets = list(zip(hidden, arguments[self.name], strict=True)), hidden
+            self._advance_(before, hidden, arguments)
         passing = Passing(flow.hidden, flow.arguments[self.name], targets, entering)
         return reconstruct(self.block, before, fit, passing, views=self.views, masks=masks, prefix=self.name)
 
-    def _advance_(self, block: nn.Module, hidden: list[Tensor], flow: _Flow) -> None:
+    def _advance_(self, block: nn.Module, hidden: list[Tensor], arguments: Mapping[str, list[Arguments]]) -> None:
         with self._autocast():
-            _advance_(block, hidden, flow.arguments[self.name])
+            _advance_(block, hidden, arguments[self.name])
 
     def _autocast(self) -> AbstractContextManager[object]:
         return autocast(self.place.device, self.place.precision)
@@ -525,6 +554,34 @@ def _own_share(tokens: Tensor, fit: Fit | None) -> Tensor:
     if len(tokens) < ranks.count():
         raise ValueError(f"{len(tokens)} windows cannot be shared by {ranks.count()} processes: take at least as many")
     return tokens[ranks.share(len(tokens))]
+
+
+def _tied_views(model: nn.Module, views: Mapping[str, Sequence[View]]) -> dict[str, dict[str, View]]:
+    """Name of each view whose parameter is in several blocks -> block -> the view with its names there."""
+    places: dict[int, list[tuple[str, str]]] = {}  # id of a parameter -> its names, each with its block
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        block = next((name for name in views if key.startswith(f"{name}.")), None)
+        if block is not None:
+            places.setdefault(id(parameter), []).append((block, key))
+    found: dict[str, dict[str, View]] = {}
+    for view in (view for each in views.values() for view in each):
+        named = dict(places[id(model.get_parameter(view.parameter))])
+        if len(named) > 1:
+            ends = [
+                (block, key, key if view.index is not None else key.rpartition(".")[0]) for block, key in named.items()
+            ]
+            tail = f"[{view.index}]" if view.index is not None else ""
+            found[view.name] = {block: replace(view, name=name + tail, parameter=key) for block, key, name in ends}
+    return found
+
+
+def _survey_tied(place: _Place, needs: str, tokens: Tensor, batch_size: int) -> dict[str, Inputs]:
+    """Name of each view whose weight several blocks have -> what it receives in all of them, in the dense model."""
+    if not place.tied or not needs:
+        return {}
+    views = {block: [each[block] for each in place.tied.values() if block in each] for block in place.names}
+    seen = _survey(replace(place, views=views), tokens, batch_size, gram=needs == "gram")
+    return {name: Inputs.together([seen[view.name] for view in places.values()]) for name, places in place.tied.items()}
 
 
 def _survey(
