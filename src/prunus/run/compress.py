@@ -3,6 +3,7 @@
 out/recipe.yaml      the resolved recipe          out/metrics.jsonl   every number, as it was measured
 out/result.json      what the table shows         out/report.png      sparsity by layer, perplexity by stage
 out/model/           the compressed model         out/work/           finished blocks, until the run is done
+out/lm_eval.json     what lm-eval says of its tasks
 out/members/         the members of a soup        out/adapter/        what was trained, with `retrain.keep_adapter`, and
 out/pruned/          the model that it belongs on, where that is more than the dense one under the masks
 
@@ -136,8 +137,11 @@ class _Run:
         loaded, masks = self._phases(loaded, result)
         speed["now"] = self._paced("now", loaded)
         result |= {"speed": speed} if speed["now"] else {}
-        if recipe.evaluate.tasks:
-            result["zero_shot"] = stages.zero_shot(loaded.model, loaded.tokenizer, recipe, self.device)
+        scores = stages.zero_shot(loaded.model, loaded.tokenizer, recipe, self.device)
+        if scores is not None:
+            result["zero_shot"] = scores.rows
+            if ranks.is_main():
+                write_json(self.out / "lm_eval.json", scores.report)
         result["seconds"] = time.perf_counter() - started
         if recipe.save:
             result["saved"] = str(self.out / "model")

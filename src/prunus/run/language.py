@@ -218,8 +218,8 @@ class _Language:
             if recipe.retrain is not None:
                 result["retraining"] = _retrain(pruned, store.checkpoint(job))
             result["perplexity"] = stages.evaluate(loaded, pruned.recipe, pruned.device)
-        if recipe.evaluate.tasks:
-            result["zero_shot"] = stages.zero_shot(loaded.model, loaded.tokenizer, pruned.recipe, pruned.device)
+        scores = stages.zero_shot(loaded.model, loaded.tokenizer, pruned.recipe, pruned.device)
+        result |= {} if scores is None else {"zero_shot": scores.rows}
         return result | {"seconds": time.perf_counter() - started}
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from prunus.blocks import find_blocks
 from prunus.layers import View, find_layers
 from prunus.machine import import_extra
-from prunus.measure import read_task
+from prunus.measure import check_tasks
 from prunus.run.recipe import Adapting, ClassifierRecipe, LanguageRecipe, LanguageRetrain, Prune
 from prunus.score import needed, observable
 
@@ -27,7 +27,6 @@ __all__ = [
     "Outline",
     "check_language",
     "check_pruning",
-    "check_tasks",
     "outline_classifier",
     "outline_language",
     "size_in_words",
@@ -86,16 +85,8 @@ def check_language(recipe: LanguageRecipe, model: Any) -> list[View]:
     for trained in (recipe.train, recipe.retrain):
         if trained is not None:
             optimizer_of(trained.optimizer)
-    check_tasks(recipe)
+    check_tasks(recipe.evaluate.tasks)
     return views
-
-
-def check_tasks(recipe: LanguageRecipe) -> None:
-    """Raise ValueError for a task file that cannot be read, ImportError where what measures it is missing."""
-    for path in recipe.evaluate.tasks.values():
-        read_task(path)
-    if recipe.evaluate.tasks:
-        import_extra("lm_eval", "zeroshot", "evaluate.tasks are measured by lm-eval")
 
 
 def _check_adapting(key: str, asked: Adapting, model: nn.Module, views: Sequence[View]) -> None:

@@ -606,6 +606,15 @@ class Pace(Strict):
     seconds: Positive = 2.0
 
 
+_TasksForm = str | list[str] | dict[str, str | None]
+
+
+def _tasks(value: Any) -> Any:
+    """Tasks by name alone, in a list or in one text with commas, or with their files."""
+    names = value.split(",") if isinstance(value, str) else value
+    return {str(name).strip(): None for name in names} if isinstance(names, (list, tuple)) else names
+
+
 class Evaluate(Strict):
     """Perplexity of each named text: joined, cut into windows without overlap, mean loss over predicted tokens."""
 
@@ -616,10 +625,18 @@ class Evaluate(Strict):
     """Tokens a window; the model's own length (at most 2048) if left out."""
     batch_size: Count = 4
     """Windows at a time."""
-    tasks: dict[str, str] = Field(default_factory=dict)
-    """Zero-shot tasks and their files (needs the extra 'zeroshot')."""
-    task_batch_size: Count = 16
-    """Requests of zero-shot tasks at a time."""
+    tasks: Annotated[dict[str, str | None], BeforeValidator(_tasks, json_schema_input_type=_TasksForm)] = Field(
+        default_factory=dict
+    )
+    """Tasks of lm-eval, by name or by name and file (needs the extra 'zeroshot')."""
+    task_batch_size: Count | Literal["auto"] = 16
+    """Requests of tasks at a time, or auto."""
+    shots: Whole | None = None
+    """Examples before each question; the task's own number if left out."""
+    chat: bool = False
+    """Ask through the tokenizer's chat template."""
+    limit: Count | None = None
+    """Only the first so many examples of a task."""
     speed: Annotated[Pace | None, BeforeValidator(_asked, json_schema_input_type=Pace | bool | None)] = None
 
     @model_validator(mode="after")
@@ -633,7 +650,7 @@ class Evaluate(Strict):
 
     @model_validator(mode="after")
     def _check_tasks(self) -> Evaluate:
-        missing = [path for path in self.tasks.values() if looks_local(path) and not Path(path).exists()]
+        missing = [path for path in self.tasks.values() if path is not None and not Path(path).expanduser().exists()]
         if missing:
             raise ValueError(f"tasks: no file {missing[0]!r} (seen from {os.getcwd()}); check the path")
         return self

@@ -36,7 +36,7 @@ from prunus.data import ASSETS
 from prunus.layers import View, find_layers
 from prunus.machine import Precision, autocast, import_extra, of_training, ranks
 from prunus.masks import Masks
-from prunus.measure import perplexity, speed, streamed_perplexity
+from prunus.measure import Scores, perplexity, speed, streamed_perplexity
 from prunus.run.recipe import LanguageRecipe, LanguageRetrain, given
 from prunus.run.texts import calibration_windows, evaluation_texts, training_windows, window_of
 from prunus.save import loaded_model
@@ -443,15 +443,16 @@ def evaluate(loaded: Loaded, recipe: LanguageRecipe, device: torch.device) -> di
         return {name: perplexity(model, text, **how) for name, text in tokens.items()}
 
 
-def zero_shot(model: nn.Module, tokenizer: Any, recipe: LanguageRecipe, device: torch.device) -> dict[str, Any]:
-    """Task name -> accuracies with their standard errors; empty when the recipe asks for no task."""
-    if not recipe.evaluate.tasks:
-        return {}
+def zero_shot(model: Any, tokenizer: Any, recipe: LanguageRecipe, device: torch.device) -> Scores | None:
+    """What lm-eval finds; None when the recipe asks for no task."""
+    asked = recipe.evaluate
+    if not asked.tasks:
+        return None
     from prunus.measure import zero_shot as measure
 
-    tasks = {name: Path(path) for name, path in recipe.evaluate.tasks.items()}
+    how: dict[str, Any] = {"shots": asked.shots, "chat": asked.chat, "limit": asked.limit}
     with _on(model, device), autocast(device, precision_of(recipe, device)):
-        return measure(model, tokenizer, tasks, batch_size=recipe.evaluate.task_batch_size)  # type: ignore[arg-type]
+        return measure(model, tokenizer, asked.tasks, batch_size=asked.task_batch_size, **how)
 
 
 def pace(model: nn.Module, recipe: LanguageRecipe, device: torch.device) -> dict[str, Any]:
