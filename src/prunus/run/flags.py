@@ -1,6 +1,6 @@
 """What the command's flags are and what they say: those of recipes are made from the recipe's own fields.
 
-retrain.lr: float = 1e-4        ─▶   --lr FLOAT       Peak learning rate.  (the field's docstring)
+retrain.rank: int = 16          ─▶   --rank INTEGER   Of adapters.  (the field's docstring)
 seed, where two sections have it ─▶   --seed, --retrain-seed
 """
 

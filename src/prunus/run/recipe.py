@@ -452,8 +452,6 @@ class Adapting(Strict):
     """Parameters: biases,norms or mask_lora or full ..."""
     steps: Count = 64
     """Optimizer steps."""
-    lr: Positive = 1e-4
-    """Peak learning rate."""
     warmup: Part = 0.1
     rank: Count = 16
     """Of adapters."""
@@ -467,6 +465,8 @@ class Adapting(Strict):
 class Reconstruct(Adapting):
     """Fit each pruned block to its dense outputs, right after it is pruned."""
 
+    lr: Positive = 1e-4
+    """Peak learning rate."""
     window: Literal["block", "half", "matrix"] = "block"
     inputs: Literal["pruned", "dense"] = "pruned"
 
@@ -511,6 +511,8 @@ class Distill(Strict):
 class LanguageRetrain(Adapting, Retrain):
     """Which parameters are retrained on packed text, and how."""
 
+    lr: Positive | None = None
+    """Peak learning rate; left out, 0.003, of everything 0.001."""
     train: Subsets = ("mask_lora",)
     """Parameters: biases,norms or mask_lora or full ..."""
     steps: Count = 200
@@ -565,13 +567,18 @@ class LanguageRetrain(Adapting, Retrain):
         return self
 
     @property
+    def peak(self) -> float:
+        """The learning rate: left out, what was best of few on small models (docs/how-to/choose-parameters.md)."""
+        return self.lr or (1e-3 if "full" in self.train else 3e-3)
+
+    @property
     def step_tokens(self) -> int:
         """Tokens of one step."""
         return self.accumulate * self.batch_size * self.length
 
     def rates(self, distance: float = 1.0) -> Multiplier:
         """The learning rate of every step, in units of its peak. distance: what pruning took away, for allr."""
-        original = Original.of([self.lr]) if self.dense is None else self.dense.original(self.lr)
+        original = Original.of([self.peak]) if self.dense is None else self.dense.original(self.peak)
         return self.multiplier(original, self.steps, distance)
 
 
@@ -580,8 +587,6 @@ class LanguageTraining(LanguageRetrain):
 
     train: Subsets = ("full",)
     """Everything: full."""
-    lr: Positive = 2e-4
-    """Peak learning rate."""
 
     @model_validator(mode="after")
     def _check_all(self) -> LanguageTraining:

@@ -343,7 +343,7 @@ def retrain(
         adaptation.keep_effective()
     packed = training_windows(asked, loaded.tokenizer)
     capture = _capture(recipe, device)
-    groups = adaptation.param_groups(asked.lr, asked.lrs, weight_decay=asked.weight_decay)
+    groups = adaptation.param_groups(asked.peak, asked.lrs, weight_decay=asked.weight_decay)
     optimizer = optimizer_of(asked.optimizer)(groups, **_recordable(asked, device, capture is not False))
     spare = "free" if asked.checkpointing == "auto" else 0
     with (
