@@ -105,6 +105,8 @@ class Inputs:
             if self._gram is not None and _multiplies_to_float32(rows):
                 _add_lower_(self._gram, rows)
                 self._half = True
+            elif self._gram is None and rows.is_cuda and rows.dtype != torch.float64:  # one reading, no float32 copy
+                self.squares.add_(torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).square_())
             else:
                 for part in rows.split(max(1, _CHUNK // max(1, self.columns))):
                     self._add_wide_(part.float())

@@ -256,7 +256,7 @@ class Retrain(Strict):
     """
 
     schedule: RetrainingName = "linear"
-    """Of the learning rate: linear, cosine, wsd, ..., or ft, lrw, slr, clr, llr, allr."""
+    """Schedule of the learning rate: linear, cosine, wsd, ..., or ft, lrw, slr, clr, llr, allr."""
     of: Literal["phase", "total"] = "phase"
     """The budget is that of each phase, or of all together."""
     warmup: Part = 0.1
@@ -449,17 +449,17 @@ class Adapting(Strict):
     """Which parameters of a language model are trained by AdamW, and the adapters among them."""
 
     train: Subsets = ("full",)
-    """Parameters: biases,norms or mask_lora or full ..."""
+    """What is trained: biases,norms or mask_lora or full ..."""
     steps: Count = 64
     """Optimizer steps."""
     warmup: Part = 0.1
     rank: Count = 16
-    """Of adapters."""
+    """Rank of adapters."""
     alpha: Positive = 32.0
-    """Of adapters: the update is scaled by alpha / rank."""
+    """Scale of adapters: their update is multiplied by alpha / rank."""
     init: Literal["kaiming", "gaussian"] = "kaiming"
     seed: int = 0
-    """Of the order of sequences, and of adapters."""
+    """Seed of the order of sequences, and of adapters."""
 
 
 class Reconstruct(Adapting):
@@ -503,7 +503,7 @@ class Distill(Strict):
     """
 
     weight: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Of the divergence; the rest is cross-entropy."""
+    """Weight of the divergence; that of the cross-entropy is the rest."""
     temperature: Positive = 1.0
     teacher: str | None = None
 
@@ -514,7 +514,7 @@ class LanguageRetrain(Adapting, Retrain):
     lr: Positive | None = None
     """Peak learning rate; left out, 0.003, of everything 0.001."""
     train: Subsets = ("mask_lora",)
-    """Parameters: biases,norms or mask_lora or full ..."""
+    """What is trained: biases,norms or mask_lora or full ..."""
     steps: Count = 200
     """Optimizer steps."""
     data: Data = _TRAIN
@@ -837,7 +837,7 @@ class Recipe(Strict):
     device: Device = "auto"
     """auto, cpu, cuda or one GPU such as cuda:1."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of matrix products."""
+    """Precision of matrix products."""
     compile: bool = False
     """Compile the model's blocks."""
     capture: Literal["auto"] | bool = "auto"
@@ -913,7 +913,7 @@ class LanguageRecipe(Recipe):
     trust_remote_code: bool = False
     """Run code that lies beside the model's weights."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the weights in memory and on disk."""
+    """Type of the weights in memory and on disk."""
     streaming: bool = False
     """Read blocks from the checkpoint one at a time, for models larger than memory."""
     train: LanguageTraining | None = None
@@ -1057,7 +1057,7 @@ class ClassifierRecipe(Recipe):
     arguments: dict[str, Any] = Field(default_factory=dict)
     weights: str | None = None
     seed: int = 0
-    """Of weights, order and augmentation."""
+    """Seed of weights, order and augmentation."""
     train: Training = Training()
     during: MethodName = None
     prune: ClassifierPrune | None = None

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,9 +127,15 @@ def fitted(recipe: LanguageRecipe, device: torch.device) -> LanguageRecipe:
     if window is not None:
         _check_length("evaluate.window", window, limit, recipe.model)
     if recipe.dtype == "auto" and device.type == "cpu" and getattr(config, "dtype", None) == torch.float16:
-        log.warning("float16 products are slow on a CPU: computing in float32; the model is saved in float16")
+        _say_once("float16 products are slow on a CPU: computing in float32; the model is saved in float16")
         changes["dtype"] = "float32"
     return recipe.model_copy(update=changes)
+
+
+@cache
+def _say_once(text: str) -> None:
+    """Members of a grid are of one model."""
+    log.warning(text)
 
 
 def home(recipe: LanguageRecipe, device: torch.device) -> torch.device:
