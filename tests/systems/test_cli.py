@@ -41,8 +41,6 @@ OPTIONS = {
     "report": "folders --out",
     "average": "checkpoints --out --weights --greedy --set --device",
     "merge": "base adapter out --device",
-    "measure": "models --set --prompt --tokens --batch-size --seconds --out",
-    "unpack": "packed out",
     "show": "recipe --set --names",
     "schema": "",
     "demo": "what --out --sparsity --device",
