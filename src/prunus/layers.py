@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import pairwise, product
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -426,7 +426,7 @@ def _other_towers(root: nn.Module) -> set[int]:
     config = root.config if is_pretrained(root) else None
     if config is None or config.is_encoder_decoder or config.get_text_config() is config:
         return set()
-    text: nn.Module = root.get_decoder()
+    text: nn.Module = cast(Any, root.get_decoder)()
     inside = {id(parameter) for parameter in text.parameters()}
     return {id(parameter) for parameter in root.parameters()} - inside
 

@@ -218,6 +218,7 @@ OWN = {
 WHOLE = {
     "`soup.vary`": "Vary",
     "`calibrate`": "Calibrate",
+    "`shrink`": "Shrink",
     "`reconstruct`": "Reconstruct",
     "`retrain.dense`": "DenseRates",
     "`evaluate`": "Evaluate",

@@ -1,7 +1,7 @@
 """What a run is asked to do: typed recipes of every task, read from YAML, checked before any work.
 
     Recipe              model, device, precision, compile, prune, retrain, soup, out, save: the same for every task
-    LanguageRecipe      and dtype, streaming, calibrate, reconstruct, evaluate
+    LanguageRecipe      and dtype, streaming, calibrate, shrink, reconstruct, evaluate
     ClassifierRecipe    and images, seed, train, during, recalibrate, corruptions, ...: what has the key `images`
 
 A recipe is a plain YAML mapping; every key is a field below. Sections that tasks share are one class. Its defaults are
@@ -90,6 +90,7 @@ __all__ = [
     "Reconstruct",
     "Retrain",
     "Save",
+    "Shrink",
     "Soup",
     "Strict",
     "Training",
@@ -431,6 +432,24 @@ class Calibrate(Strict):
     length: Annotated[int, Field(ge=2)] = 2048
     batch_size: Count = 8
     seed: int = 0
+
+
+class Shrink(Strict):
+    """What a language model is without before it is pruned, and then it is really smaller; counts, and shares of all.
+
+    What is left of heads and neurons is fitted on the windows of `calibrate`. vocabulary: the text whose words stay.
+    """
+
+    blocks: Whole = 0
+    heads: Part = 0.0
+    neurons: Part = 0.0
+    vocabulary: Data | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Shrink:
+        if self == Shrink.model_construct():
+            raise ValueError("say what goes: blocks: 4, heads: 0.25, neurons: 0.25, or vocabulary: words.txt")
+        return self
 
 
 def _subsets(value: Any) -> Any:
@@ -920,12 +939,21 @@ class LanguageRecipe(Recipe):
     during: MethodName = None
     prune: Prune = Prune()
     calibrate: Calibrate = Calibrate()
+    shrink: Shrink | None = None
     reconstruct: Reconstruct | None = None
     retrain: LanguageRetrain | None = None
     soup: Soup | None = None
     evaluate: Evaluate = Evaluate()
 
     apart: ClassVar[int] = 1000
+
+    @model_validator(mode="before")
+    @classmethod
+    def _smaller(cls, value: Any) -> Any:
+        """Of a model that becomes smaller nothing else goes unless that is said."""
+        if isinstance(value, dict) and value.get("shrink") is not None and "prune" not in value:
+            return {**value, "prune": {"criterion": "magnitude", "sparsity": 0.0}}
+        return value
 
     @property
     def drawn(self) -> int:
@@ -954,6 +982,9 @@ class LanguageRecipe(Recipe):
                 self._check_retrain(section)
         if self.during is not None or self.train is not None:
             self._check_during()
+        if self.shrink is not None and (self.streaming or self.trust_remote_code):
+            strange = "streaming" if self.streaming else "trust_remote_code"
+            raise ValueError(f"shrink: the smaller model is made anew, in memory: leave out {strange}")
         if self.streaming and self.retrain is not None and self.retrain.schedule == "allr":
             raise ValueError("retrain.schedule: allr compares with the dense weights: leave out streaming, or use llr")
         if self.streaming and self.prune.sharing().reads == "loss":
