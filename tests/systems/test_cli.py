@@ -39,7 +39,7 @@ OPTIONS = {
     "measure": "models --set --device --prompt --tokens --batch-size --seconds --out",
     "unpack": "packed out",
     "report": "folders --out",
-    "average": "checkpoints --out --weights --greedy --set --device",
+    "average": "checkpoints --out --weights --greedy --how --base --set --device",
     "merge": "base adapter out --device",
     "show": "recipe --set --names",
     "schema": "",

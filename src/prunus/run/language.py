@@ -24,11 +24,11 @@ import torch
 from prunus.run import stages
 from prunus.run.folder import device_name, device_of, ran_on
 from prunus.run.recipe import LanguageRecipe, LanguageRetrain, digest, given, member_of, merge, parse, said
-from prunus.run.soups import Member, Pruned, averaged, longer_of, member_key, weights_of
+from prunus.run.soups import Member, Pruned, averaged, longer_of, member_key, write_average
 from prunus.run.store import Job, Store
 from prunus.run.tables import LONGER, SOUP, Show, perplexity_row, perplexity_tables
 from prunus.run.texts import check_texts
-from prunus.save import average_folders, check_whole
+from prunus.save import check_whole
 from prunus.soup import Souped, distance, sms
 
 __all__ = ["LANGUAGE"]
@@ -136,8 +136,7 @@ def _train_member(recipe: LanguageRecipe, asked: LanguageRetrain, name: str, job
 def _average(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
     start, *needs = job.needs
     members, average = _members(needs, store), given(recipe.soup).average
-    weights = weights_of(_pruned(recipe, start, store), members, average, store.work(job) / "trial")
-    average_folders([folder for folder, _ in members], store.path(job), weights)
+    write_average(_pruned(recipe, start, store), members, average, store.path(job), store.work(job) / "trial")
     return {}
 
 

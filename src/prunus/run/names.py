@@ -276,7 +276,7 @@ schedules = Family(
 )
 sets = Family("set", ("prunus.frankwolfe.sets",), belongs=lambda each: _returns(each, "Ball"), given=("radius",))
 optimizers = Family("optimizer", ("prunus.run.vision.optimizers",), belongs=_is_optimizer)
-averages = Family("average", ("prunus.soup.averages",), belongs=inspect.isfunction, given=("states", "held"))
+averages = Family("average", ("prunus.soup.averages",), belongs=inspect.isfunction, given=("states", "held", "base"))
 FAMILIES = (criteria, allocations, patterns, methods, schedules, retrainings, optimizers, averages, sets)
 
 

@@ -352,6 +352,9 @@ class Soup(Strict):
                 raise ValueError(f"average: {len(self.average)} weights for {self.members} members; give one each")
             if abs(math.fsum(self.average) - 1) > 1e-6:
                 raise ValueError(f"average: weights add up to 1; these to {math.fsum(self.average):g}")
+        for each in (self.average, *self.also):
+            if not isinstance(each, tuple) and not averages.knows(each, "held"):
+                averages.make(each, [{}] * self.members, base={})  # what it refuses is refused before any work
         if self.line == 1 or self.plane == 1:
             raise ValueError("line and plane: at least 2 points, or 0 to leave it out")
         return self

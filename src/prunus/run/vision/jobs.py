@@ -388,7 +388,8 @@ def _average(recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str, Any]
     masks = store.masks(start)
     assert masks is not None
     asked: Average = given(recipe.soup).average
-    state, shares = averaged(asked, [store.state(member) for member in members], masks, Meter.of(recipe))
+    states, base = [store.state(member) for member in members], store.state(start)
+    state, shares = averaged(asked, states, base, masks, Meter.of(recipe))
     store.write_state(job, state)
     return {"shares": shares}
 
