@@ -170,7 +170,7 @@ class _Language:
             raise ValueError("show.columns is for grids of classifiers; leave it out")
 
     def recipe(self, raw: Mapping[str, Any], seed: int, *, tuning: bool, where: str) -> LanguageRecipe:
-        raw = merge(dict(raw), {"save": False})
+        raw = merge(dict(raw), {"save": False, "log_with": []})
         for section in ("train", "retrain", "reconstruct"):
             if raw.get(section) is not None:
                 raw = merge(raw, {f"{section}.seed": seed})

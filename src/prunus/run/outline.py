@@ -20,6 +20,7 @@ from prunus.blocks import find_blocks
 from prunus.layers import View, find_layers
 from prunus.machine import import_extra
 from prunus.measure import check_tasks
+from prunus.report import check_trackers
 from prunus.run.recipe import Adapting, ClassifierRecipe, LanguageRecipe, LanguageRetrain, Prune
 from prunus.score import needed, observable
 
@@ -87,6 +88,7 @@ def check_language(recipe: LanguageRecipe, model: Any) -> list[View]:
         if trained is not None:
             optimizer_of(trained.optimizer)
     check_tasks(recipe.evaluate.tasks)
+    check_trackers(recipe.log_with)
     return views
 
 

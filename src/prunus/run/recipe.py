@@ -43,6 +43,7 @@ from prunus.adapt import subsets
 from prunus.data import CORRUPTIONS, Strengths, check_model
 from prunus.masks import Masks
 from prunus.patterns import Pattern, check_sparsity
+from prunus.report import TRACKERS
 from prunus.run.names import (
     AllocationName,
     AverageName,
@@ -922,6 +923,17 @@ MethodName = Annotated[
 ]
 
 
+def _trackers(value: Any) -> Any:
+    names = value.split(",") if isinstance(value, str) else value
+    strange = next((name for name in names if name not in TRACKERS), None) if isinstance(names, (list, tuple)) else None
+    if strange is not None:
+        raise ValueError(f"there is no tracker {strange!r}; there are {', '.join(TRACKERS)}")
+    return names
+
+
+Trackers = Annotated[tuple[str, ...], BeforeValidator(_trackers)]
+
+
 class LanguageRecipe(Recipe):
     """A run of a language model: load, prune, (reconstruct), (retrain, merge, (average)), evaluate, save.
 
@@ -936,6 +948,8 @@ class LanguageRecipe(Recipe):
     """Run code that lies beside the model's weights."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights in memory and on disk."""
+    log_with: Trackers = ()
+    """Trackers besides metrics.jsonl: tensorboard, wandb, mlflow."""
     streaming: bool = False
     """Read blocks from the checkpoint one at a time, for models larger than memory."""
     train: LanguageTraining | None = None

@@ -22,6 +22,7 @@ import torch
 
 from prunus.machine import read_json, write_json
 from prunus.masks import Masks
+from prunus.report import Log, named_log
 from prunus.run import stages
 from prunus.run.average import joined_by
 from prunus.run.names import Choice, averages
@@ -57,7 +58,7 @@ def _no_bar(_name: str, _steps: float | None) -> AbstractContextManager[Any]:
 class Pruned:
     """A pruned model that members are retrained from, its masks, the recipe of its phase, from 0.
 
-    bar: shows how far each is.
+    bar: shows how far each is. log: to trackers.
     """
 
     loaded: stages.Loaded
@@ -66,6 +67,7 @@ class Pruned:
     device: torch.device
     phase: int = 0
     bar: Bar = _no_bar
+    log: Log | None = None
 
     def retrained(self, name: str, asked: LanguageRetrain, checkpoint: Path) -> tuple[Any, Numbers]:
         """A retrained and merged copy of the model, its perplexity and what retraining did."""
@@ -79,6 +81,7 @@ class Pruned:
                 self.device,
                 checkpoint=checkpoint,
                 on_step=advance and advance.step,
+                log=self.log and named_log(self.log, name),
             )
         with self.bar(f"evaluate {name}", None):
             found = stages.evaluate(replace(loaded, folder=None), self.recipe, self.device)

@@ -38,6 +38,7 @@ from prunus.layers import View, find_layers
 from prunus.machine import Precision, autocast, import_extra, of_training, ranks
 from prunus.masks import Masks
 from prunus.measure import Scores, perplexity, speed, streamed_perplexity
+from prunus.report import Log
 from prunus.run.recipe import LanguageRecipe, LanguageRetrain, given
 from prunus.run.texts import calibration_windows, evaluation_texts, training_windows, window_of
 from prunus.save import loaded_model
@@ -260,6 +261,7 @@ def prune_in_training(
     *,
     checkpoint: Path | None = None,
     on_step: OnStep | None = None,
+    log: Log | None = None,
 ) -> tuple[Streamed, float]:
     """Masks and one report, after all was trained in place on `device` while the recipe's method pruned.
 
@@ -277,6 +279,7 @@ def prune_in_training(
         device,
         checkpoint=checkpoint,
         on_step=on_step,
+        log=log,
         before_merge=lambda _: ends.append(finish(method, loaded.model)),
         during=[method],
     )
@@ -326,6 +329,7 @@ def retrain(
     *,
     checkpoint: Path | None = None,
     on_step: OnStep | None = None,
+    log: Log | None = None,
     before_merge: Callable[[Adaptation], None] | None = None,
     during: Sequence[During] = (),
 ) -> Retrained:
@@ -377,6 +381,7 @@ def retrain(
             watch=_watch(loaded, recipe, device),
             checkpoint=checkpoint,
             on_step=on_step,
+            log=log,
         )
     model.eval()
     if before_merge is not None:

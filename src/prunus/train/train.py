@@ -98,6 +98,7 @@ def train(
     save_seconds: float = 180.0,
     report_every: int | None = None,
     on_step: Callable[[int, float], None] | None = None,
+    log: Callable[[dict[str, float], int], None] | None = None,
     shared: bool = True,
 ) -> Trace:
     """Train the parameters that require gradients, in place, and return the trace of the run.
@@ -113,6 +114,7 @@ def train(
     checkpoint: a file, written when `save_seconds` have passed and at the end, from which an interrupted call resumes.
     on_step(steps done, mean loss since the last call) is called every `report_every` steps, or once a second where that
     is left out, and at the end: reading a loss makes the host wait for the device, so it is done no more often.
+    log(values, steps done) gets then, too, `loss` and `lr` of each step since, `tokens_per_second`, what is watched.
     shared: whether several processes train one model together; if not, each trains its own on the whole batches.
 
     The model is trained where it is (under several processes that share it, on the device of each), and ends in the
@@ -162,7 +164,8 @@ def train(
                 step_of.warm_(run.parts(batches, first)[0])
                 saved.load()
         own = next(inner.parameters()).device
-        trace = _Log(Trace(**past), every=report_every, steps=steps, on_step=on_step, started=started, device=own)
+        how: dict[str, Any] = {"every": report_every, "steps": steps, "on_step": on_step, "log": log}
+        trace = _Log(Trace(**past), started=started, device=own, **how)
         for step in range(first, first if watched.ended else steps):
             multiplier = lr(step)
             set_rates_(optimizer, [rate * multiplier for rate in rates], recorded)
@@ -176,11 +179,13 @@ def train(
             if watched.is_due(step + 1, steps):
                 with in_mode(inner, training=False):
                     watched.look(step + 1)
+                trace.note({"watched": watched.seen[-1][1]}, step + 1)
             last = step + 1 == steps or watched.ended
             if checkpoint is not None and (last or clock.is_due(step + 1)):
                 saved.save(step + 1, vars(trace.read()))
                 clock.restart(step + 1)
             if last:
+                trace.report()
                 break
         watched.finish_()
         return replace(trace.read(), watched=watched.seen)
@@ -290,14 +295,16 @@ class _Log:
         every: int | None,
         steps: int,
         on_step: Callable[[int, float], None] | None,
+        log: Callable[[dict[str, float], int], None] | None,
         started: float,
         device: torch.device,
     ) -> None:
         self.past, self.every, self.steps, self.on_step = past, every, steps, on_step
+        self.note = log or (lambda values, step: None)
         self.started, self.device = started, device
         self.losses, self.lrs, self.tokens = list(past.losses), list(past.lrs), past.tokens
         self.pending: list[Tensor] = []
-        self.reported, self.read_at = len(past.losses), started
+        self.reported, self.told, self.read_at = len(past.losses), past.tokens, started
 
     def add(self, loss: Tensor, lr: float, tokens: int) -> None:
         """One more step; now and then its losses are read and reported."""
@@ -305,13 +312,22 @@ class _Log:
         self.lrs.append(lr)
         self.tokens += tokens
         done = len(self.losses) + len(self.pending)
-        if done != self.steps and not self._is_due(done):
-            return
+        if done == self.steps or self._is_due(done):
+            self.report()
+
+    def report(self) -> None:
+        """Read and report what was not yet."""
         self._settle()
-        self.read_at = time.perf_counter()
+        done = len(self.losses)
+        if done == self.reported:
+            return
+        passed, self.read_at = time.perf_counter() - self.read_at, time.perf_counter()
         if self.on_step is not None:
             self.on_step(done, sum(self.losses[self.reported :]) / (done - self.reported))
-        self.reported = done
+        for step in range(self.reported, done):
+            self.note({"loss": self.losses[step], "lr": self.lrs[step]}, step + 1)
+        self.note({"tokens_per_second": (self.tokens - self.told) / passed}, done)
+        self.reported, self.told = done, self.tokens
 
     def _is_due(self, done: int) -> bool:
         return time.perf_counter() - self.read_at >= _EVERY if self.every is None else done % self.every == 0
