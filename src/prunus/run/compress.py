@@ -153,6 +153,7 @@ class _Run:
         if recipe.save:
             result["saved"] = str(self.out / "model")
             self._save(loaded, masks, result)
+            ranks.wait()  # the main process writes
             result["size"] = load_info(self.out / "model")["size"]
         return result
 
