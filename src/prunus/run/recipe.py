@@ -799,13 +799,6 @@ class ClassifierRetrain(Retrain):
     network in the loss; 0 leaves that out.
     """
 
-    train: Subsets = ("full",)
-    """What is trained: biases,norms or mask_lora or full ..."""
-    rank: Count = 16
-    """Rank of adapters."""
-    alpha: Positive = 32.0
-    """Scale of adapters: their update is multiplied by alpha / rank."""
-    distill: Share = 0.0
     schedule: RetrainingName = "allr"
     epochs: Positive | None = None
     """How long, in epochs of the training images."""
@@ -815,6 +808,13 @@ class ClassifierRetrain(Retrain):
     rewind: Whole | None = None
     """Epoch whose weights the surviving ones take again."""
     lr: Positive | None = None
+    train: Subsets = ("full",)
+    """What is trained: biases,norms or mask_lora or full ..."""
+    rank: Count = 16
+    """Rank of adapters."""
+    alpha: Positive = 32.0
+    """Scale of adapters: their update is multiplied by alpha / rank."""
+    distill: Share = 0.0
 
     @model_validator(mode="after")
     def _check(self) -> ClassifierRetrain:
