@@ -3,11 +3,12 @@
     python benchmarks/growth.py
     python benchmarks/growth.py --device cpu --scale 0.1    # scales down
 
-Each work runs at three sizes of one quantity, each twice the last, the others fixed; an exponent is the slope of the
-straight line through log time (or log extra memory, on a GPU) over log size. Parameters grow by the width of layers: a
-product with fixed tokens then grows like the parameters (1), a factorisation of (in, in) like their power 1.5, a Gram
-matrix's memory like 1. Sequence length grows at a fixed number of tokens, so that what is left is attention: from 0,
-where it is nothing beside the products, to 1, where it is all. A row's time is that of its largest size.
+Each work runs at three sizes of one quantity, the others fixed: two blocks of width 4,096 to 8,192, or 8,192 to 262,144
+tokens, or windows of 512 to 2,048, where arithmetic is what takes the time; an exponent is the slope of the straight
+line through log time (or log extra memory, on a GPU) over log size. Parameters grow by the width of layers: a product
+with fixed tokens then grows like the parameters (1), a factorisation of (in, in) like their power 1.5, a Gram matrix's
+memory like 1. Sequence length grows at a fixed number of tokens, so that what is left is attention: from 0, where it is
+nothing beside the products, to 1, where it is all. A row's time is that of its largest size.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ from prunus.solve.sweep import sparsegpt
 from prunus.stream.stream import stream
 from prunus.train.next_token import next_token_loss
 
-SIZES = (1, 2, 4)
+SIZES = {"parameters": (1, 2, 4), "tokens": (1, 4, 32), "length": (1, 2, 4)}
 Work = Callable[[argparse.Namespace, int, int, int], Cost]  # (args, width, windows, length)
 
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:
     """One row for each work and each quantity that grows."""
-    base = sized(2048, args), max(1, sized(8, args, 1)), sized(256, args, 16)  # width, windows, length
+    base = sized(4096, args), max(1, sized(16, args, 1)), sized(512, args, 16)  # width, windows, length
     works: dict[str, Work] = {
         "Wanda": lambda *sizes: _prune(*sizes, wanda),
         "SparseGPT": lambda *sizes: _prune(*sizes, sparsegpt()),
@@ -53,7 +54,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
 _GROWING: dict[str, Callable[[int, int, int, int], tuple[int, int, int]]] = {
     "parameters": lambda k, width, windows, length: (_wider(width, k), windows, length),
     "tokens": lambda k, width, windows, length: (width, windows * k, length),
-    "length": lambda k, width, windows, length: (width, windows * max(SIZES) // k, length * k),
+    "length": lambda k, width, windows, length: (width, windows * max(SIZES["length"]) // k, length * k),
 }
 
 
@@ -79,9 +80,9 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
 
 
 def _swept(name: str, work: Work, grows: str, base: tuple[int, int, int], args: argparse.Namespace) -> Row:
-    shapes = [_GROWING[grows](k, *base) for k in SIZES]
+    shapes = [_GROWING[grows](k, *base) for k in SIZES[grows]]
     costs = [work(args, *shape) for shape in shapes]
-    sizes: Sequence[float] = [w**2 for w, _, _ in shapes] if grows == "parameters" else SIZES
+    sizes: Sequence[float] = [w**2 for w, _, _ in shapes] if grows == "parameters" else SIZES[grows]
     note = f"time grows like {grows}^{exponent(sizes, [each.ms for each in costs]):.2f}"
     extra = [each.extra_bytes for each in costs if each.extra_bytes]
     if len(extra) == len(costs):
@@ -112,7 +113,7 @@ def _prune(args: argparse.Namespace, width: int, windows: int, length: int, crit
     model, tokens = _build(args, width, length), _tokens(args, windows, length)
 
     def run() -> None:
-        stream(model, criterion, Unstructured(criterion.compare), 0.5, tokens=tokens, batch_size=max(1, 2048 // length))
+        stream(model, criterion, Unstructured(criterion.compare), 0.5, tokens=tokens, batch_size=max(1, 8192 // length))
 
     return cost(run, args, repeats=1)
 

@@ -3,6 +3,7 @@
     python benchmarks/thirty_billion.py --folder /dev/shm/opt-30b              # OPT-30B's shape, bf16, one 80 GB GPU
     python benchmarks/thirty_billion.py --folder /tmp/tiny --scale 0.01        # tiny, on a CPU in seconds
     python benchmarks/thirty_billion.py --folder F --stages load,norms --json rows.json    # some stages, rows kept
+    python benchmarks/thirty_billion.py --folder F --stages sparsegpt --drawn    # of weights that no disk holds
 
 The weights are random, drawn on the device and written in eight shards side by side; real ones load the same way.
 Stages: make (the checkpoint, kept if it is there), load, prune (Wanda, half of each row, 128 windows), norms
@@ -25,7 +26,9 @@ and of the host: one shard's pages while loading, bool masks 29.6, what is being
 therefore avoided: bool masks on the card (29.6), logits in full (4 x 0.8), a second copy of the model (60).
 The folder must hold the checkpoint (60 GB); /dev/shm, on a host with 256 GB, spares the time of a disk. If it cannot
 hold the saved model as well, the checkpoint is deleted before saving (`--keep` forbids that); `--work` puts SparseGPT's
-finished blocks (64 GB in all) elsewhere. On the host, peaks count memory of the process, not pages of files.
+finished blocks (64 GB in all) elsewhere. With `--drawn` SparseGPT reads no checkpoint: each weight is a stretch of
+random numbers that are drawn once, on the device (a host of 128 GB holds the finished blocks, and not the checkpoint
+besides). On the host, peaks count memory of the process, not pages of files.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ import shutil
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -53,7 +57,7 @@ from transformers import AutoConfig, OPTConfig, OPTForCausalLM
 
 from prunus.adapt.adapt import adapt
 from prunus.blocks.recompute import recomputed
-from prunus.checkpoint import INDEX_NAME, SINGLE_NAME
+from prunus.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, Stored
 from prunus.data import PackedTokens
 from prunus.layers import Layer, find_layers
 from prunus.machine import hidden_folder
@@ -364,9 +368,29 @@ class _Enough(Exception):
     """The blocks that were asked for are done."""
 
 
+def drawn(model: OPTForCausalLM, folder: Path, device: torch.device, seed: int) -> Checkpoint:
+    """A checkpoint for the model that lies on the device: stretches of random numbers, ones and zeros of its norms."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    most = max(shape.numel() for shape in shapes.values())
+    numbers = torch.empty(2 * most, dtype=torch.bfloat16, device=device)
+    numbers.normal_(0, model.config.init_std, generator=torch.Generator(device).manual_seed(seed))
+
+    def value(name: str, shape: torch.Size) -> Tensor:
+        if len(shape) > 1:
+            start = zlib.crc32(name.encode()) % most
+            return numbers[start : start + shape.numel()].view(shape)
+        return _drawn(name, shape, 0.0, device, torch.Generator(device))
+
+    file = folder / SINGLE_NAME
+    found = {n: Stored(file, torch.bfloat16, tuple(shape), 0, value(n, shape)) for n, shape in shapes.items()}
+    return Checkpoint(folder, (), found)
+
+
 def solve(args: argparse.Namespace, device: torch.device, notes: list[str]) -> None:
     """SparseGPT of the checkpoint's first `--blocks` blocks: read, solved and written one by one."""
-    model = build_empty(AutoConfig.from_pretrained(args.folder / "model"))
+    checkpoint = args.folder / "model"
+    model = build_empty(shape(args.scale) if args.drawn else AutoConfig.from_pretrained(checkpoint))
+    source = Shards.of(model, drawn(model, checkpoint, device, args.seed) if args.drawn else checkpoint)
     layers = model.model.decoder.layers
     work = Work(args.work or args.folder / "work", f"sparsegpt-{args.seed}-{args.scale}").open()
     done = sum(work.has(f"model.decoder.layers.{index}") for index in range(len(layers)))
@@ -380,7 +404,7 @@ def solve(args: argparse.Namespace, device: torch.device, notes: list[str]) -> N
     with suppress(_Enough):
         stream(
             model, sparsegpt(), Unstructured("layer"), 0.5, tokens=_tokens(model.config, args.samples, args.seed),
-            source=Shards.of(model, args.folder / "model"), work=work, device=device, batch_size=args.batch,
+            source=source, work=work, device=device, batch_size=args.batch,
             precision="bf16", on_block=enough,
         )  # fmt: skip
     solved = [report.seconds for report in reports[done:]]
@@ -432,7 +456,7 @@ def run(args: argparse.Namespace) -> list[Stage]:
         gc.collect()  # SparseGPT needs the room, also of what refers to itself in circles
     if wanted("sparsegpt") and not args.first:
         with meter.stage("sparsegpt") as notes:
-            if (checkpoint / "config.json").exists():
+            if args.drawn or (checkpoint / "config.json").exists():
                 solve(args, device, notes)
             else:
                 notes.append("no checkpoint: it was deleted; give --first or more disk")
@@ -454,6 +478,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--first", action="store_true", help="SparseGPT before the others, while the checkpoint is there"
     )
+    parser.add_argument("--drawn", action="store_true", help="SparseGPT of weights drawn on the device, not read")
     parser.add_argument("--keep", action="store_true", help="never delete the checkpoint")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--scale", type=float, default=1.0 if cuda else 0.01, help="factor on every size of the model")

@@ -47,12 +47,14 @@ OWN: dict[str, dict[str, Any]] = {  # what a family needs besides
         "head_dim": 8, "linear_head_dim": 16, "linear_num_heads": 4, "num_expert_group": 1, "layer_group_size": 2,
     },
     "BambaConfig": {"attn_layer_indices": [1]},
+    "BltConfig": {"encoder_hash_byte_group_vocab": 100},
     "CodeGenConfig": {"rotary_dim": 8},
     "CohereCompassTextConfig": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "DbrxConfig": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
     },
+    "Dots3NoteTextConfig": {"per_layer_config": {}, "shared_experts_intermediate_size": 32},
     "FalconH1Config": {"mamba_d_ssm": 64, "mamba_d_head": 8},
     "GPTJConfig": {"rotary_dim": 8},
     "GPTNeoConfig": {"attention_types": [[["global", "local"], 2]]},
@@ -62,7 +64,21 @@ OWN: dict[str, dict[str, Any]] = {  # what a family needs besides
     "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"] * 2},
     "LongcatFlashConfig": {"expert_ffn_hidden_size": 32, "zero_expert_num": 2, "head_dim": 8, "num_layers": 2},
+    "Llama4TextConfig": {"interleave_moe_layer_step": 2},
     "Mamba2Config": {"num_heads": 8, "head_dim": 16, "n_groups": 2},
+    "GitVisionConfig": {"image_size": 32},
+    "MllamaTextConfig": {"cross_attention_layers": [1]},
+    "Qwen4ExpTextConfig": {
+        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
+        "indexer_compress_ratio": 2, "hc_lowrank": 8, "ngram_vocab_size_base": 100, "ple_embed_dim": 64,
+        "layer_types": ["linear_attention", "indexed_attention"] * 2,
+    },
+    "ReformerConfig": {
+        "is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "local"], "feed_forward_size": 96,
+    },
+    "XmodConfig": {"default_language": "en_XX"},
+    "ZayaConfig": {"num_experts_per_tok": 1, "router_hidden_size": 16},
+    "xLSTMConfig": {"embedding_dim": 64, "num_blocks": 4, "qk_dim_factor": 1.0},
 }  # fmt: skip
 
 
@@ -130,7 +146,6 @@ def try_(name: str) -> dict[str, Any]:
 def whole_(row: dict[str, Any], model: Any, tokens: Any) -> None:
     """The whole way of one model, with the stage that is reached and what is measured in `row`."""
     import torch
-    import transformers as tf
 
     import prunus
     from prunus.adapt import adapt
@@ -165,16 +180,16 @@ def whole_(row: dict[str, Any], model: Any, tokens: Any) -> None:
         row["stage"] = "save"
         prunus.save_model(model, None, f"{folder}/sparse", masks=masks, info={"pattern": "2:4"})
         row["stage"] = "load"
-        back: Any = tf.AutoModelForCausalLM.from_pretrained(f"{folder}/sparse").eval()
+        back = type(model).from_pretrained(f"{folder}/sparse").eval()
         with torch.no_grad():
             same = torch.equal(model(tokens).logits, back(tokens).logits)
         row["result"] = "works" if same else "reload differs"
         if same:
-            row["streamed"] = streamed(Path(dense), tokens)
+            row["streamed"] = streamed(model, Path(dense), tokens)
     row["stage"] = ""
 
 
-def streamed(dense: Path, tokens: Any) -> str:
+def streamed(loaded: Any, dense: Path, tokens: Any) -> str:
     """Whether pruning from the folder, a block at a time, has the bits of pruning in memory; or why it does not."""
     import torch
     import transformers as tf
@@ -191,7 +206,7 @@ def streamed(dense: Path, tokens: Any) -> str:
         with tempfile.TemporaryDirectory() as folder:
             work = Work(Path(folder), "key").open()
             made = prunus.stream(empty, prunus.wanda, None, 0.5, source=source, work=work, device="cpu", **how)
-            model: Any = tf.AutoModelForCausalLM.from_pretrained(dense).eval()
+            model = type(loaded).from_pretrained(dense).eval()
             own = prunus.stream(model, prunus.wanda, None, 0.5, **how)
             if any(not torch.equal(own.masks[key], mask) for key, mask in made.masks.items()):
                 return "masks differ"

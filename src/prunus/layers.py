@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import pairwise, product
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +105,8 @@ class Inputs:
             if self._gram is not None and _multiplies_to_float32(rows):
                 _add_lower_(self._gram, rows)
                 self._half = True
+            elif self._gram is None and rows.is_cuda and rows.dtype != torch.float64:  # one reading, no float32 copy
+                self.squares.add_(torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).square_())
             else:
                 for part in rows.split(max(1, _CHUNK // max(1, self.columns))):
                     self._add_wide_(part.float())
@@ -424,7 +426,7 @@ def _other_towers(root: nn.Module) -> set[int]:
     config = root.config if is_pretrained(root) else None
     if config is None or config.is_encoder_decoder or config.get_text_config() is config:
         return set()
-    text: nn.Module = root.get_decoder()
+    text: nn.Module = cast(Any, root.get_decoder)()
     inside = {id(parameter) for parameter in text.parameters()}
     return {id(parameter) for parameter in root.parameters()} - inside
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,8 +68,9 @@ def prune(
     views: the prunable weights, by default `find_layers(model)`, without those whose inputs are needed and cannot be
         observed.
     within: earlier masks. What they prune stays pruned and counts as zero: the sparsity is that of the result.
-    batches: calibration for criteria that need inputs, and allocations that try the model: x, or tuples that begin with
-        x, given to the model in eval mode and on its device. Linear and convolutions of one group can be observed.
+    batches: calibration for criteria that need inputs, and allocations that try the model: x, tuples that begin with x,
+        or mappings of keywords (a tokenizer's), given to the model in eval mode and on its device. Linear and
+        convolutions of one group can be observed; positions that an attention_mask hides do not count.
 
     Raises ValueError for a model without prunable weights, a sparsity outside [0, 1) or below that of `within`, a
     pattern that does not fit a layer or `within`, scores with NaN, a criterion or allocation that needs inputs when
@@ -151,11 +152,13 @@ def _tried(
     if batches is None:
         raise ValueError("the allocation tries the whole model: pass calibration batches")
     device = next(model.parameters()).device
-    served = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in batches]
+    served = list(batches)
 
     def outputs(batch: int) -> Tensor:
-        out = model(served[batch].to(device))
-        return (out if isinstance(out, Tensor) else out.logits).flatten(0, -2)
+        out = _run(model, served[batch], device)
+        if isinstance(out, Mapping):  # transformers' own
+            out = out["logits"] if "logits" in out else out["last_hidden_state"]
+        return out.flatten(0, -2)
 
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     with in_mode(model, training=False):
@@ -175,6 +178,12 @@ def _inputs(model: nn.Module, views: Sequence[View], batches: Iterable[Any] | No
     device = next(model.parameters()).device
     with in_mode(model, training=False), observe(model, views, gram=needs == "gram") as inputs:
         for batch in batches:
-            x = batch[0] if isinstance(batch, (tuple, list)) else batch
-            model(x.to(device))
+            _run(model, batch, device)
     return inputs
+
+
+def _run(model: nn.Module, batch: Any, device: torch.device) -> Any:
+    """The model's output for a batch: x, a tuple that begins with x, or a mapping of keywords."""
+    if isinstance(batch, Mapping):
+        return model(**{key: value.to(device) for key, value in cast("Mapping[str, Tensor]", batch).items()})
+    return model((batch[0] if isinstance(batch, (tuple, list)) else batch).to(device))

@@ -119,7 +119,7 @@ class Keeping(Model):
     def forward(self, ids: Tensor) -> Tensor:
         hidden, chosen, shared = self.embed(ids), None, {}
         for block in self.layers:
-            hidden, chosen = block(hidden, chosen, shared)
+            hidden, chosen = block(hidden[:, -0:], chosen, shared)  # a view of the whole
         return self.norm(hidden)
 
 

@@ -5,6 +5,7 @@ import json
 import re
 import runpy
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -131,17 +132,37 @@ def commands_of(text: str):
 
 @with_block("console")
 def test_commands_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    check_commands(commands_of(page.read_text(encoding="utf-8")), monkeypatch)
+
+
+def test_every_help_has_examples_and_they_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from typer.main import get_command
+
+    from prunus.run.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").touch()
+    commands = vars(get_command(app))["commands"]
+    examples = {
+        name: re.findall(r"^ *\$ (prunus .+)$", command.help, re.MULTILINE) for name, command in commands.items()
+    }
+    assert all(shlex.split(line)[1] == name for name, lines in examples.items() for line in lines)
+    assert all(examples.values())
+    check_commands([line for lines in examples.values() for line in lines], monkeypatch)
+
+
+def check_commands(lines: Iterable[str], monkeypatch: pytest.MonkeyPatch):
     """`prunus show` runs; `run` runs up to its checked recipe; of the others the arguments are read."""
     from typer.main import get_command
     from typer.testing import CliRunner
 
     from prunus.run.cli import app
 
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("prunus.run.task.run_recipe", checked)
     monkeypatch.setattr("prunus.run.task.plan_recipe", checked)
-    for line in commands_of(page.read_text(encoding="utf-8")):
-        words = shlex.split(line)
+    for line in lines:
+        words = shlex.split(line.partition(" > ")[0])
         start = next((i for i, word in enumerate(words) if word in ("prunus", "prunus.run.cli")), None)
         if start is None:
             continue
@@ -197,6 +218,7 @@ OWN = {
 WHOLE = {
     "`soup.vary`": "Vary",
     "`calibrate`": "Calibrate",
+    "`shrink`": "Shrink",
     "`reconstruct`": "Reconstruct",
     "`retrain.dense`": "DenseRates",
     "`evaluate`": "Evaluate",

@@ -1,13 +1,16 @@
 """Pages for the browser: what a result says stands on them, escaped, and nothing comes from elsewhere."""
 
 import json
+import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from prunus.report import Card, Page, Part, by_block, plot_losses, write_page
 from prunus.run.page import compare_runs, write_report
+from prunus.run.task import _reported
 
 LANGUAGE = {
     "model": "tiny <b>",
@@ -134,6 +137,18 @@ def test_a_size_is_that_of_the_network_wherever_its_folder_lies(tmp_path):
     said = text_of(write_report(folder))
     assert "time 3 s 2.0 MB of weights" in said
     assert "weights are left" not in said  # nobody counted them
+
+
+def test_a_finished_run_keeps_its_page_until_its_result_is_newer(tmp_path):
+    folder = folder_of(tmp_path / "run", LANGUAGE)
+    shown = _reported(SimpleNamespace(out=folder), lambda out: None)
+    shown()
+    (folder / "report.html").write_text("mine", encoding="utf-8")
+    shown()
+    assert (folder / "report.html").read_text(encoding="utf-8") == "mine"
+    os.utime(folder / "report.html", (0, 0))
+    shown()
+    assert "perplexity" in text_of(folder / "report.html")
 
 
 def test_empty_parts_are_left_out(tmp_path):

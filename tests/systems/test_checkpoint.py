@@ -286,14 +286,17 @@ def test_a_special_token_above_the_embedding_is_let_pass(llama: Path, tmp_path: 
         stages.load(asked(folder))
 
 
-def test_a_model_of_several_towers_is_refused(tmp_path: Path) -> None:
+def test_a_model_of_several_towers_is_taken_whole_unless_its_class_is_unknown(tmp_path: Path) -> None:
     linear = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8}
     text = {**NORMAL, **linear, "linear_value_head_dim": 8, "head_dim": 8, "num_hidden_layers": 4}
     seen = {"hidden_size": 32, "intermediate_size": 48, "depth": 1, "num_heads": 4, "patch_size": 8}
     config = tf.Qwen3_5Config(text_config=text, vision_config={**seen, "out_hidden_size": WIDTH})
     folder = written(tmp_path / "m", tf.Qwen3_5ForConditionalGeneration(config))
+    assert type(stages.load(asked(folder)).model) is tf.Qwen3_5ForConditionalGeneration
+    said = (folder / "config.json").read_text().replace("Qwen3_5ForConditionalGeneration", "Eyes")
+    (folder / "config.json").write_text(said)
     for streaming in (False, True):
-        with pytest.raises(ValueError, match=r"several towers \(Qwen3_5ForConditionalGeneration\): .* would leave out"):
+        with pytest.raises(ValueError, match=r"several towers \(Eyes\): .* would leave out"):
             stages.load(asked(folder, streaming=streaming))
 
 

@@ -33,15 +33,17 @@ from tests.systems.test_compress import raw
 
 OPTIONS = {
     "run": "recipe --set --workers --together --ray " + " ".join(f"--{flag.name}" for flag in cli.run_flags()),
-    "grid": "recipes --out --workers --together --ray --minutes",
+    "grid": "recipes --set --device --out --workers --together --ray --minutes",
     "evaluate": "model --data --set --out " + " ".join(f"--{flag.name}" for flag in cli.evaluate_flags()),
-    "inspect": "path --out",
+    "inspect": "path --all --out",
+    "measure": "models --set --device --prompt --tokens --batch-size --seconds --out",
+    "unpack": "packed out",
     "report": "folders --out",
-    "average": "checkpoints --out --weights --greedy",
+    "average": "checkpoints --out --weights --greedy --set --device",
     "merge": "base adapter out --device",
     "show": "recipe --set --names",
     "schema": "",
-    "demo": "what --out --sparsity",
+    "demo": "what --out --sparsity --device",
 }
 
 
@@ -290,7 +292,7 @@ def test_a_hash_is_of_what_a_recipe_says_beside_its_defaults() -> None:
     asked = digits | {"corruptions": {"severities": [1, 2, 3, 4, 5]}}
     assert len(keys(digits, digits | {"corruptions": {}}, asked)) == 2
     assert dense_key(parse(asked, ClassifierRecipe, "")) == dense_key(parse(digits, ClassifierRecipe, ""))
-    retrained = [{"retrain": {}}, {"retrain": {"lr": 1e-4}, "compile": False}, {"retrain": {}, "soup": None}]
+    retrained = [{"retrain": {}}, {"retrain": {"lr": None}, "compile": False}, {"retrain": {}, "soup": None}]
     assert len(keys(*retrained)) == 1
     assert len(keys({}, {"retrain": {}}, {"retrain": {"lr": 2e-4}}, {"retrain": {}, "soup": {}})) == 4
 

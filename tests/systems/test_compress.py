@@ -253,7 +253,7 @@ def test_streaming_from_disk_gives_the_same_model(
         def refuse(*_: object, **__: object) -> None:
             raise AssertionError("the model was loaded into memory")
 
-        monkeypatch.setattr(stages.AutoModelForCausalLM, "from_pretrained", refuse)
+        monkeypatch.setattr(stages, "loaded_model", refuse)
     disk = compress(recipe(tmp_path / "dense", text_file, tmp_path / "disk", streaming=True, **changes))
     monkeypatch.undo()
     for stage, found in memory["perplexity"].items():

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from prunus.blocks.chain import capture, find_blocks, run_block
 from prunus.layers import View, find_layers
-from prunus.score import observable, observe
+from prunus.score import observable, observe, wanda
+from prunus.stream import stream
+from tests.families import try_
 
 VOCAB, WIDTH, LENGTH = 64, 32, 24
 NORMAL = {
@@ -410,3 +412,19 @@ def test_a_plain_sequential_is_refused() -> None:
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
     with pytest.raises(ValueError, match=r"blocks of Sequential: looked for one nn.ModuleList.*Found: no such list"):
         find_blocks(model)
+
+
+def test_a_report_says_how_many_tokens_each_expert_saw() -> None:
+    model = copy.deepcopy(build("qwen3-moe"))
+    (first, *_) = stream(model, wanda, None, 0.5, tokens=tokens()).reports
+    assert set(first.routed) == {f"model.layers.0.mlp.experts.{name}_proj" for name in ("gate_up", "down")}
+    assert all(len(seen) == 8 and sum(seen) == 2 * tokens().numel() for seen in first.routed.values())
+    assert len(first.fallback) == sum(seen.count(0) for seen in first.routed.values())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["JetMoeConfig", "Gemma3nTextConfig"])
+def test_a_family_goes_the_whole_way(name: str) -> None:
+    """Of `python -m tests.families`, which tries all: experts told by probes, shared keys."""
+    row = try_(name)
+    assert (row.get("result"), row.get("streamed")) == ("works", "works"), row

@@ -71,6 +71,15 @@ def test_gram_of_16_bit_inputs_is_exact_to_float32_sums(dtype: torch.dtype, colu
     torch.testing.assert_close(inputs.gram.double(), rows.T @ rows, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_norms_are_exact_to_float32_sums(dtype: torch.dtype) -> None:
+    x = torch.randn(500, 64, device="cuda").to(dtype)
+    inputs = Inputs(64, device="cuda")
+    for part in x.split(100):
+        inputs.add_(part)
+    torch.testing.assert_close(inputs.squares.double(), x.double().square().sum(0), rtol=1e-5, atol=0)
+
+
 def test_gram_of_16_bit_inputs_takes_no_second_matrix() -> None:
     inputs, x = Inputs(4096, gram=True, device="cuda"), torch.randn(512, 4096, device="cuda").bfloat16()
     inputs.add_(x)  # handles and workspaces

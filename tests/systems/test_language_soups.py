@@ -124,13 +124,13 @@ def test_a_streamed_soup_never_has_the_average_in_memory(
 ) -> None:
     asked: dict[str, Any] = {"soup": {"members": 2, "baselines": []}}
     memory = compress(recipe(tiny_folder, text_file, tmp_path / "memory", **asked))
-    original = stages.AutoModelForCausalLM.from_pretrained
+    original = stages.loaded_model
 
-    def load(path: str, **options: Any) -> Any:
-        assert not path.endswith("soup"), "the average was loaded whole"
-        return original(path, **options)
+    def load(checkpoint: Any, empty: Any, **options: Any) -> Any:
+        assert checkpoint.path.name != "soup", "the average was loaded whole"
+        return original(checkpoint, empty, **options)
 
-    monkeypatch.setattr(stages.AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(stages, "loaded_model", load)
     disk = compress(recipe(tiny_folder, text_file, tmp_path / "disk", streaming=True, **asked))
     assert disk["perplexity"][SOUP]["text"] == pytest.approx(memory["perplexity"][SOUP]["text"], rel=1e-6)
     one, other = (weights(tmp_path / name / "model") for name in ("memory", "disk"))

@@ -270,7 +270,7 @@ class _Chain:
     """
 
     names: list[str]
-    wrap: Callable[[Tensor], Any]
+    wrap: Callable[[Tensor | None], Any]
     hidden: Tensor | None = None
     leaving: Tensor | None = None
     calls: dict[str, Arguments] = field(default_factory=dict)
@@ -313,7 +313,7 @@ class _Chain:
         first = args[0] if args else kwargs.get(keyword or "")
         if self.hidden is None and isinstance(first, Tensor) and first.is_floating_point():
             self.hidden = first
-        if first is not self.hidden or first is None:
+        if not _is_all_of(first, self.hidden):
             raise _NoChain(
                 f"block '{name}' does not receive the output of the block before it as its first argument but "
                 f"{_describe(first)}; a chain of blocks that hand on one hidden state was looked for"
@@ -342,6 +342,14 @@ class _Chain:
 
 def _is_empty(value: Any) -> bool:
     return isinstance(value, MutableMapping) and not value
+
+
+def _is_all_of(value: Any, hidden: Tensor | None) -> bool:
+    """Whether a value is the hidden state, or a view that leaves nothing of it out."""
+    if value is hidden or hidden is None or not isinstance(value, Tensor):
+        return value is hidden and hidden is not None
+    places = [(each.data_ptr(), each.shape, each.stride(), each.dtype, each.device) for each in (value, hidden)]
+    return places[0] == places[1] and not value.is_meta
 
 
 def _describe(value: Any) -> str:

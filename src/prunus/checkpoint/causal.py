@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -111,14 +111,20 @@ class Layout:
 def empty_model(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The causal language model of a config on the meta device; buffers that no checkpoint stores have their values.
 
-    Raises ValueError for a config of another kind.
+    Of a model of several towers all of them, as the class that its config names has them. Raises ValueError for a
+    config of another kind.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
+    named = _named_class(config)
     try:
         with init_empty_weights(include_buffers=False):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            model: Any = (
+                AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+                if named is None
+                else named._from_config(config, dtype=dtype)
+            )
     except ValueError as error:
         raise ValueError(
             f"config.json says {_kind(config)}, of which transformers has no causal language model "
@@ -126,6 +132,18 @@ def empty_model(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = Fa
         ) from None
     model.tie_weights()
     return model.eval()
+
+
+def _named_class(config: Any) -> Any:
+    """The class of transformers that a config names, if it generates text and is of several towers, or one that the
+    causal language models of transformers lack; None for any other config."""
+    import transformers
+
+    found: Any = getattr(transformers, _kind(config), object)
+    known = config.get_text_config() is config and type(config) in transformers.AutoModelForCausalLM._model_mapping
+    if known or config.is_encoder_decoder or not issubclass(found, transformers.GenerationMixin):
+        return None
+    return found if isinstance(config, cast(Any, found).config_class) else None
 
 
 def check_causal(checkpoint: Checkpoint, model: PreTrainedModel) -> Layout:

@@ -78,11 +78,15 @@ def plot_run(
     """
     if not losses and not stages:
         raise ValueError("there is neither a loss nor a stage to draw")
+    from matplotlib.ticker import MaxNLocator
+
     figure = _figure(10, 3.8)
     left, right = figure.subplots(1, 2)
     marker = "o" if len(losses) <= _FEW else None
     left.plot([epoch + 0.5 for epoch in range(len(losses))], losses, color=BLUE, linewidth=1.4, marker=marker)
     left.set_xlabel("epoch")
+    left.set_xlim(0, max(1, len(losses)))
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.set_title("Training loss" + (" and learning rate (dashed)" if rates else ""), loc="left", fontsize=10)
     if rates:
         other = left.twinx()
@@ -106,6 +110,8 @@ def plot_losses(losses: Mapping[str, Sequence[float]], path: str | Path) -> None
     """
     if not any(losses.values()):
         raise ValueError("there is no loss to draw")
+    from matplotlib.ticker import MaxNLocator
+
     figure = _figure(8, 3.4)
     axis = figure.subplots()
     for i, (name, values) in enumerate(losses.items()):
@@ -116,6 +122,7 @@ def plot_losses(losses: Mapping[str, Sequence[float]], path: str | Path) -> None
         means = [statistics.fmean(values[max(0, end - max(1, width)) : end]) for end in range(1, len(values) + 1)]
         axis.plot(range(1, len(values) + 1), means, **style, markevery=max(1, len(values) // 8), markersize=4)
     axis.set_xlabel("step")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_title("Training loss", loc="left", fontsize=10)
     if len(losses) > 1:
         axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -13,6 +13,7 @@ from prunus.machine import write_text
 from prunus.report.terminal import format_value
 
 _TEMPLATE = Path(__file__).with_name("page.html")
+_DENSITY = 1.25  # pixels of a picture for one of the page
 _DARKEST = 0.75  # of the colour, so that numbers stay readable on it
 
 Row = Mapping[str, Any]
@@ -65,7 +66,8 @@ def write_page(page: Page, path: str | Path) -> None:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    parts = {"across": _across, "embedded": _embedded, "numeric": _is_numeric, "shade": _shade, "value": format_value}
+    parts = {"across": _across, "embedded": _embedded, "width": _width, "numeric": _is_numeric, "shade": _shade}
+    parts |= {"value": format_value}
     shown = Page(page.title, page.subtitle, page.cards, [part for part in page.parts if part])
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"), globals=parts)
     write_text(Path(path), template.render(page=shown))
@@ -82,6 +84,11 @@ def _is_numeric(rows: Sequence[Row], column: str) -> bool:
 
 def _embedded(picture: Path) -> str:
     return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
+
+
+def _width(picture: Path) -> int:
+    """How wide a picture stands on the page, so that all have letters of one size."""
+    return round(int.from_bytes(picture.read_bytes()[16:20]) / _DENSITY)  # PNG's header
 
 
 def _shade(heat: Mapping[str, Mapping[str, float]], value: float) -> str:

@@ -1,7 +1,7 @@
 """Pictures of results as PNG: one compression run, and a grid of methods against sparsity.
 
-Colours are Okabe and Ito's, which people with any colour vision tell apart; lines differ in markers as well.
-Figures are drawn on their own Agg canvas: no display, no pyplot, no global state.
+Colours are Okabe and Ito's, then some of Tol's, which people with any colour vision tell apart; lines differ in markers
+as well. Figures are drawn on their own Agg canvas: no display, no pyplot, no global state.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, YELLOW, BLACK = (
     "#F0E442",
     "#000000",
 )
-_CYCLE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK)
+_CYCLE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK, "#882255", "#999933", "#332288", "#888888")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _ALIKE = 5e-4  # shares of zeros that differ by less are one
 _STAGES = {  # by the first word
@@ -66,11 +66,13 @@ def plot_grid(
     dense: float | None = None,
     title: str = "",
     ylabel: str = "perplexity",
+    deviations: Mapping[str, Mapping[str, float | None]] | None = None,
 ) -> None:
     """Write a PNG of methods (line each) against sparsities: method -> {"50 %" or "0.5" or "2:4": value}.
 
-    Shares of zeros are an axis with lines; N:M patterns stand beside it as points. dense: a dashed line. The value
-    axis is logarithmic when the largest value is more than five times the smallest. Raises ValueError for no value.
+    Shares of zeros are an axis with lines; N:M patterns stand beside it as points. dense: a dashed line.
+    deviations: bars at these values. The value axis is logarithmic when the largest value is more than five times the
+    smallest. Raises ValueError for no value.
 
     >>> plot_grid({"wanda": {"50 %": 20.0, "2:4": 30.0}, "magnitude": {"50 %": 25.0, "2:4": 60.0}}, "grid.png")
     """
@@ -84,7 +86,7 @@ def plot_grid(
     figure = _figure(4.5 + 2.2 * len(groups), 4.4)
     axes = figure.subplots(1, len(groups), sharey=True, squeeze=False, width_ratios=[max(2, len(g)) for g in groups])[0]
     for axis, group in zip(axes, groups, strict=True):
-        _draw_methods(axis, table, group, lines=group is shares)
+        _draw_methods(axis, table, group, deviations or {}, lines=group is shares)
         if dense is not None:
             axis.axhline(dense, color=BLACK, linestyle="--", linewidth=1, label=f"dense, {dense:.4g}")
     low = min([*values, dense] if dense is not None else values)
@@ -116,7 +118,11 @@ def _draw_sparsity(axis: Axes, layers: Mapping[str, float]) -> None:
     """A marker for each kind of layer (up_proj, fc1, ..) over block numbers; blockless layers stand by name."""
     from matplotlib.ticker import MaxNLocator
 
-    kinds = by_block(layers)
+    kinds: dict[str, dict[int, float]] = {}
+    for kind, points in by_block(layers).items():
+        same = next((name for name, others in kinds.items() if others == points), "")
+        kinds.pop(same, None)
+        kinds[f"{same}, {kind}".removeprefix(", ")] = points
     spread = 0.6 / max(1, len(kinds))  # kinds of equal sparsity stand side by side, not over each other
     for i, (kind, points) in enumerate(kinds.items()):
         aside = (i - (len(kinds) - 1) / 2) * spread
@@ -126,13 +132,14 @@ def _draw_sparsity(axis: Axes, layers: Mapping[str, float]) -> None:
             **_style(i),
             markersize=4,
             linewidth=0.5,
-            label=kind,
+            label=kind if len(kinds) > 1 else None,
         )
     axis.set_xlabel("block")
     axis.set_ylabel("zeros, %")
     axis.set_title("Sparsity by layer", loc="left", fontsize=10)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    if len(kinds) > 1:
+        axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _draw_bars(axis: Axes, perplexity: Mapping[str, Mapping[str, float]]) -> None:
@@ -174,18 +181,27 @@ def _draw_bars(axis: Axes, perplexity: Mapping[str, Mapping[str, float]]) -> Non
         axis.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
 
 
-def _draw_methods(axis: Axes, table: Mapping[str, Mapping[str, float]], labels: Sequence[str], *, lines: bool) -> None:
+def _draw_methods(
+    axis: Axes,
+    table: Mapping[str, Mapping[str, float]],
+    labels: Sequence[str],
+    deviations: Mapping[str, Mapping[str, float | None]],
+    *,
+    lines: bool,
+) -> None:
     spread = 0.0 if lines else 0.5 / max(1, len(table))
     for i, (method, row) in enumerate(table.items()):
-        at = [_share(label) * 100 if lines else labels.index(label) for label in labels if label in row]
-        axis.plot(
+        mine = [label for label in labels if label in row]
+        at = [_share(label) * 100 if lines else labels.index(label) for label in mine]
+        bars = [deviations.get(method, {}).get(label) or 0.0 for label in mine]
+        style: dict[str, Any] = {**_style(i), "markersize": 6, "linewidth": 1.4, "capsize": 2}
+        axis.errorbar(
             [x + (i - (len(table) - 1) / 2) * spread for x in at],
-            [row[label] for label in labels if label in row],
-            **_style(i),
+            [row[label] for label in mine],
+            yerr=bars if any(bars) else None,
             linestyle="-" if lines else "none",
-            markersize=6,
-            linewidth=1.4,
             label=method,
+            **style,
         )
     if lines:
         axis.set_xticks([_share(label) * 100 for label in labels])
@@ -197,7 +213,7 @@ def _draw_methods(axis: Axes, table: Mapping[str, Mapping[str, float]], labels: 
 
 
 def _style(i: int) -> dict[str, Any]:
-    """Colour and marker of the i-th series; no pair comes twice among 49."""
+    """Colour and marker of the i-th series; no pair comes twice among 77."""
     return {"color": _CYCLE[i % len(_CYCLE)], "marker": _MARKERS[(i + i // len(_CYCLE)) % len(_MARKERS)]}
 
 

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -19,6 +20,7 @@ from rich.table import Table
 log = logging.getLogger(__name__)
 
 _LOG_EVERY = 30.0  # seconds
+_LEAST = 20  # characters that a name keeps
 
 Row = Mapping[str, Any]
 
@@ -28,20 +30,44 @@ def print_table(
 ) -> None:
     """Print rows (column -> value) as a table; numbers to the right, a missing value as a dash.
 
-    columns: which, in order; those of all rows, as they come, if left out. Raises ValueError without rows or for a
-    column that no row has.
+    columns: which, in order; those of all rows, as they come, if left out. Where the table is wider than the terminal,
+    its longest names lose their middle, and texts wrap; elsewhere it is as wide as it needs. Raises ValueError without
+    rows or for a column that no row has.
 
     >>> print_table([{"stage": "dense", "perplexity": 12.345}], title="Result")
     """
     columns = _columns(rows, columns)
+    cells = {column: [format_value(row.get(column)) for row in rows] for column in columns}
+    widths = {column: max(map(len, [column, *cells[column]])) for column in columns}
+    whole = sum(widths.values()) + 3 * len(columns) + 1
+    console = console or _console(whole)
+    names = [column for column in columns if not any(" " in cell for cell in cells[column])]
+    if names and console.is_terminal and whole > console.width:
+        longest = max(names, key=lambda column: widths[column])
+        cells[longest] = _shortened(cells[longest], max(_LEAST, widths[longest] - whole + console.width))
     table = Table(title=title or None, title_justify="left", header_style="bold")
     for column in columns:
         numeric = any(isinstance(row.get(column), (int, float)) for row in rows)
-        # Names are long and unique in their ends: fold, never cut.
         table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
-    for row in rows:
-        table.add_row(*(format_value(row.get(column)) for column in columns))
-    (console or Console()).print(table, markup=False)
+    for row in zip(*cells.values(), strict=True):
+        table.add_row(*row)
+    console.print(table, markup=False)
+
+
+def _console(width: int) -> Console:
+    """Standard output; where it is no terminal, wide enough."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(width, console.width))
+
+
+def _shortened(names: Sequence[str], width: int) -> list[str]:
+    """Names without the beginning that all share, and where that is not enough, without their middle."""
+    if len(names) > 1 and max(map(len, names)) > width:
+        parts = [name.split(".") for name in names]
+        shared = sum(1 for _ in takewhile(lambda alike: len(set(alike)) == 1, zip(*parts, strict=False)))
+        names = [".".join(["…", *own[shared:]]) if shared else name for name, own in zip(names, parts, strict=True)]
+    end = 3 * (width - 1) // 5
+    return [name if len(name) <= width else f"{name[: width - 1 - end]}…{name[-end:]}" for name in names]
 
 
 def markdown_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:
@@ -109,10 +135,13 @@ def progress(
     console = console or Console(stderr=True)
     started = time.monotonic()
     if console.is_terminal:
-        columns = (TextColumn("{task.description:<12}"), BarColumn(bar_width=20), MofNCompleteColumn())
-        said = TextColumn("{task.fields[said]}")
-        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), said, console=console) as bar:
+        count = () if total is None else (MofNCompleteColumn(),)
+        columns = (TextColumn("{task.description:<18}"), BarColumn(bar_width=12), *count)
+        times = TimeElapsedColumn() if total is None else TimeRemainingColumn(elapsed_when_finished=True)
+        with Progress(*columns, times, TextColumn("{task.fields[said]}"), console=console) as bar:
             yield _Bar(bar, description, total, tokens)
+            if total is None:
+                bar.update(bar.task_ids[0], total=1, completed=1)
     else:
         log.info("%s: started", description)
         yield _Log(description, total)

@@ -22,7 +22,8 @@ from prunus.run.plain import Unfinished, is_full, yaml_value
 
 app = typer.Typer(
     name="prunus",
-    help="Make neural networks sparse and keep them good: prune, retrain a sliver, merge, ship.",
+    help="Make neural networks sparse and keep them good: prune, retrain a sliver, merge, ship.\n\n"
+    "$ prunus demo\n$ prunus run recipe.yaml\n$ prunus report runs/run",
     pretty_exceptions_enable=False,
 )
 
@@ -30,6 +31,7 @@ RecipeArg = Annotated[Path | None, typer.Argument(help="YAML recipe; without one
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Any recipe key: --set prune.sparsity=0.6 (repeatable; flags win).")
 ]
+DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda or one GPU such as cuda:1.")]
 Workers = Annotated[int, typer.Option(help="Processes that run members, GPUs in turn.")]
 Together = Annotated[int, typer.Option(help="Networks trained at once in each process, in threads.")]
 Out = Annotated[Path | None, typer.Option(help="Write the numbers as JSON here as well.")]
@@ -80,6 +82,10 @@ def run(
     """Do what a recipe says: train, prune, retrain, average, measure, save. A killed run goes on.
 
     The recipe decides: with the key `images` it is of an image classifier, else of a language model.
+
+    $ prunus run recipe.yaml
+    $ prunus run recipe.yaml --pattern 2:4 --set retrain.steps=400 --out runs/24
+    $ prunus run --sparsity 60% --train mask_lora --steps 60 --lr 1e-3 --dry-run
     """
     from prunus.machine import ranks
     from prunus.run.task import plan_recipe, run_recipe
@@ -102,6 +108,7 @@ def grid(
         list[str] | None,
         typer.Option("--set", help="Any key of the grids: --set base.retrain.steps=64 (repeatable)."),
     ] = None,
+    device: DeviceOption = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the grid; of several, that of their folders.")] = None,
     workers: Annotated[
         int,
@@ -117,17 +124,21 @@ def grid(
         float | None, typer.Option(help="Begin no member later than this; then make the tables of what is done.")
     ] = None,
 ) -> None:
-    """Run grids of recipes, side by side; a killed grid goes on and repeats nothing that is finished."""
+    """Run grids of recipes, side by side; a killed grid goes on and repeats nothing that is finished.
+
+    $ prunus grid grid.yaml --workers 2
+    $ prunus grid grid.yaml --set base.retrain.steps=64 --out runs/short
+    """
     from prunus.run.compare import compare_all, load_grids
     from prunus.run.page import write_report
     from prunus.run.pool import Workers as Pool
     from prunus.run.task import is_sweep
 
     _check_single("grid")
-    changes = assignments(assign)
+    changes = assignments(assign) | _of_device(device, "base.")
     if is_sweep(recipes):
         if changes:
-            raise ValueError("--set goes with grids; write the key into the sweep")
+            raise ValueError("--set and --device go with grids; write the key into the sweep")
         from prunus.run.show import show_sweep
         from prunus.run.vision.sweep import load_sweep, sweep
 
@@ -157,7 +168,11 @@ def evaluate(
     out: Out = None,
     **flags: str | None,
 ) -> None:
-    """Measure a model: perplexity and zero-shot tasks, or a classifier's accuracy, also on corrupted images."""
+    """Measure a model: perplexity and zero-shot tasks, or a classifier's accuracy, also on corrupted images.
+
+    $ prunus evaluate runs/60/model --data test.parquet --window 2048
+    $ prunus evaluate runs/digits
+    """
     from prunus.machine import write_json
     from prunus.run.evaluate import evaluate_model
     from prunus.run.show import show_evaluation
@@ -175,15 +190,19 @@ def measure(
     models: Annotated[list[str], typer.Argument(help="Language models: names, folders, .gguf files, 'embedded'.")],
     assign: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Of a recipe: --set device=cpu --set evaluate.speed.prompt=512 (repeatable)."),
+        typer.Option("--set", help="Any recipe key: --set evaluate.speed.prompt=512 (repeatable)."),
     ] = None,
+    device: DeviceOption = None,
     prompt: Annotated[int | None, typer.Option(help="Tokens that are read at once; 512.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens that are decoded after them; 32.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences at once; 1.")] = None,
     seconds: Annotated[float | None, typer.Option(help="How long each phase is repeated; 2.")] = None,
     out: Out = None,
 ) -> None:
-    """Time saved language models: prefill and decode tokens a second, memory, file size, beside the first one's."""
+    """Time saved language models: prefill and decode tokens a second, memory, file size, beside the first one's.
+
+    $ prunus measure embedded runs/60/model --device cpu
+    """
     from prunus.machine import write_json
     from prunus.run.measure import measure_models
     from prunus.run.show import show_speed
@@ -191,7 +210,7 @@ def measure(
     _check_single("measure")
     asked = {"prompt": prompt, "tokens": tokens, "batch_size": batch_size, "seconds": seconds}
     said = {f"evaluate.speed.{key}": value for key, value in asked.items() if value is not None}
-    found = measure_models(models, assignments(assign) | said)
+    found = measure_models(models, assignments(assign) | _of_device(device) | said)
     show_speed({row["model"]: row for row in found})
     if out is not None:
         write_json(out, found)
@@ -200,15 +219,20 @@ def measure(
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="Folder or .safetensors file of any saved model.")],
+    every: Annotated[bool, typer.Option("--all", help="A row for every weight, not for every kind.")] = False,
     out: Out = None,
 ) -> None:
-    """Sparsity and pattern of every weight of a saved model, read shard by shard."""
+    """Show sparsity and pattern of the weights of a saved model, read shard by shard.
+
+    $ prunus inspect runs/60/model
+    $ prunus inspect model.safetensors --all --out weights.json
+    """
     from prunus.machine import write_json
     from prunus.run.inspect import inspect_model
     from prunus.run.show import show_inspection
 
     found = inspect_model(path)
-    show_inspection(path, found)
+    show_inspection(path, found, every=every)
     if out is not None:
         write_json(out, [vars(row) | {"sparsity": row.sparsity} for row in found])
 
@@ -218,7 +242,10 @@ def unpack(
     packed: Annotated[Path, typer.Argument(help="Folder of a packed model (save: {packed: true}).")],
     out: Annotated[Path, typer.Argument(help="The ordinary folder that is made of it.")],
 ) -> None:
-    """Make the ordinary Hugging Face folder of a packed model, exactly, a tensor at a time."""
+    """Make the ordinary Hugging Face folder of a packed model, exactly, a tensor at a time.
+
+    $ prunus unpack runs/60/model runs/60/ordinary
+    """
     from prunus.save import unpack as unpacked
 
     made = unpacked(packed, out)
@@ -230,7 +257,11 @@ def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders of finished runs; or of one grid or sweep.")],
     out: Annotated[Path | None, typer.Option(help="The page; report.html in the folder, or here of several.")] = None,
 ) -> None:
-    """Write a page for the browser: of one folder, or of several runs beside one another."""
+    """Write a page for the browser: of one folder, or of several runs beside one another.
+
+    $ prunus report runs/60
+    $ prunus report runs/60 runs/24 --out both.html
+    """
     from prunus.run.page import compare_runs, write_report
 
     if len(folders) == 1:
@@ -249,8 +280,16 @@ def average(
         Path | None,
         typer.Option(help="Recipe that scores on validation data: only members that help are averaged."),
     ] = None,
+    assign: Annotated[
+        list[str] | None, typer.Option("--set", help="Any key of that recipe: --set evaluate.window=512 (repeatable).")
+    ] = None,
+    device: DeviceOption = None,
 ) -> None:
-    """Average checkpoints on disk, a tensor at a time; zeros stay zero, and members of other masks are refused."""
+    """Average checkpoints on disk, a tensor at a time; zeros stay zero, and members of other masks are refused.
+
+    $ prunus average runs/a/model runs/b/model --out runs/soup
+    $ prunus average runs/a/model runs/b/model runs/c/model --greedy validation.yaml --out runs/greedy
+    """
     from prunus.report import print_table
     from prunus.run.average import average_checkpoints, average_greedily
     from prunus.run.evaluate import scorer
@@ -258,10 +297,13 @@ def average(
     _check_single("average")
     if greedy is not None and weights is not None:
         raise ValueError("--weights and --greedy contradict each other: a greedy soup weighs its members alike")
+    changes = assignments(assign) | _of_device(device)
+    if changes and greedy is None:
+        raise ValueError("--set and --device are of the recipe that --greedy names; leave them out, or name one")
     if greedy is None:
         rows = average_checkpoints(checkpoints, out, numbers(weights, "--weights"))
     else:
-        by = scorer(greedy)
+        by = scorer(greedy, changes)
         rows = average_greedily(checkpoints, out, by.score)
         by.settle_(out)
     print_table(rows, title=str(out))
@@ -278,7 +320,7 @@ def merge(
 ) -> None:
     """Merge a kept adapter into the model that it was trained on; zeros stay zero, and another model is refused.
 
-    Example: prunus merge facebook/opt-125m runs/opt/adapter runs/merged
+    $ prunus merge facebook/opt-125m runs/opt/adapter runs/merged
     """
     from prunus.report import print_table
     from prunus.run.merge import merge_adapter
@@ -293,14 +335,17 @@ def show(
     names: Annotated[bool, typer.Option("--names", help="Print what recipes may name instead, with options.")] = False,
     assign: SetOption = None,
 ) -> None:
-    """Print a recipe with every default filled in, after checking it; or all that recipes may name."""
+    """Print a recipe with every default filled in, after checking it; or all that recipes may name.
+
+    $ prunus show recipe.yaml --set prune.pattern=2:4
+    $ prunus show --names
+    """
     import yaml
 
     if names:
-        from prunus.report import print_table
-        from prunus.run.names import rows
+        from prunus.run.show import show_names
 
-        print_table(list(rows()), title="what recipes may name")
+        show_names()
         return
     from prunus.run.task import load
 
@@ -309,7 +354,10 @@ def show(
 
 @app.command()
 def schema() -> None:
-    """Print the JSON schema of recipes, by which editors complete and check keys."""
+    """Print the JSON schema of recipes, by which editors complete and check keys.
+
+    $ prunus schema > recipes.schema.json
+    """
     import json
 
     from prunus.run.recipe import schema_of_recipes
@@ -325,19 +373,28 @@ def demo(
         float | None,
         typer.Option(parser=_share, metavar="FLOAT", help="Share of zeros, in [0, 1); 0.6, and 0.95 for vision."),
     ] = None,
+    device: DeviceOption = None,
 ) -> None:
-    """Show what Prunus does, offline, in a minute: on a small language model, or on handwritten digits."""
+    """Show what Prunus does, offline, in a minute: on a small language model, or on handwritten digits.
+
+    $ prunus demo
+    $ prunus demo vision --sparsity 90%
+    """
     _check_single("demo")
     if what == "vision":
         from prunus.run.vision.demo import demo as run_vision
 
-        run_vision(out or Path("runs/demo-vision"), 0.95 if sparsity is None else sparsity)
+        run_vision(out or Path("runs/demo-vision"), 0.95 if sparsity is None else sparsity, device or "auto")
         return
     if what != "language":
         raise ValueError(f"demo: there is none of {what!r}; use language or vision")
     from prunus.run.demo import demo as run_language
 
-    run_language(out or Path("runs/demo"), 0.6 if sparsity is None else sparsity)
+    run_language(out or Path("runs/demo"), 0.6 if sparsity is None else sparsity, device or "auto")
+
+
+def _of_device(device: str | None, section: str = "") -> dict[str, Any]:
+    return {} if device is None else {f"{section}device": device}
 
 
 def _version(asked: bool) -> None:

@@ -33,6 +33,7 @@ from prunus.run import stages
 from prunus.run.folder import begin, device_name, device_of, finished, held, ran_on
 from prunus.run.outline import Outline, check_language, outline_language
 from prunus.run.recipe import LanguageRecipe, digest, given, said
+from prunus.run.shrunk import shrunk
 from prunus.run.soups import Member, Pruned, as_long_as_all, averaged, member
 from prunus.run.texts import check_texts, evaluation_texts, head_in_words
 from prunus.save import MASKS_NAME, is_whole, load_info, save_model, save_tensors
@@ -133,6 +134,7 @@ class _Run:
         result |= {"processes": ranks.count(), "head": head_in_words(recipe, loaded.tokenizer), "perplexity": {}}
         result["perplexity"]["dense"] = self._measured("dense", loaded)
         speed = {"dense": self._paced("dense", loaded)}
+        loaded = self._shrunk(loaded, result)
         loaded, masks = self._phases(loaded, result)
         speed["now"] = self._paced("now", loaded)
         result |= {"speed": speed} if speed["now"] else {}
@@ -144,6 +146,17 @@ class _Run:
             self._save(loaded, masks, result)
             result["size"] = load_info(self.out / "model")["size"]
         return result
+
+    def _shrunk(self, loaded: stages.Loaded, result: dict[str, Any]) -> stages.Loaded:
+        """The model that the recipe makes smaller first; what it was measured at goes into `result`."""
+        if self.recipe.shrink is None:
+            return loaded
+        folder = self.out / "work" / f"shrunk-{self.key[:16]}"
+        with self._bar("shrink", None):
+            found = shrunk(loaded, self.recipe, self.device, folder)
+        result["shrink"] = load_info(folder)["shrink"]
+        result["perplexity"]["shrunk"] = self._measured("shrunk", found)
+        return found
 
     def _phases(self, dense: stages.Loaded, result: dict[str, Any]) -> tuple[stages.Loaded, Masks]:
         """The model after the last phase, and its masks; what was measured goes into `result`.
@@ -221,7 +234,7 @@ class _Run:
 
     def _prune(self, loaded: stages.Loaded, recipe: LanguageRecipe, index: int, within: Masks | None) -> Streamed:
         # The work folder's blocks depend on these sections alone, so a run may be resumed with other retraining.
-        sections = {"model", "dtype", "precision", "prune", "calibrate", "reconstruct"}
+        sections = {"model", "dtype", "precision", "shrink", "prune", "calibrate", "reconstruct"}
         several = {"retrain", "soup"} if recipe.prune.phases > 1 else set[str]()
         work = Work(self._blocks(index), digest(said(recipe, only=sections | several)), writes=ranks.is_main()).open()
         blocks = int(getattr(loaded.model.config, "num_hidden_layers", 0)) or None
@@ -369,7 +382,8 @@ class _Run:
     def _save(self, loaded: stages.Loaded, masks: Masks, result: dict[str, Any]) -> None:
         if not ranks.is_main():
             return
-        how: dict[str, Any] = {"masks": masks, "info": prunus_info(self.recipe, result), "packed": self.recipe.packed}
+        kept = masks if self.recipe.shrink is None or masks.sparsity else None  # of a smaller model, all is kept
+        how: dict[str, Any] = {"masks": kept, "info": prunus_info(self.recipe, result), "packed": self.recipe.packed}
         with self._bar("save", None):
             if isinstance(loaded.source, Shards):
                 save_tensors(
@@ -405,6 +419,8 @@ class _Run:
 
 def _check_shares(recipe: LanguageRecipe) -> None:
     asked, world = recipe.retrain, ranks.count()
+    if recipe.shrink is not None and world > 1:
+        raise ValueError(f"shrink: in one process, not in {world}; start `prunus run` alone, and retrain what it saves")
     if recipe.soup is not None and world > 1:
         raise ValueError(f"soup: members are trained in one process, not in {world}; start `prunus run` alone")
     if recipe.during is not None and world > 1:

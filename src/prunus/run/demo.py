@@ -31,7 +31,6 @@ __all__ = ["RECIPE", "demo"]
 RECIPE: dict[str, Any] = {
     "model": "embedded",
     "dtype": "float32",
-    "device": "auto",
     "prune": {"criterion": "wanda", "sparsity": 0.6},
     "calibrate": {"samples": 64, "length": 256, "batch_size": 16},
     "retrain": {"train": ["biases", "norms"], "steps": 100, "batch_size": 8, "length": 256, "lr": 3e-3},
@@ -42,13 +41,13 @@ LEAST = 8
 MASK_LORA: dict[str, Any] = {"train": ["mask_lora"], "rank": 2, "alpha": 4.0, "lr": 2e-3}
 
 
-def demo(out: Path, sparsity: float = 0.6) -> dict[str, Any]:
+def demo(out: Path, sparsity: float = 0.6, device: str = "auto") -> dict[str, Any]:
     """The result: perplexity dense, pruned, retrained on biases and norms, retrained with MaskLoRA and merged.
 
     The steps of a retraining are those that fit into a minute here and now.
     Raises ValueError for a sparsity outside [0, 1).
     """
-    raw = {**RECIPE, "prune": {**RECIPE["prune"], "sparsity": sparsity}, "out": str(out)}
+    raw = {**RECIPE, "prune": {**RECIPE["prune"], "sparsity": sparsity}, "device": device, "out": str(out)}
     recipe = parse(raw, LanguageRecipe, "demo")
     with held(out):
         return _demo(recipe, out)

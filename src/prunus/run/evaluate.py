@@ -38,14 +38,14 @@ def evaluate_model(model: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     return _classifier(path, raw, overrides) if "images" in raw else _language_model(model, overrides)
 
 
-def scorer(path: Path) -> Scorer:
-    """The scorer that an evaluation recipe describes.
+def scorer(path: Path, changes: Mapping[str, Any] | None = None) -> Scorer:
+    """The scorer that an evaluation recipe describes. changes: dotted keys of it, and their values.
 
     Raises what reading the recipe raises; `score` raises ValueError for a checkpoint of another network.
 
     >>> scorer(Path("validation.yaml")).score(Path("runs/a/model"))
     """
-    raw = read_yaml(path)
+    raw = merge(read_yaml(path), changes or {})
     if "images" in raw:
         return _of_classifiers(path, raw)
     parse(raw, LanguageRecipe, str(path))  # mistakes show before anything is averaged

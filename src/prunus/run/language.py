@@ -163,6 +163,8 @@ class _Language:
         if tune is not None and tune["text"] is None:
             raise ValueError("tune: name the text whose perplexity chooses: text: validation")
         for recipe in recipes:
+            if recipe.shrink is not None:
+                raise ValueError("shrink is for single runs: run each, and give what they save to grids as models")
             if tune is not None:
                 _check_chooses(tune["text"], recipe.evaluate.data)
         if show.columns:

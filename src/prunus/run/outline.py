@@ -28,6 +28,7 @@ __all__ = [
     "check_language",
     "check_pruning",
     "check_tasks",
+    "kind_of",
     "outline_classifier",
     "outline_language",
     "size_in_words",
@@ -216,7 +217,7 @@ def _kinds(views: Iterable[View], asked: Prune) -> list[dict[str, Any]]:
     """A row for layers of one name but for numbers, and one shape."""
     found: dict[tuple[str, tuple[int, int]], int] = {}
     for view in views:
-        kind = re.sub(r"(?<![^.])\d+(?![^.])", "*", re.sub(r"\[\d+\]$", "[*]", view.name))
+        kind = kind_of(view.name)
         found[kind, view.shape] = found.get((kind, view.shape), 0) + 1
     alike = asked.sharing().reads == ""
     return [
@@ -229,6 +230,11 @@ def _kinds(views: Iterable[View], asked: Prune) -> list[dict[str, Any]]:
         }
         for (kind, shape), count in found.items()
     ]
+
+
+def kind_of(name: str) -> str:
+    """A layer's name with a star for each number."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", re.sub(r"\[\d+\]$", "[*]", name))
 
 
 def _way(asked: Prune) -> str:

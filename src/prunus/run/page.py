@@ -44,8 +44,18 @@ def compare_runs(folders: Sequence[Path], path: Path) -> None:
     found = {str(folder): read_json(folder / "result.json") for folder in folders}
     rows = [{"folder": name, **_last(result)} for name, result in found.items()]
     stages = [{"folder": name, **row} for name, result in found.items() for row in _stages(result)]
-    parts = [Part("Runs", rows=rows), Part("Stages", rows=stages), *map(_recipe, folders)]
-    write_page(Page(f"{len(folders)} runs", "", [], [*parts, _versions()]), path)
+    parts = [
+        Part(title, rows=alike) for title, found in (("Runs", rows), ("Stages", stages)) for alike in _alike(found)
+    ]
+    write_page(Page(f"{len(folders)} runs", "", [], [*parts, *map(_recipe, folders), _versions()]), path)
+
+
+def _alike(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows of the same columns: runs of one task, which a table compares."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row), []).append(row)
+    return list(found.values())
 
 
 def _kind(folder: Path) -> tuple[str, Callable[[Path, Any], Page]]:
@@ -144,8 +154,11 @@ def _soup(folder: Path, result: Result) -> Page:
     ]
     cards += _sizes(result)
     cards.append(_cost(folder, result))
-    pictures = sorted(folder.glob("*.png"))
-    return _page(folder, result, cards, [Part("Soup", SOUP_COLUMNS, rows=soup_rows(result), pictures=pictures)])
+    parts = [
+        Part("Soup", SOUP_COLUMNS, rows=soup_rows(result)),
+        Part("Phases, and what lies between members", pictures=sorted(folder.glob("*.png"))),
+    ]
+    return _page(folder, result, cards, parts)
 
 
 def _grid(folder: Path, rows: Sequence[Result]) -> Page:
@@ -153,7 +166,8 @@ def _grid(folder: Path, rows: Sequence[Result]) -> Page:
         raise FileNotFoundError(f"{folder} holds nothing finished: its table has no row; run its grid again")
     pictures = sorted([*folder.glob("grid*.png"), *folder.glob("phases*.png")])
     seeds = sorted({seed for row in rows for seed in row["seeds"]})
-    cards = [Card("cells", str(len(rows)), ""), Card("seeds", str(len(seeds)), "mean ± deviation over those of a cell")]
+    spread = "mean ± deviation over those of a cell" if len(seeds) > 1 else ""
+    cards = [Card("cells", str(len(rows)), ""), Card("seeds", str(len(seeds)), spread)]
     table = [{**row, "n": len(found["seeds"])} for row, found in zip(grid_rows(rows), rows, strict=True)]
     return Page(folder.name, str(folder), cards, [Part("Cells", rows=table, pictures=pictures), _versions()])
 

@@ -1,7 +1,7 @@
 """What a run is asked to do: typed recipes of every task, read from YAML, checked before any work.
 
     Recipe              model, device, precision, compile, prune, retrain, soup, out, save: the same for every task
-    LanguageRecipe      and dtype, streaming, calibrate, reconstruct, evaluate
+    LanguageRecipe      and dtype, streaming, calibrate, shrink, reconstruct, evaluate
     ClassifierRecipe    and images, seed, train, during, recalibrate, corruptions, ...: what has the key `images`
 
 A recipe is a plain YAML mapping; every key is a field below. Sections that tasks share are one class. Its defaults are
@@ -89,6 +89,7 @@ __all__ = [
     "Reconstruct",
     "Retrain",
     "Save",
+    "Shrink",
     "Soup",
     "Strict",
     "Training",
@@ -263,7 +264,7 @@ class Retrain(Strict):
     """
 
     schedule: RetrainSchedule = "linear"
-    """Of the learning rate: linear, ft, lrw, slr, clr, llr or allr."""
+    """Schedule of the learning rate: linear, ft, lrw, slr, clr, llr or allr."""
     of: Literal["phase", "total"] = "phase"
     """The budget is that of each phase, or of all together."""
     warmup: Part = 0.1
@@ -432,6 +433,24 @@ class Calibrate(Strict):
     seed: int = 0
 
 
+class Shrink(Strict):
+    """What a language model is without before it is pruned, and then it is really smaller; counts, and shares of all.
+
+    What is left of heads and neurons is fitted on the windows of `calibrate`. vocabulary: the text whose words stay.
+    """
+
+    blocks: Whole = 0
+    heads: Part = 0.0
+    neurons: Part = 0.0
+    vocabulary: Data | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Shrink:
+        if self == Shrink.model_construct():
+            raise ValueError("say what goes: blocks: 4, heads: 0.25, neurons: 0.25, or vocabulary: words.txt")
+        return self
+
+
 def _subsets(value: Any) -> Any:
     """Subset names from a list or from one text with commas; refused as `adapt` refuses them."""
     if not isinstance(value, str | list | tuple):
@@ -448,17 +467,17 @@ class Adapting(Strict):
     """Which parameters of a language model are trained by AdamW, and the adapters among them."""
 
     train: Subsets = ("full",)
-    """Parameters: biases,norms or mask_lora or full ..."""
+    """What is trained: biases,norms or mask_lora or full ..."""
     steps: Count = 64
     """Optimizer steps."""
     warmup: Part = 0.1
     rank: Count = 16
-    """Of adapters."""
+    """Rank of adapters."""
     alpha: Positive = 32.0
-    """Of adapters: the update is scaled by alpha / rank."""
+    """Scale of adapters: their update is multiplied by alpha / rank."""
     init: Literal["kaiming", "gaussian"] = "kaiming"
     seed: int = 0
-    """Of the order of sequences, and of adapters."""
+    """Seed of the order of sequences, and of adapters."""
 
 
 class Reconstruct(Adapting):
@@ -502,7 +521,7 @@ class Distill(Strict):
     """
 
     weight: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Of the divergence; the rest is cross-entropy."""
+    """Weight of the divergence; that of the cross-entropy is the rest."""
     temperature: Positive = 1.0
     teacher: str | None = None
 
@@ -513,7 +532,7 @@ class LanguageRetrain(Adapting, Retrain):
     lr: Positive | None = None
     """Peak learning rate; left out, 0.003, of everything 0.001."""
     train: Subsets = ("mask_lora",)
-    """Parameters: biases,norms or mask_lora or full ..."""
+    """What is trained: biases,norms or mask_lora or full ..."""
     steps: Count = 200
     """Optimizer steps."""
     data: Data = _TRAIN
@@ -798,7 +817,7 @@ class Recipe(Strict):
     device: Device = "auto"
     """auto, cpu, cuda or one GPU such as cuda:1."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of matrix products."""
+    """Precision of matrix products."""
     compile: bool = False
     """Compile the model's blocks."""
     capture: Literal["auto"] | bool = "auto"
@@ -874,19 +893,28 @@ class LanguageRecipe(Recipe):
     trust_remote_code: bool = False
     """Run code that lies beside the model's weights."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the weights in memory and on disk."""
+    """Type of the weights in memory and on disk."""
     streaming: bool = False
     """Read blocks from the checkpoint one at a time, for models larger than memory."""
     train: LanguageTraining | None = None
     during: MethodName = None
     prune: Prune = Prune()
     calibrate: Calibrate = Calibrate()
+    shrink: Shrink | None = None
     reconstruct: Reconstruct | None = None
     retrain: LanguageRetrain | None = None
     soup: Soup | None = None
     evaluate: Evaluate = Evaluate()
 
     apart: ClassVar[int] = 1000
+
+    @model_validator(mode="before")
+    @classmethod
+    def _smaller(cls, value: Any) -> Any:
+        """Of a model that becomes smaller nothing else goes unless that is said."""
+        if isinstance(value, dict) and value.get("shrink") is not None and "prune" not in value:
+            return {**value, "prune": {"criterion": "magnitude", "sparsity": 0.0}}
+        return value
 
     @property
     def drawn(self) -> int:
@@ -915,6 +943,9 @@ class LanguageRecipe(Recipe):
                 self._check_retrain(section)
         if self.during is not None or self.train is not None:
             self._check_during()
+        if self.shrink is not None and (self.streaming or self.trust_remote_code):
+            strange = "streaming" if self.streaming else "trust_remote_code"
+            raise ValueError(f"shrink: the smaller model is made anew, in memory: leave out {strange}")
         if self.streaming and self.retrain is not None and self.retrain.schedule == "allr":
             raise ValueError("retrain.schedule: allr compares with the dense weights: leave out streaming, or use llr")
         if self.streaming and self.prune.sharing().reads == "loss":
@@ -1009,7 +1040,7 @@ class ClassifierRecipe(Recipe):
     arguments: dict[str, Any] = Field(default_factory=dict)
     weights: str | None = None
     seed: int = 0
-    """Of weights, order and augmentation."""
+    """Seed of weights, order and augmentation."""
     train: Training = Training()
     during: MethodName = None
     prune: ClassifierPrune | None = None

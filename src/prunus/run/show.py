@@ -9,10 +9,10 @@ from typing import Any
 from rich.console import Console
 
 from prunus.report import format_value, print_table
-from prunus.run.inspect import Inspection
-from prunus.run.outline import Outline, size_in_words
+from prunus.run.inspect import Inspection, Row
+from prunus.run.names import rows as rows_of_names
+from prunus.run.outline import Outline, kind_of, size_in_words
 from prunus.run.tables import spread
-from prunus.save import SIZE_NOTE, size_note
 
 __all__ = [
     "SOUP_COLUMNS",
@@ -23,6 +23,7 @@ __all__ = [
     "show_evaluation",
     "show_grid",
     "show_inspection",
+    "show_names",
     "show_outline",
     "show_result",
     "show_run",
@@ -45,8 +46,10 @@ def show_result(result: Mapping[str, Any], out: Path) -> None:
         _note(f"{name}: {found['trainable']:,} parameters trained ({100 * found['share']:.3f} %), {speed}")
     _note(f"{result['seconds']:.0f} s on {result['device']}. Picture: {out / 'report.png'}")
     if "saved" in result:
-        note = size_note(**result["size"]) if "size" in result else SIZE_NOTE
-        _note(f"Model: {result['saved']}. {note}")
+        size = result.get("size", {"weight_bytes": 1, "dense_bytes": 1})
+        share = size["weight_bytes"] / size["dense_bytes"]
+        much = "as large as before" if share >= 1 else f"of {share:.1%} of the bytes before"
+        _note(f"Model: {result['saved']}, in files {much} (its README.md says why)")
 
 
 def language_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -124,23 +127,42 @@ def _show_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> None:
         print_table([{"task": task, **found} for task, found in tasks.items()], title="zero-shot")
 
 
-def show_inspection(path: Path, found: Inspection) -> None:
-    """The table of a saved model's weights, and its totals below."""
+def show_inspection(path: Path, found: Inspection, *, every: bool = False) -> None:
+    """The table of a saved model's weights, a row a kind or, if asked, a row for every one, and its totals below."""
+    alike: dict[tuple[str, ...], list[Row]] = {}
+    for row in found:
+        name = row.name if every else kind_of(row.name)
+        alike.setdefault((name, " x ".join(map(str, row.shape)), row.dtype, row.pattern), []).append(row)
     rows = [
         {
-            "weight": row.name,
-            "shape": " x ".join(map(str, row.shape)),
-            "dtype": row.dtype,
-            "zeros": f"{100 * row.sparsity:.2f} %",
-            "pattern": row.pattern,
+            "weight": name,
+            **({} if every else {"count": len(group)}),
+            "shape": shape,
+            "dtype": dtype,
+            "zeros": _range([row.sparsity for row in group]),
+            "pattern": pattern,
         }
-        for row in found
+        for (name, shape, dtype, pattern), group in alike.items()
     ]
     print_table(rows, title=str(path))
     _note(
         f"{found.entries:,} values in {found.bytes / 1e6:,.1f} MB, {100 * found.sparsity:.2f} % zeros; "
         f"{len(found.pruned)} pruned weights with {100 * found.pruned_sparsity:.2f} % zeros"
     )
+
+
+def show_names() -> None:
+    """What recipes may name, a table a kind."""
+    found: dict[str, list[dict[str, str]]] = {}
+    for row in rows_of_names():
+        found.setdefault(row.pop("kind"), []).append(row)
+    for kind, rows in found.items():
+        print_table(rows, title=kind)
+
+
+def _range(shares: Sequence[float]) -> str:
+    low, high = (f"{100 * share:.2f}" for share in (min(shares), max(shares)))
+    return f"{low} %" if low == high else f"{low} to {high} %"
 
 
 def show_run(result: Mapping[str, Any], out: Path) -> None:

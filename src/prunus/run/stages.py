@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +41,7 @@ from prunus.measure import perplexity, speed, streamed_perplexity
 from prunus.run.recipe import LanguageRecipe, given
 from prunus.run.texts import calibration_windows, evaluation_texts, training_windows, window_of
 from prunus.save import loaded_model
+from prunus.shrink import trim_vocabulary
 from prunus.soup import finish
 from prunus.stream import BlockReport, Fit, Shards, Streamed, Work, stream
 from prunus.train import During, distilled_next_token, lighten_, next_token_loss, train
@@ -68,7 +70,8 @@ _RESIDENT_GRAM = 0.4  # criteria that read Gram matrices need several matrices o
 class Loaded:
     """A model with its tokenizer; `folder` is the local folder it came from, `source` its shards when streamed.
 
-    distance: what pruning took away from it, as `soup.distance` measures it.
+    distance: what pruning took away from it, as `soup.distance` measures it. tokens: of a model with fewer words, text
+    name -> how many tokens of its own the text has for one of the dense model's.
     """
 
     model: Any
@@ -76,6 +79,7 @@ class Loaded:
     folder: Path | None
     source: Source | None = None
     distance: float = 1.0
+    tokens: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -125,9 +129,15 @@ def fitted(recipe: LanguageRecipe, device: torch.device) -> LanguageRecipe:
     if window is not None:
         _check_length("evaluate.window", window, limit, recipe.model)
     if recipe.dtype == "auto" and device.type == "cpu" and getattr(config, "dtype", None) == torch.float16:
-        log.warning("float16 products are slow on a CPU: computing in float32; the model is saved in float16")
+        _say_once("float16 products are slow on a CPU: computing in float32; the model is saved in float16")
         changes["dtype"] = "float32"
     return recipe.model_copy(update=changes)
+
+
+@cache
+def _say_once(text: str) -> None:
+    """Members of a grid are of one model."""
+    log.warning(text)
 
 
 def home(recipe: LanguageRecipe, device: torch.device) -> torch.device:
@@ -355,7 +365,7 @@ def retrain(
             optimizer,
             asked.rates(loaded.distance),
             steps=asked.steps,
-            loss=_loss(model, recipe),
+            loss=_loss(loaded, recipe),
             masks=masks if "full" in asked.train else None,
             during=during,
             views=find_layers(model, include=prune.include, exclude=prune.exclude) if during else None,
@@ -388,18 +398,26 @@ def _capture(recipe: LanguageRecipe, device: torch.device) -> Literal["auto"] | 
     return False if recipe.capture == "auto" and device.type != "cuda" else recipe.capture
 
 
-def _loss(model: nn.Module, recipe: LanguageRecipe) -> Callable[[nn.Module, Any], Tensor]:
-    """The loss of retraining; a teacher, where there is one, is read from its checkpoint."""
+def _loss(loaded: Loaded, recipe: LanguageRecipe) -> Callable[[nn.Module, Any], Tensor]:
+    """The loss of retraining; a teacher, where there is one, is read from its checkpoint, with the student's words."""
     asked = given(recipe.retrain).distill
     if asked is None:
         return next_token_loss
     home = recipe.model_copy(update={"model": asked.teacher or recipe.model, "streaming": False})
-    teacher = lighten_(load(home).model.requires_grad_(False), model)
+    dense = load(home)
+    model = dense.model
+    if recipe.shrink is not None and recipe.shrink.vocabulary is not None:
+        ids, words = dense.tokenizer.get_vocab(), loaded.tokenizer.get_vocab()
+        model = trim_vocabulary(model, torch.tensor([ids[word] for word in sorted(words, key=words.__getitem__)]))
+    teacher = lighten_(model.requires_grad_(False), loaded.model)
     return distilled_next_token(teacher, asked.weight, asked.temperature)
 
 
 def evaluate(loaded: Loaded, recipe: LanguageRecipe, device: torch.device) -> dict[str, float]:
-    """Text name -> perplexity, by the recipe's window or the model's own length; block by block when streamed."""
+    """Text name -> perplexity, by the recipe's window or the model's own length; block by block when streamed.
+
+    Of a model with fewer words it is that of the dense model's tokens: exp of the loss a text has for each of them.
+    """
     model, asked = loaded.model, recipe.evaluate
     precision = precision_of(recipe, device)
     tokens = evaluation_texts(recipe, model, loaded.tokenizer)
@@ -408,7 +426,8 @@ def evaluate(loaded: Loaded, recipe: LanguageRecipe, device: torch.device) -> di
         how |= {"source": loaded.source, "precision": precision}
         return {name: streamed_perplexity(model, text, **how) for name, text in tokens.items()}
     with _on(model, device), autocast(device, precision):
-        return {name: perplexity(model, text, **how) for name, text in tokens.items()}
+        found = {name: perplexity(model, text, **how) for name, text in tokens.items()}
+        return {name: each ** loaded.tokens.get(name, 1.0) for name, each in found.items()}
 
 
 def zero_shot(model: nn.Module, tokenizer: Any, recipe: LanguageRecipe, device: torch.device) -> dict[str, Any]:

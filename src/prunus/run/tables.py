@@ -182,18 +182,25 @@ def _plot_perplexity(layout: Layout, rows: Sequence[Row], across: str, text: str
     others = [axis for axis in layout.axes if axis != across]
     lines = {tuple(row[axis] for axis in others): 1 + len(row.get("beside", {}).get(text, {})) for row in rows}
     split = sum(lines.values()) > _MOST_LINES
-    pictures: dict[str, dict[str, dict[str, float]]] = {}
+    pictures: dict[str, dict[str, dict[str, Mapping[str, Any]]]] = {}
     for row in rows:
         names = [str(row[axis]) for axis in others]
         picture, line = (names[0], names[1:]) if split else ("", names)
         table = pictures.setdefault(picture, {})
-        beside = {name: found["mean"] for name, found in row["beside"][text].items()} if "beside" in row else {}
+        beside: Mapping[str, Any] = row["beside"][text] if "beside" in row else {}
         own = [*line, SOUP] if beside else line
-        for drawn, value in [(own, row[text]["mean"]), *(([*line, name], value) for name, value in beside.items())]:
-            table.setdefault(", ".join(drawn), {})[str(row[across])] = float(value)
+        for drawn, found in [(own, row[text]), *(([*line, name], found) for name, found in beside.items())]:
+            table.setdefault(", ".join(drawn), {})[str(row[across])] = found
     for picture, table in pictures.items():
+        if sum(map(len, table.values())) == 1:
+            continue  # a point says no more than its number
         path = layout.picture(picture) if picture else layout.out / "grid.png"
-        plot_grid(table, path, dense=dense, title=f"{picture}, {text}" if picture else text)
+        means, deviations = (
+            {line: {label: found[key] for label, found in points.items()} for line, points in table.items()}
+            for key in ("mean", "std")
+        )
+        title = f"{picture}, {text}" if picture else text
+        plot_grid(means, path, dense=dense, title=title, deviations=deviations)
 
 
 # Classifiers: accuracy in percent, and every other number under `metrics`.
@@ -300,7 +307,7 @@ def _plot_accuracy(layout: Layout, rows: Sequence[Row], axis: str, path: Path) -
                 lines = panels.setdefault(", ".join(labels), {})
                 point = (str(found[axis]), float(found["accuracy"]["mean"]), found["accuracy"]["std"])
                 lines.setdefault(str(found[line]) if line else "", []).append(point)
-    if panels:
+    if sum(len(points) for lines in panels.values() for points in lines.values()) > 1:
         plot_accuracy(panels, path, xlabel=axis, dense=_dense(rows))
 
 

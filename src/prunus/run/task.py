@@ -103,12 +103,15 @@ def _classifier(recipe: Any, path: Path | None, **workers: Any) -> Show:
 
 
 def _reported(recipe: Any, show: Callable[[Path], None]) -> Show:
-    """Shows a result and leaves its page."""
+    """Shows a result and leaves its page, once."""
     from prunus.run.page import write_report
 
     def shown() -> None:
-        show(Path(recipe.out))
-        write_report(Path(recipe.out))
+        out = Path(recipe.out)
+        show(out)
+        page, result = out / "report.html", out / "result.json"
+        if not page.exists() or page.stat().st_mtime_ns < result.stat().st_mtime_ns:
+            write_report(out)
 
     return shown
 

@@ -28,7 +28,15 @@ from prunus.data import (
 )
 from prunus.run.recipe import Calibrate, Data, LanguageRecipe, LanguageRetrain
 
-__all__ = ["calibration_windows", "check_texts", "evaluation_texts", "head_in_words", "training_windows", "window_of"]
+__all__ = [
+    "calibration_windows",
+    "check_texts",
+    "evaluation_texts",
+    "head_in_words",
+    "ids_of",
+    "training_windows",
+    "window_of",
+]
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +48,12 @@ def calibration_windows(asked: Calibrate, tokenizer: Any) -> Tensor:
     most = max(_ENOUGH, 4 * asked.samples * asked.length)
     with _named("calibrate.data"):
         return calibration(_tokens(asked.data, tokenizer, most=most), asked.samples, asked.length, asked.seed)
+
+
+def ids_of(data: Data, tokenizer: Any) -> Tensor:
+    """The tokens of a whole text, (N,). Raises ValueError for one that does not open."""
+    with _named("shrink.vocabulary"):
+        return _tokens(data, tokenizer).ids
 
 
 def training_windows(asked: LanguageRetrain, tokenizer: Any, section: str = "retrain") -> PackedTokens:

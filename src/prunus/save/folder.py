@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 
@@ -444,9 +444,15 @@ def write_config(config: Any, path: Path, source: Path | None, *, dtype: torch.d
 
 def _changes(config: Any, origin: Path) -> dict[str, Any]:
     """Keys of `config` whose values differ from what the source's config.json gives."""
-    now: dict[str, Any] = config.to_dict()
-    then: dict[str, Any] = type(config).from_pretrained(str(origin.parent)).to_dict()
-    return {key: value for key, value in now.items() if key not in RUNTIME and then.get(key) != value}
+    now, then = _lasting(config.to_dict()), _lasting(type(config).from_pretrained(str(origin.parent)).to_dict())
+    return {key: value for key, value in now.items() if then.get(key) != value}
+
+
+def _lasting(said: Any) -> Any:
+    """What a config says without what a run sets, also in the configs inside it."""
+    if not isinstance(said, dict):
+        return said
+    return {key: _lasting(value) for key, value in cast("dict[str, Any]", said).items() if key not in RUNTIME}
 
 
 # README.md: what the model is, how it was made, what was measured, and what its size means

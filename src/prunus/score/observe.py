@@ -32,6 +32,9 @@ def observe(block: nn.Module, views: Sequence[View], *, gram: bool) -> Generator
     model or of the block. Until a layer has received anything it has no entry; on leaving, every view has one, and an
     expert that no token reached has `tokens == 0`.
 
+    An attention mask (b, length) that the block is called with, of integers or bools, says which positions count; rows
+    of experts are no positions any more, and all count.
+
     Raises: ValueError if a view is not in the block, if its inputs cannot be told (grouped convolutions), or if stacked
     experts ran but no product with them was seen.
     """
@@ -39,7 +42,9 @@ def observe(block: nn.Module, views: Sequence[View], *, gram: bool) -> Generator
     with ExitStack() as stack:
         located = list(_locate(block, views))
         stacks = _attach(block, located, ledger, stack)
-        start = block.register_forward_pre_hook(lambda module, args: ledger.start(), prepend=True)
+        start = block.register_forward_pre_hook(
+            lambda module, args, kwargs: ledger.start(kwargs.get("attention_mask")), prepend=True, with_kwargs=True
+        )
         stack.callback(start.remove)
         if stacks:
             stack.enter_context(_eager_experts(block))
@@ -93,8 +98,11 @@ class _Ledger:
         self.groups: dict[str, _Group] = {}
         self.forwards = 0
         self._latest: dict[int, _Group] = {}  # by id of the tensor that a leader received in this forward
+        self._attended: Tensor | None = None  # (b, length) bool
 
-    def start(self) -> None:
+    def start(self, attention_mask: Any) -> None:
+        marks = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
+        self._attended = attention_mask.bool() if marks and not attention_mask.is_floating_point() else None
         self.forwards += 1
         self._latest.clear()
 
@@ -109,9 +117,15 @@ class _Ledger:
             )
         group.calls[name] += 1
         if group.leader == name:
-            group.inputs.add_(x)
+            group.inputs.add_(self._counted(x))
             group.latest, group.version = weakref.ref(x), _version(x)
             self._latest[id(x)] = group
+
+    def _counted(self, x: Tensor) -> Tensor:
+        """The rows of x (b, length, in) or (b * length, in) that the attention mask marks; all of any other x."""
+        if self._attended is None or x.shape[:-1].numel() != self._attended.numel():
+            return x
+        return x.reshape(-1, x.shape[-1])[self._attended.flatten().to(x.device)]
 
     def _group(self, name: str, x: Tensor) -> _Group:
         group = self._latest.get(id(x))

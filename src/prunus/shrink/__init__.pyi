@@ -1,9 +1,17 @@
+from .columns import columns as columns
 from .filters import Channels as Channels
 from .filters import choose_filters as choose_filters
 from .filters import filter_norms as filter_norms
 from .filters import find_channels as find_channels
 from .filters import remove_filters as remove_filters
 from .filters import resized as resized
+from .language import choose_blocks as choose_blocks
+from .language import remove_blocks as remove_blocks
+from .language import remove_heads as remove_heads
+from .language import remove_neurons as remove_neurons
 from .lowrank import decompose as decompose
 from .lowrank import ranks_by_budget as ranks_by_budget
 from .lowrank import ranks_by_share as ranks_by_share
+from .vocabulary import needed_words as needed_words
+from .vocabulary import trim_tokenizer as trim_tokenizer
+from .vocabulary import trim_vocabulary as trim_vocabulary

@@ -1,4 +1,5 @@
 from .reconstruct import Fit as Fit
+from .sources import Memory as Memory
 from .sources import Shards as Shards
 from .sources import ahead as ahead
 from .sources import carried as carried

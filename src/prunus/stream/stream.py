@@ -347,8 +347,8 @@ def _solve_layers_(
     inputs: Mapping[str, Inputs],
     *,
     shared: bool = False,
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Parameter name -> mask, beside the weights, which were solved in place; views that saw no token.
+) -> dict[str, Tensor]:
+    """Parameter name -> mask, beside the weights, which were solved in place.
 
     shared: whether the ranks share the views; their `inputs` are added up before.
     """
@@ -370,8 +370,17 @@ def _solve_layers_(
                 matrix = view.matrix(stored).contiguous()
                 ranks.send_(matrix, by[view.name])
                 view.write_(stored, matrix)
-    fallback = [view.name for view in views if view.name in inputs and inputs[view.name].tokens == 0]
-    return masks, fallback
+    return masks
+
+
+def _seen(views: Sequence[View], inputs: Mapping[str, Inputs]) -> tuple[list[str], dict[str, list[int]]]:
+    """Layers that no token reached, and stack of experts -> the tokens that each of them saw."""
+    tokens = {view.name: inputs[view.name].tokens for view in views if view.name in inputs}
+    routed: dict[str, list[int]] = {}
+    for view in views:
+        if view.index is not None and view.name in tokens:
+            routed.setdefault(view.parameter, []).append(tokens[view.name])
+    return [name for name, count in tokens.items() if count == 0], routed
 
 
 @dataclass(eq=False)
@@ -404,8 +413,9 @@ class _Step:
         parameters = dict(self.block.named_parameters(prefix=self.name))
         if self.shared:
             _add_up_(self.views, inputs)
-        chosen, fallback = _solve_layers_(parameters, self.views, task, inputs, shared=self.shared)
+        chosen = _solve_layers_(parameters, self.views, task, inputs, shared=self.shared)
         flow.masks.update(chosen)
+        seen = _seen(self.views, inputs)
         del inputs
         errors = None
         if fit is not None and before is not None:
@@ -413,7 +423,7 @@ class _Step:
         del leaving
         self._leave_tied_(flow)
         self._advance_(self.block, flow.hidden, flow.arguments)
-        return _report(self.name, self.views, flow.masks, started=self.started, fallback=fallback, errors=errors)
+        return _report(self.name, self.views, flow.masks, started=self.started, seen=seen, errors=errors)
 
     def replay_(self, work: Work, flow: _Flow) -> BlockReport:
         """Take the finished block from the work folder and only run it."""
@@ -518,9 +528,9 @@ def _solve_outside_(
             reports.append(work.restore_(view.name, module, masks))
             continue
         parameters = dict(model.named_parameters())
-        chosen, fallback = _solve_layers_(parameters, [view], task, inputs, shared=shared)
+        chosen = _solve_layers_(parameters, [view], task, inputs, shared=shared)
         masks.update({key: mask.cpu() for key, mask in chosen.items()})
-        reports.append(_report(view.name, [view], chosen, started=started, fallback=fallback))
+        reports.append(_report(view.name, [view], chosen, started=started, seen=_seen([view], inputs)))
         if work is not None:
             work.save(view.name, module, chosen, reports[-1])
     return reports
@@ -532,7 +542,7 @@ def _report(
     masks: Mapping[str, Tensor],
     *,
     started: float,
-    fallback: Sequence[str],
+    seen: tuple[Sequence[str], Mapping[str, Sequence[int]]],
     errors: tuple[float, float] | None = None,
 ) -> BlockReport:
     names = list(dict.fromkeys(view.parameter for view in views))
@@ -543,7 +553,7 @@ def _report(
         time.perf_counter() - started,
         errors[0] if errors else None,
         errors[1] if errors else None,
-        fallback,
+        *seen,
     )
 
 

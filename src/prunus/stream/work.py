@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -26,7 +26,11 @@ _FORMAT = 2  # of the files; blocks in another one are of another job
 
 @dataclass(frozen=True)
 class BlockReport:
-    """What happened to one block: zeros by layer, and the relative output error when the block was fitted."""
+    """What happened to one block: zeros by layer, and the relative output error when the block was fitted.
+
+    fallback: layers that no token reached, which were scored as if all inputs were alike. routed: stack of experts ->
+    the tokens that each of them saw.
+    """
 
     name: str
     kept: Mapping[str, int]
@@ -35,6 +39,7 @@ class BlockReport:
     error_before: float | None = None
     error_after: float | None = None
     fallback: Sequence[str] = ()
+    routed: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:

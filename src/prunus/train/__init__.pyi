@@ -6,6 +6,8 @@ from .capture import unrecorded as unrecorded
 from .distill import distilled_classification as distilled_classification
 from .distill import distilled_next_token as distilled_next_token
 from .distill import lighten_ as lighten_
+from .embeddings import distilled_embeddings as distilled_embeddings
+from .embeddings import embeddings as embeddings
 from .hooks import During as During
 from .hooks import Plan as Plan
 from .hooks import masks_by_magnitude as masks_by_magnitude

@@ -10,7 +10,7 @@ from typing import Any
 
 from prunus.run.compare import compare
 from prunus.run.grid import Grid
-from prunus.run.recipe import parse
+from prunus.run.recipe import merge, parse
 from prunus.run.show import show_grid
 
 __all__ = ["demo", "recipe"]
@@ -55,9 +55,9 @@ def recipe(sparsity: float, out: Path) -> dict[str, Any]:
     }
 
 
-def demo(out: Path, sparsity: float = 0.95) -> list[dict[str, Any]]:
+def demo(out: Path, sparsity: float = 0.95, device: str = "auto") -> list[dict[str, Any]]:
     """The rows of the demo's grid; a killed demo goes on. Raises ValueError for a sparsity outside [0, 1)."""
-    grid = parse(recipe(sparsity, out), Grid, "demo")
+    grid = parse(merge(recipe(sparsity, out), {"base.device": device}), Grid, "demo")
     rows = compare(grid, together=2)  # a thread each: so small a network gains nothing from two
     show_grid(rows, out, title=f"handwritten digits, {100 * sparsity:g} % zeros; accuracy in %")
     return rows

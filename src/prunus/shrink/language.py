@@ -1,0 +1,385 @@
+"""Language models that are really smaller: blocks, heads and neurons that go, in ordinary models of the same class.
+
+    find_blocks ─▶ choose_blocks ─▶ remove_blocks
+    stream(model, columns(width)) on what reads heads or neurons ─▶ masks ─▶ remove_heads, remove_neurons
+
+A part of a block is found by what its matrices receive: those that are given the same tensor make its channels (query,
+key, value; gate, up), the one that is given another reads them (out, down). What the reader keeps is fitted to its
+dense outputs. Nothing is named by family: a number in the config is changed, an empty model made of it must have the
+sizes that are left, and its outputs must be those of the model in which the same channels are zero. What a config
+cannot say is refused, such as fewer heads where their size is not a number of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prunus.blocks import Arguments, embed, find_blocks, finish, run_block
+from prunus.checkpoint import empty_model
+from prunus.machine import Precision, autocast, imported, in_mode
+from prunus.patterns import Unstructured, kept_of
+from prunus.score import Criterion
+from prunus.shrink.columns import columns
+from prunus.stream import Memory, stream
+
+__all__ = ["choose_blocks", "rebuilt", "remove_blocks", "remove_heads", "remove_neurons"]
+
+_LOOK = 32  # tokens on which the smaller model is compared with the masked one
+_EXACT, _ROUNDED = 1e-3, 0.1  # largest difference of logits, as a share of the largest: 32 bits, and fewer
+_SIZES = ("inner", "intermediate", "ffn")  # in names of numbers that a config may leave open
+
+
+@dataclass(frozen=True)
+class _Part:
+    """makers: the Linear or Conv1D modules whose outputs are channels; reader: the one that reads them."""
+
+    makers: tuple[str, ...]
+    reader: str
+
+
+@torch.no_grad()
+def remove_neurons(
+    model: Any,
+    tokens: Tensor,
+    share: float,
+    *,
+    criterion: Criterion | None = None,
+    device: torch.device | str | None = None,
+    batch_size: int = 8,
+    precision: Precision = "fp32",
+) -> Any:
+    """A smaller model without that share of the neurons of every MLP, one intermediate size for all blocks.
+
+    tokens: (samples, length) int64, on which what stays of each down projection is fitted, as in `stream`. criterion:
+    what chooses columns of the down projections, in place of `columns()`. The given model is used up: its down
+    projections are those that were fitted.
+
+    Raises ValueError for a share outside [0, 1), for models without such MLPs (experts), with several sizes of them,
+    and where the config does not say the size.
+
+    >>> remove_neurons(model, torch.zeros(2, 8, dtype=torch.long), 0.25).config.ffn_dim
+    6
+    """
+    parts = [part for part in _parts(model, tokens) if _is_mlp(model, part)]
+    sizes = {_width(model, part.reader) for part in parts}
+    if len(sizes) > 1:  # query, key and value in one matrix may be twice as many as the heads are wide
+        sizes -= {math.prod(_heads(model.config)[::2])}
+        parts = [part for part in parts if _width(model, part.reader) in sizes]
+    if len(sizes) != 1:
+        raise ValueError(
+            f"shrink.neurons: {type(model).__name__} has {len(parts)} plain MLPs, of sizes {sorted(sizes)}; one size "
+            "for all is what configs say. Leave it out"
+        )
+    (size,) = sizes
+    stay = max(1, kept_of(size, share))
+    if stay == size:
+        return model
+    cuts: dict[str, _Cut] = {}
+    how = {"device": device, "batch_size": batch_size, "precision": precision}
+    for part, kept in _fitted(model, tokens, parts, criterion or columns(), stay / size, how):
+        both = torch.cat([kept, kept + size])  # of gate and up in one matrix
+        rows = {maker: kept if _height(model, maker) == size else both for maker in part.makers}
+        cuts |= {part.reader: _Cut(columns=kept)} | {maker: _Cut(rows=each) for maker, each in rows.items()}
+    return _cut(model, tokens, cuts, lambda state: _resized_config(model, size, stay, state))
+
+
+@torch.no_grad()
+def remove_heads(
+    model: Any,
+    tokens: Tensor,
+    share: float,
+    *,
+    device: torch.device | str | None = None,
+    batch_size: int = 8,
+    precision: Precision = "fp32",
+) -> Any:
+    """A smaller model without that share of the groups of heads that have a key and a value in common, at least one.
+
+    As `remove_neurons`: what stays of each output projection is fitted. Raises ValueError for models whose config has
+    no size of heads (then fewer of them cannot be said), and for other attention than query, key, value and output.
+    """
+    config = model.config
+    heads, pairs, size = _heads(config)
+    parts = [part for part in _parts(model, tokens) if len(part.makers) == 3]
+    found = {(*sorted(_height(model, maker) for maker in part.makers), _width(model, part.reader)) for part in parts}
+    if found != {(pairs * size, pairs * size, heads * size, heads * size)}:
+        raise ValueError(
+            f"shrink.heads: the attention of {type(model).__name__} is not of {heads} heads of {size} with {pairs} "
+            "keys and values, each a matrix of its own; leave it out"
+        )
+    stay, group = max(1, kept_of(pairs, share)), heads // pairs
+    if stay == pairs:
+        return model
+    how = {"device": device, "batch_size": batch_size, "precision": precision}
+    cuts: dict[str, _Cut] = {}
+    for part, kept in _fitted(model, tokens, parts, columns(group * size), stay / pairs, how):
+        own = kept.view(stay, group * size)[:, 0] // (group * size)  # which pairs of a key and a value
+        few = (own[:, None] * size + torch.arange(size)).flatten()
+        cuts |= {maker: _Cut(rows=kept if _height(model, maker) == heads * size else few) for maker in part.makers}
+        cuts[part.reader] = _Cut(columns=kept)
+    told = {"num_attention_heads": stay * group, "num_key_value_heads": stay, "head_dim": size}
+    return _cut(model, tokens, cuts, lambda _: _changed(config, told))
+
+
+@torch.no_grad()
+def choose_blocks(
+    model: Any,
+    tokens: Tensor,
+    count: int,
+    *,
+    device: torch.device | str | None = None,
+    batch_size: int = 8,
+    precision: Precision = "fp32",
+) -> list[int]:
+    """Which `count` blocks go, in order: one after another, that without which outputs stay nearest to the dense ones.
+
+        sum over tokens of KL(softmax(z_dense) || softmax(z without the block))
+
+    tokens: (samples, length) int64. Raises ValueError for a count that leaves no block.
+    """
+    names = find_blocks(model)
+    if not 0 <= count < len(names):
+        raise ValueError(f"shrink.blocks: {count} of {len(names)} blocks cannot go; give at most {len(names) - 1}")
+    place = torch.device(device) if device is not None else next(model.parameters()).device
+    source, left = Memory(model), list(names)
+    for name in names:
+        source.load(name, place)
+    with autocast(place, precision):
+        hidden, arguments = embed(model, names, tokens, source=source, device=place, batch_size=batch_size)
+        with source.outside(place):
+            batches = [
+                _Batch(ids.to(place), entering.to(place), {name: arguments[name][index] for name in names})
+                for index, (ids, entering) in enumerate(zip(tokens.split(batch_size), hidden, strict=True))
+            ]
+            for _ in range(count):
+                costs = torch.zeros(len(left), dtype=torch.float64)
+                for batch in batches:
+                    costs += batch.costs(model, names, left)
+                left.pop(int(costs.argmin()))
+    for name in names:
+        source.release(name)
+    return [index for index, name in enumerate(names) if name not in left]
+
+
+@torch.no_grad()
+def remove_blocks(model: Any, gone: Sequence[int]) -> Any:
+    """The model without these blocks; the others move up, and lists of the config that say something of each block too.
+
+    Raises ValueError for a block that is not there.
+
+    >>> remove_blocks(model, []).config.num_hidden_layers
+    1
+    """
+    names = find_blocks(model)
+    strange = [index for index in gone if not 0 <= index < len(names)]
+    if strange or len(set(gone)) >= len(names):
+        raise ValueError(f"shrink.blocks: {list(gone)} cannot go of {len(names)} blocks")
+    stay = [index for index in range(len(names)) if index not in gone]
+    moved = {names[old]: names[new] for new, old in enumerate(stay)}
+    state: dict[str, Tensor] = {}
+    for key, each in model.state_dict().items():
+        block = next((name for name in names if key.startswith(f"{name}.")), None)
+        if block is None:
+            state[key] = each
+        elif block in moved:
+            state[moved[block] + key[len(block) :]] = each
+    changes: dict[str, Any] = {"num_hidden_layers": len(stay)}
+    for key, value in model.config.to_dict().items():
+        if "layer" in key and isinstance(value, list) and len(value) == len(names):
+            changes[key] = [value[index] for index in stay]
+    return rebuilt(model, _changed(model.config, changes), state)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Windows (b, L), what enters the first block for them, and the arguments of each block."""
+
+    ids: Tensor
+    entering: Tensor
+    arguments: Mapping[str, Arguments]
+
+    def costs(self, model: Any, names: Sequence[str], left: Sequence[str]) -> Tensor:
+        """The divergence from the dense model without each of the blocks that are left, (len(left),) float64."""
+        dense = self._logits(model, names, self._run(model, self.entering, names)).log_softmax(-1)
+        found, hidden = torch.zeros(len(left), dtype=torch.float64), self.entering
+        for place, name in enumerate(left):
+            leaving = self._run(model, hidden, left[place + 1 :])
+            without = self._logits(model, names, leaving).log_softmax(-1)
+            found[place] = F.kl_div(without, dense, reduction="sum", log_target=True).double()
+            hidden = self._run(model, hidden, [name])
+        return found
+
+    def _run(self, model: Any, hidden: Tensor, names: Sequence[str]) -> Tensor:
+        for name in names:
+            hidden = run_block(model.get_submodule(name), hidden, self.arguments[name])
+        return hidden
+
+    def _logits(self, model: Any, names: Sequence[str], leaving: Tensor) -> Tensor:
+        return finish(model, names, self.ids, leaving).logits.float()
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Which outputs and which inputs of a module stay; None: all."""
+
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+
+def _parts(model: Any, tokens: Tensor) -> list[_Part]:
+    """The parts of all blocks, in order."""
+    received: dict[str, Tensor] = {}  # holds the tensors, so that no two have one id
+    names = find_blocks(model)
+    with in_mode(model, training=False):
+        hooks = [
+            module.register_forward_pre_hook(_remember(received, f"{block}.{name}"))
+            for block in names
+            for name, module in model.get_submodule(block).named_modules()
+            if _is_matrix(module)
+        ]
+        model(input_ids=tokens[:1, :_LOOK].to(next(model.parameters()).device), use_cache=False)
+        for hook in hooks:
+            hook.remove()
+    return [part for block in names for part in _parts_of(model.get_submodule(block), block, received)]
+
+
+def _parts_of(block: nn.Module, name: str, received: Mapping[str, Tensor]) -> Iterator[_Part]:
+    for path, module in block.named_modules(prefix=name):
+        own = [f"{path}.{child}" for child, each in module.named_children() if _is_matrix(each)]
+        own = [each for each in own if each in received]
+        makers = [each for each in own if received[each] is received[own[0]]]
+        readers = [each for each in own if each not in makers]
+        if len(readers) == 1 and len(makers) <= 3:
+            yield _Part(tuple(makers), readers[0])
+
+
+def _heads(config: Any) -> tuple[int, int, int]:
+    """How many heads, how many keys and values, and the size of each."""
+    heads = int(config.num_attention_heads)
+    pairs = getattr(config, "num_key_value_heads", None) or heads
+    return heads, int(pairs), int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+
+
+def _is_mlp(model: Any, part: _Part) -> bool:
+    """One or two matrices make the channels, each as many, or both of them in one."""
+    width = _width(model, part.reader)
+    heights = [_height(model, maker) for maker in part.makers]
+    return heights in ([width], [width, width], [2 * width])
+
+
+def _remember(received: dict[str, Tensor], name: str) -> Callable[..., None]:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        received[name] = args[0]
+
+    return hook
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or _is_transposed(module)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    return isinstance(module, imported("transformers.pytorch_utils", "Conv1D"))
+
+
+def _shape(model: Any, name: str) -> tuple[int, int]:
+    """(out, in)."""
+    module = model.get_submodule(name)
+    rows, width = module.weight.shape
+    return (width, rows) if _is_transposed(module) else (rows, width)
+
+
+def _height(model: Any, name: str) -> int:
+    return _shape(model, name)[0]
+
+
+def _width(model: Any, name: str) -> int:
+    return _shape(model, name)[1]
+
+
+def _fitted(
+    model: Any, tokens: Tensor, parts: Sequence[_Part], criterion: Criterion, kept: float, how: Mapping[str, Any]
+) -> Iterator[tuple[_Part, Tensor]]:
+    """Each part and which inputs its reader keeps, after the model's readers were fitted in place."""
+    readers = [part.reader for part in parts]
+    masks = stream(model, criterion, Unstructured("layer"), 1 - kept, tokens=tokens, include=readers, **how).masks
+    for part in parts:
+        mask = masks[f"{part.reader}.weight"]
+        stays = mask.any(1) if _is_transposed(model.get_submodule(part.reader)) else mask.any(0)
+        yield part, stays.nonzero()[:, 0].cpu()
+
+
+def _cut(model: Any, tokens: Tensor, cuts: Mapping[str, _Cut], config_of: Callable[[dict[str, Tensor]], Any]) -> Any:
+    """The model with less of these modules. Raises ValueError where its outputs are not those of the masked one."""
+    state: dict[str, Tensor] = dict(model.state_dict())
+    for name, cut in cuts.items():
+        turned = _is_transposed(model.get_submodule(name))
+        for stays, dim in ((cut.rows, int(turned)), (cut.columns, 1 - int(turned))):
+            if stays is not None:
+                weight = state[f"{name}.weight"]
+                state[f"{name}.weight"] = weight.index_select(dim, stays.to(weight.device))
+        if cut.rows is not None and f"{name}.bias" in state:
+            state[f"{name}.bias"] = state[f"{name}.bias"][cut.rows.to(state[f"{name}.bias"].device)]
+    small = rebuilt(model, config_of(state), state)
+    _check_same(model, small, tokens)
+    return small
+
+
+def _check_same(model: Any, small: Any, tokens: Tensor) -> None:
+    ids = tokens[:1, :_LOOK].to(next(model.parameters()).device)
+    with in_mode(model, training=False):
+        masked, found = (each(input_ids=ids, use_cache=False).logits.float() for each in (model, small))
+    apart = float((masked - found).abs().max() / masked.abs().max().clamp_min(1e-30))
+    if not apart <= (_EXACT if model.dtype.itemsize >= 4 else _ROUNDED):
+        raise ValueError(
+            f"shrink: the smaller {type(model).__name__} differs from the one with zeros by {apart:.2g} of the largest "
+            "logit: its channels are mixed elsewhere. Leave out heads and neurons"
+        )
+
+
+def rebuilt(model: Any, config: Any, state: Mapping[str, Tensor]) -> Any:
+    """A model of the config with these tensors. Raises ValueError where they have other sizes."""
+    small = empty_model(config, model.dtype)
+    wrong = _other_sizes(small, state)
+    if wrong is not None:
+        raise ValueError(f"shrink: the config of {type(model).__name__} cannot say the sizes that are left: {wrong}")
+    small.load_state_dict(dict(state), assign=True)
+    small.tie_weights()
+    small.generation_config = model.generation_config
+    return small.to(next(model.parameters()).device)
+
+
+def _other_sizes(small: Any, state: Mapping[str, Tensor]) -> str | None:
+    own = {key: tuple(each.shape) for key, each in small.state_dict().items()}
+    left = {key: tuple(each.shape) for key, each in state.items()}
+    wrong = [key for key in own | left if own.get(key) != left.get(key)]
+    return f"'{wrong[0]}' is {own.get(wrong[0])} there and {left.get(wrong[0])} here" if wrong else None
+
+
+def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
+    config = copy.deepcopy(config)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    return config
+
+
+def _resized_config(model: Any, old: int, new: int, state: Mapping[str, Tensor]) -> Any:
+    """The config in which one number, or several of one value, is another, so that a model of it has these tensors."""
+    said: dict[str, Any] = model.config.to_dict()
+    keys = [key for key, value in said.items() if type(value) is int and value == old]
+    keys += [key for key, value in said.items() if value is None and any(word in key for word in _SIZES)]
+    for count in range(1, len(keys) + 1):
+        for some in combinations(keys, count):
+            config = _changed(model.config, dict.fromkeys(some, new))
+            if _other_sizes(empty_model(config, model.dtype), state) is None:
+                return config
+    raise ValueError(f"shrink.neurons: no number in the config of {type(model).__name__} is the size {old} of its MLPs")

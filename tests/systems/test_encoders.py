@@ -1,0 +1,140 @@
+"""Encoders of text and images: padded batches, ways to prune in memory, distilled embeddings, saved as they came."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from prunus.adapt import adapt
+from prunus.layers import find_layers
+from prunus.patterns import NM, Unstructured
+from prunus.prune import prune
+from prunus.score import global_, magnitude, observe, wanda
+from prunus.score.allocations import evopress
+from prunus.solve import sparsegpt
+from prunus.train import (
+    classification_loss,
+    distilled_classification,
+    distilled_embeddings,
+    embeddings,
+    train,
+)
+
+SMALL = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "initializer_range": 0.3,
+}
+BATCH = {
+    "input_ids": torch.randint(3, 30, (4, 6), generator=torch.Generator().manual_seed(0)),
+    "attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] * 2 + [0] * 4, [1] * 6]),
+}
+
+
+def bert(cls: type = BertModel) -> nn.Module:
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=30, max_position_embeddings=8, num_labels=3, **SMALL)
+    return (cls(config, add_pooling_layer=False) if cls is BertModel else cls(config)).eval()
+
+
+def vit() -> nn.Module:
+    torch.manual_seed(0)
+    return ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=3, **SMALL)).eval()
+
+
+def test_masked_positions_count_in_no_statistic() -> None:
+    model, seen = bert(), {}
+    views = find_layers(model)
+    attended = BATCH["attention_mask"].bool()
+    for garbage in (3, 17):  # what stands where nothing is attended
+        ids = torch.where(attended, BATCH["input_ids"], garbage)
+        with torch.no_grad(), observe(model, views, gram=True) as inputs:
+            model(input_ids=ids, attention_mask=BATCH["attention_mask"])
+        seen[garbage] = inputs
+    for view in views:
+        one, other = (seen[garbage][view.name] for garbage in (3, 17))
+        assert one.tokens == other.tokens == 18
+        torch.testing.assert_close(one.gram, other.gram)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "pattern", "allocation"),
+    [
+        (magnitude, None, global_),
+        (wanda, Unstructured("row"), None),
+        (wanda, NM(2, 4), None),
+        (sparsegpt(), NM(2, 4), None),
+        (wanda, Unstructured("layer"), evopress(2, 2, step=0.25)),
+    ],
+)
+def test_encoders_are_pruned_from_a_tokenizers_batches(criterion: object, pattern: object, allocation: object) -> None:
+    for model in (bert(), bert(BertForSequenceClassification)):
+        masks = prune(model, criterion, pattern, 0.5, allocation=allocation, batches=[BATCH])  # type: ignore[arg-type]
+        masks.check(model)
+        assert masks.sparsity == pytest.approx(0.5, abs=0.01)
+        assert not any("embeddings" in name for name in masks)
+
+
+@pytest.mark.parametrize("subset", ["norms", "mask_lora", "full"])
+def test_distilled_embeddings_come_back_and_the_encoder_is_saved_as_it_came(subset: str, tmp_path: Path) -> None:
+    dense, model = bert(), bert()
+    masks = prune(model, wanda, None, 0.7, batches=[BATCH])
+    loss = distilled_embeddings(dense)
+    before = loss(model, BATCH).item()
+    generator = torch.Generator().manual_seed(0)
+    adaptation = adapt(model, [subset], masks=masks, views=find_layers(model), rank=2, alpha=4.0, generator=generator)
+    optimizer = torch.optim.AdamW(adaptation.param_groups(3e-3), weight_decay=0.0)
+    held = masks if subset == "full" else None
+    train(model, lambda step: BATCH, optimizer, lambda step: 1.0, steps=20, loss=loss, masks=held)
+    adaptation.merge_()
+    masks.check(model)
+    assert loss(model.eval(), BATCH).item() < 0.8 * before
+    model.save_pretrained(tmp_path)
+    back = AutoModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
+    assert torch.equal(embeddings(back, BATCH), embeddings(model, BATCH))
+
+
+def test_embeddings_are_means_over_what_is_attended() -> None:
+    model = bert()
+    found = embeddings(model, BATCH)
+    alone = embeddings(model, {"input_ids": BATCH["input_ids"][1:2, :4]})
+    torch.testing.assert_close(found[1:2], alone)
+    torch.testing.assert_close(found.norm(dim=-1), torch.ones(4))
+
+
+def test_a_classifier_of_texts_trains_on_its_own_loss_under_its_masks() -> None:
+    model = bert(BertForSequenceClassification)
+    labelled = {**BATCH, "labels": torch.tensor([0, 1, 2, 0])}
+    masks = prune(model, sparsegpt(), NM(2, 4), batches=[BATCH])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    trace = train(
+        model, lambda step: labelled, optimizer, lambda step: 1.0, steps=8, loss=lambda m, b: m(**b).loss, masks=masks
+    )
+    assert trace.losses[-1] < trace.losses[0]
+    masks.check(model)
+
+
+def test_vision_transformers_are_pruned_and_distilled_like_any_classifier() -> None:
+    dense, model = vit(), vit()
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    batch = (images, torch.tensor([0, 1, 2, 0]))
+    masks = prune(model, wanda, None, 0.6, batches=[batch])
+    assert "vit.embeddings.patch_embeddings.projection.weight" in masks
+    for loss in (distilled_classification(dense), classification_loss()):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        trace = train(model, lambda step: batch, optimizer, lambda step: 1.0, steps=4, loss=loss, masks=masks)
+        assert trace.losses[-1] < trace.losses[0]
+    masks.check(model)

@@ -1,0 +1,289 @@
+"""Language models that are smaller: equal to the masked ones, fitted by least squares, saved as ordinary folders."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from prunus.data import ASSETS
+from prunus.layers import Inputs, Layer
+from prunus.patterns import Unstructured
+from prunus.run.compress import compress
+from prunus.run.recipe import LanguageRecipe, parse
+from prunus.save import save_model
+from prunus.shrink import (
+    choose_blocks,
+    columns,
+    needed_words,
+    remove_blocks,
+    remove_heads,
+    remove_neurons,
+    trim_tokenizer,
+    trim_vocabulary,
+)
+
+SMALL = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+GATED = {"intermediate_size": 48, "num_key_value_heads": 2, **SMALL}
+OPT = {"ffn_dim": 48, "word_embed_proj_dim": 32, **SMALL}
+MAKERS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**GATED, tie_word_embeddings=True)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**GATED, head_dim=16, layer_types=["full_attention"] * 3)),
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**GATED, pad_token_id=0)),
+    "opt": lambda: OPTForCausalLM(OPTConfig(**OPT)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=32, n_layer=3, n_head=4, n_positions=64)),
+}  # fmt: skip
+
+
+def made(family: str):
+    torch.manual_seed(0)
+    model = MAKERS[family]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0) if parameter.ndim == 2 else parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(0, 60, (6, 20), generator=torch.Generator().manual_seed(1))
+
+
+def logits(model: nn.Module, tokens: torch.Tensor):
+    with torch.no_grad():
+        return model(input_ids=tokens).logits
+
+
+@pytest.mark.parametrize("family", list(MAKERS))
+def test_neurons_go_and_the_model_is_the_masked_one(family: str, tokens: torch.Tensor, tmp_path):
+    model = made(family)
+    size = model.config.to_dict().get("intermediate_size") or model.config.to_dict().get("ffn_dim") or 128
+    before = sum(each.numel() for each in model.parameters())
+    small = remove_neurons(model, tokens, 0.25)
+    assert size * 3 // 4 in small.config.to_dict().values()
+    assert sum(each.numel() for each in small.parameters()) < 0.93 * before
+    assert torch.allclose(logits(small, tokens), logits(model, tokens), atol=1e-4, rtol=1e-4)  # used up: masked
+    save_model(small, None, tmp_path / "out", masks=None, info={})
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(again, tokens), logits(small, tokens))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_heads_go_by_the_groups_that_share_a_key(family: str, tokens: torch.Tensor, tmp_path):
+    model = made(family)
+    size = getattr(model.config, "head_dim", None) or 8
+    small = remove_heads(model, tokens, 0.5)
+    assert (small.config.num_attention_heads, small.config.num_key_value_heads, small.config.head_dim) == (2, 1, size)
+    assert torch.allclose(logits(small, tokens), logits(model, tokens), atol=1e-4, rtol=1e-4)
+    small = remove_neurons(small, tokens, 0.5)
+    save_model(small, None, tmp_path / "out", masks=None, info={})
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tokens), logits(small, tokens))
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2", "phi3"])
+def test_heads_that_a_config_cannot_say_are_refused(family: str, tokens: torch.Tensor):
+    with pytest.raises(ValueError, match=r"shrink"):
+        remove_heads(made(family), tokens, 0.5)
+
+
+def layer(rows: int, size: int, seen: int = 40):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(seen, size, generator=generator) @ torch.randn(size, size, generator=generator)
+    inputs = Inputs(size, gram=True)
+    inputs.add_(x)
+    return Layer("fc", torch.randn(rows, size, generator=generator), inputs), x.double()
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_what_stays_solves_the_least_squares_problem(width: int):
+    each, x = layer(5, 12)
+    weight, mask = columns(width, damping=0.0).solve(each, Unstructured("layer"), 5 * 6)
+    stays = mask.any(0)
+    assert mask.all(0).equal(stays)
+    assert stays.sum() == 6
+    assert stays.view(-1, width).all(1).sum() * width == 6
+    expected = torch.linalg.lstsq(x[:, stays], x @ each.weight.T.double()).solution.T
+    assert torch.allclose(weight[:, stays].double(), expected, atol=1e-3)
+    assert not weight[:, ~stays].any()
+
+
+def test_columns_go_one_after_another_with_the_least_damage():
+    """Against the errors of least squares problems, solved anew for every column that might go."""
+    each, x = layer(4, 9)
+    stays = columns(damping=0.0).solve(each, Unstructured("layer"), 4 * 5)[1].any(0)
+    left = list(range(9))
+
+    def error(kept: list[int]) -> float:
+        target = x @ each.weight.T.double()
+        found = torch.linalg.lstsq(x[:, kept], target).solution
+        return float((x[:, kept] @ found - target).square().sum())
+
+    for _ in range(4):
+        left.remove(min(left, key=lambda gone: error([k for k in left if k != gone])))
+    assert stays.nonzero()[:, 0].tolist() == left
+
+
+def test_the_blocks_that_go_are_those_that_brute_force_finds(tokens: torch.Tensor):
+    model = made("qwen3")
+    dense = logits(model, tokens).log_softmax(-1)
+
+    def divergence(gone: list[int]) -> float:
+        found = logits(remove_blocks(copy.deepcopy(model), gone), tokens).log_softmax(-1)
+        return float((dense.exp() * (dense - found)).sum())
+
+    first = min(range(3), key=lambda index: divergence([index]))
+    second = min(set(range(3)) - {first}, key=lambda index: divergence([first, index]))
+    for batch_size in (2, 6):
+        assert choose_blocks(model, tokens, 1, batch_size=batch_size) == [first]
+        assert choose_blocks(model, tokens, 2, batch_size=batch_size) == sorted([first, second])
+    assert torch.equal(logits(model, tokens).log_softmax(-1), dense)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "opt"])
+def test_blocks_go_and_the_config_follows(family: str, tokens: torch.Tensor, tmp_path):
+    model = made(family)
+    small = remove_blocks(model, [1])
+    assert small.config.num_hidden_layers == 2
+    assert len(getattr(small.config, "layer_types", None) or [0, 0]) == 2
+    save_model(small, None, tmp_path / "out", masks=None, info={})
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(again, tokens), logits(small, tokens))
+    with torch.no_grad():
+        cached = again.generate(tokens[:1], max_new_tokens=4, do_sample=False)
+    assert cached.shape == (1, 24)
+
+
+def test_counts_that_leave_nothing_are_refused(tokens: torch.Tensor):
+    with pytest.raises(ValueError, match="at most 2"):
+        choose_blocks(made("llama"), tokens, 3)
+    with pytest.raises(ValueError, match="cannot go of 3 blocks"):
+        remove_blocks(made("llama"), [3])
+
+
+@pytest.fixture(scope="module")
+def words():
+    return AutoTokenizer.from_pretrained(ASSETS)
+
+
+TEXT = "It was the best of times, it was the worst of times. Æsop said: nothing! 你好</s>"
+
+
+def test_a_text_whose_words_stay_is_cut_and_understood_alike(words, tmp_path):
+    """Special tokens, bytes and what words are merged of stay; ids in the config follow."""
+    torch.manual_seed(0)
+    config = OPTConfig(**{**OPT, "vocab_size": 4200}, pad_token_id=0, eos_token_id=1)  # some rows without a word
+    model = OPTForCausalLM(config).eval()
+    ids = torch.tensor(words(TEXT)["input_ids"])
+    kept = needed_words(words, ids)
+    assert len(ids.unique()) < len(kept) < 500
+    tokenizer, small = trim_tokenizer(words, kept), trim_vocabulary(model, kept)
+    new = torch.tensor(tokenizer(TEXT)["input_ids"])
+    assert torch.equal(kept[new], ids)
+    assert tokenizer.decode(new) == words.decode(ids)
+    other = "Quixotic zebras vex 世界"
+    assert tokenizer.decode(tokenizer(other)["input_ids"]) == other
+    assert torch.allclose(logits(small, new[None]), logits(model, ids[None])[..., kept], atol=1e-5)
+    assert (small.config.vocab_size, small.config.eos_token_id) == (len(kept), tokenizer.eos_token_id)
+    save_model(small, tokenizer, tmp_path / "out", masks=None, info={})
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(TEXT)["input_ids"] == new.tolist()
+    assert torch.equal(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), new[None]), logits(small, new[None])
+    )
+
+
+def test_tokenizers_of_likely_words_are_cut_too():
+    pieces = [
+        ("<unk>", 0.0),
+        *((chr(97 + place), -9.0) for place in range(26)),
+        ("▁", -3.0),
+        ("▁ab", -1.0),
+        ("cd", -2.0),
+    ]
+    model = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
+    model.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>")
+    ids = torch.tensor(tokenizer("ab cd x?")["input_ids"])
+    kept = needed_words(tokenizer, ids[ids != 29])
+    small = trim_tokenizer(tokenizer, kept)
+    assert [int(kept[index]) for index in small("ab x?")["input_ids"]] == tokenizer("ab x?")["input_ids"]
+    assert small.convert_ids_to_tokens(small("cd")["input_ids"]) == ["▁", "c", "d"]
+
+
+def test_other_tokenizers_are_refused():
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+    with pytest.raises(ValueError, match="this is WordLevel"):
+        needed_words(tokenizer, torch.tensor([0]))
+
+
+RETRAIN = {"train": ["full"], "steps": 2, "batch_size": 2, "length": 32, "lr": 1e-3, "distill": {"weight": 0.5}}
+
+
+def test_a_run_makes_the_model_smaller_and_retrains_it(tmp_path):
+    """Heads, neurons, a block and words; taught by the dense model of the same words."""
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**{**GATED, "vocab_size": 4096})).save_pretrained(tmp_path / "dense")
+    AutoTokenizer.from_pretrained(ASSETS).save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(TEXT * 40)
+    text = str(tmp_path / "text.txt")
+    raw = {
+        "model": str(tmp_path / "dense"),
+        "device": "cpu",
+        "shrink": {"blocks": 1, "heads": 0.5, "neurons": 0.25, "vocabulary": text},
+        "calibrate": {"data": text, "samples": 4, "length": 32},
+        "retrain": {**RETRAIN, "data": text},
+        "evaluate": {"data": {"text": text}, "window": 32},
+        "out": str(tmp_path / "run"),
+    }  # fmt: skip
+    asked = parse(raw, LanguageRecipe, "test")
+    assert asked.prune.sparsity == 0
+    result = compress(asked)
+    assert list(result["perplexity"]) == ["dense", "shrunk", "pruned", "retrained", "merged"]
+    assert result["perplexity"]["pruned"] == result["perplexity"]["shrunk"]
+    assert result["shrink"]["tokens"] == {"text": 1.0}
+    left, dense = result["shrink"]["parameters"]
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert sum(each.numel() for each in saved.parameters()) == left < 0.7 * dense
+    assert (saved.config.num_hidden_layers, saved.config.intermediate_size, saved.config.num_key_value_heads) == (
+        2,
+        36,
+        1,
+    )
+    assert not (tmp_path / "run" / "model" / "masks.safetensors").exists()  # nothing is pruned
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "run" / "model")) == saved.config.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"shrink": {}}, "say what goes"),
+        ({"shrink": {"blocks": 1}, "streaming": True}, "leave out streaming"),
+        ({"shrink": {"neurons": 1.0}}, "less than 1"),
+    ],
+)
+def test_recipes_that_cannot_be_are_refused(changes, said: str):
+    with pytest.raises(ValueError, match=said):
+        parse(changes, LanguageRecipe, "test")

@@ -1,0 +1,62 @@
+"""Models of several towers: the one that text passes is pruned and retrained, every other tensor keeps its bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as tf
+from safetensors.torch import load_file
+
+from prunus.masks import Masks
+from prunus.run.compress import compress
+from prunus.run.recipe import LanguageRecipe, parse
+from tests.conftest import VOCABULARY, byte_tokenizer
+
+TEXT = {
+    "vocab_size": VOCABULARY + 4, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+}  # fmt: skip
+EYE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16}
+
+
+def llava() -> Any:
+    text, eye = tf.LlamaConfig(**TEXT), tf.CLIPVisionConfig(**EYE, patch_size=8)
+    return tf.LlavaForConditionalGeneration(
+        tf.LlavaConfig(text_config=text, vision_config=eye, image_token_index=VOCABULARY + 1)
+    )
+
+
+def test_what_text_does_not_pass_keeps_its_bytes_in_memory_and_streamed(text_file: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = llava()
+    source = tmp_path / "dense"
+    model.save_pretrained(source)
+    byte_tokenizer().save_pretrained(source)
+    (source / "preprocessor_config.json").write_text('{"image_mean": [0.5]}')
+    dense, made = load_file(source / "model.safetensors"), []
+    for streaming in (False, True):
+        out = tmp_path / f"run-{streaming}"
+        given = {
+            "model": str(source), "device": "cpu", "prune": {"criterion": "wanda", "sparsity": 0.5},
+            "calibrate": {"data": str(text_file), "samples": 4, "length": 32, "batch_size": 2},
+            "evaluate": {"data": {"text": str(text_file)}, "window": 32, "batch_size": 16},
+            "streaming": streaming, "out": str(out),
+            "retrain": {"data": str(text_file), "train": ["mask_lora"], "steps": 2, "batch_size": 2, "length": 32},
+        }  # fmt: skip
+        compress(parse(given, LanguageRecipe, "test"))
+        saved, masks = load_file(out / "model" / "model.safetensors"), Masks.load(out / "model" / "masks.safetensors")
+        assert all("language_model" in name for name in masks)
+        changed = {name for name in dense if not torch.equal(dense[name], saved[name])}
+        assert dense.keys() == saved.keys()
+        assert len(changed) == len(masks) == 14
+        assert not any("vision" in name or "projector" in name for name in changed)
+        for name in ("config.json", "preprocessor_config.json"):
+            assert (out / "model" / name).read_bytes() == (source / name).read_bytes()
+        assert json.loads((out / "result.json").read_text())["perplexity"]["merged"]
+        made.append(saved)
+    assert all(torch.equal(made[0][name], made[1][name]) for name in dense)
+    back = type(model).from_pretrained(tmp_path / "run-True" / "model")
+    masks.check(back)
