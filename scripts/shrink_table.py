@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from prunus.blocks import embed, find_blocks, run_block
-from prunus.checkpoint import read_checkpoint
 from prunus.machine import read_json, write_json
 from prunus.measure import speed
 from prunus.report import markdown_table
@@ -44,14 +43,10 @@ def rows_of(blocks: int, words: Any) -> dict[str, dict[str, Any]]:
         "50 % of neurons": {"shrink": {"neurons": 0.5}},
         f"{blocks} of blocks": {"shrink": {"blocks": blocks}},
         f"{2 * blocks} of blocks": {"shrink": {"blocks": 2 * blocks}},
-        "60 % zeros": {"prune": {"criterion": ADMM, "sparsity": 0.6}, "save": {"packed": "zstd"}},
-        "2:4": {"prune": {"criterion": ADMM, "pattern": "2:4"}, "save": {"packed": "zstd"}},
+        "60 % zeros": {"prune": {"criterion": ADMM, "sparsity": 0.6}},
+        "2:4": {"prune": {"criterion": ADMM, "pattern": "2:4"}},
         f"{blocks} of blocks, by angle": {"baseline": "angle", "count": blocks},
         f"{2 * blocks} of blocks, by angle": {"baseline": "angle", "count": 2 * blocks},
-        "25 % of neurons, by magnitude": {"baseline": "magnitude", "share": 0.25},
-        "50 % of neurons, by magnitude": {"baseline": "magnitude", "share": 0.5},
-        "25 % of neurons, by Wanda": {"baseline": "wanda", "share": 0.25},
-        "50 % of neurons, by Wanda": {"baseline": "wanda", "share": 0.5},
         "words": {"shrink": {"vocabulary": words}},
         f"25 % of neurons, {blocks} of blocks": {"shrink": {"neurons": 0.25, "blocks": blocks}},
         f"25 % of neurons, {blocks} of blocks, words": {
@@ -60,13 +55,15 @@ def rows_of(blocks: int, words: Any) -> dict[str, dict[str, Any]]:
         "25 % of neurons, 60 % zeros": {
             "shrink": {"neurons": 0.25},
             "prune": {"criterion": ADMM, "sparsity": 0.6},
-            "save": {"packed": "zstd"},
         },
         "50 % of neurons, 2:4": {
             "shrink": {"neurons": 0.5},
             "prune": {"criterion": ADMM, "pattern": "2:4"},
-            "save": {"packed": "zstd"},
         },
+        "25 % of neurons, by magnitude": {"baseline": "magnitude", "share": 0.25},
+        "50 % of neurons, by magnitude": {"baseline": "magnitude", "share": 0.5},
+        "25 % of neurons, by Wanda": {"baseline": "wanda", "share": 0.25},
+        "50 % of neurons, by Wanda": {"baseline": "wanda", "share": 0.5},
     }
 
 
@@ -126,13 +123,15 @@ def row(name: str, base: dict[str, Any], said: dict[str, Any], out: Path, how: d
         raw["retrain"] = merge(raw["retrain"], {"distill.teacher": base["model"]})
     result = compress(parse(raw, LanguageRecipe, name))
     before, after = (result["perplexity"].get(stage) for stage in ("pruned", "merged"))
-    model = load_model(folder / "model", torch.float32 if how["device"] == "cpu" else torch.bfloat16).to(how["device"])
+    half = load_model(folder / "model", torch.bfloat16)
+    saved = save_model(half, None, folder / "packed", masks=None, info={}, packed="zstd")
+    model = (half.float() if how["device"] == "cpu" else half).to(how["device"])
     paced = vars(speed(model, prompt=how["prompt"], tokens=32, batch_size=how["batch_size"]))
-    files = read_checkpoint(folder / "model").bytes
-    return {"model": name, "before": before, "after": after, "file": files, **paced, "seconds": result["seconds"]}
+    sizes = {"file": saved.dense_bytes, "packed": saved.weight_bytes}
+    return {"model": name, "before": before, "after": after, **sizes, **paced, "seconds": result["seconds"]}
 
 
-KEYS = ("prune", "shrink", "retrain", "save")
+KEYS = ("prune", "shrink", "retrain")
 
 
 def main() -> None:
@@ -183,7 +182,8 @@ def _shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "model": each["model"],
             "perplexity": next(iter(each["before"].values())),
             "retrained": next(iter(each["after"].values())) if each["after"] else None,
-            "file, MB": each["file"] / 1e6,
+            "16 bits, MB": each["file"] / 1e6,
+            "packed, MB": each["packed"] / 1e6,
             "prefill": f"{each['prefill']:,.0f} ({each['prefill'] / first['prefill']:.2f}×)",
             "decode": f"{each['decode']:,.0f} ({each['decode'] / first['decode']:.2f}×)",
         }

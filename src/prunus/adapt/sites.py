@@ -293,5 +293,5 @@ def _is_plain_linear(owner: Owner, view: View, weight: nn.Parameter) -> bool:
             own = module.forward(x)
         except RuntimeError:  # it takes inputs of another shape
             return False
-        same = isinstance(own, Tensor) and own.shape == plain.shape
+        same = isinstance(own, Tensor) and own.shape == plain.shape  # pyright: ignore[reportUnnecessaryIsInstance] of subclasses
         return same and torch.allclose(own.float(), plain, rtol=0.02, atol=0.02 * plain.abs().max().item())

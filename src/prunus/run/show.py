@@ -60,7 +60,7 @@ def language_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         {
             "stage": stage,
             **{f"perplexity, {text}": value for text, value in found.items()},
-            "zeros": "0 %" if stage == "dense" else zeros,
+            "zeros": "0 %" if stage in ("dense", "shrunk") else zeros,
         }
         for stage, found in perplexity.items()
     ]
