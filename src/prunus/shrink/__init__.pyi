@@ -1,4 +1,6 @@
 from .columns import columns as columns
+from .experts import expert_saliency as expert_saliency
+from .experts import remove_experts as remove_experts
 from .filters import Channels as Channels
 from .filters import choose_filters as choose_filters
 from .filters import filter_norms as filter_norms
