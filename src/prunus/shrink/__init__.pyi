@@ -4,6 +4,7 @@ from .experts import remove_experts as remove_experts
 from .filters import Channels as Channels
 from .filters import choose_filters as choose_filters
 from .filters import filter_norms as filter_norms
+from .filters import filter_taylor as filter_taylor
 from .filters import find_channels as find_channels
 from .filters import remove_filters as remove_filters
 from .filters import resized as resized
