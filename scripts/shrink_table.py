@@ -27,7 +27,7 @@ from torch import Tensor
 from prunus.blocks import embed, find_blocks, run_block
 from prunus.machine import read_json, write_json, write_text
 from prunus.measure import speed
-from prunus.report import markdown_table
+from prunus.report import markdown_table, plot_speeds
 from prunus.run import stages
 from prunus.run.compress import compress
 from prunus.run.folder import device_name, device_of
@@ -211,6 +211,7 @@ def main() -> None:
         time_(rows, device, work, said)
         write_json(file, [rows[name] for name in asked if name in rows])
     shown = [rows[name] for name in asked if name in rows]
+    draw(shown, said.out.with_suffix(".png"))
     write_text(said.out.with_suffix(".md"), markdown_table([shown_row(each, shown[0]) for each in shown]) + "\n")
 
 
@@ -240,6 +241,32 @@ def time_(rows: dict[str, Any], device: str, work: Path, said: argparse.Namespac
             known[shapes] = measured(folder_of(work, name), device, said)
         if shapes in known:
             each[device] = known[shapes]
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Perplexity after retraining against decoding, on the GPU where there is one."""
+    device = "cuda" if any("cuda" in row for row in rows) else "cpu"
+    points = [
+        {
+            "model": row["model"],
+            "kind": kind_of(row["model"]),
+            "perplexity": list((row["after"] if "after" in row else row["before"]).values())[-1],
+            "speed": row[device]["decode"],
+            "bytes": row["packed"],
+        }
+        for row in rows
+        if device in row
+    ]
+    plot_speeds(points, path, device="GPU" if device == "cuda" else "CPU")
+
+
+def kind_of(name: str) -> str:
+    if name.startswith("dense"):
+        return "dense"
+    if ", by " in name:
+        return "another method"
+    zeros, fewer = "zeros" in name or "2:4" in name, "of " in name or "words" in name
+    return "smaller, with zeros" if zeros and fewer else "zeros" if zeros else "smaller"
 
 
 def shown_row(row: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
