@@ -42,6 +42,15 @@ def language(folder: Path, **changes: Any) -> dict[str, Any]:
     } | changes  # fmt: skip
 
 
+def _watched(folder: Path) -> dict[str, Any]:
+    """The same, measured while it is retrained."""
+    text = str(folder / "text.txt")
+    texts = {"choosing": {"source": text, "part": [0.5, 1.0]}, "text": text}
+    how = {"evaluate_every": 7, "keep_best": True, "patience": 5, "schedule": "cosine", "weight_decay": 0.1}
+    plain = language(folder)
+    return plain | {"retrain": plain["retrain"] | how, "evaluate": plain["evaluate"] | {"data": texts}}
+
+
 def classifier(**changes: Any) -> dict[str, Any]:
     """A recipe of a classifier that takes some seconds."""
     return {
@@ -67,6 +76,7 @@ def _classifiers(_: Path) -> dict[str, Any]:
 
 RECIPES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "language": language,
+    "watched": _watched,
     "streamed": lambda folder: language(folder, streaming=True),
     "language soup": lambda folder: language(folder, soup={"members": 2}),
     "classifier": lambda _: classifier(),

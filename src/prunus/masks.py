@@ -139,9 +139,10 @@ class Masks(Mapping[str, Tensor]):
     def hold(self, model: nn.Module, optimizer: Optimizer) -> Hold:
         """Keep pruned entries of `model` at +0.0: after every step of `optimizer` they and its state are zeroed there.
 
-        State is every tensor of the parameter's shape (momentum, Adam's moments). Masking gradients instead leaks:
-        momentum and weight decay move pruned weights. NaN and infinities vanish under the mask too. Nothing waits for
-        the device, and the work of a step is recorded by a CUDA graph. On a GPU a fused AdamW steps and zeroes at once.
+        State is every float tensor of the parameter's shape (momentum, Adam's moments); those of 8 bits stay. Masking
+        gradients instead leaks: momentum and weight decay move pruned weights. NaN and infinities vanish under the mask
+        too. Nothing waits for the device, and the work of a step is recorded by a CUDA graph. On a GPU a fused AdamW
+        steps and zeroes at once.
         `model` may be compiled, replicated (DistributedDataParallel) or sharded (fully_shard, done before this call):
         masks keep the ordinary names. Wrapped optimizers (accelerate) need their inner torch optimizer here.
         Returns a handle whose `remove()` lets go. Applies the masks once at once. Raises as `apply_`.
@@ -256,7 +257,8 @@ class _Held:
     def tensors(self, optimizer: Optimizer) -> list[Tensor]:
         """This rank's part of the parameter and of the optimizer's state of its shape."""
         state = optimizer.state.get(self.parameter, {}).values()
-        alike = [each for each in state if isinstance(each, Tensor) and each.shape == self.parameter.shape]
+        floats = [each for each in state if isinstance(each, Tensor) and each.is_floating_point()]
+        alike = [each for each in floats if each.shape == self.parameter.shape]
         return [local_part(each) for each in (self.parameter, *alike)]
 
 

@@ -226,7 +226,7 @@ def test_a_reason_is_told_once(caplog: pytest.LogCaptureFixture):
 def test_auto_records_nothing_where_nothing_can_be_recorded():
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    assert not captures("auto", model, optimizer, shared=False, scaled=False)
-    assert not captures(False, model, optimizer, shared=False, scaled=False)
+    assert not captures("auto", optimizer, torch.device("cpu"), shared=False, scaled=False)
+    assert not captures(False, optimizer, torch.device("cpu"), shared=False, scaled=False)
     with pytest.raises(ValueError, match="records a CUDA graph, and the model is on cpu; use capture=False"):
-        captures(True, model, optimizer, shared=False, scaled=False)
+        captures(True, optimizer, torch.device("cpu"), shared=False, scaled=False)

@@ -23,7 +23,7 @@ def retrain(name: str, steps: int, warmup: float = 0.1) -> Multiplier:
 
 
 def test_every_public_schedule_is_here():
-    assert set(lr.__all__) == {*TRAINING, *RETRAINING, "Multiplier", "Original", "risen", "scheduler"}
+    assert set(lr.__all__) == {*TRAINING, *RETRAINING, "Multiplier", "Original", "risen", "scheduler", "warmup_steps"}
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 41])

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from prunus.masks import Masks
+from prunus.run.names import averages
+from prunus.run.recipe import Soup
 from prunus.soup.average import average, average_and_reprune, check_weights, greedy, greedy_members, learn_weights, mix
 from prunus.train.train import classification_loss
 
@@ -294,3 +296,44 @@ def test_a_large_member_of_small_weight_drowns_nobody():
     """Sums are taken about the heaviest member: about the first, 1e8 - 1e8 would leave a multiple of 8."""
     found = mix([torch.tensor([1e8]), torch.tensor([1.0])], [1e-8, 1 - 1e-8])
     assert float(found) == pytest.approx(2, rel=1e-6)
+
+
+FREE = [name for name in averages.members() if not averages.knows(name, "held")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FREE)
+def test_every_average_keeps_zeros_dtypes_and_what_members_agree_on(name, dtype):
+    masks = some_masks()
+    base, *states = members(3 if name == "slerp" else 4, dtype=dtype, masks=masks)
+    before = [{key: value.clone() for key, value in state.items()} for state in states]
+    state, shares = averages.make(name, states, base=base)
+    pruned = state["0.weight"][~masks["0.weight"]]
+    assert not pruned.any()
+    assert not pruned.signbit().any()
+    assert [(key, value.dtype, value.shape) for key, value in state.items()] == [
+        (key, value.dtype, value.shape) for key, value in base.items()
+    ]
+    assert sum(shares) == pytest.approx(1)
+    torch.testing.assert_close(state["1.running_mean"], average(states)["1.running_mean"])  # a statistic is no task
+    assert all(
+        torch.equal(value, old[key]) for new, old in zip(states, before, strict=True) for key, value in new.items()
+    )
+    alone, _ = averages.make(name, [base, base], base=base)
+    assert all(torch.equal(value, base[key]) for key, value in alone.items())
+
+
+@pytest.mark.parametrize(
+    ("choice", "count", "message"),
+    [
+        ({"ties": {"density": 0.0}}, 2, r"density is the share.*got 0\.0"),
+        ({"dare": {"density": 1.5}}, 2, r"density is the share.*got 1\.5"),
+        ("slerp", 3, "slerp is of 2 members.*got 3"),
+        ({"slerp": {"t": 2}}, 2, r"slerp is of 2 members, with t in \[0, 1\]"),
+    ],
+)
+def test_averages_that_cannot_be_are_refused_with_the_recipe(choice, count, message):
+    with pytest.raises(ValueError, match=message):
+        Soup(members=count, average=choice)
+    with pytest.raises(ValueError, match=message):
+        Soup(members=count, also=[choice])

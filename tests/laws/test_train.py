@@ -15,6 +15,7 @@ from prunus.masks import Masks
 from prunus.train.checkpoint import Clock
 from prunus.train.lr import linear_warmup_decay
 from prunus.train.train import train
+from prunus.train.watch import Watch
 
 
 class Net(nn.Module):
@@ -82,6 +83,75 @@ def test_a_resumed_run_equals_the_unbroken_one(tmp_path, killed_at):
     assert torn[0] == killed_at
     assert equal(whole, resumed)
     assert (trace.losses, trace.lrs, trace.tokens) == (expected.losses, expected.lrs, expected.tokens)
+
+
+def held_out(model: nn.Module):
+    """How wrong a model is on a batch of its own, in evaluation mode, and a count of the calls."""
+    calls: list[bool] = []
+
+    def measure() -> float:
+        calls.append(model.training)
+        with torch.no_grad():
+            return float(loss(model, batches(999)))
+
+    return measure, calls
+
+
+def test_a_watch_measures_every_few_steps_and_at_the_end():
+    model = Net()
+    measure, calls = held_out(model)
+    trace, _ = run(model, watch=Watch(measure, every=5))
+    assert [step for step, _ in trace.watched] == [5, 10, 12]
+    assert calls == [False] * 3
+    model.eval()
+    assert trace.watched[-1][1] == measure()
+
+
+@pytest.mark.parametrize("killed_at", [3, 7, 9])
+def test_a_watched_run_goes_on_with_the_bits_of_the_unbroken_one(tmp_path, killed_at):
+    """Whatever was measured before the kill: the best weights, when it ends, what was seen."""
+    values = [5.0, 3.0, 4.0, float("nan"), 3.0, 1.0]  # nothing is better than the second for three measurements
+
+    def watched(left: list[float]) -> Watch:
+        return Watch(lambda: left.pop(0), every=2, patience=3, keep_best=True)
+
+    def broken(step: int):
+        if step == killed_at:
+            raise KeyboardInterrupt
+        return batches(step)
+
+    torch.manual_seed(1)
+    whole, left = Net(), list(values)
+    expected, _ = run(whole, watch=watched(left), checkpoint=tmp_path / "whole.pt", save_seconds=0)
+    assert [step for step, _ in expected.watched] == [2, 4, 6, 8, 10]
+    assert len(expected.losses) == 10
+    torch.manual_seed(1)
+    killed, left = Net(), list(values)
+    with pytest.raises(KeyboardInterrupt):
+        run(killed, broken, watch=watched(left), checkpoint=tmp_path / "part.pt", save_seconds=0)
+    resumed = Net(seed=5)
+    trace, _ = run(resumed, watch=watched(left), checkpoint=tmp_path / "part.pt", save_seconds=0)
+    assert equal(whole, resumed)
+    assert str((trace.watched, trace.losses)) == str((expected.watched, expected.losses))
+    again = Net(seed=6)  # a finished run is not repeated, and ends with the best weights, too
+    run(again, lambda step: pytest.fail("no batch is needed"), watch=watched([]), checkpoint=tmp_path / "part.pt")
+    assert equal(whole, again)
+    with pytest.raises(ValueError, match=r"part\.pt belongs to another run"):
+        run(Net(), watch=Watch(lambda: 0.0, every=3), checkpoint=tmp_path / "part.pt")
+
+
+def test_the_best_weights_are_those_of_their_step():
+    model, kept, values = Net(), [], [2.0, 1.0, 3.0]
+
+    def measure() -> float:
+        kept.append({name: each.clone() for name, each in model.state_dict().items()})
+        return values[len(kept) - 1]
+
+    run(model, watch=Watch(measure, every=4, keep_best=True))
+    assert all(torch.equal(each, kept[1][name]) for name, each in model.state_dict().items())
+    for wrong in ({"every": 0}, {"every": 1, "patience": 0}):
+        with pytest.raises(ValueError, match="every and patience are at least 1"):
+            Watch(measure, **wrong)
 
 
 def test_a_finished_run_is_not_repeated(tmp_path):

@@ -10,6 +10,7 @@ from torch import nn
 
 from prunus.measure.ensemble import Ensemble, ensemble_accuracy
 from prunus.report.landscape import plot_lines, plot_plane
+from prunus.soup import averages
 from prunus.soup.average import average
 from prunus.soup.geometry import distances, loss_line, loss_plane, weight_names
 
@@ -213,3 +214,66 @@ def test_lines_and_planes_are_drawn(tmp_path):
     with pytest.raises(ValueError, match="got 2 labels"):
         plot_plane(plane, tmp_path / "none.png", labels=("a", "b"))
     assert not (tmp_path / "none.png").exists()
+
+
+# Averages by task vectors, worked by hand, and on the sphere.
+
+
+def of(*values):
+    return {"w": torch.tensor(values)}
+
+
+def test_ties_by_hand():
+    """Yadav et al. 2023, figure 2: trim, elect the sign, mean of those that agree. Task vectors from (1, 1, 1, 1, 0):
+
+    tau_1 = ( 4, -2, 1, 3, 0)   the two largest:  4, 3        base 1 + ...
+    tau_2 = (-2, -6, 2, 4, 0)                     -6, 4
+    tau_3 = ( 5,  7, 1, 1, 0)                     5, 7
+    """
+    base = of(1.0, 1.0, 1.0, 1.0, 0.0)
+    members = [of(5.0, -1.0, 2.0, 4.0, 0.0), of(-1.0, -5.0, 3.0, 5.0, 0.0), of(6.0, 8.0, 2.0, 2.0, 0.0)]
+    state, shares = averages.ties(members, base, density=0.5)
+    assert state["w"].tolist() == [1 + (4 + 5) / 2, 1 + 7.0, 1.0, 1 + (3 + 4) / 2, 0.0]
+    assert shares == (1 / 3,) * 3
+    everything, _ = averages.ties(members, base, density=1.0)  # elected: +7, -1, +4, +8
+    assert everything["w"].tolist() == pytest.approx([1 + 4.5, 1 - (2 + 6) / 2, 1 + 4 / 3, 1 + 8 / 3, 0.0])
+
+
+def test_signs_that_cancel_add_nothing():
+    state, _ = averages.ties([of(3.0), of(-3.0)], of(0.0), density=1.0)
+    assert state["w"].tolist() == [0.0]
+
+
+def test_dare_scales_what_it_keeps_and_is_right_on_average():
+    """Yu et al. 2024: entries are 0 or tau / density, and their expectation is tau."""
+    base, member = torch.full((20_000,), 1.0), torch.full((20_000,), 3.0)
+    state, _ = averages.dare([{"w": member}], {"w": base}, density=0.25)
+    values = set(state["w"].tolist())
+    assert values == {1.0, 1.0 + 2.0 / 0.25}
+    deviation = 2.0 * (3 / 20_000) ** 0.5  # of a mean of 20,000 draws: tau sqrt((1 - p) / p / n)
+    assert abs(float(state["w"].mean()) - 3.0) < 4 * deviation
+    again, _ = averages.dare([{"w": member}], {"w": base}, density=0.25)
+    other, _ = averages.dare([{"w": member}], {"w": base}, density=0.25, seed=1)
+    assert torch.equal(state["w"], again["w"])
+    assert not torch.equal(state["w"], other["w"])
+
+
+def test_dare_ties_elects_among_what_was_drawn():
+    members, base = [of(3.0, 1.0), of(-1.0, 2.0)], of(0.0, 0.0)
+    assert averages.dare_ties(members, base, density=1.0)[0]["w"].tolist() == [3.0, 1.5]
+    assert averages.dare(members, base, density=1.0)[0]["w"].tolist() == [1.0, 1.5]
+
+
+@pytest.mark.parametrize("t", [0.0, 0.25, 0.5, 1.0])
+def test_slerp_goes_along_the_circle(t):
+    """Unit vectors at 0 and 120 degrees: the point at t has the angle 120 t, and norm 1."""
+    angle = math.radians(120)
+    state, shares = averages.slerp([of(1.0, 0.0), of(math.cos(angle), math.sin(angle))], t)
+    assert state["w"].tolist() == pytest.approx([math.cos(t * angle), math.sin(t * angle)], abs=1e-6)
+    assert shares == (1 - t, t)
+
+
+def test_slerp_of_nearly_parallel_and_zero_tensors_is_a_line():
+    close = [of(1.0, 0.0), of(1.0, 1e-4)]
+    assert averages.slerp(close)[0]["w"].tolist() == pytest.approx([1.0, 5e-5])
+    assert averages.slerp([of(0.0, 0.0), of(2.0, 4.0)], 0.25)[0]["w"].tolist() == [0.5, 1.0]

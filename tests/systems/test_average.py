@@ -15,6 +15,7 @@ from prunus.checkpoint import read_header
 from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.run.average import average_checkpoints, average_greedily
+from prunus.run.names import averages
 from prunus.save import ShardWriter, average, load_info, save_model
 from prunus.save.average import average_folders
 from prunus.soup.average import average as average_states
@@ -264,3 +265,35 @@ def test_memory_is_that_of_a_tensor_not_of_a_model(tmp_path):
     assert done.stdout == "averaged\ntoo large\n", done.stderr[-2000:]
     found = tensors_of(tmp_path / "mean")
     assert all(found[f"layer{i}.w"].eq(i).all() for i in range(16))
+
+
+@pytest.mark.parametrize("how", ["ties", {"dare": {"density": 0.3}}, "dare_ties", "slerp"])
+def test_other_averages_on_disk_are_those_in_memory(folders, tmp_path, how):
+    members, base = ([*folders[:2]], folders[2]) if how == "slerp" else (folders, folders[0])
+    average_checkpoints(members, tmp_path / "out", how=how, base=base)
+    states, start = [tensors_of(each) for each in members], tensors_of(base)
+    wanted, _ = averages.make(how, states, base=start)
+    found = tensors_of(tmp_path / "out")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(value, wanted[name]) for name, value in found.items())
+    Masks.load(tmp_path / "out" / "masks.safetensors").check(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    said = load_info(tmp_path / "out")["average"]
+    assert said["how"] == (how if isinstance(how, str) else json.dumps(how))
+    assert said["zeros"] >= min(each["zeros"] for each in said["members"])
+    with pytest.raises(ValueError, match="holds another model"):
+        average_checkpoints(members, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("how", "more", "message"),
+    [
+        ("ties", {}, "--how ties goes by what the members were retrained from.*--base"),
+        ("greedy", {}, "--how greedy chooses by held-out data.*--greedy"),
+        ("slerp", {"weights": [0.5, 0.5]}, "--weights are those of a mean"),
+        ("tise", {}, "no average 'tise'"),
+    ],
+)
+def test_other_averages_refuse_what_they_cannot_do(folders, tmp_path, how, more, message):
+    with pytest.raises(ValueError, match=message):
+        average_checkpoints(folders[:2], tmp_path / "out", more.get("weights"), how=how)
+    assert not (tmp_path / "out").exists()

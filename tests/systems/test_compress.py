@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from prunus.masks import Masks
 from prunus.report import read_metrics
 from prunus.run import stages
 from prunus.run.compress import compress
-from prunus.run.recipe import DenseRates, LanguageRecipe, load_recipe, parse
+from prunus.run.names import schedules
+from prunus.run.page import write_report
+from prunus.run.recipe import DenseRates, LanguageRecipe, LanguageRetrain, load_recipe, parse
 from prunus.run.stages import home
 from prunus.run.texts import training_windows
 from prunus.save import load_model
@@ -26,6 +29,8 @@ from prunus.score import criteria, criterion
 from prunus.soup import distance, finish
 from prunus.train import Original, allr, distilled_next_token, ft, llr, next_token, slr
 from tests.conftest import byte_tokenizer, tiny_llama
+
+CPU = torch.device("cpu")
 
 
 def raw(folder: Path, text: Path, out: Path, **changes: Any) -> dict[str, Any]:
@@ -552,3 +557,94 @@ def test_phases_of_a_language_model_are_refused_where_they_cannot_be(
     ]:
         with pytest.raises(ValueError, match=message):
             parse(asked | change, LanguageRecipe, "test")
+
+
+def test_a_run_is_watched_keeps_the_best_and_ends_early(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = raw(tiny_folder, text_file, tmp_path)
+    texts = {"choosing": {"source": str(text_file), "part": [0.5, 1.0]}, "text": str(text_file)}
+    how = {"schedule": {"wsd": 0.5}, "weight_decay": 0.1, "evaluate_every": 2, "keep_best": True, "patience": 2}
+    asked = recipe(
+        tiny_folder, text_file, tmp_path, retrain=base["retrain"] | how, evaluate=base["evaluate"] | {"data": texts}
+    )
+    measured, perplexity = list[float](), stages.evaluate
+
+    def worse(loaded: Any, own: LanguageRecipe, device: torch.device) -> dict[str, float]:
+        """The truth, but for the third and later measurements meanwhile."""
+        found = perplexity(loaded, own, device)
+        if list(own.evaluate.data) == ["choosing"]:
+            measured.append(found["choosing"])
+            found["choosing"] += 1e6 * (len(measured) > 2)
+        return found
+
+    monkeypatch.setattr(stages, "evaluate", worse)
+    result = compress(asked)
+    watched = result["retraining"]["watched"]
+    assert [step for step, _ in watched] == [2, 4, 6, 8]  # of 12
+    assert result["perplexity"]["retrained"]["choosing"] == measured[1]
+    assert result["retraining"]["tokens"] == 8 * 4 * 32
+    row = next(row for row in read_metrics(tmp_path / "metrics.jsonl") if row["stage"] == "retrain")
+    assert (len(row["losses"]), row["watched"]) == (8, [list(each) for each in watched])
+    write_report(tmp_path)
+    assert (tmp_path / "loss.png").exists()
+
+
+def test_weight_decay_is_of_matrices(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    base = raw(tiny_folder, text_file, tmp_path)
+    asked = recipe(
+        tiny_folder,
+        text_file,
+        tmp_path,
+        prune={"criterion": "magnitude"},
+        retrain=base["retrain"] | {"train": ["norms", "mask_lora"], "steps": 1, "weight_decay": 0.5},
+    )
+    seen: list[dict[str, Any]] = []
+
+    def groups(_: Any, batches: Any, optimizer: torch.optim.Optimizer, *args: Any, **how: Any) -> Any:
+        seen.extend(optimizer.param_groups)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "train", groups)
+        loaded = stages.load(asked)
+        with pytest.raises(KeyboardInterrupt):
+            stages.retrain(loaded, stages.prune(loaded, asked, CPU).masks, asked, CPU)
+    assert [(each["subset"], each["weight_decay"]) for each in seen] == [("norms", 0.0), ("mask_lora", 0.5)]
+    assert all(parameter.ndim > 1 for parameter in seen[1]["params"])
+
+
+@pytest.mark.parametrize(
+    ("retrain", "message"),
+    [
+        ({"keep_best": True}, r"keep_best: nothing is measured meanwhile: set evaluate_every: 50"),
+        ({"patience": 2, "evaluate_every": 5}, r"give evaluate\.data a second text"),
+        ({"watch": "wiki", "evaluate_every": 5}, r"evaluate\.data has no text 'wiki', only text"),
+        ({"schedule": {"wsd": {"decay": 2}}}, r"decay is the share of the steps.*got 2"),
+        ({"schedule": "cosin"}, r"no retraining schedule 'cosin'.*those of training.*cosine"),
+        ({"weight_decay": -1}, "weight_decay"),
+    ],
+)
+def test_what_a_watched_retraining_refuses(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, retrain: dict[str, Any], message: str
+) -> None:
+    base = raw(tiny_folder, text_file, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        parse(base | {"retrain": base["retrain"] | retrain}, LanguageRecipe, "test")
+
+
+def test_an_optimizer_that_is_not_installed_is_refused_with_the_mend(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    base = raw(tiny_folder, text_file, tmp_path)
+    with pytest.raises(ImportError, match=r"adamw_8bit.*pip install 'prunus\[eightbit\]'"):
+        compress(parse(base | {"retrain": base["retrain"] | {"optimizer": "adamw_8bit"}}, LanguageRecipe, "test"))
+    assert not (tmp_path / "recipe.yaml").exists()
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "wsd", {"cosine": 0.1}, {"multistep": [3]}])
+def test_schedules_of_training_are_those_of_retraining(schedule: Any) -> None:
+    rates = LanguageRetrain(schedule=schedule, steps=20, warmup=0.1).rates()
+    wanted = schedules.make(schedule, 20, warmup=2)
+    assert [rates(step) for step in range(20)] == [wanted(step) for step in range(20)]

@@ -8,7 +8,7 @@ from tests.kills import differences, left, prepare, run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "share"), [("language", 0.5), ("classifier", 0.6), ("grid", 0.7)])
+@pytest.mark.parametrize(("name", "share"), [("watched", 0.5), ("classifier", 0.6), ("grid", 0.7)])
 def test_a_command_killed_for_good_ends_with_the_same_bits(tmp_path: Path, name: str, share: float) -> None:
     prepare(tmp_path)
     seconds = run(name, tmp_path, "whole")

@@ -19,6 +19,7 @@ from prunus.run import soups, stages
 from prunus.run.compare import compare
 from prunus.run.compress import compress
 from prunus.run.grid import Grid
+from prunus.run.names import averages
 from prunus.run.recipe import LanguageRecipe, Recipe, member_of, parse
 from prunus.run.show import show_result
 from prunus.run.tables import BEST, LONGER, MEAN, SOUP
@@ -345,3 +346,21 @@ def test_a_grid_of_soups(tiny_folder: Path, text_file: Path, tmp_path: Path) -> 
     table = (tmp_path / "grid" / "table.md").read_text()
     assert f"| pattern | soup | the soup | {MEAN} | {BEST} | {LONGER} |" in table
     assert (tmp_path / "grid" / "grid.png").stat().st_size > 1000
+
+
+def test_soups_take_averages_of_task_vectors(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """By the recipe's average and beside it; what is written is what the members and their base make in memory."""
+    soup = {"members": 2, "average": {"ties": {"density": 0.5}}, "also": ["slerp"], "baselines": []}
+    result = compress(recipe(tiny_folder, text_file, tmp_path / "run", soup=soup))
+    assert f"{SOUP}, slerp" in result["perplexity"]
+    assert result["perplexity"][SOUP] != result["perplexity"][f"{SOUP}, slerp"]
+    first, second, found = (weights(tmp_path / "run" / where) for where in ("members/1", "members/2", "model"))
+    base = compress(recipe(tiny_folder, text_file, tmp_path / "pruned", retrain=None))
+    start = weights(tmp_path / "pruned" / "model")
+    assert base["pruning"]["sparsity"] == 0.5
+    wanted, _ = averages.make(soup["average"], [first, second], base=start)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
+    Masks.load(tmp_path / "run" / "model" / "masks.safetensors").check(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    )
+    assert not (tmp_path / "run" / "work").exists()

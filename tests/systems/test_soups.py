@@ -197,12 +197,13 @@ def test_a_greedy_soup_is_the_best_of_those_it_could_have_been(tmp_path: Path) -
 
 @pytest.mark.usefixtures("tiny")
 def test_averages_weigh_as_they_are_told(tmp_path: Path) -> None:
-    one = train_run(asked(tmp_path, {"average": [0.0, 1.0, 0.0], "also": ["uniform", "learned"]}, **held_out()))
+    also = ["uniform", "learned", {"ties": {"density": 0.5}}]
+    one = train_run(asked(tmp_path, {"average": [0.0, 1.0, 0.0], "also": also}, **held_out()))
     assert one["phases"][0]["shares"] == [0, 1, 0]
     learned = row(one, "learned")["shares"]
     assert sum(learned) == pytest.approx(1)
     assert len(set(learned)) == 3
-    assert row(one, "uniform")["accuracy"] != row(one, "soup")["accuracy"]
+    assert len({row(one, name)["loss"] for name in ("uniform", "soup", "ties")}) == 3
 
 
 @pytest.mark.usefixtures("tiny")
@@ -323,7 +324,7 @@ WRONG = [
     ({"retrain": None}, "give a section retrain"),
     ({"prune": None, "retrain": None}, "soup needs prune.sparsity"),
     ({"soup": {"members": 0}}, "soup.members"),
-    ({"soup": {"average": "best"}}, "soup.average: there is no average 'best'; there are greedy, learned, uniform"),
+    ({"soup": {"average": "best"}}, "soup.average: there is no average 'best'; there are dare, dare_ties, greedy"),
     ({"soup": {"average": [0.5, 0.5]}}, "2 weights for 3 members"),
     ({"soup": {"average": [0.5, 0.5, 0.5]}}, "weights add up to 1"),
     ({"soup": {"average": "greedy"}}, "set images.measure_on: both"),

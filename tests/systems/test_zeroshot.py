@@ -3,15 +3,22 @@
 import json
 import logging
 import math
+import sys
 from pathlib import Path
 
+import jinja2
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from prunus.measure.zeroshot import Example, read_task, zero_shot
+from prunus.machine import write_json
+from prunus.measure import zeroshot
+from prunus.measure.zeroshot import check_task, check_tasks, zero_shot
+from prunus.run.recipe import Evaluate
 
+FORMS = Path(zeroshot.__file__).parent / "tasks"
 ARC = {"query": "Question: What do plants make?", "choices": ["sugar", "salt", "glass and sand"], "gold": 0}
 BOOLQ = {"query": "Passage: Ice floats.\nQuestion: does ice sink?", "choices": ["no", "yes"], "gold": 0}
 OPEN = {"query": "Predators eat", "choices": ["bunnies", "grass"], "gold": 0}
@@ -24,33 +31,33 @@ def file_of(tmp_path, *rows, name="task.jsonl"):
     return path
 
 
-def test_prompts(tmp_path):
-    arc, boolq, open_book = read_task(file_of(tmp_path, ARC, BOOLQ, OPEN))
-    assert arc == Example("Question: What do plants make?\nAnswer:", ("sugar", "salt", "glass and sand"), 0)
-    assert boolq.prompt == "Ice floats.\nQuestion: does ice sink?\nAnswer:"
-    assert open_book.prompt == "Predators eat"
-    (tmp_path / "rte.tsv").write_text(RTE)
-    first, second = read_task(tmp_path / "rte.tsv")
-    assert first == Example('He said "no.\nQuestion: He spoke. True or False?\nAnswer:', ("True", "False"), 0)
-    assert second.gold == 1
+def prompt(form, **document):
+    """What a task's YAML makes of an example."""
+    task = yaml.safe_load((FORMS / f"{form}.yaml").read_text())
+    return jinja2.Template(task["doc_to_text"]).render(document)
 
 
-def test_prompts_are_lm_evals(tmp_path):
+def test_prompts():
+    assert prompt("choices", **ARC) == "Question: What do plants make?\nAnswer:"
+    assert prompt("choices", **BOOLQ) == "Ice floats.\nQuestion: does ice sink?\nAnswer:"
+    assert prompt("choices", **OPEN) == "Predators eat"
+    rte = {"sentence1": 'He said "no.', "sentence2": "He spoke."}
+    assert prompt("entailment", **rte) == 'He said "no.\nQuestion: He spoke. True or False?\nAnswer:'
+
+
+def test_prompts_are_lm_evals():
     lm_eval = pytest.importorskip("lm_eval")
-    jinja2 = pytest.importorskip("jinja2")
-    import yaml
 
-    def rendered(task, **document):
+    def theirs(task, **document):
         text = (Path(lm_eval.__file__).parent / "tasks" / task).read_text()
         template = next(line for line in text.splitlines() if line.startswith("doc_to_text:"))
         return jinja2.Template(yaml.safe_load(template)["doc_to_text"]).render(document)
 
-    arc, boolq = read_task(file_of(tmp_path, ARC, BOOLQ))
-    (tmp_path / "rte.tsv").write_text(RTE)
-    rte = read_task(tmp_path / "rte.tsv")[0]
-    assert arc.prompt == rendered("arc/arc_easy.yaml", question="What do plants make?")
-    assert boolq.prompt == rendered("super_glue/boolq/default.yaml", passage="Ice floats.", question="does ice sink")
-    assert rte.prompt == rendered("glue/rte/default.yaml", sentence1='He said "no.', sentence2="He spoke.")
+    rte = {"sentence1": 'He said "no.', "sentence2": "He spoke."}
+    assert prompt("choices", **ARC) == theirs("arc/arc_easy.yaml", question="What do plants make?")
+    boolq = theirs("super_glue/boolq/default.yaml", passage="Ice floats.", question="does ice sink")
+    assert prompt("choices", **BOOLQ) == boolq
+    assert prompt("entailment", **rte) == theirs("glue/rte/default.yaml", **rte)
 
 
 @pytest.mark.parametrize(
@@ -64,19 +71,19 @@ def test_prompts_are_lm_evals(tmp_path):
 )
 def test_bad_lines_are_named(tmp_path, row, message):
     with pytest.raises(ValueError, match=message):
-        read_task(file_of(tmp_path, ARC, row))
+        check_task(file_of(tmp_path, ARC, row))
 
 
 def test_bad_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl is not there"):
-        read_task(tmp_path / "none.jsonl")
+        check_task(tmp_path / "none.jsonl")
     with pytest.raises(ValueError, match="holds no example"):
-        read_task(file_of(tmp_path))
-    with pytest.raises(ValueError, match=r"neither \.jsonl nor \.tsv"):
-        read_task(file_of(tmp_path, ARC, name="task.csv"))
+        check_task(file_of(tmp_path))
+    with pytest.raises(ValueError, match=r"none of \.jsonl, \.tsv, \.yaml"):
+        check_task(file_of(tmp_path, ARC, name="task.csv"))
     (tmp_path / "rte.tsv").write_text(RTE.replace("not_entailment", "maybe"))
     with pytest.raises(ValueError, match="line 3: needs the columns"):
-        read_task(tmp_path / "rte.tsv")
+        check_task(tmp_path / "rte.tsv")
     with pytest.raises(ValueError, match="no zero-shot task"):
         zero_shot(None, None, {})
 
@@ -125,7 +132,8 @@ def test_accuracies_match_a_plain_computation(tmp_path, caplog):
     assert right != right_normed  # the two accuracies are told apart
     model.train()
     with caplog.at_level(logging.WARNING):
-        found = zero_shot(model, tokenizer, {"mine": file_of(tmp_path, *rows)}, batch_size=4)
+        scores = zero_shot(model, tokenizer, {"mine": file_of(tmp_path, *rows)}, batch_size=4)
+    found = scores.rows
     assert found["mine"]["acc"] == right / 30
     assert found["mine"]["acc_norm"] == right_normed / 30
     acc = right / 30
@@ -133,17 +141,70 @@ def test_accuracies_match_a_plain_computation(tmp_path, caplog):
     assert found["mine"]["n"] == 30
     assert model.training
     assert not caplog.records
+    assert scores.report["results"]["mine"]["acc,none"] == acc
+    assert scores.report["n-shot"] == {"mine": 0}
+    write_json(tmp_path / "report.json", scores.report)  # nothing in it that JSON does not know
 
 
 def test_limit_and_order_of_tasks(tmp_path):
     pytest.importorskip("lm_eval")
     files = {name: file_of(tmp_path, *random_rows(6), name=f"{name}.jsonl") for name in ("b", "a")}
-    found = zero_shot(tiny_model(), character_tokenizer(), files, limit=4)
-    assert list(found) == ["b", "a"]
+    (tmp_path / "rte.tsv").write_text(RTE)
+    own = {"include": str(FORMS / "choices.yaml"), "dataset_kwargs": {"data_files": {"test": str(files["a"])}}}
+    (tmp_path / "own.yaml").write_text(json.dumps(own))
+    tasks = files | {"rte": tmp_path / "rte.tsv", "own": tmp_path / "own.yaml"}
+    found = zero_shot(tiny_model(), character_tokenizer(), tasks, limit=4).rows
+    assert list(found) == ["b", "a", "rte", "own"]
+    assert found["own"] == found["a"]
+    assert found["rte"]["n"] == 2
     assert found["a"]["n"] == 4
 
 
 def test_missing_lm_eval_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "lm_eval.models.huggingface", None)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ImportError, match=r"prunus\[zeroshot\]"):
         zero_shot(tiny_model(), character_tokenizer(), {"mine": file_of(tmp_path, ARC)})
+    with pytest.raises(ImportError, match=r"prunus\[zeroshot\]"):
+        check_tasks({"hellaswag": None})
+
+
+def test_shots_and_chats_change_the_prompt(tmp_path, monkeypatch):
+    """Few-shot examples come before the question, and a chat template around it."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+
+    asked = []
+    score = HFLM.loglikelihood
+
+    def seen(self, requests, **how):
+        asked.append(requests[0].args[0])
+        return score(self, requests, **how)
+
+    monkeypatch.setattr(HFLM, "loglikelihood", seen)
+    tokenizer, task = character_tokenizer(), {"mine": file_of(tmp_path, ARC, OPEN, ARC)}
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[assistant]"
+    for how in ({}, {"shots": 1}, {"chat": True}):
+        zero_shot(tiny_model(), tokenizer, task, limit=1, **how)
+    plain, shot, chat = asked
+    assert plain == "Question: What do plants make?\nAnswer:"
+    assert shot.endswith(plain)
+    assert len(shot) > len(plain)
+    assert chat == f"[user]{plain}[assistant]"
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        zero_shot(tiny_model(), tokenizer, task, chat=True)
+
+
+@pytest.mark.slow
+def test_a_name_that_lm_eval_has_not_is_refused():
+    pytest.importorskip("lm_eval")
+    check_tasks({"hellaswag": None})
+    with pytest.raises(ValueError, match=r"lm-eval has no task 'arc_eazy'"):
+        check_tasks({"hellaswag": None, "arc_eazy": None})
+
+
+@pytest.mark.parametrize("said", [{"a": None, "b": None}, ["a", "b"], "a, b"])
+def test_recipes_name_tasks_alone_or_with_files(said):
+    assert Evaluate(tasks=said).tasks == {"a": None, "b": None}
+    with pytest.raises(ValueError, match=r"no file 'none\.jsonl'"):
+        Evaluate(tasks={"a": "none.jsonl"})

@@ -82,8 +82,12 @@ class Adaptation:
         """Trainable values over the model's own."""
         return self.trainable / self.total
 
-    def param_groups(self, lr: float, lrs: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
+    def param_groups(
+        self, lr: float, lrs: Mapping[str, float] | None = None, *, weight_decay: float = 0.0
+    ) -> list[dict[str, Any]]:
         """Groups for a torch optimizer, one a subset, at learning rate lrs[subset] or else `lr`.
+
+        weight_decay: of matrices; with one, vectors (norms, biases) are groups of their own, without.
 
         Raises: ValueError for a subset in `lrs` that is not trained.
         """
@@ -91,11 +95,13 @@ class Adaptation:
         unknown = [name for name in rates if name not in self.groups]
         if unknown:
             raise ValueError(f"lrs names {unknown[0]!r}, which is not trained; trained are {', '.join(self.groups)}")
-        return [
-            {"params": list(parameters), "lr": rates.get(name, lr), "subset": name}
-            for name, parameters in self.groups.items()
-            if parameters
-        ]
+        groups: list[dict[str, Any]] = []
+        for name, parameters in self.groups.items():
+            matrices = [each for each in parameters if each.ndim > 1 or not weight_decay]
+            vectors = [each for each in parameters if each.ndim < 2 and weight_decay]
+            for params, decay in ((matrices, weight_decay), (vectors, 0.0)):
+                groups += [{"params": params, "lr": rates.get(name, lr), "weight_decay": decay, "subset": name}]
+        return [group for group in groups if group["params"]]
 
     def keep_effective(self) -> None:
         """From now on builds each layer's effective weight once a step, not two or three times a micro batch.

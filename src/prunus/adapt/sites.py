@@ -290,7 +290,7 @@ def _is_plain_linear(owner: Owner, view: View, weight: nn.Parameter) -> bool:
         x = torch.randn(2, view.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
         plain = F.linear(x, view.matrix(weight), module.bias).float()
         try:
-            own = module.forward(x)
+            own: object = module.forward(x)
         except RuntimeError:  # it takes inputs of another shape
             return False
         same = isinstance(own, Tensor) and own.shape == plain.shape  # pyright: ignore[reportUnnecessaryIsInstance] of subclasses

@@ -17,5 +17,7 @@ from .perplexity import perplexity as perplexity
 from .speed import Speed as Speed
 from .speed import speed as speed
 from .streamed import streamed_perplexity as streamed_perplexity
-from .zeroshot import read_task as read_task
+from .zeroshot import Scores as Scores
+from .zeroshot import check_task as check_task
+from .zeroshot import check_tasks as check_tasks
 from .zeroshot import zero_shot as zero_shot

@@ -1,12 +1,10 @@
-"""Zero-shot accuracy with lm-eval's model wrapper, on local files or on lm-eval's own tasks.
+"""Zero-shot and few-shot scores by lm-eval: any task of its own, or of a local file, which needs no network.
 
-Every choice is scored as a continuation of the prompt; nothing is generated and nothing is downloaded for files:
+    name, file ─▶ a task's YAML in a folder of ours ─▶ lm-eval's simple_evaluate ─▶ a row a task, lm-eval's report
 
-    acc:      argmax_c  log p(" " + c | prompt) = gold
-    acc_norm: argmax_c  log p(" " + c | prompt) / len(c) = gold        (len in characters)
-
-Prompts are those of lm-eval 0.4.9 to 0.4.13 (arc_easy, boolq, openbookqa, rte), so numbers compare with published
-ones where the examples are the same.
+Local files are tasks by `tasks/choices.yaml` (JSON lines) and `tasks/entailment.yaml` (TSV), which have the prompts of
+lm-eval's arc_easy, boolq, openbookqa and rte, so numbers compare with published ones where the examples are the same.
+A file that is such a YAML itself is taken as it is.
 """
 
 from __future__ import annotations
@@ -14,166 +12,195 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import math
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal
 
-from prunus.machine import import_extra
+from prunus.machine import import_extra, in_mode, random_state, set_random_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-log = logging.getLogger(__name__)
+_FORMS = Path(__file__).parent / "tasks"
+_LABELS = ("entailment", "not_entailment")
+_TSV = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "keep_default_na": False}
+_BARE = ("samples", "config", "configs", "pretty_env_info")  # of lm-eval's report: long, or of the machine
+
+Tasks = Mapping[str, "str | Path | None"]
 
 
 @dataclass(frozen=True)
-class Example:
-    """A prompt, the choices that may continue it (after one blank), and the number of the right one."""
+class Scores:
+    """rows: task -> its metrics, `stderr` of the first, and `n` examples. report: what lm-eval says, as JSON has it."""
 
-    prompt: str
-    choices: tuple[str, ...]
-    gold: int
+    rows: dict[str, dict[str, float]]
+    report: dict[str, Any]
 
 
 def zero_shot(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Mapping[str, str | Path | None],
+    tasks: Tasks,
     *,
+    shots: int | None = None,
+    chat: bool = False,
     limit: int | None = None,
-    batch_size: int | str = 8,
-) -> dict[str, dict[str, float]]:
-    """Task name -> {acc, acc_norm, stderr, n}, measured where `model` is; stderr is that of acc.
+    batch_size: int | Literal["auto"] = 8,
+) -> Scores:
+    """The scores of tasks, measured where `model` is.
 
-    tasks: name -> file (see `read_task`), or name -> None for lm-eval's task of that name, which needs the network.
-    limit: only the first so many examples. batch_size: requests at a time, or "auto". Prompts longer than the model's
-    window lose their beginning.
+    tasks: name -> file (see `check_task`), or name -> None for lm-eval's task of that name, whose data it downloads.
+    shots: examples before each question; None: the task's own number, mostly none. chat: through the tokenizer's chat
+    template. limit: only the first so many examples. batch_size: requests at a time, or "auto". Prompts longer than the
+    model's window lose their beginning. Random states are as before.
 
-    Raises ImportError when lm-eval is not installed; ValueError for an unreadable file or no task.
+    Raises ImportError when lm-eval is not installed; ValueError for no task, one that lm-eval does not know, an
+    unreadable file, and a chat template that is not there.
 
-    >>> zero_shot(model, tokenizer, {"arc_easy": "arc_easy.jsonl"}, limit=100)
+    >>> zero_shot(model, tokenizer, {"arc_easy": "arc_easy.jsonl"}, limit=100).rows  # doctest: +SKIP
     """
     if not tasks:
-        raise ValueError("no zero-shot task was given; give at least one name and its file")
-    files = {name: read_task(path)[:limit] for name, path in tasks.items() if path is not None}
-    named = [name for name, path in tasks.items() if path is None]
-    training = model.training
-    wrapped = _wrap(model, tokenizer, batch_size)
+        raise ValueError("no zero-shot task was given; give at least one name")
+    check_tasks(tasks)
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise ValueError("chat: the tokenizer has no chat template; leave it out, or give an instruction-tuned model")
+    evaluator = _lm_eval("evaluator")
+    before = random_state()
     try:
-        found = {name: _score(wrapped, name, examples) for name, examples in files.items()}
-        found |= _named(wrapped, named, limit) if named else {}
+        with _manager(tasks) as manager, _quiet(), in_mode(model, training=False):
+            wrapped = _lm_eval("models.huggingface").HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+            how: dict[str, Any] = {
+                "num_fewshot": shots,
+                "limit": limit,
+                "apply_chat_template": chat,
+                "fewshot_as_multiturn": chat,
+            }
+            how |= {"tasks": list(tasks), "task_manager": manager, "log_samples": False}
+            found = evaluator.simple_evaluate(wrapped, **how)
     finally:
-        model.train(training)
-    return {name: found[name] for name in tasks}
+        set_random_state(before)
+    report = {key: value for key, value in found.items() if key not in _BARE}
+    return Scores({name: _row(report, name) for name in tasks}, report)
 
 
-def read_task(path: str | Path) -> list[Example]:
-    """The examples of a .jsonl or .tsv file, with lm-eval's prompts.
+def check_tasks(tasks: Tasks) -> None:
+    """Raise ImportError without lm-eval; ValueError for a file that is no task, or a name that lm-eval has not.
+
+    >>> check_tasks({})
+    """
+    for path in tasks.values():
+        if path is not None:
+            check_task(path)
+    named = [name for name, path in tasks.items() if path is None]
+    if tasks:
+        import_extra("lm_eval", "zeroshot", "tasks are measured by lm-eval")
+    known = _lm_eval("tasks").TaskManager().all_tasks if named else []  # reading them takes seconds
+    strange = next((name for name in named if name not in set(known)), None)
+    if strange is not None:
+        raise ValueError(f"lm-eval has no task {strange!r}: `lm-eval ls tasks` lists them; of your own, give its file")
+
+
+def check_task(path: str | Path) -> None:
+    """Raise ValueError, naming file and line, for a file that is no task; FileNotFoundError for a missing one.
 
     .jsonl: {"query", "choices", "gold"} a line. A query that begins with "Question:" (ARC) or "Passage:" (BoolQ, whose
     first word is dropped) gets "\\nAnswer:" appended; any other (OpenBookQA) is continued as it stands.
-    .tsv: GLUE's RTE, columns sentence1, sentence2, label; choices True and False.
+    .tsv: GLUE's RTE, columns sentence1, sentence2, label; choices True and False. .yaml: a task of lm-eval's own form.
 
-    Raises ValueError naming file, line and what is wrong with it; FileNotFoundError for a missing file.
+    >>> check_task("arc_easy.jsonl")  # doctest: +SKIP
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"zero-shot file {path} is not there; give a .jsonl or .tsv file")
-    readers = {".jsonl": _choice_lines, ".tsv": _entailment_lines}
-    if path.suffix not in readers:
-        raise ValueError(f"zero-shot file {path} is neither .jsonl nor .tsv; convert it to query, choices, gold lines")
-    examples = readers[path.suffix](path)
-    if not examples:
+        raise FileNotFoundError(f"zero-shot file {path} is not there; give a .jsonl, .tsv or .yaml file")
+    if path.suffix == ".yaml":
+        return
+    if path.suffix not in (".jsonl", ".tsv"):
+        raise ValueError(f"zero-shot file {path} is none of .jsonl, .tsv, .yaml; make it query, choices, gold lines")
+    wrong, count = (_wrong_line if path.suffix == ".jsonl" else _wrong_row), 0
+    with path.open(encoding="utf-8", newline="") as file:
+        rows: Any = file if path.suffix == ".jsonl" else csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        for count, row in enumerate(rows, 1):
+            said = wrong(row)
+            if said:
+                raise ValueError(f"{path}, line {count + (path.suffix == '.tsv')}: {said}")
+    if not count:
         raise ValueError(f"zero-shot file {path} holds no example")
-    return examples
 
 
-def _choice_lines(path: Path) -> list[Example]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [_choice_line(path, i, line) for i, line in enumerate(lines, 1) if line.strip()]
-
-
-def _choice_line(path: Path, number: int, line: str) -> Example:
+def _wrong_line(line: str) -> str:
+    """What is wrong with a line of JSON; nothing where it is right."""
     try:
         row = json.loads(line)
-        query, choices, gold = row["query"], tuple(row["choices"]), row["gold"]
+        choices, gold = row["choices"], row["gold"]
+        if not isinstance(row["query"], str) or not isinstance(choices, list):
+            raise TypeError("query is a text and choices a list")
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}, line {number}: needs query, choices and gold as JSON ({error!r})") from error
+        return f"needs query, choices and gold as JSON ({error!r})"
     if not isinstance(gold, int) or not 0 <= gold < len(choices):
-        raise ValueError(f"{path}, line {number}: gold {gold!r} is not the number of one of {len(choices)} choices")
+        return f"gold {gold!r} is not the number of one of {len(choices)} choices"
     if not all(isinstance(choice, str) and choice for choice in choices):
-        raise ValueError(f"{path}, line {number}: choices must be texts that are not empty, got {choices!r}")
-    if query.startswith(("Question:", "Passage:")):
-        query = query.removeprefix("Passage:").lstrip() + "\nAnswer:"
-    return Example(query, choices, gold)
+        return f"choices must be texts that are not empty, got {choices!r}"
+    return ""
 
 
-def _entailment_lines(path: Path) -> list[Example]:
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    return [_entailment_line(path, i, row) for i, row in enumerate(rows, 2)]
+def _wrong_row(row: Mapping[str, str | None]) -> str:
+    """What is wrong with a row of RTE."""
+    if None not in (row.get("sentence1"), row.get("sentence2")) and row.get("label") in _LABELS:
+        return ""
+    return f"needs the columns sentence1, sentence2 and label ({' or '.join(_LABELS)}), got {dict(row)}"
 
 
-def _entailment_line(path: Path, number: int, row: Mapping[str, str | None]) -> Example:
-    labels = {"entailment": 0, "not_entailment": 1}
-    premise, hypothesis, label = row.get("sentence1"), row.get("sentence2"), row.get("label")
-    if premise is None or hypothesis is None or label not in labels:
-        raise ValueError(
-            f"{path}, line {number}: needs the columns sentence1, sentence2 and label (entailment or not_entailment), "
-            f"got {dict(row)}"
-        )
-    prompt = f"{premise}\nQuestion: {hypothesis} True or False?\nAnswer:"
-    return Example(prompt, ("True", "False"), labels[label])
+@contextmanager
+def _manager(tasks: Tasks) -> Generator[Any]:
+    """lm-eval's index of tasks, with those of local files."""
+    with TemporaryDirectory() as folder:
+        for name, path in tasks.items():
+            if path is not None:
+                text = json.dumps(_task(name, Path(path).resolve()))  # which is YAML
+                (Path(folder) / f"{name.replace('/', '_')}.yaml").write_text(text, encoding="utf-8")
+        yield _lm_eval("tasks").TaskManager(include_path=folder, include_defaults=None in tasks.values())
 
 
-def _wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | str) -> Any:
-    """lm-eval's HFLM around the model where it is."""
-    library = import_extra("lm_eval.models.huggingface", "zeroshot", "zero-shot evaluation needs lm-eval")
-    talk = logging.getLogger("lm_eval.models.huggingface")
+def _task(name: str, path: Path) -> dict[str, Any]:
+    if path.suffix == ".yaml":
+        return {"include": str(path), "task": name}
+    form, reader = ("choices", {}) if path.suffix == ".jsonl" else ("entailment", _TSV)
+    data = {"data_files": {"test": str(path)}, **reader}
+    return {"include": str(_FORMS / f"{form}.yaml"), "task": name, "dataset_kwargs": data}
+
+
+def _lm_eval(module: str) -> Any:
+    return import_extra(f"lm_eval.{module}", "zeroshot", "tasks are measured by lm-eval")
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """lm-eval warns of every model that is not named by a string, and says at length what it does."""
+    talk = logging.getLogger("lm_eval")
     level = talk.level
-    talk.setLevel(logging.ERROR)  # it warns of every model that is not named by a string
+    talk.setLevel(logging.ERROR)
     try:
-        return library.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        yield
     finally:
         talk.setLevel(level)
 
 
-def _score(wrapped: Any, name: str, examples: list[Example]) -> dict[str, float]:
-    from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
-
-    requests = [
-        Instance("loglikelihood", {}, (example.prompt, f" {choice}"), idx=j, metadata=(name, i, 1))
-        for i, example in enumerate(examples)
-        for j, choice in enumerate(example.choices)
-    ]
-    scores = iter(wrapped.loglikelihood(requests, disable_tqdm=True))
-    right: list[bool] = []
-    right_normed: list[bool] = []
-    for example in examples:
-        found = [next(scores)[0] for _ in example.choices]
-        right.append(_argmax(found) == example.gold)
-        normed = [score / len(choice) for score, choice in zip(found, example.choices, strict=True)]
-        right_normed.append(_argmax(normed) == example.gold)
-    n = len(examples)
-    acc = sum(right) / n
-    stderr = math.sqrt(acc * (1 - acc) / (n - 1)) if n > 1 else math.nan
-    return {"acc": acc, "acc_norm": sum(right_normed) / n, "stderr": stderr, "n": n}
-
-
-def _argmax(values: list[float]) -> int:
-    return max(range(len(values)), key=values.__getitem__)  # the first of equals, as lm-eval takes it
-
-
-def _named(wrapped: Any, names: list[str], limit: int | None) -> dict[str, dict[str, float]]:
-    """lm-eval's own tasks, which it downloads."""
-    from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
-
-    report: Any = simple_evaluate(model=wrapped, tasks=list(names), limit=limit)
-    return {name: _row(report["results"][name], report["n-samples"][name]["effective"]) for name in names}
-
-
-def _row(result: Mapping[str, Any], n: int) -> dict[str, float]:
-    keys = {"acc": "acc,none", "acc_norm": "acc_norm,none", "stderr": "acc_stderr,none"}
-    return {ours: float(result[theirs]) for ours, theirs in keys.items() if theirs in result} | {"n": n}
+def _row(report: Mapping[str, Any], name: str) -> dict[str, float]:
+    """The metrics of a task or a group, without lm-eval's filter where that is none."""
+    found: Mapping[str, Any] = report["results"].get(name) or report.get("groups", {}).get(name, {})
+    row: dict[str, float] = {}
+    for key, value in found.items():
+        metric, _, rule = key.partition(",")
+        if rule and isinstance(value, (int, float)) and not metric.endswith("_stderr"):
+            row[metric if rule == "none" else f"{metric}, {rule}"] = float(value)
+    first = next((key for key in found if "," in key), ",")
+    stderr = found.get("{}_stderr,{}".format(*first.split(",", 1)))
+    counts = report.get("n-samples", {}).get(name, {})
+    return (
+        row
+        | ({"stderr": float(stderr)} if isinstance(stderr, (int, float)) else {})
+        | ({"n": counts["effective"]} if counts else {})
+    )

@@ -21,3 +21,8 @@ from .terminal import format_value as format_value
 from .terminal import markdown_table as markdown_table
 from .terminal import print_table as print_table
 from .terminal import progress as progress
+from .trackers import TRACKERS as TRACKERS
+from .trackers import Log as Log
+from .trackers import check_trackers as check_trackers
+from .trackers import named_log as named_log
+from .trackers import tracked as tracked

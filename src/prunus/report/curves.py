@@ -103,10 +103,16 @@ def plot_run(
     _save(figure, path)
 
 
-def plot_losses(losses: Mapping[str, Sequence[float]], path: str | Path) -> None:
+def plot_losses(
+    losses: Mapping[str, Sequence[float]],
+    path: str | Path,
+    *,
+    watched: Mapping[str, Sequence[tuple[int, float]]] | None = None,
+) -> None:
     """Write a PNG of training losses by step, a line for each retraining; long ones faint, with their running mean.
 
-    Raises ValueError without a loss.
+    watched: steps and perplexities that were measured meanwhile, dashed, on an axis of their own. Raises ValueError
+    without a loss.
     """
     if not any(losses.values()):
         raise ValueError("there is no loss to draw")
@@ -124,6 +130,15 @@ def plot_losses(losses: Mapping[str, Sequence[float]], path: str | Path) -> None
     axis.set_xlabel("step")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_title("Training loss", loc="left", fontsize=10)
+    measured = {name: points for name, points in (watched or {}).items() if points}
+    if measured:
+        right = axis.twinx()
+        right.set_ylabel("perplexity meanwhile, dashed")
+        style: dict[str, Any]
+        for name, points in measured.items():
+            steps, values = zip(*points, strict=True)
+            style = {**_style(list(losses).index(name)), "linestyle": "--", "markersize": 4}
+            right.plot(steps, values, **style)
     if len(losses) > 1:
         axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     _save(figure, path)

@@ -8,6 +8,7 @@ What a score is belongs to the caller: anything that reads a folder, such as an 
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable, Sequence
@@ -15,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from prunus.machine import hidden_folder
-from prunus.save import SavedModel, average_folders, load_info
+from prunus.run.names import Choice, averages
+from prunus.save import Join, SavedModel, average_folders, load_info
 from prunus.soup import Greedy, check_weights, greedy_members
 
-__all__ = ["average_checkpoints", "average_greedily"]
+__all__ = ["average_checkpoints", "average_greedily", "joined_by"]
 
 log = logging.getLogger(__name__)
 
@@ -28,17 +30,42 @@ def average_checkpoints(
     out: str | Path,
     weights: Sequence[float] | None = None,
     *,
+    how: Choice | None = None,
+    base: str | Path | None = None,
     max_shard_bytes: float = 4e9,
 ) -> list[dict[str, Any]]:
     """The average of all checkpoints, written to `out`; returns a row for each member and one for the mean, to print.
 
-    Arguments and errors are those of `export.average.average_folders`.
+    how: an average as recipes name it, in place of weights: ties, {"dare": {"density": 0.3}}, slerp. base: the model
+    that the members were retrained from, which most of these need. Other arguments and errors are those of
+    `save.average_folders`.
 
     >>> print_table(average_checkpoints(["runs/a/model", "runs/b/model"], "runs/mean"))
     """
-    saved = average_folders(checkpoints, out, weights, max_shard_bytes=max_shard_bytes)
+    if how is None:
+        saved = average_folders(checkpoints, out, weights, max_shard_bytes=max_shard_bytes)
+    else:
+        _check_how(how, weights, base)
+        join = joined_by(how)
+        saved = average_folders(checkpoints, out, how=join, base=base, max_shard_bytes=max_shard_bytes)
     shares = check_weights(weights, len(checkpoints))
     return _rows(saved, [{"weight": share} for share in shares])
+
+
+def joined_by(how: Choice) -> Join:
+    """What joins members tensor by tensor, as the average of this name does."""
+    name = how if isinstance(how, str) else json.dumps(how)
+    return Join(name, lambda states, base: averages.make(how, states, base=base)[0])
+
+
+def _check_how(how: Choice, weights: Sequence[float] | None, base: str | Path | None) -> None:
+    name = averages.name(how)
+    if averages.knows(how, "held"):
+        raise ValueError(f"--how {name} chooses by held-out data: give a recipe that scores, with --greedy")
+    if weights is not None:
+        raise ValueError(f"--weights are those of a mean, and {name} weighs members itself: leave out one")
+    if averages.knows(how, "base") and base is None:
+        raise ValueError(f"--how {name} goes by what the members were retrained from: give the pruned model, --base")
 
 
 def average_greedily(

@@ -280,6 +280,10 @@ def average(
         Path | None,
         typer.Option(help="Recipe that scores on validation data: only members that help are averaged."),
     ] = None,
+    how: Annotated[
+        str | None, typer.Option(help="Another average, as recipes name it: ties, '{dare: {density: 0.3}}', slerp.")
+    ] = None,
+    base: Annotated[Path | None, typer.Option(help="The model that members were retrained from, for --how.")] = None,
     assign: Annotated[
         list[str] | None, typer.Option("--set", help="Any key of that recipe: --set evaluate.window=512 (repeatable).")
     ] = None,
@@ -297,11 +301,14 @@ def average(
     _check_single("average")
     if greedy is not None and weights is not None:
         raise ValueError("--weights and --greedy contradict each other: a greedy soup weighs its members alike")
+    if greedy is not None and how is not None:
+        raise ValueError("--how and --greedy contradict each other: a greedy soup is a mean of its members")
     changes = assignments(assign) | _of_device(device)
     if changes and greedy is None:
         raise ValueError("--set and --device are of the recipe that --greedy names; leave them out, or name one")
     if greedy is None:
-        rows = average_checkpoints(checkpoints, out, numbers(weights, "--weights"))
+        asked = None if how is None else yaml_value(how, "--how")
+        rows = average_checkpoints(checkpoints, out, numbers(weights, "--weights"), how=asked, base=base)
     else:
         by = scorer(greedy, changes)
         rows = average_greedily(checkpoints, out, by.score)
@@ -316,7 +323,7 @@ def merge(
     ],
     adapter: Annotated[Path, typer.Argument(help="Folder of an adapter, of Prunus or a LoRA of peft.")],
     out: Annotated[Path, typer.Argument(help="Folder of the merged model.")],
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or one GPU such as cuda:1.")] = "auto",
+    device: DeviceOption = None,
 ) -> None:
     """Merge a kept adapter into the model that it was trained on; zeros stay zero, and another model is refused.
 
@@ -326,7 +333,7 @@ def merge(
     from prunus.run.merge import merge_adapter
 
     _check_single("merge")
-    print_table([merge_adapter(base, adapter, out, device=device)], title=str(out))
+    print_table([merge_adapter(base, adapter, out, device=device or "auto")], title=str(out))
 
 
 @app.command()

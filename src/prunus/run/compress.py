@@ -3,6 +3,7 @@
 out/recipe.yaml      the resolved recipe          out/metrics.jsonl   every number, as it was measured
 out/result.json      what the table shows         out/report.png      sparsity by layer, perplexity by stage
 out/model/           the compressed model         out/work/           finished blocks, until the run is done
+out/lm_eval.json     what lm-eval says of its tasks     out/logs/        for TensorBoard, with `log_with`
 out/members/         the members of a soup        out/adapter/        what was trained, with `retrain.keep_adapter`, and
 out/pruned/          the model that it belongs on, where that is more than the dense one under the masks
 
@@ -28,7 +29,7 @@ from rich.console import Console
 from prunus.adapt import Adaptation
 from prunus.machine import ranks, write_json
 from prunus.masks import Masks
-from prunus.report import Advance, append_once, plot_compression, progress
+from prunus.report import Advance, Log, append_once, named_log, plot_compression, progress, tracked
 from prunus.run import stages
 from prunus.run.folder import begin, device_name, device_of, finished, held, ran_on
 from prunus.run.outline import Outline, check_language, outline_language
@@ -67,7 +68,11 @@ def compress(recipe: LanguageRecipe) -> dict[str, Any]:
     with held(out):
         found = finished(recipe, out, key, left)  # who had it until now may have ended it
         stored = torch.float16 if keeps_dtype and recipe.dtype == "float32" else None
-        result = _Run(out, recipe, key, device, stored).execute() if found is None else found
+        if found is None:
+            names = recipe.log_with if ranks.is_main() else ()
+            with tracked(names, out, said(recipe)) as track:
+                found = _Run(out, recipe, key, device, stored, track).execute()
+        result = found
         ranks.wait()
         if ranks.is_main():
             _end(out, recipe, result)
@@ -116,9 +121,10 @@ class _Run:
     """One compression under way. `stored`: dtype of the saved model, where it was computed in another one."""
 
     def __init__(
-        self, out: Path, recipe: LanguageRecipe, key: str, device: torch.device, stored: torch.dtype | None = None
+        self, out: Path, recipe: LanguageRecipe, key: str, device: torch.device, stored: torch.dtype | None, track: Log
     ) -> None:
         self.out, self.recipe, self.key, self.device, self.stored = out, recipe, key, device, stored
+        self.track = track
         self.home = stages.home(recipe, device)
 
     def execute(self) -> dict[str, Any]:
@@ -138,12 +144,16 @@ class _Run:
         loaded, masks = self._phases(loaded, result)
         speed["now"] = self._paced("now", loaded)
         result |= {"speed": speed} if speed["now"] else {}
-        if recipe.evaluate.tasks:
-            result["zero_shot"] = stages.zero_shot(loaded.model, loaded.tokenizer, recipe, self.device)
+        scores = stages.zero_shot(loaded.model, loaded.tokenizer, recipe, self.device)
+        if scores is not None:
+            result["zero_shot"] = scores.rows
+            if ranks.is_main():
+                write_json(self.out / "lm_eval.json", scores.report)
         result["seconds"] = time.perf_counter() - started
         if recipe.save:
             result["saved"] = str(self.out / "model")
             self._save(loaded, masks, result)
+            ranks.wait()  # the main process writes
             result["size"] = load_info(self.out / "model")["size"]
         return result
 
@@ -198,8 +208,9 @@ class _Run:
             result |= ({"distance": lost} if by_distance else {}) | {"pruning": stages.summary(streamed)}
             if recipe.streaming:
                 loaded = self._assembled(loaded, streamed)
+            self.track({"sparsity": result["pruning"]["sparsity"]}, None)
             result["perplexity"]["pruned"] = self._measured("pruned", loaded)
-        return Pruned(loaded, streamed.masks, recipe, self.device, index, self._bar)
+        return Pruned(loaded, streamed.masks, recipe, self.device, index, self._bar, self.track)
 
     def _is_last(self, index: int) -> bool:
         return index + 1 == self.recipe.prune.phases
@@ -260,6 +271,7 @@ class _Run:
                 self.device,
                 checkpoint=self._checkpoint("during"),
                 on_step=advance.step,
+                log=named_log(self.track, name),
             )
         self._log({"stage": "prune", **asdict(streamed.reports[0])})
         loaded.model.to(self.home)
@@ -293,6 +305,7 @@ class _Run:
                 self.device,
                 checkpoint=self._checkpoint(name),
                 on_step=advance.step,
+                log=named_log(self.track, name),
                 before_merge=before_merge if last else None,
             )
         if last:
@@ -332,6 +345,7 @@ class _Run:
         with self._bar(f"evaluate {stage}", None):
             found = stages.evaluate(loaded, self.recipe, self.device)
         self._log({"stage": stage, "perplexity": found})
+        self.track({f"{stage}/perplexity/{text}": value for text, value in found.items()}, None)
         if stage == "dense":
             _check_measured(found, loaded.model.dtype)
         return found

@@ -61,13 +61,13 @@ def scorer(path: Path, changes: Mapping[str, Any] | None = None) -> Scorer:
 
 def _loaded(raw: Mapping[str, Any], where: str) -> tuple[Any, LanguageRecipe, Any]:
     """A language model, its recipe, and the device on which it is measured."""
+    from prunus.measure import check_tasks
     from prunus.run import stages
-    from prunus.run.outline import check_tasks
 
     recipe = parse(raw, LanguageRecipe, where)
     device = device_of(recipe)
     recipe = stages.fitted(recipe, device)
-    check_tasks(recipe)
+    check_tasks(recipe.evaluate.tasks)
     return stages.load(recipe), recipe, device
 
 
@@ -79,7 +79,7 @@ def _language_model(model: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     head = head_in_words(recipe, loaded.tokenizer)
     found: dict[str, Any] = {"perplexity": stages.evaluate(loaded, recipe, device), "head": head}
     tasks = stages.zero_shot(loaded.model, loaded.tokenizer, recipe, device)
-    return found | ({"zero_shot": tasks} if tasks else {})
+    return found | ({} if tasks is None else {"zero_shot": tasks.rows, "lm_eval": tasks.report})
 
 
 def _classifier(path: Path, raw: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def _takes(annotation: Any) -> str | None:
     if get_origin(annotation) is Annotated:
         return _takes(inner[0])
     if get_origin(annotation) is dict:
-        return "{NAME: TEXT, ..}" if inner == [str, str] else None
+        return "NAME,..|{NAME: FILE}" if inner == [str, str | None] else None
     if not inner:
         return None
     if str in inner and any(get_origin(each) is dict for each in inner):

@@ -24,11 +24,11 @@ import torch
 from prunus.run import stages
 from prunus.run.folder import device_name, device_of, ran_on
 from prunus.run.recipe import LanguageRecipe, LanguageRetrain, digest, given, member_of, merge, parse, said
-from prunus.run.soups import Member, Pruned, averaged, longer_of, member_key, weights_of
+from prunus.run.soups import Member, Pruned, averaged, longer_of, member_key, write_average
 from prunus.run.store import Job, Store
 from prunus.run.tables import LONGER, SOUP, Show, perplexity_row, perplexity_tables
 from prunus.run.texts import check_texts
-from prunus.save import average_folders, check_whole
+from prunus.save import check_whole
 from prunus.soup import Souped, distance, sms
 
 __all__ = ["LANGUAGE"]
@@ -136,8 +136,7 @@ def _train_member(recipe: LanguageRecipe, asked: LanguageRetrain, name: str, job
 def _average(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
     start, *needs = job.needs
     members, average = _members(needs, store), given(recipe.soup).average
-    weights = weights_of(_pruned(recipe, start, store), members, average, store.work(job) / "trial")
-    average_folders([folder for folder, _ in members], store.path(job), weights)
+    write_average(_pruned(recipe, start, store), members, average, store.path(job), store.work(job) / "trial")
     return {}
 
 
@@ -171,7 +170,7 @@ class _Language:
             raise ValueError("show.columns is for grids of classifiers; leave it out")
 
     def recipe(self, raw: Mapping[str, Any], seed: int, *, tuning: bool, where: str) -> LanguageRecipe:
-        raw = merge(dict(raw), {"save": False})
+        raw = merge(dict(raw), {"save": False, "log_with": []})
         for section in ("train", "retrain", "reconstruct"):
             if raw.get(section) is not None:
                 raw = merge(raw, {f"{section}.seed": seed})
@@ -220,8 +219,8 @@ class _Language:
             if recipe.retrain is not None:
                 result["retraining"] = _retrain(pruned, store.checkpoint(job))
             result["perplexity"] = stages.evaluate(loaded, pruned.recipe, pruned.device)
-        if recipe.evaluate.tasks:
-            result["zero_shot"] = stages.zero_shot(loaded.model, loaded.tokenizer, pruned.recipe, pruned.device)
+        scores = stages.zero_shot(loaded.model, loaded.tokenizer, pruned.recipe, pruned.device)
+        result |= {} if scores is None else {"zero_shot": scores.rows}
         return result | {"seconds": time.perf_counter() - started}
 
 

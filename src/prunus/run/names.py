@@ -134,6 +134,15 @@ class Family:
         """
         return self._parted(choice)[0]
 
+    def has(self, choice: Choice) -> bool:
+        """Whether the choice names one of this family.
+
+        >>> schedules.has("cosine"), schedules.has("allr")
+        (True, False)
+        """
+        name = choice if isinstance(choice, str) else next(iter(choice))
+        return str(name).lower() in self.members()
+
     def takes(self, choice: Choice) -> list[str]:
         """The options that are open to a choice.
 
@@ -267,7 +276,7 @@ schedules = Family(
 )
 sets = Family("set", ("prunus.frankwolfe.sets",), belongs=lambda each: _returns(each, "Ball"), given=("radius",))
 optimizers = Family("optimizer", ("prunus.run.vision.optimizers",), belongs=_is_optimizer)
-averages = Family("average", ("prunus.soup.averages",), belongs=inspect.isfunction, given=("states", "held"))
+averages = Family("average", ("prunus.soup.averages",), belongs=inspect.isfunction, given=("states", "held", "base"))
 FAMILIES = (criteria, allocations, patterns, methods, schedules, retrainings, optimizers, averages, sets)
 
 
@@ -285,7 +294,6 @@ def _made(family: Family) -> BeforeValidator:
 CriterionName = Annotated[Choice, _made(criteria)]
 AllocationName = Annotated[Choice, _made(allocations)]
 AverageName = Annotated[Choice, BeforeValidator(averages.check)]
-RetrainingName = Annotated[Choice, BeforeValidator(retrainings.check)]
 
 
 def _schedule(value: Any) -> Choice:
@@ -294,7 +302,18 @@ def _schedule(value: Any) -> Choice:
     return choice
 
 
+def _retraining(value: Any) -> Choice:
+    """A schedule of either kind: one that goes by the dense training, or one of any training."""
+    if isinstance(value, str | dict) and value and schedules.has(value):
+        return _schedule(value)
+    try:
+        return retrainings.check(value)
+    except ValueError as error:
+        raise ValueError(f"{error}; and those of training, {', '.join(schedules.members())}") from None
+
+
 ScheduleName = Annotated[Choice, BeforeValidator(_schedule)]
+RetrainingName = Annotated[Choice, BeforeValidator(_retraining)]
 
 
 def pattern_of(value: Choice, per: str = "row") -> Pattern:

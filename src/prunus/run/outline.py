@@ -19,7 +19,8 @@ from torch import nn
 from prunus.blocks import find_blocks
 from prunus.layers import View, find_layers
 from prunus.machine import import_extra
-from prunus.measure import read_task
+from prunus.measure import check_tasks
+from prunus.report import check_trackers
 from prunus.run.recipe import Adapting, ClassifierRecipe, LanguageRecipe, LanguageRetrain, Prune
 from prunus.score import needed, observable
 
@@ -27,7 +28,6 @@ __all__ = [
     "Outline",
     "check_language",
     "check_pruning",
-    "check_tasks",
     "kind_of",
     "outline_classifier",
     "outline_language",
@@ -75,6 +75,7 @@ def check_language(recipe: LanguageRecipe, model: Any) -> list[View]:
     not have, for ranks that no layer has, and for task files that cannot be read; ImportError for a missing package.
     """
     from prunus.adapt import add_biases  # which imports transformers: a classifier's plan does without
+    from prunus.run.stages import optimizer_of
 
     find_blocks(model)
     views = check_pruning(model, recipe.prune)
@@ -83,16 +84,12 @@ def check_language(recipe: LanguageRecipe, model: Any) -> list[View]:
     for key, asked in (("reconstruct", recipe.reconstruct), ("retrain", recipe.retrain)):
         if asked is not None:
             _check_adapting(key, asked, model, views)
-    check_tasks(recipe)
+    for trained in (recipe.train, recipe.retrain):
+        if trained is not None:
+            optimizer_of(trained.optimizer)
+    check_tasks(recipe.evaluate.tasks)
+    check_trackers(recipe.log_with)
     return views
-
-
-def check_tasks(recipe: LanguageRecipe) -> None:
-    """Raise ValueError for a task file that cannot be read, ImportError where what measures it is missing."""
-    for path in recipe.evaluate.tasks.values():
-        read_task(path)
-    if recipe.evaluate.tasks:
-        import_extra("lm_eval", "zeroshot", "evaluate.tasks are measured by lm-eval")
 
 
 def _check_adapting(key: str, asked: Adapting, model: nn.Module, views: Sequence[View]) -> None:

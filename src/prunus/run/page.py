@@ -258,10 +258,9 @@ def _losses(folder: Path) -> list[Path]:
     rows = [row for row in (read_metrics(path) if path.exists() else []) if row.get("losses")]
     if not rows:
         return []
-    plot_losses(
-        {row.get("name") or f"{row['stage']} {place}": row["losses"] for place, row in enumerate(rows, 1)},
-        folder / "loss.png",
-    )
+    named = {row.get("name") or f"{row['stage']} {place}": row for place, row in enumerate(rows, 1)}
+    losses, watched = ({name: row.get(key, []) for name, row in named.items()} for key in ("losses", "watched"))
+    plot_losses(losses, folder / "loss.png", watched=watched)
     return [folder / "loss.png"]
 
 

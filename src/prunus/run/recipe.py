@@ -43,12 +43,14 @@ from prunus.adapt import subsets
 from prunus.data import CORRUPTIONS, Strengths, check_model
 from prunus.masks import Masks
 from prunus.patterns import Pattern, check_sparsity
+from prunus.report import TRACKERS
 from prunus.run.names import (
     AllocationName,
     AverageName,
     Choice,
     CriterionName,
     PatternName,
+    RetrainingName,
     ScheduleName,
     allocations,
     averages,
@@ -64,7 +66,7 @@ from prunus.run.plain import Strict, read_yaml, yaml_value
 from prunus.run.vision.optimizers import OneOptimizer, Optimizer, Pull, Sgd
 from prunus.score import Allocation, Criterion, allocation_of, check_comparable, compared, criterion_of, global_
 from prunus.soup import Ramp, phase_sparsities, split_steps
-from prunus.train import During, Multiplier, Original, constant, cosine, linear, linear_warmup_decay
+from prunus.train import During, Multiplier, Original, constant, cosine, linear, warmup_steps
 
 __all__ = [
     "FORKING",
@@ -248,32 +250,32 @@ class ClassifierPrune(Prune):
         return self
 
 
-def _schedule(value: Any) -> Any:
-    """The linear schedule, or one of retraining by name."""
-    return value if value == "linear" else retrainings.check(value)
-
-
-RetrainSchedule = Annotated[Choice, BeforeValidator(_schedule)]
-
-
 class Retrain(Strict):
     """How long and on which schedule what was pruned is trained again, after each phase; each task adds its own keys.
 
-    schedule: "linear" falls linearly after a linear warm-up; or one of those of retraining, of which all but llr go by
-    the dense training.
+    schedule: one of any training (linear, cosine, wsd, ...), after a linear warm-up; or one of those of retraining, of
+    which all but llr go by the dense training.
     """
 
-    schedule: RetrainSchedule = "linear"
-    """Schedule of the learning rate: linear, ft, lrw, slr, clr, llr or allr."""
+    schedule: RetrainingName = "linear"
+    """Schedule of the learning rate: linear, cosine, wsd, ..., or ft, lrw, slr, clr, llr, allr."""
     of: Literal["phase", "total"] = "phase"
     """The budget is that of each phase, or of all together."""
     warmup: Part = 0.1
     """Share of the steps in which the rate rises."""
 
-    def multiplier(self, original: Original, steps: int, distance: float) -> Multiplier:
-        """The learning rate of every step, in units of its peak. distance: what pruning took away, for allr."""
-        if self.schedule == "linear":
-            return linear_warmup_decay(steps, self.warmup)
+    @property
+    def restarts(self) -> bool:
+        """Whether its schedule is one of retraining, in units of the dense training's peak."""
+        return retrainings.has(self.schedule)
+
+    def multiplier(self, original: Original, steps: int, distance: float, epoch: int = 1) -> Multiplier:
+        """The learning rate of every step, in units of its peak. distance: what pruning took away, for allr.
+
+        epoch: the steps of one, in which milestones are counted.
+        """
+        if not self.restarts:
+            return schedules.make(self.schedule, steps, warmup=warmup_steps(steps, self.warmup), epoch=epoch)
         share = min(1.0, steps / original.steps)
         return retrainings.make(self.schedule, original, steps, distance=distance, share=share, warmup=self.warmup)
 
@@ -307,7 +309,7 @@ class Vary(Strict):
 
     seed: Literal["all", "order", "same"] | tuple[int, ...] = "all"
     lr: tuple[Positive, ...] = ()
-    schedule: tuple[RetrainSchedule, ...] = ()
+    schedule: tuple[RetrainingName, ...] = ()
     warmup: tuple[Part, ...] = ()
     steps: tuple[Count, ...] = ()
     epochs: tuple[Positive, ...] = ()
@@ -351,6 +353,9 @@ class Soup(Strict):
                 raise ValueError(f"average: {len(self.average)} weights for {self.members} members; give one each")
             if abs(math.fsum(self.average) - 1) > 1e-6:
                 raise ValueError(f"average: weights add up to 1; these to {math.fsum(self.average):g}")
+        for each in (self.average, *self.also):
+            if not isinstance(each, tuple) and not averages.knows(each, "held"):
+                averages.make(each, [{}] * self.members, base={})  # what it refuses is refused before any work
         if self.line == 1 or self.plane == 1:
             raise ValueError("line and plane: at least 2 points, or 0 to leave it out")
         return self
@@ -552,6 +557,18 @@ class LanguageRetrain(Adapting, Retrain):
     """Give layers zero biases first."""
     checkpointing: bool | Literal["auto"] = False
     keep_effective: bool = False
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """AdamW, or with moments of 8 bits."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of matrices; none of norms and biases."""
+    evaluate_every: Whole = 0
+    """Steps between measurements of `watch`; 0 for none."""
+    watch: str | None = None
+    """The text of evaluate.data that is measured meanwhile."""
+    keep_best: bool = False
+    """End with the weights that measured best."""
+    patience: Count | None = None
+    """End when so many measurements were no better."""
     keep_adapter: bool = False
     """Leave what is trained in OUT/adapter, too."""
     distill: Distill | None = None
@@ -564,8 +581,15 @@ class LanguageRetrain(Adapting, Retrain):
         if self.keep_adapter and ("full" in self.train or self.add_biases):
             what = "add_biases" if self.add_biases else "train: [full]"
             raise ValueError(f"keep_adapter: {what} changes the model that an adapter would belong on: leave out one")
-        if self.dense is None and self.schedule not in ("linear", "llr"):
+        if self.dense is None and self.restarts and self.schedule != "llr":
             raise ValueError(f"schedule {self.schedule} goes by the dense training: give dense: {{steps: 100000}}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_watch(self) -> LanguageRetrain:
+        asked = [key for key in ("watch", "keep_best", "patience") if getattr(self, key)]
+        if asked and not self.evaluate_every:
+            raise ValueError(f"{asked[0]}: nothing is measured meanwhile: set evaluate_every: 50, in steps")
         return self
 
     @property
@@ -594,6 +618,8 @@ class LanguageTraining(LanguageRetrain):
     def _check_all(self) -> LanguageTraining:
         if self.train != ("full",):
             raise ValueError("a method prunes while all weights are trained: leave out train, or set it to [full]")
+        if self.evaluate_every:
+            raise ValueError("evaluate_every: a method's masks are not final before its end: leave it out")
         return self
 
 
@@ -611,6 +637,15 @@ class Pace(Strict):
     seconds: Positive = 2.0
 
 
+_TasksForm = str | list[str] | dict[str, str | None]
+
+
+def _tasks(value: Any) -> Any:
+    """Tasks by name alone, in a list or in one text with commas, or with their files."""
+    names = value.split(",") if isinstance(value, str) else value
+    return {str(name).strip(): None for name in names} if isinstance(names, (list, tuple)) else names
+
+
 class Evaluate(Strict):
     """Perplexity of each named text: joined, cut into windows without overlap, mean loss over predicted tokens."""
 
@@ -621,10 +656,18 @@ class Evaluate(Strict):
     """Tokens a window; the model's own length (at most 2048) if left out."""
     batch_size: Count = 4
     """Windows at a time."""
-    tasks: dict[str, str] = Field(default_factory=dict)
-    """Zero-shot tasks and their files (needs the extra 'zeroshot')."""
-    task_batch_size: Count = 16
-    """Requests of zero-shot tasks at a time."""
+    tasks: Annotated[dict[str, str | None], BeforeValidator(_tasks, json_schema_input_type=_TasksForm)] = Field(
+        default_factory=dict
+    )
+    """Tasks of lm-eval, by name or by name and file (needs the extra 'zeroshot')."""
+    task_batch_size: Count | Literal["auto"] = 16
+    """Requests of tasks at a time, or auto."""
+    shots: Whole | None = None
+    """Examples before each question; the task's own number if left out."""
+    chat: bool = False
+    """Ask through the tokenizer's chat template."""
+    limit: Count | None = None
+    """Only the first so many examples of a task."""
     speed: Annotated[Pace | None, BeforeValidator(_asked, json_schema_input_type=Pace | bool | None)] = None
 
     @model_validator(mode="after")
@@ -638,7 +681,7 @@ class Evaluate(Strict):
 
     @model_validator(mode="after")
     def _check_tasks(self) -> Evaluate:
-        missing = [path for path in self.tasks.values() if looks_local(path) and not Path(path).exists()]
+        missing = [path for path in self.tasks.values() if path is not None and not Path(path).expanduser().exists()]
         if missing:
             raise ValueError(f"tasks: no file {missing[0]!r} (seen from {os.getcwd()}); check the path")
         return self
@@ -755,7 +798,7 @@ class ClassifierRetrain(Retrain):
     take before retraining; it must be one of train.snapshots.
     """
 
-    schedule: RetrainSchedule = "allr"
+    schedule: RetrainingName = "allr"
     epochs: Positive | None = None
     """How long, in epochs of the training images."""
     share: Positive | None = None
@@ -883,6 +926,17 @@ MethodName = Annotated[
 ]
 
 
+def _trackers(value: Any) -> Any:
+    names = value.split(",") if isinstance(value, str) else value
+    strange = next((name for name in names if name not in TRACKERS), None) if isinstance(names, (list, tuple)) else None
+    if strange is not None:
+        raise ValueError(f"there is no tracker {strange!r}; there are {', '.join(TRACKERS)}")
+    return names
+
+
+Trackers = Annotated[tuple[str, ...], BeforeValidator(_trackers)]
+
+
 class LanguageRecipe(Recipe):
     """A run of a language model: load, prune, (reconstruct), (retrain, merge, (average)), evaluate, save.
 
@@ -897,6 +951,8 @@ class LanguageRecipe(Recipe):
     """Run code that lies beside the model's weights."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights in memory and on disk."""
+    log_with: Trackers = ()
+    """Trackers besides metrics.jsonl: tensorboard, wandb, mlflow."""
     streaming: bool = False
     """Read blocks from the checkpoint one at a time, for models larger than memory."""
     train: LanguageTraining | None = None
@@ -983,6 +1039,15 @@ class LanguageRecipe(Recipe):
         )
 
     def _check_retrain(self, retrain: LanguageRetrain) -> None:
+        texts = list(self.evaluate.data)
+        if retrain.watch is not None and retrain.watch not in texts:
+            raise ValueError(f"retrain.watch: evaluate.data has no text {retrain.watch!r}, only {', '.join(texts)}")
+        if (retrain.keep_best or retrain.patience) and len(texts) < 2:
+            raise ValueError(
+                "retrain.keep_best, patience: what chooses is not what is reported: give evaluate.data a second text"
+            )
+        if self.capture is True and retrain.optimizer != "adamw":
+            raise ValueError("capture: steps of adamw_8bit are not recorded; leave out one of the two")
         teacher = None if retrain.distill is None else retrain.distill.teacher
         if teacher is not None and looks_local(teacher) and not Path(teacher).exists():
             raise ValueError(f"retrain.distill.teacher: no file or folder {teacher!r} (seen from {os.getcwd()})")

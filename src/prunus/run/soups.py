@@ -1,6 +1,6 @@
 """Soups of language models: members retrained from one pruned model, and averaged on disk.
 
-    pruned ─▶ retrain, merge, save ─▶ member folders ─ average_folders ─▶ soup
+    pruned ─▶ retrain, merge, save ─▶ member folders ─ write_average ─▶ soup
            └▶ retrain as long as all of them
 
 Every member is merged under the one mask, so that the average keeps every zero. A member that is finished is a folder,
@@ -22,7 +22,9 @@ import torch
 
 from prunus.machine import read_json, write_json
 from prunus.masks import Masks
+from prunus.report import Log, named_log
 from prunus.run import stages
+from prunus.run.average import joined_by
 from prunus.run.names import Choice, averages
 from prunus.run.recipe import LanguageRecipe, LanguageRetrain, digest, given, member_of, said
 from prunus.run.tables import BEST, LONGER, MEAN, SOUP
@@ -39,7 +41,7 @@ __all__ = [
     "member",
     "member_key",
     "members_of",
-    "weights_of",
+    "write_average",
 ]
 
 Average = Choice | tuple[float, ...]
@@ -56,7 +58,7 @@ def _no_bar(_name: str, _steps: float | None) -> AbstractContextManager[Any]:
 class Pruned:
     """A pruned model that members are retrained from, its masks, the recipe of its phase, from 0.
 
-    bar: shows how far each is.
+    bar: shows how far each is. log: to trackers.
     """
 
     loaded: stages.Loaded
@@ -65,6 +67,7 @@ class Pruned:
     device: torch.device
     phase: int = 0
     bar: Bar = _no_bar
+    log: Log | None = None
 
     def retrained(self, name: str, asked: LanguageRetrain, checkpoint: Path) -> tuple[Any, Numbers]:
         """A retrained and merged copy of the model, its perplexity and what retraining did."""
@@ -78,6 +81,7 @@ class Pruned:
                 self.device,
                 checkpoint=checkpoint,
                 on_step=advance and advance.step,
+                log=self.log and named_log(self.log, name),
             )
         with self.bar(f"evaluate {name}", None):
             found = stages.evaluate(replace(loaded, folder=None), self.recipe, self.device)
@@ -116,14 +120,33 @@ def longer_of(recipe: LanguageRecipe) -> LanguageRetrain | None:
     return first.model_copy(update={"steps": steps}) if "longer" in given(recipe.soup).baselines else None
 
 
-def weights_of(pruned: Pruned, members: Sequence[Member], average: Average, folder: Path) -> tuple[float, ...] | None:
-    """The weights of members in an average; None: all equal.
+def write_average(
+    pruned: Pruned, members: Sequence[Member], average: Average, out: Path, trial: Path
+) -> tuple[float, ...] | None:
+    """Write the average of finished members to `out`; the weights of a mean, None: all equal.
 
-    A greedy soup is chosen by perplexity on the first text of `evaluate.data`; what it tries is written to `folder`,
-    and is gone afterwards.
+    A greedy soup is chosen by perplexity on the first text of `evaluate.data`; what it tries, and what task vectors
+    begin at, is written to `trial`, and is gone afterwards.
     """
-    if isinstance(average, tuple) or averages.name(average) not in given(pruned.recipe.soup).choosing:
-        return average if isinstance(average, tuple) else None
+    folders = [folder for folder, _ in members]
+    weights = average if isinstance(average, tuple) else _chosen(pruned, members, average, trial)
+    if isinstance(average, tuple) or averages.name(average) in ("uniform", *given(pruned.recipe.soup).choosing):
+        average_folders(folders, out, weights)
+        return weights
+    shutil.rmtree(trial, ignore_errors=True)  # of a killed run
+    base = None
+    if averages.knows(average, "base"):
+        pruned.save(copy.deepcopy(pruned.loaded.model).to("cpu"), trial, "base", {})
+        base = trial
+    average_folders(folders, out, how=joined_by(average), base=base)
+    shutil.rmtree(trial, ignore_errors=True)
+    return weights
+
+
+def _chosen(pruned: Pruned, members: Sequence[Member], average: Choice, folder: Path) -> tuple[float, ...] | None:
+    """The weights that a greedy soup gives members; None for other averages."""
+    if averages.name(average) not in given(pruned.recipe.soup).choosing:
+        return None
     text, data = next(iter(pruned.recipe.evaluate.data.items()))
     alone = pruned.recipe.evaluate.model_copy(update={"data": {text: data}})
     recipe = pruned.recipe.model_copy(update={"evaluate": alone})
@@ -151,11 +174,10 @@ def _tried(
     recipe: LanguageRecipe,
     folder: Path,
     members: Sequence[Path],
-    weights: tuple[float, ...] | None = None,
 ) -> dict[str, float]:
-    """The perplexities of an average that is not kept."""
+    """The perplexities of a mean that is not kept."""
     shutil.rmtree(folder, ignore_errors=True)  # of a killed run
-    average_folders(members, folder, weights)
+    average_folders(members, folder)
     found = _measured(pruned, recipe, folder)[1]
     shutil.rmtree(folder)
     return found
@@ -185,13 +207,15 @@ def averaged(
 
     The best member is that of the lowest perplexity on the first text of `evaluate.data`.
     """
-    recipe, asked, folders = pruned.recipe, members_of(pruned.recipe), [folder for folder, _ in members]
+    recipe, asked = pruned.recipe, members_of(pruned.recipe)
     trial, more = soup.with_name(f"{soup.name}-trial"), dict[str, dict[str, float]]()
     for choice in also:
-        weights = weights_of(pruned, members, choice, trial)
-        more[f"{SOUP}, {averages.name(choice)}"] = _tried(pruned, recipe, trial, folders, weights)
-    weights = weights_of(pruned, members, given(recipe.soup).average, trial)
-    average_folders(folders, soup, weights)
+        other = soup.with_name(f"{soup.name}-also")
+        shutil.rmtree(other, ignore_errors=True)  # of a killed run
+        write_average(pruned, members, choice, other, trial)
+        more[f"{SOUP}, {averages.name(choice)}"] = _measured(pruned, recipe, other)[1]
+        shutil.rmtree(other)
+    weights = write_average(pruned, members, given(recipe.soup).average, soup, trial)
     with pruned.bar("evaluate soup", None):
         made, own = _measured(pruned, recipe, soup)
     found = {f"member {place}": numbers for place, (_, numbers) in enumerate(members, 1)}

@@ -35,16 +35,17 @@ from prunus.checkpoint import (
 )
 from prunus.data import ASSETS
 from prunus.layers import View, find_layers
-from prunus.machine import Precision, autocast, of_training, ranks
+from prunus.machine import Precision, autocast, import_extra, of_training, ranks
 from prunus.masks import Masks
-from prunus.measure import perplexity, speed, streamed_perplexity
-from prunus.run.recipe import LanguageRecipe, given
+from prunus.measure import Scores, perplexity, speed, streamed_perplexity
+from prunus.report import Log
+from prunus.run.recipe import LanguageRecipe, LanguageRetrain, given
 from prunus.run.texts import calibration_windows, evaluation_texts, training_windows, window_of
 from prunus.save import loaded_model
 from prunus.shrink import trim_vocabulary
 from prunus.soup import finish
 from prunus.stream import BlockReport, Fit, Shards, Streamed, Work, stream
-from prunus.train import During, distilled_next_token, lighten_, next_token_loss, train
+from prunus.train import During, Watch, distilled_next_token, lighten_, next_token_loss, train
 
 __all__ = [
     "Loaded",
@@ -84,7 +85,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Retrained:
-    """What retraining did: which share of the parameters, how fast, how it merged."""
+    """What retraining did: which share of the parameters, how fast, how it merged; steps and perplexities meanwhile."""
 
     trainable: int
     share: float
@@ -93,6 +94,7 @@ class Retrained:
     peak_memory: int
     losses: list[float] = field(default_factory=list)
     merge: dict[str, Any] = field(default_factory=dict)
+    watched: list[tuple[int, float]] = field(default_factory=list)
 
     def numbers(self) -> dict[str, Any]:
         """The same for tables, with useful tokens a second: every token of a packed window is trained on."""
@@ -259,6 +261,7 @@ def prune_in_training(
     *,
     checkpoint: Path | None = None,
     on_step: OnStep | None = None,
+    log: Log | None = None,
 ) -> tuple[Streamed, float]:
     """Masks and one report, after all was trained in place on `device` while the recipe's method pruned.
 
@@ -276,6 +279,7 @@ def prune_in_training(
         device,
         checkpoint=checkpoint,
         on_step=on_step,
+        log=log,
         before_merge=lambda _: ends.append(finish(method, loaded.model)),
         during=[method],
     )
@@ -325,6 +329,7 @@ def retrain(
     *,
     checkpoint: Path | None = None,
     on_step: OnStep | None = None,
+    log: Log | None = None,
     before_merge: Callable[[Adaptation], None] | None = None,
     during: Sequence[During] = (),
 ) -> Retrained:
@@ -351,9 +356,9 @@ def retrain(
     if asked.keep_effective:
         adaptation.keep_effective()
     packed = training_windows(asked, loaded.tokenizer)
-    capture, fused = _capture(recipe, device), True if device.type == "cuda" else None
-    groups = adaptation.param_groups(asked.peak, asked.lrs)
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, capturable=capture is not False, fused=fused)
+    capture = _capture(recipe, device)
+    groups = adaptation.param_groups(asked.peak, asked.lrs, weight_decay=asked.weight_decay)
+    optimizer = optimizer_of(asked.optimizer)(groups, **_recordable(asked, device, capture is not False))
     spare = "free" if asked.checkpointing == "auto" else 0
     with (
         compiled_forward(model) if recipe.compile else nullcontext(),
@@ -373,15 +378,17 @@ def retrain(
             precision=precision,
             clip=asked.clip,
             capture=capture,
+            watch=_watch(loaded, recipe, device),
             checkpoint=checkpoint,
             on_step=on_step,
+            log=log,
         )
     model.eval()
     if before_merge is not None:
         before_merge(adaptation)
     report = adaptation.merge_()
     masks.check(model)
-    used = asked.steps * asked.step_tokens
+    used = len(trace.losses) * asked.step_tokens
     return Retrained(
         adaptation.trainable,
         adaptation.share,
@@ -390,7 +397,37 @@ def retrain(
         trace.peak_bytes,
         list(trace.losses),
         asdict(report),
+        trace.watched,
     )
+
+
+def optimizer_of(name: str) -> Any:
+    """The optimizer's class. Raises ImportError for one whose package is missing."""
+    if name == "adamw":
+        return torch.optim.AdamW
+    return import_extra("bitsandbytes.optim", "eightbit", "retrain.optimizer: adamw_8bit is bitsandbytes'").AdamW8bit
+
+
+def _recordable(asked: LanguageRetrain, device: torch.device, recorded: bool) -> dict[str, Any]:
+    """What an AdamW of torch's is told, so that its steps may be recorded."""
+    fused = True if device.type == "cuda" else None
+    return {"capturable": recorded, "fused": fused} if asked.optimizer == "adamw" else {}
+
+
+def _watch(loaded: Loaded, recipe: LanguageRecipe, device: torch.device) -> Watch | None:
+    """What is measured while a model is retrained: the perplexity of one text."""
+    asked = given(recipe.retrain)
+    if not asked.evaluate_every:
+        return None
+    name = asked.watch or next(iter(recipe.evaluate.data))
+    alone = recipe.evaluate.model_copy(update={"data": {name: recipe.evaluate.data[name]}})
+    one = recipe.model_copy(update={"evaluate": alone})
+    plain = replace(loaded, source=None)
+
+    def measure() -> float:
+        return evaluate(plain, one, device)[name]
+
+    return Watch(measure, asked.evaluate_every, asked.patience, asked.keep_best)
 
 
 def _capture(recipe: LanguageRecipe, device: torch.device) -> Literal["auto"] | bool:
@@ -430,15 +467,16 @@ def evaluate(loaded: Loaded, recipe: LanguageRecipe, device: torch.device) -> di
         return {name: each ** loaded.tokens.get(name, 1.0) for name, each in found.items()}
 
 
-def zero_shot(model: nn.Module, tokenizer: Any, recipe: LanguageRecipe, device: torch.device) -> dict[str, Any]:
-    """Task name -> accuracies with their standard errors; empty when the recipe asks for no task."""
-    if not recipe.evaluate.tasks:
-        return {}
+def zero_shot(model: Any, tokenizer: Any, recipe: LanguageRecipe, device: torch.device) -> Scores | None:
+    """What lm-eval finds; None when the recipe asks for no task."""
+    asked = recipe.evaluate
+    if not asked.tasks:
+        return None
     from prunus.measure import zero_shot as measure
 
-    tasks = {name: Path(path) for name, path in recipe.evaluate.tasks.items()}
+    how: dict[str, Any] = {"shots": asked.shots, "chat": asked.chat, "limit": asked.limit}
     with _on(model, device), autocast(device, precision_of(recipe, device)):
-        return measure(model, tokenizer, tasks, batch_size=recipe.evaluate.task_batch_size)  # type: ignore[arg-type]
+        return measure(model, tokenizer, asked.tasks, batch_size=asked.task_batch_size, **how)
 
 
 def pace(model: nn.Module, recipe: LanguageRecipe, device: torch.device) -> dict[str, Any]:

@@ -1,3 +1,4 @@
+from .average import Join as Join
 from .average import average_folders as average_folders
 from .folder import FORMAT as FORMAT
 from .folder import INFO_NAME as INFO_NAME

@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,17 @@ __all__ = ["average_folders"]
 
 log = logging.getLogger(__name__)
 
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Join:
+    """An average that is no mean. name: as recipes say it. make: (members' states, that of their base) -> a state."""
+
+    name: str
+    make: Callable[[Sequence[State], State], State]
+
+
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 _PIECE = 1 << 21  # entries of one tensor that are averaged together
 _OF_ONE_MODEL = ("metrics", "perplexity", "zero_shot", "sparsity", "versions", "masks", "format", "average", "size")
@@ -63,12 +74,16 @@ def average_folders(
     out: str | Path,
     weights: Sequence[float] | None = None,
     *,
+    how: Join | None = None,
+    base: str | Path | None = None,
     max_shard_bytes: float = 4e9,
 ) -> SavedModel:
     """The folder of the weighted mean of checkpoints: Hugging Face folders or safetensors files, sharded in any way.
 
-    weights: one a checkpoint, >= 0, sum 1; None: all equal. config.json, tokenizer, masks and what prunus.json says of
-    the model are the first one's; prunus.json also lists the members. The folder appears complete or not at all.
+    weights: one a checkpoint, >= 0, sum 1; None: all equal. how: what makes each tensor in place of the mean, of the
+    members' and that of `base`, the model that they were retrained from; it holds them whole. config.json, tokenizer,
+    masks and what prunus.json says of the model are the first one's; prunus.json also lists the members. The folder
+    appears complete or not at all.
 
     Raises ValueError, before anything is written, for tensors, configs, tokenizers or masks that differ (naming the
     first), quantised members, and an `out` that holds anything but this very average, or a member; while writing, for
@@ -78,17 +93,21 @@ def average_folders(
     """
     shares = check_weights(weights, len(checkpoints))
     members = [_Member.read(Path(path)) for path in checkpoints]
-    for place, member in enumerate(members):
-        check_apart(Path(out), checkpoints[place])
-        _check_member(place, member, members[0])
-    _check_same(Path(out), members, shares)
+    start = members[0] if base is None else _Member.read(Path(base))
+    for path, member in zip((*checkpoints, base or checkpoints[0]), (*members, start), strict=True):
+        check_apart(Path(out), path)
+        _check_member(member, members[0])
+    _check_same(Path(out), members, shares, how)
     with new_folder(out) as partial:
         zeros = [0] * (len(members) + 1)
         with ShardWriter(partial, max_shard_bytes=max_shard_bytes) as writer:
             for name in members[0].tensors:
-                writer.write(name, _mean(name, members, shares, zeros))
+                made = _mean(name, members, shares, zeros)
+                made = made if how is None else _joined(name, members, start, how)
+                zeros[-1] += _zeros(made)
+                writer.write(name, made)
         _warn_of_lost_zeros(zeros, checkpoints)
-        info = _info(members, shares, zeros)
+        info = _info(members, shares, zeros, how)
         saved = _write_rest(members[0], partial, Path(out).name, info)
     return SavedModel(Path(out), saved, writer.total_bytes, writer.total_bytes)
 
@@ -119,16 +138,17 @@ class _Member:
         return cls(folder or path, dict(checkpoint.tensors), masks, json.loads(metadata.get("shapes", "{}")), config)
 
 
-def _check_same(out: Path, members: Sequence[_Member], shares: Sequence[float]) -> None:
+def _check_same(out: Path, members: Sequence[_Member], shares: Sequence[float], how: Join | None) -> None:
     """Another model that Prunus saved is not replaced, only the same average."""
     if (out / INFO_NAME).is_file():
-        found = load_info(out).get("average", {}).get("members", [])
+        found = load_info(out).get("average", {})
         own = [(str(member.path), share) for member, share in zip(members, shares, strict=True)]
-        if [(each["path"], each["weight"]) for each in found] != own:
+        said = [(each["path"], each["weight"]) for each in found.get("members", [])]
+        if (said, found.get("how")) != (own, None if how is None else how.name):
             raise ValueError(f"out: {out} holds another model; give the average a folder of its own, or delete it")
 
 
-def _check_member(place: int, member: _Member, first: _Member) -> None:
+def _check_member(member: _Member, first: _Member) -> None:
     for name in [*first.tensors, *member.tensors]:
         one, other = first.tensors.get(name), member.tensors.get(name)
         if one is None or other is None or (one.shape, one.dtype) != (other.shape, other.dtype):
@@ -198,7 +218,7 @@ def _count(packed: Stored) -> int:
 
 
 def _mean(name: str, members: Sequence[_Member], shares: Sequence[float], zeros: list[int]) -> Tensor:
-    """The mean of one tensor; counts the zeros of matrices in each member and, last, in the mean."""
+    """The mean of one tensor; counts the zeros of matrices in each member."""
     first = members[0].tensors[name]
     mean = torch.empty(first.numel, dtype=first.dtype)
     for start in range(0, first.numel, _PIECE):
@@ -209,10 +229,24 @@ def _mean(name: str, members: Sequence[_Member], shares: Sequence[float], zeros:
         part = mean_tensor(name, pieces, shares)
         _check_zeros(name, members, pieces, start)
         if len(first.shape) > 1 and first.dtype.is_floating_point:
-            for place, piece in enumerate((*pieces, part)):
+            for place, piece in enumerate(pieces):
                 zeros[place] += stop - start - int(_comparable(piece).count_nonzero())
         mean[start:stop] = part
     return mean.view(first.shape)
+
+
+def _joined(name: str, members: Sequence[_Member], start: _Member, how: Join) -> Tensor:
+    """What `how` makes of one tensor."""
+    *states, base = ({name: each.tensors[name].piece(0, each.tensors[name].numel)} for each in (*members, start))
+    shape = members[0].tensors[name].shape
+    return how.make([{name: state[name].view(shape)} for state in states], {name: base[name].view(shape)})[name]
+
+
+def _zeros(tensor: Tensor) -> int:
+    """Zeros of a matrix, in pieces."""
+    if tensor.ndim < 2 or not tensor.is_floating_point():
+        return 0
+    return sum(each.numel() - int(_comparable(each).count_nonzero()) for each in tensor.flatten().split(_PIECE))
 
 
 def _check_zeros(name: str, members: Sequence[_Member], pieces: Sequence[Tensor], start: int) -> None:
@@ -244,7 +278,9 @@ def _warn_of_lost_zeros(zeros: Sequence[int], checkpoints: Sequence[str | Path])
         )  # fmt: skip
 
 
-def _info(members: Sequence[_Member], shares: Sequence[float], zeros: Sequence[int]) -> dict[str, Any]:
+def _info(
+    members: Sequence[_Member], shares: Sequence[float], zeros: Sequence[int], how: Join | None
+) -> dict[str, Any]:
     """prunus.json: what the first member's says of the model, and where the average comes from."""
     known = [load_info(m.path) if m.path.is_dir() and (m.path / INFO_NAME).is_file() else {} for m in members]
     first = members[0]
@@ -258,7 +294,7 @@ def _info(members: Sequence[_Member], shares: Sequence[float], zeros: Sequence[i
     return {
         "format": FORMAT,
         **{key: value for key, value in known[0].items() if key not in _OF_ONE_MODEL},
-        "average": {"members": average, "zeros": zeros[-1]},
+        "average": {"members": average, "zeros": zeros[-1]} | ({} if how is None else {"how": how.name}),
         "masks": MASKS_NAME if first.masks else None,
         "sparsity": {"pruned": pruned, "layers": {name: 1 - kept[name] / totals[name] for name in kept}},
         "versions": _versions(),

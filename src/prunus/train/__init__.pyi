@@ -27,8 +27,11 @@ from .lr import multistep as multistep
 from .lr import one_cycle as one_cycle
 from .lr import risen as risen
 from .lr import slr as slr
+from .lr import warmup_steps as warmup_steps
+from .lr import wsd as wsd
 from .train import Substituted as Substituted
 from .train import Trace as Trace
 from .train import classification_loss as classification_loss
 from .train import next_token_loss as next_token_loss
 from .train import train as train
+from .watch import Watch as Watch

@@ -20,8 +20,10 @@ from functools import cache
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+
+from prunus.train.sharded import asked as sharded_asked
 
 Capture = bool | Literal["auto"]
 
@@ -29,6 +31,7 @@ log = logging.getLogger(__name__)
 
 _AHEAD = 8  # replays that may wait for the device: a recording waits for what all threads have queued by then
 _WARM = 3  # steps 0, 1, 2 run as they are: cuDNN chooses its algorithms, the optimizer makes its state
+_WARM_REPLICATED = 12  # DistributedDataParallel arranges its buckets after the first step, and times ten more
 # Two things wait for the whole device, which no thread may do while another records: the beginning of a recording, and
 # cuDNN when it tries its algorithms, as it does the first time that it meets a shape.
 _RECORDING = threading.RLock()
@@ -68,6 +71,7 @@ class CapturedStep:
 
     step: runs forward, backward and optimizer, and returns the loss (scalar on the device).
     done: steps that the run has made already.
+    replicated: several processes make the step together, whose gradients DistributedDataParallel averages.
     forget: called where recording fails and need not succeed (`must`): drops what the recording left, the gradients.
         From then on steps run as they are, and `failure` says why.
     A batch of other shapes than the recorded one runs as it is, or raises ValueError where recording `must` succeed.
@@ -79,12 +83,14 @@ class CapturedStep:
         device: torch.device,
         *,
         done: int = 0,
+        replicated: bool = False,
         must: bool = True,
         forget: Callable[[], None] = lambda: None,
     ) -> None:
         self.step = step
         self.device = device
         self.done = done
+        self.warm = _WARM_REPLICATED if replicated else _WARM
         self.must = must
         self.forget = forget
         self.failure = ""
@@ -96,12 +102,12 @@ class CapturedStep:
 
     def warm_(self, parts: list[Any]) -> None:
         """Runs as many steps as come before a recording, which change what steps change and are not counted."""
-        for _ in range(_WARM):
+        for _ in range(self.warm):
             self._plain(parts)
 
     def __call__(self, parts: list[Any]) -> Tensor:
         """The loss of one step, a tensor of its own."""
-        if self.done < _WARM or self.failure:
+        if self.done < self.warm or self.failure:
             self.done += 1
             return self._plain(parts)
         if self.graph is None:
@@ -134,7 +140,7 @@ class CapturedStep:
         # On the stream that will record: lazily made workspaces belong to a stream.
         here = torch.cuda.current_stream(self.device)
         with unrecorded():
-            stream = _stream(self.device)
+            stream = recording_stream(self.device)
             stream.wait_stream(here)
             with torch.cuda.stream(stream), _attending(self.restarts, recording=False):
                 loss = self.step(parts)
@@ -146,7 +152,7 @@ class CapturedStep:
         graph, wrong = torch.cuda.CUDAGraph(), list[str]()
         try:
             with unrecorded(), _attending(self.restarts, recording=True):
-                stream = _stream(self.device)
+                stream = recording_stream(self.device)
                 with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"), _telling(wrong):
                     self.loss = self.step(self.static)
         except (RuntimeError, NotImplementedError) as error:
@@ -170,7 +176,7 @@ def _telling(wrong: list[str]) -> Generator[None]:
         raise
 
 
-def _stream(device: torch.device) -> torch.cuda.Stream:
+def recording_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream that warms up and records; only inside `unrecorded`."""
     with torch.cuda.device(device):  # which may be "cuda", without a number
         place = torch.cuda.current_device()
@@ -214,23 +220,24 @@ def _tell(why: str) -> None:
     log.warning("training steps are not recorded as a CUDA graph: %s", why)
 
 
-def captures(asked: Capture, model: nn.Module, optimizer: torch.optim.Optimizer, *, shared: bool, scaled: bool) -> bool:
+def captures(
+    asked: Capture, optimizer: torch.optim.Optimizer, device: torch.device, *, shared: bool, scaled: bool
+) -> bool:
     """Whether the steps of a run are recorded; told where not on a GPU. Raises ValueError when they must be."""
-    why = _obstacle(model, optimizer, shared=shared, scaled=scaled) if asked else ""
+    why = _obstacle(optimizer, device, shared=shared, scaled=scaled) if asked else ""
     if why and asked is True:
         raise ValueError(f"{why}; use capture=False.")
-    if why and next(model.parameters()).is_cuda:
+    if why and device.type == "cuda":
         _tell(why)
     return bool(asked) and not why
 
 
-def _obstacle(model: nn.Module, optimizer: torch.optim.Optimizer, *, shared: bool, scaled: bool) -> str:
+def _obstacle(optimizer: torch.optim.Optimizer, device: torch.device, *, shared: bool, scaled: bool) -> str:
     """Why a step of this run cannot be recorded; nothing where it can, as far as one sees without trying."""
-    device = next(model.parameters()).device
     if device.type != "cuda":
         return f"capture=True records a CUDA graph, and the model is on {device}"
-    if shared:
-        return "capture=True goes with one process: several wait for each other's gradients on the host"
+    if shared and (sharded_asked() or torch.distributed.get_backend() != "nccl"):
+        return "capture=True goes with one process, or with several that have a replica and NCCL each"
     if scaled:
         return "capture=True goes with bf16 or fp32: the host looks at what fp16 scales"
     if not all(group.get("fused") or group.get("capturable") for group in optimizer.param_groups):

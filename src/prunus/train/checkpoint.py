@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 from prunus.machine import atomic, random_state, ranks, set_random_state
 from prunus.train.sharded import like, whole
+from prunus.train.watch import Watched
 
 _logger = logging.getLogger(__name__)
 
@@ -38,8 +39,9 @@ class Checkpoint:
     accelerator: Accelerator
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    methods: Sequence[nn.Module] = ()
-    shared: bool = False
+    methods: Sequence[nn.Module]
+    watched: Watched
+    shared: bool
 
     def load(self) -> tuple[int, dict[str, Any]]:
         """Put the stored state back, if there is one; returns the first step to do and the trace so far.
@@ -49,7 +51,7 @@ class Checkpoint:
         if self.path is None or not self.path.exists():
             return 0, {}
         state = _read(self.path)
-        tensors = _resumable(self.model)
+        tensors = resumable(self.model)
         found = {name: tuple(tensor.shape) for name, tensor in state["tensors"].items()}
         if state["plan"] != self.plan or found != {name: tuple(t.shape) for name, t in tensors.items()}:
             raise ValueError(
@@ -61,6 +63,7 @@ class Checkpoint:
                 tensor.copy_(like(state["tensors"][name], tensor))
         for method, stored in zip(self.methods, state["methods"], strict=True):
             method.load_state_dict(stored)
+        self.watched.load_state(state["watched"])
         self.optimizer.load_state_dict(_placed(state["optimizer"], self.optimizer))
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -73,7 +76,7 @@ class Checkpoint:
         if self.path is None:
             return
         random = gather_object([random_state()]) if self.shared else [random_state()]
-        tensors = {name: self._on_host(tensor.detach()) for name, tensor in _resumable(self.model).items()}
+        tensors = {name: self._on_host(tensor.detach()) for name, tensor in resumable(self.model).items()}
         stepped = tree_map_only(Tensor, self._on_host, self.optimizer.state_dict())
         if self.accelerator.is_main_process:
             state = {
@@ -82,6 +85,7 @@ class Checkpoint:
                 "trace": trace,
                 "tensors": tensors,
                 "methods": [method.state_dict() for method in self.methods],
+                "watched": self.watched.state(),
                 "optimizer": stepped,
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
                 "random": random,
@@ -144,7 +148,7 @@ def _read(path: Path) -> dict[str, Any]:
     raise ValueError(f"{path} is damaged ({bad}); delete it to begin this training anew")
 
 
-def _resumable(model: nn.Module) -> dict[str, Tensor]:
+def resumable(model: nn.Module) -> dict[str, Tensor]:
     """What training can change: parameters that require gradients, and buffers (boolean ones are masks, and fixed)."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     return trained | {name: buffer for name, buffer in model.named_buffers() if buffer.dtype != torch.bool}

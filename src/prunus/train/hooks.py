@@ -124,7 +124,7 @@ class During(nn.Module):
     def _clear_(self, name: str, pruned: Tensor) -> None:
         parameter = self.pruned_parameters[name]
         for value in self.optimizer.state.get(parameter, {}).values():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
                 value.masked_fill_(pruned, 0.0)
 
     def gradients_of(self) -> dict[str, tuple[Tensor, Tensor]]:

@@ -2,7 +2,7 @@
 
 No recursion and no state: step t of T alone decides, so that a resumed run needs nothing but its step.
 
-    training     constant, multistep, exponential, linear, cosine, one_cycle, linear_warmup_decay
+    training     constant, multistep, exponential, linear, cosine, wsd, one_cycle, linear_warmup_decay
     retraining   ft, lrw, slr, clr, llr, allr: given the `Original` schedule of the dense run, in units of its peak M
 
 A new one is a function that returns a `Multiplier`, and one `__all__` entry: recipes find it there. Its first argument
@@ -41,6 +41,8 @@ __all__ = [
     "risen",
     "scheduler",
     "slr",
+    "warmup_steps",
+    "wsd",
 ]
 
 Multiplier = Callable[[int], float]
@@ -171,6 +173,25 @@ def cosine(steps: int, end: float = 0.0, warmup: int = 0) -> Multiplier:
     return _after(warmup, _straight, _half_wave(steps - warmup, end))
 
 
+def wsd(steps: int, decay: float = 0.2, end: float = 0.0, warmup: int = 0) -> Multiplier:
+    """Warm-up, stable, decay (Hu et al. 2024, MiniCPM): 1 until the last share `decay` of the steps, then a line.
+
+        m(t) = 1 for t < T - D,   1 - (1 - end) * (t - T + D) / D   after that,   D = max(1, round(decay * T))
+
+    The line is Haegele et al. 2024's; MiniCPM falls exponentially. `end` would be reached in step T. Where the warm-up
+    leaves fewer steps than D, it falls through those. Raises ValueError for a decay outside (0, 1].
+
+    >>> [wsd(5, decay=0.4)(t) for t in range(5)]
+    [1.0, 1.0, 1.0, 1.0, 0.5]
+    """
+    _check(steps, warmup)
+    if not 0 < decay <= 1:
+        raise ValueError(f"decay is the share of the steps in which the rate falls, in (0, 1]; got {decay}")
+    falling = min(max(1, round(decay * steps)), steps - warmup)
+    stable, fall = steps - warmup - falling, _falling(falling, end)
+    return _after(warmup, _straight, lambda u: fall(max(0, u - stable)))
+
+
 def one_cycle(steps: int, peak_share: float = 0.3) -> Multiplier:
     """Linearly up to 1 in the first floor(peak_share * steps) steps, then linearly down to 0 (Smith & Topin 2019).
 
@@ -193,7 +214,7 @@ def linear_warmup_decay(steps: int, warmup_share: float = 0.1) -> Multiplier:
     >>> [linear_warmup_decay(4, 0.5)(t) for t in range(4)]
     [0.5, 1.0, 1.0, 0.5]
     """
-    return linear(steps, warmup=_warmup_steps(steps, warmup_share))
+    return linear(steps, warmup=warmup_steps(steps, warmup_share))
 
 
 def ft(original: Original, steps: int) -> Multiplier:
@@ -232,7 +253,7 @@ def slr(original: Original, steps: int, warmup: float = 0.1) -> Multiplier:
     >>> [slr(Original.of([1.0, 1.0, 0.5, 0.25]), 2, warmup=0)(t) for t in range(2)]
     [1.0, 0.5]
     """
-    rise = _warmup_steps(steps, warmup)
+    rise = warmup_steps(steps, warmup)
     peak, rest = original.peak, steps - rise
     shares = (1.0,) * original.warmup + tuple(value / peak for value in original.lrs[original.warmup :])
     return _after(rise, _wave, lambda u: shares[min(u * len(shares) // rest, len(shares) - 1)])
@@ -248,7 +269,7 @@ def clr(original: Original, steps: int, warmup: float = 0.1) -> Multiplier:
     >>> [clr(Original.of([1.0, 0.5]), 2, warmup=0)(t) for t in range(2)]
     [1.0, 0.75]
     """
-    rise = _warmup_steps(steps, warmup)
+    rise = warmup_steps(steps, warmup)
     return _after(rise, _wave, _half_wave(steps - rise, original.least / original.peak))
 
 
@@ -277,7 +298,7 @@ def allr(original: Original, steps: int, *, distance: float, share: float, warmu
     """
     if not distance >= 0 or not share >= 0:
         raise ValueError(f"ALLR's signals are at least 0; got distance={distance}, share={share}.")
-    rise, start = _warmup_steps(steps, warmup), min(1.0, max(distance, share))
+    rise, start = warmup_steps(steps, warmup), min(1.0, max(distance, share))
     fall = _falling(steps - rise, 0.0)
     return _after(rise, lambda x: start * _wave(x), lambda u: start * fall(u))
 
@@ -291,6 +312,18 @@ def risen(multiplier: Multiplier, steps: int) -> int:
     falls = (step for step in range(steps - 1) if multiplier(step + 1) <= multiplier(step))
     last = next(falls, steps - 1)
     return last + 1 if last else 0
+
+
+def warmup_steps(steps: int, share: float) -> int:
+    """floor(share * steps), where binary fractions miss an integer (0.29 * 100) that integer.
+
+    >>> warmup_steps(100, 0.29)
+    29
+    """
+    _check(steps, 0)
+    if not 0 <= share < 1:
+        raise ValueError(f"warmup_share is the share of warm-up steps, in [0, 1); got {share}.")
+    return min(steps - 1, math.floor(share * steps + 1e-9))
 
 
 def scheduler(optimizer: Optimizer, multiplier: Multiplier) -> LambdaLR:
@@ -324,14 +357,6 @@ def _falling(rest: int, end: float) -> Callable[[int], float]:
 
 def _half_wave(rest: int, end: float) -> Callable[[int], float]:
     return lambda u: end + (1 - end) * (1 + math.cos(math.pi * u / rest)) / 2 if u < rest else end
-
-
-def _warmup_steps(steps: int, share: float) -> int:
-    """floor(share * steps), where binary fractions miss an integer (0.29 * 100) that integer."""
-    _check(steps, 0)
-    if not 0 <= share < 1:
-        raise ValueError(f"warmup_share is the share of warm-up steps, in [0, 1); got {share}.")
-    return min(steps - 1, math.floor(share * steps + 1e-9))
 
 
 def _check(steps: int, warmup: int) -> None:

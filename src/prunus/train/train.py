@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +24,14 @@ from accelerate.utils import send_to_device, slice_tensors
 from torch import Tensor, nn
 
 from prunus.layers import View, find_layers
-from prunus.machine import Precision
+from prunus.machine import Precision, in_mode
 from prunus.train.capture import Capture, CapturedStep, captures, set_rates_, settled
-from prunus.train.checkpoint import Checkpoint, Clock
+from prunus.train.checkpoint import Checkpoint, Clock, resumable
 from prunus.train.hooks import During, Plan
 from prunus.train.next_token import next_token_loss
 from prunus.train.prepared import make_accelerator, prepared
 from prunus.train.sharded import asked
+from prunus.train.watch import Watch, Watched
 
 if TYPE_CHECKING:
     from prunus.masks import Masks
@@ -45,6 +46,7 @@ class Trace:
     losses: mean loss of each step; lrs: learning rate of the first parameter group in each step; tokens: integers in
     the first tensor of every batch (token ids; for other batches the number of samples), over all ranks; seconds: wall
     time of all parts of the run, the saving included; peak_bytes: most accelerator memory in use (0 on a CPU).
+    watched: step and value of what a `Watch` measured.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -52,6 +54,7 @@ class Trace:
     tokens: int = 0
     seconds: float = 0.0
     peak_bytes: int = 0
+    watched: list[tuple[int, float]] = field(default_factory=list)
 
 
 def classification_loss(smoothing: float = 0.0) -> Callable[[nn.Module, tuple[Tensor, Tensor]], Tensor]:
@@ -90,10 +93,12 @@ def train(
     precision: Precision = "fp32",
     clip: float | None = None,
     capture: Capture = False,
+    watch: Watch | None = None,
     checkpoint: Path | None = None,
     save_seconds: float = 180.0,
     report_every: int | None = None,
     on_step: Callable[[int, float], None] | None = None,
+    log: Callable[[dict[str, float], int], None] | None = None,
     shared: bool = True,
 ) -> Trace:
     """Train the parameters that require gradients, in place, and return the trace of the run.
@@ -105,9 +110,11 @@ def train(
     steps) and the prunable `views` (default: `find_layers(model)`); the caller calls their `finish()` afterwards.
     capture: record the step as a CUDA graph and replay it, which helps where launches cost more than arithmetic
     (batches of one shape only); "auto" does so where it can be done, and logs why where a recording fails.
+    watch: what is measured meanwhile, and whether it keeps the best weights or ends the run early.
     checkpoint: a file, written when `save_seconds` have passed and at the end, from which an interrupted call resumes.
     on_step(steps done, mean loss since the last call) is called every `report_every` steps, or once a second where that
     is left out, and at the end: reading a loss makes the host wait for the device, so it is done no more often.
+    log(values, steps done) gets then, too, `loss` and `lr` of each step since, `tokens_per_second`, what is watched.
     shared: whether several processes train one model together; if not, each trains its own on the whole batches.
 
     The model is trained where it is (under several processes that share it, on the device of each), and ends in the
@@ -128,7 +135,8 @@ def train(
     device = next(model.parameters()).device
     accelerator = make_accelerator(precision, accumulate, device)
     shared = shared and accelerator.num_processes > 1
-    recorded = captures(capture, model, optimizer, shared=shared, scaled=precision == "fp16")
+    device = accelerator.device if shared else device
+    recorded = captures(capture, optimizer, device, shared=shared, scaled=precision == "fp16")
     if during and shared and asked():
         raise ValueError("Methods that take part in training need whole weights: launch without --use_fsdp.")
     if during:
@@ -137,25 +145,31 @@ def train(
         for method in during:
             method.attach(model, optimizer, plan)
         _check_own_parameters(during, shared)
+    if watch is not None and shared and asked():
+        raise ValueError("A model is not measured while its weights are sharded: leave out watch, or --use_fsdp.")
     started = time.perf_counter()
     rates = [float(group["lr"]) for group in optimizer.param_groups]
-    wrap = prepared(model, optimizer, accelerator, masks, shared)
+    wrap = prepared(model, optimizer, accelerator, masks, shared, recorded)
     with wrap as (inner, wrapped, stepper), settled(device if recorded else None):
-        key = {"steps": steps, "accumulate": accumulate, "base_lrs": rates}
-        saved = Checkpoint(checkpoint, key, accelerator, inner, optimizer, during, shared)
+        watched = Watched(watch, lambda: resumable(inner))
+        key = {"steps": steps, "accumulate": accumulate, "base_lrs": rates, **watched.plan}
+        saved = Checkpoint(checkpoint, key, accelerator, inner, optimizer, during, watched, shared)
         first, past = saved.load()
         run = _Run(accelerator, inner, wrapped, stepper, loss, clip, accumulate, tuple(during), shared)
         clock = Clock(save_seconds, first, shared=shared)
         step_of = run.step
         if recorded:
-            step_of = CapturedStep(run.step, device, done=first, must=capture is True, forget=run.forget)
+            step_of = CapturedStep(
+                run.step, device, done=first, replicated=shared, must=capture is True, forget=run.forget
+            )
             if 0 < first < steps:
                 set_rates_(optimizer, [rate * lr(first) for rate in rates], recorded)
                 step_of.warm_(run.parts(batches, first)[0])
                 saved.load()
         own = next(inner.parameters()).device
-        trace = _Log(Trace(**past), every=report_every, steps=steps, on_step=on_step, started=started, device=own)
-        for step in range(first, steps):
+        how: dict[str, Any] = {"every": report_every, "steps": steps, "on_step": on_step, "log": log}
+        trace = _Log(Trace(**past), started=started, device=own, **how)
+        for step in range(first, first if watched.ended else steps):
             multiplier = lr(step)
             set_rates_(optimizer, [rate * multiplier for rate in rates], recorded)
             for method in during:
@@ -165,10 +179,19 @@ def train(
             for method in during:
                 method.after_step(step)
             trace.add(value, rates[0] * multiplier, seen)
-            if checkpoint is not None and (step + 1 == steps or clock.is_due(step + 1)):
+            if watched.is_due(step + 1, steps):
+                with in_mode(inner, training=False):
+                    watched.look(step + 1)
+                trace.note({"watched": watched.seen[-1][1]}, step + 1)
+            last = step + 1 == steps or watched.ended
+            if checkpoint is not None and (last or clock.is_due(step + 1)):
                 saved.save(step + 1, vars(trace.read()))
                 clock.restart(step + 1)
-        return trace.read()
+            if last:
+                trace.report()
+                break
+        watched.finish_()
+        return replace(trace.read(), watched=watched.seen)
 
 
 def _check_during(precision: Precision) -> None:
@@ -275,14 +298,16 @@ class _Log:
         every: int | None,
         steps: int,
         on_step: Callable[[int, float], None] | None,
+        log: Callable[[dict[str, float], int], None] | None,
         started: float,
         device: torch.device,
     ) -> None:
         self.past, self.every, self.steps, self.on_step = past, every, steps, on_step
+        self.note = log or (lambda values, step: None)
         self.started, self.device = started, device
         self.losses, self.lrs, self.tokens = list(past.losses), list(past.lrs), past.tokens
         self.pending: list[Tensor] = []
-        self.reported, self.read_at = len(past.losses), started
+        self.reported, self.told, self.read_at = len(past.losses), past.tokens, started
 
     def add(self, loss: Tensor, lr: float, tokens: int) -> None:
         """One more step; now and then its losses are read and reported."""
@@ -290,13 +315,22 @@ class _Log:
         self.lrs.append(lr)
         self.tokens += tokens
         done = len(self.losses) + len(self.pending)
-        if done != self.steps and not self._is_due(done):
-            return
+        if done == self.steps or self._is_due(done):
+            self.report()
+
+    def report(self) -> None:
+        """Read and report what was not yet."""
         self._settle()
-        self.read_at = time.perf_counter()
+        done = len(self.losses)
+        if done == self.reported:
+            return
+        passed, self.read_at = time.perf_counter() - self.read_at, time.perf_counter()
         if self.on_step is not None:
             self.on_step(done, sum(self.losses[self.reported :]) / (done - self.reported))
-        self.reported = done
+        for step in range(self.reported, done):
+            self.note({"loss": self.losses[step], "lr": self.lrs[step]}, step + 1)
+        self.note({"tokens_per_second": (self.tokens - self.told) / passed}, done)
+        self.reported, self.told = done, self.tokens
 
     def _is_due(self, done: int) -> bool:
         return time.perf_counter() - self.read_at >= _EVERY if self.every is None else done % self.every == 0

@@ -379,7 +379,8 @@ def _rates(asked: Training, trunk: Trunk, lost: float, setting: Setting) -> tupl
         return (lambda step: whole(trunk.steps + step // asked.slower)), steps, own.train.lr
     each = own.retrain.budgets(given(own.prune).phases, trunk.original.steps, setting.epoch_steps)
     steps = asked.slower * (sum(each) if asked.whole else each[asked.phase])
-    return own.retrain.multiplier(trunk.original, steps, lost), steps, own.retrain.lr or trunk.original.peak
+    made = own.retrain.multiplier(trunk.original, steps, lost, setting.epoch_steps)
+    return made, steps, own.retrain.lr or trunk.original.peak
 
 
 def _average(recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str, Any]:
@@ -387,7 +388,8 @@ def _average(recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str, Any]
     masks = store.masks(start)
     assert masks is not None
     asked: Average = given(recipe.soup).average
-    state, shares = averaged(asked, [store.state(member) for member in members], masks, Meter.of(recipe))
+    states, base = [store.state(member) for member in members], store.state(start)
+    state, shares = averaged(asked, states, base, masks, Meter.of(recipe))
     store.write_state(job, state)
     return {"shares": shares}
 

@@ -1,4 +1,4 @@
-"""How the members of a phase become one network: uniform, greedy, learned or given weights, and BatchNorm after it."""
+"""How the members of a phase become one network: by a named average or given weights, and BatchNorm after it."""
 
 from __future__ import annotations
 
@@ -74,15 +74,20 @@ class Meter:
         return float(stages.measure_held(self.settle(state), self.setting)["top1"])
 
 
-def averaged(asked: Average, states: Sequence[State], masks: Masks, meter: Meter) -> tuple[State, tuple[float, ...]]:
-    """The average that a recipe asks for, BatchNorm settled, and the share of each member in it."""
-    states = on_device(states, meter.setting.device)
+def averaged(
+    asked: Average, states: Sequence[State], base: State, masks: Masks, meter: Meter
+) -> tuple[State, tuple[float, ...]]:
+    """The average that a recipe asks for, BatchNorm settled, and the share of each member in it.
+
+    base: what the members were retrained from.
+    """
+    base, *states = on_device([base, *states], meter.setting.device)
     check_masks(states, [masks] * len(states))
     if isinstance(asked, tuple):
         state, shares = average(states, asked), asked
     else:
         held = {"held": meter.held()} if averages.knows(asked, "held") else {}
-        state, shares = averages.make(asked, states, **held)
+        state, shares = averages.make(asked, states, base=base, **held)
     return meter.settled(state), shares
 
 
