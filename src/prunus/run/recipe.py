@@ -453,6 +453,7 @@ class Shrink(Strict):
     """
 
     blocks: Whole = 0
+    experts: Part = 0.0
     heads: Part = 0.0
     neurons: Part = 0.0
     vocabulary: Data | None = None
@@ -460,7 +461,9 @@ class Shrink(Strict):
     @model_validator(mode="after")
     def _check(self) -> Shrink:
         if self == Shrink.model_construct():
-            raise ValueError("say what goes: blocks: 4, heads: 0.25, neurons: 0.25, or vocabulary: words.txt")
+            raise ValueError(
+                "say what goes: blocks: 4, experts: 0.25, heads: 0.25, neurons: 0.25, or vocabulary: words.txt"
+            )
         return self
 
 
