@@ -23,7 +23,7 @@ from prunus.measure.accuracy import accuracy
 from prunus.measure.corruptions import corrupted_images
 from prunus.measure.cost import cost
 from prunus.report import read_metrics
-from prunus.run.recipe import ClassifierRecipe, ClassifierRetrain, parse
+from prunus.run.recipe import ClassifierRecipe, ClassifierRetrain, merge, parse
 from prunus.run.show import show_run
 from prunus.run.vision import setting as settings
 from prunus.run.vision import stages
@@ -115,7 +115,6 @@ WRONG = [
         {"train": {"optimizer": "sfw"}, "prune": {}, "retrain": {"steps": 1, "train": ["norms"]}},
         "sfw is of whole networks",
     ),
-    ({"prune": {}, "during": "gmp", "retrain": {"steps": 1, "distill": 0.5}}, "there is no dense network"),
     ({"prune": {}, "retrain": {"epochs": 1, "share": 0.1}}, "and steps"),
     ({"prune": {}, "retrain": {"epochs": 1, "rewind": 1}}, "set train.snapshots: [1]"),
     ({"retrain": {"epochs": 1}}, "retrain needs prune.sparsity"),
@@ -194,6 +193,24 @@ def test_a_run_leaves_what_it_says(tmp_path: Path) -> None:
     assert train_run(recipe) == json.loads((tmp_path / "result.json").read_text())
     with pytest.raises(ValueError, match="result of another recipe"):
         train_run(checked(tmp_path, **PRUNED))
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_dense_network_teaches_the_pruned_one(tmp_path: Path) -> None:
+    away: dict[str, float] = {}
+    for name, distill in {"taught": {"weight": 1.0}, "alone": None}.items():
+        recipe = checked(tmp_path / name, **merge(PRUNED, {"retrain.distill": distill, "retrain.epochs": 1}))
+        train_run(recipe)
+        batch, _ = next(Setting.of(recipe).measured())
+        model, dense = Tiny().eval(), Tiny().eval()
+        model.load_state_dict(load_file(tmp_path / name / "model.safetensors"))
+        dense.load_state_dict(load_file(tmp_path / name / "dense" / "model.safetensors"))
+        with torch.no_grad():
+            found, wanted = (each(batch).log_softmax(-1) for each in (model, dense))
+        away[name] = float((wanted.exp() * (wanted - found)).sum(-1).mean())
+    assert away["taught"] < 0.9 * away["alone"]
+    with pytest.raises(ValueError, match=r"retrain\.distill: beside during there is no dense network"):
+        checked(tmp_path, during={"gmp": {}}, **merge(PRUNED, {"retrain.distill": {}}))
 
 
 @pytest.mark.usefixtures("tiny")
@@ -398,7 +415,7 @@ def test_what_images_cannot_take_is_refused_before_training(tiny: None, tmp_path
 @pytest.mark.usefixtures("tiny")
 def test_a_subset_is_retrained_by_distillation_and_the_rest_stays(tmp_path: Path) -> None:
     run = {"prune": {"sparsity": 0.7}, "recalibrate": 0.0}
-    how = {"rank": 2, "steps": 8, "schedule": "llr", "lr": 1e-2, "distill": 0.5}
+    how = {"rank": 2, "steps": 8, "schedule": "llr", "lr": 1e-2, "distill": {}}
     train_run(checked(tmp_path / "pruned", **run), dense=tmp_path / "dense")
     before, _ = read_tensors(tmp_path / "pruned" / "model.safetensors")
     weights = {name for name, each in before.items() if each.ndim > 1}

@@ -250,6 +250,14 @@ class ClassifierPrune(Prune):
         return self
 
 
+class Distill(Strict):
+    """Hold what is retrained against the dense model besides: the loss is weight T^2 KL + (1 - weight) CE."""
+
+    weight: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Weight of the divergence; that of the cross-entropy is the rest."""
+    temperature: Positive = 1.0
+
+
 class Retrain(Strict):
     """How long and on which schedule what was pruned is trained again, after each phase; each task adds its own keys.
 
@@ -448,6 +456,7 @@ class Shrink(Strict):
     """
 
     blocks: Whole = 0
+    experts: Part = 0.0
     heads: Part = 0.0
     neurons: Part = 0.0
     vocabulary: Data | None = None
@@ -455,7 +464,9 @@ class Shrink(Strict):
     @model_validator(mode="after")
     def _check(self) -> Shrink:
         if self == Shrink.model_construct():
-            raise ValueError("say what goes: blocks: 4, heads: 0.25, neurons: 0.25, or vocabulary: words.txt")
+            raise ValueError(
+                "say what goes: blocks: 4, experts: 0.25, heads: 0.25, neurons: 0.25, or vocabulary: words.txt"
+            )
         return self
 
 
@@ -522,15 +533,9 @@ class DenseRates(Strict):
         return Original.of((peak * made(step) for step in range(self.steps)), warmup)
 
 
-class Distill(Strict):
-    """Hold what is retrained against a teacher besides the text: the loss is weight T^2 KL + (1 - weight) CE.
+class LanguageDistill(Distill):
+    """As `Distill`. teacher: a name, folder or file of a model with the same words; left out, the dense model."""
 
-    teacher: a name, folder or file of a model with the same words; left out, the recipe's own model before pruning.
-    """
-
-    weight: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Weight of the divergence; that of the cross-entropy is the rest."""
-    temperature: Positive = 1.0
     teacher: str | None = None
 
 
@@ -571,7 +576,7 @@ class LanguageRetrain(Adapting, Retrain):
     """End when so many measurements were no better."""
     keep_adapter: bool = False
     """Leave what is trained in OUT/adapter, too."""
-    distill: Distill | None = None
+    distill: LanguageDistill | None = None
 
     @model_validator(mode="after")
     def _check(self) -> LanguageRetrain:
@@ -795,8 +800,7 @@ class ClassifierRetrain(Retrain):
     """How the pruned network is trained again: by the optimizer of `train`, from its peak if there is no `lr`.
 
     epochs, share (of the dense training's) or steps: one of them. rewind: the epoch whose weights the surviving weights
-    take before retraining; it must be one of train.snapshots. distill: the weight of the divergence from the dense
-    network in the loss; 0 leaves that out.
+    take before retraining; it must be one of train.snapshots.
     """
 
     schedule: RetrainingName = "allr"
@@ -814,7 +818,7 @@ class ClassifierRetrain(Retrain):
     """Rank of adapters."""
     alpha: Positive = 32.0
     """Scale of adapters: their update is multiplied by alpha / rank."""
-    distill: Share = 0.0
+    distill: Distill | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ClassifierRetrain:
@@ -1158,10 +1162,6 @@ class ClassifierRecipe(Recipe):
         check_model(self.model, self.arguments)
         if self.retrain is not None and self.retrain.train != ("full",):
             self._check_subset(self.retrain)
-        if self.retrain is not None and self.retrain.distill and self.during is not None:
-            raise ValueError(
-                "retrain.distill: beside during there is no dense network to be held against: leave it out"
-            )
         if self.weights is not None and not Path(self.weights).expanduser().is_file():
             raise ValueError(f"weights: no file {self.weights!r} (seen from {os.getcwd()}); check the path")
         return self
@@ -1182,6 +1182,8 @@ class ClassifierRecipe(Recipe):
             raise ValueError(f"prune.{changed[0]}: a method that prunes during training chooses itself; leave it out")
         if self.retrain is not None and self.retrain.rewind is not None:
             raise ValueError("retrain.rewind goes with pruning after training; leave it out beside during")
+        if self.retrain is not None and self.retrain.distill is not None:
+            raise ValueError("retrain.distill: beside during there is no dense network to teach; leave out one")
         _check_method(during, prune)
 
     def _check_soup(self, soup: Soup) -> None:

@@ -263,7 +263,8 @@ def _tables(height: int, width: int, augment: Augment) -> tuple[Tensor, Tensor, 
 
 def _beta(alpha: float, generator: torch.Generator) -> float:
     """A number of Beta(alpha, alpha), as the share of one of two Gamma(alpha) numbers."""
-    one, other = torch._standard_gamma(torch.full((2,), alpha, dtype=torch.float64), generator).tolist()
+    gammas = torch._standard_gamma(torch.full((2,), alpha, dtype=torch.float64), generator)  # pyright: ignore[reportPrivateImportUsage]
+    one, other = gammas.tolist()
     return one / (one + other) if one + other else 0.5
 
 

@@ -337,7 +337,7 @@ def _train(asked: Training, base: Job, job: Job, store: Store) -> dict[str, Any]
     where = ran_on(store.work(job), setting.name)
     multiplier, steps, peak = _rates(asked, Trunk.of(base, store), lost, setting)
     model = network(own, store, start, base)
-    adaptation, loss = _adapted(model, own, masks), _distilling(own, store, base)
+    adaptation = _adapted(model, own, masks)
     swa = Swa(asked.swa) if asked.swa is not None else None
     with store.bar(f"retrain {asked.phase + 1}/{given(own.prune).phases}", steps) as advance:
         trace = stages.fit(
@@ -349,7 +349,7 @@ def _train(asked: Training, base: Job, job: Job, store: Store) -> dict[str, Any]
             lr=peak,
             masks=masks if adaptation is None else None,
             during=[swa] if swa is not None else [],
-            loss=loss,
+            loss=_taught(asked, base, store),
             checkpoint=store.checkpoint(job),
             on_step=advance and advance.step,
         )
@@ -372,14 +372,18 @@ def _adapted(model: nn.Module, own: ClassifierRecipe, masks: Masks | None) -> Ad
         return None
     views = [view for view in stages.views_of(model, given(own.prune)) if view.parameter in (masks or {})]
     generator = torch.Generator().manual_seed(own.seed)
-    how = {"rank": asked.rank, "alpha": asked.alpha, "generator": generator}
-    return adapt(model, asked.train, masks=masks, views=views, **how)
+    return adapt(model, asked.train, masks=masks, views=views, rank=asked.rank, alpha=asked.alpha, generator=generator)
 
 
-def _distilling(own: ClassifierRecipe, store: Store, base: Job) -> stages.Loss | None:
-    """The loss against the dense network, where that is asked for."""
-    weight = 0.0 if own.retrain is None else own.retrain.distill
-    return distilled_classification(network(own, store, base, base).eval(), weight) if weight else None
+def _taught(asked: Training, base: Job, store: Store) -> stages.Loss | None:
+    """The loss that holds what is retrained against the dense network; None if the recipe asks for no teacher."""
+    own = asked.own
+    distill = None if own.retrain is None or asked.whole else own.retrain.distill
+    if distill is None:
+        return None
+    teacher = network(own, store, base, base).eval().requires_grad_(False)
+    smoothing = own.train.label_smoothing
+    return distilled_classification(teacher, distill.weight, distill.temperature, smoothing=smoothing)
 
 
 def _measure_trained(asked: Training, model: nn.Module, setting: Setting) -> dict[str, Any]:

@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 OnStep = Callable[[int, float], None]
-Loss = Callable[[nn.Module, Any], Tensor]
+Loss = Callable[[nn.Module, tuple[Any, Tensor]], Tensor]  # of (model, (images, labels))
 _CALIBRATED = 1024  # images
 
 
@@ -84,7 +84,9 @@ def fit(
     on_step: OnStep | None = None,
 ) -> Trace:
     """Train in place what requires gradients; part as in `Setting.batches`. A running mean, if asked for, ends up in
-    the model. loss: in place of that of classification.
+    the model.
+
+    loss: the recipe's cross-entropy if left out.
 
     Retraining (part > 0) stays in the feasible sets of Frank-Wolfe, but is without proximal steps and penalty: what
     they were to bring about is there. A network that has become smaller (no masks) no longer fits those sets.
