@@ -24,16 +24,18 @@ from typing import Any
 
 SIZES = {  # value -> the config keys that get it
     128: "vocab_size max_position_embeddings n_positions n_ctx vocab_size_per_layer_input image_size",
-    96: "intermediate_size ffn_dim d_ff n_inner ffn_hidden_size dff dim_ff encoder_ffn_dim decoder_ffn_dim",
+    96: "intermediate_size intermediate_size_mlp ffn_dim d_ff n_inner ffn_hidden_size dff dim_ff encoder_ffn_dim "
+    "decoder_ffn_dim",
     64: "hidden_size d_model n_embd dim embed_dim emb_dim word_embed_proj_dim lru_width",
     32: "moe_intermediate_size shared_expert_intermediate_size expert_intermediate_size "
     "moe_shared_expert_intermediate_size patch_size",
-    16: "head_dim attention_head_size d_head linear_key_head_dim linear_value_head_dim mamba_d_head mamba_head_dim "
-    "kv_lora_rank q_lora_rank sliding_window attention_window_size hidden_size_per_layer_input index_head_dim",
+    16: "head_dim attention_head_size d_head linear_head_dim linear_key_head_dim linear_value_head_dim mamba_d_head "
+    "mamba_head_dim attention_chunk_size kv_lora_rank q_lora_rank sliding_window attention_window_size "
+    "hidden_size_per_layer_input index_head_dim",
     8: "qk_rope_head_dim qk_nope_head_dim v_head_dim state_size mamba_d_state time_step_rank mamba_n_heads index_topk",
     4: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers depth num_attention_heads n_head "
-    "n_heads num_heads decoder_attention_heads encoder_attention_heads linear_num_value_heads num_local_experts "
-    "num_experts n_routed_experts moe_num_experts laurel_rank index_n_heads",
+    "n_heads num_heads decoder_attention_heads encoder_attention_heads linear_num_heads linear_num_value_heads "
+    "num_local_experts num_experts n_routed_experts moe_num_experts laurel_rank index_n_heads",
     3: "moe_layer_end_index",
     2: "num_key_value_heads moe_topk moe_k num_experts_per_tok num_experts_per_token linear_num_key_heads mamba_expand "
     "full_attention_interval altup_num_inputs num_kv_shared_layers eos_token_id",
