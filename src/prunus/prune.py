@@ -145,8 +145,9 @@ def prune_in_turn(
     affair of `stream`.
     Raises ValueError as `prune`, before anything changes where the pattern does not fit.
 
-    >>> batch = tokenizer(texts, padding=True, return_tensors="pt")
-    >>> masks = prune_in_turn(encoder, prunus.sparsegpt(), NM(2, 4), batches=[batch])
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+    >>> prune_in_turn(model, magnitude, sparsity=0.75, batches=[torch.ones(3, 8)])
+    Masks(2 parameters, sparsity 0.7500)
     """
     asked = criterion_of(criterion)
     if views is None:

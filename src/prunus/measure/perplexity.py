@@ -55,7 +55,7 @@ def target_perplexity(model: nn.Module, batches: Iterable[Mapping[str, Tensor]])
     the batches on its device.
     Raises: ValueError where nothing is predicted.
 
-    >>> target_perplexity(t5, [{"input_ids": ids, "labels": targets}])
+    >>> target_perplexity(encoder_decoder, [{"input_ids": ids, "labels": targets}])
     """
     place, total, predicted = next(model.parameters()).device, 0.0, 0
     with in_mode(model, training=False):
