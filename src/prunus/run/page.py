@@ -114,7 +114,7 @@ def _language(folder: Path, result: Result) -> Page:
         Part("Retraining", rows=rows, pictures=_losses(folder)),
         _zeros(pruning["by_layer"]),
         Part("Output error by block", rows=_errors(pruning.get("blocks", []))),
-        Part("Measured speed", "Tokens a second.", rows=speed_rows(result["speed"]) if "speed" in result else []),
+        Part("Measured speed, tokens a second", rows=speed_rows(result["speed"]) if "speed" in result else []),
         Part("Zero-shot", rows=[{"task": task, **found} for task, found in result.get("zero_shot", {}).items()]),
     ]
     return _page(folder, result, cards, parts)
@@ -127,7 +127,7 @@ def _trained(found: Mapping[str, Any]) -> Row:
         "tokens": found["tokens"],
         "tokens a second": found["tokens_per_second"],
         "seconds": found["seconds"],
-        "GPU memory, GB": found["peak_memory"] / 1e9 or None,
+        **({"GPU memory, GB": found["peak_memory"] / 1e9} if found["peak_memory"] else {}),
     }
 
 
