@@ -19,7 +19,7 @@ TEXT = "wikitext-2"
 COLOURS = {"norms and biases": "#E69F00", "MaskLoRA": "#56B4E9", "everything": "#0072B2"}
 BUDGETS = {"smollm2-262k": 262_144, "smollm2-4m": 4_194_304}  # grid -> tokens
 LONGER = {"17 M": 16_777_216, "67 M": 67_108_864}
-LOSSES = {"CE": ("--", "cross-entropy"), "half": ("-", "half of it the teacher")}
+LOSSES = {"CE": ("--", "cross-entropy"), "half": ("-", "with the teacher")}
 SHARES = ("50 %", "60 %", "70 %", "2:4")
 
 
