@@ -141,7 +141,7 @@ def _classifier(folder: Path, result: Result) -> Page:
     corrupted: Mapping[str, Mapping[str, float]] = result.get("corrupted", {}).get("by_name", {})
     parts = [
         Part("Stages", rows=classifier_rows(result), pictures=_present(folder, "report.png")),
-        Part("Phases", rows=result["phases"]),
+        Part("Retraining", rows=result["phases"], pictures=_losses(folder)),
         Part("Zeros by layer", rows=[{"layer": name, "zeros, %": 100 * share} for name, share in layers.items()]),
         Part("Corrupted images", rows=[{"corruption": name, **row} for name, row in corrupted.items()]),
     ]
@@ -233,7 +233,8 @@ def _losses(folder: Path) -> list[Path]:
         return []
     named = {row.get("name") or f"{row['stage']} {place}": row for place, row in enumerate(rows, 1)}
     losses, watched = ({name: row.get(key, []) for name, row in named.items()} for key in ("losses", "watched"))
-    plot_losses(losses, folder / "loss.png", watched=watched)
+    every = {name: row.get("every", 1) for name, row in named.items()}
+    plot_losses(losses, folder / "loss.png", watched=watched, every=every)
     return [folder / "loss.png"]
 
 
