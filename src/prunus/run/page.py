@@ -12,11 +12,13 @@ from typing import Any
 
 from prunus import __version__
 from prunus.machine import read_json
-from prunus.report import Card, Page, Part, by_block, format_value, plot_losses, read_metrics, write_page
+from prunus.report import Card, Page, Part, by_block, format_value, plot_losses, plot_speeds, read_metrics, write_page
 from prunus.run.show import SOUP_COLUMNS, classifier_rows, grid_rows, language_rows, retrainings, soup_rows, speed_rows
 from prunus.run.tables import SOUP
 
 __all__ = ["compare_runs", "write_report"]
+
+_MEASURED = "Measured decoding; zeros that lie anywhere make no program faster, and files are what was saved."
 
 Result = Mapping[str, Any]
 Row = dict[str, Any]
@@ -47,7 +49,32 @@ def compare_runs(folders: Sequence[Path], path: Path) -> None:
     parts = [
         Part(title, rows=alike) for title, found in (("Runs", rows), ("Stages", stages)) for alike in _alike(found)
     ]
+    if points := _paced(found):
+        plot_speeds(points, path.with_suffix(".png"), device=next(iter(found.values()))["device"])
+        parts.insert(0, Part("Quality, speed and size", _MEASURED, pictures=[path.with_suffix(".png")]))
     write_page(Page(f"{len(folders)} runs", "", [], [*parts, *map(_recipe, folders), _versions()]), path)
+
+
+def _paced(found: Mapping[str, Result]) -> list[Row]:
+    """Points of the runs whose speed was measured, and of the dense model of the first of them."""
+    points: list[Row] = []
+    for name, result in found.items():
+        if "speed" not in result or "perplexity" not in result:
+            continue
+        perplexity, size = result["perplexity"], result.get("size", {})
+        text = next(iter(perplexity["dense"]))
+        if not points:
+            dense = {"model": "dense", "kind": "dense", "perplexity": perplexity["dense"][text]}
+            points.append(dense | _pace(result["speed"]["dense"], {}))
+        kind = "smaller" if "shrink" in result else "zeros"
+        last = {"model": name, "kind": kind, "perplexity": perplexity[_ended(perplexity)][text]}
+        points.append(last | _pace(result["speed"]["now"], size))
+    return points
+
+
+def _pace(speed: Mapping[str, Any], size: Mapping[str, Any]) -> Row:
+    """Tokens a second one after another, and bytes: of the saved weights, or in memory where nothing was saved."""
+    return {"speed": speed["decode"], "bytes": size.get("weight_bytes", speed["weights"])}
 
 
 def _alike(rows: Sequence[Row]) -> list[list[Row]]:
@@ -114,7 +141,7 @@ def _language(folder: Path, result: Result) -> Page:
         Part("Retraining", rows=rows, pictures=_losses(folder)),
         _zeros(pruning["by_layer"]),
         Part("Output error by block", rows=_errors(pruning.get("blocks", []))),
-        Part("Measured speed", "Tokens a second.", rows=speed_rows(result["speed"]) if "speed" in result else []),
+        Part("Measured speed, tokens a second", rows=speed_rows(result["speed"]) if "speed" in result else []),
         Part("Zero-shot", rows=[{"task": task, **found} for task, found in result.get("zero_shot", {}).items()]),
     ]
     return _page(folder, result, cards, parts)
@@ -127,7 +154,7 @@ def _trained(found: Mapping[str, Any]) -> Row:
         "tokens": found["tokens"],
         "tokens a second": found["tokens_per_second"],
         "seconds": found["seconds"],
-        "GPU memory, GB": found["peak_memory"] / 1e9 or None,
+        **({"GPU memory, GB": found["peak_memory"] / 1e9} if found["peak_memory"] else {}),
     }
 
 
@@ -141,7 +168,7 @@ def _classifier(folder: Path, result: Result) -> Page:
     corrupted: Mapping[str, Mapping[str, float]] = result.get("corrupted", {}).get("by_name", {})
     parts = [
         Part("Stages", rows=classifier_rows(result), pictures=_present(folder, "report.png")),
-        Part("Phases", rows=result["phases"]),
+        Part("Retraining", rows=result["phases"], pictures=_losses(folder)),
         Part("Zeros by layer", rows=[{"layer": name, "zeros, %": 100 * share} for name, share in layers.items()]),
         Part("Corrupted images", rows=[{"corruption": name, **row} for name, row in corrupted.items()]),
     ]
@@ -233,7 +260,8 @@ def _losses(folder: Path) -> list[Path]:
         return []
     named = {row.get("name") or f"{row['stage']} {place}": row for place, row in enumerate(rows, 1)}
     losses, watched = ({name: row.get(key, []) for name, row in named.items()} for key in ("losses", "watched"))
-    plot_losses(losses, folder / "loss.png", watched=watched)
+    every = {name: row.get("every", 1) for name, row in named.items()}
+    plot_losses(losses, folder / "loss.png", watched=watched, every=every)
     return [folder / "loss.png"]
 
 
