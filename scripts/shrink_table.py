@@ -148,7 +148,8 @@ def quality(name: str, base: dict[str, Any], said: dict[str, Any], work: Path) -
         raw["retrain"] = merge(raw["retrain"], {"distill.teacher": base["model"]})
     recipe = parse(raw, LanguageRecipe, name)
     found = compress(recipe)
-    perplexity = {("after" if stage == "merged" else "before"): values for stage, values in found["perplexity"].items()}
+    shown = {"before": "pruned", "after": "merged"}
+    perplexity = {key: found["perplexity"][stage] for key, stage in shown.items() if stage in found["perplexity"]}
     half = load_model(folder / "model", torch.bfloat16)
     saved = save_model(half, None, folder / "packed", masks=None, info={}, packed="zstd")
     tokens = 0 if recipe.retrain is None else recipe.retrain.steps * recipe.retrain.step_tokens
