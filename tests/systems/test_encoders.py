@@ -125,6 +125,12 @@ def test_a_classifier_of_texts_trains_on_its_own_loss_under_its_masks() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     trace = train(model, lambda step: labelled, optimizer, lambda step: 1.0, steps=8, loss=own_loss, masks=masks)
     assert trace.losses[-1] < trace.losses[0]
+    pair, dense = (BATCH, labelled["labels"]), bert(BertForSequenceClassification)
+    torch.testing.assert_close(classification_loss()(model, pair), model(**labelled).loss)
+    loss = distilled_classification(dense, weight=1.0)
+    assert float(loss(dense, pair).detach()) == pytest.approx(0, abs=1e-6)
+    trace = train(model, lambda step: pair, optimizer, lambda step: 1.0, steps=8, loss=loss, masks=masks)
+    assert trace.losses[-1] < trace.losses[0]
     masks.check(model)
 
 
