@@ -51,6 +51,7 @@ __all__ = [
 
 State = Mapping[str, Tensor]
 # What decides only the start, or is said by the job itself.
+_LOSSES = 100  # kept of a retraining
 _ELSEWHERE = {"out", "save", "during", "prune", "retrain", "soup", "corruptions"}
 
 
@@ -358,7 +359,10 @@ def _train(asked: Training, base: Job, job: Job, store: Store) -> dict[str, Any]
     if swa is not None:
         swa.finish()
         store.write_state(job, model.state_dict(), name="swa")
-    return {"measured": measured, "steps": steps, "seconds": trace.seconds, "initial_lr": max(trace.lrs), **where}
+    every = -(-steps // _LOSSES)
+    losses = {"losses": losses_by_epoch(trace.losses, every), "every": every}
+    numbers = {"steps": steps, "seconds": trace.seconds, "initial_lr": max(trace.lrs)}
+    return {"measured": measured, **numbers, **losses, **where}
 
 
 def _taught(asked: Training, base: Job, store: Store) -> stages.Loss | None:

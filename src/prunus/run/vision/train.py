@@ -166,8 +166,8 @@ def _write(out: Path, recipe: ClassifierRecipe, made: Outcome, result: dict[str,
             append_once(out / "metrics.jsonl", {"stage": stage, **found})
         if "corrupted" in result:
             append_once(out / "metrics.jsonl", {"stage": "corrupted", **result["corrupted"]["mean"]})
-        for found in result["phases"]:
-            append_once(out / "metrics.jsonl", {"stage": "phase", **found})
+        for found, losses in zip(result["phases"], made.trace["phases"], strict=False):
+            append_once(out / "metrics.jsonl", {"stage": "phase", **found, **losses})
     if recipe.save:
         _describe(out, recipe, made.model, made.masks, result)
     title, geometry = _plot(out, recipe, result, made.trace), made.geometry
