@@ -11,18 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from prunus.checkpoint import read_checkpoint
 from prunus.layers import Layer
 from prunus.masks import Masks
+from prunus.prune import prune
 from prunus.report import read_metrics
 from prunus.run import stages
 from prunus.run.compress import compress
 from prunus.run.names import schedules
 from prunus.run.page import write_report
 from prunus.run.recipe import DenseRates, LanguageRecipe, LanguageRetrain, load_recipe, parse
-from prunus.run.stages import home
+from prunus.run.stages import home, optimizer_of
 from prunus.run.texts import training_windows
 from prunus.save import load_model
 from prunus.score import criteria, criterion
@@ -631,6 +633,25 @@ def test_what_a_watched_retraining_refuses(
     base = raw(tiny_folder, text_file, tmp_path)
     with pytest.raises(ValueError, match=message):
         parse(base | {"retrain": base["retrain"] | retrain}, LanguageRecipe, "test")
+
+
+def test_moments_of_eight_bits_do_what_those_of_32_do_and_keep_zeros() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = (torch.randn(64, 128, generator=generator) for _ in range(2))
+    layers = [nn.Linear(128, 64, bias=False) for _ in range(2)]
+    for layer, name in zip(layers, ("adamw", "adamw_8bit"), strict=True):
+        layer.weight.data.copy_(weight)
+        optimizer = optimizer_of(name)(layer.parameters(), lr=0.01, weight_decay=0.1)
+        masks = prune(layer, sparsity=0.5)
+        masks.hold(layer, optimizer)
+        for _ in range(5):
+            optimizer.zero_grad()
+            layer(inputs).square().mean().backward()
+            optimizer.step()
+        masks.check(layer)
+    assert optimizer.state[layer.weight]["state1"].dtype == torch.uint8
+    moved = [layer.weight.detach() - weight * (layer.weight != 0) for layer in layers]
+    assert (moved[1] - moved[0]).abs().mean() < 0.05 * moved[0].abs().mean()
 
 
 def test_an_optimizer_that_is_not_installed_is_refused_with_the_mend(
