@@ -5,8 +5,10 @@
 
 On a GPU a weight (out, in) with two zeros in every four goes through both backends of torch's semi-structured tensors,
 CUTLASS and cuSPARSELt, the latter with the fastest of its algorithms; what a linear layer does with 4,096 tokens
-(prefill) and with 64 (decoding a batch), rows in, rows out, is timed against the dense product. The better backend
-counts, in a CUDA graph where it can be captured, as servers run it; the note has all times. On a CPU, which has
+(prefill), with 64 (decoding a batch) and, at the shapes of Llama-3.1-8B, with one, rows in, rows out, is timed against
+the dense product. The better backend counts, in a CUDA graph where it can be captured, as servers run it; the note has
+all times. Llama's layers are timed in float8 as well, 2:4 against dense, by torchao where it is installed; the sums
+over a block of four layers say what a model gains. On a CPU, which has
 no 2:4 products, CSR and BSR (blocks of 32 x 32) are timed at the sparsities where they may begin to pay. A ratio below
 one means that the dense product is faster: then nothing is gained, and the table says so.
 """
@@ -17,13 +19,18 @@ import argparse
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from claims import Cost, Row, cost, floor_ms, main, sized
 from torch import Tensor
 
+from prunus.shrink import PRODUCTS, float8, float8_sparse
+
 SHAPES = ((4096, 4096), (7168, 7168), (28672, 7168), (7168, 28672), (11008, 4096))
+LLAMA = {"q, k, v": (6144, 4096), "o": (4096, 4096), "gate, up": (28672, 4096), "down": (4096, 14336)}
 
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:
@@ -43,6 +50,56 @@ def _on_gpu(args: argparse.Namespace) -> Iterator[Callable[[], Row]]:
         for name, tokens in (("prefill", sized(4096, args)), ("decoding", 64)):
             x = torch.randn(tokens, in_, device=args.device).to(torch.bfloat16)
             yield lambda name=name, weight=weight, x=x: _semi_structured_row(f"2:4 {name}", weight, x, args)
+
+    yield from _llama(args)
+
+
+def _llama(args: argparse.Namespace) -> Iterator[Callable[[], Row]]:
+    """Layers of Llama-3.1-8B in bfloat16 and float8, and what they sum to."""
+    for phase, tokens in (("prefill", sized(4096, args)), ("decoding 64", 64), ("decoding 1", 1)):
+        found: dict[str, list[Row]] = {"bfloat16": [], "float8": []}
+        for layer, (out, in_) in LLAMA.items():
+            weight = _semi_structured(torch.randn(sized(out, args), sized(in_, args), device=args.device).bfloat16())
+            x = torch.randn(tokens, weight.shape[1], device=args.device).bfloat16()
+            for kind, make in (("bfloat16", _semi_structured_row), ("float8", _float8_row)):
+                name = f"Llama 8B, {layer}, {phase}, {kind}, 2:4"
+                yield partial(_kept, found[kind], make, name, weight, x, args)
+        for kind, rows in found.items():
+            yield partial(_sum, f"Llama 8B, block, {phase}, {kind}, 2:4", rows)
+
+
+def _kept(rows: list[Row], make: Callable[..., Row], *said: Any) -> Row:
+    rows.append(make(*said))
+    return rows[-1]
+
+
+def _sum(name: str, rows: list[Row]) -> Row:
+    """A block's layers one after another, each dense where that is faster."""
+    dense = [math.nan if row.reference_ms is None else row.reference_ms for row in rows]
+    ours = [
+        other if math.isnan(row.ours_ms) else min(row.ours_ms, other) for row, other in zip(rows, dense, strict=True)
+    ]
+    return Row(name, "four layers, each as it is faster", "dense products", sum(ours), sum(dense))
+
+
+def _float8_row(name: str, weight: Tensor, x: Tensor, args: argparse.Namespace) -> Row:
+    """2:4 in float8 with row scales beside dense float8, both as torchao has them, inputs rounded on the way."""
+    tokens, (out, in_) = len(x), weight.shape
+    shape = f"{out} x {in_}, {tokens} tokens, float8"
+    found: dict[str, Cost] = {}
+    plain = cost(lambda: F.linear(x, weight), args)
+    for kind, convert in (("dense", float8), ("2:4", float8_sparse)):
+        try:
+            made = convert(weight)
+            eager, graph = _costs(lambda made=made: F.linear(x, made), args)
+            found[kind] = graph or eager
+        except Exception as error:  # which one, depends on the builds; the other shapes are measured all the same
+            why = f"{kind}: {' '.join(str(error).split())[:120]}"
+            return Row(name, shape, "dense float8", math.nan, None, note=f"not possible here: {why}")
+    note = f"dense bfloat16 {plain.ms:.3g} ms"
+    if found["2:4"].ms > found["dense"].ms:
+        note += "; no gain: the dense product is faster"
+    return Row(name, shape, "dense float8", found["2:4"].ms, found["dense"].ms, note=note)
 
 
 def _semi_structured_row(name: str, weight: Tensor, x: Tensor, args: argparse.Namespace) -> Row:
@@ -73,14 +130,14 @@ def _semi_structured_row(name: str, weight: Tensor, x: Tensor, args: argparse.Na
 
 
 def _cutlass(weight: Tensor, _: Tensor) -> tuple[Tensor, str]:
-    return torch.sparse.SparseSemiStructuredTensorCUTLASS.from_dense(weight), ""
+    return PRODUCTS["CUTLASS"](weight), ""
 
 
 def _cusparselt(weight: Tensor, x: Tensor) -> tuple[Tensor, str]:
     """With the algorithm that is fastest for these tokens, of the product that a linear layer does: (W x^T)^T."""
     packed = torch._cslt_compress(weight)
     found = torch._cslt_sparse_mm_search(packed, x.t(), transpose_result=True)
-    sparse = torch.sparse.SparseSemiStructuredTensorCUSPARSELT.from_dense(weight)
+    sparse: Any = PRODUCTS["cuSPARSELt"](weight)
     sparse.alg_id_cusparselt = found  # an argument of from_dense in later versions only
     return sparse, f" (algorithm {found})"
 

@@ -1,4 +1,4 @@
-"""Train a small OPT-style language model from text, with its tokenizer, its log and the baselines it must beat.
+"""Train a small language model from text (OPT-style, or of experts), with tokenizer, log and baselines it must beat.
 
     python scripts/pretrain.py recipes/embedded/pretrain.yaml --out runs/embedded
 
@@ -26,7 +26,15 @@ from ngram import count_ngrams, fit_weights, trigram_perplexity, unigram_perplex
 from pydantic import Field
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from prunus.blocks import compile_blocks_
 from prunus.data import SPLITS, PackedTokens, read_texts, tokenize_documents
@@ -34,7 +42,7 @@ from prunus.machine import Precision, atomic, write_json, write_text
 from prunus.measure import perplexity
 from prunus.report import print_table, progress
 from prunus.run.recipe import Strict, parse, read_yaml
-from prunus.train import Trace, linear_warmup_decay, train
+from prunus.train import Trace, linear_warmup_decay, next_token_loss, train
 
 __all__ = ["Books", "HeldOut", "ModelSize", "PretrainRecipe", "pretrain", "read_recipe"]
 
@@ -58,13 +66,17 @@ class HeldOut(Strict):
 
 
 class ModelSize(Strict):
-    """Sizes of the OPT-style model: pre-LayerNorm, biases everywhere, tied embeddings, no dropout."""
+    """Sizes of the OPT-style model: pre-LayerNorm, biases everywhere, tied embeddings, no dropout.
+
+    experts: with more than none a Mixtral-style model, two experts a token, each with `ffn` gated neurons.
+    """
 
     vocabulary: int = Field(4096, ge=260)
     hidden: int = Field(256, gt=0)
     layers: int = Field(6, gt=0)
     heads: int = Field(4, gt=0)
     ffn: int = Field(960, gt=0)
+    experts: int = Field(0, ge=0)
     context: int = Field(512, gt=1)
 
 
@@ -182,27 +194,33 @@ def _tokenizer(recipe: PretrainRecipe, texts: Sequence[str], folder: Path) -> Pr
     )
 
 
-def _build(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerFast) -> OPTForCausalLM:
+def _build(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     size = recipe.model
-    config = OPTConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=size.hidden,
-        word_embed_proj_dim=size.hidden,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        ffn_dim=size.ffn,
-        max_position_embeddings=size.context,
-        do_layer_norm_before=True,
-        dropout=0.0,
-        attention_dropout=0.0,
-        tie_word_embeddings=True,
-        pad_token_id=SPECIALS.index("<pad>"),
-        bos_token_id=SPECIALS.index("</s>"),
-        eos_token_id=SPECIALS.index("</s>"),
-    )
+    shared: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": size.hidden,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "max_position_embeddings": size.context,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": True,
+        "pad_token_id": SPECIALS.index("<pad>"),
+        "bos_token_id": SPECIALS.index("</s>"),
+        "eos_token_id": SPECIALS.index("</s>"),
+    }
+    if size.experts:
+        experts = {"intermediate_size": size.ffn, "num_local_experts": size.experts, "num_key_value_heads": size.heads}
+        config: Any = MixtralConfig(**shared, **experts, router_aux_loss_coef=0.01)
+    else:
+        config = OPTConfig(**shared, word_embed_proj_dim=size.hidden, ffn_dim=size.ffn, dropout=0.0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        return OPTForCausalLM(config)
+        return MixtralForCausalLM(config) if size.experts else OPTForCausalLM(config)
+
+
+def _balanced_loss(model: Any, ids: Tensor) -> Tensor:
+    """The loss of the next token, and a hundredth of what uneven use of the experts costs (Fedus et al. 2022)."""
+    return model(input_ids=ids, labels=ids, output_router_logits=True).loss
 
 
 def _train(
@@ -212,7 +230,7 @@ def _train(
     validation: Tensor,
     tokenizer: PreTrainedTokenizerFast,
     on_step: Callable[[int, int, float], None] | None,
-) -> tuple[Trace, int, OPTForCausalLM]:
+) -> tuple[Trace, int, PreTrainedModel]:
     """Train the model of the recipe; returns the trace, the steps done and the model (float32)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     packed = PackedTokens(tokens.to(device), recipe.model.context)
@@ -238,6 +256,7 @@ def _train(
         _optimizer(model, recipe),
         linear_warmup_decay(steps, recipe.warmup),
         steps=steps,
+        loss=_balanced_loss if recipe.model.experts else next_token_loss,
         clip=recipe.clip,
         precision=recipe.precision,
         checkpoint=folder / "work" / "checkpoint.pt",
@@ -248,7 +267,7 @@ def _train(
     return trace, steps, model
 
 
-def _ready(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerFast) -> OPTForCausalLM:
+def _ready(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     model = _build(recipe, tokenizer)
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # pyright: ignore[reportArgumentType]
     if recipe.compile:
@@ -272,6 +291,7 @@ def _steps(
             _optimizer(probe, recipe),
             linear_warmup_decay(PROBE_STEPS),
             steps=PROBE_STEPS,
+            loss=_balanced_loss if recipe.model.experts else next_token_loss,
             clip=recipe.clip,
             precision=recipe.precision,
             report_every=10,
@@ -284,16 +304,16 @@ def _steps(
     return json.loads(path.read_text(encoding="utf-8"))["steps"]
 
 
-def _optimizer(model: OPTForCausalLM, recipe: PretrainRecipe) -> torch.optim.AdamW:
+def _optimizer(model: PreTrainedModel, recipe: PretrainRecipe) -> torch.optim.AdamW:
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, recipe.beta2), fused=torch.cuda.is_available())
 
 
-def _save(model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     weights = {name: tensor.detach().cpu().half() for name, tensor in model.state_dict().items()}
-    saved = OPTForCausalLM(model.config).half()  # a copy, so that the caller's model keeps float32
+    saved = type(model)(model.config).half()  # a copy, so that the caller's model keeps float32
     saved.load_state_dict(weights)
     saved.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -307,7 +327,7 @@ def _measure(
     recipe: PretrainRecipe, folder: Path, tokens: Tensor, measured: dict[str, Tensor]
 ) -> dict[str, dict[str, float]]:
     """Perplexities of the saved float16 weights (run in float32) and of the n-gram models, by held-out text."""
-    model = OPTForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # pyright: ignore[reportArgumentType]
     window = recipe.model.context
     ngrams = count_ngrams(tokens.long().numpy(), model.config.vocab_size)
@@ -323,7 +343,9 @@ def _measure(
     }
 
 
-def _summary(recipe: PretrainRecipe, model: OPTForCausalLM, trace: Trace, steps: int, tokens: Tensor) -> dict[str, Any]:
+def _summary(
+    recipe: PretrainRecipe, model: PreTrainedModel, trace: Trace, steps: int, tokens: Tensor
+) -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     return {
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -1,16 +1,23 @@
 """Zeros, smaller files and smaller models in one table: perplexity, without and with retraining, beside measured speed.
 
-    python scripts/shrink_table.py --out runs/shrink [--model embedded] [--data TEXT] [--steps 512] [--minutes 2.5]
+    python scripts/shrink_table.py recipes/smaller/embedded.yaml --out docs/results/smaller/embedded [--workers 5]
+    python scripts/shrink_table.py recipes/smaller/smollm2.yaml --out docs/results/smaller/smollm2 --blocks 4
 
-Every row is a run of `prunus run`, so a killed script goes on; rows.json and table.md have what is finished. Baselines
-are made here: blocks by angular distance (Gromov et al. 2024), neurons by the norms of their columns, or of these times
-what they receive.
+The recipe says model, texts and retraining; every row is a run of it with other sections, in a process of a pool that
+is spread over the GPUs. What is finished stands in OUT.json, from which the same command goes on; models lie in --work.
+At the end, alone on the machine, one model of each shape is timed on the GPU (bfloat16) and on the CPU (float32), and
+OUT.md and OUT.png are made. Baselines are made here: blocks by angular distance (Gromov et al. 2024), neurons by the
+norms of their columns, or of these times what they receive.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -18,52 +25,65 @@ import torch
 from torch import Tensor
 
 from prunus.blocks import embed, find_blocks, run_block
-from prunus.machine import read_json, write_json
+from prunus.machine import read_json, write_json, write_text
 from prunus.measure import speed
-from prunus.report import markdown_table
+from prunus.report import markdown_table, plot_speeds
 from prunus.run import stages
 from prunus.run.compress import compress
-from prunus.run.folder import device_of
-from prunus.run.recipe import LanguageRecipe, merge, parse
+from prunus.run.folder import device_name, device_of
+from prunus.run.plain import yaml_value
+from prunus.run.recipe import LanguageRecipe, merge, parse, read_yaml
 from prunus.run.texts import calibration_windows
-from prunus.save import load_model, save_model
+from prunus.save import is_whole, load_model, save_model
 from prunus.score import Criterion
 from prunus.shrink import remove_blocks, remove_neurons
 from prunus.stream import Memory
 
+log = logging.getLogger(__name__)
 ADMM = {"refit": {"of": "admm"}}
+NOTHING = {"criterion": "magnitude", "sparsity": 0.0}
 
 
-def rows_of(blocks: int, words: Any) -> dict[str, dict[str, Any]]:
-    """Row -> what its recipe says beside the base."""
+def rows_of(blocks: int, heads: float) -> dict[str, dict[str, Any]]:
+    """Row -> what its recipe says beside the base: `shrink` or `prune`, or which baseline makes it."""
+    zeros, two_four = {"criterion": ADMM, "sparsity": 0.6}, {"criterion": ADMM, "pattern": "2:4"}
+    few = {"neurons": 0.25, "blocks": blocks}
     return {
-        "dense": {"prune": {"sparsity": 0.0, "criterion": "magnitude"}, "retrain": None},
-        "dense, retrained": {"prune": {"sparsity": 0.0, "criterion": "magnitude"}},
+        "dense": {"prune": NOTHING, "retrain": None},
         "25 % of neurons": {"shrink": {"neurons": 0.25}},
-        "50 % of neurons": {"shrink": {"neurons": 0.5}},
-        f"{blocks} of blocks": {"shrink": {"blocks": blocks}},
         f"{2 * blocks} of blocks": {"shrink": {"blocks": 2 * blocks}},
-        "60 % zeros": {"prune": {"criterion": ADMM, "sparsity": 0.6}},
-        "2:4": {"prune": {"criterion": ADMM, "pattern": "2:4"}},
-        f"{blocks} of blocks, by angle": {"baseline": "angle", "count": blocks},
+        "60 % zeros": {"prune": zeros},
+        "2:4": {"prune": two_four},
+        f"25 % of neurons, {blocks} of blocks": {"shrink": few},
+        "50 % of neurons": {"shrink": {"neurons": 0.5}},
         f"{2 * blocks} of blocks, by angle": {"baseline": "angle", "count": 2 * blocks},
-        "words": {"shrink": {"vocabulary": words}},
-        f"25 % of neurons, {blocks} of blocks": {"shrink": {"neurons": 0.25, "blocks": blocks}},
-        f"25 % of neurons, {blocks} of blocks, words": {
-            "shrink": {"neurons": 0.25, "blocks": blocks, "vocabulary": words}
-        },
-        "25 % of neurons, 60 % zeros": {
-            "shrink": {"neurons": 0.25},
-            "prune": {"criterion": ADMM, "sparsity": 0.6},
-        },
-        "50 % of neurons, 2:4": {
-            "shrink": {"neurons": 0.5},
-            "prune": {"criterion": ADMM, "pattern": "2:4"},
-        },
-        "25 % of neurons, by magnitude": {"baseline": "magnitude", "share": 0.25},
         "50 % of neurons, by magnitude": {"baseline": "magnitude", "share": 0.5},
+        "words": {"shrink": {"vocabulary": None}},
+        f"{blocks} of blocks": {"shrink": {"blocks": blocks}},
+        **({f"{heads:.0%} of heads".replace("%", " %"): {"shrink": {"heads": heads}}} if heads else {}),
+        f"25 % of neurons, {blocks} of blocks, words": {"shrink": {**few, "vocabulary": None}},
+        "25 % of neurons, 60 % zeros": {"shrink": {"neurons": 0.25}, "prune": zeros},
+        "50 % of neurons, 2:4": {"shrink": {"neurons": 0.5}, "prune": two_four},
+        f"50 % of neurons, {2 * blocks} of blocks": {"shrink": {"neurons": 0.5, "blocks": 2 * blocks}},
+        "25 % of neurons, by magnitude": {"baseline": "magnitude", "share": 0.25},
+        f"{blocks} of blocks, by angle": {"baseline": "angle", "count": blocks},
         "25 % of neurons, by Wanda": {"baseline": "wanda", "share": 0.25},
         "50 % of neurons, by Wanda": {"baseline": "wanda", "share": 0.5},
+        "dense, retrained": {"prune": NOTHING},
+    }
+
+
+def rows_of_experts() -> dict[str, dict[str, Any]]:
+    """The same for a model of experts."""
+    zeros = {"criterion": ADMM, "sparsity": 0.6}
+    return {
+        "dense": {"prune": NOTHING, "retrain": None},
+        "25 % of experts": {"shrink": {"experts": 0.25}},
+        "50 % of experts": {"shrink": {"experts": 0.5}},
+        "60 % zeros": {"prune": zeros},
+        "50 % of experts, 60 % zeros": {"shrink": {"experts": 0.5}, "prune": zeros},
+        "1 of blocks": {"shrink": {"blocks": 1}},
+        "dense, retrained": {"prune": NOTHING},
     }
 
 
@@ -99,7 +119,7 @@ def by_norms(scaled: bool) -> Criterion:
 
 def baseline(recipe: LanguageRecipe, said: dict[str, Any], folder: Path) -> None:
     """Write the folder of a model that another method made smaller, without retraining."""
-    if (folder / "prunus.json").exists():
+    if is_whole(folder):
         return
     device = device_of(recipe)
     recipe = stages.fitted(recipe, device)
@@ -112,83 +132,159 @@ def baseline(recipe: LanguageRecipe, said: dict[str, Any], folder: Path) -> None
     save_model(model, loaded.tokenizer, folder, masks=None, info={}, source=loaded.folder)
 
 
-def row(name: str, base: dict[str, Any], said: dict[str, Any], out: Path, how: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of one row."""
-    folder = out / name.replace("%", "percent").replace(" ", "-").replace(",", "").replace(":", "-")
-    raw = {**merge(base, {"out": str(folder)}), **{key: value for key, value in said.items() if key in KEYS}}
+def quality(name: str, base: dict[str, Any], said: dict[str, Any], work: Path) -> dict[str, Any]:
+    """The perplexities and sizes of one row, from its run."""
+    started, folder = time.perf_counter(), folder_of(work, name)
+    raw = {**base, "out": str(folder), **{key: said[key] for key in ("prune", "shrink", "retrain") if key in said}}
+    if "shrink" not in said:
+        raw = {key: value for key, value in raw.items() if key != "shrink"}
+    elif "vocabulary" in said["shrink"]:
+        raw["shrink"] = {**said["shrink"], "vocabulary": base["shrink"]["vocabulary"]}
     if "baseline" in said:
-        plain = parse({**base, "out": str(folder), "retrain": None}, LanguageRecipe, name)
-        baseline(plain, said, out / f"{folder.name}-start")
-        raw |= {"model": str(out / f"{folder.name}-start"), "prune": {"sparsity": 0.0, "criterion": "magnitude"}}
+        start = work / f"{folder.name}-start"
+        baseline(parse({**raw, "retrain": None}, LanguageRecipe, name), said, start)
+        raw |= {"model": str(start), "prune": NOTHING}
         raw["retrain"] = merge(raw["retrain"], {"distill.teacher": base["model"]})
-    result = compress(parse(raw, LanguageRecipe, name))
-    before, after = (result["perplexity"].get(stage) for stage in ("pruned", "merged"))
+    recipe = parse(raw, LanguageRecipe, name)
+    found = compress(recipe)
+    perplexity = {("after" if stage == "merged" else "before"): values for stage, values in found["perplexity"].items()}
     half = load_model(folder / "model", torch.bfloat16)
     saved = save_model(half, None, folder / "packed", masks=None, info={}, packed="zstd")
-    model = (half.float() if how["device"] == "cpu" else half).to(how["device"])
-    paced = vars(speed(model, prompt=how["prompt"], tokens=32, batch_size=how["batch_size"]))
-    sizes = {"file": saved.dense_bytes, "packed": saved.weight_bytes}
-    return {"model": name, "before": before, "after": after, **sizes, **paced, "seconds": result["seconds"]}
+    tokens = 0 if recipe.retrain is None else recipe.retrain.steps * recipe.retrain.step_tokens
+    return {
+        "model": name,
+        **perplexity,
+        "tokens": tokens,
+        "parameters": sum(each.numel() for each in half.parameters()),
+        "file": saved.dense_bytes,
+        "packed": saved.weight_bytes,
+        "shapes": sorted([key, list(each.shape)] for key, each in half.state_dict().items()),
+        "shrink": found.get("shrink"),
+        "hardware": device_name(device_of(recipe)),
+        "seconds": time.perf_counter() - started,
+    }
 
 
-KEYS = ("prune", "shrink", "retrain")
+def folder_of(work: Path, name: str) -> Path:
+    return work / name.replace("%", "percent").replace(" ", "-").replace(",", "").replace(":", "-")
+
+
+def begin_worker(workers: int) -> None:
+    """One GPU for each process of the pool, in turn, and a share of the cores."""
+    if torch.cuda.device_count():
+        torch.cuda.set_device((get_context().current_process()._identity[-1] - 1) % torch.cuda.device_count())
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
+def measured(folder: Path, device: str, said: argparse.Namespace) -> dict[str, Any]:
+    model = load_model(folder / "model", torch.bfloat16 if device == "cuda" else torch.float32).to(device)
+    return vars(speed(model, prompt=said.prompt, tokens=32, batch_size=said.batch_size, seconds=said.seconds))
 
 
 def main() -> None:
     ask = argparse.ArgumentParser()
-    ask.add_argument("--out", type=Path, required=True)
-    ask.add_argument("--model", default="embedded")
-    ask.add_argument("--data", default="embedded")
-    ask.add_argument("--recipe", default=None, help="JSON of what the base says besides")
-    ask.add_argument("--steps", type=int, default=512)
-    ask.add_argument("--lr", type=float, default=1e-3)
+    ask.add_argument("recipe", type=Path)
+    ask.add_argument("--out", type=Path, required=True, help="results: OUT.json, OUT.md")
+    ask.add_argument("--work", type=Path, default=Path("runs/smaller"), help="runs and models")
+    ask.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe")
     ask.add_argument("--blocks", type=int, default=1)
-    ask.add_argument("--minutes", type=float, default=1e9)
-    ask.add_argument("--device", default="cpu")
+    ask.add_argument("--heads", type=float, default=0.0)
+    ask.add_argument("--experts", action="store_true", help="the rows of a model of experts")
+    ask.add_argument("--only", default="", help="rows, with ; between them")
+    ask.add_argument("--minutes", type=float, default=1e9, help="no row begins later")
+    ask.add_argument("--workers", type=int, default=1)
     ask.add_argument("--prompt", type=int, default=256)
     ask.add_argument("--batch-size", type=int, default=1)
-    ask.add_argument("--only", default="", help="rows, with ; between them")
+    ask.add_argument("--seconds", type=float, default=1.0, help="of timing each phase")
     said = ask.parse_args()
-    started, text = time.perf_counter(), "embedded"
-    train = {"source": said.data, "split": "train"} if said.data == "embedded" else said.data
-    base = {
-        "model": said.model,
-        "device": said.device,
-        "dtype": "float32",
-        "calibrate": {"data": train, "samples": 256, "length": 512, "batch_size": 32},
-        "retrain": {
-            "train": ["full"], "data": train, "steps": said.steps, "batch_size": 16, "length": 512, "lr": said.lr,
-            "distill": {"weight": 0.5},
-        },
-        "evaluate": {"window": 512, "batch_size": 16, "data": {"test": {"source": text, "split": "test"}}},
-    }  # fmt: skip
-    base = merge(base, read_json(said.recipe) if said.recipe else {})
-    words = {"source": text, "split": "train", "part": [0.0, 0.5]}
-    how = {"device": said.device, "prompt": said.prompt, "batch_size": said.batch_size}
-    found: dict[str, Any] = read_json(said.out / "rows.json") if (said.out / "rows.json").exists() else {}
-    for name, each in rows_of(said.blocks, words).items():
-        late = time.perf_counter() - started > 60 * said.minutes
-        if name in found or late or (said.only and name not in said.only.split(";")):
-            continue
-        found[name] = row(name, base, each, said.out, how)
-        write_json(said.out / "rows.json", found)
-    (said.out / "table.md").write_text(markdown_table(_shown(list(found.values()))))
+    logging.basicConfig(level=logging.INFO)
+    base = merge(
+        read_yaml(said.recipe), {key: yaml_value(each, key) for key, each in (s.split("=", 1) for s in said.set)}
+    )
+    work, file = said.work / said.recipe.stem, said.out.with_suffix(".json")
+    rows: dict[str, Any] = {each["model"]: each for each in read_json(file)} if file.exists() else {}
+    asked = rows_of_experts() if said.experts else rows_of(said.blocks, said.heads)
+    fill(
+        rows, {name: each for name, each in asked.items() if not said.only or name in said.only.split(";")}, base, said
+    )
+    for device in ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",):
+        time_(rows, device, work, said)
+        write_json(file, [rows[name] for name in asked if name in rows])
+    shown = [rows[name] for name in asked if name in rows]
+    draw(shown, said.out.with_suffix(".png"))
+    write_text(said.out.with_suffix(".md"), markdown_table([shown_row(each, shown[0]) for each in shown]) + "\n")
 
 
-def _shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    first = rows[0]
-    return [
+def fill(rows: dict[str, Any], asked: dict[str, Any], base: dict[str, Any], said: argparse.Namespace) -> None:
+    """Make the rows that are missing; each is on disk once it is made."""
+    started, work, file = time.perf_counter(), said.work / said.recipe.stem, said.out.with_suffix(".json")
+    missing = {name: each for name, each in asked.items() if name not in rows}
+    pool = ProcessPoolExecutor(said.workers, get_context("spawn"), begin_worker, (said.workers,))
+    with pool:
+        jobs = {pool.submit(quality, name, base, each, work): name for name, each in missing.items()}
+        for job in as_completed(jobs):
+            if not job.cancelled():
+                rows[jobs[job]] = job.result()
+                write_json(file, list(rows.values()))
+                log.info("%.0f s: %s", time.perf_counter() - started, jobs[job])
+            if time.perf_counter() - started > 60 * said.minutes:
+                for each in jobs:
+                    each.cancel()
+
+
+def time_(rows: dict[str, Any], device: str, work: Path, said: argparse.Namespace) -> None:
+    """Give each row the speed of the first one of its shapes: where weights are zero changes no time."""
+    known = {str(each["shapes"]): each[device] for each in rows.values() if device in each}
+    for name, each in rows.items():
+        shapes = str(each["shapes"])
+        if device not in each and shapes not in known and is_whole(folder_of(work, name) / "model"):
+            known[shapes] = measured(folder_of(work, name), device, said)
+        if shapes in known:
+            each[device] = known[shapes]
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Perplexity after retraining against decoding, on the GPU where there is one."""
+    device = "cuda" if any("cuda" in row for row in rows) else "cpu"
+    points = [
         {
-            "model": each["model"],
-            "perplexity": next(iter(each["before"].values())),
-            "retrained": next(iter(each["after"].values())) if each["after"] else None,
-            "16 bits, MB": each["file"] / 1e6,
-            "packed, MB": each["packed"] / 1e6,
-            "prefill": f"{each['prefill']:,.0f} ({each['prefill'] / first['prefill']:.2f}×)",
-            "decode": f"{each['decode']:,.0f} ({each['decode'] / first['decode']:.2f}×)",
+            "model": row["model"],
+            "kind": kind_of(row["model"]),
+            "perplexity": list((row["after"] if "after" in row else row["before"]).values())[-1],
+            "speed": row[device]["decode"],
+            "bytes": row["packed"],
         }
-        for each in rows
+        for row in rows
+        if device in row
     ]
+    plot_speeds(points, path, device="GPU" if device == "cuda" else "CPU")
+
+
+def kind_of(name: str) -> str:
+    if name.startswith("dense"):
+        return "dense"
+    if ", by " in name:
+        return "another method"
+    zeros, fewer = "zeros" in name or "2:4" in name, "of " in name or "words" in name
+    return "smaller, with zeros" if zeros and fewer else "zeros" if zeros else "smaller"
+
+
+def shown_row(row: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
+    text = list(row["before"])[-1]
+    found = {
+        "model": row["model"],
+        "perplexity": row["before"][text],
+        "retrained": row["after"][text] if "after" in row else None,
+        "parameters, M": row["parameters"] / 1e6,
+        "16 bits, MB": row["file"] / 1e6,
+        "packed, MB": row["packed"] / 1e6,
+    }
+    for device, name in (("cuda", "GPU"), ("cpu", "CPU")):
+        for phase in ("prefill", "decode"):
+            if device in row and device in dense:
+                ratio = row[device][phase] / dense[device][phase]
+                found[f"{phase}, {name}"] = f"{row[device][phase]:,.0f} ({ratio:.2f}×)"
+    return found
 
 
 if __name__ == "__main__":

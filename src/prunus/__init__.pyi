@@ -72,6 +72,7 @@ from .score import scaling as scaling
 from .score import uniform as uniform
 from .score import uniform_plus as uniform_plus
 from .score import wanda as wanda
+from .shrink import accelerate_ as accelerate_
 from .shrink import decompose as decompose
 from .shrink import find_channels as find_channels
 from .shrink import remove_filters as remove_filters

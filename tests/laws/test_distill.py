@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunus.adapt import adapt
@@ -102,6 +103,10 @@ def test_classifiers_have_the_formula_too(weight: float, temperature: float):
     torch.testing.assert_close(value.double(), expected)
     own, other = (torch.autograd.grad(each, model.weight)[0] for each in (value, expected))
     torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
+    smoothed = distilled_classification(teacher, weight, temperature, smoothing=0.2)(model, (x, labels))
+    spread = torch.full((7, 5), 0.04).scatter_add_(1, labels[:, None], torch.full((7, 1), 0.8))
+    moved = ((F.one_hot(labels, 5) - spread) * model(x).log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(smoothed, value + (1 - weight) * moved)
 
 
 def beside(teacher: nn.Module, model: nn.Module) -> int:

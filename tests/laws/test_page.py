@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from prunus.report import Card, Page, Part, by_block, plot_losses, write_page
+from prunus.run import page as module
 from prunus.run.page import compare_runs, write_report
 from prunus.run.task import _reported
 
@@ -104,6 +105,26 @@ def test_runs_stand_beside_one_another(tmp_path):
     (tmp_path / "table.json").write_text("[]", encoding="utf-8")
     with pytest.raises(ValueError, match="is no single run"):
         compare_runs([*folders, tmp_path], tmp_path / "three.html")
+
+
+def test_runs_whose_speed_was_measured_stand_in_one_plane(tmp_path, monkeypatch):
+    """The dense model once, each run with its last perplexity and the bytes of what it saved."""
+    drawn: list[list[dict]] = []
+    draw = module.plot_speeds
+    monkeypatch.setattr(
+        module, "plot_speeds", lambda rows, *args, **how: drawn.append(rows) or draw(rows, *args, **how)
+    )
+    speed = {"prefill": 9.0, "decode": 100.0, "spread": 0.1, "weights": 4e6, "peak": None}
+    measured = {"speed": {"dense": speed, "now": {**speed, "decode": 150.0}}, "size": {"weight_bytes": 3e6}}
+    folders = [
+        folder_of(tmp_path / "a", {**LANGUAGE, **measured}),
+        folder_of(tmp_path / "b", {**LANGUAGE, **measured, "shrink": {}}),
+        folder_of(tmp_path / "c", LANGUAGE),
+    ]
+    compare_runs(folders, tmp_path / "all.html")
+    rows = [[row[key] for key in ("kind", "perplexity", "speed", "bytes")] for row in drawn[0]]
+    assert rows == [["dense", 30.5, 100.0, 4e6], ["zeros", 41.75, 150.0, 3e6], ["smaller", 41.75, 150.0, 3e6]]
+    assert (tmp_path / "all.html").read_text(encoding="utf-8").count("data:image/png;base64,") == 1
 
 
 def test_a_soup_is_the_answer_and_not_what_it_is_compared_with(tmp_path):

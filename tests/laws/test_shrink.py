@@ -8,6 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    OPTConfig,
+    OPTForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from prunus.data.models import build_model
 from prunus.shrink import filters as shrink
@@ -15,6 +23,7 @@ from prunus.shrink.filters import (
     Channels,
     choose_filters,
     filter_norms,
+    filter_taylor,
     find_channels,
     remove_filters,
     resized,
@@ -65,6 +74,113 @@ def made(name):
     if name == "parts":
         return unsettled(Parts()), torch.randn(3, 3, 6, 6, dtype=torch.float64)
     return unsettled(build_model(name, classes=10)), torch.randn(3, 3, 32, 32, dtype=torch.float64)
+
+
+class Fused(nn.Module):
+    """Attention as timm has it: one matrix makes queries, keys and values."""
+
+    def __init__(self, dim=24, num_heads=3):
+        super().__init__()
+        self.num_heads, self.head_dim, self.attn_dim = num_heads, dim // num_heads, dim
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        x = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(b, n, self.attn_dim))
+
+
+class Patches(nn.Module):
+    """A vision transformer of one block, in timm's manner."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.attn = nn.Conv2d(3, 24, 4, stride=4), Fused()
+        self.norm1, self.norm2 = nn.LayerNorm(24), nn.LayerNorm(24)
+        self.fc1, self.fc2, self.head = nn.Linear(24, 40), nn.Linear(40, 24), nn.Linear(24, 5)
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        x = x + self.attn(self.norm1(x))
+        x = x + self.fc2(nn.functional.gelu(self.fc1(self.norm2(x))))
+        return self.head(x.mean(1))
+
+
+TRANSFORMER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+def transformer(kind):
+    torch.manual_seed(0)
+    words = {"vocab_size": 50, "max_position_embeddings": 32, **TRANSFORMER}
+    makers = {
+        "timm": Patches,
+        "vit": lambda: ViTForImageClassification(
+            ViTConfig(intermediate_size=40, image_size=16, patch_size=4, **TRANSFORMER)
+        ),
+        "bert": lambda: BertForSequenceClassification(BertConfig(intermediate_size=40, **words)),
+        "opt": lambda: OPTForCausalLM(OPTConfig(ffn_dim=40, word_embed_proj_dim=32, **words)),
+    }
+    model = makers[kind]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.5)
+    ids = kind in ("bert", "opt")
+    return model, torch.randint(0, 50, (2, 9)) if ids else torch.randn(2, 3, 16, 16)
+
+
+@pytest.mark.parametrize("kind", ["timm", "vit", "bert", "opt"])
+def test_heads_and_neurons_of_transformers_go_whole(kind):
+    model, x = transformer(kind)
+    channels = find_channels(model, x)
+    heads = [each for each in channels if each.heads]
+    assert [(each.heads, each.parts) for each in heads] == [(3, 3) if kind == "timm" else (4, 1)]
+    gone = choose_filters(filter_norms(model, channels), channels, 0.5)
+    assert any(len(each) == 20 for each in gone.values())  # neurons
+    size, stays = 8, 1 if kind == "timm" else 2
+    head = gone[heads[0].name].view(heads[0].parts, -1, size)
+    assert head.shape[1] == heads[0].heads - stays
+    assert torch.equal(head, head[:, :, :1] + torch.arange(size))
+    small = remove_filters(model, x, gone)
+
+    def masked():  # by hand: every output of a head that is gone is zero
+        copied = copy.deepcopy(model)
+        for each in channels:
+            for layer in each.layers if each.name in gone else ():
+                copied.get_submodule(layer).weight.data[gone[each.name]] = 0
+                copied.get_submodule(layer).bias.data[gone[each.name]] = 0
+        return copied
+
+    outputs = [each(x) for each in (small, masked(), resized(model, small.state_dict()))]
+    one, other, again = [each if isinstance(each, torch.Tensor) else each.logits for each in outputs]
+    assert torch.allclose(one, other, atol=1e-4, rtol=1e-4)
+    assert torch.equal(again, one)
+    with pytest.raises(ValueError, match="by whole heads"):
+        remove_filters(model, x, {heads[0].name: torch.tensor([0])})
+
+
+def test_taylor_scores_are_what_the_loss_loses_to_first_order():
+    model, x = transformer("timm")
+    model = model.double()
+    channels = [each for each in find_channels(model, x) if each.name == "fc1"]
+
+    def loss(network, batch):
+        return network(batch).square().mean()
+
+    found = filter_taylor(model, channels, [x[:1].double(), x[1:].double()], loss)["fc1"]
+    expected = torch.zeros(40)
+    for batch in (x[:1].double(), x[1:].double()):
+        for row in range(40):  # a central difference along the channel's own weights
+            both = []
+            for step in (1e-4, -1e-4):
+                moved = copy.deepcopy(model)
+                moved.fc1.weight.data[row] *= 1 + step
+                moved.fc1.bias.data[row] *= 1 + step
+                both.append(loss(moved, batch).detach())
+            expected[row] += ((both[0] - both[1]) / 2e-4).abs() / 2
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-7)
+    with pytest.raises(ValueError, match="no batch"):
+        filter_taylor(model, channels, [], loss)
 
 
 def random_choice(model, x, sparsity, seed=0):

@@ -290,8 +290,18 @@ def test_elsa_pulls_weights_to_a_sparse_copy_and_lets_them_return():
     assert masks["weight"].tolist() == [[False, True]]
 
 
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "block 1x2"])
-def test_elsa_is_the_textbook_alternation_with_adams_second_moment(pattern: str):
+def rounded(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """In bfloat16, or in 255 steps from the least to the largest of each row of eight."""
+    if bits == 8:
+        step = values.abs().max(1, keepdim=True).values / 127
+        return (values / step).round() * step
+    return values.bfloat16().float() if bits == 16 else values
+
+
+@pytest.mark.parametrize(
+    ("pattern", "bits"), [("unstructured", 32), ("2:4", 32), ("block 1x2", 32), ("2:4", 16), ("unstructured", 8)]
+)
+def test_elsa_is_the_textbook_alternation_with_adams_second_moment(pattern: str, bits: Any):
     generator = torch.Generator().manual_seed(0)
     start, x, y = (torch.randn(size, generator=generator) for size in ((3, 8), (40, 8), (40, 3)))
     x, chosen, kept = x * torch.linspace(0.2, 2, 8), parse(pattern, "layer"), 12
@@ -301,7 +311,7 @@ def test_elsa_is_the_textbook_alternation_with_adams_second_moment(pattern: str)
 
     model = nn.Linear(8, 3, bias=False)
     model.weight.data.copy_(start)
-    method = ELSA(0.5, pattern=pattern, lam=0.3, interval=5)
+    method = ELSA(0.5, pattern=pattern, lam=0.3, interval=5, bits=bits)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     options = {"steps": 33, "loss": loss, "clip": 0.1, "during": [method]}
     train(model, lambda step: x, optimizer, lambda step: 1.0, **options)
@@ -309,7 +319,7 @@ def test_elsa_is_the_textbook_alternation_with_adams_second_moment(pattern: str)
 
     w = nn.Parameter(start.clone())
     textbook = torch.optim.Adam([w], lr=0.05)
-    z, u = torch.where(chosen.choose(w.abs(), kept), w, 0.0).detach(), torch.zeros_like(w)
+    z, u = rounded(torch.where(chosen.choose(w.abs(), kept), w, 0.0).detach(), bits), torch.zeros_like(w)
     for step in range(33):
         (w.grad,) = torch.autograd.grad((x @ w.T - y).square().mean(), w)
         torch.nn.utils.clip_grad_norm_([w], 0.1)
@@ -318,11 +328,12 @@ def test_elsa_is_the_textbook_alternation_with_adams_second_moment(pattern: str)
         second = textbook.state[w]["exp_avg_sq"]
         if (step + 1) % 5 == 0:
             both = w.detach() + u
-            z = torch.where(chosen.choose(second * both**2, kept), both, 0.0)
-            u = both - z
+            keep, near = chosen.choose(second * both**2, kept), rounded(both, bits)
+            z, u = torch.where(keep, near, 0.0), torch.where(keep, 0.0, near)
     mask = chosen.choose(second * w.detach() ** 2, kept)
     assert torch.equal(masks["weight"], mask)
     torch.testing.assert_close(model.weight.detach(), torch.where(mask, w.detach(), 0.0), rtol=1e-4, atol=1e-5)
+    assert sum(each.nbytes for each in method.goals.buffers()) == 24 * bits // 8 + (bits == 8) * 3 * 4
     if pattern == "unstructured":  # the second moment has a say
         assert not torch.equal(mask, chosen.choose(w.detach().abs(), kept))
 

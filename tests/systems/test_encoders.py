@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModel,
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -120,9 +123,13 @@ def test_a_classifier_of_texts_trains_on_its_own_loss_under_its_masks() -> None:
     labelled = {**BATCH, "labels": torch.tensor([0, 1, 2, 0])}
     masks = prune(model, sparsegpt(), NM(2, 4), batches=[BATCH])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    trace = train(
-        model, lambda step: labelled, optimizer, lambda step: 1.0, steps=8, loss=lambda m, b: m(**b).loss, masks=masks
-    )
+    trace = train(model, lambda step: labelled, optimizer, lambda step: 1.0, steps=8, loss=own_loss, masks=masks)
+    assert trace.losses[-1] < trace.losses[0]
+    pair, dense = (BATCH, labelled["labels"]), bert(BertForSequenceClassification)
+    torch.testing.assert_close(classification_loss()(model, pair), model(**labelled).loss)
+    loss = distilled_classification(dense, weight=1.0)
+    assert float(loss(dense, pair).detach()) == pytest.approx(0, abs=1e-6)
+    trace = train(model, lambda step: pair, optimizer, lambda step: 1.0, steps=8, loss=loss, masks=masks)
     assert trace.losses[-1] < trace.losses[0]
     masks.check(model)
 
@@ -138,3 +145,28 @@ def test_vision_transformers_are_pruned_and_distilled_like_any_classifier() -> N
         trace = train(model, lambda step: batch, optimizer, lambda step: 1.0, steps=4, loss=loss, masks=masks)
         assert trace.losses[-1] < trace.losses[0]
     masks.check(model)
+
+
+def test_encoder_decoders_count_what_each_part_attends() -> None:
+    torch.manual_seed(0)
+    model: Any = T5ForConditionalGeneration(
+        T5Config(vocab_size=30, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    ).eval()
+    batch = {**BATCH, "labels": BATCH["input_ids"][:, :5].contiguous()}
+    views = find_layers(model)
+    with torch.no_grad(), observe(model, views, gram=False) as inputs:
+        model(**batch)
+    seen = {view.name: inputs[view.name].tokens for view in views}
+    assert seen["encoder.block.0.layer.0.SelfAttention.q"] == seen["decoder.block.0.layer.1.EncDecAttention.k"] == 18
+    assert seen["decoder.block.0.layer.0.SelfAttention.q"] == seen["decoder.block.0.layer.1.EncDecAttention.q"] == 20
+    masks = prune(model, sparsegpt(), NM(2, 4), batches=[batch])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    trace = train(model, lambda step: batch, optimizer, lambda step: 1.0, steps=4, loss=own_loss, masks=masks)
+    assert trace.losses[-1] < trace.losses[0]
+    masks.check(model)
+    with pytest.raises(ValueError, match=r"both receive \(4, 6\) positions"):
+        prune(model, wanda, None, 0.5, batches=[{**BATCH, "labels": BATCH["input_ids"]}])
+
+
+def own_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    return model(**batch).loss

@@ -14,7 +14,9 @@ import transformers as tf
 from prunus.checkpoint import plain, read_checkpoint
 from prunus.run import stages
 from prunus.run.compress import compress
+from prunus.run.inspect import inspect_model
 from prunus.run.recipe import Recipe
+from prunus.run.show import show_inspection
 from tests.conftest import byte_tokenizer, tiny_llama
 
 gguf = pytest.importorskip("gguf")
@@ -106,6 +108,30 @@ def test_every_path_reads_the_dequantised_model(file: Path, text_file: Path) -> 
     assert {name for name in own.state_dict() if name not in stored} == {"lm_head.weight"}
     near = llama().state_dict()["model.layers.0.self_attn.q_proj.weight"]
     torch.testing.assert_close(stored["model.layers.0.self_attn.q_proj.weight"].read(), near, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q5_0", "Q4_0", "Q4_1", "Q5_1"])
+def test_zeros_of_a_file_are_counted_as_its_type_gives_them_back(tmp_path: Path, kind: str, capsys) -> None:
+    """Types with a minimum for each block lose them, and that is said."""
+    model = llama()
+    weight = model.model.layers[1].mlp.down_proj.weight.data
+    weight[torch.rand_like(weight) < 0.6] = 0
+    write(tmp_path / "m.gguf", model, kind)
+    found = inspect_model(tmp_path / "m.gguf")
+    row = next(row for row in found if row.name == "blk.1.ffn_down.weight")
+    assert (row.shape, row.dtype) == (tuple(weight.shape), kind)
+    show_inspection(tmp_path / "m.gguf", found)
+    said = " ".join(capsys.readouterr().out.split())
+    if kind in ("Q4_1", "Q5_1"):
+        assert row.zeros < (weight == 0).sum() / 4
+        assert f"{kind} does not keep zeros" in said
+    else:
+        assert row.zeros >= (weight == 0).sum()  # small weights may be rounded to zero as well
+        assert "does not keep" not in said
+    assert found.bytes == (tmp_path / "m.gguf").stat().st_size
+    (tmp_path / "b.gguf").write_bytes(b"plums" * 9)
+    with pytest.raises(ValueError, match=r"b\.gguf' is no GGUF file that opens"):
+        inspect_model(tmp_path / "b.gguf")
 
 
 def test_both_roads_save_one_ordinary_model(file: Path, text_file: Path, tmp_path: Path) -> None:

@@ -96,10 +96,12 @@ def _fail_on_long(tokenise: Any):
     return checked
 
 
-def test_minutes_bound_the_steps(tmp_path: Path, recipe: Any, monkeypatch: pytest.MonkeyPatch):
+def test_minutes_bound_the_steps_of_a_model_with_experts(tmp_path: Path, recipe: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "PROBE_STEPS", 20)
-    summary = pretrain(recipe.model_copy(update={"minutes": 1e-9}), tmp_path / "short")
+    experts = recipe.model.model_copy(update={"experts": 4})
+    summary = pretrain(recipe.model_copy(update={"minutes": 1e-9, "model": experts}), tmp_path / "short")
     assert summary["steps"] == 2
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "short").config.num_local_experts == 4
     assert json.loads((tmp_path / "short" / "work" / "steps.json").read_text())["steps"] == 2
 
 

@@ -6,15 +6,21 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Phi3Config,
@@ -22,6 +28,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from prunus.data import ASSETS
@@ -33,8 +41,10 @@ from prunus.save import save_model
 from prunus.shrink import (
     choose_blocks,
     columns,
+    expert_saliency,
     needed_words,
     remove_blocks,
+    remove_experts,
     remove_heads,
     remove_neurons,
     trim_tokenizer,
@@ -56,6 +66,11 @@ MAKERS = {
     "phi3": lambda: Phi3ForCausalLM(Phi3Config(**GATED, pad_token_id=0)),
     "opt": lambda: OPTForCausalLM(OPTConfig(**OPT)),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=32, n_layer=3, n_head=4, n_positions=64)),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**GATED, num_local_experts=6, num_experts_per_tok=2)),
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**GATED, head_dim=8, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=48)
+    ),
+    "gpt_oss": lambda: GptOssForCausalLM(GptOssConfig(**GATED, head_dim=8, num_local_experts=6, num_experts_per_tok=2)),
 }  # fmt: skip
 
 
@@ -78,7 +93,7 @@ def logits(model: nn.Module, tokens: torch.Tensor):
         return model(input_ids=tokens).logits
 
 
-@pytest.mark.parametrize("family", list(MAKERS))
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "opt", "gpt2"])
 def test_neurons_go_and_the_model_is_the_masked_one(family: str, tokens: torch.Tensor, tmp_path):
     model = made(family)
     size = model.config.to_dict().get("intermediate_size") or model.config.to_dict().get("ffn_dim") or 128
@@ -108,6 +123,70 @@ def test_heads_go_by_the_groups_that_share_a_key(family: str, tokens: torch.Tens
 def test_heads_that_a_config_cannot_say_are_refused(family: str, tokens: torch.Tensor):
     with pytest.raises(ValueError, match=r"shrink"):
         remove_heads(made(family), tokens, 0.5)
+
+
+def seen_by_experts(model: nn.Module, tokens: torch.Tensor):
+    """Of each block: what its experts receive, which are chosen, by what gates."""
+    found: list[tuple[torch.Tensor, ...]] = []
+    experts = [module for name, module in model.named_modules() if name.endswith(".experts")]
+    hooks = [each.register_forward_pre_hook(lambda _, args: found.append(args)) for each in experts]
+    logits(model, tokens)
+    for hook in hooks:
+        hook.remove()
+    return list(zip(experts, found, strict=True))
+
+
+@torch.no_grad()
+def test_experts_are_worth_what_they_add_to_their_tokens(tokens: torch.Tensor):
+    model = made("mixtral")
+    saliency = expert_saliency(model, tokens, batch_size=4)
+    for (experts, (x, index, gates)), found in zip(seen_by_experts(model, tokens), saliency.values(), strict=True):
+        for expert in range(6):
+            gate, up = (x @ experts.gate_up_proj[expert].T).chunk(2, dim=1)
+            norms = ((F.silu(gate) * up) @ experts.down_proj[expert].T).norm(dim=1)
+            own = [gates[t, s] * norms[t] for t in range(len(x)) for s in range(2) if index[t, s] == expert]
+            assert float(found[expert]) == pytest.approx(float(sum(own)) / max(1, len(own)), rel=1e-4, abs=1e-9)
+
+
+class Never(TorchFunctionMode):
+    """Routers give the experts that are gone no chance."""
+
+    def __init__(self, gone: dict[int, list[int]]) -> None:
+        super().__init__()
+        self.gone = gone
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is F.linear and id(args[1]) in self.gone:
+            out[..., self.gone[id(args[1])]] = -torch.inf
+        return out
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_experts_go_and_the_model_is_the_one_whose_router_never_chooses_them(family: str, tokens, tmp_path):
+    model = made(family)
+    small = remove_experts(model, tokens, 0.5)
+    assert small.config.num_local_experts == 3
+    routers = {
+        id(module.get_parameter("weight")): saliency.topk(3, largest=False).indices.tolist()
+        for (_, module), saliency in zip(
+            ((n, m) for n, m in model.named_modules() if n.endswith((".gate", ".router"))),
+            expert_saliency(model, tokens).values(),
+            strict=True,
+        )
+    }
+    with Never(routers):
+        expected = logits(model, tokens)
+    assert torch.allclose(logits(small, tokens), expected, atol=1e-4, rtol=1e-4)
+    save_model(small, None, tmp_path / "out", masks=None, info={})
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tokens), logits(small, tokens))
+    with pytest.raises(ValueError, match="1 of 6 experts would be left, and a token goes to 2"):
+        remove_experts(model, tokens, 0.8)
+
+
+def test_models_without_experts_lose_none(tokens: torch.Tensor):
+    with pytest.raises(ValueError, match="no stacked experts"):
+        remove_experts(made("llama"), tokens, 0.5)
 
 
 def layer(rows: int, size: int, seen: int = 40):

@@ -21,7 +21,7 @@ from prunus.measure.accuracy import accuracy
 from prunus.measure.corruptions import corrupted_images
 from prunus.measure.cost import cost
 from prunus.report import read_metrics
-from prunus.run.recipe import ClassifierRecipe, ClassifierRetrain, parse
+from prunus.run.recipe import ClassifierRecipe, ClassifierRetrain, merge, parse
 from prunus.run.show import show_run
 from prunus.run.vision import setting as settings
 from prunus.run.vision import stages
@@ -186,6 +186,24 @@ def test_a_run_leaves_what_it_says(tmp_path: Path) -> None:
     assert train_run(recipe) == json.loads((tmp_path / "result.json").read_text())
     with pytest.raises(ValueError, match="result of another recipe"):
         train_run(checked(tmp_path, **PRUNED))
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_dense_network_teaches_the_pruned_one(tmp_path: Path) -> None:
+    away: dict[str, float] = {}
+    for name, distill in {"taught": {"weight": 1.0}, "alone": None}.items():
+        recipe = checked(tmp_path / name, **merge(PRUNED, {"retrain.distill": distill, "retrain.epochs": 1}))
+        train_run(recipe)
+        batch, _ = next(Setting.of(recipe).measured())
+        model, dense = Tiny().eval(), Tiny().eval()
+        model.load_state_dict(load_file(tmp_path / name / "model.safetensors"))
+        dense.load_state_dict(load_file(tmp_path / name / "dense" / "model.safetensors"))
+        with torch.no_grad():
+            found, wanted = (each(batch).log_softmax(-1) for each in (model, dense))
+        away[name] = float((wanted.exp() * (wanted - found)).sum(-1).mean())
+    assert away["taught"] < 0.9 * away["alone"]
+    with pytest.raises(ValueError, match=r"retrain\.distill: beside during there is no dense network"):
+        checked(tmp_path, during={"gmp": {}}, **merge(PRUNED, {"retrain.distill": {}}))
 
 
 @pytest.mark.usefixtures("tiny")

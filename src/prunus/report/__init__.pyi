@@ -14,6 +14,7 @@ from .page import write_page as write_page
 from .plots import by_block as by_block
 from .plots import plot_compression as plot_compression
 from .plots import plot_grid as plot_grid
+from .plots import plot_speeds as plot_speeds
 from .rates import plot_sweep as plot_sweep
 from .terminal import Advance as Advance
 from .terminal import format_value as format_value

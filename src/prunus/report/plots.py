@@ -100,6 +100,39 @@ def plot_grid(
     _save(figure, path)
 
 
+def plot_speeds(points: Sequence[Mapping[str, Any]], path: str | Path, *, device: str = "") -> None:
+    """Write a PNG of models in one plane: measured tokens a second to the right, perplexity upward, files as areas.
+
+    points: `model`, `perplexity`, `speed` (tokens a second), `bytes`, and `kind` by which they are coloured. Raises
+    ValueError for no point.
+
+    >>> plot_speeds([{"model": "dense", "kind": "dense", "perplexity": 20.0, "speed": 90.0, "bytes": 1e6}], "speed.png")
+    """
+    if not points:
+        raise ValueError("no model has a measured speed: there is nothing to draw")
+    figure = _figure(9, 5.4)
+    axis = figure.subplots()
+    largest = max(float(row["bytes"]) for row in points)
+    for i, kind in enumerate(dict.fromkeys(str(row["kind"]) for row in points)):
+        mine = [row for row in points if row["kind"] == kind]
+        colour = BLACK if kind == "dense" else _CYCLE[i % len(_CYCLE)]
+        areas = [30 + 270 * float(row["bytes"]) / largest for row in mine]
+        across, up = [row["speed"] for row in mine], [row["perplexity"] for row in mine]
+        axis.scatter(across, up, s=areas, color=colour, alpha=0.55, linewidths=0, label=kind)
+        for row in mine:
+            said = f"{row['model']}, {row['bytes'] / 1e6:.3g} MB"
+            at = row["speed"], row["perplexity"]
+            axis.annotate(said, at, xytext=(5, 4), textcoords="offset points", fontsize=7)
+    values = [float(row["perplexity"]) for row in points]
+    if max(values) > 5 * min(values):
+        axis.set_yscale("log")
+        _plain_ticks(axis)
+    axis.set_ylabel("perplexity")
+    axis.set_xlabel(f"tokens a second, one after another{', ' if device else ''}{device}")
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _save(figure, path)
+
+
 def by_block(layers: Mapping[str, float]) -> dict[str, dict[int, float]]:
     """Kind of layer -> block -> its number, of several (experts) the mean; layers outside of blocks by their place.
 

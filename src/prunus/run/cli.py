@@ -218,7 +218,7 @@ def measure(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Folder or .safetensors file of any saved model.")],
+    path: Annotated[Path, typer.Argument(help="Folder, .safetensors or .gguf file of any saved model.")],
     every: Annotated[bool, typer.Option("--all", help="A row for every weight, not for every kind.")] = False,
     out: Out = None,
 ) -> None:

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from prunus.checkpoint import DTYPES, Stored, read_checkpoint
-from prunus.machine import read_json
+from prunus.machine import import_extra, read_json
 
-__all__ = ["Inspection", "Row", "inspect_model"]
+__all__ = ["KEEPING", "Inspection", "Row", "inspect_model"]
+
+KEEPING = ("F32", "F16", "BF16", "F64", "Q8_0", "Q5_0", "Q4_0", "Q6_K", "Q3_K")  # of GGUF: d * q, with a q that is 0
 
 GROUPS: tuple[int, ...] = (2, 4, 8, 16)
 _CHUNK = 2**24  # entries looked at together
@@ -83,30 +85,76 @@ class Inspection:
 
 
 def inspect_model(path: str | Path) -> Inspection:
-    """Sparsity and pattern of every weight below `path`, a model folder or one weight file.
+    """Sparsity and pattern of every weight below `path`, a model folder or one weight file, GGUF too.
 
     Raises as `checkpoint.read_checkpoint`, and ValueError for files without a floating-point tensor.
 
     >>> inspection = inspect_model("out/model")
     >>> print(inspection.sparsity, [(row.name, row.pattern) for row in inspection.pruned])
     """
+    if Path(path).suffix == ".gguf":
+        return _of_gguf(Path(path))
     checkpoint = read_checkpoint(path)
-    found = [_row(name, stored) for name, stored in checkpoint.tensors.items() if stored.dtype.is_floating_point]
+    found = [
+        _row(name, stored, DTYPES[stored.dtype])
+        for name, stored in checkpoint.tensors.items()
+        if stored.dtype.is_floating_point
+    ]
+    ours = checkpoint.path / "prunus.json"
+    return _inspection(path, found, checkpoint.bytes, read_json(ours) if ours.is_file() else None)
+
+
+def _inspection(path: str | Path, found: list[Row], size: int, info: dict[str, Any] | None) -> Inspection:
     entries, zeros = sum(row.entries for row in found), sum(row.zeros for row in found)
     if entries == 0:
         raise ValueError(f"{path} holds no floating-point tensor, so there is nothing to inspect")
     rows = sorted((row for row in found if len(row.shape) > 1), key=lambda row: _natural(row.name))
-    ours = checkpoint.path / "prunus.json"
-    info = read_json(ours) if ours.is_file() else None
-    return Inspection(tuple(rows), entries, zeros, checkpoint.bytes, info)
+    return Inspection(tuple(rows), entries, zeros, size, info)
+
+
+def _of_gguf(path: Path) -> Inspection:
+    """Each tensor as its type gives it back, one after another; the names are the file's."""
+    gguf = import_extra("gguf", "gguf", f"{str(path)!r} needs the extra")
+    if not path.is_file():
+        raise ValueError(f"there is no file {str(path)!r}; give one that exists")
+    try:
+        tensors = gguf.GGUFReader(path).tensors
+    except (ValueError, IndexError, KeyError) as error:
+        raise ValueError(f"{str(path)!r} is no GGUF file that opens ({error}); get it anew") from None
+    found: list[Row] = []
+    for each in tensors:
+        values = gguf.quants.dequantize(each.data, each.tensor_type)
+        found.append(_row(each.name, _Held(torch.tensor(values)), each.tensor_type.name))
+    return _inspection(path, found, path.stat().st_size, None)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A tensor in memory, read as one on disk is."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def numel(self) -> int:
+        return self.tensor.numel()
+
+    def read(self) -> Tensor:
+        return self.tensor
+
+    def piece(self, start: int, stop: int) -> Tensor:
+        return self.tensor.flatten()[start:stop]
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-def _row(name: str, stored: Stored) -> Row:
-    shape, entries, dtype = stored.shape, stored.numel, DTYPES[stored.dtype]
+def _row(name: str, stored: Stored | _Held, dtype: str) -> Row:
+    shape, entries = stored.shape, stored.numel
     if len(shape) < 2 or entries == 0:
         return Row(name, shape, dtype, entries, entries - int(_nonzero(stored.read()).sum()), "dense")
     tally = _Tally(*_matrix_shape(shape))
@@ -122,7 +170,7 @@ def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
     return 1, shape[0], math.prod(shape[1:])
 
 
-def _chunks(stored: Stored, shape: tuple[int, ...]) -> Iterator[tuple[int, int, Tensor]]:
+def _chunks(stored: Stored | _Held, shape: tuple[int, ...]) -> Iterator[tuple[int, int, Tensor]]:
     """(matrix number, first row, (rows, columns) chunk); chunks begin at multiples of 16 rows."""
     matrices, rows, columns = _matrix_shape(shape)
     step = max(GROUPS[-1], _CHUNK // max(1, columns) // GROUPS[-1] * GROUPS[-1])

@@ -14,7 +14,7 @@ import yaml
 
 from prunus import __version__
 from prunus.machine import read_json
-from prunus.report import Card, Page, Part, by_block, format_value, plot_losses, read_metrics, write_page
+from prunus.report import Card, Page, Part, by_block, format_value, plot_losses, plot_speeds, read_metrics, write_page
 from prunus.run.show import SOUP_COLUMNS, classifier_rows, grid_rows, language_rows, retrainings, soup_rows, speed_rows
 from prunus.run.tables import SOUP, spread
 
@@ -22,6 +22,8 @@ __all__ = ["compare_runs", "write_report"]
 
 _MOST_CARDS = 8
 _POINT = 0.01  # of accuracy
+_MEASURED = "Measured decoding; zeros that lie anywhere make no program faster, and files are what was saved."
+
 Result = Mapping[str, Any]
 Row = dict[str, Any]
 
@@ -51,7 +53,32 @@ def compare_runs(folders: Sequence[Path], path: Path) -> None:
     parts = [
         Part(title, rows=alike) for title, found in (("Runs", rows), ("Stages", stages)) for alike in _alike(found)
     ]
+    if points := _paced(found):
+        plot_speeds(points, path.with_suffix(".png"), device=next(iter(found.values()))["device"])
+        parts.insert(0, Part("Quality, speed and size", _MEASURED, pictures=[path.with_suffix(".png")]))
     write_page(Page(f"{len(folders)} runs", "", [], [*parts, *map(_recipe, folders), _versions()]), path)
+
+
+def _paced(found: Mapping[str, Result]) -> list[Row]:
+    """Points of the runs whose speed was measured, and of the dense model of the first of them."""
+    points: list[Row] = []
+    for name, result in found.items():
+        if "speed" not in result or "perplexity" not in result:
+            continue
+        perplexity, size = result["perplexity"], result.get("size", {})
+        text = next(iter(perplexity["dense"]))
+        if not points:
+            dense = {"model": "dense", "kind": "dense", "perplexity": perplexity["dense"][text]}
+            points.append(dense | _pace(result["speed"]["dense"], {}))
+        kind = "smaller" if "shrink" in result else "zeros"
+        last = {"model": name, "kind": kind, "perplexity": perplexity[_ended(perplexity)][text]}
+        points.append(last | _pace(result["speed"]["now"], size))
+    return points
+
+
+def _pace(speed: Mapping[str, Any], size: Mapping[str, Any]) -> Row:
+    """Tokens a second one after another, and bytes: of the saved weights, or in memory where nothing was saved."""
+    return {"speed": speed["decode"], "bytes": size.get("weight_bytes", speed["weights"])}
 
 
 def _alike(rows: Sequence[Row]) -> list[list[Row]]:

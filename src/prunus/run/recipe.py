@@ -250,6 +250,14 @@ class ClassifierPrune(Prune):
         return self
 
 
+class Distill(Strict):
+    """Hold what is retrained against the dense model besides: the loss is weight T^2 KL + (1 - weight) CE."""
+
+    weight: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Weight of the divergence; that of the cross-entropy is the rest."""
+    temperature: Positive = 1.0
+
+
 class Retrain(Strict):
     """How long and on which schedule what was pruned is trained again, after each phase; each task adds its own keys.
 
@@ -445,6 +453,7 @@ class Shrink(Strict):
     """
 
     blocks: Whole = 0
+    experts: Part = 0.0
     heads: Part = 0.0
     neurons: Part = 0.0
     vocabulary: Data | None = None
@@ -452,7 +461,9 @@ class Shrink(Strict):
     @model_validator(mode="after")
     def _check(self) -> Shrink:
         if self == Shrink.model_construct():
-            raise ValueError("say what goes: blocks: 4, heads: 0.25, neurons: 0.25, or vocabulary: words.txt")
+            raise ValueError(
+                "say what goes: blocks: 4, experts: 0.25, heads: 0.25, neurons: 0.25, or vocabulary: words.txt"
+            )
         return self
 
 
@@ -519,15 +530,9 @@ class DenseRates(Strict):
         return Original.of((peak * made(step) for step in range(self.steps)), warmup)
 
 
-class Distill(Strict):
-    """Hold what is retrained against a teacher besides the text: the loss is weight T^2 KL + (1 - weight) CE.
+class LanguageDistill(Distill):
+    """As `Distill`. teacher: a name, folder or file of a model with the same words; left out, the dense model."""
 
-    teacher: a name, folder or file of a model with the same words; left out, the recipe's own model before pruning.
-    """
-
-    weight: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Weight of the divergence; that of the cross-entropy is the rest."""
-    temperature: Positive = 1.0
     teacher: str | None = None
 
 
@@ -568,7 +573,7 @@ class LanguageRetrain(Adapting, Retrain):
     """End when so many measurements were no better."""
     keep_adapter: bool = False
     """Leave what is trained in OUT/adapter, too."""
-    distill: Distill | None = None
+    distill: LanguageDistill | None = None
 
     @model_validator(mode="after")
     def _check(self) -> LanguageRetrain:
@@ -804,6 +809,7 @@ class ClassifierRetrain(Retrain):
     rewind: Whole | None = None
     """Epoch whose weights the surviving ones take again."""
     lr: Positive | None = None
+    distill: Distill | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ClassifierRetrain:
@@ -1152,6 +1158,8 @@ class ClassifierRecipe(Recipe):
             raise ValueError(f"prune.{changed[0]}: a method that prunes during training chooses itself; leave it out")
         if self.retrain is not None and self.retrain.rewind is not None:
             raise ValueError("retrain.rewind goes with pruning after training; leave it out beside during")
+        if self.retrain is not None and self.retrain.distill is not None:
+            raise ValueError("retrain.distill: beside during there is no dense network to teach; leave out one")
         _check_method(during, prune)
 
     def _check_soup(self, soup: Soup) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from prunus.report import format_value, print_table
-from prunus.run.inspect import Inspection, Row
+from prunus.run.inspect import KEEPING, Inspection, Row
 from prunus.run.names import rows as rows_of_names
 from prunus.run.outline import Outline, kind_of, size_in_words
 from prunus.run.tables import spread
@@ -149,6 +149,9 @@ def show_inspection(path: Path, found: Inspection, *, every: bool = False) -> No
         f"{found.entries:,} values in {found.bytes / 1e6:,.1f} MB, {100 * found.sparsity:.2f} % zeros; "
         f"{len(found.pruned)} pruned weights with {100 * found.pruned_sparsity:.2f} % zeros"
     )
+    losing = sorted({row.dtype for row in found if row.dtype not in KEEPING}) if path.suffix == ".gguf" else []
+    if losing:
+        _note(f"{', '.join(losing)} does not keep zeros as zeros: convert to F16, BF16, Q8_0, Q5_0 or Q4_0")
 
 
 def show_names() -> None:

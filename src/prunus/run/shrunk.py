@@ -1,6 +1,6 @@
 """The smaller model that a recipe's section `shrink` asks for: made once in a run, kept as a folder, then pruned.
 
-blocks ─▶ heads ─▶ neurons ─▶ words        each on the calibration windows, with what is left then
+blocks ─▶ experts ─▶ heads ─▶ neurons ─▶ words        each on the calibration windows, with what is left then
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from prunus.shrink import (
     choose_blocks,
     needed_words,
     remove_blocks,
+    remove_experts,
     remove_heads,
     remove_neurons,
     trim_tokenizer,
@@ -68,7 +69,7 @@ def _make(loaded: stages.Loaded, recipe: LanguageRecipe, device: torch.device, f
 
 
 def _narrowed(model: Any, recipe: LanguageRecipe, tokens: Tensor, device: torch.device) -> tuple[Any, dict[str, Any]]:
-    """The model without blocks, heads and neurons, and what went."""
+    """The model without blocks, experts, heads and neurons, and what went."""
     asked, told = given(recipe.shrink), dict[str, Any]()
     how: Mapping[str, Any] = {
         "device": device,
@@ -79,6 +80,8 @@ def _narrowed(model: Any, recipe: LanguageRecipe, tokens: Tensor, device: torch.
         told["blocks"] = choose_blocks(model, tokens, asked.blocks, **how)
         log.info("blocks %s go", told["blocks"])
         model = remove_blocks(model, told["blocks"])
+    if asked.experts:
+        model = remove_experts(model, tokens, asked.experts, **how)
     if asked.heads:
         model = remove_heads(model, tokens, asked.heads, **how)
     if asked.neurons:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunus.layers import CONVOLUTIONS, Inputs, Products, View, matches, scan
-from prunus.machine import imported
+from prunus.machine import imported, is_pretrained
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +32,8 @@ def observe(block: nn.Module, views: Sequence[View], *, gram: bool) -> Generator
     model or of the block. Until a layer has received anything it has no entry; on leaving, every view has one, and an
     expert that no token reached has `tokens == 0`.
 
-    An attention mask (b, length) that the block is called with, of integers or bools, says which positions count; rows
-    of experts are no positions any more, and all count.
+    Masks (b, length) that the block is called with, of integers or bools, say which positions count: attention_mask and
+    decoder_attention_mask. Rows of experts are no positions any more, and all count.
 
     Raises: ValueError if a view is not in the block, if its inputs cannot be told (grouped convolutions), or if stacked
     experts ran but no product with them was seen.
@@ -43,7 +43,7 @@ def observe(block: nn.Module, views: Sequence[View], *, gram: bool) -> Generator
         located = list(_locate(block, views))
         stacks = _attach(block, located, ledger, stack)
         start = block.register_forward_pre_hook(
-            lambda module, args, kwargs: ledger.start(kwargs.get("attention_mask")), prepend=True, with_kwargs=True
+            lambda module, args, kwargs: ledger.start(_marks(module, kwargs)), prepend=True, with_kwargs=True
         )
         stack.callback(start.remove)
         if stacks:
@@ -98,11 +98,10 @@ class _Ledger:
         self.groups: dict[str, _Group] = {}
         self.forwards = 0
         self._latest: dict[int, _Group] = {}  # by id of the tensor that a leader received in this forward
-        self._attended: Tensor | None = None  # (b, length) bool
+        self._marks: list[Tensor] = []  # (b, length) bool, of several lengths
 
-    def start(self, attention_mask: Any) -> None:
-        marks = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
-        self._attended = attention_mask.bool() if marks and not attention_mask.is_floating_point() else None
+    def start(self, marks: list[Tensor]) -> None:
+        self._marks = marks
         self.forwards += 1
         self._latest.clear()
 
@@ -122,10 +121,9 @@ class _Ledger:
             self._latest[id(x)] = group
 
     def _counted(self, x: Tensor) -> Tensor:
-        """The rows of x (b, length, in) or (b * length, in) that the attention mask marks; all of any other x."""
-        if self._attended is None or x.shape[:-1].numel() != self._attended.numel():
-            return x
-        return x.reshape(-1, x.shape[-1])[self._attended.flatten().to(x.device)]
+        """The rows of x (b, length, in) or (b * length, in) that the mask of this size marks; all of any other x."""
+        marks = next((each for each in self._marks if each.numel() == x.shape[:-1].numel()), None)
+        return x if marks is None else x.reshape(-1, x.shape[-1])[marks.flatten().to(x.device)]
 
     def _group(self, name: str, x: Tensor) -> _Group:
         group = self._latest.get(id(x))
@@ -153,6 +151,26 @@ class _Ledger:
         for view, parameter in located:
             if view.name not in self.inputs:
                 self.inputs[view.name] = Inputs(view.shape[1], gram=self.gram, device=parameter.device)
+
+
+def _marks(module: nn.Module, kwargs: dict[str, Any]) -> list[Tensor]:
+    """The masks (b, length) of a call, as bools.
+
+    Raises ValueError where encoder and decoder receive inputs of one shape, of which one is masked.
+    """
+    masks = [kwargs.get(key) for key in ("attention_mask", "decoder_attention_mask")]
+    found = [
+        each.bool() for each in masks if isinstance(each, Tensor) and each.ndim == 2 and not each.is_floating_point()
+    ]
+    if is_pretrained(module) and module.config.is_encoder_decoder and not all(bool(each.all()) for each in found):
+        given = [kwargs.get(key) for key in ("input_ids", "decoder_input_ids", "labels")]
+        shapes = [each.shape for each in given if isinstance(each, Tensor)]
+        if len(shapes) > 1 and shapes[0] in shapes[1:]:
+            raise ValueError(
+                f"encoder and decoder both receive {tuple(shapes[0])} positions, so what a mask hides cannot be told "
+                "apart: pad one of them by one position more"
+            )
+    return found
 
 
 @dataclass(eq=False)

@@ -1,7 +1,16 @@
+from .accelerate import PRODUCTS as PRODUCTS
+from .accelerate import Accelerated as Accelerated
+from .accelerate import accelerate_ as accelerate_
+from .accelerate import float8 as float8
+from .accelerate import float8_sparse as float8_sparse
+from .accelerate import is_two_four as is_two_four
 from .columns import columns as columns
+from .experts import expert_saliency as expert_saliency
+from .experts import remove_experts as remove_experts
 from .filters import Channels as Channels
 from .filters import choose_filters as choose_filters
 from .filters import filter_norms as filter_norms
+from .filters import filter_taylor as filter_taylor
 from .filters import find_channels as find_channels
 from .filters import remove_filters as remove_filters
 from .filters import resized as resized

@@ -16,8 +16,9 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 import torch
@@ -40,7 +41,8 @@ class Channels:
     """Channels that stand or go together. layers: those whose outputs they are, the first of which gives the name.
 
     size: how many; blocks: of so many consecutive parts equally many must stay (the groups of grouped convolutions);
-    kept: why they cannot go, or None.
+    kept: why they cannot go, or None; heads: of attention, which go whole: so many lie beside one another in each of
+    `parts`, which are queries, keys and values where one layer makes them all.
 
     >>> Channels("conv1", ("conv1",), 64).kept is None
     True
@@ -51,6 +53,12 @@ class Channels:
     size: int
     blocks: int = 1
     kept: str | None = None
+    heads: int = 0
+    parts: int = 1
+
+    def of_heads(self, chosen: Tensor) -> Tensor:
+        """(heads,) of something for each head -> (size,) for each channel."""
+        return chosen.repeat_interleave(self.size // self.parts // self.heads).repeat(self.parts)
 
 
 def find_channels(
@@ -107,6 +115,46 @@ def filter_norms(
     return found
 
 
+def filter_taylor(
+    model: nn.Module,
+    channels: Sequence[Channels],
+    batches: Iterable[Any],
+    loss: Callable[[nn.Module, Any], Tensor],
+) -> dict[str, Tensor]:
+    """Name of a set -> what the loss would change by without each channel, to first order, (size,) float32.
+
+        mean over batches of |sum over the channel's filters and biases of w dL/dw|    (Molchanov et al. 2019, Eq. 8)
+
+    They square what is in bars. loss: (model, batch) -> scalar, in whatever mode the model is; its gradients are not
+    touched. Raises ValueError where there is no batch.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    >>> filter_taylor(model, [Channels("0", ("0",), 2)], [torch.ones(1, 2)], lambda m, x: m(x).sum())["0"].shape
+    torch.Size([2])
+    """
+    modules = dict(model.named_modules())
+    named = {
+        f"{layer}.{part}": parameter
+        for each in channels if each.kept is None
+        for layer in each.layers
+        for part, parameter in modules[layer].named_parameters(recurse=False)
+    }  # fmt: skip
+    found = {each.name: torch.zeros(each.size) for each in channels if each.kept is None}
+    count = 0
+    for batch in batches:
+        grads = dict(zip(named, torch.autograd.grad(loss(model, batch), list(named.values())), strict=True))
+        with torch.no_grad():
+            rows = {key: (grads[key] * each).reshape(len(each), -1).sum(1) for key, each in named.items()}
+            for each in channels:
+                own = [row for key, row in rows.items() if key.rpartition(".")[0] in each.layers]
+                if each.kept is None:
+                    found[each.name] += torch.stack(own).sum(0).abs().cpu()
+        count += 1
+    if not count:
+        raise ValueError("filter_taylor: there is no batch; give at least one")
+    return {name: each / count for name, each in found.items()}
+
+
 def choose_filters(
     scores: Mapping[str, Tensor],
     channels: Sequence[Channels],
@@ -117,8 +165,9 @@ def choose_filters(
     """Name of a set -> which of its channels go (sorted int64), those with the lowest scores; of equal ones the later.
 
     sparsity: the share of channels that go, in [0, 1): of each set ("uniform"), or of all together by score / mean
-    score of the set ("global"; sets with blocks keep the uniform share). Every set keeps at least one channel in each
-    block. scores: name -> (size,), as `filter_norms` makes them. Raises ValueError for a sparsity outside [0, 1).
+    score of the set ("global"; sets with blocks and heads keep the uniform share). Every set keeps at least one channel
+    in each block. Heads go whole, by the sum of the squared scores of their channels. scores: name -> (size,), as
+    `filter_norms` makes them. Raises ValueError for a sparsity outside [0, 1).
 
     >>> sets = [Channels("a", ("a",), 4), Channels("b", ("b",), 2, kept="it is excluded")]
     >>> choose_filters({"a": torch.tensor([3.0, 1.0, 2.0, 0.0])}, sets, 0.5)
@@ -127,9 +176,16 @@ def choose_filters(
     free = {each.name: each for each in channels if each.kept is None}
     counts = {name: each.blocks * max(1, kept_of(each.size // each.blocks, sparsity)) for name, each in free.items()}
     if allocation == "global":
-        counts |= _global_counts({name: scores[name] for name, each in free.items() if each.blocks == 1}, sparsity)
+        counts |= _global_counts(
+            {name: scores[name] for name, each in free.items() if each.blocks == 1 and not each.heads}, sparsity
+        )
     gone: dict[str, Tensor] = {}
     for name, each in free.items():
+        if each.heads:
+            worth = scores[name].detach().float().view(each.parts, each.heads, -1).square().sum((0, 2))
+            stays = keep_largest(worth[None], max(1, kept_of(each.heads, sparsity)))[0]
+            gone[name] = each.of_heads(~stays).nonzero()[:, 0].cpu()
+            continue
         rows = scores[name].detach().float().view(each.blocks, -1)
         stays = torch.stack([keep_largest(row[None], counts[name] // each.blocks)[0] for row in rows]).view(-1)
         gone[name] = (~stays).nonzero()[:, 0].cpu()
@@ -151,6 +207,7 @@ def remove_filters(model: nn.Module, example: Tensor, gone: Mapping[str, Tensor]
     cuts, small = _Graph(model, example).cuts(gone), copy.deepcopy(model)
     for name, cut in cuts.items():
         _cut_(small.get_submodule(name), cut)
+    _fit_heads_(model, small)
     _check_same(small, _masked(model, cuts), example)
     return small
 
@@ -176,6 +233,7 @@ def resized(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
             copied = _replaced(copied, name, nn.Sequential(*two).train(module.training))
         elif _makes(module) or isinstance(module, _BatchNorm):
             _shape_(module, {part: state[prefix + part] for part in module.state_dict() if prefix + part in state})
+    _fit_heads_(model, copied)
     try:
         copied.load_state_dict(dict(state))
     except RuntimeError as error:
@@ -201,7 +259,8 @@ class _Graph:
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")  # of parameters outside modules, which are left alone here
             self.graph: Any = torch_pruning.DependencyGraph()
-            self.graph.build_dependency(self.model, example_inputs=example.detach().cpu().float())
+            x = _as_float(example.detach().cpu())
+            self.graph.build_dependency(self.model, example_inputs=x, output_transform=_first)
 
     def knows(self, name: str) -> bool:
         """Whether the example reached the layer."""
@@ -222,7 +281,22 @@ class _Graph:
         layers = tuple(name for module, name in self.names.items() if module in makers)
         grouped = [each for each, _, _ in members if isinstance(each, _CONVOLUTIONS) and not _is_depthwise(each)]
         blocks = math.lcm(*(each.groups for each in grouped)) if grouped else 1
-        return Channels(name, layers, size, blocks, self._why_kept(members, size, blocks))
+        heads, parts, strange = self._heads(layers, members, size)
+        return Channels(name, layers, size, blocks, self._why_kept(members, size, blocks) or strange, heads, parts)
+
+    def _heads(
+        self, layers: Sequence[str], members: Sequence[tuple[nn.Module, bool, list[int]]], size: int
+    ) -> tuple[int, int, str | None]:
+        """How many heads the channels of attention make, in how many parts, and why they cannot go, or None."""
+        above = {name.rpartition(".")[0] for name in layers}
+        found = _heads_of(self.model.get_submodule(above.pop())) if len(above) == 1 else None
+        read = [len(indices) for each, out, indices in members if not out and _makes(each)]
+        if found is None or not read or (len(layers) == 1 and 3 * read[0] != size):
+            return 0, 1, None
+        heads = found[1]
+        if read[0] % heads or size != read[0] * (3 if len(layers) == 1 else 1):
+            return 0, 1, f"its {size} channels are not of {heads} heads alike"
+        return heads, size // read[0], None
 
     def _why_kept(self, members: Sequence[tuple[nn.Module, bool, list[int]]], size: int, blocks: int) -> str | None:
         if not any(not out and isinstance(each, (nn.Linear, *_CONVOLUTIONS)) for each, out, _ in members):
@@ -249,6 +323,8 @@ class _Graph:
                 raise ValueError(f"channels of '{name}' cannot go: {known.kept or 'none would be left'}")
             if not chosen:
                 continue
+            if known.heads and not _whole_heads(known, chosen):
+                raise ValueError(f"channels of '{name}' go by whole heads, of which there are {known.heads}")
             for module, out, places in self.members(name, chosen):
                 if module in self.names:
                     cut = found.setdefault(self.names[module], _Cut(set(), set()))
@@ -330,6 +406,43 @@ def _shape_(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     _cut_(module, _Cut(set(range(known.shape[0], size)), into))
 
 
+def _whole_heads(channels: Channels, chosen: Sequence[int]) -> bool:
+    gone = torch.zeros(channels.size, dtype=torch.bool)
+    gone[torch.tensor(chosen)] = True
+    return torch.equal(gone, channels.of_heads(gone.view(channels.parts, channels.heads, -1)[0, :, 0]))
+
+
+def _heads_of(module: nn.Module) -> tuple[str, int] | None:
+    """Name and value of the number by which a module says how many heads it has."""
+    for key, value in vars(module).items():
+        if type(value) is int and value > 0 and "heads" in key and "key_value" not in key and "kv" not in key:
+            return key, value
+    return None
+
+
+def _fit_heads_(old: nn.Module, new: nn.Module) -> None:
+    """Say in every attention of `new` how many heads are left, and how wide they are together, in place."""
+    for name, module in old.named_modules():
+        found = _heads_of(module)
+        if found is None:
+            continue
+        after = new.get_submodule(name)
+        sizes = [
+            (each.out_features, getattr(after, child).out_features)
+            for child, each in module.named_children()
+            if isinstance(each, nn.Linear)
+        ]
+        changed = next(((before, left) for before, left in sizes if before != left), None)
+        if changed is None:
+            continue
+        whole, heads = Fraction(changed[1], changed[0]), found[1]
+        width = next(size for size, left in sizes if size != left)
+        for key, value in list(vars(module).items()):
+            counts = "heads" in key and value == heads
+            if type(value) is int and (counts or (value in (width, width // 3) and ("dim" in key or "size" in key))):
+                setattr(after, key, int(value * whole))
+
+
 def _left(size: int, gone: set[int]) -> Tensor:
     return torch.tensor([place for place in range(size) if place not in gone], dtype=torch.int64)
 
@@ -352,9 +465,20 @@ def _keep_(module: nn.Module, outputs: Tensor, inputs: Tensor | None = None, gro
             module.register_buffer(name, new, persistent=name not in module._non_persistent_buffers_set)
 
 
+def _as_float(example: Tensor) -> Tensor:
+    return example.float() if example.is_floating_point() else example  # token ids stay
+
+
+def _first(output: Any) -> Tensor:
+    """What a network gives, or the first of what it gives: models of transformers give several things."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
 def _check_same(small: nn.Module, masked: nn.Module, example: Tensor) -> None:
-    x = torch.randn(example.shape, generator=torch.Generator().manual_seed(0))
-    one, other = (copy.deepcopy(each).cpu().float().eval()(x) for each in (small, masked))
+    x = example.detach().cpu()
+    if x.is_floating_point():
+        x = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    one, other = (_first(copy.deepcopy(each).cpu().float().eval()(x)) for each in (small, masked))
     apart = math.inf
     if one.shape == other.shape:
         apart = float((one - other).abs().max() / other.abs().max().clamp_min(1e-30))

@@ -31,7 +31,7 @@ from prunus.score import Criterion
 from prunus.shrink.columns import columns
 from prunus.stream import Memory, stream
 
-__all__ = ["choose_blocks", "rebuilt", "remove_blocks", "remove_heads", "remove_neurons"]
+__all__ = ["choose_blocks", "rebuilt", "remove_blocks", "remove_heads", "remove_neurons", "resized_config"]
 
 _LOOK = 32  # tokens on which the smaller model is compared with the masked one
 _EXACT, _ROUNDED = 1e-3, 0.1  # largest difference of logits, as a share of the largest: 32 bits, and fewer
@@ -89,7 +89,7 @@ def remove_neurons(
         both = torch.cat([kept, kept + size])  # of gate and up in one matrix
         rows = {maker: kept if _height(model, maker) == size else both for maker in part.makers}
         cuts |= {part.reader: _Cut(columns=kept)} | {maker: _Cut(rows=each) for maker, each in rows.items()}
-    return _cut(model, tokens, cuts, lambda state: _resized_config(model, size, stay, state))
+    return _cut(model, tokens, cuts, lambda state: resized_config(model, size, stay, state, "neurons"))
 
 
 @torch.no_grad()
@@ -372,8 +372,11 @@ def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
     return config
 
 
-def _resized_config(model: Any, old: int, new: int, state: Mapping[str, Tensor]) -> Any:
-    """The config in which one number, or several of one value, is another, so that a model of it has these tensors."""
+def resized_config(model: Any, old: int, new: int, state: Mapping[str, Tensor], what: str) -> Any:
+    """The config in which one number, or several of one value, is another, so that a model of it has these tensors.
+
+    Raises ValueError, which names `what`, where there is no such number.
+    """
     said: dict[str, Any] = model.config.to_dict()
     keys = [key for key, value in said.items() if type(value) is int and value == old]
     keys += [key for key, value in said.items() if value is None and any(word in key for word in _SIZES)]
@@ -382,4 +385,4 @@ def _resized_config(model: Any, old: int, new: int, state: Mapping[str, Tensor])
             config = _changed(model.config, dict.fromkeys(some, new))
             if _other_sizes(empty_model(config, model.dtype), state) is None:
                 return config
-    raise ValueError(f"shrink.neurons: no number in the config of {type(model).__name__} is the size {old} of its MLPs")
+    raise ValueError(f"shrink.{what}: no number in the config of {type(model).__name__} says that there are {old}")

@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 
 from prunus.masks import pack, unpack
 from prunus.train.next_token import Aim, aimed_loss, row_logits
+from prunus.train.train import class_logits
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class _Mixed:
 
     weight: float
     temperature: float
+    smoothing: float = 0.0  # of labels; `gradient` has none
 
     def __post_init__(self) -> None:
         if not 0 < self.weight <= 1 or not 0 < self.temperature < float("inf"):
@@ -62,7 +64,7 @@ class _Mixed:
     def _entropy(self, z: Tensor, labels: Tensor) -> Tensor:
         if self.weight == 1:
             return z.new_zeros((), dtype=torch.float32)
-        return (1 - self.weight) * F.cross_entropy(z.float(), labels, reduction="sum")
+        return (1 - self.weight) * F.cross_entropy(z.float(), labels, reduction="sum", label_smoothing=self.smoothing)
 
 
 def distilled_next_token(
@@ -104,23 +106,24 @@ def distilled_next_token(
 
 
 def distilled_classification(
-    teacher: nn.Module, weight: float = 0.5, temperature: float = 1.0
-) -> Callable[[nn.Module, tuple[Tensor, Tensor]], Tensor]:
+    teacher: nn.Module, weight: float = 0.5, temperature: float = 1.0, *, smoothing: float = 0.0
+) -> Callable[[nn.Module, tuple[Any, Tensor]], Tensor]:
     """The loss of (model, (inputs, labels)) that holds a classifier against a teacher of its classes.
 
-    teacher, weight, temperature: as in `distilled_next_token`. Models return logits (batch, classes), or an object that
-    has them. The loss raises ValueError for a teacher with other classes.
+    teacher, weight, temperature: as in `distilled_next_token`. inputs: a tensor, or the keywords that a tokenizer made.
+    Models return logits (batch, classes), or an object that has them. smoothing: of labels, in the cross-entropy.
+    The loss raises ValueError for a teacher with other classes.
 
     >>> loss = distilled_classification(dense)
     >>> loss(pruned, (torch.zeros(2, 4), torch.tensor([0, 1]))).shape
     torch.Size([])
     """
-    mixed = _Mixed(weight, temperature)
+    mixed = _Mixed(weight, temperature, smoothing)
 
-    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        z = _logits(model(batch[0]))
+    def loss(model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
+        z = class_logits(model, batch[0])
         with torch.no_grad():
-            taught = _logits(teacher(batch[0]))
+            taught = class_logits(teacher, batch[0])
         _check_classes(z, taught)
         return mixed.value(z, taught, batch[1]) / len(batch[1])
 
@@ -208,10 +211,6 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
 def _plain_name(name: str) -> str:
     """A parameter's name without what a parametrization puts into it."""
     return name.replace("parametrizations.", "").removesuffix(".original")
-
-
-def _logits(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output.logits
 
 
 def _check_classes(z: Tensor, taught: Tensor) -> None:

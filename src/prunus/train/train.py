@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,10 +57,11 @@ class Trace:
     watched: list[tuple[int, float]] = field(default_factory=list)
 
 
-def classification_loss(smoothing: float = 0.0) -> Callable[[nn.Module, tuple[Tensor, Tensor]], Tensor]:
+def classification_loss(smoothing: float = 0.0) -> Callable[[nn.Module, tuple[Any, Tensor]], Tensor]:
     """A loss of (model, (inputs, labels)): the mean cross-entropy in float32, with label smoothing in [0, 1).
 
-    Models that return logits (batch, classes), and those of transformers that return an object with `logits`, will do.
+    inputs: a tensor, or the keywords that a tokenizer made. Models that return logits (batch, classes), and those of
+    transformers that return an object with `logits`, will do.
 
     >>> loss = classification_loss(smoothing=0.1)
     >>> loss(nn.Linear(4, 3), (torch.zeros(2, 4), torch.tensor([0, 1]))).shape
@@ -69,12 +70,21 @@ def classification_loss(smoothing: float = 0.0) -> Callable[[nn.Module, tuple[Te
     if not 0 <= smoothing < 1:
         raise ValueError(f"Label smoothing lies in [0, 1); got {smoothing}.")
 
-    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        out = model(batch[0])
-        logits = out if isinstance(out, Tensor) else out.logits
+    def loss(model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
+        logits = class_logits(model, batch[0])
         return nn.functional.cross_entropy(logits.float(), batch[1], label_smoothing=smoothing)
 
     return loss
+
+
+def class_logits(model: nn.Module, inputs: Any) -> Tensor:
+    """The logits (batch, classes) of a tensor, or of a mapping of keywords.
+
+    >>> class_logits(nn.Linear(4, 3), torch.zeros(2, 4)).shape
+    torch.Size([2, 3])
+    """
+    out = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    return out if isinstance(out, Tensor) else out.logits
 
 
 def train(

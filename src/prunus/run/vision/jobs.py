@@ -32,7 +32,7 @@ from prunus.run.vision.smaller import smaller
 from prunus.run.vision.soups.averaging import Average, Meter, averaged
 from prunus.run.vision.watch import watchers
 from prunus.soup import average, average_and_reprune, distance, finish, phase_sparsities
-from prunus.train import During, Multiplier, Original, Swa
+from prunus.train import During, Multiplier, Original, Swa, distilled_classification
 
 __all__ = [
     "ClassifierJobs",
@@ -348,6 +348,7 @@ def _train(asked: Training, base: Job, job: Job, store: Store) -> dict[str, Any]
             lr=peak,
             masks=masks,
             during=[swa] if swa is not None else [],
+            loss=_taught(asked, base, store),
             checkpoint=store.checkpoint(job),
             on_step=advance and advance.step,
         )
@@ -362,6 +363,17 @@ def _train(asked: Training, base: Job, job: Job, store: Store) -> dict[str, Any]
     losses = {"losses": losses_by_epoch(trace.losses, every), "every": every}
     numbers = {"steps": steps, "seconds": trace.seconds, "initial_lr": max(trace.lrs)}
     return {"measured": measured, **numbers, **losses, **where}
+
+
+def _taught(asked: Training, base: Job, store: Store) -> stages.Loss | None:
+    """The loss that holds what is retrained against the dense network; None if the recipe asks for no teacher."""
+    own = asked.own
+    distill = None if own.retrain is None or asked.whole else own.retrain.distill
+    if distill is None:
+        return None
+    teacher = network(own, store, base, base).eval().requires_grad_(False)
+    smoothing = own.train.label_smoothing
+    return distilled_classification(teacher, distill.weight, distill.temperature, smoothing=smoothing)
 
 
 def _measure_trained(asked: Training, model: nn.Module, setting: Setting) -> dict[str, Any]:

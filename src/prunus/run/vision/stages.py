@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prunus.data import CORRUPTIONS, Images
 from prunus.layers import View, find_layers
@@ -55,6 +55,7 @@ __all__ = [
 ]
 
 OnStep = Callable[[int, float], None]
+Loss = Callable[[nn.Module, tuple[Any, Tensor]], Tensor]  # of (model, (images, labels))
 _CALIBRATED = 1024  # images
 
 
@@ -78,10 +79,13 @@ def fit(
     masks: Masks | None = None,
     during: Sequence[During] = (),
     views: Sequence[View] | None = None,
+    loss: Loss | None = None,
     checkpoint: Path | None = None,
     on_step: OnStep | None = None,
 ) -> Trace:
     """Train in place; part as in `Setting.batches`. A running mean, if asked for, ends up in the model.
+
+    loss: the recipe's cross-entropy if left out.
 
     Retraining (part > 0) stays in the feasible sets of Frank-Wolfe, but is without proximal steps and penalty: what
     they were to bring about is there. A network that has become smaller (no masks) no longer fits those sets.
@@ -99,7 +103,7 @@ def fit(
         optimizer,
         multiplier,
         steps=steps,
-        loss=classification_loss(asked.label_smoothing),
+        loss=loss or classification_loss(asked.label_smoothing),
         masks=masks,
         during=[*methods, *mean],
         epoch_steps=setting.epoch_steps,
