@@ -14,9 +14,19 @@ import yaml
 from pretrain import read_recipe  # pyright: ignore[reportMissingImports] - a script, on pytest's path
 from pydantic import BaseModel
 
+from tests.pages import MARKED
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NOT_RUN = {  # commands of others, by why
+    "python": "a test of this suite",
+    "accelerate": "several processes: test_ranks launches them",
+    "ray": "a cluster",
+    "tensorboard": "a server, which does not end",
+    "transformers": "a server, which does not end",
+    "vllm": "a GPU, and a torch of its own",
+}
 
 
 def blocks(text: str, language: str):
@@ -48,7 +58,8 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     """All blocks of a page in order, in one namespace and an empty folder."""
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "__docs__"}
-    for number, body in enumerate(blocks(page.read_text(encoding="utf-8"), "python"), 1):
+    apart = MARKED.sub("", page.read_text(encoding="utf-8"))  # which `tests.pages` runs
+    for number, body in enumerate(blocks(apart, "python"), 1):
         exec(compile(body, f"{page.name}, block {number}", "exec"), names)
 
 
@@ -164,6 +175,8 @@ def check_commands(lines: Iterable[str], monkeypatch: pytest.MonkeyPatch):
     for line in lines:
         words = shlex.split(line.partition(" > ")[0])
         start = next((i for i, word in enumerate(words) if word in ("prunus", "prunus.run.cli")), None)
+        if start != 0:
+            assert Path(words[0]).name in NOT_RUN, f"{line}: run it, or say in NOT_RUN why not"
         if start is None:
             continue
         touch_files_named_in(line)

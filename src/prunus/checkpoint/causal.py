@@ -22,6 +22,7 @@ from torch import Tensor
 
 from prunus.checkpoint.folder import ADAPTER, Checkpoint
 from prunus.checkpoint.stored import DTYPES
+from prunus.machine import without_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -275,15 +276,13 @@ def _silence() -> Generator[None]:
     """Without the table and the bar that transformers prints of a loading."""
     from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level = logging.get_verbosity()
     logging.set_verbosity(50)  # critical
-    logging.disable_progress_bar()
     try:
-        yield
+        with without_bars():
+            yield
     finally:
         logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _refuse_wrapped(checkpoint: Checkpoint, known: Callable[[list[str]], bool]) -> None:

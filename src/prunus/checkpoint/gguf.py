@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from filelock import FileLock
 
-from prunus.machine import atomic_folder, cache, import_extra
+from prunus.machine import atomic_folder, cache, import_extra, without_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +45,7 @@ def plain(path: Path) -> Path:
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             model, tokenizer = _opened(path)
-            with atomic_folder(folder) as partial:
+            with atomic_folder(folder) as partial, without_bars():
                 model.save_pretrained(partial)
                 tokenizer.save_pretrained(partial)
     return folder
@@ -58,8 +58,9 @@ def _opened(file: Path) -> tuple[PreTrainedModel, Any]:
     place: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     how = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32, "output_loading_info": True}
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(**place, **how)  # type: ignore[misc]
-        tokenizer = AutoTokenizer.from_pretrained(**place)
+        with without_bars():
+            model, loading = AutoModelForCausalLM.from_pretrained(**place, **how)  # type: ignore[misc]
+            tokenizer = AutoTokenizer.from_pretrained(**place)
     except Exception as error:  # numpy's and the tokenizers library's own among them
         if isinstance(error, (ImportError, MemoryError)):
             raise

@@ -156,3 +156,21 @@ def set_random_state(states: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+
+
+@contextmanager
+def without_bars() -> Generator[None]:
+    """Without the bars that transformers draws of loading and writing, between ours.
+
+    >>> with without_bars():
+    ...     model.save_pretrained("folder")
+    """
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

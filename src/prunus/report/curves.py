@@ -108,11 +108,12 @@ def plot_losses(
     path: str | Path,
     *,
     watched: Mapping[str, Sequence[tuple[int, float]]] | None = None,
+    every: Mapping[str, int] | None = None,
 ) -> None:
     """Write a PNG of training losses by step, a line for each retraining; long ones faint, with their running mean.
 
-    watched: steps and perplexities that were measured meanwhile, dashed, on an axis of their own. Raises ValueError
-    without a loss.
+    every: how many steps a loss is the mean of, where not one. watched: steps and perplexities that were measured
+    meanwhile, dashed, on an axis of their own. Raises ValueError without a loss.
     """
     if not any(losses.values()):
         raise ValueError("there is no loss to draw")
@@ -122,11 +123,12 @@ def plot_losses(
     axis = figure.subplots()
     for i, (name, values) in enumerate(losses.items()):
         style: dict[str, Any] = {**_style(i), "linewidth": 1.4, "label": name}
-        width = len(values) // _WINDOWS
+        width, step = len(values) // _WINDOWS, (every or {}).get(name, 1)
+        steps = range(step, step * len(values) + 1, step)
         if width > 1:
-            axis.plot(range(1, len(values) + 1), values, color=style["color"], linewidth=0.5, alpha=0.35)
+            axis.plot(steps, values, color=style["color"], linewidth=0.5, alpha=0.35)
         means = [statistics.fmean(values[max(0, end - max(1, width)) : end]) for end in range(1, len(values) + 1)]
-        axis.plot(range(1, len(values) + 1), means, **style, markevery=max(1, len(values) // 8), markersize=4)
+        axis.plot(steps, means, **style, markevery=max(1, len(values) // 8), markersize=4)
     axis.set_xlabel("step")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_title("Training loss", loc="left", fontsize=10)

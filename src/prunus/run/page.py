@@ -141,7 +141,7 @@ def _language(folder: Path, result: Result) -> Page:
         Part("Retraining", rows=rows, pictures=_losses(folder)),
         _zeros(pruning["by_layer"]),
         Part("Output error by block", rows=_errors(pruning.get("blocks", []))),
-        Part("Measured speed", "Tokens a second.", rows=speed_rows(result["speed"]) if "speed" in result else []),
+        Part("Measured speed, tokens a second", rows=speed_rows(result["speed"]) if "speed" in result else []),
         Part("Zero-shot", rows=[{"task": task, **found} for task, found in result.get("zero_shot", {}).items()]),
     ]
     return _page(folder, result, cards, parts)
@@ -154,7 +154,7 @@ def _trained(found: Mapping[str, Any]) -> Row:
         "tokens": found["tokens"],
         "tokens a second": found["tokens_per_second"],
         "seconds": found["seconds"],
-        "GPU memory, GB": found["peak_memory"] / 1e9 or None,
+        **({"GPU memory, GB": found["peak_memory"] / 1e9} if found["peak_memory"] else {}),
     }
 
 
@@ -168,7 +168,7 @@ def _classifier(folder: Path, result: Result) -> Page:
     corrupted: Mapping[str, Mapping[str, float]] = result.get("corrupted", {}).get("by_name", {})
     parts = [
         Part("Stages", rows=classifier_rows(result), pictures=_present(folder, "report.png")),
-        Part("Phases", rows=result["phases"]),
+        Part("Retraining", rows=result["phases"], pictures=_losses(folder)),
         Part("Zeros by layer", rows=[{"layer": name, "zeros, %": 100 * share} for name, share in layers.items()]),
         Part("Corrupted images", rows=[{"corruption": name, **row} for name, row in corrupted.items()]),
     ]
@@ -260,7 +260,8 @@ def _losses(folder: Path) -> list[Path]:
         return []
     named = {row.get("name") or f"{row['stage']} {place}": row for place, row in enumerate(rows, 1)}
     losses, watched = ({name: row.get(key, []) for name, row in named.items()} for key in ("losses", "watched"))
-    plot_losses(losses, folder / "loss.png", watched=watched)
+    every = {name: row.get("every", 1) for name, row in named.items()}
+    plot_losses(losses, folder / "loss.png", watched=watched, every=every)
     return [folder / "loss.png"]
 
 

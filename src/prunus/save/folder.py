@@ -33,6 +33,7 @@ from prunus.machine import (
     naming,
     read_json,
     read_tensors,
+    without_bars,
     write_json,
     write_text,
 )
@@ -156,7 +157,7 @@ def save_model(
         masks.check(model)
         masks.apply_(model)  # -0.0 is zero, and stored as +0.0
     with new_folder(folder, source) as partial:
-        with _as_dense(model):
+        with _as_dense(model), without_bars():
             model.save_pretrained(partial, max_shard_size=int(max_shard_bytes))
         write_config(model.config, partial / "config.json", source_folder(source), dtype=model.dtype)
         within = packed is not False and pack_(partial, packed, masks, max_shard_bytes)

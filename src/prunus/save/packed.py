@@ -24,7 +24,7 @@ from prunus.checkpoint import (
     read_checkpoint,
     read_config,
 )
-from prunus.machine import read_json, write_json
+from prunus.machine import read_json, without_bars, write_json
 from prunus.masks import Masks
 from prunus.save.shards import ShardWriter
 
@@ -86,10 +86,11 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> PreTrain
 def loaded_model(checkpoint: Checkpoint, empty: Any, **options: Any) -> Any:
     """The model that `empty` is made for, with the weights of a checkpoint. options: of from_pretrained."""
     options = {"dtype": empty.dtype, **options}
-    if not checkpoint.is_packed:
-        return type(empty).from_pretrained(str(checkpoint.folder), **options).eval()
-    state = {name: each.read() for name, each in checkpoint.tensors.items()}
-    return type(empty).from_pretrained(None, config=empty.config, state_dict=state, **options).eval()
+    with without_bars():
+        if not checkpoint.is_packed:
+            return type(empty).from_pretrained(str(checkpoint.folder), **options).eval()
+        state = {name: each.read() for name, each in checkpoint.tensors.items()}
+        return type(empty).from_pretrained(None, config=empty.config, state_dict=state, **options).eval()
 
 
 def _are_nonzeros(masks: Masks | None, dense: Checkpoint, said: Mapping[str, Mapping[str, Any]]) -> bool:

@@ -31,8 +31,8 @@ _KEPT = ("top5", "loss", "calibration_error", "maximum_calibration_error", "wors
 class Outcome:
     """A finished run: the network, its masks (None when dense or smaller), its numbers.
 
-    trace: learning rates as runs and losses by epoch of the first training. geometry: what lies between the members of
-    a soup.
+    trace: learning rates as runs and losses by epoch of the first training; losses of each phase's. geometry: what lies
+    between the members of a soup.
     """
 
     model: nn.Module
@@ -84,7 +84,7 @@ def _single(plan: Plan, store: Store) -> Outcome:
         sets = len(recipe.corruptions.names or CORRUPTIONS) * len(recipe.corruptions.severities)
         with store.bar("corruptions", sets) as advance:
             result["corrupted"] = stages.corrupted(model, setting, recipe.corruptions, advance)
-    return Outcome(model, masks, result, _trace(plan.base, store))
+    return Outcome(model, masks, result, _trace(plan.base, store) | {"phases": _losses(run, store)})
 
 
 def _work(plan: Plan, run: Run, trunk: Trunk, store: Store) -> dict[str, Any]:
@@ -115,6 +115,12 @@ def _phases(plan: Plan, run: Run, trunk: Trunk, store: Store) -> list[dict[str, 
             row |= {"steps": trained["steps"], "epochs": trained["steps"] / epoch}
         rows.append(row)
     return rows
+
+
+def _losses(run: Run, store: Store) -> list[dict[str, Any]]:
+    """Losses of each phase's retraining, each a mean over `every` steps."""
+    trained = (store.result(phase.members[0]) for phase in run.phases)
+    return [{key: found[key] for key in ("losses", "every") if key in found} for found in trained]
 
 
 def _sizes(plan: Plan, run: Run, model: nn.Module, masks: Masks | None, store: Store) -> dict[str, Any]:
