@@ -535,9 +535,14 @@ class DenseRates(Strict):
 
 
 class LanguageDistill(Distill):
-    """As `Distill`. teacher: a name, folder or file of a model with the same words; left out, the dense model."""
+    """As `Distill`. teacher: a name, folder or file of a model with the same words; left out, the dense model.
+
+    dtype: of the teacher, the recipe's if left out. In another one it shares no tensor with the model.
+    """
 
     teacher: str | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the teacher; the recipe's own if left out."""
 
 
 class LanguageRetrain(Adapting, Retrain):
