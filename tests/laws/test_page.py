@@ -143,6 +143,41 @@ def test_a_grid_says_how_many_seeds_a_cell_has(tmp_path):
     assert "method accuracy n ALLR 94.12 ± 0.25 2" in text_of(write_report(tmp_path))
 
 
+def test_the_best_cells_of_a_grid_stand_first(tmp_path):
+    values = {
+        ("50 %", "magnitude"): 30.0,
+        ("50 %", "Wanda"): 25.0,
+        ("60 %", "magnitude"): 60.0,
+        ("60 %", "Wanda"): 70.0,
+    }
+    cells = [
+        {"sparsity": a, "method": b, "seeds": [0], "tuned": {}, "held-out": {"mean": value, "std": None}}
+        for (a, b), value in values.items()
+    ]
+    (tmp_path / "table.json").write_text(json.dumps(cells), encoding="utf-8")
+    (tmp_path / "members.jsonl").write_text(json.dumps({"recipe": {"model": "tiny"}}) + "\n", encoding="utf-8")
+    said = text_of(write_report(tmp_path))
+    best = "best perplexity, held-out"
+    assert f"{best} 25.00 50 %, Wanda {best} 60.00 60 %, magnitude cells 4" in said
+    assert "model: tiny" in said
+
+
+def test_a_sweep_says_how_far_each_kind_goes(tmp_path):
+    def point(kind, rate, accuracy):
+        counted = {"parameters": 10, "nonzero": 5, "sparse_flops": 1, "latency": {}}
+        return {"kind": kind, "rate": rate, "accuracy": accuracy, "stages": {"pruned": {"top1": accuracy}}, **counted}
+
+    found = [("zeros", 0.9, 0.5), ("zeros", 0.6, 0.895), ("zeros", 0.3, 0.9), ("filters", 0.3, 0.8)]
+    dense = point("dense", 0, 0.9)
+    dense["stages"] = {"dense": {"top1": 0.9}}
+    sweep = {"model": "tiny", "device": "CPU", "dense": dense, "points": [point(*each) for each in found]}
+    (tmp_path / "sweep.json").write_text(json.dumps(sweep), encoding="utf-8")
+    lost = "less than a point lost"
+    assert f"zeros, {lost} 60 % accuracy 89.50 %, dense 90.00 % filters, {lost} no rate" in text_of(
+        write_report(tmp_path)
+    )
+
+
 def test_a_grid_without_a_row_has_no_page(tmp_path):
     (tmp_path / "table.json").write_text("[]", encoding="utf-8")
     with pytest.raises(FileNotFoundError, match="holds nothing finished"):

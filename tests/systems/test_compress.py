@@ -11,18 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from prunus.checkpoint import read_checkpoint
 from prunus.layers import Layer
 from prunus.masks import Masks
+from prunus.prune import prune
 from prunus.report import read_metrics
 from prunus.run import stages
 from prunus.run.compress import compress
 from prunus.run.names import schedules
 from prunus.run.page import write_report
 from prunus.run.recipe import DenseRates, LanguageRecipe, LanguageRetrain, load_recipe, parse
-from prunus.run.stages import home
+from prunus.run.stages import home, optimizer_of
 from prunus.run.texts import training_windows
 from prunus.save import load_model
 from prunus.score import criteria, criterion
@@ -463,18 +465,21 @@ def test_retraining_learns_from_the_dense_model_or_another(
     asked = raw(tiny_folder, text_file, tmp_path / "run")
     asked["retrain"] |= {"steps": 2}
     cases = {"dense": {"weight": 1.0}, "other": {"weight": 1.0, "teacher": str(tmp_path / "other")}, "text": None}
+    cases["half"] = {"weight": 1.0, "dtype": "bfloat16"}
     for name, distill in cases.items():
         changed = asked | {"retrain": asked["retrain"] | {"distill": distill}, "out": str(tmp_path / f"by-{name}")}
         compress(parse(changed, LanguageRecipe, "test"))
-    dense, other, text = (trace.losses[0] for trace in traces)
+    dense, other, text, half = (trace.losses[0] for trace in traces)
     teacher, student = (AutoModelForCausalLM.from_pretrained(tiny_folder) for _ in range(2))
     Masks.load(tmp_path / "by-dense" / "model" / "masks.safetensors").apply_(student)
     checked = parse(asked, LanguageRecipe, "test").retrain
     assert checked is not None
     ids = training_windows(checked, byte_tokenizer()).batch(0, batch=4, seed=0)
-    with torch.no_grad():
-        expected = float(distilled_next_token(teacher, 1.0)(student, ids))
-    assert dense == pytest.approx(expected, rel=1e-5)
+    for found, dtype, near in ((dense, torch.float32, 1e-5), (half, torch.bfloat16, 1e-3)):
+        with torch.no_grad():
+            expected = float(distilled_next_token(teacher.to(dtype), 1.0)(student, ids))
+        assert found == pytest.approx(expected, rel=near)
+    assert half != dense
     assert dense < other < text
 
 
@@ -631,6 +636,25 @@ def test_what_a_watched_retraining_refuses(
     base = raw(tiny_folder, text_file, tmp_path)
     with pytest.raises(ValueError, match=message):
         parse(base | {"retrain": base["retrain"] | retrain}, LanguageRecipe, "test")
+
+
+def test_moments_of_eight_bits_do_what_those_of_32_do_and_keep_zeros() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = (torch.randn(64, 128, generator=generator) for _ in range(2))
+    layers = [nn.Linear(128, 64, bias=False) for _ in range(2)]
+    for layer, name in zip(layers, ("adamw", "adamw_8bit"), strict=True):
+        layer.weight.data.copy_(weight)
+        optimizer = optimizer_of(name)(layer.parameters(), lr=0.01, weight_decay=0.1)
+        masks = prune(layer, sparsity=0.5)
+        masks.hold(layer, optimizer)
+        for _ in range(5):
+            optimizer.zero_grad()
+            layer(inputs).square().mean().backward()
+            optimizer.step()
+        masks.check(layer)
+    assert optimizer.state[layer.weight]["state1"].dtype == torch.uint8
+    moved = [layer.weight.detach() - weight * (layer.weight != 0) for layer in layers]
+    assert (moved[1] - moved[0]).abs().mean() < 0.05 * moved[0].abs().mean()
 
 
 def test_an_optimizer_that_is_not_installed_is_refused_with_the_mend(

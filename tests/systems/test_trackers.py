@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.logging import get_logger
+from accelerate.state import AcceleratorState, PartialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from prunus.report import named_log, read_metrics, tracked
@@ -77,6 +79,7 @@ def test_trackers_start_with_the_first_number_and_end(tmp_path: Path, monkeypatc
             heard.append(how)
 
         def start(self) -> None:
+            get_logger(__name__).debug("as wandb's does")  # RuntimeError without accelerate's state
             heard.append("start")
 
         def store_init_configuration(self, values: dict[str, Any]) -> None:
@@ -89,12 +92,14 @@ def test_trackers_start_with_the_first_number_and_end(tmp_path: Path, monkeypatc
             heard.append("finish")
 
     monkeypatch.setattr("accelerate.tracking.LOGGER_TYPE_TO_CLASS", {"wandb": Tracker})
+    AcceleratorState._reset_state(reset_partial_state=True)
     with tracked(["wandb"], tmp_path, {"prune": {"sparsity": 0.5, "include": []}}) as log:
         assert heard == []
         named_log(log, "retrain")({"loss": 2.5}, 3)
     run = {"run_name": "prunus", "name": str(tmp_path)}
     said = {"prune.sparsity": 0.5, "prune.include": "[]"}
     assert heard == [run, "start", said, ({"retrain/loss": 2.5}, 3), "finish"]
+    assert not PartialState._shared_state  # its device is the training's to choose
     with tracked([], tmp_path, {}) as log:
         log({"loss": 1.0}, None)
 

@@ -121,7 +121,8 @@ def import_extra(module: str, extra: str, needed: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        raise ImportError(f"{needed}: pip install 'prunus[{extra}]'") from error
+        broken = error.name is not None and error.name.partition(".")[0] != module.partition(".")[0]
+        raise ImportError(f"{needed}: pip install 'prunus[{extra}]'" + (f" ({error})" if broken else "")) from error
 
 
 def imported(module: str, name: str) -> tuple[type, ...]:

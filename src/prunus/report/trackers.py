@@ -8,7 +8,7 @@ They are started by the first number, so a run that is refused leaves nothing wi
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +42,18 @@ def tracked(names: Sequence[str], folder: Path, said: Mapping[str, Any]) -> Gene
     started: list[Any] = []
 
     def log(values: Mapping[str, float], step: int | None) -> None:
-        if not started:
-            started.extend(_started(name, folder, said) for name in names)
-        for each in started:
-            each.log(dict(values), step=step)
+        with _state():
+            if not started:
+                started.extend(_started(name, folder, said) for name in names)
+            for each in started:
+                each.log(dict(values), step=step)
 
     try:
         yield log
     finally:
-        for each in started:
-            each.finish()
+        with _state() if started else nullcontext():
+            for each in started:
+                each.finish()
 
 
 def named_log(log: Log, name: str) -> Log:
@@ -61,6 +63,20 @@ def named_log(log: Log, name: str) -> Log:
     {'retrain/loss': 2.5}
     """
     return lambda values, step: log({f"{name}/{key}": value for key, value in values.items()}, step)
+
+
+@contextmanager
+def _state() -> Generator[None]:
+    """accelerate's state of processes, without which its trackers may not log; not kept, for it has a device."""
+    from accelerate import PartialState
+
+    alone = not PartialState._shared_state
+    PartialState()
+    try:
+        yield
+    finally:
+        if alone:
+            PartialState._reset_state()
 
 
 def _started(name: str, folder: Path, said: Mapping[str, Any]) -> Any:

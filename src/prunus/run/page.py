@@ -10,14 +10,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from prunus import __version__
 from prunus.machine import read_json
 from prunus.report import Card, Page, Part, by_block, format_value, plot_losses, plot_speeds, read_metrics, write_page
 from prunus.run.show import SOUP_COLUMNS, classifier_rows, grid_rows, language_rows, retrainings, soup_rows, speed_rows
-from prunus.run.tables import SOUP
+from prunus.run.tables import SOUP, spread
 
 __all__ = ["compare_runs", "write_report"]
 
+_MOST_CARDS = 8
+_POINT = 0.01  # of accuracy
 _MEASURED = "Measured decoding; zeros that lie anywhere make no program faster, and files are what was saved."
 
 Result = Mapping[str, Any]
@@ -193,17 +197,66 @@ def _grid(folder: Path, rows: Sequence[Result]) -> Page:
         raise FileNotFoundError(f"{folder} holds nothing finished: its table has no row; run its grid again")
     pictures = sorted([*folder.glob("grid*.png"), *folder.glob("phases*.png")])
     seeds = sorted({seed for row in rows for seed in row["seeds"]})
-    spread = "mean ± deviation over those of a cell" if len(seeds) > 1 else ""
-    cards = [Card("cells", str(len(rows)), ""), Card("seeds", str(len(seeds)), spread)]
+    said = "mean ± deviation over those of a cell" if len(seeds) > 1 else ""
+    cards = [*_best(rows), Card("cells", str(len(rows)), ""), Card("seeds", str(len(seeds)), said)]
     table = [{**row, "n": len(found["seeds"])} for row, found in zip(grid_rows(rows), rows, strict=True)]
-    return Page(folder.name, str(folder), cards, [Part("Cells", rows=table, pictures=pictures), _versions()])
+    parts = [Part("Cells", rows=table, pictures=pictures), _member(folder), _versions()]
+    return Page(folder.name, str(folder), cards, parts)
+
+
+def _best(rows: Sequence[Result]) -> list[Card]:
+    """The best cell under each label of the first axis, if these are few; of one axis the best of all."""
+    axes = [key for key, value in rows[0].items() if isinstance(value, str)]
+    by = next(key for key, value in rows[0].items() if isinstance(value, Mapping) and "mean" in value)
+    under: dict[str, list[Result]] = {}
+    for row in rows:
+        under.setdefault(row[axes[0]] if len(axes) > 1 else "", []).append(row)
+    choose = max if by == "accuracy" else min  # else a text's perplexity
+    best = {label: choose(cells, key=lambda row: row[by]["mean"]) for label, cells in under.items()}
+    if len(best) > _MOST_CARDS:
+        return []
+    of = "accuracy, %" if by == "accuracy" else f"perplexity, {by}"
+    return [
+        Card(
+            f"best {of}",
+            spread(row[by]),
+            ", ".join(filter(None, [label, *(row[axis] for axis in axes[bool(label) :])])),
+        )
+        for label, row in best.items()
+    ]
+
+
+def _member(folder: Path) -> Part:
+    """What the first member was asked for; all of them are in members.jsonl."""
+    path = folder / "members.jsonl"
+    rows = read_metrics(path) if path.exists() else []
+    text = yaml.safe_dump(rows[0]["recipe"], sort_keys=False) if rows else ""
+    return Part(f"Recipe of one of the members, all of which are in {path}", code=text, folded=True)
 
 
 def _sweep(folder: Path, result: Result) -> Page:
     from prunus.run.vision.sweep import rows_of
 
     part = Part("Rates", rows=rows_of(result), pictures=_present(folder, "sweep.png"))
-    return _page(folder, result, [Card("points", str(len(result["points"])), "")], [part])
+    return _page(folder, result, [*_farthest(result), Card("points", str(len(result["points"])), "")], [part])
+
+
+def _farthest(result: Result) -> list[Card]:
+    """How far each kind goes before it loses more than a point of accuracy."""
+    dense, found = result["dense"]["accuracy"], dict[str, Any]()
+    for point in sorted(result["points"], key=lambda point: point["rate"]):
+        kept = point["accuracy"] >= dense - _POINT
+        found[point["kind"]] = point if kept else found.get(point["kind"])
+    return [
+        Card(f"{kind.replace('_', ' ')}, less than a point lost", "no rate")
+        if point is None
+        else Card(
+            f"{kind.replace('_', ' ')}, less than a point lost",
+            f"{100 * point['rate']:g} %",
+            f"accuracy {100 * point['accuracy']:.2f} %, dense {100 * dense:.2f} %",
+        )
+        for kind, point in found.items()
+    ]
 
 
 def _page(folder: Path, result: Result, cards: Sequence[Card], parts: Sequence[Part]) -> Page:

@@ -459,13 +459,14 @@ class Shrink(Strict):
     experts: Part = 0.0
     heads: Part = 0.0
     neurons: Part = 0.0
+    width: Part = 0.0
     vocabulary: Data | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Shrink:
         if self == Shrink.model_construct():
             raise ValueError(
-                "say what goes: blocks: 4, experts: 0.25, heads: 0.25, neurons: 0.25, or vocabulary: words.txt"
+                "say what goes: blocks: 4, experts: 0.25, heads: 0.25, neurons: 0.25, width: 0.25, vocabulary: TEXT"
             )
         return self
 
@@ -534,9 +535,14 @@ class DenseRates(Strict):
 
 
 class LanguageDistill(Distill):
-    """As `Distill`. teacher: a name, folder or file of a model with the same words; left out, the dense model."""
+    """As `Distill`. teacher: a name, folder or file of a model with the same words; left out, the dense model.
+
+    dtype: of the teacher, the recipe's if left out. In another one it shares no tensor with the model.
+    """
 
     teacher: str | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the teacher; the recipe's own if left out."""
 
 
 class LanguageRetrain(Adapting, Retrain):
