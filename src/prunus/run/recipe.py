@@ -747,8 +747,6 @@ class ImageSource(Strict):
 
 
 if TYPE_CHECKING:
-    from prunus.masks import Masks
-
     OptimizerChoice = OneOptimizer
 else:
     _fields: dict[str, Any] = {name: (each | None, None) for name, each in optimizers.members().items()}
@@ -1085,7 +1083,7 @@ class LanguageRecipe(Recipe):
     @property
     def moves(self) -> bool:
         """Whether what pruning leaves is more than the dense model under masks."""
-        return bool(self.during or self.reconstruct) or self.prune.how().score is None
+        return bool(self.during or self.reconstruct or self.shrink) or self.prune.how().score is None
 
     def _check_phases(self) -> None:
         if self.retrain is None or self.retrain.add_biases:
