@@ -5,7 +5,7 @@
 
 Everything in a block of OPT-6.7B's shape, and of OPT-125M's, pruned 2:4 (random weights, bfloat16), is fitted in 64
 steps of 2 x 2,048 tokens as `stream` does it, errors before and after included. Floor: the products of the steps alone.
-On an H200, in bfloat16, recording is worth 3.6 times at width 768 and nothing at 4096, where arithmetic is the time.
+On an H200, in bfloat16, recording is worth three times at width 768 and nothing at 4096, where arithmetic is the time.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ Or one way a call, each with the time of starting Python:
     accelerate launch --num_processes 2 --use_fsdp --fsdp_version 2 benchmarks/two_gpus.py --layers 4      # sharded
 
 Blocks of OPT-30B's shape with random weights (`--heads 32`: of OPT-6.7B's). Every way does the same work in all:
-retraining on global batches of `--batch` windows (biases and norms, MaskLoRA, everything under masks; `--recorded`: as
-CUDA graphs, one process or replicas), Wanda and SparseGPT on `--samples` windows.
+retraining on global batches of `--batch` windows (biases and norms, MaskLoRA, everything under masks), Wanda and
+SparseGPT on `--samples` windows.
 Within one call, "alone" means that each process does the whole by itself, all at once, and the main one's time counts.
 
 Every row is printed and, with `--json`, written when it is there; a work that fails (all processes alike) leaves a row
@@ -109,23 +109,19 @@ def retrained(name: str, mode: str, args: argparse.Namespace, device: torch.devi
     optimizer = torch.optim.AdamW(adaptation.param_groups(1e-5), weight_decay=0.0, **fused)
     started = 0.0
 
-    steps = args.steps + 1
-    first = steps // 3 if args.recorded else 1
-
     def begin(done: int, loss: float) -> None:
         nonlocal started
-        if done == first:
+        if done == 1:
             started = time.perf_counter()
 
     with recomputed(model):
         trace = train(
             model, lambda step: packed.at(step, batch=args.batch, seed=args.seed), optimizer,
-            linear_warmup_decay(steps), steps=steps, masks=held if kinds == ["full"] else None,
-            precision="bf16", clip=1.0, report_every=1, on_step=begin, capture="auto" if args.recorded else False,
-            shared=mode != "alone",
+            linear_warmup_decay(args.steps + 1), steps=args.steps + 1, masks=held if kinds == ["full"] else None,
+            precision="bf16", clip=1.0, report_every=1, on_step=begin, shared=mode != "alone",
         )  # fmt: skip
     seconds = time.perf_counter() - started
-    rate = (steps - first) * args.batch * packed.length / seconds
+    rate = args.steps * args.batch * packed.length / seconds
     return Row(name, mode, seconds, rate, trace.peak_bytes, trace.losses, ranks.count())
 
 
@@ -205,7 +201,7 @@ def compare(modes: list[str], args: argparse.Namespace, device: torch.device) ->
     _tell(HEAD)
     for mode in modes:
         switch(mode)
-        pruning = () if mode == "sharded" or args.recorded else ("Wanda 2:4", "SparseGPT 2:4")  # it knows no sharding
+        pruning = () if mode == "sharded" else ("Wanda 2:4", "SparseGPT 2:4")  # it knows no sharding
         for name in (*RETRAINED, *pruning):
             if args.only in (None, name):
                 rows.append(attempt(name, mode, args, device))
@@ -232,7 +228,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=56, help="of attention, 128 values wide")
     parser.add_argument("--batch", type=int, default=4, help="windows of a step, over all processes")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--recorded", action="store_true", help="record steps, time those after a third; prune nothing")
     parser.add_argument("--samples", type=int, default=64, help="calibration windows, over all processes")
     parser.add_argument("--calibrated", type=int, default=4, help="windows that go through a block at once")
     parser.add_argument("--only", help="works of this name alone")

@@ -1,6 +1,6 @@
 """A table of an encoder of texts, pruned and distilled: how near its embeddings stay to the dense model's.
 
-    python scripts/encoders.py MODEL TEXTS --out docs/results/encoders [--steps 200] [--batch 32]
+    python scripts/encoders.py MODEL TEXTS --out docs/results/encoders [--steps 200] [--batch 32] [--held 1000]
 
 MODEL: a folder of an encoder of transformers whose embeddings are means of the last hidden state (all-MiniLM-L6-v2).
 TEXTS: a file of texts, which are cut into sentences; some calibrate, some are held out, the others are distilled on.
@@ -19,6 +19,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,10 @@ from prunus.patterns import NM, Pattern, Unstructured
 from prunus.solve import sparsegpt
 from prunus.train import distilled_embeddings, embeddings, linear_warmup_decay
 
-CALIBRATION, HELD_OUT, LENGTH = 256, 1000, 64
+CALIBRATION = 256
 CRITERIA = {"Wanda": wanda, "SparseGPT": sparsegpt()}
 PATTERNS: dict[str, Pattern] = {"50 %": Unstructured("row"), "2:4": NM(2, 4)}
-SUBSETS = {"norms, biases": ("norms", "biases"), "MaskLoRA": ("mask_lora", "norms", "biases"), "everything": ("full",)}
+SUBSETS = {"MaskLoRA": ("mask_lora", "norms", "biases"), "norms, biases": ("norms", "biases"), "everything": ("full",)}
 RATES = {"norms, biases": 1e-3, "MaskLoRA": 5e-4, "everything": 1e-4}
 
 
@@ -53,11 +54,11 @@ def sentences(path: str) -> list[str]:
     return shuffled
 
 
-def batched(tokenizer: Any, texts: list[str], size: int, device: str) -> list[dict[str, Tensor]]:
+def batched(tokenizer: Any, texts: list[str], size: int, options: argparse.Namespace) -> list[dict[str, Tensor]]:
     """Batches of the tokenizer, padded to the longest of each."""
-    how = {"padding": True, "truncation": True, "max_length": LENGTH, "return_tensors": "pt"}
+    how = {"padding": True, "truncation": True, "max_length": options.length, "return_tensors": "pt"}
     parts = [texts[start : start + size] for start in range(0, len(texts), size)]
-    return [dict(tokenizer(part, **how).to(device)) for part in parts]
+    return [dict(tokenizer(part, **how).to(options.device)) for part in parts]
 
 
 @torch.no_grad()
@@ -104,27 +105,26 @@ def rows(options: argparse.Namespace, done: Mapping[str, Any]) -> Iterator[tuple
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     dense = AutoModel.from_pretrained(options.model, add_pooling_layer=False).float().to(options.device).eval()
     texts = sentences(options.texts)
-    held = batched(tokenizer, texts[:HELD_OUT], 64, options.device)
-    seen = batched(tokenizer, texts[HELD_OUT : HELD_OUT + CALIBRATION], 32, options.device)
-    rest = texts[HELD_OUT + CALIBRATION :][: options.steps * options.batch]
-    batches = batched(tokenizer, rest, options.batch, options.device)
+    seen_from, rest_from = options.held, options.held + CALIBRATION
+    held = batched(tokenizer, texts[:seen_from], 64, options)
+    seen = batched(tokenizer, texts[seen_from:rest_from], 32, options)
+    batches = batched(tokenizer, texts[rest_from:][: options.steps * options.batch], options.batch, options)
     wanted = embedded(dense, held)
-    for pattern, where in PATTERNS.items():
-        for criterion, asked in CRITERIA.items():
-            names = [f"{pattern} | {criterion} | {how}" for how in ("none", *SUBSETS)]
-            if all(name in done for name in names):
-                continue
-            model = deepcopy(dense)
+    pruned = {}
+    for pattern, criterion in product(PATTERNS, CRITERIA):
+        started, model = time.perf_counter(), deepcopy(dense)
+        masks = prune(model, CRITERIA[criterion], PATTERNS[pattern], 0.5, batches=seen)
+        seconds = time.perf_counter() - started
+        pruned[pattern, criterion] = model, masks
+        row = {"seconds": seconds, "sparsity": masks.sparsity}
+        yield f"{pattern} | {criterion} | none", row | fidelity(embedded(model, held), wanted)
+    for how, (place, (model, masks)) in product(SUBSETS, pruned.items()):
+        name = " | ".join((*place, how))
+        if name not in done:
             started = time.perf_counter()
-            masks = prune(model, asked, where, 0.5, batches=seen)
+            found = retrained(model, dense, masks, how, batches, options.steps)
             row = {"seconds": time.perf_counter() - started, "sparsity": masks.sparsity}
-            yield names[0], row | fidelity(embedded(model, held), wanted)
-            for how, name in zip(SUBSETS, names[1:], strict=True):
-                if name not in done:
-                    started = time.perf_counter()
-                    found = retrained(model, dense, masks, how, batches, options.steps)
-                    row = {"seconds": time.perf_counter() - started, "sparsity": masks.sparsity}
-                    yield name, row | fidelity(embedded(found, held), wanted)
+            yield name, row | fidelity(embedded(found, held), wanted)
 
 
 def table(done: Mapping[str, Mapping[str, float]]) -> str:
@@ -134,7 +134,7 @@ def table(done: Mapping[str, Mapping[str, float]]) -> str:
         lines
         + [
             f"| {name} | {row['cosine']:.4f} | {row['spearman']:.4f} | {row['seconds']:.0f} |"
-            for name, row in done.items()
+            for name, row in sorted(done.items())
         ]
     )
 
@@ -147,6 +147,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("encoders"))
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--held", type=int, default=1000)
+    parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     path = options.out.with_suffix(".json")

@@ -3,6 +3,7 @@
     python scripts/smollm2_page.py docs/results
 
 A table stands in the page between `<!-- NAME -->` and `<!-- end -->`, and is written anew there; pictures lie beside.
+What no grid has left yet is left out.
 """
 
 from __future__ import annotations
@@ -47,15 +48,19 @@ def number(mean: float, deviation: float | None = None) -> str:
 
 
 def one_shot(results: Path) -> str:
-    """Criteria by patterns, nothing retrained."""
+    """Criteria by patterns, nothing retrained; those of the first grid, calibrated alike, where this one has none."""
     rows = [row for row in rows_of(results, "smollm2-262k") if row["trained"] == "nothing"]
+    first = [row for row in rows_of(results, "smollm2-grid") if row["method"] == "pruned only"]
+    rows += [row | {"criterion": _FIRST[row["criterion"]]} for row in first]
     return _by_pattern(rows, ("criterion",), lambda found: found[:1])
 
 
 def retrained(results: Path, grid: str) -> str:
     """What is retrained by patterns, after each criterion: by cross-entropy / with the teacher."""
-    fits = ("reconstruction, MaskLoRA", "reconstruction, everything", *(["nothing"] if grid == "smollm2-262k" else []))
+    fits = ("reconstruction, MaskLoRA", "reconstruction, everything")
     rows = [row for row in rows_of(results, grid) if row["trained"] not in fits]
+    after = {row["criterion"] for row in rows if row["trained"] != "nothing"} | {"ELSA", "learned masks"}
+    rows = [row for row in rows if row["criterion"] in after]
 
     def chosen(found: Sequence[Row]) -> list[Row | None]:  # what nothing is retrained after has no loss of retraining
         return [*found] if found[0]["trained"] == "nothing" else [_of(found, loss) for loss in LOSSES]
@@ -102,7 +107,8 @@ def tokens(results: Path) -> str:
 
 def dense(results: Path) -> float:
     """The dense model's perplexity, the same beside every grid."""
-    (value,) = {round(json.loads((results / grid / "dense.json").read_text())[TEXT], 2) for grid in BUDGETS}
+    paths = [results / grid / "dense.json" for grid in BUDGETS]
+    (value,) = {round(json.loads(path.read_text())[TEXT], 2) for path in paths if path.exists()}
     return value
 
 
@@ -132,13 +138,12 @@ def draw_sparsity(results: Path, path: Path) -> None:
     table: dict[str, dict[str, float]] = {}
     for grid, budget in zip(BUDGETS, ("262 k", "4.2 M"), strict=True):
         for row in rows_of(results, grid):
-            wanted = row["trained"] == "nothing" or (
-                row["trained"] in ("MaskLoRA", "everything") and row["loss"] == "half"
-            )
+            wanted = row["trained"] == "nothing" or (row["trained"], row["loss"]) in _DRAWN[grid]
             if row["criterion"] == "ADMM" and row["pattern"] in PATTERNS[:4] and wanted:
-                name = "not retrained" if row["trained"] == "nothing" else f"{row['trained']}, {budget} tokens"
+                taught = ", teacher" if row["loss"] == "half" else ""
+                name = "not retrained" if row["trained"] == "nothing" else f"{row['trained']}{taught}, {budget} tokens"
                 table.setdefault(name, {})[row["pattern"]] = row[TEXT]["mean"]
-    title = "SmolLM2-135M, ADMM, the dense model as teacher; WikiText-2 (tokenised)"
+    title = "SmolLM2-135M, ADMM; WikiText-2 (tokenised)"
     plot_grid(table, path, dense=dense(results), title=title)
 
 
@@ -157,6 +162,11 @@ def filled(page: str, tables: dict[str, str]) -> str:
 
 
 _SHOT = ("ADMM", "nothing")
+_FIRST = {"wanda": "Wanda", "sparsegpt": "SparseGPT", "magnitude": "magnitude"}
+_DRAWN = {
+    "smollm2-262k": (("norms", "CE"), ("norms and biases", "CE"), ("LoRA-Prune", "CE"), ("everything", "half")),
+    "smollm2-4m": (("MaskLoRA", "half"), ("everything", "half")),
+}
 
 
 def _of(rows: Sequence[Row], loss: str) -> Row | None:
@@ -170,7 +180,7 @@ def _by_pattern(rows: Sequence[Row], heads: Sequence[str], chosen: Callable[[lis
         line = lines.setdefault(tuple(row[head] for head in heads), {head: row[head] for head in heads})
         if "trained" in heads:
             share = row.get("retraining", {}).get("share")
-            line["of all"] = line.get("of all") or ("" if share is None else f"{100 * share:.2g} %")
+            line["of all"] = line.get("of all") or ("" if share is None else f"{100 * share:.3g} %")
         line.setdefault(row["pattern"], []).append(row)
     patterns = [pattern for pattern in PATTERNS if any(pattern in line for line in lines.values())]
     for line in lines.values():
@@ -182,14 +192,14 @@ def _by_pattern(rows: Sequence[Row], heads: Sequence[str], chosen: Callable[[lis
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    found = {
-        "one-shot": one_shot(folder),
-        "262k": retrained(folder, "smollm2-262k"),
-        "4m": retrained(folder, "smollm2-4m"),
-        "reconstruction": reconstructed(folder),
-        "tokens": tokens(folder),
+    found = {"one-shot": one_shot(folder)} | {
+        grid: retrained(folder, grid) for grid in BUDGETS if rows_of(folder, grid)
     }
+    if any(row["trained"].startswith("recon") for row in rows_of(folder, "smollm2-262k")):
+        found["reconstruction"] = reconstructed(folder)
+    if rows_of(folder, "smollm2-4m") or rows_of(folder, "smollm2-tokens"):
+        found["tokens"] = tokens(folder) + "\n![Perplexity against tokens](smollm2-tokens.png)\n"
+        draw_tokens(folder, folder / "smollm2-tokens.png")
+    draw_sparsity(folder, folder / "smollm2-sparsity.png")
     target = folder / "language-models.md"
     target.write_text(filled(target.read_text(encoding="utf-8"), found), encoding="utf-8")
-    draw_tokens(folder, folder / "smollm2-tokens.png")
-    draw_sparsity(folder, folder / "smollm2-sparsity.png")

@@ -73,7 +73,6 @@ def run_ranks(
     *arguments: Any,
     folder: Path,
     environment: Mapping[str, str] | None = None,
-    backend: str = "gloo",
 ) -> list[str]:
     """What two ranks of one group printed, after each called the function; torchrun's variables say which is which.
 
@@ -87,7 +86,7 @@ def run_ranks(
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "OMP_NUM_THREADS": 1}
         own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
         changed = {name: str(value) for name, value in own.items()} | dict(environment or {})
-        started.append(start(_rank, backend, str(meeting), str(output), function, arguments, environment=changed))
+        started.append(start(_rank, str(meeting), str(output), function, arguments, environment=changed))
     _wait(started)
     texts = [output.read_text() if output.exists() else "" for output in outputs]
     statuses = [process.exitcode for process in started]
@@ -128,7 +127,7 @@ def _command(arguments: list[str]) -> None:
     main()
 
 
-def _rank(backend: str, meeting: str, output: str, function: Callable[..., object], arguments: Sequence[Any]) -> None:
+def _rank(meeting: str, output: str, function: Callable[..., object], arguments: Sequence[Any]) -> None:
     import torch.distributed as dist
 
     with open(output, "w") as file:
@@ -136,7 +135,7 @@ def _rank(backend: str, meeting: str, output: str, function: Callable[..., objec
         os.dup2(file.fileno(), 2)
         faulthandler.dump_traceback_later(_PATIENCE, exit=True, file=file)
         try:
-            dist.init_process_group(backend, f"file://{meeting}", rank=int(os.environ["RANK"]), world_size=2)
+            dist.init_process_group("gloo", f"file://{meeting}", rank=int(os.environ["RANK"]), world_size=2)
             function(*arguments)
         except BaseException:
             traceback.print_exc()

@@ -47,6 +47,7 @@ from .patterns import Block as Block
 from .patterns import Rows as Rows
 from .patterns import Unstructured as Unstructured
 from .prune import prune as prune
+from .prune import prune_in_turn as prune_in_turn
 from .run.compress import compress as compress
 from .run.inspect import inspect_model as inspect_model
 from .run.recipe import load_recipe as load_recipe

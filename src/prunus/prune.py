@@ -43,7 +43,7 @@ from prunus.score import (
     uniform,
 )
 
-__all__ = ["prune"]
+__all__ = ["prune", "prune_in_turn"]
 
 
 @torch.no_grad()
@@ -125,6 +125,69 @@ def prune(
             view.write_(parameters[view.parameter], solved[view.name][0])
     masks.apply_(model)
     return masks
+
+
+@torch.no_grad()
+def prune_in_turn(
+    model: nn.Module,
+    criterion: Criterion | Score,
+    pattern: Pattern | None = None,
+    sparsity: float | None = None,
+    *,
+    batches: Sequence[Any],
+    views: Sequence[View] | None = None,
+) -> Masks:
+    """Masks as `prune` chooses and applies them, a block after the other, each with what the pruned ones before make.
+
+    Blocks are the repeated modules around the views, outermost, in the order in which a batch runs through them: the
+    encoder's, and then the decoder's, whose cross-attention receives what the pruned encoder says. Every layer keeps
+    the same share. The whole model runs over all batches once for each block; a chain of blocks on packed text is the
+    affair of `stream`.
+    Raises ValueError as `prune`, before anything changes where the pattern does not fit.
+
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+    >>> prune_in_turn(model, magnitude, sparsity=0.75, batches=[torch.ones(3, 8)])
+    Masks(2 parameters, sparsity 0.7500)
+    """
+    asked = criterion_of(criterion)
+    if views is None:
+        check_unwrapped(model)
+        views = observable(model, find_layers(model)) if asked.needs else find_layers(model)
+    where = Unstructured(compared(asked, uniform)) if pattern is None else pattern
+    for view in views:
+        where.counts(view.shape, sparsity, name=view.name)
+    masks: dict[str, Tensor] = {}
+    for group in _turns(model, views, batches):
+        masks |= prune(model, asked, where, sparsity, allocation=uniform, views=group, batches=batches)
+    return Masks(masks)
+
+
+def _turns(model: nn.Module, views: Sequence[View], batches: Sequence[Any]) -> list[list[View]]:
+    """The views by block, blocks in the order in which the first batch runs through them; what does not run is last."""
+    lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    block_of = {view.name: _block_of(view.name, lists) for view in views}
+    order: dict[str, None] = {}
+    modules = dict(model.named_modules())
+    hooks = [
+        modules[name].register_forward_pre_hook(lambda *_, name=name: order.setdefault(name))
+        for name in dict.fromkeys(block_of.values())
+        if name in modules
+    ]
+    try:
+        with in_mode(model, training=False):
+            _run(model, batches[0], next(model.parameters()).device)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    names = [*order, *(name for name in dict.fromkeys(block_of.values()) if name not in order)]
+    return [[view for view in views if block_of[view.name] == name] for name in names]
+
+
+def _block_of(view: str, lists: set[str]) -> str:
+    """The outermost item of a list that holds a layer; the layer itself where there is none."""
+    parts = view.partition("[")[0].split(".")
+    inside = (".".join(parts[: end + 1]) for end in range(1, len(parts)) if ".".join(parts[:end]) in lists)
+    return next(inside, ".".join(parts))
 
 
 def _default(criterion: Criterion, pattern: Pattern | None) -> Allocation:

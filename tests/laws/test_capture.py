@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import OPTConfig, OPTForCausalLM
 
 from prunus.adapt import adapt
 from prunus.blocks import Arguments
@@ -156,9 +157,21 @@ def test_a_resumed_run_records_the_same_steps(tmp_path: Path, monkeypatch: pytes
     assert torch.equal(other, weight)
 
 
-def test_a_model_attends_while_it_is_recorded_as_it_does_otherwise(monkeypatch: pytest.MonkeyPatch):
+def tiny_opt() -> Any:
+    sizes: dict[str, Any] = {"hidden_size": 16, "ffn_dim": 32, "num_attention_heads": 2, "word_embed_proj_dim": 16}
+    return OPTForCausalLM(OPTConfig(vocab_size=64, num_hidden_layers=2, max_position_embeddings=32, **sizes))
+
+
+@pytest.mark.parametrize(
+    ("family", "other"),
+    [(tiny_llama, {"position_ids": torch.arange(16)[None] % 8}), (tiny_opt, {"attention_mask": torch.eye(16)[:1]})],
+    ids=["llama", "opt"],  # in transformers 5.17 that looks whether its own mask, of ones, has zeros
+)
+def test_a_model_attends_while_it_is_recorded_as_it_does_otherwise(
+    monkeypatch: pytest.MonkeyPatch, family: Callable[[], Any], other: dict[str, Tensor]
+):
     """Seen from inside, a recording is a trace: the model would form a mask of all pairs of tokens."""
-    masks: list[bool] = []
+    masks, tracing = list[bool](), False
     attend = F.scaled_dot_product_attention
 
     def seen(*args: Any, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
@@ -166,20 +179,25 @@ def test_a_model_attends_while_it_is_recorded_as_it_does_otherwise(monkeypatch: 
         return attend(*args, attn_mask=attn_mask, **kwargs)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
-    model, ids, found = tiny_llama(), torch.arange(16)[None], set[bool]()
-    with _attending(found, recording=False):
-        model(ids, use_cache=False)
-    assert found == {False}
-    monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda *_: True)
-    model(ids, use_cache=False)
-    with _attending(found, recording=True):
-        model(ids, use_cache=False)
-    assert masks == [False, False, True, True, False, False]
-    with _attending(found, recording=False):
-        model(ids, position_ids=ids % 8, use_cache=False)  # two texts in a window
-    with _attending(found, recording=True):
-        model(ids, position_ids=ids % 8, use_cache=False)
-    assert all(masks[6:])
+    monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda *_: tracing)
+    model, ids, told = family(), torch.arange(16)[None], dict[Any, set[bool]]()
+
+    def run(*, recording: bool, masked: bool = False, **more: Tensor) -> bool:
+        """Whether there was a mask."""
+        nonlocal tracing
+        masks.clear()
+        tracing = recording
+        with _attending(told, recording=recording, masked=masked):
+            model(ids, use_cache=False, **more)
+        assert len(set(masks)) == 1
+        return masks[0]
+
+    assert run(recording=True) or family is tiny_opt, "nothing was noted yet"
+    assert not run(recording=False)
+    assert not run(recording=True)
+    assert run(recording=True, masked=True, **other), "batches that may bring masks are not trusted"
+    assert run(recording=False, **other)
+    assert run(recording=True, **other)
 
 
 def test_a_batch_takes_the_recorded_ones_place_only_where_it_fits():
@@ -215,6 +233,28 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is(caplog: pytest.LogCaptureF
     retrained(capture=True)  # and what can be recorded still is
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_random_numbers_go_on_after_a_recording_that_failed():
+    weight = torch.zeros((), device="cuda")
+
+    def step(parts: list[Any]) -> Tensor:
+        weight.add_(torch.rand((), device="cuda"))
+        return parts[0] * weight.item()  # the host waits, which no recording survives
+
+    batch = [torch.ones((), device="cuda")]
+    torch.manual_seed(0)
+    captured = CapturedStep(step, torch.device("cuda"), must=False)
+    for _ in range(6):
+        captured(batch)
+    found, failure = torch.rand(4, device="cuda"), captured.failure
+    assert failure
+    torch.manual_seed(0)
+    for _ in range(6):
+        torch.rand((), device="cuda")
+    assert torch.equal(found, torch.rand(4, device="cuda"))
+
+
 def test_a_reason_is_told_once(caplog: pytest.LogCaptureFixture):
     _tell.cache_clear()
     with caplog.at_level(logging.WARNING):
@@ -226,7 +266,7 @@ def test_a_reason_is_told_once(caplog: pytest.LogCaptureFixture):
 def test_auto_records_nothing_where_nothing_can_be_recorded():
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    assert not captures("auto", optimizer, torch.device("cpu"), shared=False, scaled=False)
-    assert not captures(False, optimizer, torch.device("cpu"), shared=False, scaled=False)
+    assert not captures("auto", model, optimizer, shared=False, scaled=False)
+    assert not captures(False, model, optimizer, shared=False, scaled=False)
     with pytest.raises(ValueError, match="records a CUDA graph, and the model is on cpu; use capture=False"):
-        captures(True, optimizer, torch.device("cpu"), shared=False, scaled=False)
+        captures(True, model, optimizer, shared=False, scaled=False)

@@ -258,6 +258,26 @@ def test_a_batch_is_what_a_loop_over_pixels_makes(augment: Any, channels_last: A
     assert torch.equal(labels, images.labels[seen])
 
 
+def test_joined_images_have_the_labels_of_both_by_their_shares():
+    images = noise(40)
+    plain = ImageBatches(images, batch_size=16, seed=5)
+    for augment in (Augment(mixup=0.8), Augment(cutmix=1.0)):
+        made = ImageBatches(images, batch_size=16, seed=5, augment=augment)
+        owns = []
+        for step in range(4):
+            (x, y), (one, label) = plain(step), made(step)
+            assert torch.equal(one, made(step)[0])
+            share = torch.linalg.lstsq((x - x.flip(0)).reshape(-1, 1), (one - x.flip(0)).reshape(-1, 1)).solution.item()
+            if augment.cutmix:
+                stays = (one == x).all(0).all(0)
+                assert torch.equal(torch.where(stays, x, x.flip(0)), one)
+                share = stays.double().mean().item()
+            shares = torch.nn.functional.one_hot(y, images.classes).float()
+            torch.testing.assert_close(label, share * shares + (1 - share) * shares.flip(0), atol=1e-4, rtol=0)
+            owns.append(share)
+        assert len({round(own, 2) for own in owns}) > 1
+
+
 def test_all_offsets_flips_and_centres_are_drawn():
     images = noise(2000, 1, 4, 3)
     draws = ImageBatches(images, batch_size=2000, augment=Augment(1, True, 2))._draw(0)[0]

@@ -11,7 +11,7 @@ from torch import nn
 
 from prunus.data.models import BasicBlock, build_model
 
-SMALL = ["resnet8", "resnet8x2", "resnet14", "wrn10_2"]
+SMALL = ["resnet8", "resnet8x2", "resnet14", "wrn10_2", "vit2_64"]
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -85,14 +85,14 @@ def test_convolutions_start_with_the_variance_of_he_et_al():
     ],
 )
 def test_unknown_names_are_refused_with_the_known_ones(name):
-    with pytest.raises(ValueError, match=rf"no model '{name}'; known are resnet.*wrn20, timm:NAME"):
+    with pytest.raises(ValueError, match=rf"no model '{name}'; known are resnet.*wrn20, vit.*, timm:NAME"):
         build_model(name, classes=10)
 
 
 def test_other_mistakes_are_refused():
     with pytest.raises(ValueError, match="at least 1 class"):
         build_model("resnet8", classes=0)
-    with pytest.raises(ValueError, match="'hub:x': models come from timm: or torchvision:"):
+    with pytest.raises(ValueError, match="'hub:x': models are one of resnet"):
         build_model("hub:x", classes=2)
     with pytest.raises(ValueError, match="take 3 channels, the images have 1"):
         build_model("torchvision:resnet18", classes=2, channels=1)
@@ -123,6 +123,22 @@ def test_packages_are_asked_for_an_untrained_model_of_these_classes(monkeypatch)
     for package in ("timm", "torchvision"):
         with pytest.raises(ValueError, match=f"{package} has no model 'net_c'; close names: net_"):
             build_model(f"{package}:net_c", classes=5)
+
+
+def test_transformers_build_their_image_classifiers_and_folders_bring_their_weights(tmp_path):
+    small = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    model = build_model("transformers:vit", classes=5, channels=1, arguments=small | {"num_hidden_layers": 1})
+    x = torch.randn(2, 1, 8, 8)
+    assert model(x).logits.shape == (2, 5)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(build_model(str(tmp_path), classes=5).eval()(x).logits, model.eval()(x).logits)
+    other = build_model(str(tmp_path), classes=3).eval()
+    assert other(x).logits.shape == (2, 3)
+    assert torch.equal(other.vit.layernorm.weight, model.vit.layernorm.weight)
+    with pytest.raises(ValueError, match="'hidden_sizes' is no key of its config"):
+        build_model("transformers:vit", classes=5, arguments={"hidden_sizes": 16})
+    with pytest.raises(ValueError, match=r"no image classifier of 'transformers:llama'"):
+        build_model("transformers:llama", classes=5)
 
 
 @pytest.mark.slow

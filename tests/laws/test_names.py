@@ -50,7 +50,7 @@ def test_families_hold_what_their_modules_say() -> None:
     assert len(criteria.members()) == len(score.criteria.__all__) + len(vars(solve)["__all__"])
     assert not set(schedules.members()) & {*retrainings.members(), "original", "scheduler"}
     assert set(averages.members()) == {"uniform", "greedy", "learned", "ties", "dare", "dare_ties", "slerp"}
-    assert set(optimizers.members()) == {"prox", "sfw", "sgd"}
+    assert set(optimizers.members()) == {"adamw", "prox", "sfw", "sgd"}
     assert {"gmp", "str", "rigl", "set"} <= set(methods.members())
     assert not {"cubic", "part", "plan"} & set(methods.members())
 

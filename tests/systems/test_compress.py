@@ -465,18 +465,21 @@ def test_retraining_learns_from_the_dense_model_or_another(
     asked = raw(tiny_folder, text_file, tmp_path / "run")
     asked["retrain"] |= {"steps": 2}
     cases = {"dense": {"weight": 1.0}, "other": {"weight": 1.0, "teacher": str(tmp_path / "other")}, "text": None}
+    cases["half"] = {"weight": 1.0, "dtype": "bfloat16"}
     for name, distill in cases.items():
         changed = asked | {"retrain": asked["retrain"] | {"distill": distill}, "out": str(tmp_path / f"by-{name}")}
         compress(parse(changed, LanguageRecipe, "test"))
-    dense, other, text = (trace.losses[0] for trace in traces)
+    dense, other, text, half = (trace.losses[0] for trace in traces)
     teacher, student = (AutoModelForCausalLM.from_pretrained(tiny_folder) for _ in range(2))
     Masks.load(tmp_path / "by-dense" / "model" / "masks.safetensors").apply_(student)
     checked = parse(asked, LanguageRecipe, "test").retrain
     assert checked is not None
     ids = training_windows(checked, byte_tokenizer()).batch(0, batch=4, seed=0)
-    with torch.no_grad():
-        expected = float(distilled_next_token(teacher, 1.0)(student, ids))
-    assert dense == pytest.approx(expected, rel=1e-5)
+    for found, dtype, near in ((dense, torch.float32, 1e-5), (half, torch.bfloat16, 1e-3)):
+        with torch.no_grad():
+            expected = float(distilled_next_token(teacher.to(dtype), 1.0)(student, ids))
+        assert found == pytest.approx(expected, rel=near)
+    assert half != dense
     assert dense < other < text
 
 

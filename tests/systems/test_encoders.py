@@ -10,20 +10,27 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    MarianConfig,
+    MarianMTModel,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 from prunus.adapt import adapt
 from prunus.layers import find_layers
+from prunus.measure import target_perplexity
 from prunus.patterns import NM, Unstructured
-from prunus.prune import prune
-from prunus.score import global_, magnitude, observe, wanda
+from prunus.prune import prune, prune_in_turn
+from prunus.score import global_, magnitude, observable, observe, wanda
 from prunus.score.allocations import evopress
 from prunus.solve import sparsegpt
 from prunus.train import (
@@ -148,11 +155,7 @@ def test_vision_transformers_are_pruned_and_distilled_like_any_classifier() -> N
 
 
 def test_encoder_decoders_count_what_each_part_attends() -> None:
-    torch.manual_seed(0)
-    model: Any = T5ForConditionalGeneration(
-        T5Config(vocab_size=30, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0)
-    ).eval()
-    batch = {**BATCH, "labels": BATCH["input_ids"][:, :5].contiguous()}
+    model, batch = made_of("t5")
     views = find_layers(model)
     with torch.no_grad(), observe(model, views, gram=False) as inputs:
         model(**batch)
@@ -166,6 +169,64 @@ def test_encoder_decoders_count_what_each_part_attends() -> None:
     masks.check(model)
     with pytest.raises(ValueError, match=r"both receive \(4, 6\) positions"):
         prune(model, wanda, None, 0.5, batches=[{**BATCH, "labels": BATCH["input_ids"]}])
+
+
+def whisper() -> tuple[Any, dict[str, Tensor]]:
+    small = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    wide = {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "d_model": 16, "vocab_size": 30, "num_mel_bins": 4}
+    ids = {"max_source_positions": 8, "max_target_positions": 8, "pad_token_id": 0, "decoder_start_token_id": 1}
+    ids |= {"bos_token_id": 1, "eos_token_id": 2}
+    model = WhisperForConditionalGeneration(WhisperConfig(**small, **wide, **ids))
+    sound = torch.randn(4, 4, 16, generator=torch.Generator().manual_seed(0))
+    return model.eval(), {"input_features": sound, "labels": BATCH["input_ids"][:, :5].contiguous()}
+
+
+def texts(cls: type, config: Any) -> tuple[Any, dict[str, Tensor]]:
+    return cls(config).eval(), {**BATCH, "labels": BATCH["input_ids"][:, :5].contiguous()}
+
+
+def made_of(family: str) -> tuple[Any, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    if family == "whisper":
+        return whisper()
+    if family == "t5":
+        small = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+        return texts(T5ForConditionalGeneration, T5Config(vocab_size=30, decoder_start_token_id=0, **small))
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    sizes |= {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "d_model": 16, "max_position_embeddings": 8}
+    ids = {"vocab_size": 30, "pad_token_id": 0, "decoder_start_token_id": 1, "forced_eos_token_id": None}
+    cls, config = {"bart": (BartForConditionalGeneration, BartConfig), "marian": (MarianMTModel, MarianConfig)}[family]
+    return texts(cls, config(**sizes, **ids))
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "marian", "whisper"])
+def test_the_encoder_is_pruned_and_then_the_decoder_on_what_it_says(family: str) -> None:
+    (model, batch), (by_hand, _) = made_of(family), made_of(family)
+    masks = prune_in_turn(model, wanda, None, 0.5, batches=[batch])
+    views = observable(by_hand, find_layers(by_hand))
+    cross = [view for view in views if ".encoder_attn." in view.name or ".EncDecAttention." in view.name]
+    keys = [view for view in cross if view.name.endswith((".k_proj", ".k", ".v_proj", ".v"))]
+    encoder = [view for view in views if ".encoder." in f".{view.name}"]
+    stem = [[view] for view in encoder if ".conv" in view.name]  # of Whisper
+    assert len(keys) == 2
+    for part in (
+        *stem,
+        [view for view in encoder if [view] not in stem],
+        keys,
+    ):  # what reaches keys and values is the encoder's alone
+        prune(by_hand, wanda, None, 0.5, views=part, batches=[batch])
+    own, other = dict(model.named_parameters()), dict(by_hand.named_parameters())
+    for view in (*encoder, *keys):
+        assert torch.equal(own[view.parameter], other[view.parameter]), view.name
+    masks.check(model)
+    assert masks.sparsity == pytest.approx(0.5, abs=0.02)
+    labels = batch["labels"].clone()
+    labels[0, 2:] = -100
+    found = target_perplexity(model, [{**batch, "labels": labels}, batch])
+    losses = [model(**{**batch, "labels": each}).loss.double() for each in (labels, batch["labels"])]
+    counts = [17, 20]
+    mean = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+    assert found == pytest.approx(mean.exp().item(), rel=1e-5)
 
 
 def own_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:

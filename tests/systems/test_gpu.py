@@ -11,10 +11,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from prunus.adapt import adapt
-from prunus.layers import Inputs, find_layers
-from prunus.machine import ranks
-from prunus.masks import Masks
+from prunus.layers import Inputs
 from prunus.patterns import NM, Unstructured
 from prunus.run import stages
 from prunus.run.compress import compress
@@ -26,12 +23,9 @@ from prunus.stream.reconstruct import Fit
 from prunus.stream.sources import Shards
 from prunus.stream.stream import stream
 from prunus.stream.work import Work
-from prunus.train import linear_warmup_decay
 from prunus.train import train as training
 from tests.conftest import tiny_llama
-from tests.processes import run_ranks
 from tests.systems.test_compress import raw
-from tests.systems.test_sharded import build, ids
 
 pytestmark = [
     pytest.mark.gpu,
@@ -176,35 +170,3 @@ def test_recorded_steps_of_a_fit_are_the_plain_ones(
     assert "not recorded" not in caplog.text
     for name, weight in found[0].items():
         torch.testing.assert_close(weight, found[1][name], rtol=1e-2, atol=1e-3)
-
-
-def train_replica(kind: str) -> None:
-    """On one of two GPUs: recorded steps of replicas, the plain ones, and those of one process on the whole batches."""
-    here = torch.device("cuda", ranks.index())
-    torch.cuda.set_device(here)
-    losses = list[list[float]]()
-    for shared, capture in ((True, True), (True, False), (False, False)):
-        model = build().to(here)
-        views = find_layers(model)
-        masks = Masks({view.parameter: torch.ones(view.shape, dtype=torch.bool, device=here) for view in views})
-        for mask in masks.values():
-            mask[:, ::2] = False
-        masks.apply_(model)
-        adaptation = adapt(model, [kind], masks=masks, views=views, rank=2)
-        optimizer = torch.optim.AdamW(adaptation.param_groups(1e-2), weight_decay=0.0, eps=1e-4, fused=True)
-        trace = training(
-            model, ids, optimizer, linear_warmup_decay(30), steps=30, accumulate=2, clip=0.5, capture=capture,
-            masks=masks if kind == "full" else None, shared=shared,
-        )  # fmt: skip
-        adaptation.merge_()
-        masks.check(model)
-        losses.append(trace.losses)
-    recorded, plain, alone = (torch.tensor(each) for each in losses)
-    torch.testing.assert_close(recorded, plain, rtol=1e-5, atol=0)
-    torch.testing.assert_close(plain, alone, rtol=1e-4, atol=0)
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("kind", ["norms", "mask_lora", "full"])
-def test_replicas_record_their_steps(tmp_path: Path, kind: str) -> None:
-    run_ranks(train_replica, kind, folder=tmp_path, backend="nccl")

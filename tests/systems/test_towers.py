@@ -10,9 +10,12 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file
 
+from prunus.layers import find_layers
 from prunus.masks import Masks
+from prunus.prune import prune
 from prunus.run.compress import compress
 from prunus.run.recipe import LanguageRecipe, parse
+from prunus.score import wanda
 from tests.conftest import VOCABULARY, byte_tokenizer
 
 TEXT = {
@@ -60,3 +63,25 @@ def test_what_text_does_not_pass_keeps_its_bytes_in_memory_and_streamed(text_fil
     assert all(torch.equal(made[0][name], made[1][name]) for name in dense)
     back = type(model).from_pretrained(tmp_path / "run-True" / "model")
     masks.check(back)
+
+
+def test_the_vision_tower_is_pruned_where_images_calibrate() -> None:
+    torch.manual_seed(0)
+    model = llava().eval()
+    tokens = torch.randint(0, VOCABULARY, (2, 12))
+    tokens[:, 2:6] = VOCABULARY + 1  # the places of the four patches of each image
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "pixel_values": torch.randn(2, 3, 16, 16)}
+    views = find_layers(model, include=["*vision*"])
+    dense, seen = {name: each.clone() for name, each in model.state_dict().items()}, []
+    first = next(view for view in views if view.name.endswith("layers.0.self_attn.q_proj"))
+    hook = model.get_submodule(first.name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(**batch)
+    hook.remove()
+    masks = prune(model, wanda, None, 0.5, views=views, batches=[batch])
+    changed = {name for name, each in model.state_dict().items() if not torch.equal(each, dense[name])}
+    assert changed == set(masks) == {view.parameter for view in views}
+    weight = dense[first.parameter]
+    score = weight.abs() * seen[0].flatten(0, 1).norm(dim=0)
+    kept = score.argsort(dim=1, descending=True)[:, : weight.shape[1] // 2]
+    assert torch.equal(masks[first.parameter], torch.zeros_like(weight, dtype=torch.bool).scatter_(1, kept, value=True))

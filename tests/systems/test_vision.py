@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForImageClassification
 
 from prunus.data import Images, read_images
 from prunus.data.images import plain_batches
+from prunus.machine import read_tensors
 from prunus.masks import Masks
 from prunus.measure.accuracy import accuracy
 from prunus.measure.corruptions import corrupted_images
@@ -108,6 +110,11 @@ WRONG = [
     ({"prune": {}, "during": {"gmp": {"allocation": "ring"}}}, "there is no allocation 'ring'"),
     ({"prune": {}, "during": {"rigl": {"topology": "owl"}}}, "owl looks at what the layers receive"),
     ({"prune": {}, "retrain": {"schedule": "llr"}}, "give one of epochs, share"),
+    ({"prune": {}, "retrain": {"steps": 1, "train": ["lora"]}}, "merging 'lora' would fill pruned weights"),
+    (
+        {"train": {"optimizer": "sfw"}, "prune": {}, "retrain": {"steps": 1, "train": ["norms"]}},
+        "sfw is of whole networks",
+    ),
     ({"prune": {}, "retrain": {"epochs": 1, "share": 0.1}}, "and steps"),
     ({"prune": {}, "retrain": {"epochs": 1, "rewind": 1}}, "set train.snapshots: [1]"),
     ({"retrain": {"epochs": 1}}, "retrain needs prune.sparsity"),
@@ -403,3 +410,39 @@ def test_what_images_cannot_take_is_refused_before_training(tiny: None, tmp_path
     with pytest.raises(ValueError, match="8 x 8 pixels cannot be corrupted"):
         train_run(checked(tmp_path / "run", corruptions={"strengths": "imagenet"}))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_subset_is_retrained_by_distillation_and_the_rest_stays(tmp_path: Path) -> None:
+    run = {"prune": {"sparsity": 0.7}, "recalibrate": 0.0}
+    how = {"rank": 2, "steps": 8, "schedule": "llr", "lr": 1e-2, "distill": {}}
+    train_run(checked(tmp_path / "pruned", **run), dense=tmp_path / "dense")
+    before, _ = read_tensors(tmp_path / "pruned" / "model.safetensors")
+    weights = {name for name, each in before.items() if each.ndim > 1}
+    for train in (["norms", "biases"], ["mask_lora"]):
+        out = tmp_path / train[0]
+        train_run(checked(out, **run, retrain=how | {"train": train}), dense=tmp_path / "dense")
+        after, _ = read_tensors(out / "model.safetensors")
+        moved = {name for name in before if not torch.equal(before[name], after[name])}
+        assert moved & weights == (weights if train == ["mask_lora"] else set())
+        assert moved - weights  # BatchNorm counts on
+        assert all(bool((after[name][before[name] == 0] == 0).all()) for name in weights)
+
+
+def test_a_vision_transformer_is_trained_by_adamw_and_saved_as_transformers_reads_it(tmp_path: Path, few: str) -> None:
+    small = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    train = {"epochs": 1, "batch_size": 64, "lr": 1e-3, "warmup": 0, "optimizer": "adamw", "augment": {"cutmix": 1.0}}
+    changes = {
+        "images": few,
+        "model": "transformers:vit",
+        "arguments": small | {"num_hidden_layers": 1},
+        "train": train,
+    }
+    changes |= {"prune": {"criterion": "wanda", "sparsity": 0.5, "allocation": "uniform", "exclude": ["classifier"]}}
+    result = train_run(checked(tmp_path / "run", **changes))
+    assert result["sparsity"] == pytest.approx(0.5, abs=0.01)
+    back = AutoModelForImageClassification.from_pretrained(tmp_path / "run")
+    state, _ = read_tensors(tmp_path / "run" / "model.safetensors")
+    assert all(torch.equal(each, state[name]) for name, each in back.state_dict().items())
+    again = checked(tmp_path / "again", images=few, model=str(tmp_path / "run"), train=train | {"epochs": 1})
+    assert isinstance(Setting.of(again).new_model(), type(back))

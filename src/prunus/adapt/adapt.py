@@ -14,11 +14,13 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from prunus.adapt.adapters import Factors, Init
 from prunus.adapt.sites import LINEAR, Cast, Kind, Parametrization, Site, find_owners, make_sites
@@ -108,8 +110,9 @@ class Adaptation:
 
         It is held from the step's first forward pass to the next step, so memory grows by the adapted weights. Values
         are the same, as long as parameters change in ways that autograd sees (optimizers do; `.data` does not count).
-        Not for steps recorded as CUDA graphs, nor sharded parameters.
+        Not for sharded parameters.
         """
+        _follow_fused()
         for site in self._sites:
             site.factors.keep = True
 
@@ -434,6 +437,18 @@ def _train_(model: nn.Module, found: Mapping[str, nn.Parameter], *, cast: bool) 
             casts = [Parametrization.put(owner.module, owner.attribute, Cast(dtype)) for owner in seen]
         plain.append(_Plain(key, parameter, dtype, tuple(casts)))
     return plain
+
+
+@cache
+def _follow_fused() -> None:
+    """From now on fused optimizers, too, tell autograd that they changed parameters; once in a process."""
+    register_optimizer_step_post_hook(_changed)
+
+
+def _changed(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            torch.autograd.graph.increment_version(group["params"])
 
 
 def _restore(plain: _Plain) -> None:

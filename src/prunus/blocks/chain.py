@@ -411,5 +411,5 @@ def _refusal(model: nn.Module, reason: str, sizes: dict[str, int], total: int) -
     return (
         f"cannot find the blocks of {type(model).__name__}: looked for one nn.ModuleList of related blocks that "
         f"holds most of the {total} prunable weights; {reason}. Found: {found}. Pass the part that is a chain of "
-        "blocks, or prune the whole model in memory."
+        "blocks, or prune the whole model in memory, by prune_in_turn."
     )

@@ -12,6 +12,7 @@ from .images import read_images as read_images
 from .images.corruptions import Strengths as Strengths
 from .models import build_model as build_model
 from .models import check_model as check_model
+from .models import config_of as config_of
 from .models import load_weights_ as load_weights_
 from .texts import ASSETS as ASSETS
 from .texts import ENDINGS as ENDINGS

@@ -1,10 +1,13 @@
-"""The classifiers of the papers' tables, for small images, and any of timm's or torchvision's by name.
+"""The classifiers of the papers' tables, for small images, and any of timm's, torchvision's or transformers' by name.
 
     resnet{6n+2}          He et al. 2016: 3x3 stem, 3 stages of n blocks, 16/32/64 channels, shortcuts without weights
     resnet{6n+2}x{k}      the same with k times the channels
     resnet18              the ImageNet network with a 3x3 stem and no pooling: 64/128/256/512 channels, 1x1 shortcuts
     vgg16_bn              Simonyan & Zisserman 2015, 13 convolutions with batch norm and one linear layer
     wrn{6n+4}_{k}         Zagoruyko & Komodakis 2016: activation before convolution, 16k/32k/64k channels, no dropout
+    vit{depth}_{width}    a vision transformer (Dosovitskiy et al. 2021): two 3x3 convolutions of stride 2 make tokens
+                          (Xiao et al. 2021), sines say where they are, their mean meets the classes (Beyer et al.
+                          2022); heads of 64, MLPs of twice the width
     wrn20                 resnet20x8: a network of 20 layers is no wrn{6n+4}, so it is the ResNet, as wide as wrn*_8
 
 How they are trained and pruned is not known here.
@@ -25,18 +28,24 @@ from torch.nn import functional as F
 from prunus.checkpoint import read_state
 from prunus.machine import import_extra
 
-__all__ = ["BasicBlock", "build_model", "check_model", "load_weights_"]
+__all__ = ["BasicBlock", "TransformerBlock", "build_model", "check_model", "config_of", "load_weights_"]
 
-_FORMS = "resnet{6n+2} (resnet8, resnet20, resnet56, ...), resnet{6n+2}x{k}, resnet18, vgg16_bn, wrn{6n+4}_{k}, wrn20"
+_FORMS = (
+    "resnet{6n+2} (resnet8, resnet20, resnet56, ...), resnet{6n+2}x{k}, resnet18, vgg16_bn, wrn{6n+4}_{k}, wrn20, "
+    "vit{depth}_{width}"
+)
+_PACKAGES = "timm:NAME, torchvision:NAME, transformers:KIND (such as vit) and folders of transformers' classifiers"
 _VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)  # 0: 2x2 maximum
 
 
 def build_model(name: str, *, classes: int, channels: int = 3, arguments: Mapping[str, Any] | None = None) -> nn.Module:
     """The named classifier, x (B, channels, H, W) -> logits (B, classes), with fresh weights of the global generator.
 
-    name: see the module's list; "timm:NAME" and "torchvision:NAME" are built by those packages, with `arguments`. Ours
-    take images of any size from 8 x 8 (vgg16_bn: 32 x 32). Convolutions start as He et al. 2015 (normal, fan out); a
-    caller seeds them with torch.manual_seed inside torch.random.fork_rng.
+    name: see the module's list; "timm:NAME" and "torchvision:NAME" are built by those packages, with `arguments`;
+    "transformers:KIND" (vit, beit, swin, ...) from a config of these arguments, and a folder with the config.json of an
+    image classifier likewise, its weights loaded, but a head for other classes; both return an object that has logits.
+    Ours take images of any size from 8 x 8 (vgg16_bn: 32 x 32). Convolutions start as He et al. 2015 (normal, fan out);
+    a caller seeds them with torch.manual_seed inside torch.random.fork_rng.
     Raises: ValueError for an unknown name or argument, or fewer than 1 class or channel; ImportError without timm or
     torchvision.
 
@@ -46,6 +55,8 @@ def build_model(name: str, *, classes: int, channels: int = 3, arguments: Mappin
     if classes < 1 or channels < 1:
         raise ValueError(f"a classifier needs at least 1 class and 1 channel; got {classes=}, {channels=}")
     package, colon, foreign = name.partition(":")
+    if package == "transformers" or config_of(name) is not None:
+        return _pretrained(name, foreign, classes, arguments or {}, {"num_channels": channels})
     if colon:
         return _foreign(package, foreign, classes, channels, arguments or {})
     if arguments:
@@ -76,6 +87,15 @@ def load_weights_(model: nn.Module, path: Path, *, other_head: bool = False) -> 
     state = read_state(path, own, other_head=other_head)
     model.load_state_dict(own | state)
     return [name for name in own if name not in state]
+
+
+def config_of(name: str) -> Path | None:
+    """The config.json of a model that is a folder of transformers, None for any other name.
+
+    >>> config_of("resnet18")
+    """
+    found = Path(name).expanduser() / "config.json"
+    return found if name and found.is_file() else None
 
 
 class BasicBlock(nn.Module):
@@ -130,7 +150,10 @@ def _own(name: str, classes: int, channels: int) -> nn.Module:
     if found and int(found[1]) >= 10 and (int(found[1]) - 4) % 6 == 0 and found[2] != "0":
         width = 16 * int(found[2])
         return _residual((width, 2 * width, 4 * width), 16, (int(found[1]) - 4) // 6, classes, channels, early=True)
-    raise ValueError(f"no model '{name}'; known are {_FORMS}, timm:NAME and torchvision:NAME")
+    found = re.fullmatch(r"vit(\d+)_(\d+)", name)
+    if found and int(found[1]) and int(found[2]) and int(found[2]) % 64 == 0:
+        return _vit(int(found[1]), int(found[2]), classes, channels)
+    raise ValueError(f"no model '{name}'; known are {_FORMS}, {_PACKAGES}")
 
 
 def _residual(
@@ -176,6 +199,69 @@ def _vgg(classes: int, channels: int) -> nn.Module:
     return _named([*parts, *_head(in_, classes)])
 
 
+class TransformerBlock(nn.Module):
+    """Attention between all tokens and a layer on each, (B, T, width) -> the same, norms before both.
+
+    x <- x + attention(norm(x));   x <- x + down(gelu(up(norm(x))))
+
+    >>> TransformerBlock(64)(torch.zeros(2, 4, 64)).shape
+    torch.Size([2, 4, 64])
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        count, tokens, width = x.shape
+        parts = self.qkv(self.norm1(x)).view(count, tokens, 3, width // 64, 64)
+        q, k, v = parts.permute(2, 0, 3, 1, 4)  # (B, heads, T, 64) each
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(count, tokens, width)
+        x = x + self.out(mixed)
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class _Tokens(nn.Module):
+    """Pixels as tokens with their places, (B, width, H, W) -> (B, H * W, width).
+
+    A quarter of the width each: sin(y w), cos(y w), sin(x w), cos(x w), w falling from 1 to 1e-4.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, width, rows, columns = x.shape
+        rates = torch.logspace(0, -4, width // 4, device=x.device)
+        y, z = (torch.arange(side, device=x.device)[:, None] * rates for side in (rows, columns))  # (side, width / 4)
+        down, right = (torch.cat([each.sin(), each.cos()], 1) for each in (y, z))
+        places = torch.cat(
+            [down[:, None].expand(-1, columns, -1), right[None].expand(rows, -1, -1)], 2
+        )  # (H, W, width)
+        return x.flatten(2).mT + places.flatten(0, 1)
+
+
+class _MeanToken(nn.Module):
+    """The mean over tokens, (B, T, width) -> (B, width)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+def _vit(depth: int, width: int, classes: int, channels: int) -> nn.Module:
+    parts: list[tuple[str, nn.Module]] = []
+    for place, (in_, out) in enumerate([(channels, width // 2), (width // 2, width)], 1):
+        parts += [
+            (f"stem{place}", nn.Conv2d(in_, out, 3, 2, 1, bias=False)),
+            (f"stem{place}_bn", nn.BatchNorm2d(out)),
+            (f"stem{place}_relu", nn.ReLU()),
+        ]
+    parts.append(("tokens", _Tokens()))
+    parts += [(f"block{place}", TransformerBlock(width)) for place in range(1, depth + 1)]
+    return _named(
+        [*parts, ("norm", nn.LayerNorm(width)), ("mean", _MeanToken()), ("linear", nn.Linear(width, classes))]
+    )
+
+
 class _Mean(nn.Module):
     """The mean over all pixels, (B, C, H, W) -> (B, C, 1, 1), as nn.AdaptiveAvgPool2d(1) gives it.
 
@@ -203,6 +289,9 @@ def _initialised(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if isinstance(module, TransformerBlock):
+            for each in (module.qkv, module.out, module.up, module.down):
+                nn.init.trunc_normal_(each.weight, std=0.02)
         if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
             nn.init.zeros_(module.bias)
     return model
@@ -210,7 +299,7 @@ def _initialised(model: nn.Module) -> nn.Module:
 
 def _foreign(package: str, name: str, classes: int, channels: int, arguments: Mapping[str, Any]) -> nn.Module:
     if package not in ("timm", "torchvision"):
-        raise ValueError(f"'{package}:{name}': models come from timm: or torchvision:, or are one of {_FORMS}")
+        raise ValueError(f"'{package}:{name}': models are one of {_FORMS}, {_PACKAGES}")
     if package == "torchvision" and channels != 3:
         raise ValueError(f"torchvision's models take 3 channels, the images have {channels}; use a timm: or own model")
     library = import_extra(package, "models", f"'{package}:{name}' needs the extra")
@@ -227,3 +316,32 @@ def _foreign(package: str, name: str, classes: int, channels: int, arguments: Ma
         raise ValueError(
             f"'{package}:{name}' does not take {dict(arguments)} ({error}); leave out what it lacks"
         ) from None
+
+
+def _pretrained(name: str, kind: str, classes: int, arguments: Mapping[str, Any], own: Mapping[str, Any]) -> nn.Module:
+    """A classifier of transformers: of a kind, with fresh weights, or of a folder, with its own."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, AutoModelForImageClassification  # seconds, which other models need not wait
+
+    folder = config_of(name)
+    try:
+        known = AutoConfig.for_model(kind) if folder is None else AutoConfig.from_pretrained(folder.parent)
+        strange = [key for key in arguments if key not in known.to_dict()]
+        if strange:
+            raise ValueError(f"{strange[0]!r} is no key of its config")
+        config = AutoConfig.for_model(kind, **own, **arguments) if folder is None else known
+        if folder is not None:
+            config.update(dict(arguments))
+        if config.num_labels != classes:
+            config.num_labels = classes
+        if folder is None or torch.get_default_device().type == "meta":
+            return AutoModelForImageClassification.from_config(config)
+        model, loaded = AutoModelForImageClassification.from_pretrained(
+            folder.parent, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+        if loaded["missing_keys"]:
+            raise ValueError(f"its files lack {sorted(loaded['missing_keys'])[0]!r}")
+        return model
+    except (OSError, TypeError, ValueError, StrictDataclassError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(f"transformers makes no image classifier of {name!r} and {dict(arguments)}: {said}") from None

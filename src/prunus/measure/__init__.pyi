@@ -14,6 +14,7 @@ from .ensemble import Ensemble as Ensemble
 from .ensemble import ensemble_accuracy as ensemble_accuracy
 from .latency import latency as latency
 from .perplexity import perplexity as perplexity
+from .perplexity import target_perplexity as target_perplexity
 from .speed import Speed as Speed
 from .speed import speed as speed
 from .streamed import streamed_perplexity as streamed_perplexity

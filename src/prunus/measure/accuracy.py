@@ -59,7 +59,8 @@ def accuracy(
         for x, y in batches:
             device = next(model.parameters(), x).device
             with autocast(device, precision):
-                logits: Tensor = plain(x.to(device))
+                out = plain(x.to(device))
+                logits: Tensor = out if isinstance(out, Tensor) else out.logits
             classes = logits.shape[1]
             parts.append(_seen(logits.float(), y.to(device)))
     if not parts:

@@ -12,6 +12,7 @@ predicted; where it has answers, the mean is over their tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,29 @@ def perplexity(
             logits = model(input_ids=ids.to(place).long(), use_cache=False).logits
             total += summed_loss(logits, targets.to(place).long())
     return exp_of(total.item() / predicted)
+
+
+@torch.no_grad()
+def target_perplexity(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> float:
+    """The perplexity of an encoder-decoder's targets: exp of the mean loss of all labels that are not -100.
+
+    batches: what the model is called with, `labels` among it; the model shifts them itself. It runs in evaluation mode,
+    the batches on its device.
+    Raises: ValueError where nothing is predicted.
+
+    >>> target_perplexity(encoder_decoder, [{"input_ids": ids, "labels": targets}])
+    """
+    place, total, predicted = next(model.parameters()).device, 0.0, 0
+    with in_mode(model, training=False):
+        for batch in batches:
+            wanted = batch["labels"].to(place)
+            logits = model(**{key: each.to(place) for key, each in batch.items()}).logits.float()
+            losses = nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
+            total += losses.double().sum().item()
+            predicted += int((wanted != IGNORED).sum())
+    if not predicted:
+        raise ValueError("No batch has labels other than -100, so there is nothing to measure.")
+    return exp_of(total / predicted)
 
 
 def exp_of(loss: float) -> float:

@@ -294,12 +294,15 @@ class Retrain(Strict):
 
 class Augmentation(Strict):
     """crop: pixels of padding before a random crop; flip: left and right at random; cutout: side of a blank square;
-    resized: in place of crop, the least share of the area of a box that is sampled to the image's size."""
+    resized: in place of crop, the least share of the area of a box that is sampled to the image's size. mixup, cutmix:
+    alpha of the shares in which two images, or a box of one in another, are one with both labels; 0: not done."""
 
     crop: Whole = 0
     flip: bool = False
     cutout: Whole = 0
     resized: Annotated[float, Field(gt=0, le=1)] | None = None
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
 
     @model_validator(mode="after")
     def _check(self) -> Augmentation:
@@ -531,9 +534,14 @@ class DenseRates(Strict):
 
 
 class LanguageDistill(Distill):
-    """As `Distill`. teacher: a name, folder or file of a model with the same words; left out, the dense model."""
+    """As `Distill`. teacher: a name, folder or file of a model with the same words; left out, the dense model.
+
+    dtype: of the teacher, the recipe's if left out. In another one it shares no tensor with the model.
+    """
 
     teacher: str | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the teacher; the recipe's own if left out."""
 
 
 class LanguageRetrain(Adapting, Retrain):
@@ -809,12 +817,22 @@ class ClassifierRetrain(Retrain):
     rewind: Whole | None = None
     """Epoch whose weights the surviving ones take again."""
     lr: Positive | None = None
+    train: Subsets = ("full",)
+    """What is trained: biases,norms or mask_lora or full ..."""
+    rank: Count = 16
+    """Rank of adapters."""
+    alpha: Positive = 32.0
+    """Scale of adapters: their update is multiplied by alpha / rank."""
     distill: Distill | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ClassifierRetrain:
         if sum(each is not None for each in (self.epochs, self.share, self.steps)) != 1:
             raise ValueError("give one of epochs, share (of the training's epochs) and steps")
+        if "lora" in self.train:
+            raise ValueError(
+                "train: merging 'lora' would fill pruned weights; train 'mask_lora', which keeps them zero"
+            )
         return self
 
     def budgets(self, phases: int, dense_steps: int, epoch_steps: int) -> list[int]:
@@ -1147,9 +1165,20 @@ class ClassifierRecipe(Recipe):
         if self.soup is not None:
             self._check_soup(self.soup)
         check_model(self.model, self.arguments)
+        if self.retrain is not None and self.retrain.train != ("full",):
+            self._check_subset(self.retrain)
         if self.weights is not None and not Path(self.weights).expanduser().is_file():
             raise ValueError(f"weights: no file {self.weights!r} (seen from {os.getcwd()}); check the path")
         return self
+
+    def _check_subset(self, retrain: ClassifierRetrain) -> None:
+        if self.soup is not None:
+            raise ValueError("retrain.train: members of a classifier's soup are retrained whole: leave it out")
+        if self.prune is not None and self.prune.kind != "zeros":
+            raise ValueError("retrain.train: a network that became smaller is trained whole: leave it out")
+        if not self.train.chosen.partly:
+            name = type(self.train.chosen).__name__.lower()
+            raise ValueError(f"retrain.train: {name} is of whole networks: take another train.optimizer, or [full]")
 
     def _check_during(self, during: Mapping[str, Mapping[str, Any]], prune: Prune) -> None:
         own = ("kind", "phases", "criterion", "allocation", "pattern", "scope")

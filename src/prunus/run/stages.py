@@ -440,7 +440,8 @@ def _loss(loaded: Loaded, recipe: LanguageRecipe) -> Callable[[nn.Module, Any], 
     asked = given(recipe.retrain).distill
     if asked is None:
         return next_token_loss
-    home = recipe.model_copy(update={"model": asked.teacher or recipe.model, "streaming": False})
+    of_teacher = {"model": asked.teacher or recipe.model, "dtype": asked.dtype or recipe.dtype, "streaming": False}
+    home = recipe.model_copy(update=of_teacher)
     dense = load(home)
     model = dense.model
     if recipe.shrink is not None and recipe.shrink.vocabulary is not None:

@@ -20,10 +20,8 @@ from functools import cache
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
-
-from prunus.train.sharded import asked as sharded_asked
 
 Capture = bool | Literal["auto"]
 
@@ -31,7 +29,6 @@ log = logging.getLogger(__name__)
 
 _AHEAD = 8  # replays that may wait for the device: a recording waits for what all threads have queued by then
 _WARM = 3  # steps 0, 1, 2 run as they are: cuDNN chooses its algorithms, the optimizer makes its state
-_WARM_REPLICATED = 12  # DistributedDataParallel arranges its buckets after the first step, and times ten more
 # Two things wait for the whole device, which no thread may do while another records: the beginning of a recording, and
 # cuDNN when it tries its algorithms, as it does the first time that it meets a shape.
 _RECORDING = threading.RLock()
@@ -71,7 +68,6 @@ class CapturedStep:
 
     step: runs forward, backward and optimizer, and returns the loss (scalar on the device).
     done: steps that the run has made already.
-    replicated: several processes make the step together, whose gradients DistributedDataParallel averages.
     forget: called where recording fails and need not succeed (`must`): drops what the recording left, the gradients.
         From then on steps run as they are, and `failure` says why.
     A batch of other shapes than the recorded one runs as it is, or raises ValueError where recording `must` succeed.
@@ -83,31 +79,29 @@ class CapturedStep:
         device: torch.device,
         *,
         done: int = 0,
-        replicated: bool = False,
         must: bool = True,
         forget: Callable[[], None] = lambda: None,
     ) -> None:
         self.step = step
         self.device = device
         self.done = done
-        self.warm = _WARM_REPLICATED if replicated else _WARM
         self.must = must
         self.forget = forget
         self.failure = ""
         self.graph: torch.cuda.CUDAGraph | None = None
         self.static: list[Any] = []
         self.loss: Tensor | None = None
-        self.restarts: set[bool] = set()  # whether positions began anew inside a window, in steps before
+        self.told: dict[Any, set[bool]] = {}  # of `_attending`
         self.queued: deque[torch.cuda.Event] = deque()
 
     def warm_(self, parts: list[Any]) -> None:
         """Runs as many steps as come before a recording, which change what steps change and are not counted."""
-        for _ in range(self.warm):
+        for _ in range(_WARM):
             self._plain(parts)
 
     def __call__(self, parts: list[Any]) -> Tensor:
         """The loss of one step, a tensor of its own."""
-        if self.done < self.warm or self.failure:
+        if self.done < _WARM or self.failure:
             self.done += 1
             return self._plain(parts)
         if self.graph is None:
@@ -140,9 +134,9 @@ class CapturedStep:
         # On the stream that will record: lazily made workspaces belong to a stream.
         here = torch.cuda.current_stream(self.device)
         with unrecorded():
-            stream = recording_stream(self.device)
+            stream = _stream(self.device)
             stream.wait_stream(here)
-            with torch.cuda.stream(stream), _attending(self.restarts, recording=False):
+            with torch.cuda.stream(stream), _attending(self.told, recording=False, masked=_masked(parts)):
                 loss = self.step(parts)
             here.wait_stream(stream)
         return loss
@@ -150,20 +144,35 @@ class CapturedStep:
     def _record(self, parts: list[Any]) -> None:
         self.static = [tree_map_only(Tensor, torch.clone, part) for part in parts]
         graph, wrong = torch.cuda.CUDAGraph(), list[str]()
+        with torch.cuda.device(self.device):
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        before = generator.clone_state()  # after a recording that failed, its own would wait for the end for ever
         try:
-            with unrecorded(), _attending(self.restarts, recording=True):
-                stream = recording_stream(self.device)
+            with unrecorded(), _attending(self.told, recording=True, masked=_masked(parts)):
+                stream = _stream(self.device)
                 with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"), _telling(wrong):
                     self.loss = self.step(self.static)
         except (RuntimeError, NotImplementedError) as error:
             if self.must:
                 raise
-            self.failure = (wrong or [str(error)])[0].split("\n")[0]
+            self.failure = _in_a_line((wrong or [str(error)])[0])
+            generator.graphsafe_set_state(before)
             _tell(self.failure)
             self.static.clear()
             self.forget()
             return
         self.graph = graph
+
+
+def _masked(parts: list[Any]) -> bool:
+    """Whether batches may bring masks of their own: those that name their parts do."""
+    return any(isinstance(part, dict) for part in parts)
+
+
+def _in_a_line(message: str) -> str:
+    """The first line of a message, and the second where that only announces it."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
 
 
 @contextmanager
@@ -176,7 +185,7 @@ def _telling(wrong: list[str]) -> Generator[None]:
         raise
 
 
-def recording_stream(device: torch.device) -> torch.cuda.Stream:
+def _stream(device: torch.device) -> torch.cuda.Stream:
     """The stream that warms up and records; only inside `unrecorded`."""
     with torch.cuda.device(device):  # which may be "cuda", without a number
         place = torch.cuda.current_device()
@@ -185,33 +194,51 @@ def recording_stream(device: torch.device) -> torch.cuda.Stream:
     return _STREAMS[place]
 
 
+# What a transformers model asks before it attends, and the answer with which it needs no mask of all pairs of tokens.
+_ASKED = {
+    "find_packed_sequence_indices": None,
+    "_ignore_causal_mask_sdpa": True,
+    "_ignore_bidirectional_mask_sdpa": True,
+}
+
+
 @contextmanager
-def _attending(restarts: set[bool], *, recording: bool) -> Generator[None]:
+def _attending(told: dict[Any, set[bool]], *, recording: bool, masked: bool) -> Generator[None]:
     """Context in which a transformers model attends alike whether or not the stream records.
 
-    While it does, the model may not look at its positions. It would take them for those of several texts in a window
-    and form a mask of all pairs of tokens, for an attention that is slower and rounds otherwise; and blocks compiled
-    without a mask would be compiled anew, which no recording survives. What steps before found is noted, and holds.
+    While it does, the model may not look into its positions and masks. It would form a mask of all pairs of tokens,
+    for an attention that is slower and rounds otherwise; and blocks compiled without a mask would be compiled anew,
+    which no recording survives. What it was told in steps before is noted in `told`, and holds; unless batches are
+    `masked`, which bring masks of their own, for each may have other ones.
     """
     masking: Any = sys.modules.get("transformers.masking_utils")
-    look, tracing = (getattr(masking, name, None) for name in ("find_packed_sequence_indices", "is_tracing"))
-    if look is None or tracing is None:
-        yield
-        return
-
-    def noted(positions: Tensor) -> Tensor | None:
-        found = look(positions)
-        restarts.add(found is not None)
-        return found
-
+    own = {name: getattr(masking, name) for name in _ASKED if hasattr(masking, name)}
     try:
-        if not recording:
-            masking.find_packed_sequence_indices = noted
-        elif restarts == {False}:
-            masking.find_packed_sequence_indices, masking.is_tracing = lambda _: None, lambda *_: False
+        for name, ask in own.items():
+            setattr(masking, name, _remembering(name, ask, told, recording=recording, masked=masked))
         yield
     finally:
-        masking.find_packed_sequence_indices, masking.is_tracing = look, tracing
+        for name, ask in own.items():
+            setattr(masking, name, ask)
+
+
+def _remembering(
+    name: str, ask: Callable[..., Any], told: dict[Any, set[bool]], *, recording: bool, masked: bool
+) -> Callable[..., Any]:
+    """`ask(tensor, sizes...)`, whose answers are noted, or, in a recording, are those of before."""
+    plain = _ASKED[name]
+
+    def answer(*given: Any, **named: Any) -> Any:
+        each = (*given, *(named[key] for key in sorted(named)))
+        key = (name, *(size for size in each if not isinstance(size, Tensor)))
+        if not recording:
+            found = ask(*given, **named)
+            told.setdefault(key, set()).add(found is plain)
+            return found
+        other = masked and any(isinstance(size, Tensor) for size in each)
+        return plain if told.get(key) == {True} and not other else ask(*given, **named)
+
+    return answer
 
 
 @cache
@@ -220,24 +247,23 @@ def _tell(why: str) -> None:
     log.warning("training steps are not recorded as a CUDA graph: %s", why)
 
 
-def captures(
-    asked: Capture, optimizer: torch.optim.Optimizer, device: torch.device, *, shared: bool, scaled: bool
-) -> bool:
+def captures(asked: Capture, model: nn.Module, optimizer: torch.optim.Optimizer, *, shared: bool, scaled: bool) -> bool:
     """Whether the steps of a run are recorded; told where not on a GPU. Raises ValueError when they must be."""
-    why = _obstacle(optimizer, device, shared=shared, scaled=scaled) if asked else ""
+    why = _obstacle(model, optimizer, shared=shared, scaled=scaled) if asked else ""
     if why and asked is True:
         raise ValueError(f"{why}; use capture=False.")
-    if why and device.type == "cuda":
+    if why and next(model.parameters()).is_cuda:
         _tell(why)
     return bool(asked) and not why
 
 
-def _obstacle(optimizer: torch.optim.Optimizer, device: torch.device, *, shared: bool, scaled: bool) -> str:
+def _obstacle(model: nn.Module, optimizer: torch.optim.Optimizer, *, shared: bool, scaled: bool) -> str:
     """Why a step of this run cannot be recorded; nothing where it can, as far as one sees without trying."""
+    device = next(model.parameters()).device
     if device.type != "cuda":
         return f"capture=True records a CUDA graph, and the model is on {device}"
-    if shared and (sharded_asked() or torch.distributed.get_backend() != "nccl"):
-        return "capture=True goes with one process, or with several that have a replica and NCCL each"
+    if shared:
+        return "capture=True goes with one process: several wait for each other's gradients on the host"
     if scaled:
         return "capture=True goes with bf16 or fp32: the host looks at what fp16 scales"
     if not all(group.get("fused") or group.get("capturable") for group in optimizer.param_groups):

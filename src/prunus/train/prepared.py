@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,6 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from prunus.machine import Precision, in_mode, ranks
-from prunus.train.capture import recording_stream, unrecorded
 from prunus.train.sharded import asked, sharded
 
 if TYPE_CHECKING:
@@ -58,33 +57,18 @@ def prepared(
     accelerator: Accelerator,
     masks: Masks | None,
     shared: bool,
-    recorded: bool = False,
 ) -> Generator[tuple[nn.Module, nn.Module, torch.optim.Optimizer], None, None]:
     """What is trained, that as accelerate wraps it, and the optimizer; then all as before, but for the weights.
 
-    What is trained is the model itself, or its sharded twin where the launch asked for FSDP2. recorded: the steps of
-    replicas will be, which DistributedDataParallel must know when it is made, by the stream on which it is.
+    What is trained is the model itself, or its sharded twin where the launch asked for FSDP2.
     """
     apart = shared and asked()
     if apart and accelerator.device.type != "cpu":  # replicated models are moved by accelerate
         model.to(accelerator.device)
     with ExitStack() as stack:
         inner = stack.enter_context(sharded(model, optimizer)) if apart else model
-        with _on_recording_stream(accelerator.device) if recorded and shared else nullcontext():
-            wrapping = _wrapped(inner, optimizer, accelerator, masks, shared and not apart)
-            outer, stepper = stack.enter_context(wrapping)
+        outer, stepper = stack.enter_context(_wrapped(inner, optimizer, accelerator, masks, shared and not apart))
         yield inner, outer, stepper
-
-
-@contextmanager
-def _on_recording_stream(device: torch.device) -> Generator[None]:
-    here = torch.cuda.current_stream(device)
-    with unrecorded():
-        stream = recording_stream(device)
-        stream.wait_stream(here)
-        with torch.cuda.stream(stream):
-            yield
-        here.wait_stream(stream)
 
 
 @contextmanager

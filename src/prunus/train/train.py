@@ -145,8 +145,7 @@ def train(
     device = next(model.parameters()).device
     accelerator = make_accelerator(precision, accumulate, device)
     shared = shared and accelerator.num_processes > 1
-    device = accelerator.device if shared else device
-    recorded = captures(capture, optimizer, device, shared=shared, scaled=precision == "fp16")
+    recorded = captures(capture, model, optimizer, shared=shared, scaled=precision == "fp16")
     if during and shared and asked():
         raise ValueError("Methods that take part in training need whole weights: launch without --use_fsdp.")
     if during:
@@ -159,7 +158,7 @@ def train(
         raise ValueError("A model is not measured while its weights are sharded: leave out watch, or --use_fsdp.")
     started = time.perf_counter()
     rates = [float(group["lr"]) for group in optimizer.param_groups]
-    wrap = prepared(model, optimizer, accelerator, masks, shared, recorded)
+    wrap = prepared(model, optimizer, accelerator, masks, shared)
     with wrap as (inner, wrapped, stepper), settled(device if recorded else None):
         watched = Watched(watch, lambda: resumable(inner))
         key = {"steps": steps, "accumulate": accumulate, "base_lrs": rates, **watched.plan}
@@ -169,9 +168,7 @@ def train(
         clock = Clock(save_seconds, first, shared=shared)
         step_of = run.step
         if recorded:
-            step_of = CapturedStep(
-                run.step, device, done=first, replicated=shared, must=capture is True, forget=run.forget
-            )
+            step_of = CapturedStep(run.step, device, done=first, must=capture is True, forget=run.forget)
             if 0 < first < steps:
                 set_rates_(optimizer, [rate * lr(first) for rate in rates], recorded)
                 step_of.warm_(run.parts(batches, first)[0])

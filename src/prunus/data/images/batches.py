@@ -23,6 +23,7 @@ __all__ = ["Augment", "ImageBatches", "LoaderBatches", "plain_batches"]
 
 _RATIO = math.log(4 / 3)  # of a resized crop's sides, up or down
 _BOXES = 0x5DEECE66D  # mixed into the seed of the boxes, so that they disturb no other draw
+_JOINED = 0x2545F4914F6CDD1D  # and into that of mixup and cutmix
 _OUTSIDE = -(1 << 40)  # stays negative whatever is added to it
 
 
@@ -32,23 +33,30 @@ class Augment:
     image's own size; flip: left to right, half of them; cutout: side of a square of zeros around a random pixel.
     resized: in place of crop, a box of a share of the image's area in [resized, 1], its sides in a ratio in [3/4, 4/3],
     is sampled to the image's own size.
+    mixup, cutmix: alpha of the share lam ~ Beta(alpha, alpha) of an image that stays, lam x_i + (1 - lam) x_j, or a box
+    of x_j in x_i of 1 - lam of the area; of both, each batch takes one at random. Labels become shares of classes.
 
     Sources: He et al. 2016, Sec. 4.2 (crop, flip); DeVries & Taylor 2017 (cutout: the square may reach out of the
     image, so fewer pixels may be hidden); Szegedy et al. 2015, Sec. 6 (resized; a box too long for the image is cut to
-    it).
+    it); Zhang et al. 2018, Eq. 1 (mixup); Yun et al. 2019, Eq. 1 to 3 (cutmix). One lam a batch, as in their code; j
+    stands in the batch as far from its end as i from its beginning.
 
-    >>> Augment(crop=4, flip=True)
-    Augment(crop=4, flip=True, cutout=0, resized=None)
+    >>> Augment(crop=4, flip=True).cutout
+    0
     """
 
     crop: int = 0
     flip: bool = False
     cutout: int = 0
     resized: float | None = None
+    mixup: float = 0.0
+    cutmix: float = 0.0
 
 
 class ImageBatches:
     """Training batches as a pure function: step -> (x (B, C, H, W) normalised, y (B,) int64), on the images' device.
+
+    With mixup or cutmix y is (B, classes) float32, the share of each class.
 
     Each epoch of N // B steps has a permutation and random changes of its own; the ragged rest is left out, so that all
     batches have one shape. mean, std: (C,) of pixels / 255, by default the images' own. On a GPU a call launches some
@@ -120,8 +128,26 @@ class ImageBatches:
             x = _sampled(x, self._epoch[3][part])
         if outside is not None:
             x.masked_fill_(outside[..., None], 0.0)
-        x = x.permute(0, 3, 1, 2).to(self.dtype)
-        return x if self.channels_last else x.contiguous(), self._epoch[2][part]
+        x, y = x.permute(0, 3, 1, 2).to(self.dtype), self._epoch[2][part]
+        x = x if self.channels_last else x.contiguous()
+        return self._joined(x, y, step) if self.augment.mixup or self.augment.cutmix else (x, y)
+
+    def _joined(self, x: Tensor, y: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Images (B, C, H, W), each joined with another one of the batch, and the shares (B, classes) of classes."""
+        generator, (*_, height, width) = generator_of(self.seed ^ _JOINED, step), x.shape
+        cuts = self.augment.cutmix and not (self.augment.mixup and torch.rand((), generator=generator) < 0.5)
+        own = _beta(self.augment.cutmix if cuts else self.augment.mixup, generator)
+        if cuts:
+            side, middle, centre = math.sqrt(1 - own), *torch.rand(2, generator=generator).tolist()
+            top, bottom = _span(middle * height, side * height, height)
+            left, right = _span(centre * width, side * width, width)
+            own = 1 - (bottom - top) * (right - left) / (height * width)
+            other, x = x.flip(0), x.clone(memory_format=torch.preserve_format)
+            x[:, :, top:bottom, left:right] = other[:, :, top:bottom, left:right]
+        else:
+            x = torch.lerp(x.flip(0), x, own)
+        shares = torch.nn.functional.one_hot(y, self.images.classes).float()
+        return x, torch.lerp(shares.flip(0), shares, own)
 
     def _draw(self, epoch: int) -> tuple[Tensor, Tensor]:
         """(first byte, row offset, column offset, cutout's row and column), (5, n) int64, and labels (n,) of an epoch.
@@ -233,6 +259,18 @@ def _tables(height: int, width: int, augment: Augment) -> tuple[Tensor, Tensor, 
     places = torch.arange(max(height, width))
     from_first = places[None, :] - (places[:, None] - augment.cutout // 2)
     return rows, torch.cat([columns, columns.flip(1)]), (from_first >= 0) & (from_first < augment.cutout)
+
+
+def _beta(alpha: float, generator: torch.Generator) -> float:
+    """A number of Beta(alpha, alpha), as the share of one of two Gamma(alpha) numbers."""
+    gammas = torch._standard_gamma(torch.full((2,), alpha, dtype=torch.float64), generator)  # pyright: ignore[reportPrivateImportUsage]
+    one, other = gammas.tolist()
+    return one / (one + other) if one + other else 0.5
+
+
+def _span(middle: float, length: float, side: int) -> tuple[int, int]:
+    """Where a stretch begins and ends, as far as it lies within [0, side)."""
+    return max(0, round(middle - length / 2)), min(side, round(middle + length / 2))
 
 
 def _boxes(least: float, images: Images, seed: int, epoch: int) -> Tensor:

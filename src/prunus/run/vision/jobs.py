@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunus.adapt import Adaptation, adapt
 from prunus.during import Part, cubic
 from prunus.masks import Masks
 from prunus.run.folder import ran_on
@@ -337,6 +338,7 @@ def _train(asked: Training, base: Job, job: Job, store: Store) -> dict[str, Any]
     where = ran_on(store.work(job), setting.name)
     multiplier, steps, peak = _rates(asked, Trunk.of(base, store), lost, setting)
     model = network(own, store, start, base)
+    adaptation = _adapted(model, own, masks)
     swa = Swa(asked.swa) if asked.swa is not None else None
     with store.bar(f"retrain {asked.phase + 1}/{given(own.prune).phases}", steps) as advance:
         trace = stages.fit(
@@ -346,12 +348,14 @@ def _train(asked: Training, base: Job, job: Job, store: Store) -> dict[str, Any]
             steps=steps,
             part=asked.phase + 1,
             lr=peak,
-            masks=masks,
+            masks=masks if adaptation is None else None,
             during=[swa] if swa is not None else [],
             loss=_taught(asked, base, store),
             checkpoint=store.checkpoint(job),
             on_step=advance and advance.step,
         )
+    if adaptation is not None:
+        adaptation.merge_()
     if masks is not None:
         masks.check(model)
     measured = _measure_trained(asked, model, setting)
@@ -363,6 +367,16 @@ def _train(asked: Training, base: Job, job: Job, store: Store) -> dict[str, Any]
     losses = {"losses": losses_by_epoch(trace.losses, every), "every": every}
     numbers = {"steps": steps, "seconds": trace.seconds, "initial_lr": max(trace.lrs)}
     return {"measured": measured, **numbers, **losses, **where}
+
+
+def _adapted(model: nn.Module, own: ClassifierRecipe, masks: Masks | None) -> Adaptation | None:
+    """What of a pruned network is retrained, where that is not everything."""
+    asked = own.retrain
+    if asked is None or "full" in asked.train:
+        return None
+    views = [view for view in stages.views_of(model, given(own.prune)) if view.parameter in (masks or {})]
+    generator = torch.Generator().manual_seed(own.seed)
+    return adapt(model, asked.train, masks=masks, views=views, rank=asked.rank, alpha=asked.alpha, generator=generator)
 
 
 def _taught(asked: Training, base: Job, store: Store) -> stages.Loss | None:

@@ -1,9 +1,11 @@
 """What a classifier recipe may say of its optimizer, and the optimizers and penalties made of it.
 
     train.optimizer   none: SGD    {sgd: {decoupled_decay: ..}}    {sfw: {set: k_support, k: 0.3, ..}}    {prox: {..}}
+                      adamw
     train.penalty     {groups: strength} or {nuclear: strength}, added to the loss
 
-Momentum and weight decay are those of the section `train`; parameters in a feasible set take no weight decay. A new
+Momentum and weight decay are those of the section `train`; parameters in a feasible set take no weight decay. What is
+frozen, because a subset is retrained, is in no optimizer. A new
 optimizer is a subclass of `Optimizer` and one `__all__` entry: recipes find it there.
 """
 
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, Field, model_validator
@@ -34,7 +36,7 @@ from prunus.run import names
 from prunus.run.plain import Strict
 from prunus.train import During
 
-__all__ = ["Given", "OneOptimizer", "Optimizer", "Prox", "Pull", "Sfw", "Sgd", "Size"]
+__all__ = ["AdamW", "Given", "OneOptimizer", "Optimizer", "Prox", "Pull", "Sfw", "Sgd", "Size"]
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _USUAL = {"k": 0.3, "p": 2.0}
@@ -82,7 +84,12 @@ class Given:
 
 
 class Optimizer(Strict):
-    """What makes an optimizer of a run. A new one is a subclass with its options and one `__all__` entry."""
+    """What makes an optimizer of a run. A new one is a subclass with its options and one `__all__` entry.
+
+    partly: whether it leaves alone what is frozen, so that subsets can be retrained by it.
+    """
+
+    partly: ClassVar[bool] = False
 
     def made(self, model: nn.Module, given: Given) -> torch.optim.Optimizer:
         """The optimizer, which a captured step may record where its arithmetic allows it."""
@@ -100,6 +107,7 @@ class Optimizer(Strict):
 class Sgd(Optimizer):
     """SGD, with decoupled weight decay, w <- (1 - lr * decoupled_decay) w, beside or in place of train.weight_decay."""
 
+    partly: ClassVar[bool] = True
     decoupled_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
     def made(self, model: nn.Module, given: Given) -> torch.optim.Optimizer:
@@ -107,8 +115,25 @@ class Sgd(Optimizer):
         shared: dict[str, Any] = {"lr": given.lr, "momentum": given.momentum, "weight_decay": given.weight_decay}
         cuda = _recorded(model)
         if self.decoupled_decay:
-            return SFW(model.parameters(), decoupled_decay=self.decoupled_decay, capturable=cuda, **shared)
-        return torch.optim.SGD(model.parameters(), nesterov=given.nesterov, fused=cuda, **shared)
+            return SFW(_trained(model), decoupled_decay=self.decoupled_decay, capturable=cuda, **shared)
+        return torch.optim.SGD(_trained(model), nesterov=given.nesterov, fused=cuda, **shared)
+
+
+class AdamW(Optimizer):
+    """AdamW, its first beta being train.momentum; weight decay is of matrices and kernels alone."""
+
+    partly: ClassVar[bool] = True
+    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    eps: Positive = 1e-8
+
+    def made(self, model: nn.Module, given: Given) -> torch.optim.Optimizer:
+        """PyTorch's, fused on a GPU."""
+        trained, cuda = _trained(model), _recorded(model)
+        parts = [[each for each in trained if each.ndim > 1], [each for each in trained if each.ndim < 2]]
+        decays = (given.weight_decay, 0.0)
+        groups = [{"params": part, "weight_decay": decay} for part, decay in zip(parts, decays, strict=True) if part]
+        betas = (given.momentum, self.beta2)
+        return torch.optim.AdamW(groups, lr=given.lr, betas=betas, eps=self.eps, capturable=cuda, fused=cuda or None)
 
 
 class Sfw(Optimizer):
@@ -263,6 +288,10 @@ class OneOptimizer(OneOf):
         """The one that is given."""
         (found,) = self.given.values()
         return found
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def _recorded(model: nn.Module) -> bool:

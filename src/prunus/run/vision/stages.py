@@ -83,7 +83,8 @@ def fit(
     checkpoint: Path | None = None,
     on_step: OnStep | None = None,
 ) -> Trace:
-    """Train in place; part as in `Setting.batches`. A running mean, if asked for, ends up in the model.
+    """Train in place what requires gradients; part as in `Setting.batches`. A running mean, if asked for, ends up in
+    the model.
 
     loss: the recipe's cross-entropy if left out.
 

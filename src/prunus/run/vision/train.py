@@ -15,13 +15,14 @@ import shutil
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from prunus import __version__
-from prunus.machine import read_json, write_json, write_text
+from prunus.data import config_of
+from prunus.machine import is_pretrained, read_json, write_json, write_text
 from prunus.masks import Masks
 from prunus.measure import Energy
 from prunus.report import append_once, plot_accuracy, plot_lines, plot_plane, plot_run, progress
@@ -39,6 +40,9 @@ from prunus.run.vision.outcome import Outcome, outcome
 from prunus.run.vision.plan import Plan
 from prunus.run.vision.setting import Setting
 from prunus.save import FORMAT, INFO_NAME, MASKS_NAME
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["planned", "pruning_of", "train_run"]
 
@@ -201,6 +205,8 @@ def _describe(
 ) -> None:
     """Write a network, its masks if it has any, and what it is: model.safetensors, masks.safetensors, prunus.json."""
     write_state(out / "model.safetensors", model)
+    if is_pretrained(model):
+        _write_config(out, recipe, model)
     if masks is not None:
         masks.save(out / MASKS_NAME)
     numbers = {key: value for key, value in result.items() if key not in ("key", "by_layer")}
@@ -208,6 +214,15 @@ def _describe(
     info = {"format": FORMAT, "recipe": recipe.model_dump(mode="json"), "metrics": numbers, "versions": versions}
     kept = {"masks": MASKS_NAME if masks is not None else None}
     write_json(out / INFO_NAME, info | kept | {"sparsity": {"layers": result.get("by_layer", {})}})
+
+
+def _write_config(out: Path, recipe: ClassifierRecipe, model: PreTrainedModel) -> None:
+    """What transformers loads a network by: its config, and what comes beside one that came as a folder."""
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(out)
+    own = config_of(recipe.model)
+    for path in [] if own is None else own.parent.glob("*processor_config.json"):
+        shutil.copyfile(path, out / path.name)
 
 
 def _rates(trace: Mapping[str, Any]) -> list[float]:
