@@ -44,7 +44,7 @@ ADMM = {"refit": {"of": "admm"}}
 NOTHING = {"criterion": "magnitude", "sparsity": 0.0}
 
 
-def rows_of(blocks: int, heads: float) -> dict[str, dict[str, Any]]:
+def rows_of(blocks: int, heads: float, width: bool) -> dict[str, dict[str, Any]]:
     """Row -> what its recipe says beside the base: `shrink` or `prune`, or which baseline makes it."""
     zeros, two_four = {"criterion": ADMM, "sparsity": 0.6}, {"criterion": ADMM, "pattern": "2:4"}
     few = {"neurons": 0.25, "blocks": blocks}
@@ -69,6 +69,7 @@ def rows_of(blocks: int, heads: float) -> dict[str, dict[str, Any]]:
         f"{blocks} of blocks, by angle": {"baseline": "angle", "count": blocks},
         "25 % of neurons, by Wanda": {"baseline": "wanda", "share": 0.25},
         "50 % of neurons, by Wanda": {"baseline": "wanda", "share": 0.5},
+        **({"25 % of width": {"shrink": {"width": 0.25}}} if width else {}),
         "dense, retrained": {"prune": NOTHING},
     }
 
@@ -147,7 +148,8 @@ def quality(name: str, base: dict[str, Any], said: dict[str, Any], work: Path) -
         raw["retrain"] = merge(raw["retrain"], {"distill.teacher": base["model"]})
     recipe = parse(raw, LanguageRecipe, name)
     found = compress(recipe)
-    perplexity = {("after" if stage == "merged" else "before"): values for stage, values in found["perplexity"].items()}
+    shown = {"before": "pruned", "after": "merged"}
+    perplexity = {key: found["perplexity"][stage] for key, stage in shown.items() if stage in found["perplexity"]}
     half = load_model(folder / "model", torch.bfloat16)
     saved = save_model(half, None, folder / "packed", masks=None, info={}, packed="zstd")
     tokens = 0 if recipe.retrain is None else recipe.retrain.steps * recipe.retrain.step_tokens
@@ -189,6 +191,7 @@ def main() -> None:
     ask.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe")
     ask.add_argument("--blocks", type=int, default=1)
     ask.add_argument("--heads", type=float, default=0.0)
+    ask.add_argument("--width", action="store_true", help="a row with fewer entries of hidden states, too")
     ask.add_argument("--experts", action="store_true", help="the rows of a model of experts")
     ask.add_argument("--only", default="", help="rows, with ; between them")
     ask.add_argument("--minutes", type=float, default=1e9, help="no row begins later")
@@ -203,7 +206,7 @@ def main() -> None:
     )
     work, file = said.work / said.recipe.stem, said.out.with_suffix(".json")
     rows: dict[str, Any] = {each["model"]: each for each in read_json(file)} if file.exists() else {}
-    asked = rows_of_experts() if said.experts else rows_of(said.blocks, said.heads)
+    asked = rows_of_experts() if said.experts else rows_of(said.blocks, said.heads, said.width)
     fill(
         rows, {name: each for name, each in asked.items() if not said.only or name in said.only.split(";")}, base, said
     )

@@ -9,8 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prunus import patterns
-from prunus.patterns import NM, Block, Rows, Unstructured, check_sparsity, kept_of, parse, selection
+from prunus import admm, patterns, sparsegpt
+from prunus.layers import Inputs, Layer
+from prunus.patterns import NM, Block, Pairs, Rows, Unstructured, check_sparsity, kept_of, parse, selection
 from prunus.patterns.selection import keep_largest_of_all, select_global_share
 
 INF = float("inf")
@@ -45,7 +46,9 @@ def true_indices(mask: Tensor) -> set[int]:
 
 
 @pytest.mark.parametrize(
-    "pattern", [Unstructured("row"), Unstructured("layer"), NM(2, 4), Block(2, 2), Block(1, 4), Rows()], ids=repr
+    "pattern",
+    [Unstructured("row"), Unstructured("layer"), NM(2, 4), Pairs(2, 4), Block(2, 2), Block(1, 4), Rows()],
+    ids=repr,
 )
 def test_by_row_says_whether_other_rows_matter(pattern: patterns.Pattern):
     generator, kept = torch.Generator().manual_seed(0), pattern.counts((4, 8), 0.5)
@@ -149,13 +152,17 @@ def test_chunks_change_nothing(pattern: patterns.Pattern, levels: int):
         assert pattern != Unstructured("row") or true_indices(mask[i]) == first_best(row.tolist(), 3 + (i < 1))
 
 
-@pytest.mark.parametrize("pattern", [Unstructured("layer"), Unstructured("row"), Block(2, 4), Rows(), NM(2, 4)])
+@pytest.mark.parametrize(
+    "pattern", [Unstructured("layer"), Unstructured("row"), Block(2, 4), Rows(), NM(2, 4), Pairs(2, 4)]
+)
 def test_a_constant_score_prunes_no_more_than_asked(pattern: patterns.Pattern):
     kept = pattern.counts((6, 8), 0.5)
     assert int(pattern.mask(torch.ones(6, 8), kept).sum()) == kept == 24
 
 
-@pytest.mark.parametrize("pattern", [Unstructured("layer"), Unstructured("row"), Block(2, 4), Rows(), NM(1, 4)])
+@pytest.mark.parametrize(
+    "pattern", [Unstructured("layer"), Unstructured("row"), Block(2, 4), Rows(), NM(1, 4), Pairs(1, 4)]
+)
 def test_masks_are_idempotent_and_follow_transposed_storage(pattern: patterns.Pattern):
     score = torch.rand(8, 8, generator=torch.Generator().manual_seed(1)) + 0.1
     kept = pattern.counts((8, 8), 0.75)
@@ -164,7 +171,9 @@ def test_masks_are_idempotent_and_follow_transposed_storage(pattern: patterns.Pa
     assert torch.equal(pattern.mask(score.T.contiguous().T, kept), mask)
 
 
-@pytest.mark.parametrize("pattern", [Unstructured("layer"), Unstructured("row"), Block(1, 4), Rows(), NM(2, 4)])
+@pytest.mark.parametrize(
+    "pattern", [Unstructured("layer"), Unstructured("row"), Block(1, 4), Rows(), NM(2, 4), Pairs(2, 4)]
+)
 def test_masks_follow_a_permutation_of_rows(pattern: patterns.Pattern):
     generator = torch.Generator().manual_seed(2)
     score, order = torch.rand(6, 8, generator=generator), torch.randperm(6, generator=generator)
@@ -253,9 +262,30 @@ def test_nm_names_the_layer_that_it_does_not_fit():
         NM(2, 4).mask(torch.ones(2, 4), 5)
 
 
+def test_pairs_stay_or_go_together_and_solvers_keep_them():
+    """By brute force: the two of every four pairs with the largest sums; SparseGPT and ADMM leave such masks."""
+    score = torch.rand(3, 16, generator=torch.Generator().manual_seed(0))
+    mask = Pairs(2, 4).mask(score, 24)
+    for row, kept in zip(score.view(-1, 4, 2).sum(2), mask.view(-1, 4, 2), strict=True):
+        assert torch.equal(kept[:, 0], kept[:, 1])
+        assert true_indices(kept[:, 0]) == first_best(row.tolist(), 2)
+    inputs = Inputs(16, gram=True)
+    inputs.add_(torch.randn(40, 16, generator=torch.Generator().manual_seed(1)))
+    for criterion in (sparsegpt(), admm()):
+        weight, mask = criterion.solve(Layer("fc", score, inputs), Pairs(2, 4), 24)
+        pairs = mask.view(-1, 4, 2)
+        assert torch.equal(pairs[..., 0], pairs[..., 1])
+        assert (pairs[..., 0].sum(1) == 2).all()
+        assert not weight[~mask].any()
+    assert Pairs(2, 4).sparsity == 0.5
+    with pytest.raises(ValueError, match="'fc1' has 12"):
+        Pairs(2, 4).counts((2, 12), name="fc1")
+
+
 def test_parse_reads_back_what_patterns_print():
     assert parse("2:4") == NM(2, 4)
-    assert parse(str(NM(4, 8))) == NM(4, 8)
+    assert parse(str(NM(6, 8))) == NM(6, 8)
+    assert parse(str(Pairs(2, 4))) == Pairs(2, 4)
     assert parse("unstructured", per="layer") == Unstructured("layer")
     assert parse(str(Block(4, 16))) == Block(4, 16)
     assert parse(str(Rows())) == Rows()

@@ -47,6 +47,7 @@ from prunus.shrink import (
     remove_experts,
     remove_heads,
     remove_neurons,
+    remove_width,
     trim_tokenizer,
     trim_vocabulary,
 )
@@ -187,6 +188,40 @@ def test_experts_go_and_the_model_is_the_one_whose_router_never_chooses_them(fam
 def test_models_without_experts_lose_none(tokens: torch.Tensor):
     with pytest.raises(ValueError, match="no stacked experts"):
         remove_experts(made("llama"), tokens, 0.5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_hidden_states_lose_entries_everywhere(family: str, tokens: torch.Tensor, tmp_path):
+    model = made(family)
+    dense = copy.deepcopy(model)
+    small = remove_width(model, tokens, 0.25)
+    assert (small.config.hidden_size, small.get_input_embeddings().weight.shape[1]) == (24, 24)
+    assert torch.allclose(logits(small, tokens), logits(model, tokens), atol=1e-4, rtol=1e-4)  # used up: masked
+    left = (model.get_input_embeddings().weight != 0).any(0).nonzero()[:, 0]
+    own = dense.get_input_embeddings().weight[:, left]
+    assert torch.equal(small.get_input_embeddings().weight, own)
+    save_model(small, None, tmp_path / "out", masks=None, info={})
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tokens), logits(small, tokens))
+
+
+def test_entries_of_hidden_states_that_do_nothing_go_without_a_trace(tokens: torch.Tensor):
+    model = made("llama")
+    idle = [1, 5, 6, 17, 20, 21, 30, 31]
+    with torch.no_grad():  # nothing reads them, and nobody makes them
+        for name, module in model.named_modules():
+            if name.endswith(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")):
+                module.weight[:, idle] = 0
+            if name.endswith(("o_proj", "down_proj")):
+                module.weight[idle] = 0
+        model.get_input_embeddings().weight[:, idle] = 0
+    expected = logits(model, tokens)
+    assert torch.allclose(logits(remove_width(model, tokens, 0.25), tokens), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2", "phi3"])
+def test_hidden_states_behind_a_layer_norm_or_heads_of_no_size_stay(family: str, tokens: torch.Tensor):
+    with pytest.raises(ValueError, match=r"shrink"):
+        remove_width(made(family), tokens, 0.25)
 
 
 def layer(rows: int, size: int, seen: int = 40):

@@ -1,5 +1,6 @@
 from .patterns import NM as NM
 from .patterns import Block as Block
+from .patterns import Pairs as Pairs
 from .patterns import Pattern as Pattern
 from .patterns import Rows as Rows
 from .patterns import Unstructured as Unstructured

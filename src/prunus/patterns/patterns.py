@@ -1,9 +1,9 @@
 """The patterns, what every one promises, and masks of the scores |W_ij| * s_j under them.
 
-`Unstructured` and `NM` choose single entries, `Block` and `Rows` whole tiles of a matrix. Scores |W_ij| * s_j
-(magnitude, Wanda) are never written down on a GPU: N:M and rows have programs in `kernels/` that multiply while they
-select, so that the weight is read once and the mask written once. Any other pattern, and everything on a CPU, goes by
-`pattern.mask` of the scores, with the same bits. How the largest scores are found is in `selection`.
+`Unstructured` and `NM` choose single entries, `Pairs` twos, `Block` and `Rows` whole tiles of a matrix. Scores
+|W_ij| * s_j (magnitude, Wanda) are never written down on a GPU: N:M and rows have programs in `kernels/` that multiply
+while they select, so that the weight is read once and the mask written once. Any other pattern, and everything on a
+CPU, goes by `pattern.mask` of the scores, with the same bits. How the largest scores are found is in `selection`.
 """
 
 from __future__ import annotations
@@ -262,6 +262,69 @@ class NM:
             )
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """At most `n` of `m` consecutive pairs of weights along the input dimension hold nonzeros; 0 < n < m.
+
+    2 of 4 pairs are 4:8 in twos: what tensor cores of NVIDIA's Blackwell multiply where numbers have four bits. A pair
+    is worth the mean of its scores.
+
+    >>> Pairs(1, 2).mask(torch.tensor([[5.0, 0.0, 3.0, 3.0]]), 2).tolist()
+    [[False, False, True, True]]
+    """
+
+    n: int
+    m: int
+    by_row = True
+
+    def __post_init__(self) -> None:
+        NM(self.n, self.m)
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m} pairs"
+
+    @property
+    def width(self) -> int | None:
+        """2 M: so many columns are chosen together."""
+        return 2 * self.m
+
+    @property
+    def sparsity(self) -> float | None:
+        """1 - N/M."""
+        return 1 - self.n / self.m
+
+    def counts(self, shape: tuple[int, int], sparsity: float | None = None, *, name: str = "this layer") -> int:
+        """How many entries a (out, in) matrix keeps: n/m of them. Raises ValueError as `NM.counts`, for 2 n of 2 m."""
+        return self._alike.counts(shape, sparsity, name=name)
+
+    def mask(self, score: Tensor, kept: int, *, name: str = "this layer") -> Tensor:
+        """The mask (out, in) bool of the best n of every m pairs; ties keep the lower. Raises ValueError as `NM`."""
+        _check_score(score, kept, name)
+        self._alike.check_count((score.shape[0], score.shape[1]), kept, name)
+        return self.choose(score, kept)
+
+    def choose(self, score: Tensor, kept: int) -> Tensor:
+        """`mask` without its checks; `kept` is implied."""
+        return _spread(keep_largest_of_groups(_tile_means(score, 1, 2), self.n, self.m), 1, 2)
+
+    def split(self, shape: tuple[int, int], kept: int, edges: Sequence[int], *, name: str = "this layer") -> list[int]:
+        """How many entries each block of columns keeps: n/m of it."""
+        return self._alike.split(shape, kept, edges, name=name)
+
+    def unit(self, shape: tuple[int, int], *, name: str = "this layer") -> int:
+        """2: a pair."""
+        return 2
+
+    def pool(self, score: Tensor) -> Tensor:
+        """(out, in) float32 or wider: at each entry the mean of its pair."""
+        return _spread(_tile_means(score, 1, 2), 1, 2)
+
+    @property
+    def _alike(self) -> NM:
+        """What has the same counts."""
+        return NM(2 * self.n, 2 * self.m)
+
+
 class _Tiles:
     """What patterns of whole tiles share: `tile` is how many rows and columns one has in a matrix of a shape."""
 
@@ -379,7 +442,8 @@ class Rows(_Tiles):
 
 
 def parse(text: str, per: Literal["row", "layer"] = "row") -> Pattern:
-    """The pattern that a recipe names: "unstructured" (compared per row or per layer), "N:M", "block RxC" or "filters".
+    """The pattern that a recipe names: "unstructured" (compared per row or per layer), "N:M", "N:M pairs", "block RxC"
+    or "filters".
 
     Raises ValueError for anything else.
 
@@ -392,16 +456,17 @@ def parse(text: str, per: Literal["row", "layer"] = "row") -> Pattern:
         return Rows()
     if tile := re.fullmatch(r"block (\d+)x(\d+)", text):
         return Block(int(tile[1]), int(tile[2]))
-    match = re.fullmatch(r"(\d+):(\d+)", text)
+    match = re.fullmatch(r"(\d+):(\d+)( pairs)?", text)
     if match is None:
         raise ValueError(
-            f"Pattern {text!r} is not N:M (2:4 keeps 2 of 4 consecutive weights), not 'unstructured', not 'block RxC' "
+            f"Pattern {text!r} is not N:M (2:4 keeps 2 of 4 consecutive weights; '2:4 pairs' 2 of 4 pairs), not "
+            "'unstructured', not 'block RxC' "
             "(block 4x4 prunes tiles of 4 rows and 4 columns) and not 'filters'"
         )
     n, m = int(match[1]), int(match[2])
     if not 0 < n < m:
         raise ValueError(f"Pattern {text!r} must keep N of M weights with 0 < N < M, as 2:4 does")
-    return NM(n, m)
+    return Pairs(n, m) if match[3] else NM(n, m)
 
 
 def scaled(weight: Tensor, scale: Tensor | None) -> Tensor:

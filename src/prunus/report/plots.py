@@ -129,7 +129,12 @@ def plot_speeds(points: Sequence[Mapping[str, Any]], path: str | Path, *, device
         _plain_ticks(axis)
     axis.set_ylabel("perplexity")
     axis.set_xlabel(f"tokens a second, one after another{', ' if device else ''}{device}")
-    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axis.margins(x=0.15, y=0.08)  # names stand to the right of their points
+    legend = figure.legend(
+        *axis.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=5, loc="outside lower left"
+    )
+    for handle in legend.legend_handles:
+        handle.set_sizes([40])  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue] - of scatter
     _save(figure, path)
 
 

@@ -460,13 +460,14 @@ class Shrink(Strict):
     experts: Part = 0.0
     heads: Part = 0.0
     neurons: Part = 0.0
+    width: Part = 0.0
     vocabulary: Data | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Shrink:
         if self == Shrink.model_construct():
             raise ValueError(
-                "say what goes: blocks: 4, experts: 0.25, heads: 0.25, neurons: 0.25, or vocabulary: words.txt"
+                "say what goes: blocks: 4, experts: 0.25, heads: 0.25, neurons: 0.25, width: 0.25, vocabulary: TEXT"
             )
         return self
 

@@ -1,6 +1,6 @@
 """The smaller model that a recipe's section `shrink` asks for: made once in a run, kept as a folder, then pruned.
 
-blocks ─▶ experts ─▶ heads ─▶ neurons ─▶ words        each on the calibration windows, with what is left then
+blocks ─▶ experts ─▶ heads ─▶ neurons ─▶ width ─▶ words        each on the calibration windows, with what is left then
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from prunus.shrink import (
     remove_experts,
     remove_heads,
     remove_neurons,
+    remove_width,
     trim_tokenizer,
     trim_vocabulary,
 )
@@ -69,7 +70,7 @@ def _make(loaded: stages.Loaded, recipe: LanguageRecipe, device: torch.device, f
 
 
 def _narrowed(model: Any, recipe: LanguageRecipe, tokens: Tensor, device: torch.device) -> tuple[Any, dict[str, Any]]:
-    """The model without blocks, experts, heads and neurons, and what went."""
+    """The model without blocks, experts, heads, neurons and width, and what went."""
     asked, told = given(recipe.shrink), dict[str, Any]()
     how: Mapping[str, Any] = {
         "device": device,
@@ -86,4 +87,6 @@ def _narrowed(model: Any, recipe: LanguageRecipe, tokens: Tensor, device: torch.
         model = remove_heads(model, tokens, asked.heads, **how)
     if asked.neurons:
         model = remove_neurons(model, tokens, asked.neurons, **how)
+    if asked.width:
+        model = remove_width(model, tokens, asked.width, **how)
     return model, told

@@ -18,6 +18,7 @@ from .language import choose_blocks as choose_blocks
 from .language import remove_blocks as remove_blocks
 from .language import remove_heads as remove_heads
 from .language import remove_neurons as remove_neurons
+from .language import remove_width as remove_width
 from .lowrank import decompose as decompose
 from .lowrank import ranks_by_budget as ranks_by_budget
 from .lowrank import ranks_by_share as ranks_by_share

@@ -25,13 +25,22 @@ from torch import Tensor, nn
 
 from prunus.blocks import Arguments, embed, find_blocks, finish, run_block
 from prunus.checkpoint import empty_model
+from prunus.layers import Inputs
 from prunus.machine import Precision, autocast, imported, in_mode
-from prunus.patterns import Unstructured, kept_of
+from prunus.patterns import Unstructured, keep_largest, kept_of
 from prunus.score import Criterion
 from prunus.shrink.columns import columns
 from prunus.stream import Memory, stream
 
-__all__ = ["choose_blocks", "rebuilt", "remove_blocks", "remove_heads", "remove_neurons", "resized_config"]
+__all__ = [
+    "choose_blocks",
+    "rebuilt",
+    "remove_blocks",
+    "remove_heads",
+    "remove_neurons",
+    "remove_width",
+    "resized_config",
+]
 
 _LOOK = 32  # tokens on which the smaller model is compared with the masked one
 _EXACT, _ROUNDED = 1e-3, 0.1  # largest difference of logits, as a share of the largest: 32 bits, and fewer
@@ -128,6 +137,59 @@ def remove_heads(
         cuts[part.reader] = _Cut(columns=kept)
     told = {"num_attention_heads": stay * group, "num_key_value_heads": stay, "head_dim": size}
     return _cut(model, tokens, cuts, lambda _: _changed(config, told))
+
+
+@torch.no_grad()
+def remove_width(
+    model: Any,
+    tokens: Tensor,
+    share: float,
+    *,
+    device: torch.device | str | None = None,
+    batch_size: int = 8,
+    precision: Precision = "fp32",
+) -> Any:
+    """A smaller model whose hidden states are without that share of their entries, the same ones everywhere.
+
+        S_j = sum over the matrices W that read hidden states, the head too, of  ||W_:j||^2 * mean of x_j^2
+
+    Those of least S go, from embeddings, norms, every matrix that reads hidden states or adds to them, and the head.
+    RMS norms then divide by the root of another mean: sqrt(d / kept) goes into their weights, d / kept into their eps,
+    so that the result is the model in which these entries are zero. Nothing is fitted. The given model is used up.
+
+    Raises ValueError for a share outside [0, 1), for LayerNorm, which subtracts a mean of what is left, and where the
+    config does not say the size, or not that of heads beside it.
+    """
+    size = model.get_input_embeddings().weight.shape[1]
+    stay = max(1, kept_of(size, share))
+    if stay == size:
+        return model
+    parts = _parts(model, tokens)
+    readers = [maker for part in parts for maker in part.makers if _width(model, maker) == size]
+    head = model.get_output_embeddings()
+    named = {id(module): name for name, module in model.named_modules()}
+    ends = {named[id(each)] for each in (model.get_input_embeddings(), head) if each is not None}
+    place = torch.device(device) if device is not None else next(model.parameters()).device
+    score = _worth(model, [*readers, named[id(head)]], tokens, place, batch_size, precision)
+    kept = keep_largest(score[None], stay)[0].nonzero()[:, 0].cpu()
+    norms = [name for name, each in model.named_modules() if _is_norm(each, size)]
+    cuts = {name: _Cut(columns=kept) for name in (*readers, *ends)}
+    cuts |= {part.reader: _Cut(rows=kept) for part in parts} | {name: _Cut(rows=kept) for name in norms}
+    gone = torch.ones(size, dtype=torch.bool)
+    gone[kept] = False
+    for name in (*norms, *(part.reader for part in parts)):  # what nobody makes or lets through is zero everywhere
+        for tensor in model.get_submodule(name).parameters(recurse=False):
+            (tensor.T if tensor.ndim > 1 and _is_transposed(model.get_submodule(name)) else tensor)[gone] = 0
+    model.get_input_embeddings().weight[:, gone] = 0
+    state = _sliced(model, cuts)
+    for name in norms:
+        state[f"{name}.weight"] = state[f"{name}.weight"] * (size / stay) ** 0.5
+    config = resized_config(model, size, stay, state, "width")
+    if getattr(config, "rms_norm_eps", None) is not None:
+        config.rms_norm_eps *= size / stay
+    small = rebuilt(model, config, state)
+    _check_same(model, small, tokens)
+    return small
 
 
 @torch.no_grad()
@@ -253,9 +315,10 @@ def _parts(model: Any, tokens: Tensor) -> list[_Part]:
 
 
 def _parts_of(block: nn.Module, name: str, received: Mapping[str, Tensor]) -> Iterator[_Part]:
+    order = {each: place for place, each in enumerate(received)}  # as they were called
     for path, module in block.named_modules(prefix=name):
         own = [f"{path}.{child}" for child, each in module.named_children() if _is_matrix(each)]
-        own = [each for each in own if each in received]
+        own = sorted((each for each in own if each in received), key=order.__getitem__)
         makers = [each for each in own if received[each] is received[own[0]]]
         readers = [each for each in own if each not in makers]
         if len(readers) == 1 and len(makers) <= 3:
@@ -320,6 +383,14 @@ def _fitted(
 
 def _cut(model: Any, tokens: Tensor, cuts: Mapping[str, _Cut], config_of: Callable[[dict[str, Tensor]], Any]) -> Any:
     """The model with less of these modules. Raises ValueError where its outputs are not those of the masked one."""
+    state = _sliced(model, cuts)
+    small = rebuilt(model, config_of(state), state)
+    _check_same(model, small, tokens)
+    return small
+
+
+def _sliced(model: Any, cuts: Mapping[str, _Cut]) -> dict[str, Tensor]:
+    """The state dict without what goes."""
     state: dict[str, Tensor] = dict(model.state_dict())
     for name, cut in cuts.items():
         turned = _is_transposed(model.get_submodule(name))
@@ -329,9 +400,38 @@ def _cut(model: Any, tokens: Tensor, cuts: Mapping[str, _Cut], config_of: Callab
                 state[f"{name}.weight"] = weight.index_select(dim, stays.to(weight.device))
         if cut.rows is not None and f"{name}.bias" in state:
             state[f"{name}.bias"] = state[f"{name}.bias"][cut.rows.to(state[f"{name}.bias"].device)]
-    small = rebuilt(model, config_of(state), state)
-    _check_same(model, small, tokens)
-    return small
+    return state
+
+
+def _worth(
+    model: Any, names: Sequence[str], tokens: Tensor, place: torch.device, batch_size: int, precision: Precision
+) -> Tensor:
+    """S of each entry of the hidden states, (size,) float32 on the CPU."""
+    modules = {name: model.get_submodule(name) for name in names}
+    inputs = {name: Inputs(_width(model, name), device=place) for name in names}
+    home = next(model.parameters()).device
+    model.to(place)
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, name=name: inputs[name].add_(args[0]))
+        for name, module in modules.items()
+    ]
+    with in_mode(model, training=False), autocast(place, precision):
+        for ids in tokens.split(batch_size):
+            model(input_ids=ids.to(place), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    model.to(home)
+    found = torch.zeros(_width(model, names[0]))
+    for name, module in modules.items():
+        squares = module.weight.float().square().sum(1 if _is_transposed(module) else 0).cpu()
+        found += squares * (inputs[name].squares / max(1, inputs[name].tokens)).cpu()
+    return found
+
+
+def _is_norm(module: nn.Module, size: int) -> bool:
+    """Whether the module has one weight for each entry of the hidden states, and nothing else."""
+    own = dict(module.named_parameters(recurse=False))
+    return set(own) <= {"weight", "bias"} and "weight" in own and own["weight"].shape == (size,)
 
 
 def _check_same(model: Any, small: Any, tokens: Tensor) -> None:
