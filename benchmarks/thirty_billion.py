@@ -1,7 +1,7 @@
 """30 billion parameters on one GPU: load, prune, retrain, merge, save; then SparseGPT block by block, resumable.
 
     python benchmarks/thirty_billion.py --folder /dev/shm/opt-30b              # OPT-30B's shape, bf16, one 80 GB GPU
-    python benchmarks/thirty_billion.py --folder /tmp/tiny --scale 0.01        # tiny, on a CPU in seconds
+    python benchmarks/thirty_billion.py --folder runs/tiny --scale 0.01        # tiny, on a CPU in seconds
     python benchmarks/thirty_billion.py --folder F --stages load,norms --json rows.json    # some stages, rows kept
     python benchmarks/thirty_billion.py --folder F --stages sparsegpt --drawn    # of weights that no disk holds
 

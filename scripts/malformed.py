@@ -146,7 +146,7 @@ IMAGES: dict[str, Any] = {
     "train": {"epochs": 1, "warmup": 0, "augment": {}},
     "prune": {"sparsity": 0.5},
     "retrain": {"epochs": 1},
-    "corruptions": {"images": 1},
+    "corruptions": {"images": 1, "folder": "./corrupted"},
 }
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from prunus.machine import ranks
 from prunus.masks import Masks
 from prunus.train.checkpoint import Clock
+from prunus.train.hooks import During
 from prunus.train.lr import linear_warmup_decay
 from prunus.train.train import train
 from prunus.train.watch import Watch
@@ -152,6 +153,8 @@ def test_the_best_weights_are_those_of_their_step():
     for wrong in ({"every": 0}, {"every": 1, "patience": 0}):
         with pytest.raises(ValueError, match="every and patience are at least 1"):
             Watch(measure, **wrong)
+    with pytest.raises(ValueError, match="leave out the watch's keep_best and patience"):
+        run(Net(), watch=Watch(measure, every=4, patience=1), during=[During()])
 
 
 def test_a_finished_run_is_not_repeated(tmp_path):

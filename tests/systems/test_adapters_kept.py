@@ -218,14 +218,21 @@ def _run(tiny: Path, text: Path, out: Path, **changes: object) -> LanguageRecipe
     return parse(raw, LanguageRecipe, "test")
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "sparsegpt"])
+@pytest.mark.parametrize(("criterion", "shrink"), [("magnitude", None), ("sparsegpt", None), ("magnitude", "neurons")])
 def test_a_run_keeps_its_adapter_and_merge_makes_its_model(
-    criterion: str, tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    criterion: str,
+    shrink: str | None,
+    tiny_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "run"
-    compress(_run(tiny_folder, text_file, out, prune={"criterion": criterion}))
-    base = tiny_folder if criterion == "magnitude" else out / "pruned"
-    assert (out / "pruned").exists() == (criterion != "magnitude")
+    smaller = {"shrink": {shrink: 0.25}} if shrink else {}
+    compress(_run(tiny_folder, text_file, out, prune={"criterion": criterion, "sparsity": 0.5}, **smaller))
+    moves = criterion != "magnitude" or shrink is not None
+    base = out / "pruned" if moves else tiny_folder
+    assert (out / "pruned").exists() == moves
     said = json.loads((out / "adapter" / "prunus_adapter.json").read_text())
     assert said["base"]["path"] == str(base)
     row = merge_adapter(str(base), out / "adapter", tmp_path / "merged", device="cpu")
@@ -243,6 +250,9 @@ def test_a_run_keeps_its_adapter_and_merge_makes_its_model(
     assert not (tmp_path / "again").exists()
     with pytest.raises(ValueError, match="lie in each other"):
         merge_adapter(str(base), out / "adapter", base / "merged")
+    if shrink:
+        with pytest.raises(ValueError, match="trained on other weights"):
+            merge_adapter(str(tiny_folder), out / "adapter", tmp_path / "dense", device="cpu")
 
 
 @pytest.mark.parametrize(

@@ -291,9 +291,10 @@ def test_other_averages_on_disk_are_those_in_memory(folders, tmp_path, how):
         ("greedy", {}, "--how greedy chooses by held-out data.*--greedy"),
         ("slerp", {"weights": [0.5, 0.5]}, "--weights are those of a mean"),
         ("tise", {}, "no average 'tise'"),
+        (None, {"base": "runs/pruned"}, "--base is for averages that go by task vectors"),
     ],
 )
 def test_other_averages_refuse_what_they_cannot_do(folders, tmp_path, how, more, message):
     with pytest.raises(ValueError, match=message):
-        average_checkpoints(folders[:2], tmp_path / "out", more.get("weights"), how=how)
+        average_checkpoints(folders[:2], tmp_path / "out", more.get("weights"), how=how, base=more.get("base"))
     assert not (tmp_path / "out").exists()

@@ -289,8 +289,8 @@ def test_a_hash_is_of_what_a_recipe_says_beside_its_defaults() -> None:
     digits: dict[str, Any] = {"images": "digits", "model": "resnet8"}
     whole = parse(digits, Recipe, "").model_dump(mode="json")
     assert len(keys(digits, whole, digits | {"corruptions": None})) == 1
-    asked = digits | {"corruptions": {"severities": [1, 2, 3, 4, 5]}}
-    assert len(keys(digits, digits | {"corruptions": {}}, asked)) == 2
+    asked = digits | {"corruptions": {"folder": "c", "severities": [1, 2, 3, 4, 5]}}
+    assert len(keys(digits, digits | {"corruptions": {"folder": "c"}}, asked)) == 2
     assert dense_key(parse(asked, ClassifierRecipe, "")) == dense_key(parse(digits, ClassifierRecipe, ""))
     retrained = [{"retrain": {}}, {"retrain": {"lr": None}, "compile": False}, {"retrain": {}, "soup": None}]
     assert len(keys(*retrained)) == 1

@@ -160,6 +160,13 @@ def test_wrong_grids_are_refused(tiny_folder: Path, text_file: Path, tmp_path: P
         load_grid(path)
     with pytest.raises(FileNotFoundError, match="no recipe"):
         load_grid(tmp_path / "other.yaml")
+    for key, alone in {"retrain.keep_adapter": {"keep_adapter": True}, "evaluate.speed": {}}.items():
+        raw = grid(tiny_folder, text_file, tmp_path)
+        raw["base"]["retrain"] = raw["base"].get("retrain", {}) | alone
+        raw["base"]["evaluate"] |= {} if alone else {"speed": True}
+        path.write_text(yaml.safe_dump(raw))
+        with pytest.raises(ValueError, match=f"{key} is for single runs"):
+            load_grid(path)
 
 
 def test_tables_are_made_of_what_is_finished_and_from_the_packed_results_alone(

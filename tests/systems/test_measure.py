@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from prunus.measure import speed
 from prunus.run.cli import app
 from prunus.run.compress import compress
-from prunus.run.page import write_report
+from prunus.run.page import compare_runs, write_report
+from prunus.run.show import show_result
 from prunus.save import save_model
 from tests.conftest import tiny_llama
 from tests.systems.test_compress import recipe
@@ -82,6 +83,14 @@ def test_a_run_measures_before_and_after(tiny_folder: Path, text_file: Path, tmp
     result = compress(recipe(tiny_folder, text_file, tmp_path / "run", retrain=None, evaluate=evaluate))
     assert set(result["speed"]) == {"dense", "now"}
     assert "Measured speed" in write_report(tmp_path / "run").read_text()
+
+
+def test_a_streamed_model_is_measured_when_it_is_in_memory(tiny_folder: Path, text_file: Path, tmp_path: Path):
+    evaluate = {"data": {"text": str(text_file)}, "window": 32, "batch_size": 16, "speed": ASKED}
+    result = compress(recipe(tiny_folder, text_file, tmp_path / "run", streaming=True, evaluate=evaluate))
+    assert set(result["speed"]) == {"now"}
+    show_result(result, tmp_path / "run")
+    compare_runs([tmp_path / "run", tmp_path / "run"], tmp_path / "both.html")
 
 
 def test_speed_needs_the_model_in_memory(tiny_folder: Path, text_file: Path, tmp_path: Path):

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from corrupt_images import make, recipes  # pyright: ignore[reportMissingImports] - a script, on pytest's path
 from safetensors.torch import load_file
 
 from prunus.data.images import plain_batches
+from prunus.measure import corrupted_sets
 from prunus.measure.accuracy import accuracy
-from prunus.measure.corruptions import corrupted_images
 from prunus.measure.ensemble import ensemble_accuracy
 from prunus.run.compare import compare
 from prunus.run.grid import Grid
@@ -53,10 +54,12 @@ def test_corruptions_are_measured_of_all_that_stands_beside_a_soup(
     )
     corruptions = {"names": ["contrast", "fog"], "severities": [1, 5], "images": 50, "folder": str(tmp_path / "sets")}
     recipe = asked(tmp_path / "soup", {"baselines": ["imp", "longer"]}, corruptions=corruptions)
+    for name in ("contrast", "fog"):
+        make(recipe, name)
     result = train_run(recipe)
     setting, store = Setting.of(recipe), Store(tmp_path / "soup" / "members")
     first = setting.sets.measured.take(torch.arange(50))
-    sets = [corrupted_images(first, name, severity) for name in ("contrast", "fog") for severity in (1, 5)]
+    sets = [images for *_, images in corrupted_sets(first, tmp_path / "sets", ("contrast", "fog"), (1, 5))]
 
     def network(state: Any) -> torch.nn.Module:
         model = setting.new_model()
@@ -94,7 +97,9 @@ def test_corruptions_are_measured_of_all_that_stands_beside_a_soup(
 def test_a_grid_measures_corruptions_with_members_that_are_there_already(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    axes = {"sparsity": {"80 %": {}, "90 %": {"corruptions": {"names": ["contrast"], "severities": [3], "images": 20}}}}
+    corruptions = {"names": ["contrast"], "severities": [3], "images": 20, "folder": str(tmp_path / "sets")}
+    axes = {"sparsity": {"80 %": {}, "90 %": {"corruptions": corruptions}}}
+    make(asked(tmp_path / "soup", corruptions=corruptions), "contrast")
     changes = {"prune": {"sparsity": 0.9}}
     plain = grid_of(tmp_path / "grid", {"sparsity": {"80 %": {}, "90 %": {}}}, **changes)
     before = compare(parse(plain, Grid, "grid"))
@@ -155,14 +160,15 @@ def script(name: str) -> Any:
 
 
 @pytest.mark.usefixtures("tiny")
-def test_sets_made_ahead_are_those_that_a_run_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sets_of_a_grid_are_those_that_its_runs_read(tmp_path: Path) -> None:
     corruptions = {"names": ["contrast"], "severities": [2], "images": 30, "folder": str(tmp_path / "sets")}
     axes = {"sparsity": {"80 %": {}, "90 %": {"corruptions": corruptions}}}
-    made = script("corrupt_images")
-    found = list(made.recipes(grid_of(tmp_path / "grid", axes), "grid"))
+    found = list(recipes(grid_of(tmp_path / "grid", axes), "grid"))
     assert [each.corruptions is None for each in found] == [True, False]
-    made.make(found[1], "contrast", 2)
-    monkeypatch.setattr("prunus.measure.corruptions.corrupt", lambda *_, **__: pytest.fail("it is there already"))
+    make(found[1], "contrast")
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "sets").iterdir()}
+    make(found[1], "contrast")
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "sets").iterdir()}
     setting = Setting.of(found[1])
     whole = stages.corrupted(setting.new_model(), setting, found[1].corruptions)
     assert whole["sets"]["contrast"]["2"]["images"] == 30
@@ -209,8 +215,9 @@ def test_averages_made_beside_trainings_are_those_of_their_members(
     }
     train = {**raw(tmp_path)["train"], "epochs": 8}
     soup = {"also": ["greedy", "learned"], "baselines": ["imp", "longer", "swa", "reprune", "dense"], "line": 3}
-    corruptions = {"names": ["contrast"], "severities": [3], "images": 50}
+    corruptions = {"names": ["contrast"], "severities": [3], "images": 50, "folder": str(tmp_path / "sets")}
     images = held_out(device="cuda", train=train, corruptions=corruptions)
+    make(asked(tmp_path / "soup", **images), "contrast")
     grid = grid_of(tmp_path / "grid", axes, soup=soup, **images) | {"seeds": [0, 1]}
     rows = compare(parse(grid, Grid, "grid"), together=4)
     assert all(each["accuracy"]["mean"] > 70 for each in rows)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from corrupt_images import make  # pyright: ignore[reportMissingImports] - a script, on pytest's path
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForImageClassification
@@ -19,8 +20,8 @@ from prunus.data import Images, read_images
 from prunus.data.images import plain_batches
 from prunus.machine import read_tensors
 from prunus.masks import Masks
+from prunus.measure import corrupted_sets
 from prunus.measure.accuracy import accuracy
-from prunus.measure.corruptions import corrupted_images
 from prunus.measure.cost import cost
 from prunus.report import read_metrics
 from prunus.run.recipe import ClassifierRecipe, ClassifierRetrain, merge, parse
@@ -125,9 +126,9 @@ WRONG = [
     ({"prune": {"phases": 2}, "during": "gmp"}, "prune.phases: a method that prunes during training"),
     ({"device": "gpu"}, "a device is auto, cpu"),
     ({"epochs": 3}, "unknown key 'epochs'"),
-    ({"corruptions": {"names": ["fogs"]}}, "did you mean 'fog'?"),
-    ({"corruptions": {"severities": [1, 6]}}, "corruptions.severities.1"),
-    ({"corruptions": {"severities": []}}, "corruptions.severities"),
+    ({"corruptions": {"folder": "c", "names": ["fogs"]}}, "did you mean 'fog'?"),
+    ({"corruptions": {"folder": "c", "severities": [1, 6]}}, "corruptions.severities.1"),
+    ({"corruptions": {"folder": "c", "severities": []}}, "corruptions.severities"),
 ]
 
 
@@ -387,29 +388,28 @@ def test_a_finished_run_is_pruned_again_without_training(tmp_path: Path, monkeyp
 def test_a_run_is_measured_on_corrupted_images(tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked: dict[str, Any] = {"names": ["fog", "contrast"], "severities": [1, 5], "folder": str(tmp_path / "sets")}
     plain = train_run(checked(tmp_path / "plain", **PRUNED))
-    found = train_run(checked(tmp_path / "run", **PRUNED, corruptions=asked))
+    recipe = checked(tmp_path / "run", **PRUNED, corruptions=asked)
+    with pytest.raises(ValueError, match=r"no .*fog\.npy, .* name another folder"):
+        train_run(recipe)
+    assert not (tmp_path / "run").exists()
+    for name in asked["names"]:
+        make(recipe, name)
+    found = train_run(recipe)
     assert found["stages"]["retrained"] == plain["stages"]["retrained"]
     assert "corrupted" not in plain
     corrupted = found["corrupted"]
-    assert len(list((tmp_path / "sets").rglob("*.safetensors"))) == 4
     each = [row[severity]["top1"] for row in corrupted["sets"].values() for severity in ("1", "5")]
     assert corrupted["mean"]["top1"] == pytest.approx(sum(each) / 4)
     assert corrupted["by_severity"]["5"]["top1"] < corrupted["by_severity"]["1"]["top1"] <= found["accuracy"] + 0.05
     setting = Setting.of(checked(tmp_path / "run"))
     model = Tiny()
     model.load_state_dict(load_file(tmp_path / "run" / "model.safetensors"))
-    images = corrupted_images(setting.sets.measured, "fog", 5)
+    ((_, _, images),) = corrupted_sets(setting.sets.measured, tmp_path / "sets", ["fog"], [5])
     alone = accuracy(model, plain_batches(images, batch_size=359, mean=setting.sets.mean, std=setting.sets.std))
     assert corrupted["sets"]["fog"]["5"]["top1"] == alone.top1
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-2]["stage"] == "corrupted"
     show_run(found, tmp_path / "run")
     assert "severity 5" in capsys.readouterr().out
-
-
-def test_what_images_cannot_take_is_refused_before_training(tiny: None, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="8 x 8 pixels cannot be corrupted"):
-        train_run(checked(tmp_path / "run", corruptions={"strengths": "imagenet"}))
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.usefixtures("tiny")

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
+from corrupt_images import make  # pyright: ignore[reportMissingImports] - a script, on pytest's path
 
 from prunus.run.compare import GridJobs, compare, compare_all, load_grids
 from prunus.run.grid import Grid, final_members, load_grid, tuning_members
-from prunus.run.recipe import parse
+from prunus.run.recipe import ClassifierRecipe, parse
 from prunus.run.store import closure
 from prunus.run.vision import demo as showing
 from prunus.run.vision import stages
@@ -294,15 +295,18 @@ def test_a_grid_killed_for_good_repeats_nothing_finished(tmp_path: Path, few: st
 
 
 def test_a_grid_shows_what_corruptions_do_and_does_not_choose_by_them(tiny: None, tmp_path: Path) -> None:
-    base = {"prune": {"sparsity": 0.8}, "corruptions": {"names": ["fog"], "severities": [1, 3]}}
+    folder = str(tmp_path / "sets")
+    base = {"prune": {"sparsity": 0.8}, "corruptions": {"names": ["fog"], "severities": [1, 3], "folder": folder}}
+    make(parse(raw(tmp_path / "grid", **base), ClassifierRecipe, "test"), "fog")
     columns = ["corrupted.accuracy", "corrupted.loss", "corrupted.severity_3", "corrupted.fog"]
-    asked = grid(tmp_path, **{**SMALL, "base": {**raw(tmp_path, **base)}, "seeds": [0], "show": {"columns": columns}})
+    shown = {"seeds": [0], "show": {"columns": columns}}
+    asked = grid(tmp_path / "grid", **{**SMALL, "base": raw(tmp_path / "grid", **base)} | shown)
     tuned = asked.task.recipe(asked.base, 0, tuning=True, where="here")
     assert tuned.corruptions is None
     rows = compare(asked)
     for row in rows:
         assert row["metrics"]["corrupted.fog"]["mean"] == pytest.approx(row["metrics"]["corrupted.accuracy"]["mean"])
         assert row["metrics"]["corrupted.severity_3"]["mean"] < row["accuracy"]["mean"]
-    table = (tmp_path / "table.md").read_text()
+    table = (tmp_path / "grid" / "table.md").read_text()
     assert f"{rows[0]['metrics']['corrupted.severity_3']['mean']:.2f}" in table
     assert "corrupted.loss" in table

@@ -74,7 +74,9 @@ def test_bad_lines_are_named(tmp_path, row, message):
         check_task(file_of(tmp_path, ARC, row))
 
 
-def test_bad_files_are_named(tmp_path):
+def test_bad_files_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(file_of(tmp_path, ARC, name="at-home.jsonl").parent))
+    check_task("~/at-home.jsonl")
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl is not there"):
         check_task(tmp_path / "none.jsonl")
     with pytest.raises(ValueError, match="holds no example"):

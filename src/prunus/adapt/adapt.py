@@ -353,8 +353,9 @@ def _check_base(
     parameters = dict(model.named_parameters())
     names = {view.parameter: view.name if view.index is None else view.name.rpartition("[")[0] for view in views}
     for parameter, name in names.items():
-        said = stored.prints.get(name)
-        if said is not None and fingerprint(parameters[parameter], masks.get(parameter)) != said:
+        said, mask = stored.prints.get(name), masks.get(parameter)
+        other = mask is not None and mask.shape != parameters[parameter].shape
+        if said is not None and (other or fingerprint(parameters[parameter], mask) != said):
             raise ValueError(
                 f"{folder} was trained on other weights: '{name}' of this model is not what it was. Give the pruned "
                 f"model that it belongs on{f', {stored.base}' if stored.base else ''}"

@@ -1,15 +1,11 @@
 from .chats import read_chats as read_chats
-from .images import CORRUPTIONS as CORRUPTIONS
 from .images import Augment as Augment
 from .images import ImageBatches as ImageBatches
 from .images import Images as Images
 from .images import LoaderBatches as LoaderBatches
-from .images import check_corruptions as check_corruptions
-from .images import corrupt as corrupt
 from .images import matched as matched
 from .images import plain_batches as plain_batches
 from .images import read_images as read_images
-from .images.corruptions import Strengths as Strengths
 from .models import build_model as build_model
 from .models import check_model as check_model
 from .models import config_of as config_of

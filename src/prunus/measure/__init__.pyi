@@ -1,5 +1,6 @@
 from .accuracy import Accuracy as Accuracy
 from .accuracy import accuracy as accuracy
+from .corruptions import CORRUPTIONS as CORRUPTIONS
 from .corruptions import MEASURES as MEASURES
 from .corruptions import Corrupted as Corrupted
 from .corruptions import corrupted_accuracy as corrupted_accuracy

@@ -1,27 +1,29 @@
 """How good a classifier is out of distribution: its Accuracy on every corruption of the test images, at every severity.
 
-    images ─ corrupt ─▶ FOLDER/<images, strengths, seed>/<name>-<severity>.safetensors ─▶ measure ─▶ means
+    images, FOLDER/<name>.npy, FOLDER/labels.npy ─▶ corrupted images, one set at a time ─ measure ─▶ means
 
-Corrupted sets are written once and read by every later measurement of the same images. A folder that holds CIFAR-10-C
-as its authors publish it (gaussian_noise.npy, ..., labels.npy) is read in their place.
+The folder is as CIFAR-10-C is published: five times all images, sorted by severity. `scripts/corrupt_images.py` makes
+such folders of other images.
 """
 
 from __future__ import annotations
 
-import hashlib
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
-from prunus.data import CORRUPTIONS, Images, Strengths, check_corruptions, corrupt
-from prunus.machine import write_tensors
+from prunus.data import Images
 from prunus.measure.accuracy import Accuracy
 
+CORRUPTIONS = (
+    *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    *("snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+)
 MEASURES = ("top1", "loss", "calibration_error", "maximum_calibration_error", "worst_class")
 
 
@@ -53,111 +55,70 @@ class Corrupted:
 def corrupted_accuracy(
     images: Images,
     measure: Callable[[Images], Accuracy],
+    folder: Path,
     names: Sequence[str] = CORRUPTIONS,
     severities: Sequence[int] = (1, 2, 3, 4, 5),
-    *,
-    seed: int = 0,
-    strengths: Strengths = "cifar",
-    folder: Path | None = None,
 ) -> Corrupted:
     """What `measure` says of each corruption of `images` at each severity.
 
     measure: images -> Accuracy, such as `accuracy` of a network on batches normalised as in training, or that of an
-    ensemble. seed, strengths: as `corrupt` takes them. folder: where corrupted sets are kept, or CIFAR-10-C itself;
-    None makes them anew.
+    ensemble. folder, names, severities: as `corrupted_sets` takes them.
     Source: Hendrycks & Dietterich 2019, Sec. 4; their mean corruption error divides by AlexNet's, which is not done.
-    Raises as `corrupt`, before anything is measured, and what `measure` raises.
+    Raises as `corrupted_sets`, before anything is measured, and what `measure` raises.
 
     >>> def measure(images):
     ...     return accuracy(model, plain_batches(images, batch_size=500))
-    >>> corrupted_accuracy(test, measure, ["fog"], [1, 3, 5]).mean()["top1"]
+    >>> corrupted_accuracy(test, measure, Path("CIFAR-10-C"), ["fog"], [1, 3, 5]).mean()["top1"]
     """
     found: dict[str, dict[int, Accuracy]] = {}
-    sets = corrupted_sets(images, names, severities, seed=seed, strengths=strengths, folder=folder)
-    for name, severity, corrupted in sets:
+    for name, severity, corrupted in corrupted_sets(images, folder, names, severities):
         found.setdefault(name, {})[severity] = measure(corrupted)
     return Corrupted(found)
 
 
 def corrupted_sets(
     images: Images,
+    folder: Path,
     names: Sequence[str] = CORRUPTIONS,
     severities: Sequence[int] = (1, 2, 3, 4, 5),
-    *,
-    seed: int = 0,
-    strengths: Strengths = "cifar",
-    folder: Path | None = None,
 ) -> Iterator[tuple[str, int, Images]]:
     """Each corruption of `images` at each severity: its name, its severity, the images, one set at a time in memory.
 
-    All else as `corrupted_accuracy` takes it, for those who measure several networks on each set.
-    Raises as `corrupt`, before the first set is made.
+    folder: <name>.npy, (5 N, H, W, C) uint8, sorted by severity, and labels.npy, (5 N,), of N images of which `images`
+    are the first ones. They come on the device of `images`.
+    Raises ValueError, before the first set is read, for a file that is missing or of other images.
 
-    >>> [len(images) for _, _, images in corrupted_sets(test, ["fog"], [1, 5])]
+    >>> [len(images) for _, _, images in corrupted_sets(test, Path("CIFAR-10-C"), ["fog"], [1, 5])]
     [10000, 10000]
     """
-    check_corruptions(names, severities, strengths=strengths, size=tuple(images.pixels.shape[1:]))
     if not names or not severities:
         raise ValueError("nothing is corrupted: name at least one corruption and one severity")
-    return (
-        (name, severity, corrupted_images(images, name, severity, seed=seed, strengths=strengths, folder=folder))
-        for name in names
-        for severity in severities
-    )
+    opened = {name: _opened(images, folder, name) for name in names}
+
+    def read(name: str, severity: int) -> Images:
+        pixels = torch.from_numpy(np.array(opened[name][severity - 1, : len(images)])).permute(0, 3, 1, 2)
+        return Images(pixels.contiguous().to(images.pixels.device), images.labels, images.classes)
+
+    return ((name, severity, read(name, severity)) for name in names for severity in severities)
 
 
-def corrupted_images(
-    images: Images,
-    name: str,
-    severity: int,
-    *,
-    seed: int = 0,
-    strengths: Strengths = "cifar",
-    folder: Path | None = None,
-) -> Images:
-    """What `corrupt` makes, from `folder` if it is there, and kept there otherwise; on the device of `images`.
-
-    The files are images too: `read_images` takes them. Raises as `corrupt`; ValueError when a folder of CIFAR-10-C does
-    not belong to these images.
-
-    >>> corrupted_images(test, "fog", 3, folder=Path("cifar10-c"))
-    """
-    device = images.pixels.device
-    if folder is None:
-        return corrupt(images, name, severity, seed=seed, strengths=strengths).to(device)
-    if (folder / "labels.npy").exists():
-        return _published(images, name, severity, folder).to(device)
-    path = folder / f"{_digest(images)}-{strengths}-{seed}" / f"{name}-{severity}.safetensors"
-    if path.exists():
-        stored = load_file(path)
-        return Images(stored["pixels"], stored["labels"], images.classes).to(device)
-    made = corrupt(images, name, severity, seed=seed, strengths=strengths)
-    write_tensors(path, {"pixels": made.pixels, "labels": made.labels})
-    return made.to(device)
-
-
-def _digest(images: Images) -> str:
-    """16 hexadecimal digits that tell sets of images apart."""
-    found = hashlib.sha256(str(tuple(images.pixels.shape)).encode())
-    for tensor in (images.pixels, images.labels):
-        found.update(tensor.cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()[:16]
-
-
-def _published(images: Images, name: str, severity: int, folder: Path) -> Images:
-    """One severity of <name>.npy (5 N, H, W, C) uint8, sorted by severity; labels.npy (5 N,)."""
-    path = folder / f"{name}.npy"
-    if not path.is_file():
-        raise ValueError(f"{folder} has labels.npy, as CIFAR-10-C has, but no {name}.npy; leave {name} out")
-    whole, labels = np.load(path, mmap_mode="r"), np.load(folder / "labels.npy", mmap_mode="r")
-    count = len(images)
-    rows = slice((severity - 1) * count, severity * count)
-    height, width = images.pixels.shape[2:]
+def _opened(images: Images, folder: Path, name: str) -> np.ndarray[Any, np.dtype[Any]]:
+    """(5, N, H, W, C) uint8, on disk."""
+    path, beside = folder / f"{name}.npy", folder / "labels.npy"
+    for file in (path, beside):
+        if not file.is_file():
+            raise ValueError(
+                f"corrupted images: no {file}, which CIFAR-10-C as published has, and what scripts/corrupt_images.py "
+                f"makes; leave {name} out, or name another folder"
+            )
+    whole, labels = np.load(path, mmap_mode="r"), np.load(beside)
+    (channels, *size), count = images.pixels.shape[1:], len(images)
     expected = images.labels.cpu().numpy()
-    if whole.shape != (5 * count, height, width, 3) or not np.array_equal(labels[rows], expected):
+    if whole.shape != (len(labels), *size, channels) or any(
+        not np.array_equal(each[:count], expected) for each in np.split(labels, 5)
+    ):
         raise ValueError(
-            f"{path} holds {whole.shape} and other labels than these {count} images have, or in another order: it is "
-            "read for the whole test set in the official order alone. Give another folder"
+            f"corrupted images: {path} holds {whole.shape} and labels other than those of these {count} images of "
+            f"{channels} x {size[0]} x {size[1]}, or in another order: name another folder"
         )
-    pixels = torch.from_numpy(np.array(whole[rows])).permute(0, 3, 1, 2).contiguous()
-    return Images(pixels, images.labels.cpu(), images.classes)
+    return whole.reshape(5, -1, *whole.shape[1:])

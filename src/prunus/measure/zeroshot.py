@@ -112,7 +112,7 @@ def check_task(path: str | Path) -> None:
 
     >>> check_task("arc_easy.jsonl")  # doctest: +SKIP
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"zero-shot file {path} is not there; give a .jsonl, .tsv or .yaml file")
     if path.suffix == ".yaml":
@@ -159,7 +159,7 @@ def _manager(tasks: Tasks) -> Generator[Any]:
     with TemporaryDirectory() as folder:
         for name, path in tasks.items():
             if path is not None:
-                text = json.dumps(_task(name, Path(path).resolve()))  # which is YAML
+                text = json.dumps(_task(name, Path(path).expanduser().resolve()))  # which is YAML
                 (Path(folder) / f"{name.replace('/', '_')}.yaml").write_text(text, encoding="utf-8")
         yield _lm_eval("tasks").TaskManager(include_path=folder, include_defaults=None in tasks.values())
 

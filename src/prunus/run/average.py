@@ -42,10 +42,10 @@ def average_checkpoints(
 
     >>> print_table(average_checkpoints(["runs/a/model", "runs/b/model"], "runs/mean"))
     """
+    _check_how(how, weights, base)
     if how is None:
         saved = average_folders(checkpoints, out, weights, max_shard_bytes=max_shard_bytes)
     else:
-        _check_how(how, weights, base)
         join = joined_by(how)
         saved = average_folders(checkpoints, out, how=join, base=base, max_shard_bytes=max_shard_bytes)
     shares = check_weights(weights, len(checkpoints))
@@ -58,7 +58,13 @@ def joined_by(how: Choice) -> Join:
     return Join(name, lambda states, base: averages.make(how, states, base=base)[0])
 
 
-def _check_how(how: Choice, weights: Sequence[float] | None, base: str | Path | None) -> None:
+def _check_how(how: Choice | None, weights: Sequence[float] | None, base: str | Path | None) -> None:
+    if how is None:
+        if base is not None:
+            raise ValueError(
+                "--base is for averages that go by task vectors, not for a mean: give --how, or leave it out"
+            )
+        return
     name = averages.name(how)
     if averages.knows(how, "held"):
         raise ValueError(f"--how {name} chooses by held-out data: give a recipe that scores, with --greedy")

@@ -301,8 +301,8 @@ def average(
     _check_single("average")
     if greedy is not None and weights is not None:
         raise ValueError("--weights and --greedy contradict each other: a greedy soup weighs its members alike")
-    if greedy is not None and how is not None:
-        raise ValueError("--how and --greedy contradict each other: a greedy soup is a mean of its members")
+    if greedy is not None and (how is not None or base is not None):
+        raise ValueError("--how and --base contradict --greedy: a greedy soup is a mean of its members")
     changes = assignments(assign) | _of_device(device)
     if changes and greedy is None:
         raise ValueError("--set and --device are of the recipe that --greedy names; leave them out, or name one")

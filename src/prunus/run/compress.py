@@ -143,7 +143,8 @@ class _Run:
         loaded = self._shrunk(loaded, result)
         loaded, masks = self._phases(loaded, result)
         speed["now"] = self._paced("now", loaded)
-        result |= {"speed": speed} if speed["now"] else {}
+        if speed["now"]:
+            result["speed"] = {stage: found for stage, found in speed.items() if found}  # the dense one may be streamed
         scores = stages.zero_shot(loaded.model, loaded.tokenizer, recipe, self.device)
         if scores is not None:
             result["zero_shot"] = scores.rows

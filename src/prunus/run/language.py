@@ -164,6 +164,9 @@ class _Language:
         for recipe in recipes:
             if recipe.shrink is not None:
                 raise ValueError("shrink is for single runs: run each, and give what they save to grids as models")
+            if recipe.evaluate.speed is not None or (recipe.retrain is not None and recipe.retrain.keep_adapter):
+                key = "retrain.keep_adapter" if recipe.evaluate.speed is None else "evaluate.speed"
+                raise ValueError(f"{key} is for single runs, and a grid would not do it: leave it out")
             if tune is not None:
                 _check_chooses(tune["text"], recipe.evaluate.data)
         if show.columns:

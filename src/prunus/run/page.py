@@ -67,7 +67,7 @@ def _paced(found: Mapping[str, Result]) -> list[Row]:
             continue
         perplexity, size = result["perplexity"], result.get("size", {})
         text = next(iter(perplexity["dense"]))
-        if not points:
+        if not points and "dense" in result["speed"]:
             dense = {"model": "dense", "kind": "dense", "perplexity": perplexity["dense"][text]}
             points.append(dense | _pace(result["speed"]["dense"], {}))
         kind = "smaller" if "shrink" in result else "zeros"

@@ -40,8 +40,9 @@ from pydantic import (
 )
 
 from prunus.adapt import subsets
-from prunus.data import CORRUPTIONS, Strengths, check_model
+from prunus.data import check_model
 from prunus.masks import Masks
+from prunus.measure import CORRUPTIONS
 from prunus.patterns import Pattern, check_sparsity
 from prunus.report import TRACKERS
 from prunus.run.names import (
@@ -747,8 +748,6 @@ class ImageSource(Strict):
 
 
 if TYPE_CHECKING:
-    from prunus.masks import Masks
-
     OptimizerChoice = OneOptimizer
 else:
     _fields: dict[str, Any] = {name: (each | None, None) for name, each in optimizers.members().items()}
@@ -852,16 +851,14 @@ def _corruption(name: str) -> str:
 class Corruptions(Strict):
     """On which corruptions of the images that are measured on the final network is measured as well.
 
-    names: all of them if empty. strengths: those of CIFAR-10-C or of ImageNet-C. folder: where corrupted sets are kept
-    for other runs, or one that holds CIFAR-10-C; None makes them anew. images: how many are corrupted, the first ones.
+    folder: what holds them as CIFAR-10-C is published, which `scripts/corrupt_images.py` makes too. names: all of them
+    if empty. images: of how many, the first ones.
     """
 
+    folder: str
     names: tuple[Annotated[str, AfterValidator(_corruption)], ...] = ()
     severities: tuple[Annotated[int, Field(ge=1, le=5)], ...] = Field(default=(1, 2, 3, 4, 5), min_length=1)
-    strengths: Strengths = "cifar"
-    folder: str | None = None
     images: Count | None = None
-    seed: int = 0
 
 
 # Recipes.
@@ -1085,7 +1082,7 @@ class LanguageRecipe(Recipe):
     @property
     def moves(self) -> bool:
         """Whether what pruning leaves is more than the dense model under masks."""
-        return bool(self.during or self.reconstruct) or self.prune.how().score is None
+        return bool(self.during or self.reconstruct or self.shrink) or self.prune.how().score is None
 
     def _check_phases(self) -> None:
         if self.retrain is None or self.retrain.add_biases:

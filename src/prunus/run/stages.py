@@ -446,6 +446,11 @@ def _loss(loaded: Loaded, recipe: LanguageRecipe) -> Callable[[nn.Module, Any], 
     model = dense.model
     if recipe.shrink is not None and recipe.shrink.vocabulary is not None:
         ids, words = dense.tokenizer.get_vocab(), loaded.tokenizer.get_vocab()
+        lacking = next((word for word in words if word not in ids), None)
+        if lacking is not None:
+            raise ValueError(
+                f"retrain.distill.teacher: {home.model!r} does not know the word {lacking!r}; a teacher knows all words"
+            )
         model = trim_vocabulary(model, torch.tensor([ids[word] for word in sorted(words, key=words.__getitem__)]))
     teacher = lighten_(model.requires_grad_(False), loaded.model)
     return distilled_next_token(teacher, asked.weight, asked.temperature)

@@ -17,9 +17,8 @@ from typing import Any
 
 from pydantic import Field
 
-from prunus.data import CORRUPTIONS
 from prunus.machine import json_value, read_json, write_text
-from prunus.measure import MEASURES
+from prunus.measure import CORRUPTIONS, MEASURES
 from prunus.report import Point, markdown_table, plot_accuracy, plot_grid
 from prunus.run.plain import Strict
 

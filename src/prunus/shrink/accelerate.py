@@ -109,7 +109,8 @@ def accelerate_(
         alike.setdefault((shape, each.weight.dtype, each.weight.device), []).append(name)
     rows: list[Accelerated] = []
     for (shape, dtype, device), names in alike.items():
-        x = torch.randn(tokens, shape[1], device=device, dtype=dtype)
+        generator = torch.Generator(device).manual_seed(0)
+        x = torch.randn(tokens, shape[1], device=device, dtype=dtype, generator=generator)
         row = _tried(tuple(names), found[names[0]].weight, x, float8=float8)
         rows.append(row)
         for name in names if row.chosen != "dense" else ():

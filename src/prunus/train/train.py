@@ -149,7 +149,7 @@ def train(
     if during and shared and asked():
         raise ValueError("Methods that take part in training need whole weights: launch without --use_fsdp.")
     if during:
-        _check_during(precision)
+        _check_during(precision, watch)
         plan = Plan(steps, epoch_steps or steps, tuple(find_layers(model) if views is None else views))
         for method in during:
             method.attach(model, optimizer, plan)
@@ -201,9 +201,13 @@ def train(
         return replace(trace.read(), watched=watched.seen)
 
 
-def _check_during(precision: Precision) -> None:
+def _check_during(precision: Precision, watch: Watch | None) -> None:
     if precision == "fp16":
         raise ValueError("Methods that take part in training read gradients, which fp16 scales: use bf16 or fp32.")
+    if watch is not None and (watch.keep_best or watch.patience is not None):
+        raise ValueError(
+            "Masks of methods that take part are final at the end alone: leave out the watch's keep_best and patience."
+        )
 
 
 def _check_own_parameters(during: Sequence[During], shared: bool) -> None:

@@ -1,7 +1,6 @@
 """Labelled images of one size, whole in memory or on the device, and the batches that are made of them there.
 
 read_images -> Images -> ImageBatches(step) | plain_batches          a user's DataLoader -> LoaderBatches(step)
-Images -> corrupt -> Images
 """
 
 import lazy_loader

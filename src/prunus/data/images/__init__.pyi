@@ -2,9 +2,6 @@ from .batches import Augment as Augment
 from .batches import ImageBatches as ImageBatches
 from .batches import LoaderBatches as LoaderBatches
 from .batches import plain_batches as plain_batches
-from .corruptions import CORRUPTIONS as CORRUPTIONS
-from .corruptions import check_corruptions as check_corruptions
-from .corruptions import corrupt as corrupt
 from .read import read_images as read_images
 from .sets import Images as Images
 from .sets import matched as matched

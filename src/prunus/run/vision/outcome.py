@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from prunus.data import CORRUPTIONS
 from prunus.machine import read_json
 from prunus.masks import Masks
-from prunus.measure import weight_change
+from prunus.measure import CORRUPTIONS, weight_change
 from prunus.run.store import Job, Store
 from prunus.run.vision import stages
 from prunus.run.vision.jobs import Trunk, network

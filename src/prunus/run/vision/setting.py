@@ -16,21 +16,20 @@ from torch import Tensor, nn
 
 from prunus.blocks import compile_blocks_
 from prunus.data import (
-    CORRUPTIONS,
     Augment,
     ImageBatches,
     Images,
     build_model,
-    check_corruptions,
     load_weights_,
     matched,
     plain_batches,
     read_images,
 )
 from prunus.machine import Precision
+from prunus.measure import CORRUPTIONS, corrupted_sets
 from prunus.run.folder import device_name, device_of
 from prunus.run.outline import check_pruning
-from prunus.run.recipe import ClassifierRecipe, ImageSource
+from prunus.run.recipe import ClassifierRecipe, Corruptions, ImageSource
 
 __all__ = ["ImageSets", "Setting"]
 
@@ -72,8 +71,9 @@ class Setting:
     def of(cls, recipe: ClassifierRecipe) -> Setting:
         """The setting of a recipe; "auto" is the first GPU with bf16, CUDA graphs and channels-last, else the CPU.
 
-        Raises ValueError for a GPU that is not there, for pruning that the network does not take, and for images that
-        cannot be read, corrupted as asked for, or are fewer than a batch; ImportError for a package that is missing.
+        Raises ValueError for a GPU that is not there, for pruning that the network does not take, for images that
+        cannot be read or are fewer than a batch, for corrupted ones that are not there; ImportError for a package that
+        is missing.
         """
         device = device_of(recipe)
         cuda = device.type == "cuda"
@@ -88,10 +88,6 @@ class Setting:
             raise ValueError(
                 f"images.source {recipe.images.source!r}: all are of 1 class; a classifier needs 2 at least"
             )
-        asked = recipe.corruptions
-        if asked is not None:
-            size = tuple(sets.measured.pixels.shape[1:])
-            check_corruptions(asked.names or CORRUPTIONS, asked.severities, strengths=asked.strengths, size=size)
         precision: Precision = ("bf16" if cuda else "fp32") if recipe.precision == "auto" else recipe.precision
         capture = cuda if recipe.capture == "auto" else recipe.capture
         channels_last = cuda if recipe.channels_last == "auto" else recipe.channels_last
@@ -100,12 +96,25 @@ class Setting:
         found._check_size(model)
         if recipe.prune is not None:
             check_pruning(model, recipe.prune)
+        if recipe.corruptions is not None:
+            found.corrupted(recipe.corruptions)
         return found
 
     @property
     def name(self) -> str:
         """The device in words."""
         return device_name(self.device)
+
+    def corruptible(self, asked: Corruptions) -> Images:
+        """The images of which corruptions are measured: the first ones of those that are measured on, or all."""
+        images = self.sets.measured
+        count = min(asked.images or len(images), len(images))
+        return images if count == len(images) else images.take(torch.arange(count))
+
+    def corrupted(self, asked: Corruptions) -> Iterator[tuple[str, int, Images]]:
+        """Name, severity and images of each corrupted set; raises ValueError at once for what is not there."""
+        folder = Path(asked.folder).expanduser()
+        return corrupted_sets(self.corruptible(asked), folder, asked.names or CORRUPTIONS, asked.severities)
 
     @property
     def epoch_steps(self) -> int:

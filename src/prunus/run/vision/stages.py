@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.data import CORRUPTIONS, Images
+from prunus.data import Images
 from prunus.layers import View, find_layers
 from prunus.masks import Masks
-from prunus.measure import Accuracy, Corrupted, Cost, accuracy, corrupted_sets, own_flops
+from prunus.measure import Accuracy, Corrupted, Cost, accuracy, own_flops
 from prunus.prune import prune
 from prunus.run.names import schedules
 from prunus.run.recipe import ClassifierPrune, Corruptions
@@ -40,7 +40,6 @@ __all__ = [
     "OnStep",
     "all_corrupted",
     "corrupted",
-    "corruptible",
     "cost_of",
     "fit",
     "has_batchnorm",
@@ -156,26 +155,12 @@ def all_corrupted(
                 for name, network in networks.items()
             }
 
-    for corruption, severity, images in corrupted_sets(
-        corruptible(setting, asked),
-        asked.names or CORRUPTIONS,
-        asked.severities,
-        seed=asked.seed,
-        strengths=asked.strengths,
-        folder=Path(asked.folder).expanduser() if asked.folder is not None else None,
-    ):
+    for corruption, severity, images in setting.corrupted(asked):
         for name, found in measured(images).items():
             sets[name].setdefault(corruption, {})[severity] = found
         if on_set is not None:
             on_set()
     return {name: _means(Corrupted(found), asked) for name, found in sets.items()}
-
-
-def corruptible(setting: Setting, asked: Corruptions) -> Images:
-    """The images of which corruptions are measured: the first ones of those that are measured on, or all."""
-    images = setting.sets.measured
-    count = min(asked.images or len(images), len(images))
-    return images if count == len(images) else images.take(torch.arange(count))
 
 
 def _means(found: Corrupted, asked: Corruptions) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What each standard corruption does to images, given its strength: x (n, C, H, W) float64 in [0, 1] to the same.
 
 Results may leave [0, 1]; whoever calls cuts them. Definitions follow Hendrycks & Dietterich 2019, with a random draw of
-its own for every image; which strengths are in use says `corruptions`.
+its own for every image; which strengths are in use says `corrupt_images`.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def _grey(x: Array) -> Array:
 def frost(x: Array, strength: tuple[float, float], rng: np.random.Generator) -> Array:
     """A random piece of one of five photographs of frost, at a fifth of its size, over the image.
 
-    The photographs are shrunk by Pillow, which also smooths them, where CIFAR-10-C used OpenCV.
+    The photographs are imagecorruptions-imaug's, shrunk by Pillow, which also smooths them; CIFAR-10-C used OpenCV.
     """
     of_image, of_photograph = strength
     photographs = [_photograph(number, x.shape[2:]) for number in range(1, 6)]
@@ -169,8 +169,8 @@ def _photograph(number: int, size: Sequence[int]) -> Array:
     from PIL import Image
 
     found = find_spec("imagecorruptions")
-    assert found is not None
-    assert found.origin is not None
+    if found is None or found.origin is None:
+        raise ImportError("frost needs photographs: pip install --no-deps imagecorruptions-imaug")
     (path,) = (Path(found.origin).parent / "frost").glob(f"frost{number}.*")
     with Image.open(path) as image:
         scale = max(0.2, *(1.1 * side / whole for side, whole in zip(size, image.size[::-1], strict=True)))
