@@ -14,6 +14,7 @@ import transformers as tf
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+from prunus.checkpoint import read_checkpoint
 from prunus.data import ASSETS, read_texts, tokenize
 from prunus.layers import find_layers
 from prunus.masks import Masks
@@ -253,3 +254,46 @@ def test_views_and_matrices_name_the_same_parameters(folders: dict[str, Path]) -
     for folder in folders.values():
         model = tf.AutoModelForCausalLM.from_pretrained(folder)
         assert {view.parameter for view in find_layers(model)} == {name for name, _ in matrices(model)}
+
+
+@pytest.mark.parametrize(
+    ("config", "stored"),
+    [
+        (
+            tf.MixtralConfig(**NORMAL | {"num_hidden_layers": 1}, num_local_experts=4),
+            "block_sparse_moe.experts.3.w1.weight",
+        ),
+        (
+            tf.OlmoeConfig(**NORMAL | {"num_hidden_layers": 1}, num_experts=4, num_experts_per_tok=2),
+            "mlp.experts.3.gate_proj.weight",
+        ),
+    ],
+    ids=["mixtral", "olmoe"],
+)
+@pytest.mark.filterwarnings("ignore:.*saw no calibration token:UserWarning")
+def test_experts_that_are_stored_one_by_one_stream(config: Any, stored: str, text_file: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense", max_shard_size="40KB")
+    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    files = read_checkpoint(tmp_path / "dense").tensors
+    assert f"model.layers.0.{stored}" in files
+    made: list[Any] = []
+    for streaming in (False, True):
+        prune, out = {"criterion": "sparsegpt", "pattern": "2:4"}, tmp_path / f"run-{streaming}"
+        compress(
+            job(
+                tmp_path / "dense",
+                text_file,
+                out,
+                prune=prune,
+                retrain=None,
+                streaming=streaming,
+                evaluate={"data": {}},
+            )
+        )
+        made.append(tf.AutoModelForCausalLM.from_pretrained(out / "model"))
+        assert read_checkpoint(out / "model").tensors.keys() == files.keys()
+        Masks.load(out / "model" / "masks.safetensors").check(made[-1])
+    memory, disk = (each.state_dict() for each in made)
+    assert all(torch.equal(each, disk[name]) for name, each in memory.items())
+    assert all(bool((zeros(matrix).view(-1, 4).sum(-1) == 2).all()) for _, matrix in matrices(made[1]))
