@@ -431,6 +431,16 @@ def _other_towers(root: nn.Module) -> set[int]:
     return {id(parameter) for parameter in root.parameters()} - inside
 
 
+def apart(root: nn.Module) -> set[int]:
+    """The ids of parameters of other towers and of modules that take pictures: no mask of tokens is for their rows."""
+    eyes = [each for each in root.modules() if is_pretrained(each) and each.main_input_name.startswith("pixel")]
+    head: nn.Module | None = root.get_output_embeddings() if is_pretrained(root) else None
+    spoken = set() if head is None else {id(parameter) for parameter in head.parameters()}
+    return _other_towers(root) - spoken | {
+        id(parameter) for eye in eyes if eye is not root for parameter in eye.parameters()
+    }
+
+
 def _routers(root: nn.Module) -> set[int]:
     """The ids of weights that choose among or gate stacked experts.
 

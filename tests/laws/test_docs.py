@@ -19,14 +19,10 @@ from tests.pages import MARKED
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-NOT_RUN = {  # commands of others, by why
-    "python": "a test of this suite",
-    "accelerate": "several processes: test_ranks launches them",
-    "ray": "a cluster",
-    "tensorboard": "a server, which does not end",
-    "transformers": "a server, which does not end",
-    "vllm": "a GPU, and a torch of its own",
-}
+COMMANDS = re.compile(  # blocks that are neither Python nor a recipe, with what stands above each
+    r"^(?:<!-- ((?:not )?run\b[^\n]*) -->\n)?```(?:console|bash|sh)?\n(.*?)^```$", re.MULTILINE | re.DOTALL
+)
+COMMAND = re.compile(r"^(\$ |\./\w|\. |pip |python|prunus |from |import |optimum-cli |\w+ = prunus)", re.MULTILINE)
 
 
 def blocks(text: str, language: str):
@@ -147,6 +143,21 @@ def test_commands_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     check_commands(commands_of(page.read_text(encoding="utf-8")), monkeypatch)
 
 
+def unmarked(text: str) -> list[str]:
+    """The blocks of commands that are neither run nor say why not."""
+    return [
+        body
+        for mark, body in COMMANDS.findall(re.sub(r"^```(python|yaml|json)\n.*?^```$", "", text, flags=re.M | re.S))
+        if COMMAND.search(body) and not re.match(r"run$|run: with \S|not run: \S", mark)
+    ]
+
+
+@named(PAGES)
+def test_commands_run_or_say_why_not(page: Path):
+    left = unmarked(page.read_text(encoding="utf-8"))
+    assert not left, f"{page.name}: put <!-- run --> or <!-- not run: WHY --> above\n{left[0]}"
+
+
 def test_every_help_has_examples_and_they_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from typer.main import get_command
 
@@ -175,8 +186,6 @@ def check_commands(lines: Iterable[str], monkeypatch: pytest.MonkeyPatch):
     for line in lines:
         words = shlex.split(line.partition(" > ")[0])
         start = next((i for i, word in enumerate(words) if word in ("prunus", "prunus.run.cli")), None)
-        if start != 0:
-            assert Path(words[0]).name in NOT_RUN, f"{line}: run it, or say in NOT_RUN why not"
         if start is None:
             continue
         touch_files_named_in(line)
@@ -323,6 +332,11 @@ def test_every_page_is_reachable_from_the_index():
 
 
 def test_the_reader_of_pages_reads():
+    fence = "```console\n$ prunus demo\n```\n"
+    assert len(unmarked(f"{fence}<!-- not run: -->\n{fence}```\nx = 1\n```\n<!-- run -->\n\n{fence}")) == 3
+    assert not unmarked(
+        f"<!-- run -->\n{fence}<!-- not run: a server -->\n{fence}```python\n{fence[:-4]}import x\n```\n"
+    )
     text = "# A b, C\n[x](y.md#z) `[no](code.md)`\n```python\na = 1\n```\n```\n[no](fence.md)\n```\n[w](https://x.y)\n"
     assert blocks(text, "python") == ["a = 1\n"]
     assert links(text) == ["y.md#z"]

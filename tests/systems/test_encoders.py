@@ -80,6 +80,29 @@ def test_masked_positions_count_in_no_statistic() -> None:
         torch.testing.assert_close(one.gram, other.gram)
 
 
+class Fused(nn.Module):
+    """As BEiT and EVA multiply: by a layer's weight with a bias of the owner's, not through the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 12, bias=False), nn.Linear(12, 8)
+        self.q_bias = nn.Parameter(torch.ones(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(nn.functional.linear(x, weight=self.qkv.weight, bias=self.q_bias))
+
+
+def test_a_layer_whose_weight_is_used_without_calling_it_is_observed() -> None:
+    torch.manual_seed(0)
+    model, x = Fused(), torch.randn(4, 5, 8)
+    with torch.no_grad(), observe(model, find_layers(model), gram=True) as inputs:
+        for _ in range(2):
+            model(x)
+    assert {name: each.tokens for name, each in inputs.items()} == {"qkv": 40, "out": 40}
+    rows = x.flatten(0, 1)
+    torch.testing.assert_close(inputs["qkv"].gram, 2 * rows.T @ rows)
+
+
 @pytest.mark.parametrize(
     ("criterion", "pattern", "allocation"),
     [

@@ -15,7 +15,7 @@ from prunus.masks import Masks
 from prunus.prune import prune
 from prunus.run.compress import compress
 from prunus.run.recipe import LanguageRecipe, parse
-from prunus.score import wanda
+from prunus.score import observe, wanda
 from tests.conftest import VOCABULARY, byte_tokenizer
 
 TEXT = {
@@ -85,3 +85,21 @@ def test_the_vision_tower_is_pruned_where_images_calibrate() -> None:
     score = weight.abs() * seen[0].flatten(0, 1).norm(dim=0)
     kept = score.argsort(dim=1, descending=True)[:, : weight.shape[1] // 2]
     assert torch.equal(masks[first.parameter], torch.zeros_like(weight, dtype=torch.bool).scatter_(1, kept, value=True))
+
+
+def test_rows_of_pictures_are_never_taken_for_masked_text() -> None:
+    torch.manual_seed(0)
+    model = llava().eval()
+    eye = model.model.vision_tower.config
+    patches = (eye.image_size // eye.patch_size) ** 2 + 1  # and a class token
+    tokens = torch.full((2, patches), 5)
+    tokens[:, :4] = VOCABULARY + 1
+    mask = torch.ones_like(tokens)
+    mask[1, -1] = 0  # a text of exactly as many tokens as there are patches, one of them masked
+    views = find_layers(model, include=["*"], exclude=["*patch_embedding"])
+    with torch.no_grad(), observe(model, views, gram=False) as inputs:
+        model(input_ids=tokens, attention_mask=mask, pixel_values=torch.randn(2, 3, 16, 16))
+    seen = {name: each.tokens for name, each in inputs.items()}
+    assert {each for name, each in seen.items() if "vision" in name} == {2 * patches}
+    assert {each for name, each in seen.items() if "projector" in name} == {2 * (patches - 1)}
+    assert {each for name, each in seen.items() if "language" in name or "lm_head" in name} == {2 * patches - 1}

@@ -2,7 +2,8 @@
 
 Modules are watched by forward pre-hooks. Stacked experts have no module of their own: their matrix products are watched
 instead, and an operand that is a view of the stacked parameter tells the expert, its other operand is that expert's
-input. Layers that receive the same tensor object (q, k, v; gate, up) share one `Inputs`, and its sums are made once.
+input. So are those of a Linear whose owner multiplies by its weight without calling it. Layers that receive the same
+tensor object (q, k, v; gate, up) share one `Inputs`, and its sums are made once.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunus.layers import CONVOLUTIONS, Inputs, Products, View, matches, scan
+from prunus.layers import CONVOLUTIONS, Inputs, Products, View, apart, matches, scan
 from prunus.machine import imported, is_pretrained
 
 log = logging.getLogger(__name__)
@@ -33,14 +34,16 @@ def observe(block: nn.Module, views: Sequence[View], *, gram: bool) -> Generator
     expert that no token reached has `tokens == 0`.
 
     Masks (b, length) that the block is called with, of integers or bools, say which positions count: attention_mask and
-    decoder_attention_mask. Rows of experts are no positions any more, and all count.
+    decoder_attention_mask. They are about inputs of (b, length, in) or (b * length, in) outside vision towers; rows of
+    pictures and of experts are no such positions, and all count.
 
     Raises: ValueError if a view is not in the block, if its inputs cannot be told (grouped convolutions), or if stacked
     experts ran but no product with them was seen.
     """
-    ledger = _Ledger(gram)
+    located = list(_locate(block, views))
+    elsewhere = apart(block)
+    ledger = _Ledger(gram, {view.name for view, each in located if view.index is not None or id(each) in elsewhere})
     with ExitStack() as stack:
-        located = list(_locate(block, views))
         stacks = _attach(block, located, ledger, stack)
         start = block.register_forward_pre_hook(
             lambda module, args, kwargs: ledger.start(_marks(module, kwargs)), prepend=True, with_kwargs=True
@@ -48,7 +51,8 @@ def observe(block: nn.Module, views: Sequence[View], *, gram: bool) -> Generator
         stack.callback(start.remove)
         if stacks:
             stack.enter_context(_eager_experts(block))
-            stack.enter_context(Products(_recorder(stacks, ledger)))
+        linear = {id(each): view.name for view, each in located if view.index is None and each.ndim == 2}
+        stack.enter_context(Products(_recorder(stacks, linear, ledger)))
         yield ledger.inputs
     ledger.finish(located, stacks)
 
@@ -92,8 +96,9 @@ class _Group:
 class _Ledger:
     """Which layer received what: finds the groups when a layer is first called, and keeps them."""
 
-    def __init__(self, gram: bool) -> None:
-        self.gram = gram
+    def __init__(self, gram: bool, unmasked: set[str]) -> None:
+        self.gram, self.unmasked = gram, unmasked
+        self.inside: set[int] = set()  # ids of the weights of modules under way, which were seen on the way in
         self.inputs: dict[str, Inputs] = {}
         self.groups: dict[str, _Group] = {}
         self.forwards = 0
@@ -104,6 +109,7 @@ class _Ledger:
         self._marks = marks
         self.forwards += 1
         self._latest.clear()
+        self.inside.clear()
 
     def receive(self, name: str, x: Tensor) -> None:
         group = self.groups.get(name)
@@ -116,13 +122,14 @@ class _Ledger:
             )
         group.calls[name] += 1
         if group.leader == name:
-            group.inputs.add_(self._counted(x))
+            group.inputs.add_(x if name in self.unmasked else self._counted(x))
             group.latest, group.version = weakref.ref(x), _version(x)
             self._latest[id(x)] = group
 
     def _counted(self, x: Tensor) -> Tensor:
-        """The rows of x (b, length, in) or (b * length, in) that the mask of this size marks; all of any other x."""
-        marks = next((each for each in self._marks if each.numel() == x.shape[:-1].numel()), None)
+        """The rows of x (b, length, in) or (b * length, in) that the mask of this shape marks; all of any other x."""
+        rows = tuple(x.shape[:-1])
+        marks = next((each for each in self._marks if rows in (tuple(each.shape), (each.numel(),))), None)
         return x if marks is None else x.reshape(-1, x.shape[-1])[marks.flatten().to(x.device)]
 
     def _group(self, name: str, x: Tensor) -> _Group:
@@ -197,8 +204,13 @@ class _Stack:
         return range(first, first + count)
 
 
-def _recorder(stacks: Sequence[_Stack], ledger: _Ledger) -> Callable[[Tensor, Tensor, int], None]:
-    """What `Products` calls: the other operand of every product with an expert is that expert's input."""
+def _recorder(
+    stacks: Sequence[_Stack], linear: dict[int, str], ledger: _Ledger
+) -> Callable[[Tensor, Tensor, int], None]:
+    """What `Products` calls: the other operand of every product with an expert is that expert's input.
+
+    linear: the names of layers by id of their weight, for F.linear with it outside of its module's call.
+    """
 
     def record(stack: _Stack, left: Tensor, right: Tensor, contracted: int) -> None:
         weight, x, experts = right, left, stack.experts(right)
@@ -220,6 +232,8 @@ def _recorder(stacks: Sequence[_Stack], ledger: _Ledger) -> Callable[[Tensor, Te
                 ledger.receive(stack.views[expert].name, _expert_rows(x, position, len(experts)))
 
     def seen(left: Tensor, right: Tensor, contracted: int) -> None:
+        if contracted == -1 and id(right) in linear and id(right) not in ledger.inside:
+            ledger.receive(linear[id(right)], left)
         for stack in stacks:
             record(stack, left, right, contracted)
 
@@ -248,8 +262,10 @@ def _attach(
             if isinstance(module, nn.Embedding):
                 continue  # shares the head's weight, but looks rows up instead of multiplying
             if any(each is parameter for each in module.parameters(recurse=False)):
-                hook = _hook(view.name, module, ledger)
+                hook = _hook(view.name, module, parameter, ledger)
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                done = module.register_forward_hook(lambda *_, each=parameter: ledger.inside.discard(id(each)))
+                stack.callback(done.remove)
     return list(stacks.values())
 
 
@@ -271,12 +287,13 @@ def _locate(block: nn.Module, views: Sequence[View]) -> Iterator[tuple[View, Ten
         yield view, parameters[own[view.name.removeprefix(front)].parameter]
 
 
-def _hook(name: str, module: nn.Module, ledger: _Ledger) -> Callable[..., None]:
+def _hook(name: str, module: nn.Module, parameter: Tensor, ledger: _Ledger) -> Callable[..., None]:
     patches = _patches(name, module)
 
     def received(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
         ledger.receive(name, x if patches is None else patches(x))
+        ledger.inside.add(id(parameter))
 
     return received
 
