@@ -130,7 +130,8 @@ def test_a_grid_measures_its_dense_model_again_and_keeps_labels_in_names(
     tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     base = raw(tiny_folder, text_file, tmp_path / "none", retrain=None)
-    axes = {"way": {f"../../w/o {n}": {} for n in range(11)}, "zeros": {"50 %": {"prune.sparsity": 0.5}}}
+    zeros = {"50 %": {"prune.sparsity": 0.5}, "60 %": {"prune.sparsity": 0.6}}
+    axes = {"way": {f"../../w/o {n}": {} for n in range(11)}, "zeros": zeros}  # more than go into one picture
     grid = Grid(base=base, axes=axes, out=str(tmp_path / "deep" / "deeper" / "grid"))
     compare(grid)
     dense = Path(grid.out) / "dense.json"
