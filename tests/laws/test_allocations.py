@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from prunus import magnitude, patterns, prune
-from prunus.patterns import NM, Block, Pattern, Rows, Unstructured, kept_of
+from prunus.patterns import NM, Block, Pairs, Pattern, Rows, Unstructured, kept_of
 from prunus.score import Allocation, Scores, allocations, counts_under
 from prunus.score.allocations import erk, evopress, global_, lamp, owl, uniform, uniform_plus
 
@@ -46,7 +46,15 @@ FACTORIES: dict[str, Allocation] = {
     "uniform_plus": uniform_plus("model.layers.1.experts.up[0]", "head"),
 }
 NAMES = allocations.__all__
-PATTERNS: list[Pattern] = [Unstructured("layer"), Unstructured("row"), Block(2, 3), Block(1, 4), Rows(), NM(2, 4)]
+PATTERNS: list[Pattern] = [
+    Unstructured("layer"),
+    Unstructured("row"),
+    Block(2, 3),
+    Block(1, 4),
+    Rows(),
+    NM(2, 4),
+    Pairs(1, 2),
+]
 
 
 def make(name: str) -> Allocation:

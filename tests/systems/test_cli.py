@@ -311,8 +311,8 @@ def test_show_prints_a_recipe_that_reads_back(call: Any, tmp_path: Path) -> None
     ("raw", "message"),
     [
         (
-            {"images": "digits", "prune": {}, "retrain": {"epochs": 1, "rank": 3}},
-            "'retrain.rank'; that is a key of language",
+            {"images": "digits", "prune": {}, "retrain": {"epochs": 1, "checkpointing": True}},
+            "'retrain.checkpointing'; that is a key of language",
         ),
         ({"images": "digits", "dtype": "float32"}, "'dtype'; that is a key of language models"),
         ({"prune": {"kind": "filters"}}, "'prune.kind'; that is a key of classifiers"),

@@ -1292,7 +1292,9 @@ def parse(raw: Mapping[str, Any], model: type[Section], where: str) -> Section:
         return model.model_validate(raw)
     except ValidationError as error:
         task = cast("type[BaseModel]", _task_of(raw) if model is Recipe else model)
-        lines = _united([_line(item, task) for item in error.errors()])
+        found = error.errors()  # a section is not also told that it is no boolean
+        meant = [item for item in found if item["type"] != "bool_type" or not isinstance(item["input"], dict)]
+        lines = _united([_line(item, task) for item in meant or found])
         raise ValueError(f"{where}: " + "\n".join(lines)) from None
 
 
