@@ -39,7 +39,7 @@ def trained_by(optimizer: Any, **changes: Any) -> dict[str, Any]:
 WRONG = [
     ({"optimizer": "sgdd"}, "did you mean 'sgd'?"),
     ({"optimizer": {"sfw": {"kk": 3}}}, "unknown key 'train.optimizer.sfw.kk'"),
-    ({"optimizer": {"sfw": {}, "prox": {"groups": 1}}}, "give exactly one of prox, sfw, sgd; got prox, sfw"),
+    ({"optimizer": {"sfw": {}, "prox": {"groups": 1}}}, "give exactly one of adamw, prox, sfw, sgd; got prox, sfw"),
     ({"optimizer": {"sfw": {"size": {"radius": 1, "initial": 2}}}}, "exactly one of radius, diameter, initial"),
     ({"optimizer": {"sfw": {"size": {"radius": 0}}}}, "greater than 0 (got 0)"),
     ({"optimizer": {"sfw": {"set": "ksupport"}}}, "'k_support'"),
