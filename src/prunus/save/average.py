@@ -54,6 +54,7 @@ __all__ = ["average_folders"]
 log = logging.getLogger(__name__)
 
 State = Mapping[str, Tensor]
+Mix = Callable[[str, Sequence[Tensor]], Tensor]  # (name, the same entries of each member) -> those of the average
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,10 @@ def average_folders(
     _check_same(Path(out), members, shares, how)
     with new_folder(out) as partial:
         zeros = [0] * (len(members) + 1)
+        mix, most = (_mean_by(shares), _PIECE) if how is None else (_joined_by(how, start), None)
         with ShardWriter(partial, max_shard_bytes=max_shard_bytes) as writer:
             for name in members[0].tensors:
-                made = _mean(name, members, shares, zeros)
-                made = made if how is None else _joined(name, members, start, how)
-                zeros[-1] += _zeros(made)
-                writer.write(name, made)
+                writer.write(name, _mixed(name, members, mix, zeros, most))
         _warn_of_lost_zeros(zeros, checkpoints)
         info = _info(members, shares, zeros, how)
         saved = _write_rest(members[0], partial, Path(out).name, info)
@@ -217,36 +216,41 @@ def _count(packed: Stored) -> int:
     return sum(count_kept(unpack(piece, 8 * piece.numel())) for piece in _bits(packed))
 
 
-def _mean(name: str, members: Sequence[_Member], shares: Sequence[float], zeros: list[int]) -> Tensor:
-    """The mean of one tensor; counts the zeros of matrices in each member."""
+def _mixed(name: str, members: Sequence[_Member], mix: Mix, zeros: list[int], most: int | None) -> Tensor:
+    """What `mix` makes of one tensor, `most` entries at a time.
+
+    Counts the zeros of matrices in each member and, last, in what was made.
+    """
     first = members[0].tensors[name]
-    mean = torch.empty(first.numel, dtype=first.dtype)
-    for start in range(0, first.numel, _PIECE):
-        stop = min(start + _PIECE, first.numel)
+    made = torch.empty(first.numel, dtype=first.dtype)
+    step = most or max(1, first.numel)
+    for start in range(0, first.numel, step):
+        stop = min(start + step, first.numel)
         pieces = [member.tensors[name].piece(start, stop) for member in members]
         for member, piece in zip(members, pieces, strict=True):
             check_finite([(name, _comparable(piece))], member.path)
-        part = mean_tensor(name, pieces, shares)
+        part = mix(name, pieces)
         _check_zeros(name, members, pieces, start)
         if len(first.shape) > 1 and first.dtype.is_floating_point:
-            for place, piece in enumerate(pieces):
+            for place, piece in enumerate((*pieces, part)):
                 zeros[place] += stop - start - int(_comparable(piece).count_nonzero())
-        mean[start:stop] = part
-    return mean.view(first.shape)
+        made[start:stop] = part
+    return made.view(first.shape)
 
 
-def _joined(name: str, members: Sequence[_Member], start: _Member, how: Join) -> Tensor:
-    """What `how` makes of one tensor."""
-    *states, base = ({name: each.tensors[name].piece(0, each.tensors[name].numel)} for each in (*members, start))
-    shape = members[0].tensors[name].shape
-    return how.make([{name: state[name].view(shape)} for state in states], {name: base[name].view(shape)})[name]
+def _mean_by(shares: Sequence[float]) -> Mix:
+    return lambda name, pieces: mean_tensor(name, pieces, shares)
 
 
-def _zeros(tensor: Tensor) -> int:
-    """Zeros of a matrix, in pieces."""
-    if tensor.ndim < 2 or not tensor.is_floating_point():
-        return 0
-    return sum(each.numel() - int(_comparable(each).count_nonzero()) for each in tensor.flatten().split(_PIECE))
+def _joined_by(how: Join, start: _Member) -> Mix:
+    """What `how` makes of whole tensors."""
+
+    def mix(name: str, whole: Sequence[Tensor]) -> Tensor:
+        base = start.tensors[name]
+        states = [{name: each.view(base.shape)} for each in (*whole, base.piece(0, base.numel))]
+        return how.make(states[:-1], states[-1])[name].flatten()
+
+    return mix
 
 
 def _check_zeros(name: str, members: Sequence[_Member], pieces: Sequence[Tensor], start: int) -> None:
