@@ -63,6 +63,7 @@ def test_short_forms_fit():
         "during: elsa",
         "during: {elsa: }",
         "images: digits",
+        "images: digits\ntrain: {optimizer: adamw}",
         "evaluate: {data: text.parquet}",
         "calibrate: {data: [a.txt, {source: b.txt}]}",
     ):

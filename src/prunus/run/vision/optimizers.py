@@ -274,6 +274,8 @@ class Prox(Pull, Optimizer):
 class OneOptimizer(OneOf):
     """One optimizer by name with its options."""
 
+    shorthands: ClassVar[tuple[str, ...]] = ("string",)
+
     @model_validator(mode="before")
     @classmethod
     def _short(cls, value: Any) -> Any:
