@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
+import next_size as script
 import pytest
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("next_size", ROOT / "scripts" / "next_size.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_page_has_the_tables_of_its_runs(script) -> None:
+def test_the_page_has_the_tables_of_its_runs() -> None:
     page = (ROOT / "docs" / "results" / "next-size.md").read_text(encoding="utf-8")
     for table in script.tables(ROOT / "docs" / "results" / "next-size.json").split("\n\n"):
         assert table.strip() in page
 
 
-def test_parameters_and_operations_by_hand(script) -> None:
+def test_parameters_and_operations_by_hand() -> None:
     small = script.opt(4, 2, words=10)  # a block: 3 x 4 x 4, 4 x 4, 16 x 4 and 4 x 16 weights
     assert small.weights == 48 + 16 + 64 + 64
     assert small.bytes == 2 * (2 * 192 + 2 * 40)
@@ -38,7 +26,7 @@ def test_parameters_and_operations_by_hand(script) -> None:
     assert abs(script.NEXT[1].bytes / 2 / 405.9e9 - 1) < 0.01
 
 
-def test_a_rate_meets_its_own_run(script) -> None:
+def test_a_rate_meets_its_own_run() -> None:
     runs = [
         {"stage": "layer", "in": 8, "out": 8, "seconds": 1e-6},
         {"stage": "wanda", "width": 8, "blocks": 2, "tokens": 64, "seconds": 2.0},

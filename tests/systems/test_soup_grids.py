@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import soup_tables
 import torch
 import yaml
 from corrupt_images import make, recipes  # pyright: ignore[reportMissingImports] - a script, on pytest's path
@@ -148,17 +148,6 @@ def test_a_grid_draws_accuracy_by_phase(tmp_path: Path) -> None:
     assert alone["mean member"][0][2] == pytest.approx(100 * statistics.stdev(two[0][0]["members"]))
 
 
-def script(name: str) -> Any:
-    """A script of the repository as a module."""
-    path = Path(__file__).parents[2] / "scripts" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.usefixtures("tiny")
 def test_the_sets_of_a_grid_are_those_that_its_runs_read(tmp_path: Path) -> None:
     corruptions = {"names": ["contrast"], "severities": [2], "images": 30, "folder": str(tmp_path / "sets")}
@@ -188,7 +177,7 @@ def test_the_tables_say_what_the_results_say() -> None:
         found = {"labels": {"sparsity": "90 %", "soup": "m = 3"}, "seed": seed, "soup": {"soup": soup, "imp": imp}}
         return {**found, "rows": rows, "phases": [phase, phase], "between": apart}
 
-    text = script("soup_tables").text([result(0, 0.9, 0.8), result(1, 0.7, 0.73), {"labels": {}, "seed": 0}])
+    text = soup_tables.text([result(0, 0.9, 0.8), result(1, 0.7, 0.73), {"labels": {}, "seed": 0}])
     assert "| 90 %, m = 3 | 2 | - | - | +3.50 (1) |" in text
     assert "| 90 %, m = 3 | 1.00 ± 0.00 | 2.00 ± 0.00 | 3.00 ± 0.00 | 0.1250 |" in text
     assert "| soup, uniform | 80.00 ± 14.14 |" in text
