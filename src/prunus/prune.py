@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.layers import Inputs, Layer, View, check_unwrapped, find_layers, parameter_shapes
-from prunus.machine import in_mode
+from prunus.machine import hooked, in_mode
 from prunus.masks import Masks
 from prunus.patterns import Pattern, Unstructured, check_sparsity
 from prunus.score import (
@@ -168,17 +168,13 @@ def _turns(model: nn.Module, views: Sequence[View], batches: Sequence[Any]) -> l
     block_of = {view.name: _block_of(view.name, lists) for view in views}
     order: dict[str, None] = {}
     modules = dict(model.named_modules())
-    hooks = [
-        modules[name].register_forward_pre_hook(lambda *_, name=name: order.setdefault(name))
+    hooks = (
+        (modules[name], lambda *_, name=name: order.setdefault(name))
         for name in dict.fromkeys(block_of.values())
         if name in modules
-    ]
-    try:
-        with in_mode(model, training=False):
-            _run(model, batches[0], next(model.parameters()).device)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    )
+    with in_mode(model, training=False), hooked(hooks):
+        _run(model, batches[0], next(model.parameters()).device)
     names = [*order, *(name for name in dict.fromkeys(block_of.values()) if name not in order)]
     return [[view for view in views if block_of[view.name] == name] for name in names]
 

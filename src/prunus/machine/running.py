@@ -6,7 +6,7 @@ One word for the precision of matrix products serves training, calibration and e
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
@@ -101,6 +101,21 @@ def in_mode(model: nn.Module, *, training: bool) -> Generator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def hooked(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Generator[None]:
+    """Context in which each module calls its hook before its forward; afterwards, also by an exception, none does.
+
+    >>> with hooked([(nn.Identity(), print)]):
+    ...     pass
+    """
+    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def local_part(tensor: Tensor) -> Tensor:

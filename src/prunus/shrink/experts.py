@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from prunus.layers import scan
-from prunus.machine import Precision, autocast, in_mode
+from prunus.machine import Precision
 from prunus.patterns import keep_largest, kept_of
-from prunus.shrink.language import rebuilt, resized_config
+from prunus.shrink.language import rebuilt, resized_config, run_hooked
 
 __all__ = ["expert_saliency", "remove_experts"]
 
@@ -40,15 +40,8 @@ def expert_saliency(
     if not sums:
         raise ValueError(f"shrink.experts: {type(model).__name__} has no stacked experts; leave it out")
     place = torch.device(device) if device is not None else next(model.parameters()).device
-    home = next(model.parameters()).device
-    model.to(place)
-    hooks = [model.get_submodule(name).register_forward_pre_hook(each.hook(name)) for name, each in sums.items()]
-    with in_mode(model, training=False), autocast(place, precision):
-        for ids in tokens.split(batch_size):
-            model(input_ids=ids.to(place), use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    model.to(home)
+    hooks = [(model.get_submodule(name), each.hook(name)) for name, each in sums.items()]
+    run_hooked(model, hooks, tokens, place=place, batch_size=batch_size, precision=precision)
     return {name: each.found[:, 0] / each.found[:, 1].clamp_min(1) for name, each in sums.items()}
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from prunus.blocks import Arguments, embed, find_blocks, finish, run_block
 from prunus.checkpoint import empty_model
 from prunus.layers import Inputs
-from prunus.machine import Precision, autocast, imported, in_mode
+from prunus.machine import Precision, autocast, hooked, imported, in_mode
 from prunus.patterns import Unstructured, keep_largest, kept_of
 from prunus.score import Criterion
 from prunus.shrink.columns import columns
@@ -40,6 +40,7 @@ __all__ = [
     "remove_neurons",
     "remove_width",
     "resized_config",
+    "run_hooked",
 ]
 
 _LOOK = 32  # tokens on which the smaller model is compared with the masked one
@@ -301,16 +302,14 @@ def _parts(model: Any, tokens: Tensor) -> list[_Part]:
     """The parts of all blocks, in order."""
     received: dict[str, Tensor] = {}  # holds the tensors, so that no two have one id
     names = find_blocks(model)
-    with in_mode(model, training=False):
-        hooks = [
-            module.register_forward_pre_hook(_remember(received, f"{block}.{name}"))
-            for block in names
-            for name, module in model.get_submodule(block).named_modules()
-            if _is_matrix(module)
-        ]
+    hooks = (
+        (module, _remember(received, f"{block}.{name}"))
+        for block in names
+        for name, module in model.get_submodule(block).named_modules()
+        if _is_matrix(module)
+    )
+    with in_mode(model, training=False), hooked(hooks):
         model(input_ids=tokens[:1, :_LOOK].to(next(model.parameters()).device), use_cache=False)
-        for hook in hooks:
-            hook.remove()
     return [part for block in names for part in _parts_of(model.get_submodule(block), block, received)]
 
 
@@ -409,23 +408,31 @@ def _worth(
     """S of each entry of the hidden states, (size,) float32 on the CPU."""
     modules = {name: model.get_submodule(name) for name in names}
     inputs = {name: Inputs(_width(model, name), device=place) for name in names}
-    home = next(model.parameters()).device
-    model.to(place)
-    hooks = [
-        module.register_forward_pre_hook(lambda _, args, name=name: inputs[name].add_(args[0]))
-        for name, module in modules.items()
-    ]
-    with in_mode(model, training=False), autocast(place, precision):
-        for ids in tokens.split(batch_size):
-            model(input_ids=ids.to(place), use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    model.to(home)
+    hooks = [(module, lambda _, args, name=name: inputs[name].add_(args[0])) for name, module in modules.items()]
+    run_hooked(model, hooks, tokens, place=place, batch_size=batch_size, precision=precision)
     found = torch.zeros(_width(model, names[0]))
     for name, module in modules.items():
         squares = module.weight.float().square().sum(1 if _is_transposed(module) else 0).cpu()
         found += squares * (inputs[name].squares / max(1, inputs[name].tokens)).cpu()
     return found
+
+
+def run_hooked(
+    model: Any,
+    hooks: Sequence[tuple[nn.Module, Callable[..., Any]]],
+    tokens: Tensor,
+    *,
+    place: torch.device,
+    batch_size: int,
+    precision: Precision,
+) -> None:
+    """Run the whole model over all windows on a device, with hooks before these modules; then it is where it was."""
+    home = next(model.parameters()).device
+    model.to(place)
+    with in_mode(model, training=False), autocast(place, precision), hooked(hooks):
+        for ids in tokens.split(batch_size):
+            model(input_ids=ids.to(place), use_cache=False)
+    model.to(home)
 
 
 def _is_norm(module: nn.Module, size: int) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prunus.blocks import uncompiled
-from prunus.machine import Precision, autocast, in_mode
+from prunus.machine import Precision, autocast, hooked, in_mode
 
 
 @torch.no_grad()
@@ -85,15 +85,12 @@ def _counting(model: nn.Module, norms: dict[str, _BatchNorm]) -> Generator[dict[
 
         return count
 
-    hooks = [norm.register_forward_pre_hook(watch(name)) for name, norm in norms.items()]
     try:
-        with in_mode(model, training=False):
+        with in_mode(model, training=False), hooked((norm, watch(name)) for name, norm in norms.items()):
             for norm in norms.values():
                 norm.training, norm.track_running_stats = True, False
             yield pooled
     finally:
-        for hook in hooks:
-            hook.remove()
         for norm in norms.values():
             norm.track_running_stats = True
 
