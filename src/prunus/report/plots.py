@@ -65,6 +65,7 @@ def plot_grid(
     *,
     dense: float | None = None,
     title: str = "",
+    xlabel: str = "sparsity, % zeros",
     ylabel: str = "perplexity",
     deviations: Mapping[str, Mapping[str, float | None]] | None = None,
 ) -> None:
@@ -93,6 +94,8 @@ def plot_grid(
     if low > 0 and max(values) > 5 * low:
         axes[0].set_yscale("log")
         _plain_ticks(axes[0])
+    if shares:
+        axes[0].set_xlabel(xlabel)
     axes[0].set_ylabel(ylabel)
     axes[-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     if title:
@@ -243,7 +246,6 @@ def _draw_methods(
         )
     if lines:
         axis.set_xticks([_share(label) * 100 for label in labels])
-        axis.set_xlabel("sparsity, % zeros")
     else:
         axis.set_xticks(range(len(labels)), labels)
         axis.set_xlim(-0.6, len(labels) - 0.4)
