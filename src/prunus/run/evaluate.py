@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from prunus.run.folder import device_of
-from prunus.run.recipe import ClassifierRecipe, LanguageRecipe, merge, parse, read_yaml
+from prunus.run.plain import read_yaml
+from prunus.run.recipe import ClassifierRecipe, LanguageRecipe, merge, parse
 
 __all__ = ["Scorer", "evaluate_model", "scorer"]
 
