@@ -194,6 +194,22 @@ def test_encoder_decoders_count_what_each_part_attends() -> None:
         prune(model, wanda, None, 0.5, batches=[{**BATCH, "labels": BATCH["input_ids"]}])
 
 
+def test_a_mask_of_sound_holds_for_the_shorter_length_that_the_encoder_makes_of_it() -> None:
+    model, batch = whisper()
+    mask = torch.tensor([[1] * 16, [1] * 8 + [0] * 8, [1] * 5 + [0] * 11, [1] * 16])
+    views, inputs = find_layers(model), []
+    for place in (0, 2):  # with the convolutions, and where nobody asks for them
+        with torch.no_grad(), observe(model, views[place:], gram=False) as found:
+            model(**batch, attention_mask=mask)
+        inputs.append({name: each.tokens for name, each in found.items()})
+    assert inputs[0]["model.encoder.conv1"] == 45
+    assert inputs[0]["model.encoder.conv2"] == inputs[0]["model.encoder.layers.0.fc1"] == 8 + 4 + 3 + 8
+    cross = "model.decoder.layers.0.encoder_attn"
+    assert inputs[0][f"{cross}.k_proj"] == 23
+    assert inputs[0][f"{cross}.q_proj"] == inputs[0]["model.decoder.layers.0.fc1"] == 20
+    assert inputs[1] == {name: count for name, count in inputs[0].items() if ".conv" not in name}
+
+
 def whisper() -> tuple[Any, dict[str, Tensor]]:
     small = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
     wide = {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "d_model": 16, "vocab_size": 30, "num_mel_bins": 4}
