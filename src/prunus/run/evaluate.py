@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from prunus.measure import headline
 from prunus.run.folder import device_of
-from prunus.run.recipe import ClassifierRecipe, LanguageRecipe, merge, parse, read_yaml
+from prunus.run.recipe import ClassifierRecipe, LanguageRecipe, Recipe, data_key, merge, parse, read_yaml
 
 __all__ = ["Scorer", "evaluate_model", "scorer"]
 
@@ -35,7 +36,7 @@ def evaluate_model(model: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """
     path = Path(model).expanduser() / "recipe.yaml"
     raw = read_yaml(path) if path.is_file() else {}
-    return _classifier(path, raw, overrides) if "images" in raw else _language_model(model, overrides)
+    return _classifier(path, raw, overrides) if data_key(raw) else _language_model(model, overrides)
 
 
 def scorer(path: Path, changes: Mapping[str, Any] | None = None) -> Scorer:
@@ -87,7 +88,7 @@ def _classifier(path: Path, raw: dict[str, Any], overrides: Mapping[str, Any]) -
     from prunus.run.vision import stages
     from prunus.run.vision.setting import Setting
 
-    recipe = parse(merge(raw, overrides), ClassifierRecipe, str(path))
+    recipe = cast("ClassifierRecipe", parse(merge(raw, overrides), Recipe, str(path)))
     weights = path.with_name("model.safetensors")
     if not weights.is_file():
         raise ValueError(f"{path.parent} holds no model.safetensors: the run is not finished; run its recipe again")
@@ -96,7 +97,8 @@ def _classifier(path: Path, raw: dict[str, Any], overrides: Mapping[str, Any]) -
     setting = Setting.of(recipe)
     network = setting.new_model()
     network.load_state_dict(read_state(weights, network.state_dict()))
-    found: dict[str, Any] = {"accuracy": stages.measure(network, setting)}
+    measured = stages.measure(network, setting)
+    found: dict[str, Any] = {headline(measured)[0]: measured}
     if recipe.corruptions is not None:
         found["corrupted"] = stages.corrupted(network, setting, recipe.corruptions)
     return found

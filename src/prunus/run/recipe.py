@@ -3,6 +3,7 @@
     Recipe              model, device, precision, compile, prune, retrain, soup, out, save: the same for every task
     LanguageRecipe      and dtype, streaming, calibrate, shrink, reconstruct, evaluate
     ClassifierRecipe    and images, seed, train, during, recalibrate, corruptions, ...: what has the key `images`
+    EncoderRecipe       the same of texts: what has the key `texts`
 
 A recipe is a plain YAML mapping; every key is a field below. Sections that tasks share are one class. Its defaults are
 those of language models; a class `Classifier...` made of it says which are others, and what more there is.
@@ -40,7 +41,7 @@ from pydantic import (
 )
 
 from prunus.adapt import subsets
-from prunus.data import check_model
+from prunus.data import Aim, build_encoder, check_model, config_of
 from prunus.masks import Masks
 from prunus.measure import CORRUPTIONS
 from prunus.patterns import Pattern, check_sparsity
@@ -81,6 +82,7 @@ __all__ = [
     "Data",
     "DenseRates",
     "Device",
+    "EncoderRecipe",
     "Evaluate",
     "ImageSource",
     "Kind",
@@ -97,6 +99,7 @@ __all__ = [
     "Strict",
     "Training",
     "Vary",
+    "data_key",
     "digest",
     "given",
     "load_recipe",
@@ -710,28 +713,18 @@ class Evaluate(Strict):
 # Sections of classifiers.
 
 
-class ImageSource(Strict):
-    """Where the images come from, and what is measured on.
-
-    source: "digits", a folder or file (.parquet, .npz, .safetensors), or a Hugging Face data set.
-    size: side to which pictures are brought. mean, std: of pixels / 255, by default the training images' own.
-    measure_on: "validation" holds out the share `validation` of the training images, without augmentation, and never
-    reads the test images; "test" trains on all training images; "both" holds out the same share for what is chosen by
-    images (greedy and learned soups), and measures on the test images.
-    """
+class Labelled(Strict):
+    """Where a classifier's examples come from, and which of them are measured on."""
 
     shorthands: ClassVar[tuple[str, ...]] = ("string",)
 
     source: str
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
     measure_on: Literal["test", "validation", "both"] = "test"
-    size: Count | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[Positive, ...] | None = None
 
     @property
     def measured(self) -> str:
-        """Which images are measured on: test or validation."""
+        """Which of them are measured on: test or validation."""
         return "validation" if self.measure_on == "validation" else "test"
 
     @model_validator(mode="before")
@@ -743,8 +736,45 @@ class ImageSource(Strict):
     @classmethod
     def _there(cls, value: str) -> str:
         if looks_local(value) and not Path(value).expanduser().exists():
-            raise ValueError(f"no file or folder (seen from {os.getcwd()}); give a path, a data set name or digits")
+            raise ValueError(f"no file or folder (seen from {os.getcwd()}); give a path or the name of a data set")
         return value
+
+
+class ImageSource(Labelled):
+    """Where the images come from, and what is measured on.
+
+    source: "digits", a folder or file (.parquet, .npz, .safetensors), or a Hugging Face data set.
+    size: side to which pictures are brought. mean, std: of pixels / 255, by default the training images' own.
+    measure_on: "validation" holds out the share `validation` of the training images, without augmentation, and never
+    reads the test images; "test" trains on all training images; "both" holds out the same share for what is chosen by
+    images (greedy and learned soups), and measures on the test images.
+    """
+
+    size: Count | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[Positive, ...] | None = None
+
+
+class LabelledTexts(Labelled):
+    """Where texts come from, and what they are for.
+
+    source: .csv, .tsv, .jsonl or .parquet, a folder with one for each split, or a Hugging Face data set; of embeddings
+    also .txt files, which are cut into sentences.
+    aim: "classes" and "values" (a number each) stand in the column `label`; "embeddings" need none: those of the pruned
+    encoder are held against the dense one's. text: column of the text, or of two that are read together.
+    length: tokens of a text at most. measure_on: as of images; "validation" holds out a share of the training texts.
+    """
+
+    measure_on: Literal["test", "validation"] = "validation"
+    aim: Aim = "classes"
+    text: str | Annotated[tuple[str, ...], Field(min_length=1, max_length=2)] = "text"
+    label: str = "label"
+    length: Annotated[int, Field(ge=2)] = 128
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of the text."""
+        return (self.text,) if isinstance(self.text, str) else self.text
 
 
 if TYPE_CHECKING:
@@ -760,10 +790,11 @@ class Training(Strict):
     penalty: what is added to the loss of the first training, not of retraining.
     clip: largest norm of the gradient. ema: decay of a running mean of the weights, which then is what is measured.
     snapshots: epochs after which the weights are kept, for weight rewinding.
+    epochs: 0 leaves a pretrained network as it came.
     evaluate_every: epochs between measurements while `prunus run` trains; 0 measures at the end alone.
     """
 
-    epochs: Count = 30
+    epochs: Whole = 30
     batch_size: Count = 512
     lr: Positive = 0.4
     schedule: ScheduleName = "linear"
@@ -787,7 +818,7 @@ class Training(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Training:
-        if self.warmup >= self.epochs:
+        if self.epochs and self.warmup >= self.epochs:
             raise ValueError(f"warmup: {self.warmup:g} epochs leave none of the {self.epochs}; set a smaller warmup")
         if self.warmup and not schedules.knows(self.schedule, "warmup"):
             raise ValueError(f"schedule {schedules.name(self.schedule)} rises by itself: set warmup: 0")
@@ -798,6 +829,24 @@ class Training(Strict):
             raise ValueError("nesterov needs momentum above 0")
         if self.nesterov and self.chosen != Sgd():
             raise ValueError("nesterov is a form of plain SGD: leave out nesterov or optimizer")
+        return self
+
+
+class EncoderTraining(Training):
+    """The same with what is usual for encoders of texts; by default they are left as they came."""
+
+    epochs: Whole = 0
+    batch_size: Count = 32
+    lr: Positive = 5e-5
+    warmup: Annotated[float, Field(ge=0)] = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    optimizer: OptimizerChoice | None = OptimizerChoice.model_validate("adamw")
+    augment: Augmentation = Augmentation()
+
+    @model_validator(mode="after")
+    def _check_augment(self) -> EncoderTraining:
+        if self.augment != Augmentation():
+            raise ValueError("augment: these are changes of images; leave it out")
         return self
 
 
@@ -1138,6 +1187,7 @@ class ClassifierRecipe(Recipe):
     corruptions: Corruptions | None = None
     channels_last: Literal["auto"] | bool = "auto"
 
+    keyed: ClassVar[str] = "images"
     apart: ClassVar[int] = 15_485_863  # so that the members of one run are not those of the next seed's
 
     @property
@@ -1162,12 +1212,37 @@ class ClassifierRecipe(Recipe):
             raise ValueError("retrain.rewind: a network that became smaller has no earlier weights; leave it out")
         if self.soup is not None:
             self._check_soup(self.soup)
-        check_model(self.model, self.arguments)
+        self._check_network()
+        if not self.train.epochs:
+            self._check_untrained()
         if self.retrain is not None and self.retrain.train != ("full",):
             self._check_subset(self.retrain)
         if self.weights is not None and not Path(self.weights).expanduser().is_file():
             raise ValueError(f"weights: no file {self.weights!r} (seen from {os.getcwd()}); check the path")
         return self
+
+    @property
+    def data(self) -> Labelled:
+        """What it is trained and measured on, the section `keyed`."""
+        return getattr(self, self.keyed)
+
+    @property
+    def aim(self) -> Aim:
+        """What the network is to say of its inputs."""
+        return "classes"
+
+    def _check_network(self) -> None:
+        check_model(self.model, self.arguments)
+
+    def _check_untrained(self) -> None:
+        """Refuse what goes by a training, where there is none."""
+        if self.weights is None and config_of(self.model) is None:
+            raise ValueError("train.epochs: 0 leaves the network as it came, and this one comes without weights")
+        if self.during is not None or self.train.ema is not None:
+            raise ValueError(f"{'during' if self.during else 'train.ema'}: nothing is trained: give train.epochs")
+        if self.retrain is not None and (self.retrain.lr is None or self.retrain.share is not None):
+            key = "lr" if self.retrain.share is None else "epochs (in place of share)"
+            raise ValueError(f"retrain: there is no training to go by (train.epochs: 0): give retrain.{key}")
 
     def _check_subset(self, retrain: ClassifierRetrain) -> None:
         if self.soup is not None:
@@ -1216,6 +1291,45 @@ class ClassifierRecipe(Recipe):
                 "soup.vary: members forked within a training end it: leave out lr, schedule, warmup, steps and epochs"
             )
         self._check_members()
+
+
+class EncoderRecipe(ClassifierRecipe):
+    """The same of an encoder of texts, a folder of transformers; `texts` says on what.
+
+    Embeddings are never trained, only distilled: retraining holds those of the pruned encoder against the dense one's.
+    """
+
+    images: None = Field(None, exclude=True)
+    texts: LabelledTexts
+    train: EncoderTraining = EncoderTraining()
+
+    keyed: ClassVar[str] = "texts"
+
+    @property
+    def aim(self) -> Aim:
+        """What the encoder is to say of a text."""
+        return self.texts.aim
+
+    @model_validator(mode="after")
+    def _check_texts(self) -> EncoderRecipe:
+        soup = "of networks that look at images" if self.soup else None
+        strange = {"soup": soup, "corruptions": "of images" if self.corruptions else None}
+        strange["capture"] = "batches have lengths of their own" if self.capture is True else None
+        if self.prune is not None and self.prune.kind != "zeros":
+            strange["prune.kind"] = "an encoder of texts becomes smaller by prunus.shrink"
+        if self.aim == "embeddings" and self.train.epochs:
+            strange["train.epochs"] = "embeddings have no labels to train on"
+        distill = None if self.retrain is None else self.retrain.distill
+        if self.aim == "embeddings" and distill is not None and distill != Distill(weight=1.0):
+            strange["retrain.distill"] = "embeddings are held against the dense ones, whatever stands here"
+        for key, why in strange.items():
+            if why is not None:
+                raise ValueError(f"{key}: {why}; leave it out")
+        return self
+
+    def _check_network(self) -> None:
+        with torch.device("meta"):
+            build_encoder(self.model, arguments=self.arguments)
 
 
 def _is_set(section: BaseModel, key: str) -> bool:
@@ -1299,8 +1413,8 @@ def parse(raw: Mapping[str, Any], model: type[Section], where: str) -> Section:
 
 
 def schema_of_recipes() -> dict[str, Any]:
-    """The JSON schema of recipes of either task."""
-    return TypeAdapter(LanguageRecipe | ClassifierRecipe).json_schema() | {"title": "Recipe of Prunus"}
+    """The JSON schema of recipes of all tasks."""
+    return TypeAdapter(LanguageRecipe | ClassifierRecipe | EncoderRecipe).json_schema() | {"title": "Recipe of Prunus"}
 
 
 def _not_finite(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
@@ -1344,8 +1458,14 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def data_key(raw: Mapping[str, Any]) -> str | None:
+    """The key that says what a classifier is trained on, images or texts; None of a language model's recipe."""
+    return next((task.keyed for task in (ClassifierRecipe, EncoderRecipe) if task.keyed in raw), None)
+
+
 def _task_of(raw: Any) -> type[Recipe]:
-    return ClassifierRecipe if isinstance(raw, Mapping) and "images" in raw else LanguageRecipe
+    tasks = {"images": ClassifierRecipe, "texts": EncoderRecipe, None: LanguageRecipe}
+    return tasks[data_key(cast("Mapping[str, Any]", raw)) if isinstance(raw, Mapping) else None]
 
 
 _MEMBER = re.compile(r"\.(?:bool|int|float|str|dict|list|tuple|literal|constrained|function|\[key\])(?:\W.*)?$")
@@ -1374,6 +1494,7 @@ def _hint(path: Sequence[str], model: type[BaseModel]) -> str:
     """What an unknown key may have been meant to be."""
     known = sorted(_fields(model, path[:-1]))
     others = {LanguageRecipe: (ClassifierRecipe, "classifiers"), ClassifierRecipe: (LanguageRecipe, "language models")}
+    others[EncoderRecipe] = others[ClassifierRecipe]
     if model in others and path[-1] in _fields(others[model][0], path[:-1]):
         return f"that is a key of {others[model][1]}; known keys: {', '.join(known)}"
     close = difflib.get_close_matches(path[-1], known, n=1)
