@@ -247,6 +247,7 @@ WHOLE = {
     "`evaluate.speed`": "Pace",
     "Texts": "Data",
     "Classifier `images`": "ImageSource",
+    "Encoder `texts`": "LabelledTexts",
     "Classifier `train`": "Training",
     "Classifier `optimizer`": "Sfw",
     "Classifier `augment`": "Augmentation",

@@ -1,6 +1,6 @@
 """How good a model on disk is: `prunus evaluate`, and the one number by which checkpoints are averaged greedily.
 
-folder with recipe.yaml of a classifier ─▶ accuracy and its companions, also on corrupted images
+folder with recipe.yaml of a classifier ─▶ accuracy and its companions, of encoders cosine or Spearman's correlation
 anything else                           ─▶ perplexity of texts, zero-shot tasks
 
 A recipe with the key `images` scores classifiers by top-1 accuracy on the validation split, never the test images,

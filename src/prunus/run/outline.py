@@ -155,7 +155,7 @@ def outline_classifier(recipe: ClassifierRecipe, setting: Any, retrained: int) -
     rows = {
         recipe.keyed: f"{len(sets.train):,} of {shape} to train on, {len(sets.measured):,} to measure on{classes}",
         "model": f"{recipe.model}: {_many(total)} parameters{', all of them trained' if recipe.train.epochs else ''}",
-        "training": training + during,
+        "training": training + during if recipe.train.epochs else "none: the weights are as they came",
     }
     layers: list[dict[str, Any]] = []
     if recipe.prune is not None:
