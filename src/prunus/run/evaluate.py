@@ -47,7 +47,7 @@ def scorer(path: Path, changes: Mapping[str, Any] | None = None) -> Scorer:
     >>> scorer(Path("validation.yaml")).score(Path("runs/a/model"))
     """
     raw = merge(read_yaml(path), changes or {})
-    if "images" in raw:
+    if data_key(raw):
         return _of_classifiers(path, raw)
     parse(raw, LanguageRecipe, str(path))  # mistakes show before anything is averaged
 
@@ -113,9 +113,10 @@ def _of_classifiers(path: Path, raw: Mapping[str, Any]) -> Scorer:
     from prunus.run.vision import stages
     from prunus.run.vision.setting import Setting
 
-    source = {"images.source": raw["images"]} if isinstance(raw["images"], str) else {}
-    held = merge(raw, {**source, "images.measure_on": "validation"})
-    setting = Setting.of(parse(held, ClassifierRecipe, str(path)))
+    key = str(data_key(raw))
+    source = {f"{key}.source": raw[key]} if isinstance(raw[key], str) else {}
+    held = merge(raw, {**source, f"{key}.measure_on": "validation"})
+    setting = Setting.of(cast("ClassifierRecipe", parse(held, Recipe, str(path))))
     model = setting.new_model()
 
     def settled(checkpoint: Path) -> Any:
@@ -130,7 +131,7 @@ def _of_classifiers(path: Path, raw: Mapping[str, Any]) -> Scorer:
         write_tensors(file, settled(checkpoint).state_dict(), metadata)
 
     with torch.no_grad():
-        return Scorer(lambda checkpoint: float(stages.measure(settled(checkpoint), setting)["top1"]), settle)
+        return Scorer(lambda checkpoint: headline(stages.measure(settled(checkpoint), setting))[1], settle)
 
 
 def _file(checkpoint: Path) -> Path:
