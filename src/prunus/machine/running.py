@@ -174,6 +174,16 @@ def called(model: nn.Module, inputs: Any) -> Any:
     return model(inputs if own is None else inputs.to(own.device))
 
 
+def class_logits(model: nn.Module, inputs: Any) -> Tensor:
+    """The logits (batch, classes) of a tensor, or of a mapping of keywords.
+
+    >>> class_logits(nn.Linear(4, 3), torch.zeros(2, 4)).shape
+    torch.Size([2, 3])
+    """
+    out = called(model, inputs)
+    return out if isinstance(out, Tensor) else out.logits
+
+
 def random_state() -> dict[str, Tensor]:
     """The states of the CPU's generator and, where CUDA is in use, of the current device's."""
     states = {"cpu": torch.get_rng_state()}

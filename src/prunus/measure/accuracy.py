@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.blocks import uncompiled
-from prunus.machine import Precision, autocast, in_mode
-from prunus.train import class_logits
+from prunus.machine import Precision, autocast, class_logits, in_mode
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.machine import Precision, autocast, in_mode
-from prunus.train import class_logits, embeddings
+from prunus.machine import Precision, autocast, class_logits, in_mode
+from prunus.train import embeddings
 
 _MAIN = ("accuracy", "top1", "cosine", "spearman")
 

@@ -32,7 +32,6 @@ from .lr import warmup_steps as warmup_steps
 from .lr import wsd as wsd
 from .train import Substituted as Substituted
 from .train import Trace as Trace
-from .train import class_logits as class_logits
 from .train import classification_loss as classification_loss
 from .train import next_token_loss as next_token_loss
 from .train import regression_loss as regression_loss

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from prunus.machine import class_logits
 from prunus.masks import pack, unpack
 from prunus.train.next_token import Aim, aimed_loss, row_logits
-from prunus.train.train import class_logits
 
 
 @dataclass(frozen=True)

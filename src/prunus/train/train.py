@@ -24,7 +24,7 @@ from accelerate.utils import send_to_device, slice_tensors
 from torch import Tensor, nn
 
 from prunus.layers import View, find_layers
-from prunus.machine import Precision, called, in_mode
+from prunus.machine import Precision, class_logits, in_mode
 from prunus.train.capture import Capture, CapturedStep, captures, set_rates_, settled
 from prunus.train.checkpoint import Checkpoint, Clock, resumable
 from prunus.train.hooks import During, Plan
@@ -84,16 +84,6 @@ def regression_loss() -> Callable[[nn.Module, tuple[Any, Tensor]], Tensor]:
     torch.Size([])
     """
     return lambda model, batch: nn.functional.mse_loss(class_logits(model, batch[0]).float().flatten(), batch[1])
-
-
-def class_logits(model: nn.Module, inputs: Any) -> Tensor:
-    """The logits (batch, classes) of a tensor, or of a mapping of keywords.
-
-    >>> class_logits(nn.Linear(4, 3), torch.zeros(2, 4)).shape
-    torch.Size([2, 3])
-    """
-    out = called(model, inputs)
-    return out if isinstance(out, Tensor) else out.logits
 
 
 def train(
