@@ -29,7 +29,8 @@ from prunus.data.images import Images
 from prunus.machine import atomic
 from prunus.measure import CORRUPTIONS
 from prunus.run.grid import Grid
-from prunus.run.recipe import ClassifierRecipe, parse, read_yaml
+from prunus.run.plain import read_yaml
+from prunus.run.recipe import ClassifierRecipe, parse
 from prunus.run.vision.setting import Setting
 
 Array = np.ndarray[Any, np.dtype[Any]]

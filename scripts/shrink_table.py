@@ -31,8 +31,8 @@ from prunus.report import markdown_table, plot_speeds
 from prunus.run import stages
 from prunus.run.compress import compress
 from prunus.run.folder import device_name, device_of
-from prunus.run.plain import yaml_value
-from prunus.run.recipe import LanguageRecipe, merge, parse, read_yaml
+from prunus.run.plain import read_yaml, yaml_value
+from prunus.run.recipe import LanguageRecipe, merge, parse
 from prunus.run.texts import calibration_windows
 from prunus.save import is_whole, load_model, save_model
 from prunus.score import Criterion

@@ -24,7 +24,7 @@ from prunus.masks import Masks
 from prunus.measure import perplexity
 from prunus.run import stages
 from prunus.run.inspect import inspect_model
-from prunus.run.recipe import Recipe
+from prunus.run.recipe import LanguageRecipe
 from prunus.run.texts import evaluation_texts
 from prunus.save import average_folders, load_info, save_model
 from tests.systems.test_families import FAMILIES, NORMAL, WIDTH
@@ -57,8 +57,10 @@ def written(folder: Path, model: Any) -> Path:
     return folder
 
 
-def asked(folder: Path, **more: Any) -> Recipe:
-    return Recipe.model_validate({"model": str(folder), "evaluate": {"data": {"t": TEXT}, "window": 16}, **more})
+def asked(folder: Path, **more: Any) -> LanguageRecipe:
+    return LanguageRecipe.model_validate(
+        {"model": str(folder), "evaluate": {"data": {"t": TEXT}, "window": 16}, **more}
+    )
 
 
 @pytest.mark.parametrize("family", MAKERS)

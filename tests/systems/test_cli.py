@@ -15,17 +15,8 @@ import yaml
 from prunus import __version__
 from prunus.patterns import Unstructured
 from prunus.run import cli, stages
-from prunus.run.recipe import (
-    ClassifierRecipe,
-    LanguageRecipe,
-    Recipe,
-    digest,
-    given,
-    load_recipe,
-    parse,
-    said,
-    yaml_value,
-)
+from prunus.run.plain import yaml_value
+from prunus.run.recipe import ClassifierRecipe, LanguageRecipe, Recipe, digest, given, load_recipe, parse, said
 from prunus.run.stages import fitted
 from prunus.run.vision.dense import dense_key
 from tests.processes import start

@@ -119,6 +119,47 @@ def test_members_share_what_a_method_pruned(tiny_folder: Path, text_file: Path, 
         assert digest(said(recipe, but={"out", "save"}))[:24] == path.stem
 
 
+def test_members_that_shrink_share_the_smaller_model(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each smaller model is made once; every member is what a run of its own would be, also after a kill."""
+    from prunus.run.compress import compress
+
+    raw = grid(tiny_folder, text_file, tmp_path / "grid", tune=None, more_seeds=None)
+    norms = raw["axes"]["method"]["norms"]
+    raw["axes"] = {
+        "smaller": {"dense": {}, "25% of neurons": {"shrink.neurons": 0.25}, "1 block": {"shrink.blocks": 1}},
+        "method": {"as it is": {"prune.sparsity": 0.0}, "pruned": {}, "norms": norms},
+    }
+    asked, made = parse(raw, Grid, "grid.yaml"), list[str]()
+    make, run = language._make_smaller, language._Language.run
+    monkeypatch.setattr(language, "_make_smaller", lambda r, *args: made.append(str(r.shrink)) or make(r, *args))
+
+    def killed(self: Any, recipe: Any, *args: Any) -> Any:
+        if recipe.shrink is not None and recipe.retrain is not None:
+            raise KeyboardInterrupt
+        return run(self, recipe, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(language._Language, "run", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compare(asked)
+    rows = {(row["smaller"], row["method"]): row for row in compare(asked)}
+    assert (len(rows), len(made), len(set(made))) == (9, 2, 2)
+    for labels in [("25% of neurons", "norms"), ("1 block", "pruned")]:
+        alone = compress(
+            asked.recipe(dict(zip(asked.axes, labels, strict=True)), 0, {"out": str(tmp_path / labels[1])})
+        )
+        assert list(alone["perplexity"].values())[-1]["test"] == pytest.approx(rows[labels]["test"]["mean"], rel=1e-6)
+        assert alone["shrink"]["parameters"] == rows[labels]["shrink"]["parameters"]
+    assert rows["dense", "as it is"]["test"]["mean"] == pytest.approx(
+        json.loads((tmp_path / "grid" / "dense.json").read_text())["test"], rel=1e-6
+    )
+    assert "shrink" not in rows["dense", "pruned"]
+    assert not (tmp_path / "grid" / "smaller").exists()  # nobody needs them any more
+    assert "### Parameters, millions" in (tmp_path / "grid" / "table.md").read_text()
+
+
 def test_a_failing_member_takes_no_other_with_it(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     axes = grid(tiny_folder, text_file, tmp_path)["axes"]
     axes["method"] = {"empty": {"retrain": {"train": ["biases"], "data": str(text_file), "steps": 1}}, "pruned": {}}

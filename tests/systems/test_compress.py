@@ -236,7 +236,7 @@ def test_what_goes_ill_with_a_method_is_refused(tiny_folder: Path, text_file: Pa
         ({"during": "gsm"}, "prune.pattern: gsm prunes single entries; leave it out"),
         ({"during": {"elsa": {"interval": 0}}}, "ELSA needs lam > 0 and interval >= 1"),
         ({"train": {"train": ["norms"]}}, r"leave out train, or set it to \[full\]"),
-        ({"train": {"data": "./nowhere.txt"}}, "train.data: no file './nowhere.txt'"),
+        ({"train": {"data": "./nowhere.txt"}}, "train.data: no file or folder './nowhere.txt'"),
     ]:
         with pytest.raises(ValueError, match=message):
             parse(during(tiny_folder, text_file, tmp_path) | change, LanguageRecipe, "test")

@@ -15,7 +15,7 @@ from prunus.checkpoint import plain, read_checkpoint
 from prunus.run import stages
 from prunus.run.compress import compress
 from prunus.run.inspect import inspect_model
-from prunus.run.recipe import Recipe
+from prunus.run.recipe import LanguageRecipe
 from prunus.run.show import show_inspection
 from tests.conftest import byte_tokenizer, tiny_llama
 
@@ -85,10 +85,10 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "m.gguf"
 
 
-def asked(file: Path, text: Path, **more: Any) -> Recipe:
+def asked(file: Path, text: Path, **more: Any) -> LanguageRecipe:
     evaluate = {"data": {"t": {"source": str(text), "part": (0, 0.2)}}, "window": 32}
     calibrate = {"data": str(text), "samples": 4, "length": 32}
-    return Recipe.model_validate(
+    return LanguageRecipe.model_validate(
         {"model": str(file), "device": "cpu", "evaluate": evaluate, "calibrate": calibrate, **more}
     )
 

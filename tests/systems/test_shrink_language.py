@@ -34,6 +34,7 @@ from transformers import (
 
 from prunus.data import ASSETS
 from prunus.layers import Inputs, Layer
+from prunus.measure import perplexity
 from prunus.patterns import Unstructured
 from prunus.run.compress import compress
 from prunus.run.recipe import LanguageRecipe, parse
@@ -357,29 +358,38 @@ RETRAIN = {"train": ["full"], "steps": 2, "batch_size": 2, "length": 32, "lr": 1
 
 
 def test_a_run_makes_the_model_smaller_and_retrains_it(tmp_path):
-    """Heads, neurons, a block and words; taught by the dense model of the same words."""
+    """Heads, neurons, a block and words; taught by the dense model of the same words, in whose tokens texts count."""
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**{**GATED, "vocab_size": 4096})).save_pretrained(tmp_path / "dense")
     AutoTokenizer.from_pretrained(ASSETS).save_pretrained(tmp_path / "dense")
     (tmp_path / "text.txt").write_text(TEXT * 40)
-    text = str(tmp_path / "text.txt")
+    (tmp_path / "other.txt").write_text("She wondered whether the harbour was frozen. " * 40)
+    text, other = (str(tmp_path / f"{name}.txt") for name in ("text", "other"))
     raw = {
         "model": str(tmp_path / "dense"),
         "device": "cpu",
         "shrink": {"blocks": 1, "heads": 0.5, "neurons": 0.25, "vocabulary": text},
         "calibrate": {"data": text, "samples": 4, "length": 32},
         "retrain": {**RETRAIN, "data": text},
-        "evaluate": {"data": {"text": text}, "window": 32},
+        "evaluate": {"data": {"text": text, "other": other}, "window": 32},
         "out": str(tmp_path / "run"),
+        "soup": {"members": 2, "baselines": []},
     }  # fmt: skip
     asked = parse(raw, LanguageRecipe, "test")
     assert asked.prune.sparsity == 0
     result = compress(asked)
-    assert list(result["perplexity"]) == ["dense", "shrunk", "pruned", "retrained", "merged"]
+    assert list(result["perplexity"])[:3] == ["dense", "shrunk", "pruned"]
     assert result["perplexity"]["pruned"] == result["perplexity"]["shrunk"]
-    assert result["shrink"]["tokens"] == {"text": 1.0}
+    assert result["shrink"]["tokens"]["text"] == 1.0
+    longer = result["shrink"]["tokens"]["other"]
+    assert longer > 2
     left, dense = result["shrink"]["parameters"]
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    ids = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")(
+        (tmp_path / "other.txt").read_text(), return_tensors="pt"
+    ).input_ids[0]
+    own = perplexity(saved, ids, window=32, batch_size=8) ** longer
+    assert result["perplexity"]["soup"]["other"] == pytest.approx(own, rel=1e-3)
     assert sum(each.numel() for each in saved.parameters()) == left < 0.7 * dense
     assert (saved.config.num_hidden_layers, saved.config.intermediate_size, saved.config.num_key_value_heads) == (
         2,

@@ -76,7 +76,7 @@ def test_sources_are_mixed_by_their_weights(tmp_path: Path):
         ([[{"source": "embedded"}]], "not of mixtures"),
         ({"source": "embedded", "prompt": "q"}, "prompt and answer"),
         ({"source": "embedded", "prompt": "q", "answer": "a", "messages": "m"}, "prompt and answer"),
-        ("absent.csv", "no file 'absent.csv'"),
+        ("absent.csv", "no file or folder 'absent.csv'"),
     ],
 )
 def test_texts_that_make_no_sense_are_refused(tmp_path: Path, data: Any, message: str):

@@ -208,5 +208,5 @@ def test_a_name_that_lm_eval_has_not_is_refused():
 @pytest.mark.parametrize("said", [{"a": None, "b": None}, ["a", "b"], "a, b"])
 def test_recipes_name_tasks_alone_or_with_files(said):
     assert Evaluate(tasks=said).tasks == {"a": None, "b": None}
-    with pytest.raises(ValueError, match=r"no file 'none\.jsonl'"):
+    with pytest.raises(ValueError, match=r"no file or folder 'none\.jsonl'"):
         Evaluate(tasks={"a": "none.jsonl"})

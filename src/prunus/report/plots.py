@@ -18,6 +18,7 @@ from prunus.machine import atomic
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
 
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, YELLOW, BLACK = (
     "#0072B2",
@@ -65,6 +66,7 @@ def plot_grid(
     *,
     dense: float | None = None,
     title: str = "",
+    xlabel: str = "sparsity, % zeros",
     ylabel: str = "perplexity",
     deviations: Mapping[str, Mapping[str, float | None]] | None = None,
 ) -> None:
@@ -93,6 +95,8 @@ def plot_grid(
     if low > 0 and max(values) > 5 * low:
         axes[0].set_yscale("log")
         _plain_ticks(axes[0])
+    if shares:
+        axes[0].set_xlabel(xlabel)
     axes[0].set_ylabel(ylabel)
     axes[-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     if title:
@@ -119,23 +123,34 @@ def plot_speeds(points: Sequence[Mapping[str, Any]], path: str | Path, *, device
         areas = [30 + 270 * float(row["bytes"]) / largest for row in mine]
         across, up = [row["speed"] for row in mine], [row["perplexity"] for row in mine]
         axis.scatter(across, up, s=areas, color=colour, alpha=0.55, linewidths=0, label=kind)
-        for row in mine:
-            said = f"{row['model']}, {row['bytes'] / 1e6:.3g} MB"
-            at = row["speed"], row["perplexity"]
-            axis.annotate(said, at, xytext=(5, 4), textcoords="offset points", fontsize=7)
     values = [float(row["perplexity"]) for row in points]
-    if max(values) > 5 * min(values):
+    if max(values) > 3 * min(values):
         axis.set_yscale("log")
         _plain_ticks(axis)
     axis.set_ylabel("perplexity")
     axis.set_xlabel(f"tokens a second, one after another{', ' if device else ''}{device}")
-    axis.margins(x=0.15, y=0.08)  # names stand to the right of their points
+    axis.margins(x=0.15, y=0.08)
+    _name_points(axis, points)
     legend = figure.legend(
         *axis.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=5, loc="outside lower left"
     )
     for handle in legend.legend_handles:
         handle.set_sizes([40])  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue] - of scatter
     _save(figure, path)
+
+
+def _name_points(axis: Axes, points: Sequence[Mapping[str, Any]]) -> None:
+    """Write names to the right of their points, moved upward past those that they would lie on."""
+    written: list[Bbox] = []
+    for row in sorted(points, key=lambda row: row["perplexity"]):
+        said, at = f"{row['model']}, {row['bytes'] / 1e6:.3g} MB", (row["speed"], row["perplexity"])
+        for up in range(4, 64, 4):
+            name = axis.annotate(said, at, xytext=(9, up - 7), textcoords="offset points", fontsize=7)
+            box = name.get_window_extent()
+            if not any(box.overlaps(other) for other in written):
+                break
+            name.remove()
+        written.append(box)
 
 
 def by_block(layers: Mapping[str, float]) -> dict[str, dict[int, float]]:
@@ -243,7 +258,6 @@ def _draw_methods(
         )
     if lines:
         axis.set_xticks([_share(label) * 100 for label in labels])
-        axis.set_xlabel("sparsity, % zeros")
     else:
         axis.set_xticks(range(len(labels)), labels)
         axis.set_xlim(-0.6, len(labels) - 0.4)

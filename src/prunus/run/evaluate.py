@@ -16,7 +16,8 @@ from typing import Any, cast
 
 from prunus.measure import headline
 from prunus.run.folder import device_of
-from prunus.run.recipe import ClassifierRecipe, LanguageRecipe, Recipe, data_key, merge, parse, read_yaml
+from prunus.run.plain import read_yaml
+from prunus.run.recipe import ClassifierRecipe, LanguageRecipe, Recipe, data_key, merge, parse
 
 __all__ = ["Scorer", "evaluate_model", "scorer"]
 

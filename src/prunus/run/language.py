@@ -1,9 +1,11 @@
 """Grids of language-model recipes: what members share, and the numbers of one.
 
     out/dense.json    perplexities of the unpruned model      out/starts/KEY/    a pruned model that members retrain
+    out/smaller/KEY/  a smaller model, while members need it
     out/soups/KEY/    a member of soups, or what a phase leaves to the next, until they are measured
 
-Members that prune alike share the pruned model, so a grid prunes each (criterion, pattern) once; soups share members.
+Members that prune alike share the pruned model, so a grid prunes each (criterion, pattern) once, and makes each smaller
+model once; soups share members.
 The loop over phases is `prunus.soup.sms` over jobs, as that of classifiers is.
 """
 
@@ -12,7 +14,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -24,18 +26,20 @@ import torch
 from prunus.run import stages
 from prunus.run.folder import device_name, device_of, ran_on
 from prunus.run.recipe import LanguageRecipe, LanguageRetrain, digest, given, member_of, merge, parse, said
+from prunus.run.shrunk import shrunk, smaller_in
 from prunus.run.soups import Member, Pruned, averaged, longer_of, member_key, write_average
 from prunus.run.store import Job, Store
 from prunus.run.tables import LONGER, SOUP, Show, perplexity_row, perplexity_tables
 from prunus.run.texts import check_texts
-from prunus.save import check_whole
+from prunus.save import check_whole, load_info
 from prunus.soup import Souped, distance, sms
 
 __all__ = ["LANGUAGE"]
 
 Result = Mapping[str, Any]
-_DECIDES = {"model", "dtype", "device", "precision", "prune", "calibrate", "reconstruct", "train", "during"}
-_read: dict[str, stages.Loaded] = {}  # the dense model that was used last, by its key
+_SMALLER = {"model", "dtype", "device", "precision", "calibrate", "shrink"}  # what decides the smaller model
+_DECIDES = _SMALLER | {"prune", "reconstruct", "train", "during"}
+_read: dict[str, stages.Loaded] = {}  # the dense or smaller model that was used last, by its key
 
 Phase = Souped[Job, Job, Job | None]
 
@@ -62,9 +66,19 @@ def jobs_of(recipe: LanguageRecipe) -> tuple[Job, ...]:
     """Those of all phases, each once; the last one ends where it is measured: a single run is retrained there, and
     members are averaged."""
     *earlier, last = phases_of(recipe)
-    jobs = [job for phase in earlier for job in (phase.pruned, *phase.members, phase.average)]
+    jobs = [*_smaller_job(recipe)]
+    jobs += [job for phase in earlier for job in (phase.pruned, *phase.members, phase.average)]
     jobs += [last.pruned, *(() if recipe.soup is None else (*last.members, *_longer_job(recipe, last)))]
     return tuple({job.key: job for job in jobs if job is not None}.values())
+
+
+def _smaller_job(recipe: LanguageRecipe) -> tuple[Job, ...]:
+    """The model that the recipe makes smaller first, if it does; texts count where they are cut into other words."""
+    if recipe.shrink is None:
+        return ()
+    texts = set[str]() if recipe.shrink.vocabulary is None else {"evaluate"}
+    key = digest(said(recipe, only=_SMALLER | texts))[:24]
+    return (Job("smaller", key, partial(_make_smaller, recipe), passing=True),)
 
 
 def _pruned_job(recipe: LanguageRecipe, before: Job | None, within: Job | None) -> Job:
@@ -73,7 +87,7 @@ def _pruned_job(recipe: LanguageRecipe, before: Job | None, within: Job | None) 
     before: what left the model, None for the dense one. What was fitted block by block is another one for each setting
     of that, and later phases go by all that was before: they are not kept.
     """
-    needs = tuple(job for job in (before, within) if job is not None)
+    needs = (*(job for job in (before, within) if job is not None), *_smaller_job(recipe))
     key = digest([said(recipe, only=_DECIDES), *(job.key for job in needs)])[:24]
     return Job("starts", key, partial(_prune, recipe), needs, passing=_changes_all(recipe) or before is not None)
 
@@ -84,7 +98,7 @@ def _changes_all(recipe: LanguageRecipe) -> bool:
 
 def _member_job(recipe: LanguageRecipe, asked: LanguageRetrain, name: str, start: Job) -> Job:
     key = digest([member_key(recipe, asked), name == LONGER, start.key])[:24]
-    return Job("soups", key, partial(_train_member, recipe, asked, name), (start,), passing=True)
+    return Job("soups", key, partial(_train_member, recipe, asked, name), (start, *_smaller_job(recipe)), passing=True)
 
 
 def _longer_job(recipe: LanguageRecipe, last: Phase) -> list[Job]:
@@ -97,16 +111,16 @@ def _longer_job(recipe: LanguageRecipe, last: Phase) -> list[Job]:
 def _averaged_job(recipe: LanguageRecipe, start: Job, members: Sequence[Job]) -> Job:
     """What a phase but the last leaves to the next."""
     key = digest(["averaged", given(recipe.soup).average, [member.key for member in members]])[:24]
-    return Job("soups", key, partial(_average, recipe), (start, *members), passing=True)
+    return Job("soups", key, partial(_average, recipe), (start, *members, *_smaller_job(recipe)), passing=True)
 
 
 def _prune(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
     device, earlier = device_of(recipe), None
     recipe, where = stages.fitted(recipe, device), ran_on(store.work(job), device_name(device))
-    loaded = _dense(recipe, device)
+    loaded, needs = _start(recipe, device, store), _earlier(job)
     before = loaded.model
-    if job.needs:
-        state, within = job.needs
+    if needs:
+        state, within = needs
         check_whole(store.path(state))
         before = stages.load(recipe.model_copy(update={"model": str(store.path(state))})).model.to(device)
         earlier = store.masks(within)
@@ -118,10 +132,23 @@ def _prune(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
     else:
         streamed, lost = stages.prune_in_training(loaded, recipe, device, checkpoint=store.checkpoint(job))
     parameters = dict(model.named_parameters())
-    names = parameters if _changes_all(recipe) or job.needs else streamed.masks
+    names = parameters if _changes_all(recipe) or needs else streamed.masks
     store.write_state(job, {name: parameters[name] for name in names}, streamed.masks)
     errors = [(r.error_before, r.error_after) for r in streamed.reports if r.error_before is not None]
     return {"seconds": sum(r.seconds for r in streamed.reports), "errors": errors, "distance": lost, **where}
+
+
+def _earlier(job: Job) -> list[Job]:
+    """What a job goes on from, beside the smaller model."""
+    return [need for need in job.needs if need.room != "smaller"]
+
+
+def _make_smaller(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
+    started, device = time.perf_counter(), device_of(recipe)
+    recipe, where = stages.fitted(recipe, device), ran_on(store.work(job), device_name(device))
+    dense = _dense(recipe, device)
+    shrunk(replace(dense, model=copy.deepcopy(dense.model)), recipe, device, store.path(job))
+    return {**load_info(store.path(job))["shrink"], "seconds": time.perf_counter() - started, **where}
 
 
 def _train_member(recipe: LanguageRecipe, asked: LanguageRetrain, name: str, job: Job, store: Store) -> dict[str, Any]:
@@ -134,7 +161,7 @@ def _train_member(recipe: LanguageRecipe, asked: LanguageRetrain, name: str, job
 
 
 def _average(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
-    start, *needs = job.needs
+    start, *needs = _earlier(job)
     members, average = _members(needs, store), given(recipe.soup).average
     write_average(_pruned(recipe, start, store), members, average, store.path(job), store.work(job) / "trial")
     return {}
@@ -162,8 +189,6 @@ class _Language:
         if tune is not None and tune["text"] is None:
             raise ValueError("tune: name the text whose perplexity chooses: text: validation")
         for recipe in recipes:
-            if recipe.shrink is not None:
-                raise ValueError("shrink is for single runs: run each, and give what they save to grids as models")
             if recipe.evaluate.speed is not None or (recipe.retrain is not None and recipe.retrain.keep_adapter):
                 key = "retrain.keep_adapter" if recipe.evaluate.speed is None else "evaluate.speed"
                 raise ValueError(f"{key} is for single runs, and a grid would not do it: leave it out")
@@ -212,6 +237,8 @@ class _Language:
         loaded, pruning = pruned.loaded, store.result(last.pruned)
         result: dict[str, Any] = {"pruning": {key: pruning[key] for key in ("seconds", "errors")}}
         result["sparsity"] = pruned.masks.sparsity
+        for each in _smaller_job(recipe):
+            result["shrink"] = store.result(each)
         if recipe.soup is not None:
             longer = next((store.result(job) for job in _longer_job(recipe, last)), None)
             made = _members(last.members, store)
@@ -248,22 +275,38 @@ def _merge_summary(merge: dict[str, dict[str, float]]) -> dict[str, float]:
 
 
 def _dense(recipe: LanguageRecipe, device: torch.device) -> stages.Loaded:
-    key = digest({"model": recipe.model, "dtype": recipe.dtype, "device": str(device)})
-    if key not in _read:
-        _read.clear()
+    def read() -> stages.Loaded:
         loaded = stages.load(recipe)
         check_texts(recipe, loaded.model, loaded.tokenizer)
-        loaded.model.to(device)
-        _read[key] = loaded
+        return loaded
+
+    return _kept([recipe.model, recipe.dtype], read, device)
+
+
+def _start(recipe: LanguageRecipe, device: torch.device, store: Store) -> stages.Loaded:
+    """What is pruned first: the dense model, or the smaller one."""
+    for job in _smaller_job(recipe):
+        check_whole(store.path(job))
+        return _kept([job.key], partial(smaller_in, store.path(job), recipe), device)
+    return _dense(recipe, device)
+
+
+def _kept(named: Sequence[str], read: Callable[[], stages.Loaded], device: torch.device) -> stages.Loaded:
+    """What was read last, if that is it."""
+    key = digest([*named, str(device)])
+    if key not in _read:
+        _read.clear()
+        _read[key] = read()
+        _read[key].model.to(device)
     return _read[key]
 
 
 def _pruned(recipe: LanguageRecipe, job: Job, store: Store) -> Pruned:
-    """A pruned copy of the dense model. recipe: of its phase."""
+    """A pruned copy of the dense or smaller model. recipe: of its phase."""
     device, masks = device_of(recipe), store.masks(job)
     recipe = stages.fitted(recipe, device)
     assert masks is not None
-    dense = _dense(recipe, device)
-    model = copy.deepcopy(dense.model)
+    start = _start(recipe, device, store)
+    model = copy.deepcopy(start.model)
     model.load_state_dict(store.state(job), strict=False)
-    return Pruned(replace(dense, model=model, distance=store.result(job)["distance"]), masks, recipe, device)
+    return Pruned(replace(start, model=model, distance=store.result(job)["distance"]), masks, recipe, device)

@@ -1,4 +1,4 @@
-"""The smaller model that a recipe's section `shrink` asks for: made once in a run, kept as a folder, then pruned.
+"""The smaller model that a recipe's `shrink` asks for: made once in a run or grid, kept as a folder, then pruned.
 
 blocks ─▶ experts ─▶ heads ─▶ neurons ─▶ width ─▶ words        each on the calibration windows, with what is left then
 """
@@ -31,7 +31,7 @@ from prunus.shrink import (
     trim_vocabulary,
 )
 
-__all__ = ["shrunk"]
+__all__ = ["shrunk", "smaller_in"]
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +44,13 @@ def shrunk(loaded: stages.Loaded, recipe: LanguageRecipe, device: torch.device, 
     home = next(loaded.model.parameters()).device
     if not is_whole(folder):
         _make(loaded, recipe, device, folder)
-    told = load_info(folder)["shrink"]
+    return smaller_in(folder, recipe, home)
+
+
+def smaller_in(folder: Path, recipe: LanguageRecipe, home: torch.device | None = None) -> stages.Loaded:
+    """The smaller model that lies in a folder. home: where its weights live."""
     found = stages.load(recipe.model_copy(update={"model": str(folder)}), home)
-    return replace(loaded, model=found.model, tokenizer=found.tokenizer, folder=folder, tokens=told["tokens"])
+    return replace(found, tokens=load_info(folder)["shrink"]["tokens"])
 
 
 def _make(loaded: stages.Loaded, recipe: LanguageRecipe, device: torch.device, folder: Path) -> None:

@@ -164,6 +164,7 @@ def _measured(pruned: Pruned, recipe: LanguageRecipe, folder: Path) -> tuple[sta
     """An average on disk, and its perplexities."""
     streaming = recipe.streaming and not recipe.evaluate.tasks
     made = stages.load(recipe.model_copy(update={"model": str(folder), "streaming": streaming}))
+    made = replace(made, tokens=pruned.loaded.tokens)
     if made.source is None:
         pruned.masks.check(made.model)
     return made, stages.evaluate(made, recipe, pruned.device)
@@ -238,7 +239,8 @@ def averaged(
     retraining = {name: one["retraining"] for name, one in (found | others).items()}
     loaded = pruned.loaded
     home = loaded.folder if made.source is None else None  # a streamed soup brings its own config and tokenizer
-    return Souped(stages.Loaded(made.model, loaded.tokenizer, home, made.source), perplexity, retraining, summary)
+    made = replace(loaded, model=made.model, folder=home, source=made.source)
+    return Souped(made, perplexity, retraining, summary)
 
 
 def _best(perplexities: Sequence[Mapping[str, float]]) -> int:

@@ -74,9 +74,15 @@ class Layout:
 
     @property
     def rates(self) -> str | None:
-        """The axis whose labels are sparsities or N:M patterns."""
-        named = (axis for axis, labels in self.axes.items() if any("%" in x or ":" in x for x in labels))
+        """The axis whose labels are shares in percent or N:M patterns."""
+        named = (axis for axis in self.axes if self.is_rate(axis))
         return self.show.across or next(named, None)
+
+    def is_rate(self, axis: str) -> bool:
+        """Whether every label of an axis is a share or has a colon, and not all are plain numbers."""
+        labels = self.axes[axis]
+        shares = all(":" in label or re.fullmatch(r"[\d.]+ ?%?", label) for label in labels)
+        return shares and any("%" in label or ":" in label for label in labels)
 
     @property
     def across(self) -> str:
@@ -127,7 +133,7 @@ def spread(found: Mapping[str, Any]) -> str:
 
 
 def perplexity_row(results: Sequence[Result]) -> dict[str, Any]:
-    """One cell: perplexity by text, what a soup stands beside, and the first seed's retraining and tasks."""
+    """One cell: perplexity by text, what a soup stands beside, and the first seed's retraining, tasks and sizes."""
 
     def over_seeds(value: Callable[[Result, str], float]) -> dict[str, Any]:
         return {text: mean_and_std([float(value(each, text)) for each in results]) for text in results[0]["perplexity"]}
@@ -137,7 +143,7 @@ def perplexity_row(results: Sequence[Result]) -> dict[str, Any]:
         names = [x for x in results[0]["soup"]["perplexity"] if x in _BESIDE or x.startswith(f"{SOUP}, ")]
         each = {name: over_seeds(lambda r, text, name=name: r["soup"]["perplexity"][name][text]) for name in names}
         row["beside"] = {text: {name: found[text] for name, found in each.items()} for text in results[0]["perplexity"]}
-    for part in ("retraining", "zero_shot", "pruning"):
+    for part in ("retraining", "zero_shot", "pruning", "shrink"):
         if part in results[0]:
             row[part] = {k: v for k, v in results[0][part].items() if k not in ("losses", "merge")}
     return row
@@ -154,8 +160,11 @@ def perplexity_tables(layout: Layout, rows: Sequence[Row]) -> None:
         parts.append(f"### Perplexity, {text}{reference}\n\n{table}")
         if any("beside" in row for row in rows):
             parts.append(f"### Soups, {text}\n\n{markdown_table(_soups(layout, rows, text))}")
+    sized = [{**row, "size": mean_and_std([row["shrink"]["parameters"][0] / 1e6])} for row in rows if "shrink" in row]
+    if sized:
+        parts.append(f"### Parameters, millions\n\n{layout.pivot(sized, 'size', layout.rates, 'parameters')}")
     write_text(layout.out / "table.md", "\n".join(parts))
-    if rows and layout.rates is not None:
+    if rows and layout.rates is not None and layout.is_rate(layout.rates):
         text = texts[min(1, len(texts) - 1)]
         _plot_perplexity(layout, rows, layout.rates, text, dense.get(text))
 
@@ -199,7 +208,8 @@ def _plot_perplexity(layout: Layout, rows: Sequence[Row], across: str, text: str
             for key in ("mean", "std")
         )
         title = f"{picture}, {text}" if picture else text
-        plot_grid(means, path, dense=dense, title=title, deviations=deviations)
+        xlabel = f"{across}, %" if any("shrink" in row for row in rows) else "sparsity, % zeros"
+        plot_grid(means, path, dense=dense, title=title, deviations=deviations, xlabel=xlabel)
 
 
 # Classifiers: accuracy (of texts also another share that counts) in percent, and every other number under `metrics`.

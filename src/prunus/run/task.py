@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prunus.run.recipe import LanguageRecipe, load_recipe, read_yaml
+from prunus.run.plain import read_yaml
+from prunus.run.recipe import LanguageRecipe, load_recipe
 
 __all__ = ["is_sweep", "load", "plan_recipe", "run_recipe"]
 

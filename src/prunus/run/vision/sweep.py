@@ -27,9 +27,9 @@ from prunus.measure import latency
 from prunus.report import markdown_table, plot_sweep
 from prunus.run.folder import mark
 from prunus.run.inputs import check_inputs
-from prunus.run.plain import Unfinished
+from prunus.run.plain import Strict, Unfinished, read_yaml
 from prunus.run.pool import Workers, run
-from prunus.run.recipe import ClassifierRecipe, Kind, Strict, digest, merge, parse, read_yaml, said
+from prunus.run.recipe import ClassifierRecipe, Kind, digest, merge, parse, said
 from prunus.run.store import Job, Store
 from prunus.run.vision import stages
 from prunus.run.vision.dense import adopt, dense_key, dense_of

@@ -28,9 +28,9 @@ from prunus.measure import Energy, headline
 from prunus.report import append_once, plot_accuracy, plot_lines, plot_plane, plot_run, progress
 from prunus.run.folder import begin, finished, held, ran_on
 from prunus.run.outline import Outline, outline_classifier
-from prunus.run.plain import Unfinished
+from prunus.run.plain import Unfinished, read_yaml
 from prunus.run.pool import Workers, finish, run
-from prunus.run.recipe import ClassifierRecipe, Recipe, digest, merge, parse, read_yaml, said
+from prunus.run.recipe import ClassifierRecipe, Recipe, digest, merge, parse, said
 from prunus.run.store import Store
 from prunus.run.tables import by_phase
 from prunus.run.vision import stages
