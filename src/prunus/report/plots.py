@@ -148,9 +148,9 @@ def _name_points(axis: Axes, points: Sequence[Mapping[str, Any]]) -> None:
             name = axis.annotate(said, at, xytext=(9, up - 7), textcoords="offset points", fontsize=7)
             box = name.get_window_extent()
             if not any(box.overlaps(other) for other in written):
+                written.append(box)
                 break
             name.remove()
-        written.append(box)
 
 
 def by_block(layers: Mapping[str, float]) -> dict[str, dict[int, float]]:
