@@ -144,11 +144,10 @@ def _name_points(axis: Axes, points: Sequence[Mapping[str, Any]]) -> None:
     written: list[Bbox] = []
     for row in sorted(points, key=lambda row: row["perplexity"]):
         said, at = f"{row['model']}, {row['bytes'] / 1e6:.3g} MB", (row["speed"], row["perplexity"])
-        for up in range(4, 64, 4):
-            name = axis.annotate(said, at, xytext=(9, up - 7), textcoords="offset points", fontsize=7)
-            box = name.get_window_extent()
-            if not any(box.overlaps(other) for other in written):
-                written.append(box)
+        for up in range(-3, 57, 4):
+            name = axis.annotate(said, at, xytext=(9, up), textcoords="offset points", fontsize=7)
+            if not any(name.get_window_extent().overlaps(other) for other in written) or up >= 53:
+                written.append(name.get_window_extent())
                 break
             name.remove()
 

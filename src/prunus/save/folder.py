@@ -154,6 +154,9 @@ def save_model(
 
     Raises ValueError when `folder` holds something that Prunus did not write or is the source's, a pruned entry is not
     zero, a tensor of the model is not in the files, or the model is quantised.
+
+    >>> save_model(model, tokenizer, "example", masks=None, info={"note": "dense"}).weight_bytes > 1e7
+    True
     """
     if masks is not None:
         masks.check(model)
@@ -226,6 +229,10 @@ def load_info(folder: str | Path) -> dict[str, Any]:
     """The contents of a saved model's prunus.json.
 
     Raises FileNotFoundError when there is none; ValueError when a newer Prunus wrote it or it is not ours.
+
+    >>> _ = save_model(model, tokenizer, "example", masks=None, info={"note": "dense"})
+    >>> load_info("example")["note"]
+    'dense'
     """
     path = Path(folder) / INFO_NAME
     if not path.is_file():

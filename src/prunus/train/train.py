@@ -175,6 +175,9 @@ def train(
         own = next(inner.parameters()).device
         how: dict[str, Any] = {"every": report_every, "steps": steps, "on_step": on_step, "log": log}
         trace = _Log(Trace(**past), started=started, device=own, **how)
+        if first == 0 and watch is not None and watch.keep_best:  # so that training can only help
+            with in_mode(inner, training=False):
+                watched.look(0)
         for step in range(first, first if watched.ended else steps):
             multiplier = lr(step)
             set_rates_(optimizer, [rate * multiplier for rate in rates], recorded)

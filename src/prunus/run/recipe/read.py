@@ -27,6 +27,10 @@ def load_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -
     """The checked recipe of a YAML file, of whichever task, with dotted overrides ({"prune.sparsity": 0.6}) put on top.
 
     Raises ValueError that lists every wrong key with its value and mend; FileNotFoundError for a missing recipe.
+
+    >>> prune = {"prune.criterion": "magnitude", "prune.pattern": "2:4"}
+    >>> load_recipe(None, {"model": "embedded", "out": "runs/example", **prune}).prune.pattern
+    '2:4'
     """
     raw = {} if path is None else read_yaml(path)
     return parse(merge(raw, overrides or {}), Recipe, str(path or "flags"))
