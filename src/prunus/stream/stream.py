@@ -117,6 +117,11 @@ def stream(
     layer, a sparsity that does not fit the pattern or exceeds what `within` left, an allocation that has nothing to
     compare, or a criterion without a score that is to stay `within` masks, before any work is done; for a pattern that
     cannot, when it comes to the layer.
+
+    >>> windows = torch.randint(100, (4, 16))
+    >>> streamed = stream(model, wanda, NM(2, 4), tokens=windows)
+    >>> streamed.reports[0].sparsity
+    0.5
     """
     asked = criterion_of(criterion)
     pattern = Unstructured(compared(asked, allocation)) if pattern is None else pattern
@@ -171,7 +176,12 @@ def survey(
     exclude: Sequence[str] = (),
     on_block: Callable[[str], None] | None = None,
 ) -> dict[str, Inputs]:
-    """View name -> input norms (in,) of every prunable layer, in the dense blocks."""
+    """View name -> input norms (in,) of every prunable layer, in the dense blocks.
+
+    >>> seen = survey(model, tokens=torch.randint(100, (4, 16)))
+    >>> seen["model.decoder.layers.0.fc1"].norms.shape
+    torch.Size([256])
+    """
     place = _placed(model, source, device, precision, include=include, exclude=exclude)
     return _survey(place, tokens, batch_size, on_block=on_block)
 

@@ -56,7 +56,7 @@ def smaller(model: nn.Module, setting: Setting, asked: ClassifierPrune, seed: in
 
     Raises ValueError for globs that match no layer, budgets too small, and networks whose graph cannot be read.
     """
-    example = torch.zeros(1, *setting.sets.train.pixels.shape[1:])
+    example = setting.example()
     with unrecorded():
         if asked.kind == "filters":
             small, kept, lost = _without_filters(model, setting, example, asked, seed)
