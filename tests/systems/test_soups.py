@@ -632,6 +632,7 @@ def test_dropout_draws_the_same_whatever_was_drawn_before(tmp_path: Path, monkey
             super().__init__()
             self.insert(8, nn.Dropout(0.2))
 
+    monkeypatch.setattr(settings, "_fits", set())
     monkeypatch.setattr(settings, "build_model", lambda name, *, classes, channels: Dropping())
     monkeypatch.setattr(stages, "_operations", {})
     losses = []
