@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import json
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,8 @@ from typing import Any
 
 import torch
 from claims import Row, table
+
+from prunus.machine import read_json, write_json
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "docs" / "results"
@@ -52,7 +53,7 @@ def run(path: Path, options: list[str]) -> dict[str, Any] | str:
         if done.returncode:
             sys.stderr.write(done.stderr)
             return done.stderr.strip().rpartition("\n")[2] or f"exit code {done.returncode}"
-        return json.loads(out.read_text(encoding="utf-8"))
+        return read_json(out)
 
 
 def page(results: dict[str, Any]) -> str:
@@ -80,7 +81,7 @@ def read(folder: Path, commit: str | None) -> dict[str, dict[str, Any]]:
     for path in (folder / f"{script.stem}.json" for script in scripts()):
         if not path.exists():
             continue
-        wrote = json.loads(path.read_text(encoding="utf-8"))
+        wrote = read_json(path)
         if not isinstance(wrote, Mapping) or "setting" not in wrote:
             raise ValueError(f"{path} does not say what its rows were measured on; run the script again")
         first = next(iter(found.values()), wrote)["setting"]
@@ -140,7 +141,7 @@ def write(folder: Path, results: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     known = folder / "speed.json"
     if known.exists():
-        old = json.loads(known.read_text(encoding="utf-8"))
+        old = read_json(known)
         if all(old["setting"][key] == results["setting"][key] for key in SAME):
             there = {path.stem for path in scripts()}
             kept = {name: rows for name, rows in old["scripts"].items() if name in there}
@@ -151,7 +152,7 @@ def write(folder: Path, results: dict[str, Any]) -> None:
                 "scripts": dict(sorted({**kept, **results["scripts"]}.items())),
                 "stopped": stopped + results.get("stopped", []),
             }
-    known.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_json(known, results)
     (folder / "speed.md").write_text(page(results), encoding="utf-8")
 
 

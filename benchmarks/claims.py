@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from prunus.machine import write_json
 
 __all__ = ["Cost", "Row", "cost", "floor_ms", "main", "parse", "setting", "sized", "table"]
 
@@ -93,14 +94,19 @@ def main(doc: str | None, measure: Callable[[argparse.Namespace], Iterable[Row]]
     args = parse(doc)
     found = {"setting": setting(args), "complete": False, "rows": []}
     rows: list[Row] = []
+
+    def keep(found: dict[str, object]) -> None:
+        if args.json is not None:
+            write_json(args.json, found)
+
     sys.stdout.write(f"{device_name(args.device)}, torch {torch.__version__}, scale {args.scale:g}\n{table([])}")
     sys.stdout.flush()
     for row in measure(args):
         rows.append(row)
         sys.stdout.write(table([row], head=False))
         sys.stdout.flush()
-        _write(args.json, {**found, "rows": [asdict(row) for row in rows]})
-    _write(args.json, {**found, "complete": True, "rows": [asdict(row) for row in rows]})
+        keep({**found, "rows": [asdict(row) for row in rows]})
+    keep({**found, "complete": True, "rows": [asdict(row) for row in rows]})
 
 
 def setting(args: argparse.Namespace) -> dict[str, str | float]:
@@ -166,14 +172,6 @@ def table(rows: Sequence[Row], *, head: bool = True) -> str:
     columns = names.split(", ")
     lines = [*([columns, ["---"] * len(columns)] if head else []), *(_cells(row) for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _write(path: Path | None, found: object) -> None:
-    """Writes or replaces the file in one go: whoever reads it, or kills this process, finds it whole."""
-    if path is not None:
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
 
 
 def _cells(row: Row) -> list[str]:

@@ -113,12 +113,14 @@ def dense(results: Path) -> float:
 
 
 def draw_tokens(results: Path, path: Path) -> None:
-    """Perplexity against tokens at 2:4 and 60 %, side by side."""
-    figure = Figure(figsize=(9.4, 4.0), dpi=150, layout="constrained")
+    """Perplexity against tokens at 2:4 and 60 %, side by side, where several budgets were run."""
+    lines = {pattern: by_tokens(results, pattern) for pattern in ("2:4", "60 %")}
+    lines = {pattern: found for pattern, found in lines.items() if any(len(each) > 1 for each in found.values())}
+    figure = Figure(figsize=(1.6 + 3.9 * len(lines), 4.0), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, pattern in zip(axes, ("2:4", "60 %"), strict=True):
-        for (trained, loss), points in sorted(by_tokens(results, pattern).items()):
+    axes = figure.subplots(1, len(lines), sharey=True, squeeze=False)[0]
+    for axis, (pattern, found) in zip(axes, lines.items(), strict=True):
+        for (trained, loss), points in sorted(found.items()):
             style, name = LOSSES[loss]
             line = {"color": COLOURS[trained], "linestyle": style, "label": f"{trained}, {name}"}
             axis.plot(sorted(points), [points[n] for n in sorted(points)], marker="o", markersize=4, **line)
@@ -129,7 +131,7 @@ def draw_tokens(results: Path, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("perplexity, WikiText-2 (tokenised)")
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    axes[1].legend(handles.values(), handles, frameon=False, fontsize=8, loc="upper right")
+    axes[-1].legend(handles.values(), handles, frameon=False, fontsize=8, loc="upper right")
     figure.savefig(path, format="png")
 
 
@@ -164,7 +166,7 @@ def filled(page: str, tables: dict[str, str]) -> str:
 _SHOT = ("ADMM", "nothing")
 _FIRST = {"wanda": "Wanda", "sparsegpt": "SparseGPT", "magnitude": "magnitude"}
 _DRAWN = {
-    "smollm2-262k": (("norms", "CE"), ("norms and biases", "CE"), ("LoRA-Prune", "CE"), ("everything", "half")),
+    "smollm2-262k": (("norms", "CE"), ("norms and biases", "CE"), ("MaskLoRA", "CE"), ("everything", "half")),
     "smollm2-4m": (("MaskLoRA", "half"), ("everything", "half")),
 }
 

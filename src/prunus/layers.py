@@ -143,7 +143,11 @@ class Inputs:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One prunable weight (out, in), any float dtype, and what is known about it."""
+    """One prunable weight (out, in), any float dtype, and what is known about it.
+
+    >>> Layer("fc", torch.ones(2, 4)).weight.shape
+    torch.Size([2, 4])
+    """
 
     name: str
     weight: Tensor
@@ -156,6 +160,10 @@ class View:
     """How one parameter, or one expert of a stacked parameter, is seen as a matrix (out, in).
 
     `parameter` is the key in `dict(model.named_parameters())`; `index` the expert; `transposed` means stored (in, out).
+
+    >>> view = find_layers(nn.Sequential(nn.Linear(4, 2)))[0]
+    >>> view.parameter, view.shape
+    ('0.weight', (2, 4))
     """
 
     name: str

@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prunus.layers import Inputs, Layer, View, check_unwrapped, find_layers, parameter_shapes
-from prunus.machine import hooked, in_mode
+from prunus.machine import called, hooked, in_mode
 from prunus.masks import Masks
 from prunus.patterns import Pattern, Unstructured, check_sparsity
 from prunus.score import (
@@ -174,7 +174,7 @@ def _turns(model: nn.Module, views: Sequence[View], batches: Sequence[Any]) -> l
         if name in modules
     )
     with in_mode(model, training=False), hooked(hooks):
-        _run(model, batches[0], next(model.parameters()).device)
+        _run(model, batches[0])
     names = [*order, *(name for name in dict.fromkeys(block_of.values()) if name not in order)]
     return [[view for view in views if block_of[view.name] == name] for name in names]
 
@@ -210,11 +210,10 @@ def _tried(
     """The loss of counts, by the model's logits over the batches; its weights are dense again afterwards."""
     if batches is None:
         raise ValueError("the allocation tries the whole model: pass calibration batches")
-    device = next(model.parameters()).device
     served = list(batches)
 
     def outputs(batch: int) -> Tensor:
-        out = _run(model, served[batch], device)
+        out = _run(model, served[batch])
         if isinstance(out, Mapping):  # transformers' own
             out = out["logits"] if "logits" in out else out["last_hidden_state"]
         return out.flatten(0, -2)
@@ -234,15 +233,12 @@ def _inputs(model: nn.Module, views: Sequence[View], batches: Iterable[Any] | No
         return {}
     if batches is None:
         raise ValueError("criterion or allocation need what the layers receive: pass calibration batches")
-    device = next(model.parameters()).device
     with in_mode(model, training=False), observe(model, views, gram=needs == "gram") as inputs:
         for batch in batches:
-            _run(model, batch, device)
+            _run(model, batch)
     return inputs
 
 
-def _run(model: nn.Module, batch: Any, device: torch.device) -> Any:
-    """The model's output for a batch: x, a tuple that begins with x, or a mapping of keywords."""
-    if isinstance(batch, Mapping):
-        return model(**{key: value.to(device) for key, value in cast("Mapping[str, Tensor]", batch).items()})
-    return model((batch[0] if isinstance(batch, (tuple, list)) else batch).to(device))
+def _run(model: nn.Module, batch: Any) -> Any:
+    """The model's output for a batch: x, or a tuple that begins with x; x a tensor, or a mapping of keywords."""
+    return called(model, batch[0] if isinstance(batch, (tuple, list)) else batch)

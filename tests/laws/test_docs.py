@@ -75,6 +75,14 @@ def touch_files_named_in(text: str):
         if not file.startswith("/"):
             Path(file).parent.mkdir(parents=True, exist_ok=True)
             Path(file).touch()
+    base = yaml.safe_load(text)
+    base = base.get("base", base)
+    if "texts" in base:  # the model is a folder
+        from transformers import BertConfig, BertModel
+
+        small = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+        Path(base["model"]).unlink()
+        BertModel(BertConfig(vocab_size=2, **small)).save_pretrained(base["model"])
 
 
 def check_recipe(text: str):
@@ -247,6 +255,7 @@ WHOLE = {
     "`evaluate.speed`": "Pace",
     "Texts": "Data",
     "Classifier `images`": "ImageSource",
+    "Encoder `texts`": "LabelledTexts",
     "Classifier `train`": "Training",
     "Classifier `optimizer`": "Sfw",
     "Classifier `augment`": "Augmentation",

@@ -13,10 +13,11 @@ from scipy.optimize import linprog, minimize
 from torch import nn
 
 from prunus.frankwolfe import sets
-from prunus.frankwolfe.sets import Ball, Entries, Groups, KSparse, KSupport, Labels, Lp, Spectrum
+from prunus.frankwolfe.sets import Ball, Entries, Groups, KSparse, KSupport, Labels, Lp, Spectrum, Tied
 from prunus.frankwolfe.sets.protocol import count_of
 from prunus.frankwolfe.sets.sparse import largest
 from prunus.frankwolfe.sets.subspace import COLD, follow_, make_basis
+from prunus.frankwolfe.sfw import SFW
 
 GAUGES = [Lp(1), Lp(1.5), Lp(2), Lp(3), Lp(math.inf), KSparse(2), KSupport(2), KSupport(1), KSparse(0.6), KSupport(1.0)]
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 3, 3, 0, 2, 2, 1])
@@ -157,6 +158,39 @@ def test_joint_points_are_one_vector_or_one_block_diagonal_matrix(ball):
 
 
 # Independent oracles in a few dimensions.
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_tied_groups_against_all_choices_of_neurons(k):
+    """Gate, up and down of five neurons: the minimiser against every choice of k of them, whichever three matrices."""
+    ball = Ball(KSupport(k), Tied(), 1.3)
+    generator = torch.Generator().manual_seed(k)
+    for scale in (1.0, 1e-12, 0.0):
+        gate, up, down = point = [
+            scale * torch.randn(s, generator=generator).double() for s in ((5, 3), (5, 3), (3, 5))
+        ]
+        own = torch.cat([gate, up, down.T], 1)  # (neurons, everything of one)
+        best = max(float(own[list(chosen)].norm()) for chosen in itertools.combinations(range(5), k))
+        vertices = ball.lmo(point)
+        assert [v.shape for v in vertices] == [x.shape for x in point]
+        assert sum(map(dot, point, vertices)) == pytest.approx(-1.3 * best, rel=1e-9)
+        found = torch.cat([vertices[0], vertices[1], vertices[2].T], 1)
+        assert int(found.any(1).sum()) == (k if scale else 0)
+        assert float(found.norm()) == pytest.approx(1.3 if scale else 0.0, rel=1e-9)
+    alone = Ball(KSupport(k), Groups(), 1.3)
+    point = [torch.randn(s, generator=generator).double() for s in ((5, 3), (5, 3), (3, 5))]
+    own = torch.cat([point[0], point[1], point[2].T], 1)
+    assert float(ball.norm(point)) == pytest.approx(float(alone.norm(own)), rel=1e-9)
+    assert ball.diameter((5, 3), (5, 3), (3, 5)) == pytest.approx(alone.diameter((5, 9)))
+    nearest = ball.project([9 * each for each in point])
+    assert torch.allclose(torch.cat([nearest[0], nearest[1], nearest[2].T], 1), alone.project(9 * own), atol=1e-9)
+
+
+def test_matrices_that_share_no_groups_are_refused():
+    with pytest.raises(ValueError, match=r"3 matrices share groups; got 1: .*joint=True"):
+        SFW([nn.Parameter(torch.ones(4, 3))], 0.1, constraint=Ball(KSupport(1), Tied()))
+    with pytest.raises(ValueError, match="must have as many each"):
+        Ball(KSupport(1), Tied()).lmo([torch.ones(4, 3), torch.ones(4, 3), torch.ones(4, 3)])
 
 
 def extreme_points(gauge, n):

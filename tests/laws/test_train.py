@@ -111,7 +111,7 @@ def test_a_watch_measures_every_few_steps_and_at_the_end():
 @pytest.mark.parametrize("killed_at", [3, 7, 9])
 def test_a_watched_run_goes_on_with_the_bits_of_the_unbroken_one(tmp_path, killed_at):
     """Whatever was measured before the kill: the best weights, when it ends, what was seen."""
-    values = [5.0, 3.0, 4.0, float("nan"), 3.0, 1.0]  # nothing is better than the second for three measurements
+    values = [6.0, 5.0, 3.0, 4.0, float("nan"), 3.0, 1.0]  # nothing is better than the third for three measurements
 
     def watched(left: list[float]) -> Watch:
         return Watch(lambda: left.pop(0), every=2, patience=3, keep_best=True)
@@ -124,7 +124,7 @@ def test_a_watched_run_goes_on_with_the_bits_of_the_unbroken_one(tmp_path, kille
     torch.manual_seed(1)
     whole, left = Net(), list(values)
     expected, _ = run(whole, watch=watched(left), checkpoint=tmp_path / "whole.pt", save_seconds=0)
-    assert [step for step, _ in expected.watched] == [2, 4, 6, 8, 10]
+    assert [step for step, _ in expected.watched] == [0, 2, 4, 6, 8, 10]
     assert len(expected.losses) == 10
     torch.manual_seed(1)
     killed, left = Net(), list(values)
@@ -142,14 +142,16 @@ def test_a_watched_run_goes_on_with_the_bits_of_the_unbroken_one(tmp_path, kille
 
 
 def test_the_best_weights_are_those_of_their_step():
-    model, kept, values = Net(), [], [2.0, 1.0, 3.0]
+    for values in ([4.0, 2.0, 1.0, 3.0], [1.0, 2.0, 4.0, 3.0]):  # the second: training only harms
+        model, kept = Net(), []
 
-    def measure() -> float:
-        kept.append({name: each.clone() for name, each in model.state_dict().items()})
-        return values[len(kept) - 1]
+        def measure(kept=kept, model=model, values=values) -> float:
+            kept.append({name: each.clone() for name, each in model.state_dict().items()})
+            return values[len(kept) - 1]
 
-    run(model, watch=Watch(measure, every=4, keep_best=True))
-    assert all(torch.equal(each, kept[1][name]) for name, each in model.state_dict().items())
+        run(model, watch=Watch(measure, every=4, keep_best=True))
+        best = kept[values.index(1.0)]
+        assert all(torch.equal(each, best[name]) for name, each in model.state_dict().items())
     for wrong in ({"every": 0}, {"every": 1, "patience": 0}):
         with pytest.raises(ValueError, match="every and patience are at least 1"):
             Watch(measure, **wrong)

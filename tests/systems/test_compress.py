@@ -576,18 +576,18 @@ def test_a_run_is_watched_keeps_the_best_and_ends_early(
     measured, perplexity = list[float](), stages.evaluate
 
     def worse(loaded: Any, own: LanguageRecipe, device: torch.device) -> dict[str, float]:
-        """The truth, but for the third and later measurements meanwhile."""
+        """The truth, but for the fourth and later measurements meanwhile."""
         found = perplexity(loaded, own, device)
         if list(own.evaluate.data) == ["choosing"]:
             measured.append(found["choosing"])
-            found["choosing"] += 1e6 * (len(measured) > 2)
+            found["choosing"] += 1e6 * (len(measured) > 3)
         return found
 
     monkeypatch.setattr(stages, "evaluate", worse)
     result = compress(asked)
     watched = result["retraining"]["watched"]
-    assert [step for step, _ in watched] == [2, 4, 6, 8]  # of 12
-    assert result["perplexity"]["retrained"]["choosing"] == measured[1]
+    assert [step for step, _ in watched] == [0, 2, 4, 6, 8]  # of 12
+    assert result["perplexity"]["retrained"]["choosing"] == min(measured[:3])
     assert result["retraining"]["tokens"] == 8 * 4 * 32
     row = next(row for row in read_metrics(tmp_path / "metrics.jsonl") if row["stage"] == "retrain")
     assert (len(row["losses"]), row["watched"]) == (8, [list(each) for each in watched])

@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.stats import pearsonr, spearmanr
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
@@ -17,6 +21,7 @@ from transformers import (
     BertModel,
     MarianConfig,
     MarianMTModel,
+    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -26,10 +31,16 @@ from transformers import (
 )
 
 from prunus.adapt import adapt
+from prunus.data import read_sentences
 from prunus.layers import find_layers
-from prunus.measure import target_perplexity
+from prunus.masks import Masks
+from prunus.measure import accuracy, spearman, target_perplexity
 from prunus.patterns import NM, Unstructured
 from prunus.prune import prune, prune_in_turn
+from prunus.run.evaluate import evaluate_model
+from prunus.run.recipe import EncoderRecipe, Recipe, parse
+from prunus.run.vision.setting import Setting
+from prunus.run.vision.train import train_run
 from prunus.score import global_, magnitude, observable, observe, wanda
 from prunus.score.allocations import evopress
 from prunus.solve import sparsegpt
@@ -194,6 +205,22 @@ def test_encoder_decoders_count_what_each_part_attends() -> None:
         prune(model, wanda, None, 0.5, batches=[{**BATCH, "labels": BATCH["input_ids"]}])
 
 
+def test_a_mask_of_sound_holds_for_the_shorter_length_that_the_encoder_makes_of_it() -> None:
+    model, batch = whisper()
+    mask = torch.tensor([[1] * 16, [1] * 8 + [0] * 8, [1] * 5 + [0] * 11, [1] * 16])
+    views, inputs = find_layers(model), []
+    for place in (0, 2):  # with the convolutions, and where nobody asks for them
+        with torch.no_grad(), observe(model, views[place:], gram=False) as found:
+            model(**batch, attention_mask=mask)
+        inputs.append({name: each.tokens for name, each in found.items()})
+    assert inputs[0]["model.encoder.conv1"] == 45
+    assert inputs[0]["model.encoder.conv2"] == inputs[0]["model.encoder.layers.0.fc1"] == 8 + 4 + 3 + 8
+    cross = "model.decoder.layers.0.encoder_attn"
+    assert inputs[0][f"{cross}.k_proj"] == 23
+    assert inputs[0][f"{cross}.q_proj"] == inputs[0]["model.decoder.layers.0.fc1"] == 20
+    assert inputs[1] == {name: count for name, count in inputs[0].items() if ".conv" not in name}
+
+
 def whisper() -> tuple[Any, dict[str, Tensor]]:
     small = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
     wide = {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "d_model": 16, "vocab_size": 30, "num_mel_bins": 4}
@@ -254,3 +281,146 @@ def test_the_encoder_is_pruned_and_then_the_decoder_on_what_it_says(family: str)
 
 def own_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return model(**batch).loss
+
+
+LINES = [
+    f"the {color} {thing} is {state}"
+    for color in ("red", "blue", "green")
+    for thing in ("fox", "cat", "dog", "owl")
+    for state in ("good", "bad", "fine", "poor")
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny encoder of sentences, with a tokenizer of words and a pooling beside it."""
+    out = tmp_path_factory.mktemp("encoder")
+    words = ["[PAD]", "[UNK]", *dict.fromkeys(word for line in LINES for word in line.split())]
+    inner = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(out)
+    bert().save_pretrained(out)
+    (out / "1_Pooling").mkdir()
+    (out / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    return out
+
+
+def recipe_of(folder: Path, out: Path, texts: Any, **changes: Any) -> EncoderRecipe:
+    raw = {"model": str(folder), "texts": texts, "device": "cpu", "out": str(out), "train": {"batch_size": 8}}
+    prune = {"criterion": "wanda", "sparsity": 0.6, "allocation": "uniform"}
+    retrain = {"train": ["mask_lora", "norms", "biases"], "rank": 4, "steps": 30, "lr": 1e-2, "schedule": "linear"}
+    return parse(raw | {"prune": prune, "retrain": retrain} | changes, Recipe, "test")  # type: ignore[return-value]
+
+
+def test_an_encoder_of_sentences_is_pruned_and_distilled_by_a_recipe_and_saved_as_it_came(
+    folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "texts.txt"
+    path.write_text("Of animals. " + ". ".join(LINES) + ".")
+    recipe = recipe_of(folder, tmp_path / "run", {"source": str(path), "aim": "embeddings", "validation": 0.25})
+    result = train_run(recipe)
+    stages = result["stages"]
+    assert stages["dense"]["cosine"] == pytest.approx(1, abs=1e-6)
+    assert stages["dense"]["spearman"] == pytest.approx(1, abs=1e-6)
+    assert stages["pruned"]["cosine"] + 0.02 < result["cosine"] == stages["retrained"]["cosine"] < 1
+    assert (result["texts"], result["measured_on"], result["sparsity"]) == (
+        12,
+        "validation",
+        pytest.approx(0.6, abs=0.02),
+    )
+    out = tmp_path / "run"
+    back, dense = (AutoModel.from_pretrained(each, add_pooling_layer=False).eval() for each in (out, folder))
+    assert back.state_dict().keys() == dense.state_dict().keys()
+    Masks.load(out / "masks.safetensors").check(back)
+    for name in ("tokenizer.json", "1_Pooling/config.json"):
+        assert (out / name).read_bytes() == (folder / name).read_bytes()
+    assert evaluate_model(str(out), {})["cosine"] == stages["retrained"]
+    held = read_sentences(str(path), AutoTokenizer.from_pretrained(out), "embeddings").split(0.25, 0)[1]
+    mine, taught = (embeddings(model, held.batch()[0]).detach() for model in (back, dense))
+    assert result["cosine"] == pytest.approx(float((mine * taught).sum(-1).mean()), abs=1e-5)
+
+
+def labelled(path: Path, rows: list[tuple[Any, ...]], names: str = "text,label") -> str:
+    path.write_text("\n".join([names, *(",".join(map(str, row)) for row in rows)]))
+    return str(path)
+
+
+def test_a_classifier_of_texts_is_trained_and_pruned_by_a_recipe(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    rows = [(line, "praise" if line.endswith(("good", "fine")) else "blame") for line in LINES]
+    labelled(tmp_path / "data" / "train.csv", rows[:36])
+    labelled(tmp_path / "data" / "test.csv", rows[36:])
+    texts = {"source": str(tmp_path / "data"), "measure_on": "test"}
+    prune = {"criterion": "sparsegpt", "pattern": "2:4", "exclude": ["classifier", "*pooler*"]}
+    train = {"batch_size": 12, "epochs": 20, "lr": 1e-2}
+    recipe = recipe_of(folder, tmp_path / "run", texts, train=train, prune=prune)
+    result = train_run(recipe)
+    assert result["stages"]["dense"]["top1"] == result["accuracy"] == 1
+    assert result["worst_class"] == 1
+    assert result["texts"] == 12
+    back = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run").eval()
+    assert back.config.id2label == {0: "blame", 1: "praise"}
+    masks = Masks.load(tmp_path / "run" / "masks.safetensors")
+    masks.check(back)
+    assert not any("classifier" in name or "pooler" in name for name in masks)
+    # As it came again: names and numbers of its classes are its own, and so is what it says.
+    numbers = [(line, int(name == "praise")) for line, name in rows[36:]]
+    again = {"source": labelled(tmp_path / "numbers.csv", numbers), "validation": 0.25}
+    setting = Setting.of(recipe_of(tmp_path / "run", tmp_path / "again", again, retrain=None, prune=None))
+    assert accuracy(setting.new_model(), setting.measured()).top1 == 1
+    distilled = {"steps": 2, "lr": 1e-3, "distill": {"weight": 0.5}}
+    found = train_run(recipe_of(tmp_path / "run", tmp_path / "again", again, retrain=distilled))
+    assert found["stages"]["dense"]["top1"] == 1
+    assert found["steps"] == 2
+
+
+def test_values_of_pairs_of_texts_are_ranked(folder: Path, tmp_path: Path) -> None:
+    worth = {"good": 1.0, "fine": 0.6, "poor": 0.3, "bad": 0.0}
+    short = [line.split(maxsplit=2)[2] for line in LINES]  # both fit into the eight positions of the encoder
+    pairs = zip(short, short[5:] + short[:5], strict=True)
+    rows = [(*pair, sum(worth[text.split()[-1]] for text in pair)) for pair in pairs]
+    source = labelled(tmp_path / "pairs.csv", rows, "one,other,score")
+    texts = {"source": source, "aim": "values", "text": ["one", "other"], "label": "score", "validation": 0.25}
+    retrain = {"steps": 20, "lr": 3e-3, "schedule": "linear", "distill": {"weight": 0.3}}
+    train = {"batch_size": 12, "epochs": 30, "lr": 1e-2}
+    changes = {"train": train, "retrain": retrain, "prune": {"criterion": "magnitude", "sparsity": 0.3}}
+    result = train_run(recipe_of(folder, tmp_path / "run", texts, **changes))
+    assert result["spearman"] > 0.8
+    back = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    held = read_sentences(source, tokenizer, "values", ("one", "other"), label="score").split(0.25, 0)[1]
+    keywords, labels = held.batch()
+    values = back(**keywords).logits.flatten().detach().double()
+    assert result["spearman"] == pytest.approx(spearmanr(values, labels).statistic)
+    assert result["pearson"] == pytest.approx(pearsonr(values, labels.double()).statistic)
+    assert result["loss"] == pytest.approx(float((values - labels).square().mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("x", [torch.tensor([1.0, 2, 2, 3, 3, 3, -1, 0]), torch.randn(50), torch.arange(9) % 4])
+def test_spearman_is_scipys_with_ties_too(x: Tensor) -> None:
+    y = torch.randn(len(x), generator=torch.Generator().manual_seed(1)).round()
+    assert spearman(x, y) == pytest.approx(spearmanr(x, y).statistic)
+    assert spearman(x, x) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("texts", "changes", "message"),
+    [
+        ({"aim": "embeddings"}, {"train": {"epochs": 2}}, "train.epochs: embeddings have no labels"),
+        ({"aim": "embeddings"}, {"retrain": {"steps": 2}}, "give retrain.lr"),
+        ({}, {"soup": {"members": 2}, "retrain": {"steps": 2, "lr": 0.1}}, "soup: of networks that look at images"),
+        ({}, {"model": "resnet18"}, "no folder of an encoder"),
+        ({}, {"capture": True}, "lengths of their own"),
+        ({"label": "said"}, {}, "no column 'said'"),
+        ({"aim": "values"}, {}, "'a' is no number"),
+        ({"measure_on": "test"}, {}, "split='test' was given"),
+        ({}, {"train": {"batch_size": 9}}, "9 is more than the 3 training texts"),
+    ],
+)
+def test_encoders_that_cannot_be_run_are_refused(
+    folder: Path, tmp_path: Path, texts: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    source = labelled(tmp_path / "texts.csv", [("one text", "a"), ("another text", "b")] * 2)
+    asked = {"source": source, "validation": 0.25} | texts
+    with pytest.raises(ValueError, match=message):
+        Setting.of(recipe_of(folder, tmp_path / "run", asked, **({"train": {"batch_size": 1}} | changes)))

@@ -34,6 +34,7 @@ from transformers import (
 
 from prunus.data import ASSETS
 from prunus.layers import Inputs, Layer
+from prunus.machine import hooked
 from prunus.measure import perplexity
 from prunus.patterns import Unstructured
 from prunus.run.compress import compress
@@ -191,16 +192,29 @@ def test_models_without_experts_lose_none(tokens: torch.Tensor):
         remove_experts(made("llama"), tokens, 0.5)
 
 
+def inputs_of(model: nn.Module, name: str, tokens: torch.Tensor):
+    """What a module receives, (tokens, size) float64."""
+    found: list[torch.Tensor] = []
+    with hooked([(model.get_submodule(name), lambda _, args: found.append(args[0]))]):
+        logits(model, tokens)
+    return found[0].flatten(0, 1).double()
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_hidden_states_lose_entries_everywhere(family: str, tokens: torch.Tensor, tmp_path):
+def test_hidden_states_lose_entries_everywhere_and_what_reads_them_is_fitted(family: str, tokens, tmp_path):
     model = made(family)
-    dense = copy.deepcopy(model)
-    small = remove_width(model, tokens, 0.25)
+    small = remove_width(model, tokens, 0.25, batch_size=4)
     assert (small.config.hidden_size, small.get_input_embeddings().weight.shape[1]) == (24, 24)
-    assert torch.allclose(logits(small, tokens), logits(model, tokens), atol=1e-4, rtol=1e-4)  # used up: masked
-    left = (model.get_input_embeddings().weight != 0).any(0).nonzero()[:, 0]
-    own = dense.get_input_embeddings().weight[:, left]
-    assert torch.equal(small.get_input_embeddings().weight, own)
+    left = (small.get_input_embeddings().weight[5][:, None] == model.get_input_embeddings().weight[5]).any(0)
+    assert torch.equal(small.get_input_embeddings().weight, model.get_input_embeddings().weight[:, left])
+    for name in ("model.layers.0.self_attn.v_proj", "model.layers.2.mlp.up_proj"):  # the last one, after all others
+        a, b = inputs_of(small, name, tokens), inputs_of(model, name, tokens)
+        dense = model.get_submodule(name).weight.detach().double()
+        ridge = (0.01 * a.square().sum(0).mean()).sqrt() * torch.eye(24, dtype=torch.float64)
+        rows, targets = torch.cat([a, ridge]), torch.cat([b @ dense.T, ridge @ dense[:, left].T])
+        expected = torch.linalg.lstsq(rows, targets).solution.T
+        assert torch.allclose(small.get_submodule(name).weight.double(), expected, atol=1e-4)
+        assert not torch.allclose(expected, dense[:, left], atol=1e-2)
     save_model(small, None, tmp_path / "out", masks=None, info={})
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tokens), logits(small, tokens))
 

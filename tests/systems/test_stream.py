@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from prunus.patterns import NM, Block, Pattern, Unstructured
 from prunus.score import Allocation, Criterion, uniform
 from prunus.score.allocations import erk, evopress, global_, lamp, owl, uniform_plus
 from prunus.score.criteria import magnitude, wanda
+from prunus.score.tried import Tried
 from prunus.solve.frank_wolfe import frank_wolfe
 from prunus.solve.sweep import sparsegpt
 from prunus.stream.reconstruct import Fit
@@ -170,6 +172,29 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path: Path, fit: F
     assert all(name.startswith("model.layers.1.") for name in solved)
     assert solved
     assert len(streamed.masks) == 14
+
+
+def test_a_search_goes_on_and_tries_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    search = evopress(generations=3, offspring=4, step=0.1)
+    expected, tried, measure = run(tiny_llama(), allocation=search), list[object](), Tried._loss
+
+    def counted(self: Tried, counts: Mapping[str, int], batches: range) -> float:
+        if len(tried) == 5:
+            tried.append(None)
+            raise Killed
+        tried.append((tuple(counts.items()), batches))
+        return measure(self, counts, batches)
+
+    monkeypatch.setattr(Tried, "_loss", counted)
+    work = Work(tmp_path, "job").open()
+    with pytest.raises(Killed):
+        run(tiny_llama(), allocation=search, work=work)
+    with (tmp_path / "tries.jsonl").open("a") as file:
+        file.write('["[1.0, [\\"model.la')  # the line at which a process died
+    model = tiny_llama()
+    assert_equal(expected, run(model, allocation=search, work=work))
+    assert len(tried) > 8
+    assert len(set(tried)) == len(tried)
 
 
 def test_a_work_folder_of_another_job_is_refused(tmp_path: Path) -> None:

@@ -62,6 +62,11 @@ class Adaptation:
     groups: subset -> its float32 parameters, disjoint. total: number of the model's own values. Between `adapt` and
     `merge_` modules see float32 trainables in the dtype they had, so the model runs with and without autocast and
     already computes what the merged one will.
+
+    >>> adaptation = adapt(model, ["norms"], masks=None, views=find_layers(model))
+    >>> adaptation.trainable
+    6656
+    >>> _ = adaptation.merge_()  # the model is as it was, with what was trained
     """
 
     groups: dict[str, list[nn.Parameter]]

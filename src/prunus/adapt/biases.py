@@ -27,6 +27,11 @@ def add_biases(model: nn.Module) -> list[str]:
     do not change. Linear layers that no entry reaches are logged.
 
     Raises: ValueError if the model is not from transformers or none of its entries can be used, naming its class.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 32}
+    >>> add_biases(LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes)))[0]
+    'model.layers.0.self_attn.q_proj.bias'
     """
     kind = type(model).__name__
     if not isinstance(model, PreTrainedModel):

@@ -90,6 +90,9 @@ def find_blocks(model: nn.Module) -> list[str]:
     Raises: ValueError, with what was looked for and found, if no list holds more than half of the prunable weights,
     if its classes are unrelated, or if another list apart from it holds more than a tenth (an encoder-decoder, several
     towers).
+
+    >>> find_blocks(model)[0]
+    'model.decoder.layers.0'
     """
     sizes, total = _list_sizes(model)
     best = max(sizes, key=lambda name: sizes[name], default="")

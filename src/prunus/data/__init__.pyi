@@ -6,10 +6,16 @@ from .images import LoaderBatches as LoaderBatches
 from .images import matched as matched
 from .images import plain_batches as plain_batches
 from .images import read_images as read_images
+from .models import build_encoder as build_encoder
 from .models import build_model as build_model
 from .models import check_model as check_model
 from .models import config_of as config_of
 from .models import load_weights_ as load_weights_
+from .sentences import Aim as Aim
+from .sentences import SentenceBatches as SentenceBatches
+from .sentences import Sentences as Sentences
+from .sentences import read_sentences as read_sentences
+from .sentences import sentence_batches as sentence_batches
 from .texts import ASSETS as ASSETS
 from .texts import ENDINGS as ENDINGS
 from .texts import SPLITS as SPLITS

@@ -16,7 +16,8 @@ How they are trained and pruned is not known here.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prunus.checkpoint import read_state
-from prunus.machine import import_extra
+from prunus.checkpoint import read_checkpoint, read_state
+from prunus.machine import import_extra, without_bars
 
-__all__ = ["BasicBlock", "TransformerBlock", "build_model", "check_model", "config_of", "load_weights_"]
+__all__ = [
+    "BasicBlock",
+    "TransformerBlock",
+    "build_encoder",
+    "build_model",
+    "check_model",
+    "config_of",
+    "load_weights_",
+]
 
 _FORMS = (
     "resnet{6n+2} (resnet8, resnet20, resnet56, ...), resnet{6n+2}x{k}, resnet18, vgg16_bn, wrn{6n+4}_{k}, wrn20, "
@@ -63,6 +72,47 @@ def build_model(name: str, *, classes: int, channels: int = 3, arguments: Mappin
     if arguments:
         raise ValueError(f"arguments {sorted(arguments)} are for networks of timm and torchvision; '{name}' has none")
     return _initialised(_own(name, classes, channels))
+
+
+def build_encoder(
+    name: str, *, labels: Sequence[str] | None = None, values: bool = False, arguments: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """The encoder of texts in a folder of transformers, float32: keywords of its tokenizer -> an object.
+
+    It has logits (B, labels), of `values` (B, 1), and without either last_hidden_state (B, length, d), for embeddings.
+    arguments: keys of its config that are to be others. A head that the folder has not, or for other labels, starts
+    anew; a pooler behind embeddings that it has not is left out.
+    Raises ValueError for a name that is no such folder, and for unknown arguments.
+
+    >>> build_encoder("all-MiniLM-L6-v2")(**tokenizer(["a text"], return_tensors="pt")).last_hidden_state.shape
+    torch.Size([1, 4, 384])
+    """
+    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+
+    found = config_of(name)
+    if found is None:
+        raise ValueError(f"{name!r} is no folder of an encoder of transformers: it holds no config.json; download it")
+    with _naming(f"transformers makes no encoder of texts of {name!r} and {dict(arguments or {})}"):
+        config: Any = AutoConfig.from_pretrained(found.parent)
+        _check_arguments(config, arguments or {})
+        config.update(dict(arguments or {}))
+        if values:
+            config.num_labels, config.problem_type = 1, "regression"
+        elif labels is not None and [name for _, name in sorted(config.id2label.items())] != list(labels):
+            config.num_labels = len(labels)
+            if not all(label.isdecimal() for label in labels):
+                config.id2label, config.label2id = dict(enumerate(labels)), {n: i for i, n in enumerate(labels)}
+        if values or labels is not None:
+            return _encoder(AutoModelForSequenceClassification, found.parent, config)
+        pooled = any("pooler." in name for name in read_checkpoint(found.parent).tensors)
+        try:
+            return _complete(
+                *_loaded(AutoModel, found.parent, config, **({} if pooled else {"add_pooling_layer": False}))
+            )
+        except TypeError as error:  # it knows no pooler
+            if "add_pooling_layer" not in str(error):
+                raise
+            return _complete(*_loaded(AutoModel, found.parent, config))
 
 
 def check_model(name: str, arguments: Mapping[str, Any]) -> None:
@@ -324,29 +374,72 @@ def _foreign(package: str, name: str, classes: int, channels: int, arguments: Ma
 
 
 def _pretrained(name: str, kind: str, classes: int, arguments: Mapping[str, Any], own: Mapping[str, Any]) -> nn.Module:
-    """A classifier of transformers: of a kind, with fresh weights, or of a folder, with its own."""
-    from huggingface_hub.errors import StrictDataclassError
+    """An image classifier of transformers: of a kind, with fresh weights, or of a folder, with its own."""
     from transformers import AutoConfig, AutoModelForImageClassification  # seconds, which other models need not wait
 
-    folder = config_of(name)
-    try:
+    with _naming(f"transformers makes no image classifier of {name!r} and {dict(arguments)}"):
+        folder = config_of(name)
         known = AutoConfig.for_model(kind) if folder is None else AutoConfig.from_pretrained(folder.parent)
-        strange = [key for key in arguments if key not in known.to_dict()]
-        if strange:
-            raise ValueError(f"{strange[0]!r} is no key of its config")
+        _check_arguments(known, arguments)
         config = AutoConfig.for_model(kind, **own, **arguments) if folder is None else known
         if folder is not None:
             config.update(dict(arguments))
         if config.num_labels != classes:
             config.num_labels = classes
-        if folder is None or torch.get_default_device().type == "meta":
+        if folder is None:
             return AutoModelForImageClassification.from_config(config)
-        model, loaded = AutoModelForImageClassification.from_pretrained(
-            folder.parent, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
-        )
-        if loaded["missing_keys"]:
-            raise ValueError(f"its files lack {sorted(loaded['missing_keys'])[0]!r}")
-        return model
+        model, missing = _loaded(AutoModelForImageClassification, folder.parent, config)
+        return _complete(model, missing)
+
+
+def _encoder(auto: Any, folder: Path, config: Any) -> nn.Module:
+    """An encoder of a folder; a head that its files lack begins anew."""
+    model, missing = _loaded(auto, folder, config)
+    inner = f"{model.base_model_prefix}."
+    return _complete(model, [name for name in missing if name.startswith(inner) and ".pooler." not in name])
+
+
+def _loaded(auto: Any, folder: Path, config: Any, **options: Any) -> tuple[Any, Sequence[str]]:
+    """A model of transformers and what its files lack; on the meta device without weights, and nothing is missing."""
+    if torch.get_default_device().type == "meta":
+        return auto.from_config(config, **options), ()
+    options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    with without_bars(), _quiet():
+        model, loaded = auto.from_pretrained(folder, config=config, **options)
+    return model, sorted(loaded["missing_keys"])
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Without the report of transformers on what is missing, which the caller judges."""
+    from transformers.utils import logging
+
+    shown = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(shown)
+
+
+def _complete(model: nn.Module, missing: Sequence[str]) -> nn.Module:
+    if missing:
+        raise ValueError(f"its files lack {missing[0]!r}")
+    return model
+
+
+def _check_arguments(config: Any, arguments: Mapping[str, Any]) -> None:
+    strange = [key for key in arguments if key not in config.to_dict()]
+    if strange:
+        raise ValueError(f"{strange[0]!r} is no key of its config")
+
+
+@contextmanager
+def _naming(what: str) -> Generator[None]:
+    """What transformers says of a config or folder that makes no model, in one line."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
     except (OSError, TypeError, ValueError, StrictDataclassError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise ValueError(f"transformers makes no image classifier of {name!r} and {dict(arguments)}: {said}") from None
+        raise ValueError(f"{what}: {' '.join(str(error).split())[:200]}") from None

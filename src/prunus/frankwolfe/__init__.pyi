@@ -1,6 +1,7 @@
 from . import sets as sets
 from .constrained import KeptGradients as KeptGradients
 from .constrained import constrained_groups as constrained_groups
+from .constrained import tied_groups as tied_groups
 from .proximal import GroupLasso as GroupLasso
 from .proximal import NuclearNorm as NuclearNorm
 from .proximal import NuclearSteps as NuclearSteps

@@ -6,7 +6,7 @@ Groups for `frankwolfe.SFW`, as the papers have them. Pruned weights are held as
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -69,6 +69,26 @@ def constrained_groups(
     elif others:
         groups.append({"params": [parameter for parameter, _ in others], "constraint": None})
     return groups
+
+
+def tied_groups(model: nn.Module, ball: Ball, size: Size, sets: Iterable[Sequence[str]]) -> list[dict[str, Any]]:
+    """Parameter groups for `SFW`: the parameters of each set are one point of the ball, all others are free.
+
+    sets: names of parameters, in the order of a `sets.Tied`, such as gate, up and down of every MLP, so that a neuron
+    goes from all three at once. size: by the norms now. Raises AttributeError for a name that the model lacks, and
+    ValueError for matrices that share no groups.
+
+    >>> model = nn.ModuleDict({"gate": nn.Linear(8, 6), "up": nn.Linear(8, 6), "down": nn.Linear(6, 8)})
+    >>> ball = group_k_support(0.5, groups=Tied())
+    >>> groups = tied_groups(model, ball, Initial(1.0), [("gate.weight", "up.weight", "down.weight")])
+    >>> [(len(group["params"]), group["constraint"] is not None) for group in groups]
+    [(3, True), (3, False)]
+    """
+    chosen = [[model.get_parameter(name) for name in names] for names in sets]
+    groups = [_group([(each, measured_norm(each)) for each in point], ball, size, joint=True) for point in chosen]
+    own = {id(each) for point in chosen for each in point}
+    rest = [each for each in model.parameters() if each.requires_grad and id(each) not in own]
+    return [*groups, {"params": rest, "constraint": None}]
 
 
 class KeptGradients(During):

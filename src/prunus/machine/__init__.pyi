@@ -17,6 +17,8 @@ from .files import write_tensors as write_tensors
 from .files import write_text as write_text
 from .running import Precision as Precision
 from .running import autocast as autocast
+from .running import called as called
+from .running import class_logits as class_logits
 from .running import full_products as full_products
 from .running import hooked as hooked
 from .running import import_extra as import_extra

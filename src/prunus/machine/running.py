@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -159,6 +159,29 @@ def is_pretrained(model: object) -> TypeGuard[PreTrainedModel]:
     False
     """
     return isinstance(model, imported("transformers.modeling_utils", "PreTrainedModel"))
+
+
+def called(model: nn.Module, inputs: Any) -> Any:
+    """The output of a model on `inputs`, a tensor or a mapping of keywords, which are moved to its first parameter.
+
+    >>> called(nn.Linear(2, 3), torch.zeros(1, 2)).shape
+    torch.Size([1, 3])
+    """
+    own = next(model.parameters(), None)
+    if isinstance(inputs, Mapping):
+        found = cast("Mapping[str, Tensor]", inputs)
+        return model(**{key: each if own is None else each.to(own.device) for key, each in found.items()})
+    return model(inputs if own is None else inputs.to(own.device))
+
+
+def class_logits(model: nn.Module, inputs: Any) -> Tensor:
+    """The logits (batch, classes) of a tensor, or of a mapping of keywords.
+
+    >>> class_logits(nn.Linear(4, 3), torch.zeros(2, 4)).shape
+    torch.Size([2, 3])
+    """
+    out = called(model, inputs)
+    return out if isinstance(out, Tensor) else out.logits
 
 
 def random_state() -> dict[str, Tensor]:

@@ -1,5 +1,12 @@
 from .accuracy import Accuracy as Accuracy
 from .accuracy import accuracy as accuracy
+from .agreement import Agreement as Agreement
+from .agreement import Fidelity as Fidelity
+from .agreement import agreement as agreement
+from .agreement import fidelity as fidelity
+from .agreement import headline as headline
+from .agreement import pearson as pearson
+from .agreement import spearman as spearman
 from .corruptions import CORRUPTIONS as CORRUPTIONS
 from .corruptions import MEASURES as MEASURES
 from .corruptions import Corrupted as Corrupted

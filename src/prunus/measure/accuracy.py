@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prunus.blocks import uncompiled
-from prunus.machine import Precision, autocast, in_mode
+from prunus.machine import Precision, autocast, class_logits, in_mode
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,11 @@ class Accuracy:
 
 @torch.no_grad()
 def accuracy(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, precision: Precision = "fp32", bins: int = 15
+    model: nn.Module, batches: Iterable[tuple[Any, Tensor]], *, precision: Precision = "fp32", bins: int = 15
 ) -> Accuracy:
-    """The Accuracy of `model` on batches (x (B, ...), y (B,) int64), in evaluation mode; its modes stay as they were.
+    """The Accuracy of `model` on batches (x, y (B,) int64), in evaluation mode; its modes stay as they were.
 
+    x: (B, ...), or keywords that a tokenizer made.
     Products are done in `precision`, softmax and loss in float32, sums in float64. The device is waited for once, at
     the end.
     Raises: ValueError without an image or a bin; FloatingPointError for logits that are not finite.
@@ -57,12 +59,10 @@ def accuracy(
     classes = 0
     with in_mode(model, training=False), uncompiled(model) as plain:  # a program for each shape of a last batch costs
         for x, y in batches:
-            device = next(model.parameters(), x).device
-            with autocast(device, precision):
-                out = plain(x.to(device))
-                logits: Tensor = out if isinstance(out, Tensor) else out.logits
+            with autocast(next(model.parameters(), y).device, precision):
+                logits = class_logits(plain, x)
             classes = logits.shape[1]
-            parts.append(_seen(logits.float(), y.to(device)))
+            parts.append(_seen(logits.float(), y.to(logits.device)))
     if not parts:
         raise ValueError("accuracy needs at least one batch; there was none")
     return _summary(torch.cat(parts, dim=1).cpu(), classes, bins)

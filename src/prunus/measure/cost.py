@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from prunus.blocks import uncompiled
-from prunus.machine import in_mode
+from prunus.machine import called, in_mode
 from prunus.masks import Masks
 
 
@@ -148,10 +148,10 @@ class _Counter(TorchDispatchMode):
         return out
 
 
-def own_flops(model: nn.Module, x: Tensor) -> dict[str, int]:
-    """Module name -> operations of its own forward, without those of the modules inside it."""
+def own_flops(model: nn.Module, x: Any) -> dict[str, int]:
+    """Module name -> operations of its own forward, without that of modules inside it. x: a tensor, or keywords."""
     with in_mode(model, training=False), uncompiled(model) as plain, FlopCounterMode(display=False) as counter:
-        plain(x)
+        called(plain, x)
     root = type(model).__name__
     found = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
     names = [name for name, _ in model.named_modules()]

@@ -69,12 +69,18 @@ def plot_accuracy(
 
 
 def plot_run(
-    losses: Sequence[float], stages: Mapping[str, float], path: str | Path, *, rates: Sequence[float] = (), title: str
+    losses: Sequence[float],
+    stages: Mapping[str, float],
+    path: str | Path,
+    *,
+    rates: Sequence[float] = (),
+    title: str,
+    what: str = "accuracy",
 ) -> None:
     """Write a PNG of one run: left the training loss of each epoch and the learning rate, right accuracy by stage.
 
     losses: the mean of each epoch; rates: learning rates at equal distances over the same time; stages: name ->
-    accuracy in %. Raises ValueError when there is neither a loss nor a stage.
+    accuracy in %, or what else is measured. Raises ValueError when there is neither a loss nor a stage.
     """
     if not losses and not stages:
         raise ValueError("there is neither a loss nor a stage to draw")
@@ -98,7 +104,7 @@ def plot_run(
         right.annotate(f"{value:.2f}", (i, value), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=8)
     right.set_xticks(range(len(stages)), [_wrapped(name) for name in stages])
     right.set_ylim(0, 108)
-    right.set_title("Accuracy, %", loc="left", fontsize=10)
+    right.set_title(f"{what.capitalize()}, %", loc="left", fontsize=10)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     _save(figure, path)
 

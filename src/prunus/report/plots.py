@@ -18,6 +18,7 @@ from prunus.machine import atomic
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
 
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, YELLOW, BLACK = (
     "#0072B2",
@@ -122,23 +123,33 @@ def plot_speeds(points: Sequence[Mapping[str, Any]], path: str | Path, *, device
         areas = [30 + 270 * float(row["bytes"]) / largest for row in mine]
         across, up = [row["speed"] for row in mine], [row["perplexity"] for row in mine]
         axis.scatter(across, up, s=areas, color=colour, alpha=0.55, linewidths=0, label=kind)
-        for row in mine:
-            said = f"{row['model']}, {row['bytes'] / 1e6:.3g} MB"
-            at = row["speed"], row["perplexity"]
-            axis.annotate(said, at, xytext=(5, 4), textcoords="offset points", fontsize=7)
     values = [float(row["perplexity"]) for row in points]
-    if max(values) > 5 * min(values):
+    if max(values) > 3 * min(values):
         axis.set_yscale("log")
         _plain_ticks(axis)
     axis.set_ylabel("perplexity")
     axis.set_xlabel(f"tokens a second, one after another{', ' if device else ''}{device}")
-    axis.margins(x=0.15, y=0.08)  # names stand to the right of their points
+    axis.margins(x=0.15, y=0.08)
+    _name_points(axis, points)
     legend = figure.legend(
         *axis.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=5, loc="outside lower left"
     )
     for handle in legend.legend_handles:
         handle.set_sizes([40])  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue] - of scatter
     _save(figure, path)
+
+
+def _name_points(axis: Axes, points: Sequence[Mapping[str, Any]]) -> None:
+    """Write names to the right of their points, moved upward past those that they would lie on."""
+    written: list[Bbox] = []
+    for row in sorted(points, key=lambda row: row["perplexity"]):
+        said, at = f"{row['model']}, {row['bytes'] / 1e6:.3g} MB", (row["speed"], row["perplexity"])
+        for up in range(-3, 57, 4):
+            name = axis.annotate(said, at, xytext=(9, up), textcoords="offset points", fontsize=7)
+            if not any(name.get_window_extent().overlaps(other) for other in written) or up >= 53:
+                written.append(name.get_window_extent())
+                break
+            name.remove()
 
 
 def by_block(layers: Mapping[str, float]) -> dict[str, dict[int, float]]:

@@ -51,6 +51,10 @@ def compress(recipe: LanguageRecipe) -> dict[str, Any]:
 
     Raises ValueError when `out` holds another recipe's run, the model is not there or does not take the recipe's
     lengths, or the launched processes cannot share a batch.
+
+    >>> recipe = load_recipe(Path("recipe.yaml"), {"prune.sparsity": 0.6})  # doctest: +SKIP
+    >>> compress(recipe)["perplexity"]  # doctest: +SKIP
+    {'dense': {'text': 30.9}, 'pruned': {'text': 75.4}, 'retrained': {'text': 45.1}, 'merged': {'text': 45.1}}
     """
     keeps_dtype = recipe.dtype == "auto"
     recipe = stages.fitted(recipe, device_of(recipe))

@@ -1,6 +1,6 @@
 """How good a model on disk is: `prunus evaluate`, and the one number by which checkpoints are averaged greedily.
 
-folder with recipe.yaml of a classifier ─▶ accuracy and its companions, also on corrupted images
+folder with recipe.yaml of a classifier ─▶ accuracy and its companions, of encoders cosine or Spearman's correlation
 anything else                           ─▶ perplexity of texts, zero-shot tasks
 
 A recipe with the key `images` scores classifiers by top-1 accuracy on the validation split, never the test images,
@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from prunus.measure import headline
 from prunus.run.folder import device_of
 from prunus.run.plain import read_yaml
-from prunus.run.recipe import ClassifierRecipe, LanguageRecipe, merge, parse
+from prunus.run.recipe import ClassifierRecipe, LanguageRecipe, Recipe, data_key, merge, parse
 
 __all__ = ["Scorer", "evaluate_model", "scorer"]
 
@@ -36,7 +37,7 @@ def evaluate_model(model: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """
     path = Path(model).expanduser() / "recipe.yaml"
     raw = read_yaml(path) if path.is_file() else {}
-    return _classifier(path, raw, overrides) if "images" in raw else _language_model(model, overrides)
+    return _classifier(path, raw, overrides) if data_key(raw) else _language_model(model, overrides)
 
 
 def scorer(path: Path, changes: Mapping[str, Any] | None = None) -> Scorer:
@@ -47,7 +48,7 @@ def scorer(path: Path, changes: Mapping[str, Any] | None = None) -> Scorer:
     >>> scorer(Path("validation.yaml")).score(Path("runs/a/model"))
     """
     raw = merge(read_yaml(path), changes or {})
-    if "images" in raw:
+    if data_key(raw):
         return _of_classifiers(path, raw)
     parse(raw, LanguageRecipe, str(path))  # mistakes show before anything is averaged
 
@@ -88,7 +89,7 @@ def _classifier(path: Path, raw: dict[str, Any], overrides: Mapping[str, Any]) -
     from prunus.run.vision import stages
     from prunus.run.vision.setting import Setting
 
-    recipe = parse(merge(raw, overrides), ClassifierRecipe, str(path))
+    recipe = cast("ClassifierRecipe", parse(merge(raw, overrides), Recipe, str(path)))
     weights = path.with_name("model.safetensors")
     if not weights.is_file():
         raise ValueError(f"{path.parent} holds no model.safetensors: the run is not finished; run its recipe again")
@@ -97,7 +98,8 @@ def _classifier(path: Path, raw: dict[str, Any], overrides: Mapping[str, Any]) -
     setting = Setting.of(recipe)
     network = setting.new_model()
     network.load_state_dict(read_state(weights, network.state_dict()))
-    found: dict[str, Any] = {"accuracy": stages.measure(network, setting)}
+    measured = stages.measure(network, setting)
+    found: dict[str, Any] = {headline(measured)[0]: measured}
     if recipe.corruptions is not None:
         found["corrupted"] = stages.corrupted(network, setting, recipe.corruptions)
     return found
@@ -112,9 +114,10 @@ def _of_classifiers(path: Path, raw: Mapping[str, Any]) -> Scorer:
     from prunus.run.vision import stages
     from prunus.run.vision.setting import Setting
 
-    source = {"images.source": raw["images"]} if isinstance(raw["images"], str) else {}
-    held = merge(raw, {**source, "images.measure_on": "validation"})
-    setting = Setting.of(parse(held, ClassifierRecipe, str(path)))
+    key = str(data_key(raw))
+    source = {f"{key}.source": raw[key]} if isinstance(raw[key], str) else {}
+    held = merge(raw, {**source, f"{key}.measure_on": "validation"})
+    setting = Setting.of(cast("ClassifierRecipe", parse(held, Recipe, str(path))))
     model = setting.new_model()
 
     def settled(checkpoint: Path) -> Any:
@@ -129,7 +132,7 @@ def _of_classifiers(path: Path, raw: Mapping[str, Any]) -> Scorer:
         write_tensors(file, settled(checkpoint).state_dict(), metadata)
 
     with torch.no_grad():
-        return Scorer(lambda checkpoint: float(stages.measure(settled(checkpoint), setting)["top1"]), settle)
+        return Scorer(lambda checkpoint: headline(stages.measure(settled(checkpoint), setting))[1], settle)
 
 
 def _file(checkpoint: Path) -> Path:

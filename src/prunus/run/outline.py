@@ -142,15 +142,20 @@ def outline_classifier(recipe: ClassifierRecipe, setting: Any, retrained: int) -
     """The plan of a checked recipe. setting: with its images; retrained: steps of retraining, over all phases."""
     model = setting.empty_model()
     total = sum(each.numel() for each in model.parameters())
-    images, measured, classes = len(setting.sets.train), len(setting.sets.measured), setting.sets.train.classes
-    shape = " x ".join(map(str, setting.sets.train.pixels.shape[1:]))
+    sets, example = setting.sets, setting.example()
+    if recipe.keyed == "images":
+        shape, kept = " x ".join(map(str, example.shape[1:])), example.numel()
+    else:
+        shape, kept = f"up to {sets.train.length} tokens", 4 * len(example) * sets.train.length
+    kept *= len(sets.train) + len(sets.measured)
+    classes = f"; {sets.train.classes} classes" if recipe.aim == "classes" else f"; {recipe.aim}"
     steps, members = setting.epoch_steps, 1 if recipe.soup is None else recipe.soup.members
     during = f", during {next(iter(recipe.during))}" if recipe.during else ""
     training = f"{recipe.train.epochs} epochs, {_many(recipe.train.epochs * steps)} steps of {recipe.train.batch_size}"
     rows = {
-        "images": f"{images:,} of {shape} to train on, {measured:,} to measure on; {classes} classes",
-        "model": f"{recipe.model}: {_many(total)} parameters, all of them trained",
-        "training": training + during,
+        recipe.keyed: f"{len(sets.train):,} of {shape} to train on, {len(sets.measured):,} to measure on{classes}",
+        "model": f"{recipe.model}: {_many(total)} parameters{', all of them trained' if recipe.train.epochs else ''}",
+        "training": training + during if recipe.train.epochs else "none: the weights are as they came",
     }
     layers: list[dict[str, Any]] = []
     if recipe.prune is not None:
@@ -161,8 +166,7 @@ def outline_classifier(recipe: ClassifierRecipe, setting: Any, retrained: int) -
         layers = _kinds(views, prune)
         if retrained:
             rows["retraining"] = f"{retrained:,} steps, {retrained / steps:.3g} epochs{_times(prune.phases, members)}"
-    kept = sum(each.pixels.nbytes for each in (setting.sets.train, setting.sets.measured))
-    used = f"{size_in_words(_STATE * total)} for training, {size_in_words(kept)} of images"
+    used = f"{size_in_words(_STATE * total)} for training, {size_in_words(kept)} of {recipe.keyed}"
     rows[f"memory, {setting.device.type}"] = used
     saved = {"model.safetensors": 4 * total, "dense/": 4 * total} | ({"masks.safetensors": total / 8} if layers else {})
     return Outline(layers, rows, saved | ({f"members/ ({members})": 4 * total * members} if members > 1 else {}))

@@ -14,6 +14,7 @@ import yaml
 
 from prunus import __version__
 from prunus.machine import read_json
+from prunus.measure import headline
 from prunus.report import Card, Page, Part, by_block, format_value, plot_losses, plot_speeds, read_metrics, write_page
 from prunus.run.show import SOUP_COLUMNS, classifier_rows, grid_rows, language_rows, retrainings, soup_rows, speed_rows
 from prunus.run.tables import SOUP, spread
@@ -113,7 +114,8 @@ def _last(result: Result) -> Row:
     if "perplexity" in result:
         ended = next(row for row in language_rows(result) if row["stage"] == _ended(result["perplexity"]))
         return {**ended, "seconds": result["seconds"], "device": result["device"]}
-    ended = {"accuracy": f"{100 * result['accuracy']:.2f} %", "zeros": f"{100 * result['sparsity']:.2f} %"}
+    name, share = headline(result)
+    ended = {name: f"{100 * share:.2f} %", "zeros": f"{100 * result['sparsity']:.2f} %"}
     return {"model": result["model"], **ended, "epochs": result["epochs"], "seconds": result["seconds"]}
 
 
@@ -164,9 +166,10 @@ def _trained(found: Mapping[str, Any]) -> Row:
 
 def _classifier(folder: Path, result: Result) -> Page:
     stages: Mapping[str, Mapping[str, float]] = result["stages"]
-    cards = [Card(f"accuracy, {result['measured_on']} images", f"{100 * result['accuracy']:.2f} %", _dense(stages))]
+    (name, share), of = headline(result), "texts" if "texts" in result else "images"
+    cards = [Card(f"{name}, {result['measured_on']} {of}", f"{100 * share:.2f} %", _dense(stages))]
     cards += _sizes(result)
-    cards.append(Card("training", f"{result['epochs']:.4g} epochs", f"{result['images_per_second']:,.0f} images/s"))
+    cards.append(Card("training", f"{result['epochs']:.4g} epochs", f"{result['images_per_second']:,.0f} {of}/s"))
     cards.append(_cost(folder, result))
     layers: Mapping[str, float] = result.get("by_layer", {})
     corrupted: Mapping[str, Mapping[str, float]] = result.get("corrupted", {}).get("by_name", {})
@@ -211,11 +214,12 @@ def _best(rows: Sequence[Result]) -> list[Card]:
     under: dict[str, list[Result]] = {}
     for row in rows:
         under.setdefault(row[axes[0]] if len(axes) > 1 else "", []).append(row)
-    choose = max if by == "accuracy" else min  # else a text's perplexity
+    share = by in ("accuracy", "cosine", "spearman")  # else a text's perplexity
+    choose = max if share else min
     best = {label: choose(cells, key=lambda row: row[by]["mean"]) for label, cells in under.items()}
     if len(best) > _MOST_CARDS:
         return []
-    of = "accuracy, %" if by == "accuracy" else f"perplexity, {by}"
+    of = f"{by}, %" if share else f"perplexity, {by}"
     return [
         Card(
             f"best {of}",
@@ -267,7 +271,7 @@ def _page(folder: Path, result: Result, cards: Sequence[Card], parts: Sequence[P
 
 def _dense(stages: Mapping[str, Mapping[str, float]]) -> str:
     shown = [stage for stage in ("dense", "pruned") if stage in stages]
-    return ", ".join(f"{stage} {100 * stages[stage]['top1']:.2f} %" for stage in shown)
+    return ", ".join(f"{stage} {100 * headline(stages[stage])[1]:.2f} %" for stage in shown)
 
 
 def _sizes(result: Result) -> list[Card]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from prunus.measure import headline
 from prunus.report import format_value, print_table
 from prunus.run.inspect import KEEPING, Inspection, Row
 from prunus.run.names import rows as rows_of_names
@@ -84,10 +85,9 @@ def retrainings(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 def show_evaluation(model: str, numbers: Mapping[str, Any]) -> None:
     """The table of one evaluation, of a language model or of a classifier."""
-    if "accuracy" in numbers:
-        print_table(
-            [{"accuracy": _percent(numbers["accuracy"]["top1"]), **_companions(numbers["accuracy"])}], title=model
-        )
+    measured = next((numbers[name] for name in ("accuracy", "cosine", "spearman") if name in numbers), None)
+    if measured is not None:
+        print_table([_measured(measured)], title=model)
         _show_corrupted(numbers.get("corrupted", {}))
         return
     print_table([{"data": name, "perplexity": value} for name, value in numbers["perplexity"].items()], title=model)
@@ -170,9 +170,10 @@ def _range(shares: Sequence[float]) -> str:
 
 def show_run(result: Mapping[str, Any], out: Path) -> None:
     """The table of one classifier run: a row a stage, and where everything was written."""
-    print_table(classifier_rows(result), title=f"{result['model']}, {result['measured_on']} images")
+    of = "texts" if "texts" in result else "images"
+    print_table(classifier_rows(result), title=f"{result['model']}, {result['measured_on']} {of}")
     _show_corrupted(result.get("corrupted", {}))
-    speed = f"{result['images_per_second']:,.0f} images/s"
+    speed = f"{result['images_per_second']:,.0f} {of}/s"
     _note(f"{result['epochs']:.4g} epochs, {result['seconds']:.0f} s on {result['device']}, {speed}.")
     if "left_of_start" in result:
         _note(f"Frank-Wolfe left {100 * result['left_of_start']:.3g} % of the initialisation: the product of 1 - step.")
@@ -188,9 +189,7 @@ def classifier_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "stage": stage,
-            "accuracy": _percent(found["top1"]),
-            "loss": found["loss"],
-            "calibration error": found["calibration_error"],
+            **{key: value for key, value in _measured(found).items() if key not in ("its maximum", "worst class")},
             "zeros": "0 %" if stage == "dense" else zeros,
         }
         for stage, found in result["stages"].items()
@@ -255,14 +254,18 @@ def _percent(share: float) -> str:
     return f"{100 * share:.2f} %"
 
 
+def _measured(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What counts most, and what stands beside it."""
+    name, share = headline(found)
+    return {name: _percent(share), **_companions(found)}
+
+
 def _companions(found: Mapping[str, Any]) -> dict[str, Any]:
-    """What stands beside an accuracy."""
-    return {
-        "loss": found["loss"],
-        "calibration error": found["calibration_error"],
-        "its maximum": found["maximum_calibration_error"],
-        "worst class": _percent(found["worst_class"]),
-    }
+    """What stands beside an accuracy, a correlation, a cosine."""
+    shares = {key: _percent(found[key]) for key in ("spearman", "pearson") if key in found}
+    known = {"loss": "loss", "calibration_error": "calibration error", "maximum_calibration_error": "its maximum"}
+    beside = {shown: found[key] for key, shown in known.items() if key in found}
+    return shares | beside | ({"worst class": _percent(found["worst_class"])} if "worst_class" in found else {})
 
 
 def _show_corrupted(found: Mapping[str, Any]) -> None:

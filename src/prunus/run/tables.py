@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import Field
 
 from prunus.machine import json_value, read_json, write_text
-from prunus.measure import CORRUPTIONS, MEASURES
+from prunus.measure import CORRUPTIONS, MEASURES, headline
 from prunus.report import Point, markdown_table, plot_accuracy, plot_grid
 from prunus.run.plain import Strict
 
@@ -212,9 +212,19 @@ def _plot_perplexity(layout: Layout, rows: Sequence[Row], across: str, text: str
         plot_grid(means, path, dense=dense, title=title, deviations=deviations, xlabel=xlabel)
 
 
-# Classifiers: accuracy in percent, and every other number under `metrics`.
+# Classifiers: accuracy (of texts also another share that counts) in percent, and every other number under `metrics`.
 
-_PERCENT = ("accuracy", "top5", "worst_class", "calibration_error", "maximum_calibration_error", "sparsity", "reached")
+_MAIN = ("accuracy", "cosine", "spearman")
+_COMPANIONS = (
+    "pearson",
+    "top5",
+    "worst_class",
+    "calibration_error",
+    "maximum_calibration_error",
+    "sparsity",
+    "reached",
+)
+_PERCENT = (*_MAIN, *_COMPANIONS)
 _STAGES = ("dense", "pruned", "recalibrated", "retrained", "settled")
 _COSTS = ("speedup", "parameters", "nonzero")
 _NUMBERS = ("loss", *_COSTS, "weight_change", "epochs", "steps", "seconds", "images_per_second", "left_of_start")
@@ -225,9 +235,10 @@ _SOUPS = (
     *("dense_soup", "dense_soup_pruned", "dense_soup_retrained"),
 )
 _CORRUPTED_ROWS = ("mean_member", "best_member", "ensemble", "imp", "longer")
+_HEADLINE = "headline"  # in place of a key: what counts most among the numbers that stand there
 _PLACES: dict[str, tuple[str | int, ...]] = {  # column -> where it stands in a result
     **{name: (name,) for name in _PERCENT},
-    **{name: ("stages", name, "top1") for name in _STAGES},
+    **{name: ("stages", name, _HEADLINE) for name in _STAGES},
     **{name: (name,) for name in _NUMBERS},
     **{name: ("phases", -1, name) for name in _LAST_PHASE},
     **{name: ("soup", name) for name in _SOUPS},
@@ -246,7 +257,7 @@ def accuracy_row(results: Sequence[Result]) -> dict[str, Any]:
     known = {
         name: mean_and_std([v for v in values if v is not None]) for name, values in found.items() if None not in values
     }
-    shown = ("accuracy", "dense", "pruned")
+    shown = (next(name for name in _MAIN if name in known), "dense", "pruned")
     phases = {"accuracy by phase": by_phase(results)} if all("soup" in result for result in results) else {}
     return {**{name: known[name] for name in shown if name in known}, "metrics": known, **phases}
 
@@ -271,7 +282,7 @@ def _value(result: Result, name: str) -> float | None:
     for key in _PLACES[name]:
         if not value:
             return None
-        value = value[key] if isinstance(key, int) else value.get(key)
+        value = headline(value)[1] if key == _HEADLINE else value[key] if isinstance(key, int) else value.get(key)
     return None if value is None else 100 * float(value) if name in _SHARES else float(value)
 
 
@@ -281,7 +292,8 @@ def _accuracies(layout: Layout, rows: Sequence[Row]) -> str:
     counted = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     over = "one seed" if seeds == [1] else f"mean ± deviation over {counted} seeds"
     reference = "" if dense is None else f"; dense: {dense:.2f}"
-    text = f"### Accuracy, % ({over}{reference})\n\n{layout.pivot(rows, 'accuracy', layout.across)}"
+    main = _main(rows)
+    text = f"### {main.capitalize()}, % ({over}{reference})\n\n{layout.pivot(rows, main, layout.across)}"
     return text + ("\n" + _details(layout, rows) if layout.show.columns else "")
 
 
@@ -289,7 +301,7 @@ def _details(layout: Layout, rows: Sequence[Row]) -> str:
     shown: list[dict[str, Any]] = []
     for found in rows:
         line: dict[str, Any] = {axis: found[axis] for axis in layout.axes}
-        for name in ("accuracy", *layout.show.columns):
+        for name in (_main(rows), *layout.show.columns):
             number = found["metrics"].get(name)
             column = f"{name}, measured" if name in layout.axes else name
             line[column] = None if number is None else spread(number) if name in _SHARES else number["mean"]
@@ -308,16 +320,21 @@ def _plot_accuracy(layout: Layout, rows: Sequence[Row], axis: str, path: Path) -
     others = [other for other in layout.axes if other != axis]
     words = [other for other in others if not layout.is_numeric(other)]
     line = layout.show.lines if layout.show.lines in others else (words or others or [None])[-1]
-    rest, places = [other for other in others if other != line], list(layout.axes[axis])
+    rest, places, main = [other for other in others if other != line], list(layout.axes[axis]), _main(rows)
     panels: dict[str, dict[str, list[Point]]] = {}
     for labels in itertools.product(*(layout.axes[other] for other in rest)):
         for found in sorted(rows, key=lambda found: places.index(found[axis])):
             if all(found[other] == label for other, label in zip(rest, labels, strict=True)):
                 lines = panels.setdefault(", ".join(labels), {})
-                point = (str(found[axis]), float(found["accuracy"]["mean"]), found["accuracy"]["std"])
+                point = (str(found[axis]), float(found[main]["mean"]), found[main]["std"])
                 lines.setdefault(str(found[line]) if line else "", []).append(point)
     if sum(len(points) for lines in panels.values() for points in lines.values()) > 1:
-        plot_accuracy(panels, path, xlabel=axis, dense=_dense(rows))
+        plot_accuracy(panels, path, xlabel=axis, ylabel=f"{main}, %", dense=_dense(rows))
+
+
+def _main(rows: Sequence[Row]) -> str:
+    """The column of what counts most."""
+    return next(name for name in _MAIN if name in rows[0])
 
 
 _NAMES = {"soup": "soup", "imp": "imp", "longer": "longer imp"}

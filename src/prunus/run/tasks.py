@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+from prunus.run.recipe import data_key
 from prunus.run.store import Job, Store
 from prunus.run.tables import Layout, Show
 
@@ -73,8 +74,8 @@ class Task(Protocol):
 
 
 def task_of(base: Mapping[str, Any]) -> Task:
-    """The task of a base recipe: with the key `images` it is a classifier's."""
-    if "images" in base:
+    """The task of a base recipe: with the key `images` or `texts` it is a classifier's."""
+    if data_key(base) is not None:
         from prunus.run.vision.grid import CLASSIFIERS
 
         return CLASSIFIERS

@@ -8,6 +8,7 @@ from .folder import SavedModel as SavedModel
 from .folder import check_apart as check_apart
 from .folder import check_new as check_new
 from .folder import check_whole as check_whole
+from .folder import copy_small_files as copy_small_files
 from .folder import is_whole as is_whole
 from .folder import load_info as load_info
 from .folder import save_model as save_model

@@ -37,9 +37,9 @@ from prunus.save.folder import (
     MASKS_NAME,
     RUNTIME,
     SavedModel,
-    _copy_small_files,
     _versions,
     check_apart,
+    copy_small_files,
     load_info,
     model_card,
     new_folder,
@@ -312,5 +312,5 @@ def _write_rest(first: _Member, partial: Path, name: str, info: Mapping[str, Any
     if first.config:
         dtypes = {stored.dtype for stored in first.tensors.values() if stored.dtype.is_floating_point}
         write_config(None, partial / "config.json", first.path, dtype=dtypes.pop() if len(dtypes) == 1 else None)
-        _copy_small_files(first.path, partial)
+        copy_small_files(first.path, partial)
     return write_info(partial, info, model_card(name, info) if first.config else None)

@@ -52,6 +52,7 @@ __all__ = [
     "FORMAT",
     "SIZE_NOTE",
     "SavedModel",
+    "copy_small_files",
     "is_whole",
     "load_info",
     "model_card",
@@ -81,6 +82,7 @@ _WRITERS = 4  # shards of a large model written side by side; a file in memory t
 _COPIED = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
     "chat_template*", "generation_config.json", "*processor_config.json", "*.py", "LICENSE*",
+    "modules.json", "*sentence*.json", "[0-9]_*",
 )  # fmt: skip
 _REST = (*_COPIED, "config.json", MASKS_NAME)  # of a packed folder
 # What loading and training set on a config object without changing the model.
@@ -152,6 +154,9 @@ def save_model(
 
     Raises ValueError when `folder` holds something that Prunus did not write or is the source's, a pruned entry is not
     zero, a tensor of the model is not in the files, or the model is quantised.
+
+    >>> save_model(model, tokenizer, "example", masks=None, info={"note": "dense"}).weight_bytes > 1e7
+    True
     """
     if masks is not None:
         masks.check(model)
@@ -213,7 +218,7 @@ def unpack(packed: str | Path, out: str | Path) -> SavedModel:
     info = {key: value for key, value in load_info(packed).items() if key not in ("files", "checksums")}
     with new_folder(out, packed) as partial:
         unpack_(checkpoint, partial)
-        _copy_small_files(packed, partial, _REST)
+        copy_small_files(packed, partial, _REST)
         info["masks"] = MASKS_NAME if (partial / MASKS_NAME).is_file() else None
         info["size"] = _size(partial)
         files = write_info(partial, info, model_card(Path(out).name, info))
@@ -224,6 +229,10 @@ def load_info(folder: str | Path) -> dict[str, Any]:
     """The contents of a saved model's prunus.json.
 
     Raises FileNotFoundError when there is none; ValueError when a newer Prunus wrote it or it is not ours.
+
+    >>> _ = save_model(model, tokenizer, "example", masks=None, info={"note": "dense"})
+    >>> load_info("example")["note"]
+    'dense'
     """
     path = Path(folder) / INFO_NAME
     if not path.is_file():
@@ -355,7 +364,7 @@ def _finish(
         tokenizer.save_pretrained(partial)
     origin = source_folder(source)
     if origin is not None:
-        _copy_small_files(origin, partial)
+        copy_small_files(origin, partial)
     if masks is not None and not within:
         masks.save(partial / MASKS_NAME)
     stored = {"format": FORMAT, **info, "masks": MASKS_NAME if masks is not None and not within else None}
@@ -375,11 +384,17 @@ def _size(folder: Path) -> dict[str, int]:
     return {"weight_bytes": found.bytes, "dense_bytes": dense}
 
 
-def _copy_small_files(source: Path, partial: Path, globs: Sequence[str] = _COPIED) -> None:
-    """Tokenizer, generation config, chat template and code of the source, byte for byte, over what was generated."""
+def copy_small_files(source: Path, partial: Path, globs: Sequence[str] = _COPIED) -> None:
+    """Copy tokenizer, generation config, chat template, code and poolings of the source, byte for byte, over others.
+
+    >>> copy_small_files(Path("all-MiniLM-L6-v2"), Path("out/model"))
+    """
     for path in source.iterdir():
-        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in globs):
-            shutil.copyfile(path, partial / path.name)
+        if any(fnmatch(path.name, pattern) for pattern in globs):
+            if path.is_dir():
+                shutil.copytree(path, partial / path.name, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(path, partial / path.name)
 
 
 def _sparsity(masks: Masks | None) -> dict[str, Any]:

@@ -67,7 +67,14 @@ class Allocation:
 
 
 def allocation(*, reads: Reads) -> Callable[[Count], Allocation]:
-    """Makes an allocation of a function, saying what it reads."""
+    """Makes an allocation of a function, saying what it reads.
+
+    >>> @allocation(reads="shapes")
+    ... def halves(scores, sparsity):
+    ...     return {name: score.numel() // 2 for name, score in scores.items()}
+    >>> halves({"fc": torch.ones(2, 4)}, 0.5)
+    {'fc': 4}
+    """
 
     def make(count: Count) -> Allocation:
         name = getattr(count, "__name__", "allocation")

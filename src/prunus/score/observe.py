@@ -35,7 +35,8 @@ def observe(block: nn.Module, views: Sequence[View], *, gram: bool) -> Generator
 
     Masks (b, length) that the block is called with, of integers or bools, say which positions count: attention_mask and
     decoder_attention_mask. They are about inputs of (b, length, in) or (b * length, in) outside vision towers; rows of
-    pictures and of experts are no such positions, and all count.
+    pictures and of experts are no such positions, and all count. A convolution over a masked length that makes it
+    shorter (of sound) shortens the mask likewise.
 
     Raises: ValueError if a view is not in the block, if its inputs cannot be told (grouped convolutions), or if stacked
     experts ran but no product with them was seen.
@@ -49,6 +50,9 @@ def observe(block: nn.Module, views: Sequence[View], *, gram: bool) -> Generator
             lambda module, args, kwargs: ledger.start(_marks(module, kwargs)), prepend=True, with_kwargs=True
         )
         stack.callback(start.remove)
+        for module in block.modules():
+            if isinstance(module, nn.Conv1d):
+                stack.callback(module.register_forward_pre_hook(ledger.shorten, prepend=True).remove)
         if stacks:
             stack.enter_context(_eager_experts(block))
         linear = {id(each): view.name for view, each in located if view.index is None and each.ndim == 2}
@@ -110,6 +114,16 @@ class _Ledger:
         self.forwards += 1
         self._latest.clear()
         self.inside.clear()
+
+    def shorten(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Add the mask of what a convolution over (b, in, length) makes: where it stands over what counts."""
+        assert isinstance(module, nn.Conv1d)
+        (stride,), x = module.stride, args[0]
+        marks = next((each for each in self._marks if each.shape == (x.shape[0], x.shape[-1])), None)
+        if marks is not None and stride > 1:
+            reach = module.dilation[0] * (module.kernel_size[0] - 1)
+            length = (x.shape[-1] + sum(module._reversed_padding_repeated_twice) - reach - 1) // stride + 1
+            self._marks.append(marks[:, ::stride][:, :length])
 
     def receive(self, name: str, x: Tensor) -> None:
         group = self.groups.get(name)

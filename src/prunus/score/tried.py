@@ -7,7 +7,8 @@ Allocations that ask for a loss (`evopress`) are given this one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,8 @@ class Tried:
 
     parameters: of the model, by name; they hold what was tried last until `restore_`. inputs: view name -> what the
     criterion needs of the dense layers. how: criterion and pattern. outputs: number of a batch -> the model's logits
-    (n, classes), as it is, and how many batches there are.
+    (n, classes), as it is, and how many batches there are. known: what was tried before, which is not tried again;
+    what is tried is added.
 
     What each layer is at a count depends on the dense inputs alone, so it is solved once, the first time it is asked
     for: a copy of the layer on the CPU for every count that is tried. The dense outputs are kept where they are made.
@@ -36,10 +38,12 @@ class Tried:
         inputs: Mapping[str, Inputs],
         how: tuple[Criterion, Pattern],
         outputs: tuple[Callable[[int], Tensor], int],
+        known: MutableMapping[str, float] | None = None,
     ) -> None:
         self.parameters, self.views, self.inputs = parameters, {view.name: view for view in views}, inputs
         self.criterion, self.pattern = how
         self.outputs, self.batches = outputs
+        self.known = {} if known is None else known
         self.dense = {view.name: view.matrix(parameters[view.parameter]).to("cpu", copy=True) for view in views}
         self.placed: dict[str, int] = {}
         self.solved: dict[tuple[str, int], Tensor] = {}
@@ -48,14 +52,10 @@ class Tried:
     @torch.no_grad()
     def __call__(self, counts: Mapping[str, int], share: float = 1.0) -> float:
         """The mean over the outputs of the first batches, at least one."""
-        for name, view in self.views.items():
-            unit = self.pattern.unit(view.shape, name=name)
-            self._place_(name, counts[name] // unit * unit)
-        lost = 0.0
-        batches = range(max(1, round(share * self.batches)))
-        for batch in batches:
-            lost += float(F.kl_div(self._log_p(batch), self.expected[batch], reduction="batchmean", log_target=True))
-        return lost / len(batches)
+        asked = json.dumps([share, *sorted(counts.items())])
+        if asked not in self.known:
+            self.known[asked] = self._loss(counts, range(max(1, round(share * self.batches))))
+        return self.known[asked]
 
     @torch.no_grad()
     def restore_(self) -> None:
@@ -63,6 +63,15 @@ class Tried:
         for name in self.placed:
             self._write_(name, self.dense[name])
         self.placed.clear()
+
+    def _loss(self, counts: Mapping[str, int], batches: range) -> float:
+        for name, view in self.views.items():
+            unit = self.pattern.unit(view.shape, name=name)
+            self._place_(name, counts[name] // unit * unit)
+        lost = 0.0
+        for batch in batches:
+            lost += float(F.kl_div(self._log_p(batch), self.expected[batch], reduction="batchmean", log_target=True))
+        return lost / len(batches)
 
     def _log_p(self, batch: int) -> Tensor:
         with torch.no_grad():

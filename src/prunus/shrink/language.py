@@ -30,6 +30,7 @@ from prunus.machine import Precision, autocast, hooked, imported, in_mode
 from prunus.patterns import Unstructured, keep_largest, kept_of
 from prunus.score import Criterion
 from prunus.shrink.columns import columns
+from prunus.shrink.width import fit_readers_
 from prunus.stream import Memory, stream
 
 __all__ = [
@@ -156,7 +157,9 @@ def remove_width(
 
     Those of least S go, from embeddings, norms, every matrix that reads hidden states or adds to them, and the head.
     RMS norms then divide by the root of another mean: sqrt(d / kept) goes into their weights, d / kept into their eps,
-    so that the result is the model in which these entries are zero. Nothing is fitted. The given model is used up.
+    so that the result is the model in which these entries are zero. Then the matrices in the blocks that read hidden
+    states are fitted to what the dense ones make of all entries, from what the smaller model makes of those it has,
+    block by block (see `width`). The given model stays as it is.
 
     Raises ValueError for a share outside [0, 1), for LayerNorm, which subtracts a mean of what is left, and where the
     config does not say the size, or not that of heads beside it.
@@ -166,7 +169,8 @@ def remove_width(
     if stay == size:
         return model
     parts = _parts(model, tokens)
-    readers = [maker for part in parts for maker in part.makers if _width(model, maker) == size]
+    reading = [part.makers for part in parts if _width(model, part.makers[0]) == size]
+    readers = [maker for makers in reading for maker in makers]
     head = model.get_output_embeddings()
     named = {id(module): name for name, module in model.named_modules()}
     ends = {named[id(each)] for each in (model.get_input_embeddings(), head) if each is not None}
@@ -176,12 +180,6 @@ def remove_width(
     norms = [name for name, each in model.named_modules() if _is_norm(each, size)]
     cuts = {name: _Cut(columns=kept) for name in (*readers, *ends)}
     cuts |= {part.reader: _Cut(rows=kept) for part in parts} | {name: _Cut(rows=kept) for name in norms}
-    gone = torch.ones(size, dtype=torch.bool)
-    gone[kept] = False
-    for name in (*norms, *(part.reader for part in parts)):  # what nobody makes or lets through is zero everywhere
-        for tensor in model.get_submodule(name).parameters(recurse=False):
-            (tensor.T if tensor.ndim > 1 and _is_transposed(model.get_submodule(name)) else tensor)[gone] = 0
-    model.get_input_embeddings().weight[:, gone] = 0
     state = _sliced(model, cuts)
     for name in norms:
         state[f"{name}.weight"] = state[f"{name}.weight"] * (size / stay) ** 0.5
@@ -189,7 +187,9 @@ def remove_width(
     if getattr(config, "rms_norm_eps", None) is not None:
         config.rms_norm_eps *= size / stay
     small = rebuilt(model, config, state)
-    _check_same(model, small, tokens)
+    _check_same(_without_entries(model, kept, [*norms, *(part.reader for part in parts)]), small, tokens)
+    by_block = {name: [each for each in reading if each[0].startswith(f"{name}.")] for name in find_blocks(model)}
+    fit_readers_(small, model, by_block, tokens, place=place, batch_size=batch_size, precision=precision)
     return small
 
 
@@ -400,6 +400,22 @@ def _sliced(model: Any, cuts: Mapping[str, _Cut]) -> dict[str, Tensor]:
         if cut.rows is not None and f"{name}.bias" in state:
             state[f"{name}.bias"] = state[f"{name}.bias"][cut.rows.to(state[f"{name}.bias"].device)]
     return state
+
+
+def _without_entries(model: Any, kept: Tensor, makers: Sequence[str]) -> Any:
+    """A copy in which other entries of hidden states are zero everywhere: nobody makes them or lets them through."""
+    masked = copy.deepcopy(model)
+    for module in (masked.get_submodule(name) for name in makers):
+        for tensor in module.parameters(recurse=False):
+            rows = tensor.T if tensor.ndim > 1 and _is_transposed(module) else tensor
+            gone = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+            gone[kept.to(rows.device)] = False
+            rows[gone] = 0
+    embedding = masked.get_input_embeddings().weight
+    left = torch.zeros_like(embedding)
+    left[:, kept] = embedding[:, kept]
+    embedding.copy_(left)
+    return masked
 
 
 def _worth(

@@ -40,6 +40,9 @@ class Fit:
     train: parameter subsets, as in `adapt`.
     inputs: whether targets come from the dense block on the pruned network's inputs or on the dense network's.
     steps: optimizer steps a window, each on one calibration batch; lr: peak learning rate of AdamW.
+
+    >>> Fit(window="half", train=("mask_lora",), steps=32).lr
+    0.0001
     """
 
     window: Literal["block", "half", "matrix"] = "block"

@@ -117,6 +117,11 @@ def stream(
     layer, a sparsity that does not fit the pattern or exceeds what `within` left, an allocation that has nothing to
     compare, or a criterion without a score that is to stay `within` masks, before any work is done; for a pattern that
     cannot, when it comes to the layer.
+
+    >>> windows = torch.randint(100, (4, 16))
+    >>> streamed = stream(model, wanda, NM(2, 4), tokens=windows)
+    >>> streamed.reports[0].sparsity
+    0.5
     """
     asked = criterion_of(criterion)
     pattern = Unstructured(compared(asked, allocation)) if pattern is None else pattern
@@ -127,7 +132,7 @@ def stream(
     if within is not None:
         asked = staying(asked, [*place.inner, *place.outer], within)
     counts = _counts_of(
-        place, asked, pattern, sparsity, allocation, within=within, tokens=tokens, batch_size=batch_size
+        place, asked, pattern, sparsity, allocation, within=within, tokens=tokens, batch_size=batch_size, work=work
     )
     task = _Task(asked, pattern, counts)
     if shared:
@@ -171,7 +176,12 @@ def survey(
     exclude: Sequence[str] = (),
     on_block: Callable[[str], None] | None = None,
 ) -> dict[str, Inputs]:
-    """View name -> input norms (in,) of every prunable layer, in the dense blocks."""
+    """View name -> input norms (in,) of every prunable layer, in the dense blocks.
+
+    >>> seen = survey(model, tokens=torch.randint(100, (4, 16)))
+    >>> seen["model.decoder.layers.0.fc1"].norms.shape
+    torch.Size([256])
+    """
     place = _placed(model, source, device, precision, include=include, exclude=exclude)
     return _survey(place, tokens, batch_size, on_block=on_block)
 
@@ -230,6 +240,7 @@ def _counts_of(
     within: Masks | None,
     tokens: Tensor,
     batch_size: int,
+    work: Work | None,
 ) -> dict[str, int]:
     """View name -> entries to keep. Layers outside the blocks keep the share that the sparsity says."""
     views = place.inner
@@ -243,14 +254,15 @@ def _counts_of(
         layers = _Layers(place, {view.name: view for view in views}, inputs)
         scores = _scores_of(place, views, within)
         found = Scored(layers, criterion) if asked.reads == "scores" else scores.found
-        with _tried(place, inputs, (criterion, pattern), tokens) if asked.reads == "loss" else nullcontext() as loss:
+        trying = _tried(place, inputs, (criterion, pattern), tokens, work) if asked.reads == "loss" else nullcontext()
+        with trying as loss:
             counts |= counts_under(pattern, replace(scores, found=found, layers=layers, loss=loss), sparsity, asked)
     return counts
 
 
 @contextmanager
 def _tried(
-    place: _Place, inputs: Mapping[str, Inputs], how: tuple[Criterion, Pattern], tokens: Tensor
+    place: _Place, inputs: Mapping[str, Inputs], how: tuple[Criterion, Pattern], tokens: Tensor, work: Work | None
 ) -> Generator[Tried]:
     """The loss of counts, on so many of the windows as have 2^28 logits; the model is whole on the device meanwhile.
 
@@ -271,7 +283,8 @@ def _tried(
             with torch.no_grad():
                 count = max(1, min(len(tokens), _TRIED // logits(tokens[:1]).numel()))
             parts = tokens[:count].split(-(-count // _PARTS))
-            tried = Tried(parameters, place.inner, inputs, how, (lambda part: logits(parts[part]), len(parts)))
+            outputs = (lambda part: logits(parts[part]), len(parts))
+            tried = Tried(parameters, place.inner, inputs, how, outputs, None if work is None else work.tries())
             try:
                 yield tried
             finally:

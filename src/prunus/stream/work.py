@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import UserDict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from prunus.machine import read_json, read_tensors, write_json, write_tensors
+from prunus.machine import json_line, json_value, read_json, read_tensors, write_json, write_tensors
 from prunus.masks import pack, read_packed
 
 __all__ = ["BlockReport", "Work"]
@@ -45,6 +47,24 @@ class BlockReport:
     def sparsity(self) -> float:
         """Share of zeros over the block's pruned weights."""
         return 1 - sum(self.kept.values()) / sum(self.total.values()) if self.total else 0.0
+
+
+class Tries(UserDict[str, float]):
+    """What was tried -> what it gave, in a file with a line for each: a kill loses none but a line half written."""
+
+    def __init__(self, path: Path, *, writes: bool) -> None:
+        super().__init__()
+        self.path, self.writes = path, writes
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            with suppress(ValueError):
+                name, value = json_value(line)
+                self.data[name] = float(value)
+
+    def __setitem__(self, name: str, value: float) -> None:
+        self.data[name] = value
+        if self.writes:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(f"\n{json_line([name, value])}\n")  # its own line even after one that was cut off
 
 
 class Work:
@@ -83,6 +103,10 @@ class Work:
                 return False
             self._whole.add(name)
         return name in self._whole
+
+    def tries(self) -> Tries:
+        """What a search tried before its first block, to go on with."""
+        return Tries(self.folder / "tries.jsonl", writes=self.writes)
 
     def save(self, name: str, block: nn.Module, masks: Mapping[str, Tensor], report: BlockReport) -> None:
         """Write the block's parameters, masks and report in one atomic step."""

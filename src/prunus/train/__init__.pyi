@@ -5,6 +5,7 @@ from .callback import HoldMasks as HoldMasks
 from .capture import unrecorded as unrecorded
 from .distill import distilled_classification as distilled_classification
 from .distill import distilled_next_token as distilled_next_token
+from .distill import distilled_regression as distilled_regression
 from .distill import lighten_ as lighten_
 from .embeddings import distilled_embeddings as distilled_embeddings
 from .embeddings import embeddings as embeddings
@@ -33,5 +34,6 @@ from .train import Substituted as Substituted
 from .train import Trace as Trace
 from .train import classification_loss as classification_loss
 from .train import next_token_loss as next_token_loss
+from .train import regression_loss as regression_loss
 from .train import train as train
 from .watch import Watch as Watch

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from prunus.machine import class_logits
 from prunus.masks import pack, unpack
 from prunus.train.next_token import Aim, aimed_loss, row_logits
-from prunus.train.train import class_logits
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,23 @@ def distilled_next_token(
             return taught
 
     return lambda model, batch: aimed_loss(model, Taught(batch))
+
+
+def distilled_regression(teacher: nn.Module, weight: float = 0.5) -> Callable[[nn.Module, tuple[Any, Tensor]], Tensor]:
+    """The loss of (model, (inputs, values (batch,))): weight (z_S - z_T)^2 + (1 - weight) (z_S - value)^2, the mean.
+
+    Models return logits (batch, 1), or an object that has them.
+
+    >>> loss = distilled_regression(dense)
+    """
+
+    def loss(model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
+        z = class_logits(model, batch[0]).float().flatten()
+        with torch.no_grad():
+            taught = class_logits(teacher, batch[0]).float().flatten()
+        return weight * F.mse_loss(z, taught) + (1 - weight) * F.mse_loss(z, batch[1])
+
+    return loss
 
 
 def distilled_classification(

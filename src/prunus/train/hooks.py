@@ -39,6 +39,12 @@ class During(nn.Module):
 
     Buffers and parameters of the module are saved with the run's checkpoints, so everything that must survive a kill is
     one of them. Parameters of its own are trained when `attach` adds them to the optimizer.
+
+    >>> class Small(During):
+    ...     def attach(self, model, optimizer, plan):
+    ...         self.watched = [*model.parameters()]
+    ...     def penalty(self):
+    ...         return 1e-4 * sum(each.square().sum() for each in self.watched)
     """
 
     def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:

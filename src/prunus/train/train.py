@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from accelerate.utils import send_to_device, slice_tensors
 from torch import Tensor, nn
 
 from prunus.layers import View, find_layers
-from prunus.machine import Precision, in_mode
+from prunus.machine import Precision, class_logits, in_mode
 from prunus.train.capture import Capture, CapturedStep, captures, set_rates_, settled
 from prunus.train.checkpoint import Checkpoint, Clock, resumable
 from prunus.train.hooks import During, Plan
@@ -77,14 +77,13 @@ def classification_loss(smoothing: float = 0.0) -> Callable[[nn.Module, tuple[An
     return loss
 
 
-def class_logits(model: nn.Module, inputs: Any) -> Tensor:
-    """The logits (batch, classes) of a tensor, or of a mapping of keywords.
+def regression_loss() -> Callable[[nn.Module, tuple[Any, Tensor]], Tensor]:
+    """A loss of (model, (inputs, values (batch,))): the mean squared error in float32 of logits (batch, 1).
 
-    >>> class_logits(nn.Linear(4, 3), torch.zeros(2, 4)).shape
-    torch.Size([2, 3])
+    >>> regression_loss()(nn.Linear(4, 1), (torch.zeros(2, 4), torch.zeros(2))).shape
+    torch.Size([])
     """
-    out = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-    return out if isinstance(out, Tensor) else out.logits
+    return lambda model, batch: nn.functional.mse_loss(class_logits(model, batch[0]).float().flatten(), batch[1])
 
 
 def train(
@@ -176,6 +175,9 @@ def train(
         own = next(inner.parameters()).device
         how: dict[str, Any] = {"every": report_every, "steps": steps, "on_step": on_step, "log": log}
         trace = _Log(Trace(**past), started=started, device=own, **how)
+        if first == 0 and watch is not None and watch.keep_best:  # so that training can only help
+            with in_mode(inner, training=False):
+                watched.look(0)
         for step in range(first, first if watched.ended else steps):
             multiplier = lr(step)
             set_rates_(optimizer, [rate * multiplier for rate in rates], recorded)

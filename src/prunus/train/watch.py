@@ -28,7 +28,8 @@ class Watch:
     """What `train` measures while it trains. measure: how wrong the model is, lower is better, on held-out data.
 
     every: steps between two measurements; one stands at the end, too. patience: training ends when so many in a row
-    were no better than the best before them. keep_best: the model ends with the weights that measured best.
+    were no better than the best before them. keep_best: the model ends with the weights that measured best, of which
+    those that it began with are one.
     Raises ValueError for counts below 1.
 
     >>> watch = Watch(lambda: perplexity(model, held_out), every=50, patience=3, keep_best=True)  # doctest: +SKIP

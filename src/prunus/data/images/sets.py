@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Images", "generator_of", "matched", "mixed"]
+__all__ = ["Images", "generator_of", "matched", "mixed", "split_places"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,11 +51,8 @@ class Images:
 
         Raises ValueError when either would be empty.
         """
-        held = round(share * len(self))
-        if not 0 < held < len(self):
-            raise ValueError(f"a share of {share} of {len(self)} images leaves {held} and {len(self) - held}")
-        order = torch.randperm(len(self), generator=generator_of(seed, 0))
-        return self.take(order[held:].sort().values), self.take(order[:held].sort().values)
+        rest, held = split_places(len(self), share, seed)
+        return self.take(rest), self.take(held)
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each channel of pixels / 255, (C,) float32 on the CPU, summed exactly."""
@@ -65,6 +62,21 @@ class Images:
         mean = shares @ values
         variance = (shares * (values - mean[:, None]).square()).sum(1)
         return mean.float(), variance.sqrt().float()
+
+
+def split_places(count: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """The places of (the rest, round(share * count) held out), each in order, int64.
+
+    Raises ValueError when either would be empty.
+
+    >>> [len(part) for part in split_places(10, 0.3, seed=0)]
+    [7, 3]
+    """
+    held = round(share * count)
+    if not 0 < held < count:
+        raise ValueError(f"a share of {share} of {count} leaves {held} and {count - held}; give another, or more data")
+    order = torch.randperm(count, generator=generator_of(seed, 0))
+    return order[held:].sort().values, order[:held].sort().values
 
 
 def matched(test: Images, train: Images) -> Images:

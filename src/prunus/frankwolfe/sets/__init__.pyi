@@ -9,6 +9,7 @@ from .ball import spectral_k_support as spectral_k_support
 from .group import Entries as Entries
 from .group import Groups as Groups
 from .group import Labels as Labels
+from .group import Tied as Tied
 from .norms import Lp as Lp
 from .radius import Diameter as Diameter
 from .radius import Initial as Initial

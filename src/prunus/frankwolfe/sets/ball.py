@@ -16,18 +16,20 @@ Any gauge goes with any way of seeing: `Ball(Lp(1), Groups(), 3.0)` is the group
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from prunus.frankwolfe.sets.group import Entries, Groups, Labels
+from prunus.frankwolfe.sets.group import Entries, Groups, Labels, Tied
 from prunus.frankwolfe.sets.norms import Lp
-from prunus.frankwolfe.sets.protocol import Gauge, Rebuild, Seen
+from prunus.frankwolfe.sets.protocol import Gauge, Seen
 from prunus.frankwolfe.sets.sparse import KSparse, KSupport
 from prunus.frankwolfe.sets.spectral import Spectrum
 from prunus.frankwolfe.sets.subspace import Triple
+
+RebuildAll = Callable[[Tensor], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Ball:
     """
 
     gauge: Gauge
-    seen: Seen
+    seen: Seen | Tied
     radius: float = 1.0
 
     def __post_init__(self) -> None:
@@ -54,8 +56,7 @@ class Ball:
     def norm(self, x: Tensor | Sequence[Tensor]) -> Tensor:
         """The gauge of x, a scalar float32 on its device: x is in the set where it is at most `radius`."""
         parts = self._parts(x)
-        profiles, _ = self._split(parts)
-        return self._gauge(parts).norm(torch.cat(profiles, 1))[0]
+        return self._gauge(parts).norm(self._split(parts)[0])[0]
 
     @torch.no_grad()
     def lmo(self, gradient: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
@@ -89,11 +90,8 @@ class Ball:
     def project(self, x: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
         """The point of the set that is nearest to x in the Euclidean norm."""
         parts = self._parts(x)
-        profiles, rebuilds = self._split(parts)
-        joined = torch.cat(profiles, 1)
-        new = self._gauge(parts).project(joined, torch.full_like(joined[:, 0], self.radius))
-        sizes = [profile.shape[1] for profile in profiles]
-        return _like(x, [rebuild(part) for rebuild, part in zip(rebuilds, new.split(sizes, 1), strict=True)])
+        profile, rebuild = self._split(parts)
+        return _like(x, rebuild(self._gauge(parts).project(profile, torch.full_like(profile[:, 0], self.radius))))
 
     # For the optimizer: several problems at once, and singular vectors followed from step to step.
 
@@ -108,10 +106,8 @@ class Ball:
         if isinstance(gauge, KSupport) and isinstance(self.seen, Entries) and len(parts) == 1:
             # The same as below, without a detour over signs and profiles.
             return [gauge.signed_best(parts[0].flatten(1)).view_as(parts[0])]
-        profiles, rebuilds = self._split(parts, leading)
-        best = gauge.best(torch.cat(profiles, 1) if len(profiles) > 1 else profiles[0])
-        sizes = [profile.shape[1] for profile in profiles]
-        found = [rebuild(part) for rebuild, part in zip(rebuilds, best.split(sizes, 1), strict=True)]
+        profile, rebuild = self._split(parts, leading)
+        found = rebuild(gauge.best(profile))
         if leading is not None or not isinstance(self.seen, Spectrum):
             return found
         # A matrix of zeros has singular vectors all the same.
@@ -129,20 +125,27 @@ class Ball:
         exact = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
         return [tensor.to(exact).reshape(1, *self.seen.key(tuple(tensor.shape))) for tensor in tensors]
 
-    def _split(
-        self, parts: Sequence[Tensor], leading: Sequence[Triple] | None = None
-    ) -> tuple[list[Tensor], list[Rebuild]]:
+    def _split(self, parts: Sequence[Tensor], leading: Sequence[Triple] | None = None) -> tuple[Tensor, RebuildAll]:
+        """The profile of a point of several parts: theirs, one behind the other, unless they share groups."""
+        if isinstance(self.seen, Tied):
+            return self.seen.split(parts)
         if leading is not None and isinstance(self.seen, Spectrum):
             found = [self.seen.split_leading(each) for each in leading]
         else:
             found = [self.seen.split(part) for part in parts]
-        return [profile for profile, _ in found], [rebuild for _, rebuild in found]
+        profiles = [profile for profile, _ in found]
+        sizes = [profile.shape[1] for profile in profiles]
+
+        def rebuild(new: Tensor) -> list[Tensor]:
+            return [each(part) for (_, each), part in zip(found, new.split(sizes, 1), strict=True)]
+
+        return torch.cat(profiles, 1) if len(profiles) > 1 else profiles[0], rebuild
 
     def _gauge(self, parts: Sequence[Tensor]) -> Gauge:
         return self.gauge.at(self._count([(part.shape[1], part.shape[2]) for part in parts]))
 
     def _count(self, keys: Sequence[tuple[int, int]]) -> int:
-        return sum(self.seen.count(*key) for key in keys)
+        return self.seen.count(keys) if isinstance(self.seen, Tied) else sum(self.seen.count(*key) for key in keys)
 
 
 def lp(p: float, radius: float = 1.0) -> Ball:
@@ -172,8 +175,10 @@ def k_support(k: int | float, radius: float = 1.0) -> Ball:
     return Ball(KSupport(k), Entries(), radius)
 
 
-def group_k_support(k: int | float, radius: float = 1.0, groups: Groups | Labels | None = None) -> Ball:
+def group_k_support(k: int | float, radius: float = 1.0, groups: Groups | Labels | Tied | None = None) -> Ball:
     """The K-support norm ball of group norms; K a count or a share of the groups; groups: default whole filters.
+
+    `Tied()` makes groups of the neurons of a gated MLP; its three matrices are then one point.
 
     >>> group_k_support(1, radius=5.0).lmo(torch.tensor([[3.0, 4.0], [1.0, 0.0]]))
     tensor([[-3., -4.],

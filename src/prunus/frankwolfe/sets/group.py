@@ -3,11 +3,14 @@
 Entries      profile |x_i|
 Groups       profile ||x_g||_2, g: `size` consecutive rows (or columns) of the matrix (out, in * kernel)
 Labels       profile ||x_g||_2, g: the entries with the same label
+Tied         profile ||(x_g, y_g, ...)||_2, g: what belongs together in several matrices, as a neuron's rows and column
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -128,6 +131,46 @@ class Labels:
         norms = torch.zeros(x.shape[0], self.groups, dtype=x.dtype, device=x.device).scatter_add_(1, index, squares)
         norms = norms.sqrt() * scale[:, 0]
         return norms, lambda new: x * _ratio(new, norms).gather(1, index).view_as(x)
+
+
+@dataclass(frozen=True)
+class Tied:
+    """Matrices that share groups: group g is what all of them have at g, so that it goes from all of them at once.
+
+    seen: how each matrix has its groups, in order; default: the neurons of a gated MLP, as rows of gate and up and
+    columns of down. A point is a list of as many tensors, in `SFW` a group with joint=True. Raises ValueError in
+    `count` for another number of matrices, and for matrices of unlike numbers of groups.
+
+    >>> x = [torch.tensor([[[3.0], [0.0]]]), torch.tensor([[[0.0], [1.0]]]), torch.tensor([[[4.0, 0.0]]])]
+    >>> Tied().split(x)[0]
+    tensor([[5., 1.]])
+    """
+
+    seen: tuple[Groups, ...] = (Groups(), Groups(), Groups(1, "columns"))
+
+    @property
+    def free_columns(self) -> bool:
+        return False
+
+    def key(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        return matrix_of(shape)
+
+    def count(self, keys: Sequence[tuple[int, int]]) -> int:
+        """The number of groups that matrices of these sizes share."""
+        if len(keys) != len(self.seen):
+            raise ValueError(
+                f"{len(self.seen)} matrices share groups; got {len(keys)}: make them one group, joint=True"
+            )
+        counts = {each.count(*each.key(key)) for each, key in zip(self.seen, keys, strict=True)}
+        if len(counts) > 1:
+            raise ValueError(f"Matrices {list(keys)} have {sorted(counts)} groups, and must have as many each to share")
+        return counts.pop()
+
+    def split(self, parts: Sequence[Tensor]) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:
+        """The profile of parts (problems, rows, columns), one each, and what makes parts of another profile."""
+        found = [each.split(part) for each, part in zip(self.seen, parts, strict=True)]
+        norms = reduce(torch.hypot, [own for own, _ in found])
+        return norms, lambda new: [rebuild(own * _ratio(new, norms)) for own, rebuild in found]
 
 
 def _scale(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
     Recipe              model, device, precision, compile, prune, retrain, soup, out, save: the same for every task
     LanguageRecipe      and dtype, streaming, calibrate, shrink, reconstruct, evaluate
     ClassifierRecipe    and images, seed, train, during, recalibrate, corruptions, ...: what has the key `images`
+    EncoderRecipe       the same of texts: what has the key `texts`
 
 A recipe is a plain YAML mapping; every key is a field of a section. Sections that tasks share are one class. Its
 defaults are those of language models; a class `Classifier...` made of it says which are others, and what more there is.

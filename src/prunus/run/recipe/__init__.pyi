@@ -6,6 +6,8 @@ from .adapting import LanguageTraining as LanguageTraining
 from .adapting import Reconstruct as Reconstruct
 from .classifier import FORKING as FORKING
 from .classifier import ClassifierRecipe as ClassifierRecipe
+from .encoder import EncoderRecipe as EncoderRecipe
+from .encoder import LabelledTexts as LabelledTexts
 from .hashed import digest as digest
 from .hashed import given as given
 from .hashed import said as said
@@ -18,6 +20,7 @@ from .members import order_of as order_of
 from .pruning import ClassifierPrune as ClassifierPrune
 from .pruning import Kind as Kind
 from .pruning import Prune as Prune
+from .read import data_key as data_key
 from .read import load_recipe as load_recipe
 from .read import merge as merge
 from .read import parse as parse

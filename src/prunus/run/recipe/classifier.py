@@ -12,9 +12,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from prunus.data import check_model
+from prunus.data import Aim, check_model, config_of
 from prunus.run.recipe.during import MethodName, check_during
-from prunus.run.recipe.images import Corruptions, ImageSource
+from prunus.run.recipe.images import Corruptions, ImageSource, Labelled
 from prunus.run.recipe.members import check_members
 from prunus.run.recipe.pruning import ClassifierPrune, Prune
 from prunus.run.recipe.retraining import ClassifierRetrain
@@ -56,6 +56,7 @@ class ClassifierRecipe(Recipe):
     corruptions: Corruptions | None = None
     channels_last: Literal["auto"] | bool = "auto"
 
+    keyed: ClassVar[str] = "images"
     apart: ClassVar[int] = 15_485_863  # so that the members of one run are not those of the next seed's
 
     @property
@@ -80,12 +81,37 @@ class ClassifierRecipe(Recipe):
             raise ValueError("retrain.rewind: a network that became smaller has no earlier weights; leave it out")
         if self.soup is not None:
             self._check_soup(self.soup)
-        check_model(self.model, self.arguments)
+        self._check_network()
+        if not self.train.epochs:
+            self._check_untrained()
         if self.retrain is not None and self.retrain.train != ("full",):
             self._check_subset(self.retrain)
         if self.weights is not None and not Path(self.weights).expanduser().is_file():
             raise ValueError(f"weights: no file {self.weights!r} (seen from {os.getcwd()}); check the path")
         return self
+
+    @property
+    def data(self) -> Labelled:
+        """What it is trained and measured on, the section `keyed`."""
+        return getattr(self, self.keyed)
+
+    @property
+    def aim(self) -> Aim:
+        """What the network is to say of its inputs."""
+        return "classes"
+
+    def _check_network(self) -> None:
+        check_model(self.model, self.arguments)
+
+    def _check_untrained(self) -> None:
+        """Refuse what goes by a training, where there is none."""
+        if self.weights is None and config_of(self.model) is None:
+            raise ValueError("train.epochs: 0 leaves the network as it came, and this one comes without weights")
+        if self.during is not None or self.train.ema is not None:
+            raise ValueError(f"{'during' if self.during else 'train.ema'}: nothing is trained: give train.epochs")
+        if self.retrain is not None and (self.retrain.lr is None or self.retrain.share is not None):
+            key = "lr" if self.retrain.share is None else "epochs (in place of share)"
+            raise ValueError(f"retrain: there is no training to go by (train.epochs: 0): give retrain.{key}")
 
     def _check_subset(self, retrain: ClassifierRetrain) -> None:
         if self.soup is not None:

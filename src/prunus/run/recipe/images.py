@@ -11,31 +11,21 @@ from prunus.measure import CORRUPTIONS
 from prunus.run.plain import Strict
 from prunus.run.recipe.values import Count, Positive, Whole, check_there, looks_local
 
-__all__ = ["Augmentation", "Corruptions", "ImageSource"]
+__all__ = ["Augmentation", "Corruptions", "ImageSource", "Labelled"]
 
 
-class ImageSource(Strict):
-    """Where the images come from, and what is measured on.
-
-    source: "digits", a folder or file (.parquet, .npz, .safetensors), or a Hugging Face data set.
-    size: side to which pictures are brought. mean, std: of pixels / 255, by default the training images' own.
-    measure_on: "validation" holds out the share `validation` of the training images, without augmentation, and never
-    reads the test images; "test" trains on all training images; "both" holds out the same share for what is chosen by
-    images (greedy and learned soups), and measures on the test images.
-    """
+class Labelled(Strict):
+    """Where a classifier's examples come from, and which of them are measured on."""
 
     shorthands: ClassVar[tuple[str, ...]] = ("string",)
 
     source: str
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
     measure_on: Literal["test", "validation", "both"] = "test"
-    size: Count | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[Positive, ...] | None = None
 
     @property
     def measured(self) -> str:
-        """Which images are measured on: test or validation."""
+        """Which of them are measured on: test or validation."""
         return "validation" if self.measure_on == "validation" else "test"
 
     @model_validator(mode="before")
@@ -47,8 +37,23 @@ class ImageSource(Strict):
     @classmethod
     def _there(cls, value: str) -> str:
         if looks_local(value):
-            check_there(value, "give a path, a data set name or digits")
+            check_there(value, "give a path or the name of a data set")
         return value
+
+
+class ImageSource(Labelled):
+    """Where the images come from, and what is measured on.
+
+    source: "digits", a folder or file (.parquet, .npz, .safetensors), or a Hugging Face data set.
+    size: side to which pictures are brought. mean, std: of pixels / 255, by default the training images' own.
+    measure_on: "validation" holds out the share `validation` of the training images, without augmentation, and never
+    reads the test images; "test" trains on all training images; "both" holds out the same share for what is chosen by
+    images (greedy and learned soups), and measures on the test images.
+    """
+
+    size: Count | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[Positive, ...] | None = None
 
 
 class Augmentation(Strict):

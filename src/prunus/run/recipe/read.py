@@ -14,10 +14,11 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from prunus.run.plain import read_yaml
 from prunus.run.recipe.classifier import ClassifierRecipe
+from prunus.run.recipe.encoder import EncoderRecipe
 from prunus.run.recipe.language import LanguageRecipe
 from prunus.run.recipe.shared import Recipe
 
-__all__ = ["load_recipe", "merge", "parse", "schema_of_recipes"]
+__all__ = ["data_key", "load_recipe", "merge", "parse", "schema_of_recipes"]
 
 Section = TypeVar("Section", bound=BaseModel)
 
@@ -26,6 +27,10 @@ def load_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -
     """The checked recipe of a YAML file, of whichever task, with dotted overrides ({"prune.sparsity": 0.6}) put on top.
 
     Raises ValueError that lists every wrong key with its value and mend; FileNotFoundError for a missing recipe.
+
+    >>> prune = {"prune.criterion": "magnitude", "prune.pattern": "2:4"}
+    >>> load_recipe(None, {"model": "embedded", "out": "runs/example", **prune}).prune.pattern
+    '2:4'
     """
     raw = {} if path is None else read_yaml(path)
     return parse(merge(raw, overrides or {}), Recipe, str(path or "flags"))
@@ -47,8 +52,8 @@ def parse(raw: Mapping[str, Any], model: type[Section], where: str) -> Section:
 
 
 def schema_of_recipes() -> dict[str, Any]:
-    """The JSON schema of recipes of either task."""
-    return TypeAdapter(LanguageRecipe | ClassifierRecipe).json_schema() | {"title": "Recipe of Prunus"}
+    """The JSON schema of recipes of all tasks."""
+    return TypeAdapter(LanguageRecipe | ClassifierRecipe | EncoderRecipe).json_schema() | {"title": "Recipe of Prunus"}
 
 
 def _not_finite(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
@@ -77,8 +82,14 @@ def merge(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any
     return out
 
 
+def data_key(raw: Mapping[str, Any]) -> str | None:
+    """The key that says what a classifier is trained on, images or texts; None of a language model's recipe."""
+    return next((task.keyed for task in (ClassifierRecipe, EncoderRecipe) if task.keyed in raw), None)
+
+
 def _task_of(raw: Any) -> type[Recipe]:
-    return ClassifierRecipe if isinstance(raw, Mapping) and "images" in raw else LanguageRecipe
+    tasks = {"images": ClassifierRecipe, "texts": EncoderRecipe, None: LanguageRecipe}
+    return tasks[data_key(cast("Mapping[str, Any]", raw)) if isinstance(raw, Mapping) else None]
 
 
 _MEMBER = re.compile(r"\.(?:bool|int|float|str|dict|list|tuple|literal|constrained|function|\[key\])(?:\W.*)?$")
@@ -107,6 +118,7 @@ def _hint(path: Sequence[str], model: type[BaseModel]) -> str:
     """What an unknown key may have been meant to be."""
     known = sorted(_fields(model, path[:-1]))
     others = {LanguageRecipe: (ClassifierRecipe, "classifiers"), ClassifierRecipe: (LanguageRecipe, "language models")}
+    others[EncoderRecipe] = others[ClassifierRecipe]
     if model in others and path[-1] in _fields(others[model][0], path[:-1]):
         return f"that is a key of {others[model][1]}; known keys: {', '.join(known)}"
     close = difflib.get_close_matches(path[-1], known, n=1)

@@ -9,7 +9,7 @@ from pydantic import Field, create_model, model_validator
 from prunus.run.names import ScheduleName, optimizers, schedules
 from prunus.run.plain import Strict
 from prunus.run.recipe.images import Augmentation
-from prunus.run.recipe.values import Count, Positive
+from prunus.run.recipe.values import Count, Positive, Whole
 from prunus.run.vision.optimizers import OneOptimizer, Optimizer, Pull, Sgd
 
 __all__ = ["OptimizerChoice", "Training"]
@@ -27,10 +27,11 @@ class Training(Strict):
     penalty: what is added to the loss of the first training, not of retraining.
     clip: largest norm of the gradient. ema: decay of a running mean of the weights, which then is what is measured.
     snapshots: epochs after which the weights are kept, for weight rewinding.
+    epochs: 0 leaves a pretrained network as it came.
     evaluate_every: epochs between measurements while `prunus run` trains; 0 measures at the end alone.
     """
 
-    epochs: Count = 30
+    epochs: Whole = 30
     batch_size: Count = 512
     lr: Positive = 0.4
     schedule: ScheduleName = "linear"
@@ -54,7 +55,7 @@ class Training(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Training:
-        if self.warmup >= self.epochs:
+        if self.epochs and self.warmup >= self.epochs:
             raise ValueError(f"warmup: {self.warmup:g} epochs leave none of the {self.epochs}; set a smaller warmup")
         if self.warmup and not schedules.knows(self.schedule, "warmup"):
             raise ValueError(f"schedule {schedules.name(self.schedule)} rises by itself: set warmup: 0")

@@ -62,9 +62,9 @@ def dense_of(recipe: ClassifierRecipe) -> ClassifierRecipe:
 def dense_key(recipe: ClassifierRecipe) -> str:
     """Hash of what decides the dense training: recipes that agree on it share the run."""
     dense = dense_of(recipe)
-    if dense.images.measure_on == "both":  # which trains on the images that "validation" trains on
-        images = dense.images.model_copy(update={"measure_on": "validation"})
-        dense = dense.model_copy(update={"images": images})
+    if dense.data.measure_on == "both":  # which trains on the images that "validation" trains on
+        data = dense.data.model_copy(update={"measure_on": "validation"})
+        dense = dense.model_copy(update={dense.keyed: data})
     return digest(said(dense, but={"out": True, "save": True, "train": {"evaluate_every"}}))[:24]
 
 
@@ -81,6 +81,9 @@ def train_dense(
     checkpoint: a file from which a killed training goes on. watch: network -> what else looks at it while it trains.
     """
     model, left = setting.new_model(), _Left()
+    if not setting.recipe.train.epochs:
+        as_it_came = {"measured_on": setting.recipe.data.measured, "epochs": 0, "steps": 0, "seconds": 0.0}
+        return _written(folder, model, setting, Original.of([setting.recipe.train.lr]), as_it_came)
     multiplier, warmup = stages.schedule(setting)
     trace = stages.fit(
         model,
@@ -94,7 +97,7 @@ def train_dense(
     )
     steps, losses = len(trace.losses), losses_by_epoch(trace.losses, setting.epoch_steps)
     speed = steps * setting.recipe.train.batch_size / max(trace.seconds, 1e-9)
-    numbers = {"measured_on": setting.recipe.images.measured, "epochs": setting.recipe.train.epochs, "steps": steps}
+    numbers = {"measured_on": setting.recipe.data.measured, "epochs": setting.recipe.train.epochs, "steps": steps}
     numbers |= {"seconds": trace.seconds, "images_per_second": speed, **left.numbers()}
     return _written(folder, model, setting, Original.of(trace.lrs, warmup), numbers, losses=losses)
 

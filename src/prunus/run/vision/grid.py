@@ -9,9 +9,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
-from prunus.run.recipe import ClassifierRecipe, merge, parse
+from prunus.measure import headline
+from prunus.run.recipe import ClassifierRecipe, Recipe, data_key, merge, parse
 from prunus.run.store import Job, Store
 from prunus.run.tables import METRICS, Show, accuracy_row, accuracy_tables
 from prunus.run.vision.outcome import outcome
@@ -41,17 +42,18 @@ class _Classifiers:
 
     def recipe(self, raw: Mapping[str, Any], seed: int, *, tuning: bool, where: str) -> ClassifierRecipe:
         changes: dict[str, Any] = {"seed": seed}
-        if isinstance(raw.get("images"), str):
-            changes["images.source"] = raw["images"]
+        key = data_key(raw)
+        if isinstance(raw.get(str(key)), str):
+            changes[f"{key}.source"] = raw[str(key)]
         if tuning:
-            changes |= {"images.measure_on": "validation", "corruptions": None}
-        return parse(merge(raw, changes), ClassifierRecipe, where)
+            changes |= {f"{key}.measure_on": "validation", "corruptions": None}
+        return cast("ClassifierRecipe", parse(merge(raw, changes), Recipe, where))
 
     def seeded(self, recipe: ClassifierRecipe) -> bool:
         return True
 
     def loss(self, result: Result, text: str | None) -> float:
-        return -float(result["accuracy"])
+        return -headline(result)[1]
 
     def needs(self, recipe: ClassifierRecipe) -> tuple[Job, ...]:
         """All its trainings and what they start from."""
@@ -62,7 +64,7 @@ class _Classifiers:
 
     def order(self, recipe: ClassifierRecipe) -> tuple[Any, ...]:
         """Those that choose values first, then the longest, so that the last ones to finish are short."""
-        return recipe.images.measure_on != "validation", -_epochs(recipe)
+        return recipe.data.measure_on != "validation", -_epochs(recipe)
 
     def look(self, recipes: Sequence[ClassifierRecipe]) -> None:
         """Images are read where they are needed."""
@@ -70,7 +72,7 @@ class _Classifiers:
     @contextmanager
     def prepared(self, recipes: Sequence[ClassifierRecipe]) -> Generator[None]:
         """Read the images and count the operations of each network."""
-        for recipe in {(str(each.images), each.model, each.device): each for each in recipes}.values():
+        for recipe in {(str(each.data), each.model, each.device): each for each in recipes}.values():
             operations(Setting.of(recipe))
         yield
 

@@ -33,7 +33,7 @@ from prunus.run.vision.smaller import smaller
 from prunus.run.vision.soups.averaging import Average, Meter, averaged
 from prunus.run.vision.watch import watchers
 from prunus.soup import average, average_and_reprune, distance, finish, phase_sparsities
-from prunus.train import During, Multiplier, Original, Swa, distilled_classification
+from prunus.train import During, Multiplier, Original, Swa
 
 __all__ = [
     "ClassifierJobs",
@@ -126,7 +126,7 @@ def pruned_job(
     asked, count, rewind = given(recipe.prune), phases or given(recipe.prune).phases, _rewind(recipe)
     target = phase_sparsities(asked.sparsity, count, asked.ramp)[phase]
     seed, last = recipe.seed + 7919 * phase, phase + 1 == count
-    how = [said(asked, but={"sparsity", "phases"}), target, last and [recipe.recalibrate, recipe.images.measured]]
+    how = [said(asked, but={"sparsity", "phases"}), target, last and [recipe.recalibrate, recipe.data.measured]]
     drawn = seed if "seed" in criteria.takes(asked.criterion) else None
     key = ["pruned", before.key, None if within is None else within.key, how, drawn, rewind]
     needs = tuple(job for job in (before, within, None if rewind is None else base) if job is not None)
@@ -182,7 +182,7 @@ def measured_of(numbers: Mapping[str, Any]) -> dict[str, Any]:
 
 def averaged_job(recipe: ClassifierRecipe, start: Job, members: Sequence[Job]) -> Job:
     """The average of a phase's members, as the recipe asks for it; start: what they were pruned as."""
-    held = recipe.images.validation if recipe.images.measure_on != "test" else None
+    held = recipe.data.validation if recipe.data.measure_on != "test" else None
     how = [given(recipe.soup).average, recipe.recalibrate, held]
     return _start(recipe, ["averaged", how, [member.key for member in members]], _average, (start, *members))
 
@@ -383,11 +383,9 @@ def _taught(asked: Training, base: Job, store: Store) -> stages.Loss | None:
     """The loss that holds what is retrained against the dense network; None if the recipe asks for no teacher."""
     own = asked.own
     distill = None if own.retrain is None or asked.whole else own.retrain.distill
-    if distill is None:
+    if distill is None and own.aim != "embeddings":
         return None
-    teacher = network(own, store, base, base).eval().requires_grad_(False)
-    smoothing = own.train.label_smoothing
-    return distilled_classification(teacher, distill.weight, distill.temperature, smoothing=smoothing)
+    return stages.taught(network(own, store, base, base), distill, Setting.of(own))
 
 
 def _measure_trained(asked: Training, model: nn.Module, setting: Setting) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from prunus.machine import read_json
 from prunus.masks import Masks
-from prunus.measure import CORRUPTIONS, weight_change
+from prunus.measure import CORRUPTIONS, headline, weight_change
 from prunus.run.store import Job, Store
 from prunus.run.vision import stages
 from prunus.run.vision.jobs import Trunk, network
@@ -23,7 +23,17 @@ from prunus.run.vision.soups.rows import Rows
 
 __all__ = ["Outcome", "outcome"]
 
-_KEPT = ("top5", "loss", "calibration_error", "maximum_calibration_error", "worst_class", "images")
+_KEPT = (
+    "top5",
+    "loss",
+    "calibration_error",
+    "maximum_calibration_error",
+    "worst_class",
+    "images",
+    "texts",
+    "spearman",
+    "pearson",
+)
 
 
 @dataclass(frozen=True)
@@ -75,8 +85,8 @@ def _single(plan: Plan, store: Store) -> Outcome:
     if next(reversed(found)) not in ("recalibrated", "settled") and stages.settle(model, setting):
         found["settled"] = stages.measure(model, setting)
     last, masks = next(reversed(found.values())), None if run.masks is None else store.masks(run.masks)
-    result = {"accuracy": last["top1"], **{key: last[key] for key in last if key in _KEPT}}
-    result |= {"measured_on": recipe.images.measured, "stages": found, "phases": _phases(plan, run, trunk, store)}
+    result = {**dict([headline(last)]), **{key: last[key] for key in last if key in _KEPT}}
+    result |= {"measured_on": recipe.data.measured, "stages": found, "phases": _phases(plan, run, trunk, store)}
     result |= {"sparsity": 0.0 if masks is None else masks.sparsity, **_work(plan, run, trunk, store)}
     result |= _sizes(plan, run, model, masks, store)
     if recipe.corruptions is not None:

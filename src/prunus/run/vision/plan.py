@@ -153,7 +153,7 @@ def before_retraining(plan: Plan, run: Run, store: Store) -> dict[str, Any]:
 
     A dense network is measured anew if it was measured on other images than this recipe is.
     """
-    found, measured = dict(Trunk.of(plan.base, store).measured), plan.recipe.images.measured
+    found, measured = dict(Trunk.of(plan.base, store).measured), plan.recipe.data.measured
     dense = found.get("dense")
     if dense is not None:
         if dense.get("measured_on", measured) != measured:

@@ -1,12 +1,12 @@
-"""Where a classifier recipe runs: device, precision, and the images, which a process reads and moves once.
+"""Where a classifier recipe runs: device, precision, and the images or texts, which a process reads and moves once.
 
-The split into training and validation images is the same for every seed and every recipe of a source.
+The split into training and validation parts is the same for every seed and every recipe of a source.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,23 +19,32 @@ from prunus.data import (
     Augment,
     ImageBatches,
     Images,
+    SentenceBatches,
+    Sentences,
+    build_encoder,
     build_model,
     config_of,
     load_weights_,
     matched,
     plain_batches,
     read_images,
+    read_sentences,
+    sentence_batches,
 )
 from prunus.machine import Precision
 from prunus.measure import CORRUPTIONS, corrupted_sets
 from prunus.run.folder import device_name, device_of
 from prunus.run.outline import check_pruning
-from prunus.run.recipe import ClassifierRecipe, Corruptions, ImageSource
+from prunus.run.recipe import ClassifierRecipe, Corruptions, EncoderRecipe, ImageSource
 
-__all__ = ["ImageSets", "Setting"]
+__all__ = ["Examples", "ImageSets", "Setting"]
+
+Examples = Images | Sentences
+Batches = Callable[[int], tuple[Any, Tensor]]
 
 SPLIT_SEED = 0
 _EVALUATED = 1000  # images at a time
+_EVALUATED_TEXTS = 64
 _SETTLING = 1009  # the part of `Setting.batches` that BatchNorm statistics are counted on: no phase has its number
 _lock = threading.RLock()  # reading, and the global generator, are one thread's at a time
 _read: dict[tuple[Any, ...], Images] = {}
@@ -47,14 +56,14 @@ _fits: set[tuple[Any, ...]] = set()  # networks, images and pruning that go toge
 class ImageSets:
     """What is trained on and what is measured on, on the device; mean and std (C,) of the former's pixels / 255.
 
-    held: training images that were held out, None when all are trained on.
+    held: training images that were held out, None when all are trained on. Texts have neither mean nor deviation.
     """
 
-    train: Images
-    measured: Images
+    train: Examples
+    measured: Examples
     mean: Tensor
     std: Tensor
-    held: Images | None = None
+    held: Examples | None = None
 
 
 @dataclass(frozen=True)
@@ -81,18 +90,19 @@ class Setting:
         cuda = device.type == "cuda"
         if cuda:
             torch.backends.cudnn.benchmark = True
-        sets = _image_sets(recipe.images, device)
+        sets, keyed = _sets_of(recipe, device), recipe.keyed
         if len(sets.train) < recipe.train.batch_size:
             raise ValueError(
-                f"train.batch_size: {recipe.train.batch_size} is more than the {len(sets.train)} training images"
+                f"train.batch_size: {recipe.train.batch_size} is more than the {len(sets.train)} training {keyed}"
             )
-        if sets.train.classes < 2:
+        if recipe.aim == "classes" and sets.train.classes < 2:
             raise ValueError(
-                f"images.source {recipe.images.source!r}: all are of 1 class; a classifier needs 2 at least"
+                f"{keyed}.source {recipe.data.source!r}: all are of 1 class; a classifier needs 2 at least"
             )
         precision: Precision = ("bf16" if cuda else "fp32") if recipe.precision == "auto" else recipe.precision
-        capture = cuda if recipe.capture == "auto" else recipe.capture
-        channels_last = cuda if recipe.channels_last == "auto" else recipe.channels_last
+        images = recipe.keyed == "images"  # texts are of many lengths, which no recording has
+        capture = cuda and images if recipe.capture == "auto" else recipe.capture
+        channels_last = cuda and images if recipe.channels_last == "auto" else recipe.channels_last
         found = cls(recipe, device, precision, capture, channels_last, sets)
         found._check_model()
         if recipe.corruptions is not None:
@@ -104,9 +114,16 @@ class Setting:
         """The device in words."""
         return device_name(self.device)
 
+    def example(self) -> Any:
+        """One input of the network, on the CPU: an image of zeros, or a text as long as the longest."""
+        if isinstance(self.sets.train, Images):
+            return torch.zeros(1, *self.sets.train.pixels.shape[1:])
+        return {key: each[:1].long().cpu() for key, each in self.sets.train.fields.items()}
+
     def corruptible(self, asked: Corruptions) -> Images:
         """The images of which corruptions are measured: the first ones of those that are measured on, or all."""
         images = self.sets.measured
+        assert isinstance(images, Images)
         count = min(asked.images or len(images), len(images))
         return images if count == len(images) else images.take(torch.arange(count))
 
@@ -148,6 +165,9 @@ class Setting:
 
     def _built(self) -> nn.Module:
         images, own = self.sets.train, {"arguments": self.recipe.arguments} if self.recipe.arguments else {}
+        if isinstance(images, Sentences):
+            values, labels = self.recipe.aim == "values", images.names or None
+            return build_encoder(self.recipe.model, labels=labels, values=values, **own)
         return build_model(self.recipe.model, classes=images.classes, channels=images.pixels.shape[1], **own)
 
     def _check_model(self) -> None:
@@ -155,59 +175,66 @@ class Setting:
 
         What went well once does so in every job of a process, but for a model in a folder, whose files may change.
         """
-        recipe, images = self.recipe, self.sets.train
-        network = (recipe.model, repr(recipe.arguments), images.classes, images.pixels.shape[1:])
-        asked = (*network, recipe.prune and recipe.prune.model_dump_json())
+        recipe, data = self.recipe, self.sets.train
+        shape = None if isinstance(data, Sentences) else (data.classes, data.pixels.shape[1:])
+        asked = (recipe.model, repr(recipe.arguments), shape, recipe.prune and recipe.prune.model_dump_json())
         if asked in _fits and config_of(recipe.model) is None:
             return
         model = self.empty_model()
-        self._check_size(model)
+        if shape is not None:
+            self._check_size(model)
         if recipe.prune is not None:
             check_pruning(model, recipe.prune)
         _fits.add(asked)
 
     def _check_size(self, model: nn.Module) -> None:
         """Raise ValueError for a network that takes no images of this size, as far as an empty one can tell."""
-        shape = tuple(self.sets.train.pixels.shape[1:])
+        example = self.example().to("meta")
         try:
             with torch.no_grad():
-                model.eval()(torch.empty(1, *shape, device="meta"))
+                model.eval()(example)
         except (RuntimeError, ValueError, AssertionError) as error:
             if "meta" not in str(error).lower():
+                shape = tuple(example.shape[1:])
                 raise ValueError(
                     f"model: {self.recipe.model!r} takes no images of {shape} (channels, rows, columns: "
                     f"{' '.join(str(error).split())[:150]}); give another, images.size, or its arguments"
                 ) from None
 
-    def batches(self, part: int) -> ImageBatches:
+    def batches(self, part: int) -> Batches:
         """Augmented training batches; part: 0 for the training, j for the retraining of phase j, each in its order."""
-        asked = self.recipe.train
+        asked, examples, seed = self.recipe.train, self.sets.train, self.recipe.seed + 1_000_003 * part
+        order = None if self.order is None else self.order + 1_000_003 * part
+        if isinstance(examples, Sentences):
+            return SentenceBatches(examples, batch_size=asked.batch_size, seed=seed, order_seed=order)
         return ImageBatches(
-            self.sets.train,
+            examples,
             batch_size=asked.batch_size,
-            seed=self.recipe.seed + 1_000_003 * part,
-            order_seed=None if self.order is None else self.order + 1_000_003 * part,
+            seed=seed,
+            order_seed=order,
             augment=Augment(**asked.augment.model_dump()),
             mean=self.sets.mean,
             std=self.sets.std,
             channels_last=self.channels_last,
         )
 
-    def measured(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def measured(self) -> Iterator[tuple[Any, Tensor]]:
         """The batches that are measured on, in order and without augmentation."""
         return self._plain(self.sets.measured)
 
-    def held(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def held(self) -> Iterator[tuple[Any, Tensor]]:
         """The batches of held-out images, by which soups are chosen, in order and without augmentation."""
         assert self.sets.held is not None, "the recipe holds no images out"
         return self._plain(self.sets.held)
 
-    def training(self, share: float) -> Iterator[tuple[Tensor, Tensor]]:
+    def training(self, share: float) -> Iterator[tuple[Any, Tensor]]:
         """That share of an epoch's batches, of the training's size and augmented as there, in an order of their own."""
         batches = self.batches(_SETTLING)
         return (batches(step) for step in range(self.steps(share)))
 
-    def _plain(self, images: Images) -> Iterator[tuple[Tensor, Tensor]]:
+    def _plain(self, images: Examples) -> Iterator[tuple[Any, Tensor]]:
+        if isinstance(images, Sentences):
+            return sentence_batches(images, batch_size=_EVALUATED_TEXTS)
         return plain_batches(
             images,
             batch_size=_EVALUATED,
@@ -217,12 +244,16 @@ class Setting:
         )
 
 
-def _image_sets(asked: ImageSource, device: torch.device) -> ImageSets:
-    key = (asked.model_dump_json(), str(device))
+def _sets_of(recipe: ClassifierRecipe, device: torch.device) -> ImageSets:
+    key = (recipe.data.model_dump_json(), recipe.model if isinstance(recipe, EncoderRecipe) else "", str(device))
     with _lock:
         if key not in _sets:
-            train, measured, held = _parts(asked)
-            mean, std = _normal(asked, train)
+            if isinstance(recipe, EncoderRecipe):
+                train, measured, held = _text_parts(recipe)
+                mean = std = torch.zeros(0)
+            else:
+                train, measured, held = _parts(recipe.images)
+                mean, std = _normal(recipe.images, train)
             moved = (train.to(device), measured.to(device), mean.to(device), std.to(device))
             _sets[key] = ImageSets(*moved, None if held is None else held.to(device))
             if device.type == "cuda":  # other threads read them on streams of their own
@@ -241,6 +272,34 @@ def _parts(asked: ImageSource) -> tuple[Images, Images, Images | None]:
         return train, matched(test, whole), held
     except ValueError as error:
         raise ValueError(f"images.source {asked.source!r}: {error}") from None
+
+
+def _text_parts(recipe: EncoderRecipe) -> tuple[Sentences, Sentences, Sentences | None]:
+    """The texts that are trained on, measured on, held out, as the folder's own tokenizer reads them."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    asked, folder = recipe.texts, Path(recipe.model).expanduser()
+    tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+    longest = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or asked.length)
+
+    def read(split: str | None, names: Sequence[str]) -> Sentences:
+        columns, length = asked.columns, min(asked.length, longest)
+        return read_sentences(
+            asked.source, tokenizer, asked.aim, columns, label=asked.label, split=split, length=length, names=names
+        )
+
+    known = tuple(name for _, name in sorted((config.id2label or {}).items()))
+    whole = read(None if Path(asked.source).expanduser().is_file() else "train", known)
+    if asked.measure_on == "validation":
+        train, held = whole.split(asked.validation, SPLIT_SEED)
+        return train, held, held
+    test = read("test", whole.names)
+    if test.names != whole.names:
+        alone = sorted(set(test.names) - set(whole.names)) or test.names
+        raise ValueError(
+            f"texts.source {asked.source!r}: class {alone[0]!r} is only among the test texts; leave it out"
+        )
+    return whole, test, None
 
 
 def _normal(asked: ImageSource, train: Images) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,7 @@ def smaller(model: nn.Module, setting: Setting, asked: ClassifierPrune, seed: in
 
     Raises ValueError for globs that match no layer, budgets too small, and networks whose graph cannot be read.
     """
-    example = torch.zeros(1, *setting.sets.train.pixels.shape[1:])
+    example = setting.example()
     with unrecorded():
         made = _without_filters if asked.kind == "filters" else _low_rank
         small, kept, lost = made(model, example, asked, seed)

@@ -5,22 +5,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from prunus.data import Images
 from prunus.layers import View, find_layers
 from prunus.masks import Masks
-from prunus.measure import Accuracy, Corrupted, Cost, accuracy, own_flops
+from prunus.measure import Accuracy, Corrupted, Cost, accuracy, agreement, fidelity, own_flops
 from prunus.prune import prune
 from prunus.run.names import schedules
-from prunus.run.recipe import ClassifierPrune, Corruptions
+from prunus.run.recipe import ClassifierPrune, Corruptions, Distill
 from prunus.run.vision.optimizers import Given
 from prunus.run.vision.setting import Setting
 from prunus.score import needed, observable
@@ -30,7 +29,11 @@ from prunus.train import (
     Multiplier,
     Trace,
     classification_loss,
+    distilled_classification,
+    distilled_embeddings,
+    distilled_regression,
     recalibrate_,
+    regression_loss,
     risen,
     train,
     unrecorded,
@@ -50,11 +53,12 @@ __all__ = [
     "schedule",
     "select",
     "settle",
+    "taught",
     "views_of",
 ]
 
 OnStep = Callable[[int, float], None]
-Loss = Callable[[nn.Module, tuple[Any, Tensor]], Tensor]  # of (model, (images, labels))
+Loss = Callable[[nn.Module, tuple[Any, Tensor]], Tensor]  # of (model, (inputs, labels))
 _CALIBRATED = 1024  # images
 
 
@@ -85,7 +89,7 @@ def fit(
     """Train in place what requires gradients; part as in `Setting.batches`. A running mean, if asked for, ends up in
     the model.
 
-    loss: the recipe's cross-entropy if left out.
+    loss: that of the recipe's labels if left out.
 
     Retraining (part > 0) stays in the feasible sets of Frank-Wolfe, but is without proximal steps and penalty: what
     they were to bring about is there. A network that has become smaller (no masks) no longer fits those sets.
@@ -103,7 +107,7 @@ def fit(
         optimizer,
         multiplier,
         steps=steps,
-        loss=loss or classification_loss(asked.label_smoothing),
+        loss=loss or _labelled(setting),
         masks=masks,
         during=[*methods, *mean],
         epoch_steps=setting.epoch_steps,
@@ -120,16 +124,46 @@ def fit(
     return trace
 
 
+def _labelled(setting: Setting) -> Loss:
+    """The loss by labels alone."""
+    return regression_loss() if setting.recipe.aim == "values" else classification_loss(_smoothing(setting))
+
+
+def taught(teacher: nn.Module, asked: Distill | None, setting: Setting) -> Loss:
+    """The loss that holds a network against its teacher, as the aim of the recipe has it."""
+    teacher = teacher.eval().requires_grad_(False)
+    if setting.recipe.aim == "embeddings":
+        held = distilled_embeddings(teacher)
+        return lambda model, batch: held(model, batch[0])
+    asked = asked or Distill()
+    if setting.recipe.aim == "values":
+        return distilled_regression(teacher, asked.weight)
+    return distilled_classification(teacher, asked.weight, asked.temperature, smoothing=_smoothing(setting))
+
+
+def _smoothing(setting: Setting) -> float:
+    return setting.recipe.train.label_smoothing
+
+
 def measure(model: nn.Module, setting: Setting) -> dict[str, Any]:
-    """Accuracy and its companions (shares in [0, 1]) on what the recipe measures on."""
-    with unrecorded():
-        return asdict(accuracy(model, setting.measured(), precision=setting.precision))
+    """Accuracy and its companions (shares in [0, 1]) on what the recipe measures on, or what texts are for."""
+    return _measured(model, setting, setting.measured())
 
 
 def measure_held(model: nn.Module, setting: Setting) -> dict[str, Any]:
     """The same on the images that the recipe holds out, by which soups are chosen."""
+    return _measured(model, setting, setting.held())
+
+
+def _measured(model: nn.Module, setting: Setting, batches: Iterator[tuple[Any, Tensor]]) -> dict[str, Any]:
+    precision, aim = setting.precision, setting.recipe.aim
     with unrecorded():
-        return asdict(accuracy(model, setting.held(), precision=setting.precision))
+        if aim == "embeddings":  # what is never trained is as it came
+            return asdict(fidelity(model, setting.new_model(), batches, precision=precision))
+        if aim == "values":
+            return asdict(agreement(model, batches, precision=precision))
+        found = asdict(accuracy(model, batches, precision=precision))
+    return found if setting.recipe.keyed == "images" else found | {"texts": found.pop("images")}
 
 
 def corrupted(
@@ -198,15 +232,16 @@ _operations: dict[tuple[Any, ...], dict[str, int]] = {}
 
 
 def operations(setting: Setting) -> dict[str, int]:
-    """Module name -> floating-point operations of one image, counted once a process for each network.
+    """Module name -> floating-point operations of one image or text, counted once a process for each network.
 
     torch's counter hooks every module of the process, so it must not run beside a thread that trains.
     """
-    shape = tuple(setting.sets.train.pixels.shape[1:])
-    key = (setting.recipe.model, setting.sets.train.classes, shape)
+    example = setting.example()
+    shapes = tuple(tuple(each.shape) for each in (example.values() if isinstance(example, dict) else [example]))
+    key = (setting.recipe.model, setting.sets.train.classes, shapes)
     if key not in _operations:
         model = setting.new_model().to("cpu")
-        _operations[key] = own_flops(model, torch.zeros(1, *shape))
+        _operations[key] = own_flops(model, example)
     return _operations[key]
 
 

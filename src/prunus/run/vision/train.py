@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -24,13 +24,13 @@ from prunus import __version__
 from prunus.data import config_of
 from prunus.machine import is_pretrained, read_json, write_json, write_text
 from prunus.masks import Masks
-from prunus.measure import Energy
+from prunus.measure import Energy, headline
 from prunus.report import append_once, plot_accuracy, plot_lines, plot_plane, plot_run, progress
 from prunus.run.folder import begin, finished, held, ran_on
 from prunus.run.outline import Outline, outline_classifier
 from prunus.run.plain import Unfinished, read_yaml
 from prunus.run.pool import Workers, finish, run
-from prunus.run.recipe import ClassifierRecipe, digest, merge, parse, said
+from prunus.run.recipe import ClassifierRecipe, Recipe, digest, merge, parse, said
 from prunus.run.store import Store
 from prunus.run.tables import by_phase
 from prunus.run.vision import stages
@@ -39,7 +39,7 @@ from prunus.run.vision.jobs import ClassifierJobs, forks_after
 from prunus.run.vision.outcome import Outcome, outcome
 from prunus.run.vision.plan import Plan
 from prunus.run.vision.setting import Setting
-from prunus.save import FORMAT, INFO_NAME, MASKS_NAME
+from prunus.save import FORMAT, INFO_NAME, MASKS_NAME, copy_small_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -149,7 +149,7 @@ def pruning_of(run: Path, overrides: Mapping[str, Any], out: Path | None = None)
         why = "its network was pruned while it was trained" if raw.get("during") else "its training is not finished"
         raise ValueError(f"{run} holds no dense network: {why}; give the folder of a finished dense training")
     raw = merge({**raw, "out": str(out or run / "pruned")}, dict(overrides))
-    recipe = parse(raw, ClassifierRecipe, str(run))
+    recipe = cast("ClassifierRecipe", parse(raw, Recipe, str(run)))
     if recipe.prune is None:
         raise ValueError("nothing would be pruned: give --sparsity")
     if dense_key(recipe) != found.metrics["key"]:
@@ -184,9 +184,11 @@ def _write(out: Path, recipe: ClassifierRecipe, made: Outcome, result: dict[str,
 
 def _plot(out: Path, recipe: ClassifierRecipe, result: Mapping[str, Any], trace: Mapping[str, Any]) -> str:
     """The picture of a run, of a soup accuracy by phase, and its title."""
-    shown = {name: 100 * found["top1"] for name, found in result["stages"].items()}
+    stages_of = {name: headline(found) for name, found in result["stages"].items()}
+    shown, (what, _) = {name: 100 * share for name, (_, share) in stages_of.items()}, next(iter(stages_of.values()))
     if recipe.soup is None:
-        plot_run(trace.get("losses", []), shown, out / "report.png", rates=_rates(trace), title=recipe.model)
+        losses, rates = trace.get("losses", []), _rates(trace)
+        plot_run(losses, shown, out / "report.png", rates=rates, title=Path(recipe.model).name, what=what)
         return recipe.model
     title, xlabel = f"{recipe.model}, {recipe.soup.members} members", "sparsity after the phase"
     panels, dense = {"": by_phase([result])}, shown.get("dense")
@@ -221,8 +223,8 @@ def _write_config(out: Path, recipe: ClassifierRecipe, model: PreTrainedModel) -
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(out)
     own = config_of(recipe.model)
-    for path in [] if own is None else own.parent.glob("*processor_config.json"):
-        shutil.copyfile(path, out / path.name)
+    if own is not None:
+        copy_small_files(own.parent, out)
 
 
 def _rates(trace: Mapping[str, Any]) -> list[float]:

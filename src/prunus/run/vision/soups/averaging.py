@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prunus.data import ImageBatches
+from prunus.data import ImageBatches, Images
 from prunus.masks import Masks
 from prunus.run.names import Choice, averages
 from prunus.run.recipe import ClassifierRecipe
@@ -59,7 +59,7 @@ class Meter:
         """What the held-out images say, as they are: of accuracy with BatchNorm settled, as the average would be used,
         and of the loss."""
         setting, images = self.setting, self.setting.sets.held
-        assert images is not None
+        assert isinstance(images, Images)
         batches = ImageBatches(
             images,
             batch_size=min(setting.recipe.train.batch_size, len(images)),
