@@ -151,11 +151,16 @@ class Setting:
             model = self._built()
         if self.recipe.weights is not None:
             load_weights_(model, Path(self.recipe.weights).expanduser(), other_head=True)
+        model = self.laid_out(model)
+        if self.recipe.compile:
+            compile_blocks_(model)
+        return model
+
+    def laid_out(self, model: nn.Module) -> nn.Module:
+        """The same model on the device, its weights in the order that is fast there."""
         model = model.to(self.device)
         if self.channels_last:
             model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's stub lacks it
-        if self.recipe.compile:
-            compile_blocks_(model)
         return model
 
     def empty_model(self) -> nn.Module:
