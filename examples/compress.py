@@ -1,4 +1,4 @@
-"""Prune the embedded model to 2:4 with SparseGPT, train its norms and biases, save it. About ten seconds on a CPU.
+"""Prune the embedded model to 2:4 with SparseGPT, train its norms and biases, save it. About five seconds on a CPU.
 
 python examples/compress.py
 """
@@ -14,7 +14,7 @@ SPARSE = "runs/example"
 model = AutoModelForCausalLM.from_pretrained(ASSETS, dtype="float32").eval()  # any causal language model
 tokenizer = AutoTokenizer.from_pretrained(ASSETS)
 text = prunus.tokenize(prunus.read_texts("embedded", split="train"), tokenizer)
-test = prunus.tokenize(prunus.read_texts("embedded", split="test"), tokenizer)[:2048]
+test = prunus.tokenize(prunus.read_texts("embedded", split="test"), tokenizer)[:1024]
 
 
 def show(stage: str) -> None:
@@ -32,9 +32,9 @@ packed = prunus.PackedTokens(text, length=128)
 prunus.train(
     model,
     lambda step: packed.at(step, batch=4, seed=0),
-    torch.optim.AdamW(adaptation.param_groups(3e-3), weight_decay=0.0),
-    prunus.linear_warmup_decay(20),
-    steps=20,
+    torch.optim.AdamW(adaptation.param_groups(1e-3), weight_decay=0.0),
+    prunus.linear_warmup_decay(8),
+    steps=8,
 )
 adaptation.merge_()
 show("retrained")

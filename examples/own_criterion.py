@@ -20,7 +20,7 @@ def main() -> None:
     """Prune to 60 % by both, over whole layers, and show perplexities."""
     tokenizer = AutoTokenizer.from_pretrained(ASSETS)
     text = prunus.tokenize(prunus.read_texts("embedded", split="train"), tokenizer)
-    test = prunus.tokenize(prunus.read_texts("embedded", split="validation"), tokenizer)[:2048]
+    test = prunus.tokenize(prunus.read_texts("embedded", split="validation"), tokenizer)[:1024]
     windows = prunus.calibration(text, samples=16, length=128, seed=0)
     for score in (prunus.wanda, symmetric):
         model = AutoModelForCausalLM.from_pretrained(ASSETS, dtype="float32").eval()

@@ -622,6 +622,8 @@ def test_weight_decay_is_of_matrices(tiny_folder: Path, text_file: Path, tmp_pat
 @pytest.mark.parametrize(
     ("retrain", "message"),
     [
+        ({"distill": {"teachr": 1}}, r"unknown key 'retrain\.distill\.teachr'; did you mean 'teacher'\?"),
+        ({"distill": {"weight": "half"}}, r"retrain\.distill\.weight: Input should be a valid number"),
         ({"keep_best": True}, r"keep_best: nothing is measured meanwhile: set evaluate_every: 50"),
         ({"patience": 2, "evaluate_every": 5}, r"give evaluate\.data a second text"),
         ({"watch": "wiki", "evaluate_every": 5}, r"evaluate\.data has no text 'wiki', only text"),

@@ -39,7 +39,7 @@ from prunus.soup.imp import Phase, imp
 from prunus.train.batchnorm import recalibrate_
 from prunus.train.lr import allr
 from tests.processes import start_command
-from tests.systems.test_vision import Tiny, few, raw, tiny
+from tests.systems.test_vision import Tiny, few, make_tiny, raw, tiny
 
 __all__ = ["few", "tiny"]
 
@@ -47,7 +47,7 @@ PRUNED: dict[str, Any] = {"prune": {"sparsity": 0.9, "phases": 2}, "retrain": {"
 
 
 def asked(out: Path, soup: dict[str, Any] | None = None, **changes: Any) -> ClassifierRecipe:
-    section = {"members": 3, "baselines": [], "line": 3, "plane": 2} | (soup or {})
+    section = {"members": 3, "baselines": [], "line": 0, "plane": 0} | (soup or {})
     return parse(raw(out, **{**PRUNED, "soup": section, **changes}), ClassifierRecipe, "test")
 
 
@@ -59,34 +59,48 @@ def held_out(**changes: Any) -> dict[str, Any]:
     return {"images": {"source": "digits", "measure_on": "both"}} | changes
 
 
+WHOLE: dict[str, Any] = {"baselines": ["imp", "longer"], "line": 3, "plane": 2}
+Made = tuple[ClassifierRecipe, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A soup that is finished, one job after another, and its result."""
+    with pytest.MonkeyPatch.context() as patched:
+        make_tiny(patched)
+        recipe = asked(tmp_path_factory.mktemp("whole") / "soup", WHOLE)
+        return recipe, train_run(recipe)
+
+
 @pytest.mark.usefixtures("tiny")
-def test_a_soup_leaves_what_it_says(tmp_path: Path) -> None:
-    recipe = asked(tmp_path)
-    result = train_run(recipe)
+def test_a_soup_leaves_what_it_says(whole: Made) -> None:
+    recipe, result = whole
+    out = Path(recipe.out)
     names = "accuracy.png lines.png masks.safetensors model.safetensors plane.png prunus.json recipe.yaml result.json"
-    assert {path.name for path in tmp_path.iterdir()} == {*names.split(), ".prunus-run", "members", "dense"}
+    assert {path.name for path in out.iterdir()} == {*names.split(), ".prunus-run", "members", "dense"}
     model, setting = Tiny(), Setting.of(recipe)
-    model.load_state_dict(load_file(tmp_path / "model.safetensors"))
-    masks = Masks.load(tmp_path / "masks.safetensors")
+    model.load_state_dict(load_file(out / "model.safetensors"))
+    masks = Masks.load(out / "masks.safetensors")
     masks.check(model)
     assert masks.sparsity == result["sparsity"] == pytest.approx(0.9, abs=1e-3)
     assert accuracy(model, setting.measured()).top1 == result["accuracy"] == row(result, "soup")["accuracy"]
     assert result["phases"][0]["sparsity"] == pytest.approx(1 - 0.1**0.5, abs=1e-3)
     assert [len(phase["members"]) for phase in result["phases"]] == [3, 3]
     assert set(result["between"]["lines"]) == {"1 to 2", "1 to 3", "2 to 3"}
-    assert train_run(recipe) == json.loads((tmp_path / "result.json").read_text())
+    assert train_run(recipe) == json.loads((out / "result.json").read_text())
     # A mean member costs what the soup's first phase did, and one retraining.
     epochs = {each["name"]: each["epochs"] for each in result["rows"]}
-    assert epochs == {"dense": 2, "soup": 8, "mean_member": 6, "best_member": 8, "ensemble": 8}
+    alone = {"mean_member": 6, "best_member": 8, "ensemble": 8}
+    assert epochs == {"dense": 2, "soup": 8, "imp": 4, "longer": 8, **alone}
     assert row(result, "ensemble")["inference"] == pytest.approx(3 * row(result, "soup")["inference"])
 
 
 @pytest.mark.usefixtures("tiny")
-def test_the_recipe_is_the_library_s_loop(tmp_path: Path) -> None:
+def test_the_recipe_is_the_library_s_loop(whole: Made) -> None:
     """Every phase of `prunus run` against `sms_` with `train` called by hand: the same bits."""
-    recipe = asked(tmp_path)
-    result = train_run(recipe)
-    setting, dense = Setting.of(recipe), read_dense(tmp_path / "dense")
+    recipe, result = whole
+    out = Path(recipe.out)
+    setting, dense = Setting.of(recipe), read_dense(out / "dense")
     assert dense is not None
     assert recipe.prune is not None
     model = Tiny()
@@ -114,15 +128,15 @@ def test_the_recipe_is_the_library_s_loop(tmp_path: Path) -> None:
         retrain=retrain,
         settle=lambda network: stages.settle(network, setting),
     )
-    assert masks == Masks.load(tmp_path / "masks.safetensors")
-    state = load_file(tmp_path / "model.safetensors")
+    assert masks == Masks.load(out / "masks.safetensors")
+    state = load_file(out / "model.safetensors")
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert accuracy(model, setting.measured()).top1 == result["accuracy"]
 
 
 @pytest.mark.usefixtures("tiny")
-def test_imp_is_the_run_of_prunus_train(tmp_path: Path) -> None:
-    result = train_run(asked(tmp_path / "soup", {"baselines": ["imp"]}))
+def test_imp_is_the_run_of_prunus_train(tmp_path: Path, whole: Made) -> None:
+    result = whole[1]
     alone = train_run(parse(raw(tmp_path / "alone", **PRUNED), _plain(), "alone"))
     assert row(result, "imp")["accuracy"] == alone["accuracy"]
     assert row(result, "imp")["loss"] == alone["loss"]
@@ -312,9 +326,9 @@ def test_a_member_that_dies_is_tried_again_and_no_other_is_lost(
 
 
 @pytest.mark.usefixtures("tiny")
-def test_threads_and_one_after_another_give_the_same(tmp_path: Path) -> None:
-    one = train_run(asked(tmp_path / "one", {"baselines": ["imp", "longer"]}))
-    beside = train_run(asked(tmp_path / "beside", {"baselines": ["imp", "longer"]}), workers=Workers(threads=3))
+def test_threads_and_one_after_another_give_the_same(tmp_path: Path, whole: Made) -> None:
+    one = whole[1]
+    beside = train_run(asked(tmp_path / "beside", WHOLE), workers=Workers(threads=3))
     same = [[each[key] for key in ("name", "accuracy", "loss", "epochs")] for each in one["rows"]]
     assert same == [[each[key] for key in ("name", "accuracy", "loss", "epochs")] for each in beside["rows"]]
     assert one["between"] == beside["between"]
@@ -616,7 +630,7 @@ def test_a_ray_run_on_local_workers_is_the_sequential_one(tmp_path: Path) -> Non
     pytest.importorskip("ray")
     done = {}
     for name, flags in (("one", ()), ("ray", ("--ray", "local"))):
-        made = asked(tmp_path / name, {"baselines": ["longer", "swa"], "plane": 0}).model_dump(mode="json")
+        made = asked(tmp_path / name, {"baselines": ["longer", "swa"], "line": 3}).model_dump(mode="json")
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(made))
         process = start_command("run", tmp_path / f"{name}.yaml", *flags)
         process.join(timeout=280)
@@ -632,6 +646,7 @@ def test_dropout_draws_the_same_whatever_was_drawn_before(tmp_path: Path, monkey
             super().__init__()
             self.insert(8, nn.Dropout(0.2))
 
+    monkeypatch.setattr(settings, "_fits", set())
     monkeypatch.setattr(settings, "build_model", lambda name, *, classes, channels: Dropping())
     monkeypatch.setattr(stages, "_operations", {})
     losses = []

@@ -59,8 +59,13 @@ def some_digits() -> dict[tuple[str, str], Images]:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Recipes build the tiny network, whatever they name, and train it on fewer digits."""
+    make_tiny(monkeypatch)
+
+
+def make_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "_read", dict(some_digits()))
     monkeypatch.setattr(settings, "_sets", {})
+    monkeypatch.setattr(settings, "_fits", set())
     monkeypatch.setattr(settings, "build_model", lambda name, *, classes, channels: Tiny())
     monkeypatch.setattr(stages, "_operations", {})
 

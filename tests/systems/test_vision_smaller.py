@@ -29,6 +29,8 @@ __all__ = ["tiny"]
 
 WRONG = [
     ({"kind": "filter"}, "prune.kind"),
+    ({"ranking": "taylor", "sparsity": 0.5}, "leave out prune.ranking, or set prune.kind: filters"),
+    ({"kind": "filters", "ranking": "taylor", "criterion": "random"}, "leave out prune.criterion"),
     ({"kind": "filters", "phases": 2}, "makes the network smaller at once: leave out phases"),
     ({"kind": "filters", "pattern": "2:4", "sparsity": 0.5}, "leave out pattern"),
     ({"kind": "low_rank", "criterion": "random"}, "leave out criterion"),
@@ -53,6 +55,18 @@ def test_kinds_exclude_what_they_cannot_do() -> None:
     assert ClassifierPrune().allocation == "global"
 
 
+def by_loss(model: nn.Module, setting: Setting) -> dict[str, torch.Tensor]:
+    """Half of the filters of each layer: those by whose weights the loss, were it linear, would change least."""
+    found = {name: torch.zeros(width) for name, width in (("0", 8), ("3", 16))}
+    for x, y in stages.calibration(setting):
+        model.zero_grad()
+        nn.functional.cross_entropy(model.eval()(x), y).backward()
+        for name, total in found.items():
+            own = [(p.detach() * p.grad).reshape(len(p), -1) for p in model.get_submodule(name).parameters()]
+            total += torch.cat(own, 1).sum(1).abs()
+    return {name: total.argsort()[: len(total) // 2] for name, total in found.items()}
+
+
 @pytest.mark.usefixtures("tiny")
 def test_filters_that_go_are_those_that_weigh_least(tmp_path: Path) -> None:
     recipe = checked(tmp_path, prune={"kind": "filters", "sparsity": 0.5}, retrain={"schedule": "allr", "epochs": 1})
@@ -66,6 +80,11 @@ def test_filters_that_go_are_those_that_weigh_least(tmp_path: Path) -> None:
         name: dense.get_submodule(name).get_parameter("weight").flatten(1).norm(dim=1).argsort()[: width // 2]
         for name, width in (("0", 8), ("3", 16))
     }
+    ranked = smaller(dense, setting, ClassifierPrune(kind="filters", sparsity=0.5, ranking="taylor"), 0).model
+    for going, behind in zip(by_loss(dense, setting).values(), ("1", "4"), strict=True):  # of each filter one number
+        left = [place for place in range(2 * len(going)) if place not in going.tolist()]
+        means = [each.get_submodule(behind).get_buffer("running_mean") for each in (ranked, dense)]
+        assert torch.equal(means[0], means[1][left])
     masked = masked_filters(dense, torch.zeros(1, 1, 8, 8), gone)
     found = accuracy(made.model, setting.measured())
     assert found.top1 == accuracy(masked, setting.measured()).top1 == result["stages"]["pruned"]["top1"]

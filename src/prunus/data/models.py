@@ -46,6 +46,7 @@ _FORMS = (
 )
 _PACKAGES = "timm:NAME, torchvision:NAME, transformers:KIND (such as vit) and folders of transformers' classifiers"
 _VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)  # 0: 2x2 maximum
+_MADE: set[tuple[str, str]] = set()  # what was found to make a model: grids ask for one of them in every recipe
 
 
 def build_model(name: str, *, classes: int, channels: int = 3, arguments: Mapping[str, Any] | None = None) -> nn.Module:
@@ -120,8 +121,12 @@ def check_model(name: str, arguments: Mapping[str, Any]) -> None:
 
     >>> check_model("resnet20", {})
     """
+    asked = name, repr(sorted(arguments.items()))
+    if asked in _MADE and config_of(name) is None:  # what is in a folder may change
+        return
     with torch.device("meta"):
         build_model(name, classes=10, arguments=arguments)
+    _MADE.add(asked)
 
 
 def load_weights_(model: nn.Module, path: Path, *, other_head: bool = False) -> list[str]:

@@ -14,6 +14,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
@@ -251,6 +252,7 @@ def _returns(member: Any, name: str) -> bool:
     return inspect.isfunction(member) and member.__annotations__.get("return") == name
 
 
+@cache
 def _takes(member: Any) -> list[str]:
     return list(inspect.signature(member).parameters)
 

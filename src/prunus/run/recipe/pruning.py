@@ -113,9 +113,14 @@ class ClassifierPrune(Prune):
     allocation: AllocationName = "global"
     kind: Kind = "zeros"
     """What becomes of the network: zeros, or a smaller one."""
+    ranking: Literal["norms", "taylor"] = "norms"
+    """Of filters: by norms of their scores, or by what the loss would change by without them."""
 
     @model_validator(mode="after")
     def _check_kind(self) -> ClassifierPrune:
+        if self.ranking == "taylor" and (self.kind != "filters" or self.criterion != "magnitude"):
+            strange = "prune.criterion" if self.kind == "filters" else "prune.ranking, or set prune.kind: filters"
+            raise ValueError(f"ranking taylor is of filters, by the loss alone: leave out {strange}")
         if self.kind == "zeros":
             return self
         criterion = self.how()

@@ -7,12 +7,13 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from prunus.run.plain import read_yaml
+from prunus.run.plain import Strict, read_yaml
 from prunus.run.recipe.classifier import ClassifierRecipe
 from prunus.run.recipe.encoder import EncoderRecipe
 from prunus.run.recipe.language import LanguageRecipe
@@ -106,12 +107,18 @@ def _united(lines: Sequence[str]) -> list[str]:
 
 
 def _line(item: Any, model: type[BaseModel]) -> str:
-    path = [str(part) for part in item["loc"] if part != "value"]
+    path = [str(part) for part in item["loc"] if part != "value" and part not in _sections(Strict)]
     key = ".".join(path) or "recipe"
     if item["type"] == "extra_forbidden":
         return f"unknown key {key!r}; {_hint(path, model)}"
     message = item["msg"].removeprefix("Value error, ")
     return f"{key}: {message} (got {item['input']!r})" if not isinstance(item["input"], dict) else f"{key}: {message}"
+
+
+@cache
+def _sections(kind: type[BaseModel]) -> frozenset[str]:
+    """The names of all classes of sections, by which pydantic tells apart what a key may be."""
+    return frozenset({each.__name__ for each in kind.__subclasses__()}.union(*map(_sections, kind.__subclasses__())))
 
 
 def _hint(path: Sequence[str], model: type[BaseModel]) -> str:

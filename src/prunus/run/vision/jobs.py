@@ -32,6 +32,7 @@ from prunus.run.vision.setting import Setting
 from prunus.run.vision.smaller import smaller
 from prunus.run.vision.soups.averaging import Average, Meter, averaged
 from prunus.run.vision.watch import watchers
+from prunus.shrink import resized
 from prunus.soup import average, average_and_reprune, distance, finish, phase_sparsities
 from prunus.train import During, Multiplier, Original, Swa
 
@@ -218,8 +219,7 @@ def network(recipe: ClassifierRecipe, store: Store, job: Job, base: Job) -> nn.M
     setting = Setting.of(recipe)
     model = setting.new_model()
     if recipe.prune is not None and recipe.prune.kind != "zeros" and job is not base:
-        model.load_state_dict(store.state(base))
-        model = smaller(model, setting, recipe.prune, recipe.seed).model
+        return setting.laid_out(resized(model, store.state(job)))
     model.load_state_dict(store.state(job))
     return model
 

@@ -23,6 +23,7 @@ from prunus.data import (
     Sentences,
     build_encoder,
     build_model,
+    config_of,
     load_weights_,
     matched,
     plain_batches,
@@ -48,6 +49,7 @@ _SETTLING = 1009  # the part of `Setting.batches` that BatchNorm statistics are 
 _lock = threading.RLock()  # reading, and the global generator, are one thread's at a time
 _read: dict[tuple[Any, ...], Images] = {}
 _sets: dict[tuple[Any, ...], ImageSets] = {}
+_fits: set[tuple[Any, ...]] = set()  # networks, images and pruning that go together
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,7 @@ class Setting:
         capture = cuda and images if recipe.capture == "auto" else recipe.capture
         channels_last = cuda and images if recipe.channels_last == "auto" else recipe.channels_last
         found = cls(recipe, device, precision, capture, channels_last, sets)
-        model = found.empty_model()
-        if images:
-            found._check_size(model)
-        if recipe.prune is not None:
-            check_pruning(model, recipe.prune)
+        found._check_model()
         if recipe.corruptions is not None:
             found.corrupted(recipe.corruptions)
         return found
@@ -153,11 +151,16 @@ class Setting:
             model = self._built()
         if self.recipe.weights is not None:
             load_weights_(model, Path(self.recipe.weights).expanduser(), other_head=True)
+        model = self.laid_out(model)
+        if self.recipe.compile:
+            compile_blocks_(model)
+        return model
+
+    def laid_out(self, model: nn.Module) -> nn.Module:
+        """The same model on the device, its weights in the order that is fast there."""
         model = model.to(self.device)
         if self.channels_last:
             model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's stub lacks it
-        if self.recipe.compile:
-            compile_blocks_(model)
         return model
 
     def empty_model(self) -> nn.Module:
@@ -171,6 +174,23 @@ class Setting:
             values, labels = self.recipe.aim == "values", images.names or None
             return build_encoder(self.recipe.model, labels=labels, values=values, **own)
         return build_model(self.recipe.model, classes=images.classes, channels=images.pixels.shape[1], **own)
+
+    def _check_model(self) -> None:
+        """Raise ValueError for a network that takes no such images, and for pruning that it does not take.
+
+        What went well once does so in every job of a process, but for a model in a folder, whose files may change.
+        """
+        recipe, data = self.recipe, self.sets.train
+        shape = None if isinstance(data, Sentences) else (data.classes, data.pixels.shape[1:])
+        asked = (recipe.model, repr(recipe.arguments), shape, recipe.prune and recipe.prune.model_dump_json())
+        if asked in _fits and config_of(recipe.model) is None:
+            return
+        model = self.empty_model()
+        if shape is not None:
+            self._check_size(model)
+        if recipe.prune is not None:
+            check_pruning(model, recipe.prune)
+        _fits.add(asked)
 
     def _check_size(self, model: nn.Module) -> None:
         """Raise ValueError for a network that takes no images of this size, as far as an empty one can tell."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.layers import CONVOLUTIONS
+from prunus.machine import autocast, in_mode
 from prunus.measure import Cost, flops_of
 from prunus.patterns import kept_of
 from prunus.run.recipe import ClassifierPrune
@@ -21,12 +22,13 @@ from prunus.shrink import (
     choose_filters,
     decompose,
     filter_norms,
+    filter_taylor,
     find_channels,
     ranks_by_budget,
     ranks_by_share,
     remove_filters,
 )
-from prunus.train import unrecorded
+from prunus.train import classification_loss, unrecorded
 
 __all__ = ["Smaller", "smaller"]
 
@@ -56,23 +58,33 @@ def smaller(model: nn.Module, setting: Setting, asked: ClassifierPrune, seed: in
     """
     example = setting.example()
     with unrecorded():
-        made = _without_filters if asked.kind == "filters" else _low_rank
-        small, kept, lost = made(model, example, asked, seed)
-        if setting.channels_last:
-            small.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's stub lacks it
-        return _accounted(model, small, example, setting, kept, lost=lost)
+        if asked.kind == "filters":
+            small, kept, lost = _without_filters(model, setting, example, asked, seed)
+        else:
+            small, kept, lost = _low_rank(model, example, asked, seed)
+        return _accounted(model, setting.laid_out(small), example, setting, kept, lost=lost)
 
 
 def _without_filters(
-    model: nn.Module, example: Tensor, asked: ClassifierPrune, seed: int
+    model: nn.Module, setting: Setting, example: Tensor, asked: ClassifierPrune, seed: int
 ) -> tuple[nn.Module, dict[str, str], float | None]:
     channels = find_channels(model, example, include=asked.include, exclude=asked.exclude)
-    scores = filter_norms(model, channels, asked.how(seed))
+    scores = (
+        filter_norms(model, channels, asked.how(seed))
+        if asked.ranking == "norms"
+        else _by_taylor(model, channels, setting)
+    )
     allocation = "global" if asked.allocation == "global" else "uniform"
     gone = choose_filters(scores, channels, asked.sparsity, allocation=allocation)
     left = {layer: each.kept for each in channels if each.kept is not None for layer in each.layers}
     left |= {each.name: "its best filter stays" for each in channels if _would_be_empty(each, asked)}
     return remove_filters(model, example, gone), left, None
+
+
+def _by_taylor(model: nn.Module, channels: Sequence[Channels], setting: Setting) -> dict[str, Tensor]:
+    loss = classification_loss(setting.recipe.train.label_smoothing)
+    with in_mode(model, training=False), autocast(setting.device, setting.precision), torch.enable_grad():
+        return filter_taylor(model, channels, stages.calibration(setting), loss)
 
 
 def _would_be_empty(each: Channels, asked: ClassifierPrune) -> bool:

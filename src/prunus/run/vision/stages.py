@@ -42,6 +42,7 @@ from prunus.train import (
 __all__ = [
     "OnStep",
     "all_corrupted",
+    "calibration",
     "corrupted",
     "cost_of",
     "fit",
@@ -263,6 +264,11 @@ def views_of(model: nn.Module, asked: ClassifierPrune) -> list[View]:
     return find_layers(model, include=asked.include, exclude=asked.exclude)
 
 
+def calibration(setting: Setting) -> Iterator[tuple[Any, Tensor]]:
+    """The batches on which layers are observed before they are pruned."""
+    return setting.training(min(1.0, _CALIBRATED / len(setting.sets.train)))
+
+
 def select(
     model: nn.Module, sparsity: float, within: Masks | None, asked: ClassifierPrune, seed: int, *, setting: Setting
 ) -> Masks:
@@ -271,7 +277,7 @@ def select(
     What layers receive, where criterion or allocation need it, is measured on the first training images.
     """
     criterion, allocation, pattern = asked.how(seed), asked.sharing(), asked.where()
-    batches = setting.training(min(1.0, _CALIBRATED / len(setting.sets.train)))
+    batches = calibration(setting)
     views, needs = views_of(model, asked), needed(criterion, allocation)
     with unrecorded() if needs else nullcontext():
         return prune(
