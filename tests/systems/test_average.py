@@ -267,10 +267,10 @@ def test_memory_is_that_of_a_tensor_not_of_a_model(tmp_path):
     assert all(found[f"layer{i}.w"].eq(i).all() for i in range(16))
 
 
-@pytest.mark.parametrize("how", ["ties", {"dare": {"density": 0.3}}, "dare_ties", "slerp"])
+@pytest.mark.parametrize("how", ["ties", {"dare": {"density": 0.3}}, "dare_ties", {"slerp": {"t": 0.25}}])
 def test_other_averages_on_disk_are_those_in_memory(folders, tmp_path, how):
-    members, base = ([*folders[:2]], folders[2]) if how == "slerp" else (folders, folders[0])
-    average_checkpoints(members, tmp_path / "out", how=how, base=base)
+    members, base = ([*folders[:2]], folders[2]) if "slerp" in how else (folders, folders[0])
+    rows = average_checkpoints(members, tmp_path / "out", how=how, base=base)
     states, start = [tensors_of(each) for each in members], tensors_of(base)
     wanted, _ = averages.make(how, states, base=start)
     found = tensors_of(tmp_path / "out")
@@ -279,6 +279,8 @@ def test_other_averages_on_disk_are_those_in_memory(folders, tmp_path, how):
     Masks.load(tmp_path / "out" / "masks.safetensors").check(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     said = load_info(tmp_path / "out")["average"]
     assert said["how"] == (how if isinstance(how, str) else json.dumps(how))
+    shares = [0.75, 0.25] if "slerp" in how else [1 / len(folders)] * len(folders)
+    assert [each["weight"] for each in said["members"]] == [each["weight"] for each in rows[:-1]] == shares
     assert said["zeros"] >= min(each["zeros"] for each in said["members"])
     with pytest.raises(ValueError, match="holds another model"):
         average_checkpoints(members, tmp_path / "out")

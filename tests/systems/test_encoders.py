@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from transformers import (
 )
 
 from prunus.adapt import adapt
-from prunus.data import read_sentences
+from prunus.data import pooling_of, read_sentences
 from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.measure import accuracy, spearman, target_perplexity
@@ -156,6 +157,9 @@ def test_embeddings_are_means_over_what_is_attended() -> None:
     found = embeddings(model, BATCH)
     alone = embeddings(model, {"input_ids": BATCH["input_ids"][1:2, :4]})
     torch.testing.assert_close(found[1:2], alone)
+    left = {key: each[1:2].roll(2, 1) for key, each in BATCH.items()}  # padded before its first token
+    hidden = model(**left).last_hidden_state[:, 2]
+    torch.testing.assert_close(embeddings(model, left, "first"), nn.functional.normalize(hidden, dim=-1))
     torch.testing.assert_close(found.norm(dim=-1), torch.ones(4))
 
 
@@ -301,7 +305,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(out)
     bert().save_pretrained(out)
     (out / "1_Pooling").mkdir()
-    (out / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    (out / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
     return out
 
 
@@ -336,7 +340,7 @@ def test_an_encoder_of_sentences_is_pruned_and_distilled_by_a_recipe_and_saved_a
         assert (out / name).read_bytes() == (folder / name).read_bytes()
     assert evaluate_model(str(out), {})["cosine"] == stages["retrained"]
     held = read_sentences(str(path), AutoTokenizer.from_pretrained(out), "embeddings").split(0.25, 0)[1]
-    mine, taught = (embeddings(model, held.batch()[0]).detach() for model in (back, dense))
+    mine, taught = (embeddings(model, held.batch()[0], "first").detach() for model in (back, dense))
     assert result["cosine"] == pytest.approx(float((mine * taught).sum(-1).mean()), abs=1e-5)
 
 
@@ -394,6 +398,18 @@ def test_values_of_pairs_of_texts_are_ranked(folder: Path, tmp_path: Path) -> No
     assert result["spearman"] == pytest.approx(spearmanr(values, labels).statistic)
     assert result["pearson"] == pytest.approx(pearsonr(values, labels.double()).statistic)
     assert result["loss"] == pytest.approx(float((values - labels).square().mean()), rel=1e-5)
+
+
+def test_the_folder_says_how_embeddings_are_pooled(tmp_path: Path) -> None:
+    assert pooling_of(str(tmp_path)) == "mean"
+    (tmp_path / "1_Pooling").mkdir()
+    path = tmp_path / "1_Pooling" / "config.json"
+    for way, found in (("mean_tokens", "mean"), ("cls_token", "first")):
+        path.write_text(json.dumps({"pooling_mode_max_tokens": False, f"pooling_mode_{way}": True}))
+        assert pooling_of(str(tmp_path)) == found
+    path.write_text(json.dumps({"pooling_mode_lasttoken": True}))
+    with pytest.raises(ValueError, match="pooling_mode_lasttoken; embeddings are known as"):
+        pooling_of(str(tmp_path))
 
 
 @pytest.mark.parametrize("x", [torch.tensor([1.0, 2, 2, 3, 3, 3, -1, 0]), torch.randn(50), torch.arange(9) % 4])

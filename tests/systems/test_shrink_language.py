@@ -207,8 +207,11 @@ def test_hidden_states_lose_entries_everywhere_and_what_reads_them_is_fitted(fam
     assert (small.config.hidden_size, small.get_input_embeddings().weight.shape[1]) == (24, 24)
     left = (small.get_input_embeddings().weight[5][:, None] == model.get_input_embeddings().weight[5]).any(0)
     assert torch.equal(small.get_input_embeddings().weight, model.get_input_embeddings().weight[:, left])
-    for name in ("model.layers.0.self_attn.v_proj", "model.layers.2.mlp.up_proj"):  # the last one, after all others
-        a, b = inputs_of(small, name, tokens), inputs_of(model, name, tokens)
+    for block, name in ((0, "self_attn.v_proj"), (2, "mlp.up_proj")):
+        name = f"model.layers.{block}.{name}"
+        entering = inputs_of(model, f"model.layers.{block}", tokens).view(6, 20, 32).float()[..., left]
+        with hooked([(small.get_submodule(f"model.layers.{block}"), lambda _, args, x=entering: (x, *args[1:]))]):
+            a, b = inputs_of(small, name, tokens), inputs_of(model, name, tokens)
         dense = model.get_submodule(name).weight.detach().double()
         ridge = (0.01 * a.square().sum(0).mean()).sqrt() * torch.eye(24, dtype=torch.float64)
         rows, targets = torch.cat([a, ridge]), torch.cat([b @ dense.T, ridge @ dense[:, left].T])

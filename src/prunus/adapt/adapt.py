@@ -65,7 +65,7 @@ class Adaptation:
 
     >>> adaptation = adapt(model, ["norms"], masks=None, views=find_layers(model))
     >>> adaptation.trainable
-    6656
+    48
     >>> _ = adaptation.merge_()  # the model is as it was, with what was trained
     """
 

@@ -11,6 +11,7 @@ from .models import build_model as build_model
 from .models import check_model as check_model
 from .models import config_of as config_of
 from .models import load_weights_ as load_weights_
+from .models import pooling_of as pooling_of
 from .sentences import Aim as Aim
 from .sentences import SentenceBatches as SentenceBatches
 from .sentences import Sentences as Sentences

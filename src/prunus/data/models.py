@@ -20,14 +20,14 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunus.checkpoint import read_checkpoint, read_state
-from prunus.machine import import_extra, without_bars
+from prunus.machine import import_extra, read_json, without_bars
 
 __all__ = [
     "BasicBlock",
@@ -37,6 +37,7 @@ __all__ = [
     "check_model",
     "config_of",
     "load_weights_",
+    "pooling_of",
 ]
 
 _FORMS = (
@@ -151,6 +152,22 @@ def config_of(name: str) -> Path | None:
     """
     found = Path(name).expanduser() / "config.json"
     return found if name and found.is_file() else None
+
+
+def pooling_of(name: str) -> Literal["mean", "first"]:
+    """How an encoder's folder says that its embeddings are made; the mean where it says nothing.
+
+    Raises ValueError for another way.
+
+    >>> pooling_of("all-MiniLM-L6-v2")
+    'mean'
+    """
+    found = sorted(Path(name).expanduser().glob("[0-9]_Pooling/config.json"))
+    said = read_json(found[0]) if found else {}
+    asked = {key for key, value in said.items() if key.startswith("pooling_mode") and value}
+    if found and asked not in ({"pooling_mode_mean_tokens"}, {"pooling_mode_cls_token"}):
+        raise ValueError(f"{found[0]}: {', '.join(sorted(asked)) or 'no way'}; embeddings are known as mean or first")
+    return "first" if "pooling_mode_cls_token" in asked else "mean"
 
 
 class BasicBlock(nn.Module):

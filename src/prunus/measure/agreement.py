@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.machine import Precision, autocast, class_logits, in_mode
-from prunus.train import embeddings
+from prunus.train import Pooling, embeddings
 
 _MAIN = ("accuracy", "top1", "cosine", "spearman")
 
@@ -84,6 +84,7 @@ def fidelity(
     model: nn.Module,
     dense: nn.Module,
     batches: Iterable[tuple[Mapping[str, Tensor], Any]],
+    pooling: Pooling = "mean",
     *,
     precision: Precision = "fp32",
 ) -> Fidelity:
@@ -97,7 +98,9 @@ def fidelity(
     with in_mode(model, training=False), in_mode(dense, training=False):
         for keywords, _ in batches:
             with autocast(next(model.parameters()).device, precision):
-                found.append(torch.stack([embeddings(each, keywords).double().cpu() for each in (model, dense)]))
+                found.append(
+                    torch.stack([embeddings(each, keywords, pooling).double().cpu() for each in (model, dense)])
+                )
     both = _whole(found, dim=1)  # (2, texts, d)
     half = both.shape[1] // 2
     pairs = (both[:, :half] * both[:, half : 2 * half]).sum(-1)

@@ -15,10 +15,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from prunus.machine import hidden_folder
 from prunus.run.names import Choice, averages
 from prunus.save import Join, SavedModel, average_folders, load_info
-from prunus.soup import Greedy, check_weights, greedy_members
+from prunus.soup import Greedy, greedy_members
 
 __all__ = ["average_checkpoints", "average_greedily", "joined_by"]
 
@@ -46,16 +48,17 @@ def average_checkpoints(
     if how is None:
         saved = average_folders(checkpoints, out, weights, max_shard_bytes=max_shard_bytes)
     else:
-        join = joined_by(how)
+        join = joined_by(how, len(checkpoints))
         saved = average_folders(checkpoints, out, how=join, base=base, max_shard_bytes=max_shard_bytes)
-    shares = check_weights(weights, len(checkpoints))
-    return _rows(saved, [{"weight": share} for share in shares])
+    said = load_info(saved.folder)["average"]["members"]
+    return _rows(saved, [{"weight": member["weight"]} for member in said])
 
 
-def joined_by(how: Choice) -> Join:
-    """What joins members tensor by tensor, as the average of this name does."""
-    name = how if isinstance(how, str) else json.dumps(how)
-    return Join(name, lambda states, base: averages.make(how, states, base=base)[0])
+def joined_by(how: Choice, members: int) -> Join:
+    """What joins so many members tensor by tensor, as the average of this name does."""
+    name, empty = how if isinstance(how, str) else json.dumps(how), dict[str, Tensor]()
+    weights = averages.make(how, [empty] * members, base=empty)[1]
+    return Join(name, lambda states, base: averages.make(how, states, base=base)[0], weights)
 
 
 def _check_how(how: Choice | None, weights: Sequence[float] | None, base: str | Path | None) -> None:

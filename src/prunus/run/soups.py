@@ -138,9 +138,10 @@ def write_average(
     if averages.knows(average, "base"):
         pruned.save(copy.deepcopy(pruned.loaded.model).to("cpu"), trial, "base", {})
         base = trial
-    average_folders(folders, out, how=joined_by(average), base=base)
+    join = joined_by(average, len(folders))
+    average_folders(folders, out, how=join, base=base)
     shutil.rmtree(trial, ignore_errors=True)
-    return weights
+    return tuple(join.weights)
 
 
 def _chosen(pruned: Pruned, members: Sequence[Member], average: Choice, folder: Path) -> tuple[float, ...] | None:

@@ -59,10 +59,14 @@ Mix = Callable[[str, Sequence[Tensor]], Tensor]  # (name, the same entries of ea
 
 @dataclass(frozen=True)
 class Join:
-    """An average that is no mean. name: as recipes say it. make: (members' states, that of their base) -> a state."""
+    """An average that is no mean. name: as recipes say it. make: (members' states, that of their base) -> a state.
+
+    weights: what each member counts in it.
+    """
 
     name: str
     make: Callable[[Sequence[State], State], State]
+    weights: Sequence[float]
 
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
@@ -92,7 +96,7 @@ def average_folders(
 
     >>> average_folders(["runs/a/model", "runs/b/model"], "runs/mean")
     """
-    shares = check_weights(weights, len(checkpoints))
+    shares = check_weights(weights if how is None else how.weights, len(checkpoints))
     members = [_Member.read(Path(path)) for path in checkpoints]
     start = members[0] if base is None else _Member.read(Path(base))
     for path, member in zip((*checkpoints, base or checkpoints[0]), (*members, start), strict=True):

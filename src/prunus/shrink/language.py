@@ -158,8 +158,8 @@ def remove_width(
     Those of least S go, from embeddings, norms, every matrix that reads hidden states or adds to them, and the head.
     RMS norms then divide by the root of another mean: sqrt(d / kept) goes into their weights, d / kept into their eps,
     so that the result is the model in which these entries are zero. Then the matrices in the blocks that read hidden
-    states are fitted to what the dense ones make of all entries, from what the smaller model makes of those it has,
-    block by block (see `width`). The given model stays as it is.
+    states are fitted to what the dense ones make of all entries, block by block (see `width`). The given model stays
+    as it is.
 
     Raises ValueError for a share outside [0, 1), for LayerNorm, which subtracts a mean of what is left, and where the
     config does not say the size, or not that of heads beside it.
@@ -189,7 +189,7 @@ def remove_width(
     small = rebuilt(model, config, state)
     _check_same(_without_entries(model, kept, [*norms, *(part.reader for part in parts)]), small, tokens)
     by_block = {name: [each for each in reading if each[0].startswith(f"{name}.")] for name in find_blocks(model)}
-    fit_readers_(small, model, by_block, tokens, place=place, batch_size=batch_size, precision=precision)
+    fit_readers_(small, model, by_block, kept, tokens, place=place, batch_size=batch_size, precision=precision)
     return small
 
 

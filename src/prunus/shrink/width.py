@@ -2,9 +2,10 @@
 
     minimise over W:  sum over tokens of ||W a - W0 b||^2 + lam ||W - W0||^2        W = (W0 B + lam W0) (A + lam I)^-1
 
-a: what a matrix receives in the smaller model, whatever was lost and fitted before it; b: what it receives in the dense
-one; A = sum a a^T, B = sum b a^T. Entries that are left tell of those that went, so this is more than what `columns`
-does for channels that only one matrix reads: it goes block by block, through both models side by side.
+b: what a matrix receives in the dense model; a: what it receives in the smaller one, whose block is given those entries
+of what the dense block is given that are left; A = sum a a^T, B = sum b a^T. Entries that are left tell of those that
+went. Each block by itself: what the smaller model itself has become after many blocks tells too little of the dense one
+(fitted to that, SmolLM2-135M without a quarter of the entries went from perplexity 695 to 3,967).
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ def fit_readers_(
     small: Any,
     dense: Any,
     readers: Mapping[str, Sequence[Sequence[str]]],
+    kept: Tensor,
     tokens: Tensor,
     *,
     place: torch.device,
@@ -66,8 +68,8 @@ def fit_readers_(
 ) -> None:
     """Fit the matrices of the smaller model in place that read hidden states, to what the dense model's make.
 
-    readers: of each block in order those Linear modules that receive one tensor, in the order of their calls. tokens:
-    (samples, length) int64.
+    readers: of each block in order those Linear modules that receive one tensor, in the order of their calls.
+    kept: (kept,) int64, the entries that are left. tokens: (samples, length) int64.
     """
     walks: list[_Walk] = []
     with autocast(place, precision):
@@ -79,14 +81,16 @@ def fit_readers_(
         for walk in walks:
             walk.source.load(block, place)
         for group in groups:
-            own, cross = _moments(walks, block, group[0])
-            lam = _DAMPING * float(own.diagonal().mean().clamp_min(1e-30))
-            own.diagonal().add_(lam)
+            gram, cross = _moments(walks, block, group[0])
+            lam = _DAMPING * float(gram.diagonal().mean().clamp_min(1e-30))
+            gram.diagonal().add_(lam)
             for name in group:
                 weight, target = (walk.model.get_submodule(name).weight for walk in walks)
-                weight.copy_(torch.linalg.solve(own, (target.double() @ cross + lam * weight.double()).T).T)
+                weight.copy_(torch.linalg.solve(gram, (target.double() @ cross + lam * weight.double()).T).T)
+        own, whole = walks
+        whole.step_(block)
+        own.hidden[:] = [each[..., kept.to(each.device)] for each in whole.hidden]
         for walk in walks:
-            walk.step_(block)
             walk.source.release(block)
 
 

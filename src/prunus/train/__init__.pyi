@@ -7,6 +7,7 @@ from .distill import distilled_classification as distilled_classification
 from .distill import distilled_next_token as distilled_next_token
 from .distill import distilled_regression as distilled_regression
 from .distill import lighten_ as lighten_
+from .embeddings import Pooling as Pooling
 from .embeddings import distilled_embeddings as distilled_embeddings
 from .embeddings import embeddings as embeddings
 from .hooks import During as During

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field, model_validator
 
-from prunus.data import Aim, build_encoder
+from prunus.data import Aim, build_encoder, pooling_of
 from prunus.run.recipe.classifier import ClassifierRecipe
 from prunus.run.recipe.images import Augmentation, Labelled
 from prunus.run.recipe.retraining import Distill
@@ -97,3 +97,5 @@ class EncoderRecipe(ClassifierRecipe):
     def _check_network(self) -> None:
         with torch.device("meta"):
             build_encoder(self.model, arguments=self.arguments)
+        if self.aim == "embeddings":
+            pooling_of(self.model)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prunus.data import Images
+from prunus.data import Images, pooling_of
 from prunus.layers import View, find_layers
 from prunus.masks import Masks
 from prunus.measure import Accuracy, Corrupted, Cost, accuracy, agreement, fidelity, own_flops
@@ -134,7 +134,7 @@ def taught(teacher: nn.Module, asked: Distill | None, setting: Setting) -> Loss:
     """The loss that holds a network against its teacher, as the aim of the recipe has it."""
     teacher = teacher.eval().requires_grad_(False)
     if setting.recipe.aim == "embeddings":
-        held = distilled_embeddings(teacher)
+        held = distilled_embeddings(teacher, pooling_of(setting.recipe.model))
         return lambda model, batch: held(model, batch[0])
     asked = asked or Distill()
     if setting.recipe.aim == "values":
@@ -160,7 +160,8 @@ def _measured(model: nn.Module, setting: Setting, batches: Iterator[tuple[Any, T
     precision, aim = setting.precision, setting.recipe.aim
     with unrecorded():
         if aim == "embeddings":  # what is never trained is as it came
-            return asdict(fidelity(model, setting.new_model(), batches, precision=precision))
+            dense, pooling = setting.new_model(), pooling_of(setting.recipe.model)
+            return asdict(fidelity(model, dense, batches, pooling, precision=precision))
         if aim == "values":
             return asdict(agreement(model, batches, precision=precision))
         found = asdict(accuracy(model, batches, precision=precision))
