@@ -31,7 +31,7 @@ from prunus.machine import ranks, write_json
 from prunus.masks import Masks
 from prunus.report import Advance, Log, append_once, named_log, plot_compression, progress, tracked
 from prunus.run import stages
-from prunus.run.folder import begin, device_name, device_of, finished, held, ran_on
+from prunus.run.folder import begin, device_name, device_of, entered, finished, ran_on
 from prunus.run.outline import Outline, check_language, outline_language
 from prunus.run.recipe import LanguageRecipe, digest, given, said
 from prunus.run.shrunk import shrunk
@@ -63,24 +63,14 @@ def compress(recipe: LanguageRecipe) -> dict[str, Any]:
     out, key = Path(recipe.out), digest(recipe)
     keeps = recipe.retrain is not None and recipe.retrain.keep_adapter
     left = (("model",) if recipe.save else ()) + (("adapter",) if keeps else ())
-    found = finished(recipe, out, key, left)
-    ranks.wait()  # nothing is written before every process has looked
-    if found is not None:
-        log.warning("%s is finished: nothing is repeated", out)
-        if (out / "report.png").exists() and not (out / "work").exists():
-            return found
-    with held(out):
-        found = finished(recipe, out, key, left)  # who had it until now may have ended it
+    with entered(recipe, out, key, left, "report.png") as result:
         stored = torch.float16 if keeps_dtype and recipe.dtype == "float32" else None
-        if found is None:
+        if result is None:
             names = recipe.log_with if ranks.is_main() else ()
             with tracked(names, out, said(recipe)) as track:
-                found = _Run(out, recipe, key, device, stored, track).execute()
-        result = found
-        ranks.wait()
+                result = _Run(out, recipe, key, device, stored, track).execute()
         if ranks.is_main():
             _end(out, recipe, result)
-        ranks.wait()
     return result
 
 
@@ -104,14 +94,13 @@ def _check(recipe: LanguageRecipe, empty: stages.Loaded) -> None:
 
 
 def _end(out: Path, recipe: LanguageRecipe, result: dict[str, Any]) -> None:
-    """Leave the result, its picture, and nothing that only a killed run needs; what is there already stays."""
+    """Leave the result and its picture, and no members that are not to be saved; what is there already stays."""
     if not (out / "result.json").exists():
         write_json(out / "result.json", result)
     if not (out / "report.png").exists():
         plot_compression(_drawn(result), out / "report.png")
     if not recipe.save:
         shutil.rmtree(out / "members", ignore_errors=True)
-    shutil.rmtree(out / "work", ignore_errors=True)
 
 
 def prunus_info(recipe: LanguageRecipe, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -438,14 +427,11 @@ class _Run:
 
 def _check_shares(recipe: LanguageRecipe) -> None:
     asked, world = recipe.retrain, ranks.count()
-    if recipe.shrink is not None and world > 1:
-        raise ValueError(f"shrink: in one process, not in {world}; start `prunus run` alone, and retrain what it saves")
-    if recipe.soup is not None and world > 1:
-        raise ValueError(f"soup: members are trained in one process, not in {world}; start `prunus run` alone")
-    if recipe.during is not None and world > 1:
-        raise ValueError(f"during: in one process, not in {world}; start `prunus run` alone")
-    if recipe.prune.phases > 1 and world > 1:
-        raise ValueError(f"prune.phases: in one process, not in {world}; start `prunus run` alone")
+    asks = {"shrink": recipe.shrink is not None, "soup": recipe.soup is not None, "during": recipe.during is not None}
+    alone = [key for key, there in {**asks, "prune.phases": recipe.prune.phases > 1}.items() if there]
+    if alone and world > 1:
+        then = ", and retrain what it saves" if alone[0] == "shrink" else ""
+        raise ValueError(f"{alone[0]}: in one process, not in {world}; start `prunus run` alone{then}")
     if asked is not None and asked.batch_size % world:
         raise ValueError(
             f"retrain.batch_size: {asked.batch_size} sequences cannot be shared by {world} processes; "

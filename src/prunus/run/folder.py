@@ -9,7 +9,9 @@ out/inputs.json    what is read, by contents                 out/work/          
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 import socket
 import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -26,7 +28,9 @@ from prunus.machine import ranks, read_json, remove_partials, write_json, write_
 from prunus.run.inputs import check_inputs, inputs_of
 from prunus.save import check_apart
 
-__all__ = ["begin", "device_name", "device_of", "finished", "held", "mark", "ran_on"]
+__all__ = ["begin", "device_name", "device_of", "entered", "finished", "held", "mark", "ran_on"]
+
+log = logging.getLogger(__name__)
 
 _MARKER = ".prunus-run"
 
@@ -87,6 +91,29 @@ def held(out: Path) -> Generator[None]:
             Path(lock.lock_file).unlink(missing_ok=True)  # who finds it free now finds what this one left
             lock.release()
             _remove_empty(out, new)
+
+
+@contextmanager
+def entered(
+    recipe: BaseModel, out: Path, key: str, left: Sequence[str], picture: str
+) -> Generator[dict[str, Any] | None]:
+    """Context in which a run's folder is held: its result, None while there is none; afterwards out/work is gone.
+
+    picture: without it a finished run is entered once more. Raises ValueError as `finished` and `held` do.
+    """
+    found = finished(recipe, out, key, left)
+    ranks.wait()  # nothing is written before every process has looked
+    if found is not None:
+        log.warning("%s is finished: nothing is repeated", out)
+        if (out / picture).exists() and not (out / "work").exists():
+            yield found
+            return
+    with held(out):
+        yield finished(recipe, out, key, left)  # who had it until now may have ended it
+        ranks.wait()
+        if ranks.is_main():
+            shutil.rmtree(out / "work", ignore_errors=True)
+        ranks.wait()
 
 
 def begin(out: Path, recipe: BaseModel) -> None:

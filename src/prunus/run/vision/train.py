@@ -11,9 +11,7 @@ accuracy.png, lines.png and plane.png. A killed run goes on from out/work, which
 from __future__ import annotations
 
 import logging
-import shutil
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,7 +24,7 @@ from prunus.machine import is_pretrained, read_json, write_json, write_text
 from prunus.masks import Masks
 from prunus.measure import Energy, headline
 from prunus.report import append_once, plot_accuracy, plot_lines, plot_plane, plot_run, progress
-from prunus.run.folder import begin, finished, held, ran_on
+from prunus.run.folder import begin, entered, finished, ran_on
 from prunus.run.outline import Outline, outline_classifier
 from prunus.run.plain import Unfinished, read_yaml
 from prunus.run.pool import Workers, finish, run
@@ -64,11 +62,14 @@ def train_run(
     for a mask that is final too late; ImportError without Ray; Unfinished when a member failed.
     """
     picture, dense = "report.png" if recipe.soup is None else "accuracy.png", dense or Path(recipe.out) / "dense"
-    with _begun(recipe, picture) as (out, key, found):
+    out, key = Path(recipe.out), digest(said(recipe, but={"out"}))
+    left = ("model.safetensors", INFO_NAME) if recipe.save else ()
+    with entered(recipe, out, key, left, picture) as found:
         if found is not None:
             if not (out / picture).exists():
                 _plot(out, recipe, found, _trace(dense))
             return found
+        _check_work(out, key)
         setting, plan = _begin(recipe, key), Plan(recipe)
         where = ran_on(out / "work", setting.name)
         with Energy() as energy:
@@ -102,27 +103,6 @@ def planned(recipe: ClassifierRecipe) -> Outline:
     dense, asked = setting.steps(recipe.train.epochs), recipe.retrain
     steps = [] if asked is None else asked.budgets(phases, dense, setting.epoch_steps)
     return outline_classifier(recipe, setting, sum(steps))
-
-
-@contextmanager
-def _begun(recipe: ClassifierRecipe, picture: str) -> Generator[tuple[Path, str, dict[str, Any] | None]]:
-    """The folder of a run, the hash of its recipe, and its result if it is finished; the folder is held meanwhile.
-
-    At the end nothing is left there that only a killed run needs. Raises ValueError when the folder holds another
-    recipe's run, finished or not, or another process has it.
-    """
-    out, key = Path(recipe.out), digest(said(recipe, but={"out"}))
-    left = ("model.safetensors", INFO_NAME) if recipe.save else ()
-    found = finished(recipe, out, key, left)
-    if found is not None:
-        log.warning("%s is finished: nothing is repeated", out)
-        if (out / picture).exists() and not (out / "work").exists():
-            yield out, key, found
-            return
-    _check_work(out, key)
-    with held(out):
-        yield out, key, finished(recipe, out, key, left)  # who had it until now may have ended it
-        shutil.rmtree(out / "work", ignore_errors=True)
 
 
 def _begin(recipe: ClassifierRecipe, key: str) -> Setting:
