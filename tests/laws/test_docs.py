@@ -75,9 +75,12 @@ def touch_files_named_in(text: str):
         if not file.startswith("/"):
             Path(file).parent.mkdir(parents=True, exist_ok=True)
             Path(file).touch()
-    base = yaml.safe_load(text)
-    base = base.get("base", base)
-    if "texts" in base:  # the model is a folder
+
+
+def make_encoder(raw: dict[str, Any]):
+    """A recipe of an encoder refuses a model that is no folder of one."""
+    base = raw.get("base", raw)
+    if "texts" in base:
         from transformers import BertConfig, BertModel
 
         small = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -93,6 +96,7 @@ def check_recipe(text: str):
 
     touch_files_named_in(text)
     path, raw = Path("checked.yaml"), yaml.safe_load(text)
+    make_encoder(raw)
     path.write_text(text)
     if "sweep" in raw:
         assert SweepFile.model_validate(raw).sweep.rates
@@ -140,6 +144,7 @@ def commands_of(text: str):
     for language, body in FENCE.findall(text):
         if language == "yaml" and not {"axes", "sweep"} & set(yaml.safe_load(body)):
             touch_files_named_in(body)
+            make_encoder(yaml.safe_load(body))
             Path("recipe.yaml").write_text(body)
         elif language == "console":
             yield from re.findall(r"^\$ (.+)$", body, re.MULTILINE)

@@ -155,7 +155,7 @@ def save_model(
     Raises ValueError when `folder` holds something that Prunus did not write or is the source's, a pruned entry is not
     zero, a tensor of the model is not in the files, or the model is quantised.
 
-    >>> save_model(model, tokenizer, "example", masks=None, info={"note": "dense"}).weight_bytes > 1e7
+    >>> save_model(model, tokenizer, "example", masks=None, info={"note": "dense"}).weight_bytes > 0
     True
     """
     if masks is not None:

@@ -180,7 +180,7 @@ def survey(
 
     >>> seen = survey(model, tokens=torch.randint(100, (4, 16)))
     >>> seen["model.decoder.layers.0.fc1"].norms.shape
-    torch.Size([256])
+    torch.Size([8])
     """
     place = _placed(model, source, device, precision, include=include, exclude=exclude)
     return _survey(place, tokens, batch_size, on_block=on_block)
