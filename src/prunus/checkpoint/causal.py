@@ -9,9 +9,9 @@ Nothing here knows a model family: renamed and stacked tensors go through the ma
 from __future__ import annotations
 
 import copy
+import logging
 import re
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from prunus.checkpoint.folder import ADAPTER, Checkpoint
 from prunus.checkpoint.stored import DTYPES
-from prunus.machine import without_bars
+from prunus.machine import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -259,7 +259,7 @@ def _loaded_on_meta(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[Any
         name: torch.empty(each.shape, dtype=each.dtype, device="meta") for name, each in checkpoint.tensors.items()
     }
     how: dict[str, Any] = {"dtype": model.dtype, "device_map": {"": "meta"}, "ignore_mismatched_sizes": True}
-    with _silence():
+    with quiet(logging.CRITICAL):
         try:
             return type(model).from_pretrained(
                 None, config=model.config, state_dict=on_meta, output_loading_info=True, **how
@@ -269,20 +269,6 @@ def _loaded_on_meta(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[Any
                 f"{checkpoint.path}: its tensors do not make a {type(model).__name__} ({_line(error)}); the weights "
                 "belong to another model, or some are missing"
             ) from None
-
-
-@contextmanager
-def _silence() -> Generator[None]:
-    """Without the table and the bar that transformers prints of a loading."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity(50)  # critical
-    try:
-        with without_bars():
-            yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def _refuse_wrapped(checkpoint: Checkpoint, known: Callable[[list[str]], bool]) -> None:

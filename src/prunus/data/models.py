@@ -15,6 +15,7 @@ How they are trained and pruned is not known here.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunus.checkpoint import read_checkpoint, read_state
-from prunus.machine import import_extra, read_json, without_bars
+from prunus.machine import import_extra, quiet, read_json
 
 __all__ = [
     "BasicBlock",
@@ -421,22 +422,9 @@ def _loaded(auto: Any, folder: Path, config: Any, **options: Any) -> tuple[Any, 
     if torch.get_default_device().type == "meta":
         return auto.from_config(config, **options), ()
     options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
-    with without_bars(), _quiet():
+    with quiet(logging.ERROR):
         model, loaded = auto.from_pretrained(folder, config=config, **options)
     return model, sorted(loaded["missing_keys"])
-
-
-@contextmanager
-def _quiet() -> Generator[None]:
-    """Without the report of transformers on what is missing, which the caller judges."""
-    from transformers.utils import logging
-
-    shown = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(shown)
 
 
 def _complete(model: nn.Module, missing: Sequence[str]) -> nn.Module:

@@ -92,12 +92,14 @@ class SentenceBatches:
         self.texts, self.batch_size = texts, batch_size
         self.seed = seed if order_seed is None else order_seed
         self.epoch_steps = len(texts) // batch_size
+        self._epoch: tuple[int, Tensor] | None = None
 
     def __call__(self, step: int) -> tuple[dict[str, Tensor], Tensor]:
         """The batch of a step."""
         epoch, place = divmod(step, self.epoch_steps)
-        order = torch.randperm(len(self.texts), generator=generator_of(self.seed, epoch))
-        return self.texts.take(order[place * self.batch_size :][: self.batch_size]).batch()
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = epoch, torch.randperm(len(self.texts), generator=generator_of(self.seed, epoch))
+        return self.texts.take(self._epoch[1][place * self.batch_size :][: self.batch_size]).batch()
 
 
 def sentence_batches(texts: Sentences, *, batch_size: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:

@@ -198,6 +198,24 @@ def set_random_state(states: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
+def quiet(level: int) -> Generator[None]:
+    """Without bars, and without messages of transformers below a level of `logging`, such as its report of a loading.
+
+    >>> with quiet(logging.ERROR):
+    ...     model = AutoModel.from_pretrained("folder")
+    """
+    from transformers.utils import logging
+
+    shown = logging.get_verbosity()
+    logging.set_verbosity(level)
+    try:
+        with without_bars():
+            yield
+    finally:
+        logging.set_verbosity(shown)
+
+
+@contextmanager
 def without_bars() -> Generator[None]:
     """Without the bars that transformers draws of loading and writing, between ours.
 

@@ -1,5 +1,6 @@
 from .accuracy import Accuracy as Accuracy
 from .accuracy import accuracy as accuracy
+from .agreement import HEADLINES as HEADLINES
 from .agreement import Agreement as Agreement
 from .agreement import Fidelity as Fidelity
 from .agreement import agreement as agreement

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from prunus.machine import Precision, autocast, class_logits, in_mode
 from prunus.train import Pooling, embeddings
 
-_MAIN = ("accuracy", "top1", "cosine", "spearman")
+HEADLINES = ("accuracy", "cosine", "spearman")  # shares, of which the first that was measured counts most
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,9 @@ def headline(found: Mapping[str, Any]) -> tuple[str, float]:
     >>> headline({"top1": 0.9, "loss": 0.3})
     ('accuracy', 0.9)
     """
-    name = next(name for name in _MAIN if name in found)
-    return "accuracy" if name == "top1" else name, float(found[name])
+    known = {"accuracy": found["top1"], **found} if "top1" in found else found
+    name = next(name for name in HEADLINES if name in known)
+    return name, float(known[name])
 
 
 def _ranks(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any, cast
 from prunus.measure import headline
 from prunus.run.folder import device_of
 from prunus.run.plain import read_yaml
-from prunus.run.recipe import ClassifierRecipe, LanguageRecipe, Recipe, data_key, merge, parse
+from prunus.run.recipe import ClassifierRecipe, LanguageRecipe, Recipe, data_changes, data_key, merge, parse
 
 __all__ = ["Scorer", "evaluate_model", "scorer"]
 
@@ -114,9 +114,7 @@ def _of_classifiers(path: Path, raw: Mapping[str, Any]) -> Scorer:
     from prunus.run.vision import stages
     from prunus.run.vision.setting import Setting
 
-    key = str(data_key(raw))
-    source = {f"{key}.source": raw[key]} if isinstance(raw[key], str) else {}
-    held = merge(raw, {**source, f"{key}.measure_on": "validation"})
+    held = merge(raw, data_changes(raw, measure_on="validation"))
     setting = Setting.of(cast("ClassifierRecipe", parse(held, Recipe, str(path))))
     model = setting.new_model()
 

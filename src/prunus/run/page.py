@@ -14,7 +14,7 @@ import yaml
 
 from prunus import __version__
 from prunus.machine import read_json
-from prunus.measure import headline
+from prunus.measure import HEADLINES, headline
 from prunus.report import Card, Page, Part, by_block, format_value, plot_losses, plot_speeds, read_metrics, write_page
 from prunus.run.show import SOUP_COLUMNS, classifier_rows, grid_rows, language_rows, retrainings, soup_rows, speed_rows
 from prunus.run.tables import SOUP, spread
@@ -214,7 +214,7 @@ def _best(rows: Sequence[Result]) -> list[Card]:
     under: dict[str, list[Result]] = {}
     for row in rows:
         under.setdefault(row[axes[0]] if len(axes) > 1 else "", []).append(row)
-    share = by in ("accuracy", "cosine", "spearman")  # else a text's perplexity
+    share = by in HEADLINES  # else a text's perplexity
     choose = max if share else min
     best = {label: choose(cells, key=lambda row: row[by]["mean"]) for label, cells in under.items()}
     if len(best) > _MOST_CARDS:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from prunus.measure import headline
+from prunus.measure import HEADLINES, headline
 from prunus.report import format_value, print_table
 from prunus.run.inspect import KEEPING, Inspection, Row
 from prunus.run.names import rows as rows_of_names
@@ -85,7 +85,7 @@ def retrainings(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 def show_evaluation(model: str, numbers: Mapping[str, Any]) -> None:
     """The table of one evaluation, of a language model or of a classifier."""
-    measured = next((numbers[name] for name in ("accuracy", "cosine", "spearman") if name in numbers), None)
+    measured = next((numbers[name] for name in HEADLINES if name in numbers), None)
     if measured is not None:
         print_table([_measured(measured)], title=model)
         _show_corrupted(numbers.get("corrupted", {}))

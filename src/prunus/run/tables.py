@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import Field
 
 from prunus.machine import json_value, read_json, write_text
-from prunus.measure import CORRUPTIONS, MEASURES, headline
+from prunus.measure import CORRUPTIONS, HEADLINES, MEASURES, headline
 from prunus.report import Point, markdown_table, plot_accuracy, plot_grid
 from prunus.run.plain import Strict
 
@@ -214,7 +214,6 @@ def _plot_perplexity(layout: Layout, rows: Sequence[Row], across: str, text: str
 
 # Classifiers: accuracy (of texts also another share that counts) in percent, and every other number under `metrics`.
 
-_MAIN = ("accuracy", "cosine", "spearman")
 _COMPANIONS = (
     "pearson",
     "top5",
@@ -224,7 +223,7 @@ _COMPANIONS = (
     "sparsity",
     "reached",
 )
-_PERCENT = (*_MAIN, *_COMPANIONS)
+_PERCENT = (*HEADLINES, *_COMPANIONS)
 _STAGES = ("dense", "pruned", "recalibrated", "retrained", "settled")
 _COSTS = ("speedup", "parameters", "nonzero")
 _NUMBERS = ("loss", *_COSTS, "weight_change", "epochs", "steps", "seconds", "images_per_second", "left_of_start")
@@ -257,7 +256,7 @@ def accuracy_row(results: Sequence[Result]) -> dict[str, Any]:
     known = {
         name: mean_and_std([v for v in values if v is not None]) for name, values in found.items() if None not in values
     }
-    shown = (next(name for name in _MAIN if name in known), "dense", "pruned")
+    shown = (next(name for name in HEADLINES if name in known), "dense", "pruned")
     phases = {"accuracy by phase": by_phase(results)} if all("soup" in result for result in results) else {}
     return {**{name: known[name] for name in shown if name in known}, "metrics": known, **phases}
 
@@ -334,7 +333,7 @@ def _plot_accuracy(layout: Layout, rows: Sequence[Row], axis: str, path: Path) -
 
 def _main(rows: Sequence[Row]) -> str:
     """The column of what counts most."""
-    return next(name for name in _MAIN if name in rows[0])
+    return next(name for name in HEADLINES if name in rows[0])
 
 
 _NAMES = {"soup": "soup", "imp": "imp", "longer": "longer imp"}

@@ -20,6 +20,7 @@ from .members import order_of as order_of
 from .pruning import ClassifierPrune as ClassifierPrune
 from .pruning import Kind as Kind
 from .pruning import Prune as Prune
+from .read import data_changes as data_changes
 from .read import data_key as data_key
 from .read import load_recipe as load_recipe
 from .read import merge as merge

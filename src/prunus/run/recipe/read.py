@@ -19,7 +19,7 @@ from prunus.run.recipe.encoder import EncoderRecipe
 from prunus.run.recipe.language import LanguageRecipe
 from prunus.run.recipe.shared import Recipe
 
-__all__ = ["data_key", "load_recipe", "merge", "parse", "schema_of_recipes"]
+__all__ = ["data_changes", "data_key", "load_recipe", "merge", "parse", "schema_of_recipes"]
 
 Section = TypeVar("Section", bound=BaseModel)
 
@@ -86,6 +86,13 @@ def merge(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any
 def data_key(raw: Mapping[str, Any]) -> str | None:
     """The key that says what a classifier is trained on, images or texts; None of a language model's recipe."""
     return next((task.keyed for task in (ClassifierRecipe, EncoderRecipe) if task.keyed in raw), None)
+
+
+def data_changes(raw: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+    """Dotted changes of what a classifier is trained on, also where it is a source alone: "images.measure_on"."""
+    key = str(data_key(raw))
+    source = {"source": raw[key]} if isinstance(raw.get(key), str) else {}
+    return {f"{key}.{name}": value for name, value in (source | changes).items()}
 
 
 def _task_of(raw: Any) -> type[Recipe]:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 from prunus.measure import headline
-from prunus.run.recipe import ClassifierRecipe, Recipe, data_key, merge, parse
+from prunus.run.recipe import ClassifierRecipe, Recipe, data_changes, merge, parse
 from prunus.run.store import Job, Store
 from prunus.run.tables import METRICS, Show, accuracy_row, accuracy_tables
 from prunus.run.vision.outcome import outcome
@@ -41,12 +41,8 @@ class _Classifiers:
             raise ValueError(f"show.columns: no number {strange[0]!r}; {hint}")
 
     def recipe(self, raw: Mapping[str, Any], seed: int, *, tuning: bool, where: str) -> ClassifierRecipe:
-        changes: dict[str, Any] = {"seed": seed}
-        key = data_key(raw)
-        if isinstance(raw.get(str(key)), str):
-            changes[f"{key}.source"] = raw[str(key)]
-        if tuning:
-            changes |= {f"{key}.measure_on": "validation", "corruptions": None}
+        changes = {"seed": seed, **data_changes(raw, **({"measure_on": "validation"} if tuning else {}))}
+        changes |= {"corruptions": None} if tuning else {}
         return cast("ClassifierRecipe", parse(merge(raw, changes), Recipe, where))
 
     def seeded(self, recipe: ClassifierRecipe) -> bool:
