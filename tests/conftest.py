@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -96,6 +96,32 @@ def unwaited() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def drawn_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A file of tests draws its first picture of a size and a number of panels; others of that kind are copies of it.
+
+    A picture takes a fifth of a second, a run makes several, and most tests ask no more than that it is there. Files
+    that look at pictures are marked so.
+    """
+    from matplotlib.figure import Figure
+
+    own: Any = Figure.savefig
+    drawn: dict[tuple[float, ...], bytes] = {}
+
+    def savefig(figure: Figure, path: Path, **how: Any) -> None:
+        kind = (*figure.get_size_inches(), len(figure.axes))
+        if kind in drawn:
+            path.write_bytes(drawn[kind])
+        else:
+            own(figure, path, **how)
+            drawn[kind] = path.read_bytes()
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.node.get_closest_marker("pictures") is None:
+            patch.setattr(Figure, "savefig", savefig)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved tiny Llama with its tokenizer."""
@@ -107,8 +133,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Some 8,000 bytes of text with structure to learn."""
+    """Some 4,000 bytes of text with structure to learn."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    lines = [f"The {i % 7}th plum tree of row {i % 11} bears {i * i % 13} plums." for i in range(180)]
+    lines = [f"The {i % 7}th plum tree of row {i % 11} bears {i * i % 13} plums." for i in range(90)]
     path.write_text("\n".join(lines))
     return path

@@ -28,6 +28,8 @@ from prunus.report.curves import _limits
 from prunus.report.plots import _share, by_block
 from tests.processes import start
 
+pytestmark = pytest.mark.pictures
+
 ROWS = [{"layer": "model.layers.0.mlp[3]", "zeros": 12345, "share": 0.5}, {"layer": "head", "zeros": None}]
 
 
