@@ -255,7 +255,8 @@ class _Run:
         total = torch.zeros((), device=next(self.model.parameters()).device)
         for batch in parts:
             with self.accelerator.accumulate(self.wrapped):
-                value = self.loss(self._substituted(), batch)
+                with self.accelerator.autocast():  # around the model's own: a teacher runs in here, too
+                    value = self.loss(self._substituted(), batch)
                 total += value.detach()
                 for method in self.during:
                     penalty = method.penalty()
