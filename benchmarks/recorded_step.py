@@ -8,14 +8,15 @@ SmolLM2-135M's shape (random weights, bfloat16, pruned 50 %), 4 and 16 x 1,024 t
 trainables through `prunus.train`, with `capture="auto"` and, as the reference, without. The note has tokens per second
 and the largest relative difference between the two runs' losses; compiled, also the seconds until the first third is
 done, in which all is compiled. The floor counts the products alone: 2 operations a weight and token in the forward
-pass, for the gradient of the input, and, where a weight or a masked update is trained, for its own. On an H200,
-compiled and recorded: norms 391,000 tokens a second, MaskLoRA 298,500, everything 290,200
+pass, for the gradient of the input, and, where a weight or a masked update is trained, for its own; a teacher's are
+left out. On an H200, compiled and recorded: norms 391,000 tokens a second, MaskLoRA 298,500, everything 290,200
 (docs/results/recorded-steps.md).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 import time
 from collections.abc import Iterator
@@ -30,10 +31,11 @@ from prunus.data import PackedTokens
 from prunus.layers import find_layers
 from prunus.machine import of_training
 from prunus.prune import prune
-from prunus.train import linear_warmup_decay, train
+from prunus.train import distilled_next_token, linear_warmup_decay, next_token_loss, train
 
 STEPS = 24  # of a run; the first third is not timed
 SUBSETS = {"norms": ("norms",), "MaskLoRA": ("mask_lora",), "everything": ("full",)}
+TAUGHT = "everything, the dense model as teacher"
 
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:
@@ -44,15 +46,16 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def compiled(args: argparse.Namespace) -> Iterator[Row]:
-    """Each subset through compiled blocks."""
-    for name, subset in SUBSETS.items():
+    """Each subset through compiled blocks, and everything with a teacher besides."""
+    for name, subset in [*SUBSETS.items(), (TAUGHT, ("full",))]:
         yield _row(args, name, subset, 16, compiled=True)
 
 
 def _row(args: argparse.Namespace, name: str, subset: tuple[str, ...], batch: int, *, compiled: bool = False) -> Row:
     shape = batch, sized(1024, args)
-    plain, expected, _, cold = _run(args, subset, shape, capture=False, compiled=compiled)
-    ours, losses, weights, warm = _run(args, subset, shape, capture=True, compiled=compiled)
+    how = {"compiled": compiled, "taught": name == TAUGHT}
+    plain, expected, _, cold = _run(args, subset, shape, capture=False, **how)
+    ours, losses, weights, warm = _run(args, subset, shape, capture=True, **how)
     name, far = f"{name}, compiled" if compiled else name, float(((losses - expected) / expected).abs().max())
     tokens = batch * shape[1]
     rates = f"{tokens / ours * 1e3:,.0f} tokens a second, {tokens / plain * 1e3:,.0f} without"
@@ -65,7 +68,7 @@ def _row(args: argparse.Namespace, name: str, subset: tuple[str, ...], batch: in
 
 
 def _run(
-    args: argparse.Namespace, subset: tuple[str, ...], shape: tuple[int, int], *, capture: bool, compiled: bool
+    args: argparse.Namespace, subset: tuple[str, ...], shape: tuple[int, int], **how: bool
 ) -> tuple[float, torch.Tensor, int, float]:
     """Milliseconds of a step after the first third, all losses, the products' weights, seconds of the first third."""
     steps, marks, begun = STEPS if args.scale == 1 else 6, list[float](), time.perf_counter()
@@ -73,12 +76,12 @@ def _run(
     def mark(_done: int, _loss: float) -> None:
         marks.append(time.perf_counter())
 
-    model, losses = _trained(args, subset, shape, steps, capture=capture, compiled=compiled, on_step=mark)
+    model, losses = _trained(args, subset, shape, steps, mark, **how)
     weights = sum(each.numel() for each in model.parameters() if each.ndim == 2)
     return (marks[-1] - marks[0]) / (steps - steps // 3) * 1e3, torch.tensor(losses), weights, marks[0] - begun
 
 
-def _trained(args, subset, shape, steps, *, capture, compiled, on_step):  # type: ignore[no-untyped-def]
+def _trained(args, subset, shape, steps, on_step, *, capture, compiled, taught):  # type: ignore[no-untyped-def]
     torch.manual_seed(args.seed)
     config = LlamaConfig(
         vocab_size=sized(49152, args),
@@ -92,6 +95,7 @@ def _trained(args, subset, shape, steps, *, capture, compiled, on_step):  # type
     )
     with torch.device(args.device):
         model = LlamaForCausalLM(config).bfloat16()
+    loss = distilled_next_token(copy.deepcopy(model).requires_grad_(False)) if taught else next_token_loss
     views = [view for view in find_layers(model) if "layers" in view.name]
     masks = prune(model, sparsity=0.5, views=views)
     generator = torch.Generator().manual_seed(args.seed)
@@ -106,6 +110,7 @@ def _trained(args, subset, shape, steps, *, capture, compiled, on_step):  # type
             torch.optim.AdamW(adaptation.param_groups(1e-4), weight_decay=0.0, capturable=cuda, fused=cuda or None),
             linear_warmup_decay(steps, 0.1),
             steps=steps,
+            loss=loss,
             masks=masks if subset == ("full",) else None,
             precision=precision if cuda else "fp32",
             clip=1.0,

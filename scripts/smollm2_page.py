@@ -131,7 +131,7 @@ def draw_tokens(results: Path, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("perplexity, WikiText-2 (tokenised)")
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    axes[-1].legend(handles.values(), handles, frameon=False, fontsize=8, loc="upper right")
+    figure.legend(handles.values(), handles, frameon=False, fontsize=8, loc="outside lower center", ncols=4)
     figure.savefig(path, format="png")
 
 

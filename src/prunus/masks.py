@@ -147,13 +147,10 @@ class Masks(Mapping[str, Tensor]):
         masks keep the ordinary names. Wrapped optimizers (accelerate) need their inner torch optimizer here.
         Returns a handle whose `remove()` lets go. Applies the masks once at once. Raises as `apply_`.
         """
-        parameters: dict[int, Tensor] = {}
-        pruned: dict[int, Tensor] = {}
-        for parameter, gone in self._pairs(model):  # a tied parameter may have masks under several names
-            key = id(parameter)
-            parameters[key], pruned[key] = parameter, pruned[key] | gone if key in pruned else gone
-        fused = _is_fused(parameters.values(), optimizer)
-        held = [_Held(parameter, pruned[key], wide=not fused) for key, parameter in parameters.items()]
+        found = self._pruned(model)
+        pruned = {key: gone for key, (_, gone) in found.items()}
+        fused = _is_fused([parameter for parameter, _ in found.values()], optimizer)
+        held = tuple(_Held(parameter, gone, wide=not fused) for parameter, gone in found.values())
         taken: set[int] = set()
 
         @torch.no_grad()
@@ -169,7 +166,7 @@ class Masks(Mapping[str, Tensor]):
 
         reapply(optimizer)
         before = [optimizer.register_step_pre_hook(take)] if fused else []
-        return Hold((*before, optimizer.register_step_post_hook(reapply)))
+        return Hold((*before, optimizer.register_step_post_hook(reapply)), model, optimizer, held)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the masks bit-packed; the file appears complete or not at all."""
@@ -194,13 +191,21 @@ class Masks(Mapping[str, Tensor]):
             raise ValueError(f"{path} is damaged: its shapes and its tensors have different names")
         return cls({name: read_packed(packed[name], shape, f"{path}: {name}") for name, shape in shapes.items()})
 
+    def _pruned(self, model: nn.Module) -> dict[int, tuple[Tensor, Tensor]]:
+        """Id of a parameter -> itself and its pruned entries; a tied one may have masks under several names."""
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for parameter, gone in self._pairs(model):
+            key = id(parameter)
+            found[key] = parameter, found[key][1] | gone if key in found else gone
+        return found
+
     def _pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         """Each masked parameter with the bool tensor of its pruned entries (of this rank's part), all checked before.
 
         One at a time, because masks on the CPU may be larger than what is left of the parameters' device.
         """
         parameters = _parameters(model)
-        found = {name: parameters.get(name, parameters.get(_own_name(name))) for name in self}
+        found = {name: parameters.get(name, parameters.get(own_name(name))) for name in self}
         checked: list[tuple[Tensor, Tensor]] = []
         for name, mask in self.items():
             parameter = found[name]
@@ -223,11 +228,27 @@ class Hold:
     """What keeps pruned entries at zero, until `remove()`."""
 
     handles: tuple[RemovableHandle, ...]
+    model: nn.Module
+    optimizer: Optimizer
+    held: tuple[_Held, ...]
 
     def remove(self) -> None:
         """Let go."""
         for handle in self.handles:
             handle.remove()
+
+    @torch.no_grad()
+    def change_(self, masks: Masks) -> None:
+        """Hold other masks of the same parameters from now on, in the very tensors that a recorded step reads.
+
+        Raises ValueError for masks of other parameters, before anything changes, and as `apply_`.
+        """
+        pruned = masks._pruned(self.model)
+        if pruned.keys() != {id(each.parameter) for each in self.held}:
+            raise ValueError(f"masks of {len(pruned)} parameters cannot follow on those of {len(self.held)} others")
+        for each in self.held:
+            each.change_(pruned[id(each.parameter)][1])
+        _zero_pruned_(self.held, self.optimizer)
 
 
 def _is_fused(parameters: Iterable[Tensor], optimizer: Optimizer) -> bool:
@@ -253,6 +274,12 @@ class _Held:
         self.integer = _INTEGERS.get(local.element_size()) if wide and local.numel() <= _LARGE else None
         kept = None if self.integer is None else torch.empty_like(local, dtype=self.integer).copy_(~pruned)
         self.kept = kept  # in the parameter's memory format
+
+    def change_(self, pruned: Tensor) -> None:
+        """Hold other entries, in place."""
+        self.pruned.copy_(pruned)
+        if self.kept is not None:
+            self.kept.copy_(~pruned)
 
     def tensors(self, optimizer: Optimizer) -> list[Tensor]:
         """This rank's part of the parameter and of the optimizer's state of its shape."""
@@ -304,7 +331,7 @@ def _parameters(model: nn.Module) -> dict[str, Tensor]:
     inner = model
     while wrapped := _inside(inner):
         inner = wrapped
-    return {_own_name(name): each for name, each in inner.named_parameters(remove_duplicate=False)} | named
+    return {own_name(name): each for name, each in inner.named_parameters(remove_duplicate=False)} | named
 
 
 def _inside(model: nn.Module) -> nn.Module | None:
@@ -313,9 +340,14 @@ def _inside(model: nn.Module) -> nn.Module | None:
     return model._modules.get("_orig_mod")  # torch.compile's
 
 
-def _own_name(name: str) -> str:
-    """The name without what torch.compile of a submodule put into it."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+def own_name(name: str) -> str:
+    """A parameter's name without what torch.compile of a submodule, or a parametrization, put into it.
+
+    >>> own_name("0.parametrizations.weight.original"), own_name("_orig_mod.0.weight")
+    ('0.weight', '0.weight')
+    """
+    parts = name.removesuffix(".original").split(".") if ".parametrizations." in f".{name}" else name.split(".")
+    return ".".join(part for part in parts if part not in ("_orig_mod", "parametrizations"))
 
 
 def _as_placed(mask: Tensor, parameter: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import OPTConfig, OPTForCausalLM
 
 from prunus.adapt import adapt
@@ -108,19 +109,25 @@ def resumed_after(stop: int, folder: Path, run: Callable[..., Any]) -> Any:
 
 
 class Played(CapturedStep):
-    """A recorded step on a CPU: the loss of what is replayed is one larger, so that one sees which ran."""
+    """A recorded step on a CPU: the loss of what is replayed is one larger, so that one sees which ran.
+
+    What is replayed is what was recorded: the step of then, on the tensors of then.
+    """
+
+    recorded: Callable[[list[Any]], Tensor]
 
     def _plain(self, parts: list[Any]) -> Tensor:
         return self.step(parts)
 
     def _record(self, parts: list[Any]) -> None:
-        self.static = [part.clone() for part in parts]
+        self.static = [tree_map_only(Tensor, torch.clone, part) for part in parts]
         self.loss = torch.zeros(())
         self.graph: Any = self
+        self.recorded = self.step
 
     def replay(self) -> None:
         assert self.loss is not None
-        self.loss.copy_(self.step(self.static) + 1)
+        self.loss.copy_(self.recorded(self.static) + 1)
 
     def _wait(self) -> None:
         pass
@@ -144,12 +151,18 @@ def played(steps: int = 6, **asked: Any) -> tuple[list[float], Tensor]:
     return trace.losses, model[0].weight.detach()  # pyright: ignore[reportReturnType]
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3, 5, 6])
-def test_a_resumed_run_records_the_same_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int):
+@pytest.fixture
+def plays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are "recorded" on a CPU."""
     loop = sys.modules["prunus.train.train"]  # the name is also the function's
     monkeypatch.setattr(loop, "CapturedStep", Played)
-    monkeypatch.setattr(loop, "captures", lambda *_, **__: True)
+    monkeypatch.setattr(loop, "captures", lambda asked, *_, **__: bool(asked))
     monkeypatch.setattr(loop, "settled", lambda _: nullcontext())
+
+
+@pytest.mark.usefixtures("plays")
+@pytest.mark.parametrize("stop", [1, 2, 3, 5, 6])
+def test_a_resumed_run_records_the_same_steps(tmp_path: Path, stop: int):
     whole, weight = played()
     assert [loss >= 1 for loss in whole] == [False] * 3 + [True] * 3
     resumed, other = resumed_after(stop, tmp_path, played)

@@ -21,8 +21,9 @@ from prunus.train import (
     next_token_loss,
     train,
 )
-from prunus.train.distill import _Filled
+from prunus.train.distill import _Filled, _Mixed
 from tests.conftest import VOCABULARY, tiny_llama
+from tests.laws.test_entropy import CLOSE, PATHS, programs
 from tests.laws.test_next_token import build, gradients, tokens
 
 
@@ -71,6 +72,71 @@ def test_value_and_gradients_are_those_of_the_formula(
         again = distilled_next_token(teacher, weight, temperature)(model, ids)
     torch.testing.assert_close(again.double(), expected, rtol=1e-5, atol=1e-6)
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize(("path", "device"), PATHS)
+@pytest.mark.parametrize(("weight", "temperature"), [(0.5, 1), (1, 1.0), (0.3, 2.0), (1.0, 4.0)])
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 4096), (2, 5001)])
+def test_rows_have_the_loss_and_the_gradient_of_autograd(
+    shape: tuple[int, int], dtype: torch.dtype, weight: float, temperature: float, path: str, device: str
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rising = torch.linspace(0, 6, shape[1])  # so that the largest come late
+    z, taught = ((3 * torch.randn(shape, generator=generator) + rising).to(device, dtype) for _ in range(2))
+    y = torch.randint(shape[1], shape[:1], generator=generator).to(device)
+    wide = z.double().requires_grad_()
+    expected = shape[0] * written_out(wide, taught, y, weight, temperature)
+    wanted = torch.autograd.grad(expected, wide)[0]
+    with programs(path):
+        value, dz = _Mixed(weight, temperature).gradient(z, taught, y)
+    torch.testing.assert_close(value.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    near = 1e-6 if dtype != torch.float32 else 3e-7
+    torch.testing.assert_close(dz.double(), wanted, rtol=10 * CLOSE[dtype], atol=near)
+    assert dz.dtype == dtype
+
+
+@pytest.mark.parametrize(("path", "device"), PATHS)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_huge_and_hidden_logits_and_strides_have_their_loss(temperature: float, path: str, device: str) -> None:
+    hidden = float("-inf")
+    z = torch.tensor([[3e4, -3e4, 0.0], [hidden, 2.0, 1.0], [-3e4, -3e4, -3e4]], device=device)
+    taught = torch.tensor([[3e4, 0.0, hidden], [hidden, 1.0, 3.0], [2.0, 0.0, 1.0]], device=device)
+    y = torch.tensor([0, 2, 0], device=device)
+    p = (taught.double() / temperature).softmax(-1)
+    student = (z.double() / temperature).log_softmax(-1)
+    kl = torch.where(p > 0, p * (p.log() - student), 0.0).sum()
+    entropy = torch.nn.functional.cross_entropy(z.double(), y, reduction="sum")
+    wanted = 0.5 * temperature * (student.exp() - p) + 0.5 * (z.double().softmax(-1) - F.one_hot(y, 3))
+    for laid in (lambda x: x, lambda x: x.t().contiguous().t(), lambda x: torch.cat([x, x], 1)[:, :3]):
+        with programs(path):
+            value, dz = _Mixed(0.5, temperature).gradient(laid(z), laid(taught), y)
+        torch.testing.assert_close(value.double(), 0.5 * temperature**2 * kl + 0.5 * entropy, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(dz.double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("path", "device"), PATHS)
+def test_logits_that_are_no_numbers_give_a_loss_that_is_none(path: str, device: str) -> None:
+    good, bad = torch.zeros(1, 2, device=device), torch.tensor([[0.0, float("nan")]], device=device)
+    for z, taught in ((good, bad), (bad, good)):
+        with programs(path):
+            assert _Mixed(0.5, 1.0).gradient(z, taught, torch.tensor([0], device=device))[0].isnan()
+
+
+def test_a_teacher_runs_in_the_precision_of_training():
+    model, teacher, ids = pair("llama")
+    seen = set()
+    teacher.model.layers[0].mlp.register_forward_hook(lambda _module, _inputs, output: seen.add(output.dtype))
+    train(
+        model,
+        lambda _step: ids,
+        torch.optim.SGD(model.parameters(), lr=0.01),
+        lambda _step: 1.0,
+        steps=1,
+        loss=distilled_next_token(teacher),
+        precision="bf16",
+    )
+    assert seen == {torch.bfloat16}
 
 
 def test_a_teacher_that_agrees_teaches_nothing():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import pytest
 import torch
 from torch import Tensor
@@ -22,10 +24,15 @@ def expected(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return value.detach(), torch.autograd.grad(value, wide)[0]
 
 
-def found(z: Tensor, y: Tensor, path: str) -> tuple[Tensor, Tensor]:
+def programs(path: str) -> AbstractContextManager[None]:
+    """The way by which rows go: Triton's program, or its plain twin."""
     if path == "program":
         pytest.importorskip("triton")
-    with kernels(path == "program"):
+    return kernels(path == "program")
+
+
+def found(z: Tensor, y: Tensor, path: str) -> tuple[Tensor, Tensor]:
+    with programs(path):
         return _cross_entropy(z, y)
 
 

@@ -90,6 +90,30 @@ def test_hold_keeps_zeros_through_a_warm_optimizer(name: str):
         masks.check(model)
 
 
+def test_a_hold_changes_to_other_masks_in_the_tensors_that_it_has():
+    model, masks = small_model(), small_masks()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    step(model, optimizer)
+    handle = masks.hold(model, optimizer)
+    others = Masks({name: mask.roll(1, 0) for name, mask in masks.items()})
+    assert others != masks
+    before = [tensor for each in handle.held for tensor in (each.pruned, each.kept)]
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+    handle.change_(others)
+    others.check(model)
+    assert torch.equal(model[0].weight != 0, others["0.weight"])
+    step(model, optimizer)
+    others.check(model)
+    with pytest.raises(ValueError, match="nonzero"):
+        masks.check(model)
+    after = [tensor for each in handle.held for tensor in (each.pruned, each.kept)]
+    assert all(one is other for one, other in zip(before, after, strict=True))
+    with pytest.raises(ValueError, match="masks of 1 parameters cannot follow on those of 2 others"):
+        handle.change_(Masks({"0.weight": masks["0.weight"]}))
+    others.check(model)
+
+
 def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
     model(torch.ones(2, 5)).square().sum().backward()

@@ -24,6 +24,7 @@ from prunus.stream.sources import Shards
 from prunus.stream.stream import stream
 from prunus.stream.work import Work
 from prunus.train import train as training
+from prunus.train.capture import CapturedStep
 from tests.conftest import tiny_llama
 from tests.systems.test_compress import raw
 
@@ -170,3 +171,102 @@ def test_recorded_steps_of_a_fit_are_the_plain_ones(
     assert "not recorded" not in caplog.text
     for name, weight in found[0].items():
         torch.testing.assert_close(weight, found[1][name], rtol=1e-2, atol=1e-3)
+
+
+def blocks(count: int, width: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=count, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def fitted(
+    model: LlamaForCausalLM, fit: Fit, monkeypatch: pytest.MonkeyPatch, once: bool, **asked: Any
+) -> tuple[list[int], list[float]]:
+    """How many replays each recorded step had, and the blocks' errors, after they were fitted on the GPU."""
+    replays: list[int] = []
+    record, wait = CapturedStep._record, CapturedStep._wait
+    places: dict[int, int] = {}
+
+    def recording(self: CapturedStep, parts: list[Any]) -> None:
+        record(self, parts)
+        places[id(self)] = len(replays)
+        replays.append(0)
+
+    def waiting(self: CapturedStep) -> None:
+        replays[places[id(self)]] += 1
+        wait(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CapturedStep, "_record", recording)
+        patch.setattr(CapturedStep, "_wait", waiting)
+        patch.setattr(sys.modules["prunus.stream.stream"], "_RECORD_ONCE", once)
+        tokens = torch.arange(160).view(10, 16) * 7 % 256  # the last of three batches is smaller
+        streamed = stream(model, wanda, NM(2, 4), 0.5, tokens=tokens, fit=fit, device="cuda", batch_size=4, **asked)
+    streamed.masks.check(model)
+    return replays, [each.error_after or 0.0 for each in streamed.reports]
+
+
+@pytest.mark.parametrize(
+    ("window", "train", "recordings"),
+    [
+        ("block", ("full",), 1), ("block", ("norms", "mask_lora"), 1), ("half", ("full",), 2),
+        ("half", ("scale_lora",), 2), ("matrix", ("full",), 4), ("block", ("lora_prune",), 1),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_blocks_are_fitted_through_one_recorded_step(
+    monkeypatch: pytest.MonkeyPatch, window: Any, train: Any, recordings: int, precision: Any
+) -> None:
+    fit = Fit(window=window, train=train, steps=20, lr=1e-3, precision=precision)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    one, other = blocks(4, 64).to(dtype), blocks(4, 64).to(dtype)
+    once, errors = fitted(one, fit, monkeypatch, True)
+    anew, found = fitted(other, fit, monkeypatch, False)
+    assert len(once) == recordings
+    assert len(anew) == 4 * {"block": 1, "half": 2, "matrix": 7}[window]
+    assert sum(once) > sum(anew), "the first steps are replayed too"
+    assert errors == pytest.approx(found, rel=0.02)
+    _, pruned = fitted(blocks(4, 64).to(dtype), Fit(steps=1, lr=1e-12, precision=precision), monkeypatch, False)
+    assert all(after < before for after, before in zip(errors, pruned, strict=True))
+    if precision == "fp32":
+        for name, weight in one.state_dict().items():
+            torch.testing.assert_close(weight, other.state_dict()[name], rtol=1e-2, atol=1e-3, msg=name)
+
+
+def test_fitted_blocks_of_a_run_that_was_killed_have_the_bits_of_the_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit, whole, resumed = Fit(steps=20, lr=1e-3), blocks(4, 64), blocks(4, 64)
+    fitted(whole, fit, monkeypatch, True)
+
+    def kill(report: Any) -> None:
+        if report.name.endswith("1"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fitted(blocks(4, 64), fit, monkeypatch, True, work=Work(tmp_path, "k").open(), on_block=kill)
+    fitted(resumed, fit, monkeypatch, True, work=Work(tmp_path, "k").open())
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(weight, resumed.state_dict()[name]), name
+
+
+def test_one_recorded_step_for_all_blocks_takes_the_memory_of_one_more_block_in_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    peaks: list[int] = []
+    for once in (False, False, True):  # the first makes handles and workspaces
+        model = blocks(3, 1024).bfloat16()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        start = torch.cuda.memory_allocated()
+        highest: list[int] = []  # each run of `train` begins to count anew
+        report = lambda _, highest=highest: highest.append(torch.cuda.max_memory_allocated())  # noqa: E731
+        fitted(model, Fit(steps=8, lr=1e-5, precision="bf16"), monkeypatch, once, on_block=report)
+        peaks.append(max(highest) - start)
+        torch.cuda.synchronize()
+        assert torch.cuda.memory_allocated() - start < 1 << 20, "nothing stays"
+    values = sum(each.numel() for each in blocks(1, 1024).model.layers[0].parameters())
+    assert peaks[2] - peaks[1] < (4 + 8 + 1) * values + (1 << 22), "weights, moments, masks"

@@ -9,22 +9,24 @@ nonlinearity is fitted better than a single matrix.
 
 from __future__ import annotations
 
+import copy
 import logging
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from prunus.adapt import adapt
+from prunus.adapt import Adaptation, adapt
 from prunus.blocks import Arguments, run_block
 from prunus.layers import View
 from prunus.machine import Precision, autocast
 from prunus.masks import Masks
-from prunus.train import linear_warmup_decay, train
+from prunus.train import Capture, StandIns, Trained, linear_warmup_decay, train, unrecordable
 
 __all__ = ["Fit", "Passing", "reconstruct"]
 
@@ -90,27 +92,31 @@ def reconstruct(
     views: Sequence[View],
     masks: Masks,
     prefix: str,
+    stand_ins: StandIns | None = None,
 ) -> tuple[float, float]:
     """The block's relative squared output error before and after it was fitted in place.
 
     block, dense: the pruned block and its dense twin on one device; prefix: the block's name in the model.
-    A window whose fit ends worse than it began is put back.
+    stand_ins: of the blocks before, through which this one is fitted where it is like them; by default their steps are
+    recorded anew. A window whose fit ends worse than it began is put back.
 
     Raises ValueError when a subset of `fit.train` is empty in a window (norms of an attention half).
     """
+    stand_ins = StandIns(wanted=False) if stand_ins is None else stand_ins
+    stand_ins.next_block()
     whole: list[Example] = [
         {"target": target, "args": (x, call), "kwargs": {}}
         for x, call, target in zip(passing.hidden, passing.arguments, passing.targets, strict=True)
     ]
     units = _units(block, views, fit.window, prefix)
     if len(units) == 1 and units[0].path == "":
-        return _fit_(block, units[0], whole, masks=masks, fit=fit, prefix=prefix)
+        return _fit_(block, units[0], whole, stand_ins, masks=masks, fit=fit, prefix=prefix)
     holder = _Holder(block)
     before = _error(holder, whole, fit.precision)
     for unit in units:
         with autocast(_device(block), fit.precision):
             examples = whole if unit.path == "" else _examples(block, dense, unit, passing)
-        _fit_(block, unit, examples, masks=masks, fit=fit, prefix=prefix)
+        _fit_(block, unit, examples, stand_ins, masks=masks, fit=fit, prefix=prefix)
     return before, _error(holder, whole, fit.precision)
 
 
@@ -184,7 +190,14 @@ def _outputs(block: nn.Module, path: str, run: Callable[[], object]) -> list[Ten
 
 
 def _fit_(
-    block: nn.Module, unit: _Unit, examples: list[Example], *, masks: Masks, fit: Fit, prefix: str
+    block: nn.Module,
+    unit: _Unit,
+    examples: list[Example],
+    stand_ins: StandIns,
+    *,
+    masks: Masks,
+    fit: Fit,
+    prefix: str,
 ) -> tuple[float, float]:
     """Relative error of one unit before and after its fit in place; its weights are put back when the error grew."""
     module = block.get_submodule(unit.path)
@@ -192,7 +205,7 @@ def _fit_(
     place = f"{prefix}.{unit.path}" if unit.path else prefix
     before = _error(holder, examples, fit.precision)
     saved = {name: value.detach().clone() for name, value in module.state_dict().items()}
-    _train_(holder, unit, examples, masks=masks, fit=fit, place=place)
+    _train_(holder, unit, examples, stand_ins, masks=masks, fit=fit, place=place)
     after = _error(holder, examples, fit.precision)
     if after <= before:
         return before, after
@@ -201,42 +214,68 @@ def _fit_(
     return before, before
 
 
-def _train_(holder: nn.Module, unit: _Unit, examples: list[Example], *, masks: Masks, fit: Fit, place: str) -> None:
-    views = [
-        replace(view, name=_within(view.name, place), parameter=_within(view.parameter, place)) for view in unit.views
-    ]
+def _train_(
+    holder: nn.Module,
+    unit: _Unit,
+    examples: list[Example],
+    stand_ins: StandIns,
+    *,
+    masks: Masks,
+    fit: Fit,
+    place: str,
+) -> None:
+    local = replace(unit, views=[_local(view, place) for view in unit.views])
     device = _device(holder)
     own = Masks({_within(view.parameter, place): masks[view.parameter].to(device) for view in unit.views})
     seed = fit.seed + zlib.crc32(place.encode())
-    generator = torch.Generator().manual_seed(seed)
+
+    def run(trained: Trained, capture: Capture) -> None:
+        train(
+            trained.model,
+            _order(examples, seed),
+            trained.optimizer,
+            linear_warmup_decay(fit.steps, fit.warmup),
+            steps=fit.steps,
+            loss=_loss,
+            masks=trained.masks,
+            precision=fit.precision,
+            capture=capture,
+            shared=False,  # an example's masks and positions are for the whole batch
+        )
+
+    def loss(model: nn.Module, example: Example) -> Tensor:
+        with autocast(device, fit.precision):
+            return _loss(model, example)
+
+    stand_in = None
+    if not unrecordable(device, shared=False, scaled=fit.precision == "fp16"):
+        copied = partial(_prepare, unit=local, fit=fit, seed=seed)
+        how = local.free, tuple(local.views)
+        stand_in = stand_ins.find(holder, how, examples[0], lambda: copied(*copy.deepcopy((holder, own)))[1])
+    adaptation, trained = _prepare(holder, own, local, fit, seed)
+    stand_ins.train_(stand_in, trained, loss, run, examples[0])
+    adaptation.merge_()
+
+
+def _prepare(holder: nn.Module, own: Masks, unit: _Unit, fit: Fit, seed: int) -> tuple[Adaptation, Trained]:
+    """What is trained of a unit, and how; views and masks bear names below the holder."""
     adaptation = adapt(
         holder,
         fit.train,
         masks=own,
-        views=views,
+        views=unit.views,
         rank=fit.rank,
         alpha=fit.alpha,
         init=fit.init,
-        generator=generator,
+        generator=torch.Generator().manual_seed(seed),
     )
     groups = adaptation.param_groups(fit.lr)
     if unit.free is not None:
         free = {id(p) for child in unit.free for p in holder.get_submodule(f"unit.{child}").parameters()}
         groups = [{**group, "params": [p for p in group["params"] if id(p) in free]} for group in groups]
-    groups, cuda = [group for group in groups if group["params"]], device.type == "cuda"
-    train(
-        holder,
-        _order(examples, seed),
-        torch.optim.AdamW(groups, weight_decay=0.0, capturable=cuda, fused=cuda or None),
-        linear_warmup_decay(fit.steps, fit.warmup),
-        steps=fit.steps,
-        loss=_loss,
-        masks=own if "full" in fit.train else None,
-        precision=fit.precision,
-        capture="auto",
-        shared=False,  # an example's masks and positions are for the whole batch
-    )
-    adaptation.merge_()
+    groups, cuda = [group for group in groups if group["params"]], _device(holder).type == "cuda"
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, capturable=cuda, fused=cuda or None)
+    return adaptation, Trained(holder, optimizer, own if "full" in fit.train else None)
 
 
 class _Holder(nn.Module):
@@ -255,6 +294,11 @@ class _Holder(nn.Module):
         if len(args) == 2 and isinstance(args[1], Arguments):
             return run_block(self.unit, args[0], args[1])
         return _first(self.unit(*_to(args, device), **_to(kwargs, device)))
+
+
+def _local(view: View, place: str) -> View:
+    """The view under its names below the holder of a unit at this place."""
+    return replace(view, name=_within(view.name, place), parameter=_within(view.parameter, place))
 
 
 def _within(name: str, place: str) -> str:

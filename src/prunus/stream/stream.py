@@ -29,6 +29,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,11 +62,13 @@ from prunus.score import (
 from prunus.stream.reconstruct import Fit, Passing, reconstruct
 from prunus.stream.sources import Ahead, Memory, ahead
 from prunus.stream.work import BlockReport, Work
+from prunus.train import StandIns
 
 __all__ = ["Streamed", "stream", "survey"]
 
 _TRIED = 1 << 28  # logits of the dense model that are kept while allocations are tried: 1 GiB
 _PARTS = 16  # batches of those windows: searches look at a part first
+_RECORD_ONCE = True  # fitted blocks of one shape share a recorded step; False: each records its own
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,7 @@ def stream(
     hidden, arguments = begin()
     dense = (list(hidden), begin()[1]) if fit is not None and fit.inputs == "dense" else None
     flow = _Flow(hidden, arguments, dense, _survey_tied(place, asked.needs, tokens, batch_size))
+    flow.stand_ins.wanted = _RECORD_ONCE and len(names) > 1
     reports: list[BlockReport] = []
     with ahead(place.source, names, place.device) as moving:
         for index, name in enumerate(names):
@@ -399,7 +403,7 @@ def _seen(views: Sequence[View], inputs: Mapping[str, Inputs]) -> tuple[list[str
 @dataclass(eq=False)
 class _Flow:
     """What runs through the blocks: per batch the hidden state (b, length, d) and the arguments of each block's calls,
-    both also of the dense network where a fit asks for them; the masks so far."""
+    both also of the dense network where a fit asks for them; the masks so far; what blocks are fitted through."""
 
     hidden: list[Tensor]
     arguments: Mapping[str, list[Arguments]]
@@ -407,6 +411,7 @@ class _Flow:
     tied: Mapping[str, Inputs] = field(default_factory=dict)  # of views whose weights several blocks have
     solved: dict[str, Tensor] = field(default_factory=dict)  # those weights, by name of the view's parameter
     masks: dict[str, Tensor] = field(default_factory=dict)
+    stand_ins: StandIns = field(default_factory=StandIns)
 
 
 class _Step:
@@ -489,7 +494,8 @@ class _Step:
             entering, targets = list(zip(hidden, arguments[self.name], strict=True)), hidden
             self._advance_(before, hidden, arguments)
         passing = Passing(flow.hidden, flow.arguments[self.name], targets, entering)
-        return reconstruct(self.block, before, fit, passing, views=self.views, masks=masks, prefix=self.name)
+        how: dict[str, Any] = {"masks": masks, "prefix": self.name, "stand_ins": flow.stand_ins}
+        return reconstruct(self.block, before, fit, passing, views=self.views, **how)
 
     def _advance_(self, block: nn.Module, hidden: list[Tensor], arguments: Mapping[str, list[Arguments]]) -> None:
         with self._autocast():

@@ -2,6 +2,9 @@ from .averaged import Ema as Ema
 from .averaged import Swa as Swa
 from .batchnorm import recalibrate_ as recalibrate_
 from .callback import HoldMasks as HoldMasks
+from .capture import Capture as Capture
+from .capture import Kept as Kept
+from .capture import unrecordable as unrecordable
 from .capture import unrecorded as unrecorded
 from .distill import distilled_classification as distilled_classification
 from .distill import distilled_next_token as distilled_next_token
@@ -31,6 +34,9 @@ from .lr import risen as risen
 from .lr import slr as slr
 from .lr import warmup_steps as warmup_steps
 from .lr import wsd as wsd
+from .stand_in import StandIn as StandIn
+from .stand_in import StandIns as StandIns
+from .stand_in import Trained as Trained
 from .train import Substituted as Substituted
 from .train import Trace as Trace
 from .train import classification_loss as classification_loss

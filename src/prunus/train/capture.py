@@ -16,14 +16,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
-
-Capture = bool | Literal["auto"]
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +87,7 @@ class CapturedStep:
         self.must = must
         self.forget = forget
         self.failure = ""
+        self.like: list[Any] | None = None  # what a batch to record must be like; any, where there is none
         self.graph: torch.cuda.CUDAGraph | None = None
         self.static: list[Any] = []
         self.loss: Tensor | None = None
@@ -105,6 +105,8 @@ class CapturedStep:
             self.done += 1
             return self._plain(parts)
         if self.graph is None:
+            if self.like is not None and not fits(self.like, parts):
+                return self._plain(parts)
             self._record(parts)
             if self.failure:
                 return self._plain(parts)
@@ -162,6 +164,37 @@ class CapturedStep:
             self.forget()
             return
         self.graph = graph
+
+
+@dataclass
+class Kept:
+    """Where `train(capture=Kept(...))` leaves its recorded step to the next run of the same model and optimizer.
+
+    As `capture="auto"` otherwise. Every step on a batch like `batch` is a replay, of every run: those that come before
+    a recording are made beforehand, and then `again` puts model and optimizer back to where the run begins. A replay
+    reads the tensors with which it was recorded: the model's, the optimizer's state, masks that were held before
+    `train`, and the learning rates that are kept here.
+    """
+
+    batch: Any = None
+    again: Callable[[], object] = lambda: None
+    captured: CapturedStep | None = None
+    rates: list[Tensor] = field(default_factory=list)
+
+    def step(self, fresh: CapturedStep, optimizer: torch.optim.Optimizer) -> CapturedStep:
+        """The step that is kept, which runs as the fresh one does where it is no replay; at first the fresh one."""
+        if self.captured is None:
+            self.captured = fresh
+            fresh.done, fresh.like = _WARM, [outline(self.batch)]
+            set_rates_(optimizer, [0.0] * len(optimizer.param_groups), True)
+            self.rates = [group["lr"] for group in optimizer.param_groups]
+        for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate
+        self.captured.step, self.captured.forget = fresh.step, fresh.forget
+        return self.captured
+
+
+Capture = bool | Literal["auto"] | Kept
 
 
 def _masked(parts: list[Any]) -> bool:
@@ -257,21 +290,26 @@ def captures(asked: Capture, model: nn.Module, optimizer: torch.optim.Optimizer,
     return bool(asked) and not why
 
 
-def _obstacle(model: nn.Module, optimizer: torch.optim.Optimizer, *, shared: bool, scaled: bool) -> str:
-    """Why a step of this run cannot be recorded; nothing where it can, as far as one sees without trying."""
-    device = next(model.parameters()).device
+def unrecordable(device: torch.device, *, shared: bool, scaled: bool) -> str:
+    """Why steps on a device cannot be recorded, whatever the optimizer; nothing where they can."""
     if device.type != "cuda":
         return f"capture=True records a CUDA graph, and the model is on {device}"
     if shared:
         return "capture=True goes with one process: several wait for each other's gradients on the host"
     if scaled:
         return "capture=True goes with bf16 or fp32: the host looks at what fp16 scales"
-    if not all(group.get("fused") or group.get("capturable") for group in optimizer.param_groups):
+    return ""
+
+
+def _obstacle(model: nn.Module, optimizer: torch.optim.Optimizer, *, shared: bool, scaled: bool) -> str:
+    """Why a step of this run cannot be recorded; nothing where it can, as far as one sees without trying."""
+    why = unrecordable(next(model.parameters()).device, shared=shared, scaled=scaled)
+    if not why and not all(group.get("fused") or group.get("capturable") for group in optimizer.param_groups):
         return (
             f"capture=True needs an optimizer that reads its learning rate on the device: make it with fused=True "
             f"(SGD) or capturable=True (Adam), not {type(optimizer).__name__} as it is"
         )
-    return ""
+    return why
 
 
 def set_rates_(optimizer: torch.optim.Optimizer, rates: list[float], captured: bool) -> None:
@@ -279,7 +317,7 @@ def set_rates_(optimizer: torch.optim.Optimizer, rates: list[float], captured: b
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         if not captured:
             group["lr"] = rate
-        elif isinstance(group["lr"], Tensor) and group["lr"].is_cuda:
+        elif isinstance(group["lr"], Tensor) and group["lr"].device == group["params"][0].device:
             group["lr"].fill_(rate)
         else:
             group["lr"] = torch.tensor(rate, dtype=torch.float32, device=group["params"][0].device)
@@ -287,14 +325,23 @@ def set_rates_(optimizer: torch.optim.Optimizer, rates: list[float], captured: b
 
 def _copied(static: list[Any], parts: list[Any]) -> bool:
     """Whether a batch is of the recorded one's shapes, and now in its place."""
-    old, old_spec = tree_flatten(static)
-    new, new_spec = tree_flatten(parts)
-    if old_spec != new_spec or not all(map(_alike, old, new)):
+    if not fits(static, parts):
         return False
-    for to, value in zip(old, new, strict=True):
+    for to, value in zip(tree_leaves(static), tree_leaves(parts), strict=True):
         if isinstance(to, Tensor):
             to.copy_(value, non_blocking=True)
     return True
+
+
+def outline(tree: Any) -> Any:
+    """The tree with empty tensors of the same shapes and types."""
+    return tree_map_only(Tensor, lambda tensor: tensor.to("meta"), tree)
+
+
+def fits(old: Any, new: Any) -> bool:
+    """Whether two trees are alike: tensors of the same shapes and types, and everything else equal."""
+    (one, its), (other, others) = tree_flatten(old), tree_flatten(new)
+    return its == others and all(map(_alike, one, other))
 
 
 def _alike(old: Any, new: Any) -> bool:

@@ -19,9 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from prunus.kernels import uses_kernels
 from prunus.machine import class_logits
 from prunus.masks import pack, unpack
 from prunus.train.next_token import Aim, aimed_loss, row_logits
+
+_STORED = {torch.float32, torch.bfloat16, torch.float16}  # what the program of `gradient` takes
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,14 @@ class _Mixed:
 
     def gradient(self, z: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The same without a graph, and its gradient by z, in the dtype of z."""
+        if uses_kernels(z) and {z.dtype, teacher.dtype} <= _STORED:
+            from prunus.kernels import divergence
+
+            losses, dz = divergence(z, teacher, labels, self.weight, self.temperature)
+            return losses.sum(), dz
         a, T = self.weight, self.temperature
         student, taught = ((each.float() / T).log_softmax(-1) for each in (z, teacher))
-        value = a * T**2 * F.kl_div(student, taught, reduction="sum", log_target=True)
+        value = a * T**2 * _kl(taught, student)
         dz = student.exp().sub_(taught.exp_()).mul_(a * T)
         if a < 1:
             own = student if T == 1 else z.float().log_softmax(-1)
@@ -59,12 +67,18 @@ class _Mixed:
     def _divergence(self, z: Tensor, teacher: Tensor) -> Tensor:
         a, T = self.weight, self.temperature
         taught = F.log_softmax(teacher.float() / T, -1)
-        return a * T**2 * F.kl_div(F.log_softmax(z.float() / T, -1), taught, reduction="sum", log_target=True)
+        return a * T**2 * _kl(taught, F.log_softmax(z.float() / T, -1))
 
     def _entropy(self, z: Tensor, labels: Tensor) -> Tensor:
         if self.weight == 1:
             return z.new_zeros((), dtype=torch.float32)
         return (1 - self.weight) * F.cross_entropy(z.float(), labels, reduction="sum", label_smoothing=self.smoothing)
+
+
+def _kl(taught: Tensor, student: Tensor) -> Tensor:
+    """The summed divergence of rows of log-probabilities; a class that the teacher hides (-inf) adds nothing."""
+    p = taught.exp()
+    return (p * torch.where(p == 0, 0.0, taught - student)).sum()
 
 
 def distilled_next_token(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from prunus.layers import View, find_layers
 from prunus.machine import Precision, class_logits, in_mode
-from prunus.train.capture import Capture, CapturedStep, captures, set_rates_, settled
+from prunus.train.capture import Capture, CapturedStep, Kept, captures, set_rates_, settled
 from prunus.train.checkpoint import Checkpoint, Clock, resumable
 from prunus.train.hooks import During, Plan
 from prunus.train.next_token import next_token_loss
@@ -118,7 +118,8 @@ def train(
     masks: pruned entries that stay zero. during: methods that take part; they are told `epoch_steps` (default: all
     steps) and the prunable `views` (default: `find_layers(model)`); the caller calls their `finish()` afterwards.
     capture: record the step as a CUDA graph and replay it, which helps where launches cost more than arithmetic
-    (batches of one shape only); "auto" does so where it can be done, and logs why where a recording fails.
+    (batches of one shape only); "auto" does so where it can be done, and logs why where a recording fails; a `Kept`
+    does, too, and keeps the recorded step for the next run of this model and optimizer (without a checkpoint).
     watch: what is measured meanwhile, and whether it keeps the best weights or ends the run early.
     checkpoint: a file, written when `save_seconds` have passed and at the end, from which an interrupted call resumes.
     on_step(steps done, mean loss since the last call) is called every `report_every` steps, or once a second where that
@@ -139,6 +140,8 @@ def train(
         raise ValueError(
             f"Training needs at least 1 step of 1 micro batch; got steps={steps}, accumulate={accumulate}."
         )
+    if isinstance(capture, Kept) and checkpoint is not None:
+        raise ValueError(f"A run whose recorded step is kept begins anew: leave out checkpoint={str(checkpoint)!r}.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("The model has no parameter that requires gradients: nothing would be trained.")
     device = next(model.parameters()).device
@@ -168,10 +171,15 @@ def train(
         step_of = run.step
         if recorded:
             step_of = CapturedStep(run.step, device, done=first, must=capture is True, forget=run.forget)
-            if 0 < first < steps:
+            if isinstance(capture, Kept):
+                kept, step_of = capture.captured is not None, capture.step(step_of, optimizer)
+                warms, some, again = not kept, lambda _: capture.batch, capture.again
+            else:
+                warms, some, again = 0 < first < steps, batches, saved.load
+            if warms:
                 set_rates_(optimizer, [rate * lr(first) for rate in rates], recorded)
-                step_of.warm_(run.parts(batches, first)[0])
-                saved.load()
+                step_of.warm_(run.parts(some, first)[0])
+                again()
         own = next(inner.parameters()).device
         how: dict[str, Any] = {"every": report_every, "steps": steps, "on_step": on_step, "log": log}
         trace = _Log(Trace(**past), started=started, device=own, **how)
@@ -247,7 +255,8 @@ class _Run:
         total = torch.zeros((), device=next(self.model.parameters()).device)
         for batch in parts:
             with self.accelerator.accumulate(self.wrapped):
-                value = self.loss(self._substituted(), batch)
+                with self.accelerator.autocast():  # around the model's own: a teacher runs in here, too
+                    value = self.loss(self._substituted(), batch)
                 total += value.detach()
                 for method in self.during:
                     penalty = method.penalty()
