@@ -2,8 +2,8 @@
 
 It patches its language in every launch, and in every call of an inner function as well: what is patched here stays so,
 because nothing is compiled in a process that interprets. It asks of every sum of integers whether it overflows, as no
-compiled program does. It makes a table of all types whenever it looks one up, and combines by exclusive or, of which
-sorts are made, entry by entry.
+compiled program does. It makes a table of all types whenever it looks one up and a shape for each tensor, and combines
+by exclusive or, of which sorts are made, entry by entry.
 """
 
 from __future__ import annotations
@@ -54,6 +54,17 @@ def _remember_types(interpreter: Any, tl: Any) -> None:
         return found[entry.name]
 
     interpreter._get_np_dtype = of_type
+    make, shapes = tl.core.tensor.__init__, dict[str, tuple[Any, Any]]()
+
+    def make_tensor(self: Any, handle: Any, type: Any) -> None:
+        if type.name in shapes:
+            self.handle, self.type, self.dtype = handle, type, type.scalar
+            self.numel, self.shape = shapes[type.name]
+        else:
+            make(self, handle, type)
+            shapes[type.name] = self.numel, self.shape
+
+    tl.core.tensor.__init__ = make_tensor
 
 
 def _fold_exclusive_or(interpreter: Any, tl: Any) -> None:
