@@ -205,7 +205,7 @@ class Masks(Mapping[str, Tensor]):
         One at a time, because masks on the CPU may be larger than what is left of the parameters' device.
         """
         parameters = _parameters(model)
-        found = {name: parameters.get(name, parameters.get(_own_name(name))) for name in self}
+        found = {name: parameters.get(name, parameters.get(own_name(name))) for name in self}
         checked: list[tuple[Tensor, Tensor]] = []
         for name, mask in self.items():
             parameter = found[name]
@@ -331,7 +331,7 @@ def _parameters(model: nn.Module) -> dict[str, Tensor]:
     inner = model
     while wrapped := _inside(inner):
         inner = wrapped
-    return {_own_name(name): each for name, each in inner.named_parameters(remove_duplicate=False)} | named
+    return {own_name(name): each for name, each in inner.named_parameters(remove_duplicate=False)} | named
 
 
 def _inside(model: nn.Module) -> nn.Module | None:
@@ -340,9 +340,14 @@ def _inside(model: nn.Module) -> nn.Module | None:
     return model._modules.get("_orig_mod")  # torch.compile's
 
 
-def _own_name(name: str) -> str:
-    """The name without what torch.compile of a submodule put into it."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+def own_name(name: str) -> str:
+    """A parameter's name without what torch.compile of a submodule, or a parametrization, put into it.
+
+    >>> own_name("0.parametrizations.weight.original"), own_name("_orig_mod.0.weight")
+    ('0.weight', '0.weight')
+    """
+    parts = name.removesuffix(".original").split(".") if ".parametrizations." in f".{name}" else name.split(".")
+    return ".".join(part for part in parts if part not in ("_orig_mod", "parametrizations"))
 
 
 def _as_placed(mask: Tensor, parameter: Tensor) -> Tensor:

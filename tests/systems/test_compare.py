@@ -190,6 +190,21 @@ def test_percents_name_labels_quoted_or_not(tiny_folder: Path, text_file: Path, 
     assert cells == {("50%", "pruned"), ("50%", "again"), ("99.9%", "pruned")}
 
 
+def test_what_labels_share_by_an_alias_is_changed_in_one_alone(
+    tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    shared = {"train": ["norms"], "steps": 3}  # what YAML makes of &name and *name
+    found = grid(tiny_folder, text_file, tmp_path, tune=None, more_seeds=None)
+    found["axes"] = {"method": {"short": {"retrain": shared}, "long": {"retrain": shared, "retrain.steps": 9}}}
+    asked = parse(found, Grid, "grid.yaml")
+    steps = {}
+    for method in ("long", "short"):
+        recipe = asked.recipe({"method": method}, 0, {"out": str(tmp_path)})
+        assert recipe.retrain is not None
+        steps[method] = recipe.retrain.steps
+    assert steps == {"long": 9, "short": 3}
+
+
 def test_wrong_grids_are_refused(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'colour' is not an axis"):
         checked(tiny_folder, text_file, tmp_path, more_seeds={"seeds": [1], "where": {"colour": ["red"]}})

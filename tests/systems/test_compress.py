@@ -139,6 +139,45 @@ def test_a_method_prunes_while_everything_is_trained(tiny_folder: Path, text_fil
     masks.check(AutoModelForCausalLM.from_pretrained(tmp_path / "model"))
 
 
+@pytest.mark.parametrize("train", [["lora"], ["norms", "lora"]])
+def test_a_method_prunes_what_lora_makes_of_frozen_weights(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, train: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"during": {"elsa": {"interval": 2, "bits": 8}}, "dtype": "bfloat16"}
+    asked = during(tiny_folder, text_file, tmp_path / "whole", **changes)
+    asked["train"] |= {"train": train, "rank": 2, "distill": {"weight": 0.5}, "steps": 6}
+    result = compress(parse(asked, LanguageRecipe, "test"))
+    found = {stage: value["text"] for stage, value in result["perplexity"].items()}
+    assert list(found) == ["dense", "pruned", "retrained", "merged"]
+    assert found["merged"] < found["pruned"]
+    assert result["pruning"]["sparsity"] == 0.5
+    masks = Masks.load(tmp_path / "whole" / "model" / "masks.safetensors")
+    assert all(bool((mask.view(-1, 4).sum(1) == 2).all()) for mask in masks.values())
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "model")
+    masks.check(whole)
+
+    from prunus.during import ELSA
+    from prunus.train.checkpoint import Clock
+
+    step = ELSA.after_step
+
+    def killed(self: ELSA, index: int) -> None:
+        step(self, index)
+        if index == 4:
+            raise KeyboardInterrupt
+
+    again = asked | {"out": str(tmp_path / "again")}
+    monkeypatch.setattr(Clock, "is_due", lambda *_: True)
+    monkeypatch.setattr(ELSA, "after_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        compress(parse(again, LanguageRecipe, "test"))
+    assert list((tmp_path / "again").rglob("during*"))  # from which the second goes on
+    monkeypatch.setattr(ELSA, "after_step", step)
+    compress(parse(again, LanguageRecipe, "test"))
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "again" / "model").state_dict()
+    assert all(torch.equal(value, other[name]) for name, value in whole.state_dict().items())
+
+
 def test_masks_are_learnt_from_those_of_a_criterion_and_weights_stay(
     tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -236,6 +275,11 @@ def test_what_goes_ill_with_a_method_is_refused(tiny_folder: Path, text_file: Pa
         ({"during": "gsm"}, "prune.pattern: gsm prunes single entries; leave it out"),
         ({"during": {"elsa": {"interval": 0}}}, "ELSA needs lam > 0 and interval >= 1"),
         ({"train": {"train": ["norms"]}}, r"leave out train, or set it to \[full\]"),
+        ({"train": {"train": ["mask_lora"]}}, r"or set it to \[full\] or \[lora\]"),
+        ({"train": {"train": ["lora"], "keep_adapter": True}}, "keep_adapter: what is trained while"),
+        ({"train": {"train": ["lora"]}, "during": "maskllm"}, "train.train: maskllm prunes weights that are trained"),
+        ({"during": {"elsa": {"lam": 0}}}, "during.elsa.lam: 0 pulls no weight that is trained to zero"),
+        ({"during": {"elsa": {"move": 0.2}}}, "during.elsa.move: weights that are trained themselves move anyway"),
         ({"train": {"data": "./nowhere.txt"}}, "train.data: no file or folder './nowhere.txt'"),
     ]:
         with pytest.raises(ValueError, match=message):

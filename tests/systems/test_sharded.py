@@ -40,7 +40,7 @@ from prunus.train.train import train
 from tests.laws.test_capture import Played
 from tests.processes import run_ranks
 
-STEPS, KILLED = 8, 5
+STEPS, KILLED = 4, 2
 KINDS = {"vectors": ["biases", "norms"], "mask_lora": ["mask_lora"], "full": ["full"], "head": ["head", "mask_lora"]}
 ENTRIES = 64 * 10  # of 8 x 64 x 16 logits, or half of them
 

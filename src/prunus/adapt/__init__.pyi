@@ -1,6 +1,8 @@
 from . import subsets as subsets
 from .adapt import Adaptation as Adaptation
 from .adapt import adapt as adapt
+from .adapted import Adapted as Adapted
+from .adapted import adapted as adapted
 from .biases import add_biases as add_biases
 from .fused import compiled_forward as compiled_forward
 from .peft import mask_adapters as mask_adapters

@@ -107,7 +107,7 @@ def weight_gradients(g: Tensor, x: Tensor, terms: Terms) -> tuple[Tensor, Tensor
     """dL/dA and dL/dB where G = g^T x; g: (tokens, out), x: (tokens, in)."""
     weight, A, B, mask, scale = terms
     if not _in_kernels(weight, A):
-        return _reduced(_products(g, x, A.dtype), terms)
+        return factor_gradients(_products(g, x, A.dtype), terms)
     from prunus.kernels import reduce
 
     return reduce(g, x, weight, A, B, mask, scale=1.0 if scale is None else scale, product=scale is None)
@@ -140,7 +140,7 @@ def _bias_gradient(g: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _parameter_gradients(G: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
     """dL/dA and dL/dB from the whole gradient of W_eff."""
-    return _reduced(lambda rows: G[rows].to(terms.A.dtype, copy=True), terms)
+    return factor_gradients(lambda rows: G[rows].to(terms.A.dtype, copy=True), terms)
 
 
 def _products(g: Tensor, x: Tensor, dtype: torch.dtype) -> Callable[[slice], Tensor]:
@@ -153,7 +153,7 @@ def _products(g: Tensor, x: Tensor, dtype: torch.dtype) -> Callable[[slice], Ten
     return lambda rows: g[:, rows].to(dtype).t() @ wide
 
 
-def _reduced(tile: Callable[[slice], Tensor], terms: Terms) -> tuple[Tensor, Tensor]:
+def factor_gradients(tile: Callable[[slice], Tensor], terms: Terms) -> tuple[Tensor, Tensor]:
     """dL/dA and dL/dB from row tiles of G = dL/dW_eff, each dropped as soon as it is used."""
     weight, A, B, mask, scale = terms
     dA, dB = torch.zeros_like(A), torch.zeros_like(B)

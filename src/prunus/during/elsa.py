@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prunus.during.choose import keep_allocated, without_inputs
-from prunus.layers import parameter_shapes
+from prunus.during.variable import Goal, LowRank, Whole
+from prunus.layers import View, parameter_shapes
+from prunus.machine import imported
 from prunus.masks import Masks
 from prunus.patterns import check_sparsity, parse
 from prunus.score import Allocation, Count, Scores, uniform
 from prunus.train import During, Plan
+
+if TYPE_CHECKING:
+    from prunus.adapt import Adapted
+
+_LAM, _MOVE = 0.01, 0.5
 
 
 class ELSA(During):
@@ -29,16 +36,30 @@ class ELSA(During):
     not give in. At the start z = P(w) and u = 0; at the end w = P(w).
 
     Since u = (w + u) - z, z lives on what P keeps and u on what it prunes. So both are held in one tensor, z - u, which
-    is what w is pulled to.
+    is what w is pulled to, and a bit an entry says which it is.
 
     bits: of an entry of that tensor: 32 (as the weights are), 16 (bfloat16), or 8, whole numbers of a step that up to
     128 neighbours share. What is smaller than half a step is lost; the masks are exact as ever.
 
+    Of a model with LoRA (`adapt(model, ["lora"], ...)`, and the same views for `train`) w = W + s BA is pruned, and L
+    is evaluated there, but only A and B are trained: no gradient and no moment of the size of W exists. BA of low rank
+    cannot make w sparse, and u would grow for ever. But the gradient of the pull by W itself is the pull, which asks
+    for no backward pass. So the two parts of L + lam / 2 ||.||^2 go to different variables, as in decoupled decay:
+
+        every step:              A and B follow L, and lam * (w - z + u) by the chain rule, if lam > 0
+        every `interval` steps:  W -= move * (w - z + u)            then z and u as above
+
+    and w becomes as sparse as z. At the end BA is added to W, so that merging adds nothing. v is of rank one there
+    (`variable.LowRank`), from the moments of A and B.
+
     pattern: where zeros may lie: unstructured, N:M, block RxC. allocation: how the zeros are shared out, by shapes or
-    scores; of patterns that leave it open. lam is meant for clipped gradients (norm 1) and Adam.
-    Source: Lee et al., "The Unseen Frontier: Pushing the Limits of LLM Sparsity with Surrogate-Free ADMM" (ICLR 2026).
-    Raises ValueError for a sparsity outside [0, 1) or beside the pattern's, lam <= 0, interval < 1, an allocation that
-    looks at inputs, bits that are none of the three, and (in `attach`) layers that the pattern does not fit.
+    scores; of patterns that leave it open. lam: 0.01 if left out, of LoRA 0; it is meant for clipped gradients (norm 1)
+    and Adam. move: of LoRA alone, 0.5 if left out; 0 leaves W as it is.
+    Source: Lee et al., "The Unseen Frontier: Pushing the Limits of LLM Sparsity with Surrogate-Free ADMM" (ICLR 2026),
+    for weights that are trained; LoRA is ours.
+    Raises ValueError for a sparsity outside [0, 1) or beside the pattern's, lam < 0, interval < 1, an allocation that
+    looks at inputs, bits that are none of the three, move outside [0, 1], nothing that pulls, and (in `attach`) layers
+    that the pattern does not fit, or some of which have no LoRA where others have one.
 
     >>> elsa, optimizer = ELSA(0.7, interval=8), torch.optim.Adam(model.parameters(), lr=1e-3)
     >>> trace = train(model, batches, optimizer, lambda step: 1 - step / 20, steps=20, clip=1.0, during=[elsa])
@@ -50,108 +71,160 @@ class ELSA(During):
         sparsity: float,
         *,
         pattern: str = "unstructured",
-        lam: float = 0.01,
+        lam: float | None = None,
         interval: int = 32,
         bits: Literal[8, 16, 32] = 32,
+        move: float | None = None,
         allocation: Allocation | Count = uniform,
     ) -> None:
         super().__init__()
         self.pattern = parse(pattern, "layer")
         self.sparsity = check_sparsity(self.pattern, sparsity)
-        if not 0 < lam < float("inf") or interval < 1:
+        if (lam is not None and not 0 <= lam < float("inf")) or interval < 1:
             raise ValueError(f"ELSA needs lam > 0 and interval >= 1; got {lam=}, {interval=}")
         if bits not in (8, 16, 32):
             raise ValueError(f"ELSA holds its state in 8, 16 or 32 bits; got {bits=}")
+        if move is not None and not 0 <= move <= 1:
+            raise ValueError(f"ELSA moves frozen weights by a share of their way, in [0, 1]; got {move=}")
+        if not lam and move == 0:
+            raise ValueError(f"nothing pulls weights to zero: give lam > 0, or move > 0; got {lam=}, {move=}")
         self.lam, self.interval, self.bits, self.allocation = lam, interval, bits, without_inputs(allocation)
+        self.move = move
 
     def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
         """Choose the first sparse copy."""
-        self.hold_masks(model, optimizer, plan.views)
-        self.views, self.shapes = plan.views, parameter_shapes(dict(model.named_parameters()), plan.views)
-        weights = self._weights()
-        self.set_masks_(self._best(weights))
-        self.goals = nn.ModuleList(_Goal(weight, self.bits) for weight in weights.values())
-        for goal, weight, mask in zip(self._goals(), weights.values(), self.held().values(), strict=True):
-            goal.write_(torch.where(mask, weight, 0.0))
+        found = _adapters(model, plan.views)
+        parameters = {name: each.parameter for name, each in found.items()}
+        self.hold_masks(model, optimizer, plan.views, adapted=parameters, packed=True)
+        self.variables = {
+            name: LowRank(found[name]) if name in found else Whole(parameter)
+            for name, parameter in self.pruned_parameters.items()
+        }
+        if not found and self.lam == 0:
+            raise ValueError("lam=0 pulls no weight that is trained to zero: give lam > 0")
+        if not found and self.move is not None:
+            raise ValueError("move is of weights that LoRA adapts; those that are trained move anyway: leave it out")
+        self.last = plan.steps - 1
+        self.moved = nn.Module()  # weights that are not trained, and change all the same: a checkpoint must hold them
+        for place, each in enumerate(self._low_rank().values()):
+            self.moved.register_buffer(f"weight{place}", each.adapted.parameter.detach())
+        self.views, self.shapes = plan.views, parameter_shapes(self.pruned_parameters, plan.views)
+        self.set_masks_(self._best(self._value))
+        self.goals = nn.ModuleList()
+        for name, mask in self.held().items():
+            value = self._value(name)
+            goal = Goal(value, self.bits)
+            goal.write_(torch.where(self.variables[name].own(mask), value, 0.0))
+            self.goals.append(goal)
 
     @torch.no_grad()
     def gradients(self) -> None:
         """Add lam * (w - z + u)."""
-        goals, pairs = dict(zip(self.pruned_parameters, self._goals(), strict=True)), self.gradients_of()
-        if self.bits < 32:  # one at a time: all of them at once would be as large as what is saved
-            for name, (weight, grad) in pairs.items():
-                grad.add_(weight - goals[name].read(), alpha=self.lam)
+        lam = (0.0 if self._low_rank() else _LAM) if self.lam is None else self.lam
+        if not lam:
+            return
+        goals, pairs = self._goals(), self.gradients_of()
+        if self.bits < 32 or len(pairs) < len(goals):  # one at a time: all at once would be as large as what is saved
+            for name, variable in self.variables.items():
+                variable.pull_(goals[name], lam)
             return
         away = torch._foreach_sub([weight for weight, _ in pairs.values()], [goals[name].read() for name in pairs])  # pyright: ignore[reportPrivateImportUsage]
-        torch._foreach_add_([grad for _, grad in pairs.values()], away, alpha=self.lam)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_add_([grad for _, grad in pairs.values()], away, alpha=lam)  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """Choose the sparse copy anew and move the multipliers, when it is time."""
-        if (step + 1) % self.interval:
-            return
-        both = {  # w + u
-            name: weight - goal.read().masked_fill(mask, 0.0)
-            for (name, weight), mask, goal in zip(
-                self._weights().items(), self.held().values(), self._goals(), strict=True
-            )
-        }
-        self.set_masks_(self._best(both))
-        for mask, goal, each in zip(self.held().values(), self._goals(), both.values(), strict=True):
-            goal.write_(torch.where(mask, each, -each))
+        """Move frozen weights, choose the sparse copy anew and move the multipliers, when it is time."""
+        if (step + 1) % self.interval == 0:
+            self._alternate()
+        if step == self.last:  # what the end takes away is then measured of w
+            self._fold()
 
+    def _alternate(self) -> None:
+        for name, variable in self._low_rank().items():
+            variable.move_(self._goals()[name], _MOVE if self.move is None else self.move)
+        chosen, goals = self._best(self._sum), self._goals()
+        for name, variable in self.variables.items():
+            both = self._sum(name)
+            goals[name].write_(torch.where(variable.own(chosen[name]), both, -both))
+        self.set_masks_(chosen)
+
+    @torch.no_grad()
     def finish(self) -> Masks:
         """Keep P(w)."""
-        self.set_masks_(self._best(self._weights()))
+        self._fold()
+        self.set_masks_(self._best(self._value))
         self.enforce_()
         return self.masks()
 
-    def _goals(self) -> list[_Goal]:
-        return [goal for goal in self.goals if isinstance(goal, _Goal)]
+    def _fold(self) -> None:
+        for variable in self._low_rank().values():
+            variable.adapted.fold_()
 
-    def _weights(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self.pruned_parameters.items()}
+    def _low_rank(self) -> dict[str, LowRank]:
+        return {name: each for name, each in self.variables.items() if isinstance(each, LowRank)}
+
+    def _goals(self) -> dict[str, Goal]:
+        goals = (goal for goal in self.goals if isinstance(goal, Goal))
+        return dict(zip(self.variables, goals, strict=True))
+
+    def _value(self, name: str) -> Tensor:
+        """w."""
+        return self.variables[name].value()
+
+    def _sum(self, name: str) -> Tensor:
+        """w + u."""
+        variable = self.variables[name]
+        mask = variable.own(self.held()[name])
+        return variable.value() - self._goals()[name].read().masked_fill(mask, 0.0)
 
     @torch.no_grad()
-    def _best(self, values: Mapping[str, Tensor]) -> Masks:
-        """The masks of P: of the largest v * value^2."""
-        sizes: dict[str, Tensor] = {}
-        for name, value in values.items():
-            second = self.optimizer.state.get(self.pruned_parameters[name], {}).get("exp_avg_sq")
-            square = value.float().square()
-            sizes[name] = square if second is None else square.mul_(second)
-        scores = Scores({view.name: view.matrix(sizes[view.parameter]) for view in self.views}, self.shapes)
+    def _best(self, values: Callable[[str], Tensor]) -> Masks:
+        """The masks of P: of the largest v * value^2, of which one layer's are in memory at a time."""
+
+        def price(name: str) -> Tensor:
+            variable = self.variables[name]
+            return variable.stored(variable.priced(values(name).float().square(), self.optimizer))
+
+        scores = Scores(_Prices(self.views, price), self.shapes)
         chosen = keep_allocated(scores, self.sparsity, self.allocation, self.pattern)
-        return Masks.of(self.views, chosen, {name: value.shape for name, value in values.items()})
+        shapes = {name: parameter.shape for name, parameter in self.pruned_parameters.items()}
+        return Masks.of(self.views, chosen, shapes)
 
 
-class _Goal(nn.Module):
-    """A tensor of the shape and dtype of another, held in fewer bits."""
+class _Prices(Mapping[str, Tensor]):
+    """View name -> (out, in) of what a function makes of its parameter, at each look; the last one is kept."""
 
-    held: Tensor
-    step: Tensor  # of whole numbers: (n, 1) float32, one for each row of `held`, (n, up to 128) int8
+    def __init__(self, views: Iterable[View], price: Callable[[str], Tensor]) -> None:
+        self.views, self.price = {view.name: view for view in views}, price
+        self.last: tuple[str, Tensor] | None = None
 
-    def __init__(self, like: Tensor, bits: int) -> None:
-        super().__init__()
-        self.shape, self.dtype = like.shape, like.dtype
-        width = min(128, like.numel() & -like.numel())  # the largest power of two that divides it
-        shape, dtype = {8: ((like.numel() // width, width), torch.int8), 16: (like.shape, torch.bfloat16)}.get(
-            bits, (like.shape, like.dtype)
-        )
-        self.register_buffer("held", torch.zeros(shape, dtype=dtype, device=like.device))
-        if bits == 8:
-            self.register_buffer("step", torch.ones(shape[0], 1, device=like.device))
+    def __getitem__(self, name: str) -> Tensor:
+        view = self.views[name]
+        if self.last is None or self.last[0] != view.parameter:
+            self.last = None  # frees it before another is formed
+            self.last = (view.parameter, self.price(view.parameter))
+        return view.matrix(self.last[1])
 
-    def read(self) -> Tensor:
-        """What was written, but for rounding."""
-        if self.held.dtype == torch.int8:
-            return (self.held * self.step).view(self.shape).to(self.dtype)
-        return self.held.to(self.dtype)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.views)
 
-    def write_(self, values: Tensor) -> None:
-        """Hold other values."""
-        if self.held.dtype == torch.int8:
-            rows = values.float().reshape(self.held.shape)
-            self.step.copy_(rows.abs().amax(1, keepdim=True).div_(127))
-            values = torch.where(self.step > 0, rows / self.step, 0.0).round_()
-        self.held.copy_(values)
+    def __len__(self) -> int:
+        return len(self.views)
+
+
+def _adapters(model: nn.Module, views: Iterable[View]) -> dict[str, Adapted]:
+    """The adapters of the views' parameters. Raises ValueError for those that are not a sum, and for layers without."""
+    if not any(isinstance(each, imported("prunus.adapt.adapters", "Factors")) for each in model.modules()):
+        return {}
+    from prunus.adapt import adapted
+
+    found = adapted(model)
+    for name in dict.fromkeys(view.parameter for view in views):
+        if name not in found:
+            raise ValueError(f"'{name}' is to be pruned and has no adapter: give adapt and train the same views")
+        factors, weight = found[name].factors, found[name].weight
+        if factors.scale is None or factors.mask is not None:
+            raise ValueError(f"'{name}' has another adapter than W + s BA: train 'lora', whose masks ELSA makes")
+        if factors.B.shape[:-1] != weight.shape[:-1]:
+            raise ValueError(f"'{name}' has adapters for some of its experts: give adapt the views of all of them")
+    return found

@@ -81,7 +81,7 @@ def check_language(recipe: LanguageRecipe, model: Any) -> list[View]:
     views = check_pruning(model, recipe.prune)
     if recipe.retrain is not None and recipe.retrain.add_biases:
         add_biases(model)
-    for key, asked in (("reconstruct", recipe.reconstruct), ("retrain", recipe.retrain)):
+    for key, asked in (("reconstruct", recipe.reconstruct), ("train", recipe.train), ("retrain", recipe.retrain)):
         if asked is not None:
             _check_adapting(key, asked, model, views)
     for trained in (recipe.train, recipe.retrain):
@@ -96,7 +96,7 @@ def _check_adapting(key: str, asked: Adapting, model: nn.Module, views: Sequence
     from prunus.adapt import ADAPTERS, find_subset
 
     for name in asked.train:
-        if name not in ADAPTERS and key == "retrain":
+        if name not in ADAPTERS and key != "reconstruct":
             find_subset(model, name)
     most = max((min(view.shape) for view in views), default=0)
     if asked.rank > most and set(ADAPTERS) & set(asked.train):
@@ -130,7 +130,7 @@ def outline_language(recipe: LanguageRecipe, model: Any, texts: Mapping[str, int
         rows["retraining"] = f"{asked.steps} steps, {tokens} tokens{_times(prune.phases, members)}"
     evaluated = ", ".join(f"{name}: {_many(count)} tokens" for name, count in texts.items())
     rows["evaluation"] = f"{evaluated}, at each stage"
-    trained = max(trained, 0 if recipe.train is None else total)
+    trained = max(trained, 0 if recipe.train is None else _trained(model, views, recipe.train))
     rows |= _language_memory(recipe, model, views, device, trained=trained)
     files = {"model/": weights, "model/masks.safetensors": pruned / 8} if recipe.save else {}
     files |= {f"members/ ({members})": members * weights} if members > 1 and recipe.save else {}

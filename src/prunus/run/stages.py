@@ -263,7 +263,7 @@ def prune_in_training(
     on_step: OnStep | None = None,
     log: Log | None = None,
 ) -> tuple[Streamed, float]:
-    """Masks and one report, after all was trained in place on `device` while the recipe's method pruned.
+    """Masks and one report, after all (or LoRA) was trained in place on `device` while the recipe's method pruned.
 
     And what its end took away, as `soup.distance` measures it.
     """
@@ -343,11 +343,12 @@ def retrain(
         add_biases(model)
     precision = precision_of(recipe, device)
     precision = precision if "full" in asked.train else of_training(model, precision)
+    views = find_layers(model, include=prune.include, exclude=prune.exclude)  # before adapters hide them
     adaptation = adapt(
         model,
         asked.train,
         masks=masks,
-        views=pruned_views(model, masks, recipe),
+        views=views if during else pruned_views(model, masks, recipe),
         rank=asked.rank,
         alpha=asked.alpha,
         init=asked.init,
@@ -373,7 +374,7 @@ def retrain(
             loss=_loss(loaded, recipe),
             masks=masks if "full" in asked.train else None,
             during=during,
-            views=find_layers(model, include=prune.include, exclude=prune.exclude) if during else None,
+            views=views if during else None,
             accumulate=asked.accumulate,
             precision=precision,
             clip=asked.clip,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.machine import random_state, ranks, read_tensors, set_random_state, write_tensors
-from prunus.masks import Masks
+from prunus.masks import Masks, own_name
 from prunus.patterns import kept_of
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def finish(method: During, model: nn.Module) -> tuple[Masks, float]:
 
     >>> masks, lost = finish(GMP(0.9), model)
     """
-    own = dict(model.named_parameters()) | method.weights()
+    own = {own_name(name): weight for name, weight in model.named_parameters()} | method.weights()
     before = {name: weight.detach().clone() for name, weight in own.items()}
     masks = method.finish()
     if masks is None:

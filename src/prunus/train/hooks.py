@@ -10,7 +10,7 @@ into buffers by the hooks on the host. One method a file; this one holds what th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prunus.layers import View
-from prunus.masks import Masks
+from prunus.machine import imported
+from prunus.masks import Masks, pack, unpack
 from prunus.patterns import keep_largest_of_all, kept_of
 
 
@@ -76,12 +77,29 @@ class During(nn.Module):
 
     # Masks that change while training: kept as buffers, so that a captured step sees the change.
 
-    def hold_masks(self, model: nn.Module, optimizer: Optimizer, views: tuple[View, ...]) -> None:
+    def hold_masks(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        views: tuple[View, ...],
+        *,
+        adapted: Mapping[str, nn.Parameter] | None = None,
+        packed: bool = False,
+    ) -> None:
         """Register a mask that keeps everything for each prunable parameter; called by `attach`.
 
-        Raises ValueError when nothing is prunable, or only some experts of a stacked parameter are.
+        adapted: frozen weights by the names they had before adapters moved them, for methods that prune what adapters
+        make of weights. packed: eight entries a byte, for methods that look at their masks on the host alone.
+
+        Raises ValueError when nothing is prunable, only some experts of a stacked parameter are, or the model has
+        adapters and the method does not know of them.
         """
-        parameters = dict(model.named_parameters())
+        parameters = dict(model.named_parameters()) | dict(adapted or {})
+        if adapted is None and any(isinstance(each, _factors()) for each in model.modules()):
+            raise ValueError(
+                f"{type(self).__name__} prunes weights that are trained themselves, and {type(model).__name__} has "
+                "adapters: call merge_ on its adaptation first, or take ELSA, which prunes what LoRA makes of weights"
+            )
         names = list(dict.fromkeys(view.parameter for view in views))
         if not names:
             raise ValueError(f"{type(self).__name__} found no prunable layer; check include and exclude")
@@ -97,11 +115,12 @@ class During(nn.Module):
         self.optimizer = optimizer
         self.kept = nn.Module()
         for place, parameter in enumerate(self.pruned_parameters.values()):
-            self.kept.register_buffer(f"mask{place}", torch.ones_like(parameter, dtype=torch.bool))
+            mask = torch.ones_like(parameter, dtype=torch.bool)
+            self.kept.register_buffer(f"mask{place}", pack(mask.flatten()) if packed else mask)
 
-    def held(self) -> dict[str, Tensor]:
-        """Parameter name -> its bool mask, the buffer itself."""
-        return dict(zip(self.pruned_parameters, self.kept.buffers(), strict=True))
+    def held(self) -> Mapping[str, Tensor]:
+        """Parameter name -> its bool mask: the buffer itself, or made of it at each look where masks are packed."""
+        return _Held(self.pruned_parameters, dict(zip(self.pruned_parameters, self.kept.buffers(), strict=True)))
 
     def masks(self) -> Masks:
         """A copy of the masks as they are."""
@@ -110,8 +129,8 @@ class During(nn.Module):
     @torch.no_grad()
     def set_masks_(self, masks: Mapping[str, Tensor]) -> None:
         """Overwrite the held masks, in place."""
-        for name, mask in self.held().items():
-            mask.copy_(masks[name])
+        for name, buffer in zip(self.pruned_parameters, self.kept.buffers(), strict=True):
+            buffer.copy_(pack(masks[name].flatten()) if buffer.dtype == torch.uint8 else masks[name])
 
     @torch.no_grad()
     def enforce_(self) -> None:
@@ -143,6 +162,28 @@ class During(nn.Module):
         self.set_masks_(masks_by_magnitude(self.pruned_parameters, sparsity))
         self.enforce_()
         return self.masks()
+
+
+@dataclass(frozen=True)
+class _Held(Mapping[str, Tensor]):
+    """Buffers as masks in their parameters' shapes; of packed ones one is in memory at a time."""
+
+    parameters: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        buffer, shape = self.buffers[name], self.parameters[name].shape
+        return buffer if buffer.dtype == torch.bool else unpack(buffer, shape.numel()).view(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.buffers)
+
+    def __len__(self) -> int:
+        return len(self.buffers)
+
+
+def _factors() -> tuple[type, ...]:
+    return imported("prunus.adapt.adapters", "Factors")
 
 
 @torch.no_grad()

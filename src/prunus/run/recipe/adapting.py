@@ -152,15 +152,20 @@ class LanguageRetrain(Adapting, Retrain):
 
 
 class LanguageTraining(LanguageRetrain):
-    """How everything is trained on packed text while a method prunes."""
+    """How everything, or what LoRA adds to it, is trained on packed text while a method prunes."""
 
     train: Subsets = ("full",)
-    """Everything: full."""
+    """Everything: full; or what LoRA adds to it: lora, beside norms or biases (elsa)."""
 
     @model_validator(mode="after")
     def _check_all(self) -> LanguageTraining:
-        if self.train != ("full",):
-            raise ValueError("a method prunes while all weights are trained: leave out train, or set it to [full]")
+        if self.train != ("full",) and "lora" not in self.train:
+            raise ValueError(
+                "a method prunes while all weights are trained, or LoRA on them, and masks come at the end: "
+                "leave out train, or set it to [full] or [lora]"
+            )
         if self.evaluate_every:
             raise ValueError("evaluate_every: a method's masks are not final before its end: leave it out")
+        if self.keep_adapter:
+            raise ValueError("keep_adapter: what is trained while a method prunes ends in the weights: leave it out")
         return self

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, model_validator
@@ -120,6 +121,16 @@ class LanguageRecipe(Recipe):
         strange = [key for key in ("streaming", "reconstruct") if getattr(self, key)]
         own = ["phases", "allocation", "scope", *([] if self.begins_masked else ["criterion"])]
         check_during(self.during, self.prune, own, strange)
+        self._check_low_rank(self.during, self.train)
+
+    def _check_low_rank(self, during: Mapping[str, Mapping[str, Any]], train: LanguageTraining) -> None:
+        name, options = next(iter(during.items()))
+        if "lora" in train.train and not methods.knows(name, "move"):
+            raise ValueError(f"train.train: {name} prunes weights that are trained themselves: set it to [full]")
+        if "lora" not in train.train and options.get("move") is not None:
+            raise ValueError(f"during.{name}.move: weights that are trained themselves move anyway: leave it out")
+        if "lora" not in train.train and options.get("lam") == 0:
+            raise ValueError(f"during.{name}.lam: 0 pulls no weight that is trained to zero: give more")
 
     @property
     def begins_masked(self) -> bool:

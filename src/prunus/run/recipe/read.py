@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import math
@@ -79,7 +80,7 @@ def merge(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any
             if not isinstance(here.get(key), dict):
                 here[key] = {}
             here = here[key]
-        here[last] = value
+        here[last] = copy.deepcopy(value)  # of a YAML alias, which later keys must not change elsewhere
     return out
 
 
