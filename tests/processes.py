@@ -149,7 +149,8 @@ def _rank(meeting: str, output: str, function: Callable[..., object], arguments:
         os.dup2(file.fileno(), 2)
         faulthandler.dump_traceback_later(_PATIENCE, exit=True, file=file)
         try:
-            dist.init_process_group("gloo", f"file://{meeting}", rank=int(os.environ["RANK"]), world_size=2)
+            backend = os.environ.get("RANKS_BACKEND", "gloo")
+            dist.init_process_group(backend, f"file://{meeting}", rank=int(os.environ["RANK"]), world_size=2)
             function(*arguments)
         except BaseException:
             traceback.print_exc()
