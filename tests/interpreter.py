@@ -25,6 +25,7 @@ def hasten() -> None:
     builder.options = replace(builder.options, sanitize_overflow=False)
     _patch_once(interpreter, tl)
     _remember_types(interpreter, tl)
+    _remember_shapes(tl)
     _fold_exclusive_or(interpreter, tl)
 
 
@@ -54,7 +55,11 @@ def _remember_types(interpreter: Any, tl: Any) -> None:
         return found[entry.name]
 
     interpreter._get_np_dtype = of_type
+
+
+def _remember_shapes(tl: Any) -> None:
     make, shapes = tl.core.tensor.__init__, dict[str, tuple[Any, Any]]()
+    make_type, blocks = tl.block_type.__init__, dict[tuple[Any, ...], tuple[Any, Any, str]]()
 
     def make_tensor(self: Any, handle: Any, type: Any) -> None:
         if type.name in shapes:
@@ -64,7 +69,15 @@ def _remember_types(interpreter: Any, tl: Any) -> None:
             make(self, handle, type)
             shapes[type.name] = self.numel, self.shape
 
-    tl.core.tensor.__init__ = make_tensor
+    def make_block(self: Any, element_ty: Any, shape: Any) -> None:
+        key = element_ty.name, *(getattr(size, "value", size) for size in shape)
+        if key not in blocks:
+            make_type(self, element_ty, shape)
+            blocks[key] = self.shape, self.numel, self.name
+        self.element_ty = element_ty
+        self.shape, self.numel, self.name = blocks[key]
+
+    tl.core.tensor.__init__, tl.block_type.__init__ = make_tensor, make_block
 
 
 def _fold_exclusive_or(interpreter: Any, tl: Any) -> None:
