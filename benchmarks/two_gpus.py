@@ -13,6 +13,9 @@ Blocks of OPT-30B's shape with random weights (`--heads 32`: of OPT-6.7B's). Eve
 retraining on global batches of `--batch` windows (biases and norms, MaskLoRA, everything under masks), Wanda and
 SparseGPT on `--samples` windows.
 Within one call, "alone" means that each process does the whole by itself, all at once, and the main one's time counts.
+`--capture` records retraining steps, with the averaging of gradients of replicas, which is worth most for small blocks:
+
+    accelerate launch --num_processes 2 benchmarks/two_gpus.py --modes alone,replicated --heads 6 --layers 12 --capture
 
 Every row is printed and, with `--json`, written when it is there; a work that fails (all processes alike) leaves a row
 that says so, and the next ones go on. Rows have the speed-up over "alone" and the largest difference of any loss from
@@ -58,7 +61,7 @@ RETRAINED = {"biases, norms": ["biases", "norms"], "mask_lora": ["mask_lora"], "
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: seconds of the whole (without the first step of a training), and this rank's peak memory."""
+    """One measurement: seconds of the whole (without the first steps of a training), and this rank's peak memory."""
 
     name: str
     mode: str
@@ -92,7 +95,7 @@ def tokens(model: OPTForCausalLM, samples: int, seed: int) -> Tensor:
 
 
 def retrained(name: str, mode: str, args: argparse.Namespace, device: torch.device) -> Row:
-    """The time of `--steps` steps after a first one."""
+    """The time of `--steps` steps after a first one, or after five, of which the last two are replays."""
     model = build(args, device)
     views = find_layers(model)
     pattern, masks = NM(2, 4), dict[str, Tensor]()
@@ -106,19 +109,22 @@ def retrained(name: str, mode: str, args: argparse.Namespace, device: torch.devi
     packed = PackedTokens(tokens(model, 64, args.seed).flatten(), model.config.max_position_embeddings)
     # fused, for otherwise its steps take memory of all values' size
     fused: dict[str, Any] = {"fused": True} if device.type == "cuda" else {}
+    capture = args.capture and mode != "sharded"
+    first = 5 if args.capture else 1
     optimizer = torch.optim.AdamW(adaptation.param_groups(1e-5), weight_decay=0.0, **fused)
     started = 0.0
 
     def begin(done: int, loss: float) -> None:
         nonlocal started
-        if done == 1:
+        if done == first:
             started = time.perf_counter()
 
+    steps = args.steps + first
     with recomputed(model):
         trace = train(
             model, lambda step: packed.at(step, batch=args.batch, seed=args.seed), optimizer,
-            linear_warmup_decay(args.steps + 1), steps=args.steps + 1, masks=held if kinds == ["full"] else None,
-            precision="bf16", clip=1.0, report_every=1, on_step=begin, shared=mode != "alone",
+            linear_warmup_decay(steps), steps=steps, masks=held if kinds == ["full"] else None,
+            precision="bf16", clip=1.0, report_every=first, on_step=begin, shared=mode != "alone", capture=capture,
         )  # fmt: skip
     seconds = time.perf_counter() - started
     rate = args.steps * args.batch * packed.length / seconds
@@ -230,6 +236,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--samples", type=int, default=64, help="calibration windows, over all processes")
     parser.add_argument("--calibrated", type=int, default=4, help="windows that go through a block at once")
+    parser.add_argument("--capture", action="store_true", help="record the steps of a retraining")
     parser.add_argument("--only", help="works of this name alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)

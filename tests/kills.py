@@ -23,7 +23,7 @@ import yaml
 from safetensors.torch import load_file
 
 from prunus.report import read_metrics
-from tests.conftest import byte_tokenizer, tiny_llama
+from tests.conftest import byte_tokenizer, set_up, tiny_llama
 from tests.processes import start_command, stop
 
 _TIMES = ("seconds", "train_seconds", "tokens_per_second", "images_per_second", "joules", "peak_memory", "memory")
@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     wrong = 0
+    set_up()
     with tempfile.TemporaryDirectory() as name:
         folder, random_ = Path(name), random.Random(asked.seed)
         prepare(folder)

@@ -1,17 +1,30 @@
 """What the server of tests/processes.py has imported before it forks: what a command and a rank import."""
 
-# ruff: noqa: F401 - imported so that forks need not
-import importlib
+import gc
 import pkgutil
-
-import accelerate
-import matplotlib.pyplot
-import pytest
-import torch.distributed.fsdp
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, OPTForCausalLM
+from importlib import import_module
 
 import prunus
-import tests.conftest
+from tests.conftest import set_up
 
+ALL = (
+    "accelerate",
+    "matplotlib.pyplot",
+    "pytest",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.opt.modeling_opt",
+)
+
+gc.disable()
+for name in ALL:
+    import_module(name)
 for each in pkgutil.walk_packages(prunus.__path__, "prunus."):
-    importlib.import_module(each.name)
+    if each.name != "prunus.train.callback":  # it imports peft, and that what compiles programs
+        import_module(each.name)
+set_up()
+gc.freeze()  # so that no fork's collections look at it, which would copy its pages
+gc.enable()

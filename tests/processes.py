@@ -1,7 +1,8 @@
 """Processes that tests start: forked from one server that has imported torch, transformers and the package.
 
 A fresh interpreter spends two seconds of a CPU on imports, a fork of the server a hundredth. The server has computed
-nothing, so that what is forked is a fresh interpreter in all but that; it is started when a test first needs it.
+nothing, so that what is forked is a fresh interpreter in all but that; it is started when a test first needs it, and
+what is forked asks the same server for its own processes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def start(function: Callable[..., object], *arguments: Any, environment: Mapping
     environment: what differs in it. The process writes to no terminal, and its own worker processes are forks as well.
     """
     whole = dict(os.environ) | (environment or {})
-    process = _server().Process(target=_begin, args=(function, arguments, whole))
+    process = _server().Process(target=_begin, args=(function, arguments, whole, _address()))
     process.start()
     return process
 
@@ -107,7 +108,20 @@ def _wait(started: Sequence[Any]) -> None:
         each.join()
 
 
-def _begin(function: Callable[..., object], arguments: Sequence[Any], environment: Mapping[str, str]) -> None:
+def _address() -> str | None:
+    """Where the server listens, which it has to be running for."""
+    if _server().get_start_method() == "spawn":
+        return None
+    forkserver.ensure_running()
+    return forkserver._forkserver._forkserver_address  # type: ignore[attr-defined]
+
+
+def _begin(
+    function: Callable[..., object], arguments: Sequence[Any], environment: Mapping[str, str], address: str | None
+) -> None:
+    if address is not None:  # Python tells a fork everything of its server but this, so that it would start another
+        server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+        server._forkserver_address, server.ensure_running = address, resource_tracker.ensure_running
     os.environ.clear()
     os.environ.update(environment)
     with open(os.devnull, "w") as nowhere:
@@ -135,7 +149,8 @@ def _rank(meeting: str, output: str, function: Callable[..., object], arguments:
         os.dup2(file.fileno(), 2)
         faulthandler.dump_traceback_later(_PATIENCE, exit=True, file=file)
         try:
-            dist.init_process_group("gloo", f"file://{meeting}", rank=int(os.environ["RANK"]), world_size=2)
+            backend = os.environ.get("RANKS_BACKEND", "gloo")
+            dist.init_process_group(backend, f"file://{meeting}", rank=int(os.environ["RANK"]), world_size=2)
             function(*arguments)
         except BaseException:
             traceback.print_exc()

@@ -20,7 +20,7 @@ from prunus.data import PackedTokens
 from prunus.layers import find_layers
 from prunus.prune import prune
 from prunus.train import linear_warmup_decay, next_token_loss, train
-from prunus.train.capture import _AHEAD, CapturedStep, _attending, _copied, _tell, captures
+from prunus.train.capture import _AHEAD, CapturedStep, Kept, _attending, _copied, _tell, captures
 from tests.conftest import tiny_llama
 
 
@@ -283,3 +283,22 @@ def test_auto_records_nothing_where_nothing_can_be_recorded():
     assert not captures(False, model, optimizer, shared=False, scaled=False)
     with pytest.raises(ValueError, match="records a CUDA graph, and the model is on cpu; use capture=False"):
         captures(True, model, optimizer, shared=False, scaled=False)
+
+
+def test_several_processes_are_recorded_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch):
+    capture = sys.modules["prunus.train.capture"]
+    monkeypatch.setattr(capture, "unrecordable", lambda *_, **__: "")
+    model = nn.Sequential(nn.Linear(2, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    assert captures("auto", model, optimizer, shared=False, scaled=False)
+    assert captures(True, model, optimizer, shared=True, scaled=False)
+    assert not captures("auto", model, optimizer, shared=True, scaled=False)
+    assert not captures(Kept(), model, optimizer, shared=True, scaled=False)
+    model.append(nn.BatchNorm1d(2))
+    assert captures(True, model, optimizer, shared=False, scaled=False)
+    with pytest.raises(ValueError, match="no BatchNorm of several processes"):
+        captures(True, model, optimizer, shared=True, scaled=False)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(ValueError, match="capture=True goes with whole weights"):
+        captures(True, model, optimizer, shared=True, scaled=False)

@@ -111,20 +111,20 @@ def test_dampening_averages():
 
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("ball", [*BALLS, *SPECTRAL], ids=lambda ball: f"{ball.gauge}{type(ball.seen).__name__}")
-def test_a_thousand_steps_stay_feasible(ball, joint):
+def test_hundreds_of_steps_stay_feasible(ball, joint):
     """With large steps, every size and a vanishing gradient now and then."""
     ball = Radius(0.7).fit(ball, [], [])
     parameters = tensors()[:4]
     optimizer = SFW(parameters, lr=0.3, constraint=ball, joint=joint, rescale="gradient")
     optimizer.start_()
-    for step in range(1000):
-        if step % 40 == 0:
+    for step in range(300):
+        if step % 12 == 0:
             gradients_(parameters, step)
-        if step % 400 == 399:
+        if step % 120 == 119:
             for parameter in parameters:
                 parameter.grad.zero_()
         optimizer.step()
-        if step % 100 == 99:
+        if step % 30 == 29:
             norms = [ball.norm(parameters)] if joint else [ball.norm(parameter.detach()) for parameter in parameters]
             assert all(float(norm) <= 0.7 * (1 + 3e-5) for norm in norms)
     assert all(torch.isfinite(parameter).all() for parameter in parameters)

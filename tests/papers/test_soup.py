@@ -14,6 +14,8 @@ from prunus.soup import averages
 from prunus.soup.average import average
 from prunus.soup.geometry import distances, loss_line, loss_plane, weight_names
 
+pytestmark = pytest.mark.pictures
+
 
 def states(count, seed=0, spread=1.0):
     generator = torch.Generator().manual_seed(seed)

@@ -30,7 +30,7 @@ from prunus.save import average_folders, load_info, save_model
 from tests.systems.test_families import FAMILIES, NORMAL, WIDTH
 
 Tensors = dict[str, Tensor]
-TEXT = {"source": "embedded", "split": "test", "part": (0, 0.004)}
+TEXT = {"source": str(Path(__file__).parents[2] / "constraints.txt"), "part": (0, 0.2)}  # any short text
 
 
 def _gemma4() -> tf.PreTrainedModel:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from prunus.machine import ranks
 from prunus.masks import Masks
@@ -19,12 +19,8 @@ from prunus.report import read_metrics
 from prunus.run.cli import main
 from prunus.run.compress import compress
 from prunus.run.recipe import Recipe, parse
-from tests.processes import run_ranks
+from tests.processes import run_ranks, start
 from tests.systems.test_compress import raw
-
-# What `accelerate launch` runs for several GPUs; for several CPU processes it would want MPI.
-LAUNCH = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--module", "prunus.run.cli"]
-
 
 FITTED = {"reconstruct": {"steps": 4, "lr": 1e-3}}
 SHARED = {"prune": {"criterion": "sparsegpt", "pattern": "2:4"}}  # calibration and layers are shared, too
@@ -34,11 +30,20 @@ def two_processes(recipe: Path, launcher: bool) -> str:
     """What `prunus run` printed in all, begun by torchrun or as two ranks that know each other already."""
     if not launcher:
         return "".join(run_ranks(command, str(recipe), folder=recipe.parent))
-    own = os.environ | {"OMP_NUM_THREADS": "1"}
-    called = [sys.executable, "-m", *LAUNCH, "run", str(recipe)]
-    done = subprocess.run(called, env=own, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    shown = recipe.parent / "shown"
+    process = start(launch, str(recipe), str(shown))
+    process.join(300)
+    texts = [path.read_text() for path in sorted(shown.rglob("std*.log"))]
+    assert process.exitcode == 0, "\n".join(text[-3000:] for text in texts)
+    return "".join(texts)
+
+
+def launch(recipe: str, shown: str) -> None:
+    """As torchrun does, and `accelerate launch` for several GPUs, but with forks for workers, not interpreters."""
+    here = {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0", "local_addr": "127.0.0.1"}
+    logs = DefaultLogsSpecs(shown, redirects=Std.ALL)
+    how = LaunchConfig(1, 1, 2, **here, start_method="spawn", max_restarts=0, logs_specs=logs)
+    elastic_launch(how, command)(recipe)
 
 
 def command(recipe: str) -> None:

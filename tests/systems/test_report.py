@@ -4,8 +4,7 @@ import io
 import logging
 import math
 import os
-import subprocess
-import sys
+import time
 
 import pytest
 import torch
@@ -27,6 +26,9 @@ from prunus.report import (
 )
 from prunus.report.curves import _limits
 from prunus.report.plots import _share, by_block
+from tests.processes import start
+
+pytestmark = pytest.mark.pictures
 
 ROWS = [{"layer": "model.layers.0.mlp[3]", "zeros": 12345, "share": 0.5}, {"layer": "head", "zeros": None}]
 
@@ -108,24 +110,20 @@ def test_a_full_disk_keeps_no_part_of_a_line(tmp_path, monkeypatch):
 
 
 def test_lines_of_two_processes_are_not_mixed(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    code = """import sys
-from prunus.report import append_metrics
-print("ready", flush=True)
-input()
-for _ in range(4000):
-    append_metrics(sys.argv[1], {"mark": sys.argv[2] * 2000})
-"""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    others = [subprocess.Popen([sys.executable, "-c", code, str(path), mark], **pipes) for mark in "ab"]
+    path, here = tmp_path / "metrics.jsonl", tmp_path / "here"
+    here.mkdir()
+    others = [start(append_often, path, here, mark) for mark in "ab"]
     for other in others:
-        assert other.stdout.readline() == "ready\n"
-    for other in others:  # both begin at once
-        other.stdin.write("\n")
-        other.stdin.flush()
-    for other in others:
-        other.communicate()
+        other.join()
     assert sorted(row["mark"][0] for row in read_metrics(path)) == ["a"] * 4000 + ["b"] * 4000
+
+
+def append_often(path, here, mark):
+    (here / mark).touch()
+    while len(list(here.iterdir())) < 2:  # both begin at once
+        time.sleep(0.001)
+    for _ in range(4000):
+        append_metrics(path, {"mark": mark * 2000})
 
 
 def test_progress_is_silent_without_a_terminal_but_logs(caplog):

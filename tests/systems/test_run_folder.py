@@ -27,6 +27,8 @@ from prunus.run.vision import stages as classifier_stages
 from prunus.run.vision.train import train_run
 from tests.systems.test_compress import raw, recipe
 
+pytestmark = pytest.mark.pictures
+
 TASKS = {
     "a language model": ("run", "model: embedded\n"),
     "a classifier": ("run", "images: {source: digits}\nmodel: resnet8\n"),

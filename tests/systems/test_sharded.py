@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import OPTConfig, OPTForCausalLM
 
 from prunus.adapt.adapt import adapt
@@ -29,13 +32,15 @@ from prunus.patterns import NM, Pattern
 from prunus.solve.sweep import sparsegpt
 from prunus.stream.stream import stream
 from prunus.train import next_token
+from prunus.train.capture import CapturedStep
 from prunus.train.lr import linear_warmup_decay
 from prunus.train.next_token import next_token_loss
 from prunus.train.sharded import asked, sharded
 from prunus.train.train import train
+from tests.laws.test_capture import Played
 from tests.processes import run_ranks
 
-STEPS, KILLED = 8, 5
+STEPS, KILLED = 4, 2
 KINDS = {"vectors": ["biases", "norms"], "mask_lora": ["mask_lora"], "full": ["full"], "head": ["head", "mask_lora"]}
 ENTRIES = 64 * 10  # of 8 x 64 x 16 logits, or half of them
 
@@ -56,16 +61,27 @@ def ids(step: int) -> Tensor:
     return torch.randint(64, (8, 16), generator=torch.Generator().manual_seed(step))
 
 
-def retrain(kind: str, *, checkpoint: Path | None = None, killed: bool = False, seen: list[Any] | None = None) -> Any:
+def retrain(
+    kind: str,
+    *,
+    checkpoint: Path | None = None,
+    killed: bool = False,
+    seen: list[Any] | None = None,
+    device: torch.device | None = None,
+    **asked: Any,
+) -> Any:
     """A pruned model whose parameters of one kind were trained, merged."""
-    model = build(tied=kind != "head")
+    model = build(tied=kind != "head").to(device)
     views = find_layers(model)
     generator = torch.Generator().manual_seed(1)
     masks = Masks({v.parameter: torch.rand(v.shape, generator=generator) < 0.5 for v in views})
     masks.apply_(model)
     adaptation = adapt(model, KINDS[kind], masks=masks, views=views, rank=2)
     # A key's bias has no gradient but rounding, which Adam's usual epsilon would make a step of.
-    optimizer = torch.optim.AdamW(adaptation.param_groups(1e-2), weight_decay=0.0, eps=1e-4)
+    cuda = device is not None
+    optimizer = torch.optim.AdamW(
+        adaptation.param_groups(1e-2), weight_decay=0.0, eps=1e-4, fused=cuda or None, capturable=cuda
+    )
 
     def loss(wrapped: nn.Module, batch: Tensor) -> Tensor:
         if seen is not None:
@@ -80,7 +96,7 @@ def retrain(kind: str, *, checkpoint: Path | None = None, killed: bool = False, 
     with recomputed(model):
         train(
             model, batches, optimizer, linear_warmup_decay(STEPS), steps=STEPS, loss=loss, accumulate=2, clip=0.5,
-            masks=masks if kind == "full" else None, checkpoint=checkpoint, save_seconds=0,
+            masks=masks if kind == "full" else None, checkpoint=checkpoint, save_seconds=0, **asked,
         )  # fmt: skip
     adaptation.merge_()
     masks.check(model)
@@ -139,6 +155,20 @@ def test_two_ranks_train_what_one_trains(trained: dict[str, dict[str, Tensor]], 
     before = build(tied=kind != "head").state_dict()
     assert any(not torch.equal(value, before[name]) for name, value in expected.state_dict().items())
     check_close(trained[kind], expected)
+
+
+@pytest.mark.slow
+def test_two_ranks_whose_steps_are_recorded_train_what_one_trains(tmp_path: Path) -> None:
+    """On a CPU, where what is "recorded" is called again: gradients are averaged in the step, not by hooks."""
+    for kind, found in launch(tmp_path, ranks_record, fsdp=False).items():
+        check_close(found, retrain(kind.removesuffix(", resumed")))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_gpus_whose_steps_are_recorded_train_what_one_trains(tmp_path: Path, kind: str) -> None:
+    run_ranks(rank_on_gpu, kind, tmp_path, folder=tmp_path, environment={"RANKS_BACKEND": "cpu:gloo,cuda:nccl"})
 
 
 @pytest.mark.slow
@@ -235,6 +265,52 @@ def rank_fails(folder: Path) -> None:
 
 def ranks_train(folder: Path) -> dict[str, Any]:
     return {kind: rank_trains(kind, folder) for kind in KINDS}
+
+
+def ranks_record(folder: Path) -> dict[str, Any]:
+    loop: Any = sys.modules["prunus.train.train"]
+    loop.CapturedStep, loop.settled = Played, lambda _: nullcontext()
+    loop.captures = lambda *_, **__: True
+    seen, sent, models = list[Any](), list[int](), dict[str, Any]()
+    mean = ranks.mean_
+    ranks.mean_ = lambda tensors: (sent.append(1), mean(tensors))  # type: ignore[assignment]
+    ranks._BUCKET = 100  # values: some tensors share a message, some do not
+    for kind in KINDS:
+        models[kind] = retrain(kind, seen=seen)
+        assert len(sent) == STEPS, "once a step, whatever is accumulated"
+        sent.clear()
+    with pytest.raises(KeyboardInterrupt):
+        retrain("full", checkpoint=folder / "full.pt", killed=True)
+    models["full, resumed"] = retrain("full", checkpoint=folder / "full.pt", seen=seen)
+    assert not any(isinstance(wrapped, DistributedDataParallel) for wrapped, _ in seen)
+    for name, value in models["full"].state_dict().items():
+        assert torch.equal(value, models["full, resumed"].state_dict()[name]), name
+    return models
+
+
+def rank_on_gpu(kind: str, folder: Path) -> None:
+    """Recorded steps, those of DistributedDataParallel, and one process's own, each twice on two GPUs."""
+    device = ranks.join(torch.device("cuda"))
+    recordings = list[CapturedStep]()
+    record = CapturedStep._record
+    CapturedStep._record = lambda self, parts: (record(self, parts), recordings.append(self))  # type: ignore[method-assign]
+    alone = retrain(kind, device=device, shared=False)
+    hooked = retrain(kind, device=device)
+    assert not recordings
+    recorded = retrain(kind, device=device, capture=True)
+    with pytest.raises(KeyboardInterrupt):
+        retrain(kind, device=device, capture=True, checkpoint=folder / "c.pt", killed=True)
+    resumed = retrain(kind, device=device, capture=True, checkpoint=folder / "c.pt")
+    assert len(recordings) == 3
+    assert not any(each.failure for each in recordings)
+    ends = {name: value.cpu() for name, value in recorded.state_dict().items()}
+    everyone: list[Any] = [None, None]
+    dist.all_gather_object(everyone, ends)
+    for name, end in ends.items():
+        assert all(torch.equal(end, other[name]) for other in everyone), "the same on both ranks"
+        assert torch.equal(end, resumed.state_dict()[name].cpu()), f"{name}: resumed"
+        for other in (alone, hooked):
+            torch.testing.assert_close(end, other.state_dict()[name].cpu(), rtol=1e-3, atol=1e-5, msg=name)
 
 
 def rank_prunes(folder: Path) -> dict[str, Any]:

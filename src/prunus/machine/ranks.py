@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+
+
+_BUCKET = 1 << 23  # values that are sent at once: a network's rate needs as many, and small tensors share a message
 
 
 def count() -> int:
@@ -67,6 +71,38 @@ def sum_(tensor: Tensor) -> None:
     """The sum over all processes, in place of each one's own contiguous tensor; the same bits everywhere."""
     if count() > 1:
         dist.all_reduce(tensor)
+
+
+def mean_(tensors: Iterable[Tensor]) -> None:
+    """The mean over all processes, in place of each one's own tensors; the same bits everywhere.
+
+    Nothing waits on the host, so that a recorded step may do it. Tensors and their order are the same everywhere.
+
+    >>> mean_([torch.ones(2)])  # a single process
+    """
+    world = count()
+    for bucket in _buckets(tensors) if world > 1 else ():
+        if len(bucket) == 1 and bucket[0].is_contiguous():  # a large one is not copied
+            dist.all_reduce(bucket[0].div_(world))
+            continue
+        flat = torch.cat([each.flatten() for each in bucket]).div_(world)
+        dist.all_reduce(flat)
+        means = flat.split([each.numel() for each in bucket])
+        for tensor, mean in zip(bucket, means, strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one dtype that follow each other, as many as fit."""
+    bucket, values = list[Tensor](), 0
+    for tensor in tensors:
+        if bucket and (values + tensor.numel() > _BUCKET or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, values = [], 0
+        bucket.append(tensor)
+        values += tensor.numel()
+    if bucket:
+        yield bucket
 
 
 def send_(tensor: Tensor, sender: int) -> None:

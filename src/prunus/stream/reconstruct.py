@@ -248,7 +248,7 @@ def _train_(
             return _loss(model, example)
 
     stand_in = None
-    if not unrecordable(device, shared=False, scaled=fit.precision == "fp16"):
+    if not unrecordable(device, scaled=fit.precision == "fp16"):
         copied = partial(_prepare, unit=local, fit=fit, seed=seed)
         how = local.free, tuple(local.views)
         stand_in = stand_ins.find(holder, how, examples[0], lambda: copied(*copy.deepcopy((holder, own)))[1])

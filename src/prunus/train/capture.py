@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
+from prunus.train.sharded import asked as sharded
+
 log = logging.getLogger(__name__)
 
 _AHEAD = 8  # replays that may wait for the device: a recording waits for what all threads have queued by then
@@ -283,6 +285,10 @@ def _tell(why: str) -> None:
 def captures(asked: Capture, model: nn.Module, optimizer: torch.optim.Optimizer, *, shared: bool, scaled: bool) -> bool:
     """Whether the steps of a run are recorded; told where not on a GPU. Raises ValueError when they must be."""
     why = _obstacle(model, optimizer, shared=shared, scaled=scaled) if asked else ""
+    if asked and not why and shared and asked is not True:
+        why = (
+            "capture='auto' leaves several processes unrecorded; capture=True records how they average their gradients"
+        )
     if why and asked is True:
         raise ValueError(f"{why}; use capture=False.")
     if why and next(model.parameters()).is_cuda:
@@ -290,12 +296,14 @@ def captures(asked: Capture, model: nn.Module, optimizer: torch.optim.Optimizer,
     return bool(asked) and not why
 
 
-def unrecordable(device: torch.device, *, shared: bool, scaled: bool) -> str:
-    """Why steps on a device cannot be recorded, whatever the optimizer; nothing where they can."""
+def unrecordable(device: torch.device, *, scaled: bool) -> str:
+    """Why steps on a device cannot be recorded, whatever is trained; nothing where they can.
+
+    >>> unrecordable(torch.device("cpu"), scaled=False)
+    'capture=True records a CUDA graph, and the model is on cpu'
+    """
     if device.type != "cuda":
         return f"capture=True records a CUDA graph, and the model is on {device}"
-    if shared:
-        return "capture=True goes with one process: several wait for each other's gradients on the host"
     if scaled:
         return "capture=True goes with bf16 or fp32: the host looks at what fp16 scales"
     return ""
@@ -303,13 +311,18 @@ def unrecordable(device: torch.device, *, shared: bool, scaled: bool) -> str:
 
 def _obstacle(model: nn.Module, optimizer: torch.optim.Optimizer, *, shared: bool, scaled: bool) -> str:
     """Why a step of this run cannot be recorded; nothing where it can, as far as one sees without trying."""
-    why = unrecordable(next(model.parameters()).device, shared=shared, scaled=scaled)
-    if not why and not all(group.get("fused") or group.get("capturable") for group in optimizer.param_groups):
+    if why := unrecordable(next(model.parameters()).device, scaled=scaled):
+        return why
+    if shared and sharded():
+        return "capture=True goes with whole weights: sharded ones are gathered and freed by the host"
+    if shared and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        return "capture=True records no BatchNorm of several processes, which take the statistics of the first"
+    if not all(group.get("fused") or group.get("capturable") for group in optimizer.param_groups):
         return (
             f"capture=True needs an optimizer that reads its learning rate on the device: make it with fused=True "
             f"(SGD) or capturable=True (Adam), not {type(optimizer).__name__} as it is"
         )
-    return why
+    return ""
 
 
 def set_rates_(optimizer: torch.optim.Optimizer, rates: list[float], captured: bool) -> None:

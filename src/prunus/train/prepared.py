@@ -57,17 +57,22 @@ def prepared(
     accelerator: Accelerator,
     masks: Masks | None,
     shared: bool,
+    recorded: bool,
 ) -> Generator[tuple[nn.Module, nn.Module, torch.optim.Optimizer], None, None]:
     """What is trained, that as accelerate wraps it, and the optimizer; then all as before, but for the weights.
 
-    What is trained is the model itself, or its sharded twin where the launch asked for FSDP2.
+    What is trained is the model itself, or its sharded twin where the launch asked for FSDP2. Steps that are recorded
+    average gradients themselves: DistributedDataParallel would in hooks, at its own times and on streams of its own.
     """
     apart = shared and asked()
     if apart and accelerator.device.type != "cpu":  # replicated models are moved by accelerate
         model.to(accelerator.device)
     with ExitStack() as stack:
         inner = stack.enter_context(sharded(model, optimizer)) if apart else model
-        outer, stepper = stack.enter_context(_wrapped(inner, optimizer, accelerator, masks, shared and not apart))
+        replicated = shared and not apart and not recorded
+        outer, stepper = stack.enter_context(_wrapped(inner, optimizer, accelerator, masks, replicated))
+        if shared and recorded:
+            _make_alike_(inner)
         yield inner, outer, stepper
 
 
@@ -106,6 +111,16 @@ def _wrapped(
         optimizer.zero_grad()
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
+
+
+@torch.no_grad()
+def _make_alike_(model: nn.Module) -> None:
+    """Every process begins with the first one's weights, as with DistributedDataParallel; masks are the same anyway."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype != torch.bool:
+            sent = tensor.detach().contiguous()
+            ranks.send_(sent, 0)
+            tensor.copy_(sent)
 
 
 def _masks_of(model: nn.Module) -> list[str]:

@@ -24,7 +24,7 @@ from accelerate.utils import send_to_device, slice_tensors
 from torch import Tensor, nn
 
 from prunus.layers import View, find_layers
-from prunus.machine import Precision, class_logits, in_mode
+from prunus.machine import Precision, class_logits, in_mode, ranks
 from prunus.train.capture import Capture, CapturedStep, Kept, captures, set_rates_, settled
 from prunus.train.checkpoint import Checkpoint, Clock, resumable
 from prunus.train.hooks import During, Plan
@@ -118,8 +118,9 @@ def train(
     masks: pruned entries that stay zero. during: methods that take part; they are told `epoch_steps` (default: all
     steps) and the prunable `views` (default: `find_layers(model)`); the caller calls their `finish()` afterwards.
     capture: record the step as a CUDA graph and replay it, which helps where launches cost more than arithmetic
-    (batches of one shape only); "auto" does so where it can be done, and logs why where a recording fails; a `Kept`
-    does, too, and keeps the recorded step for the next run of this model and optimizer (without a checkpoint).
+    (batches of one shape only), also of several processes, which then average their gradients in it; "auto" does so
+    where it can be done in one process, and logs why where a recording fails; a `Kept` does, too, and keeps the
+    recorded step for the next run of this model and optimizer (without a checkpoint).
     watch: what is measured meanwhile, and whether it keeps the best weights or ends the run early.
     checkpoint: a file, written when `save_seconds` have passed and at the end, from which an interrupted call resumes.
     on_step(steps done, mean loss since the last call) is called every `report_every` steps, or once a second where that
@@ -160,13 +161,13 @@ def train(
         raise ValueError("A model is not measured while its weights are sharded: leave out watch, or --use_fsdp.")
     started = time.perf_counter()
     rates = [float(group["lr"]) for group in optimizer.param_groups]
-    wrap = prepared(model, optimizer, accelerator, masks, shared)
+    wrap = prepared(model, optimizer, accelerator, masks, shared, recorded)
     with wrap as (inner, wrapped, stepper), settled(device if recorded else None):
         watched = Watched(watch, lambda: resumable(inner))
         key = {"steps": steps, "accumulate": accumulate, "base_lrs": rates, **watched.plan}
         saved = Checkpoint(checkpoint, key, accelerator, inner, optimizer, during, watched, shared)
         first, past = saved.load()
-        run = _Run(accelerator, inner, wrapped, stepper, loss, clip, accumulate, tuple(during), shared)
+        run = _Run(accelerator, inner, wrapped, stepper, loss, clip, accumulate, tuple(during), shared, recorded)
         clock = Clock(save_seconds, first, shared=shared)
         step_of = run.step
         if recorded:
@@ -242,6 +243,7 @@ class _Run:
     accumulate: int
     during: tuple[During, ...]
     shared: bool
+    recorded: bool
 
     def parts(self, batches: Callable[[int], Any], step: int) -> tuple[list[Any], int]:
         """The micro batches of a step, this rank's share of each on the device, and how many tokens all ranks see."""
@@ -278,6 +280,8 @@ class _Run:
         self.accelerator.step = 0
 
     def _before_optimizer(self) -> None:
+        if self.shared and self.recorded:  # else a hook of the wrapped model did
+            ranks.mean_(each.grad for each in self.model.parameters() if each.grad is not None)
         if self.clip is not None:
             self.accelerator.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], self.clip)
         for method in self.during:
