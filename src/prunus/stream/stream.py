@@ -68,7 +68,7 @@ __all__ = ["Streamed", "stream", "survey"]
 
 _TRIED = 1 << 28  # logits of the dense model that are kept while allocations are tried: 1 GiB
 _PARTS = 16  # batches of those windows: searches look at a part first
-_RECORD_ONCE = True  # fitted blocks of one shape share a recorded step; False: each records its own
+_RECORD_ONCE = False  # whether fitted blocks of one shape share a recorded step: not before a GPU has shown it right
 
 
 @dataclass(frozen=True)

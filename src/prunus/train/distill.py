@@ -87,8 +87,8 @@ def distilled_next_token(
     """The loss of (model, batch) that holds a language model against a teacher of its vocabulary.
 
     batch: packed ids, with labels or without, as in `next_token_loss`. teacher: a transformers model, run without
-    gradients in the mode and dtype in which it is. weight: a; 1 is the divergence alone. temperature: T. Logits are
-    never whole where there are more than 2^25 of them.
+    gradients in its mode and dtype, and under the autocast of `train`. weight: a; 1 is the divergence alone.
+    temperature: T. Logits are never whole where there are more than 2^25 of them.
 
     The loss raises ValueError for a teacher with another number of words.
 
