@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 
 from prunus.kernels import uses_kernels
 from prunus.machine import class_logits
-from prunus.masks import pack, unpack
+from prunus.masks import own_name, pack, unpack
 from prunus.train.next_token import Aim, aimed_loss, row_logits
 
 _STORED = {torch.float32, torch.bfloat16, torch.float16}  # what the program of `gradient` takes
@@ -173,7 +173,7 @@ def lighten_(teacher: nn.Module, model: nn.Module) -> nn.Module:
 
     >>> loss = distilled_next_token(lighten_(dense, model), weight=0.5)
     """
-    own = {_plain_name(name): parameter for name, parameter in model.named_parameters()}
+    own = {own_name(name): parameter for name, parameter in model.named_parameters()}
     owners = _owners(teacher)
     for name, parameter in list(teacher.named_parameters()):
         mine = own.get(name)
@@ -237,11 +237,6 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
             if parameter is not None:
                 found.setdefault(id(parameter), []).append((module, attribute))
     return found
-
-
-def _plain_name(name: str) -> str:
-    """A parameter's name without what a parametrization puts into it."""
-    return name.replace("parametrizations.", "").removesuffix(".original")
 
 
 def _check_classes(z: Tensor, taught: Tensor) -> None:
