@@ -339,9 +339,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.knobs import nvidia
-from prunus.kernels import groups, rows, threshold
+from prunus.kernels import divergence, groups, rows, threshold
 
-SCALARS = "kept extra parts low high shift bins copies start room".split()
+SCALARS = "kept extra parts low high shift bins copies start room weight temperature".split()
 
 def build(program, warps, types, **fixed):
     places = {name: (i,) for i, name in enumerate(program.arg_names)}
@@ -373,6 +373,8 @@ build(threshold._histogram, 4,
       "X:*fp32 COUNTS:*i64 HISTOGRAM:*i32 low:i32 high:i32 shift:i32 bins:i32 copies:i32 numel:i32",
       BLOCK=threshold._STEP, STEPS=threshold._STEPS)
 build(threshold._keep, 4, "X:*fp32 T:*fp32 LEFT:*i64 EQUAL:*i32 M:*u8 numel:i32", BLOCK=4096)
+logits = "Z:*bf16 TAUGHT:*bf16 Y:*i64 LOSSES:*fp32 DZ:*bf16 words:i32 z_row:i32 taught_row:i32"
+build(divergence._divergence, 8, f"{logits} weight:fp32 temperature:fp32", WARM=True, BLOCKS=12, BLOCK=4096)
 """
 
 

@@ -1,6 +1,6 @@
 from .adamw import adamw_ as adamw_
 from .adamw import takes_steps as takes_steps
-from .divergence import divergence as divergence
+from .divergence import distilled_loss as distilled_loss
 from .effective import build_ as build_
 from .effective import reduce as reduce
 from .entropy import cross_entropy as cross_entropy

@@ -20,7 +20,7 @@ from torch import Tensor
 _BLOCK = 4096  # entries of each of the two rows in registers at once
 
 
-def divergence(z: Tensor, taught: Tensor, y: Tensor, weight: float, temperature: float) -> tuple[Tensor, Tensor]:
+def distilled_loss(z: Tensor, taught: Tensor, y: Tensor, weight: float, temperature: float) -> tuple[Tensor, Tensor]:
     """The loss of every row (n,) float32, and the gradient (n, words) of their sum in the dtype of z.
 
     z, taught: (n, words) logits of student and teacher, float32 or 16-bit, strides 1 along words. y: (n,) int64, each

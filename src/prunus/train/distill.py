@@ -49,9 +49,9 @@ class _Mixed:
     def gradient(self, z: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The same without a graph, and its gradient by z, in the dtype of z."""
         if uses_kernels(z) and {z.dtype, teacher.dtype} <= _STORED:
-            from prunus.kernels import divergence
+            from prunus.kernels import distilled_loss
 
-            losses, dz = divergence(z, teacher, labels, self.weight, self.temperature)
+            losses, dz = distilled_loss(z, teacher, labels, self.weight, self.temperature)
             return losses.sum(), dz
         a, T = self.weight, self.temperature
         student, taught = ((each.float() / T).log_softmax(-1) for each in (z, teacher))
