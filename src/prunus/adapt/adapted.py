@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from prunus.adapt.adapters import AdaptedWeight, Factors, matrices
 from prunus.adapt.effective import effective_weight, factor_gradients, tiles
 from prunus.adapt.sites import LINEAR
+from prunus.masks import own_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +95,7 @@ def adapted(model: nn.Module) -> dict[str, Adapted]:
             each = Adapted(module.weight, module.factors, module.transposed)
             found.setdefault(id(module.weight), (f"{prefix}weight", each))
         elif isinstance(module, parametrize.ParametrizationList) and isinstance(adapter := module[0], AdaptedWeight):
-            weight, name = module.original, path.replace("parametrizations.", "")
+            weight = module.original
             assert isinstance(weight, nn.Parameter)
-            found.setdefault(id(weight), (name, Adapted(weight, adapter.factors, adapter.transposed)))
+            found.setdefault(id(weight), (own_name(path), Adapted(weight, adapter.factors, adapter.transposed)))
     return dict(found.values())

@@ -12,12 +12,11 @@ twice and one is written, where log_softmax, kl_div and what follows them are so
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 4096  # entries of each of the two rows in registers at once
+from prunus.kernels.entropy import prepared
 
 
 def distilled_loss(z: Tensor, taught: Tensor, y: Tensor, weight: float, temperature: float) -> tuple[Tensor, Tensor]:
@@ -27,14 +26,11 @@ def distilled_loss(z: Tensor, taught: Tensor, y: Tensor, weight: float, temperat
     in [0, words). weight: a, in (0, 1]. temperature: T > 0.
     """
     z, taught = (each if each.stride(1) == 1 else each.contiguous() for each in (z, taught))
-    rows, words = z.shape
-    losses = torch.empty(rows, dtype=torch.float32, device=z.device)
-    dz = torch.empty(rows, words, dtype=z.dtype, device=z.device)
-    block = min(_BLOCK, triton.next_power_of_2(words))
-    if rows:
-        _divergence[(rows,)](
-            z, taught, y, losses, dz, words, z.stride(0), taught.stride(0), float(weight), float(temperature),
-            WARM=temperature != 1, BLOCKS=triton.cdiv(words, block), BLOCK=block, num_warps=8,
+    losses, dz, how = prepared(z)
+    if len(z):
+        _divergence[(len(z),)](
+            z, taught, y, losses, dz, z.shape[1], z.stride(0), taught.stride(0), float(weight), float(temperature),
+            WARM=temperature != 1, **how,
         )  # fmt: skip
     return losses, dz
 

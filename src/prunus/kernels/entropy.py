@@ -26,15 +26,19 @@ def cross_entropy(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     z: (n, words) logits, float32 or 16-bit, stride 1 along words. y: (n,) int64, each in [0, words).
     """
     z = z if z.stride(1) == 1 else z.contiguous()
+    losses, dz, how = prepared(z)
+    if len(z):
+        _entropy[(len(z),)](z, y, losses, dz, z.shape[1], z.stride(0), **how)
+    return losses, dz
+
+
+def prepared(z: Tensor) -> tuple[Tensor, Tensor, dict[str, int]]:
+    """Room for the losses and the gradient of rows of logits, and how a program walks such a row."""
     rows, words = z.shape
+    block = min(_BLOCK, triton.next_power_of_2(words))
     losses = torch.empty(rows, dtype=torch.float32, device=z.device)
     dz = torch.empty(rows, words, dtype=z.dtype, device=z.device)
-    block = min(_BLOCK, triton.next_power_of_2(words))
-    if rows:
-        _entropy[(rows,)](
-            z, y, losses, dz, words, z.stride(0), BLOCKS=triton.cdiv(words, block), BLOCK=block, num_warps=8
-        )
-    return losses, dz
+    return losses, dz, {"BLOCKS": triton.cdiv(words, block), "BLOCK": block, "num_warps": 8}
 
 
 @triton.jit

@@ -19,12 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from prunus.kernels import uses_kernels
 from prunus.machine import class_logits
 from prunus.masks import own_name, pack, unpack
-from prunus.train.next_token import Aim, aimed_loss, row_logits
-
-_STORED = {torch.float32, torch.bfloat16, torch.float16}  # what the program of `gradient` takes
+from prunus.train.next_token import Aim, aimed_loss, row_logits, takes_logits
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class _Mixed:
 
     def gradient(self, z: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The same without a graph, and its gradient by z, in the dtype of z."""
-        if uses_kernels(z) and {z.dtype, teacher.dtype} <= _STORED:
+        if takes_logits(z, teacher):
             from prunus.kernels import distilled_loss
 
             losses, dz = distilled_loss(z, teacher, labels, self.weight, self.temperature)

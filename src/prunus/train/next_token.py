@@ -248,9 +248,14 @@ class _Loss(torch.autograd.Function):
         return None, (rows * scale).to(rows.dtype), None, *given
 
 
+def takes_logits(*logits: Tensor) -> bool:
+    """Whether rows of logits go to a program that forms their loss and its gradient."""
+    return all(uses_kernels(z) and z.dtype in (torch.float32, torch.bfloat16, torch.float16) for z in logits)
+
+
 def _cross_entropy(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """The summed loss (scalar, float32) of logits z: (n, words) with targets y: (n,), and its gradient by z."""
-    if uses_kernels(z) and z.dtype in (torch.float32, torch.bfloat16, torch.float16):
+    if takes_logits(z):
         from prunus.kernels import cross_entropy
 
         losses, dz = cross_entropy(z, y)

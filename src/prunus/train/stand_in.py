@@ -111,8 +111,8 @@ class StandIns:
 
         how: what else decides what is trained.   example: a batch.   make: a copy of the model, ready to be trained.
         """
-        kind = _kind(model)
-        if not self.wanted or kind is None:
+        kind = _kind(model) if self.wanted else None
+        if kind is None:
             return None
         for known in self._known:
             if known.kind == (kind, how) and fits(known.example, example):
