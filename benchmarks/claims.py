@@ -15,6 +15,7 @@ and takes the extra memory; `floor_ms` is what bytes and operations alone take. 
 from __future__ import annotations
 
 import argparse
+import math
 import datetime
 import statistics
 import subprocess
@@ -181,10 +182,10 @@ def _cells(row: Row) -> list[str]:
         row.shape,
         _ms(row.ours_ms),
         _ms(row.reference_ms),
-        "" if row.ratio is None else f"{row.ratio:.3g}",
+        "" if row.ratio is None or math.isnan(row.ratio) else f"{row.ratio:.3g}",
         "" if row.target is None else f"{row.target:.3g}",
         _ms(row.floor_ms),
-        "" if not row.floor_ms else f"{row.ours_ms / row.floor_ms:.3g}",
+        "" if not row.floor_ms or math.isnan(row.ours_ms) else f"{row.ours_ms / row.floor_ms:.3g}",
         _gigabytes(row.extra_bytes),
         _gigabytes(row.reference_extra_bytes),
         note,
@@ -192,7 +193,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def _ms(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g} ms"
+    return "" if value is None or math.isnan(value) else f"{value:.3g} ms"
 
 
 def _gigabytes(value: int | None) -> str:

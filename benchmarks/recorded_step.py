@@ -3,14 +3,15 @@
     python benchmarks/recorded_step.py
     python benchmarks/recorded_step.py --device cpu --scale 0.03    # scales down; nothing is recorded on a CPU
     python benchmarks/recorded_step.py --compile     # instead: compiled blocks, recorded and not, 16 x 1,024 tokens
+    python benchmarks/recorded_step.py --long        # instead: 200 steps of 4 x 1,024 tokens, for their losses
 
 SmolLM2-135M's shape (random weights, bfloat16, pruned 50 %), 4 and 16 x 1,024 tokens a step, AdamW on float32
 trainables through `prunus.train`, with `capture="auto"` and, as the reference, without. The note has tokens per second
 and the largest relative difference between the two runs' losses; compiled, also the seconds until the first third is
 done, in which all is compiled. The floor counts the products alone: 2 operations a weight and token in the forward
 pass, for the gradient of the input, and, where a weight or a masked update is trained, for its own; a teacher's are
-left out. On an H200, compiled and recorded: norms 391,000 tokens a second, MaskLoRA 298,500, everything 290,200
-(docs/results/recorded-steps.md).
+left out. On an H200, compiled and recorded: norms 392,000 tokens a second, MaskLoRA 316,000, everything 294,000, with a
+teacher 201,000 (docs/results/recorded-steps.md).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from prunus.machine import of_training
 from prunus.prune import prune
 from prunus.train import distilled_next_token, linear_warmup_decay, next_token_loss, train
 
-STEPS = 24  # of a run; the first third is not timed
+STEPS, LONG = 24, 200  # of a run; the first third is not timed
 SUBSETS = {"norms": ("norms",), "MaskLoRA": ("mask_lora",), "everything": ("full",)}
 TAUGHT = "everything, the dense model as teacher"
 
@@ -51,11 +52,25 @@ def compiled(args: argparse.Namespace) -> Iterator[Row]:
         yield _row(args, name, subset, 16, compiled=True)
 
 
-def _row(args: argparse.Namespace, name: str, subset: tuple[str, ...], batch: int, *, compiled: bool = False) -> Row:
-    shape = batch, sized(1024, args)
+def long(args: argparse.Namespace) -> Iterator[Row]:
+    """Each subset over so many steps that what rounding does to the losses adds up."""
+    for name, subset in SUBSETS.items():
+        yield _row(args, name, subset, 4, steps=LONG)
+
+
+def _row(
+    args: argparse.Namespace,
+    name: str,
+    subset: tuple[str, ...],
+    batch: int,
+    *,
+    compiled: bool = False,
+    steps: int = STEPS,
+) -> Row:
+    shape, steps = (batch, sized(1024, args)), steps if args.scale == 1 else steps // 4
     how = {"compiled": compiled, "taught": name == TAUGHT}
-    plain, expected, _, cold = _run(args, subset, shape, capture=False, **how)
-    ours, losses, weights, warm = _run(args, subset, shape, capture=True, **how)
+    plain, expected, _, cold = _run(args, subset, shape, steps, capture=False, **how)
+    ours, losses, weights, warm = _run(args, subset, shape, steps, capture=True, **how)
     name, far = f"{name}, compiled" if compiled else name, float(((losses - expected) / expected).abs().max())
     tokens = batch * shape[1]
     rates = f"{tokens / ours * 1e3:,.0f} tokens a second, {tokens / plain * 1e3:,.0f} without"
@@ -68,10 +83,10 @@ def _row(args: argparse.Namespace, name: str, subset: tuple[str, ...], batch: in
 
 
 def _run(
-    args: argparse.Namespace, subset: tuple[str, ...], shape: tuple[int, int], **how: bool
+    args: argparse.Namespace, subset: tuple[str, ...], shape: tuple[int, int], steps: int, **how: bool
 ) -> tuple[float, torch.Tensor, int, float]:
     """Milliseconds of a step after the first third, all losses, the products' weights, seconds of the first third."""
-    steps, marks, begun = STEPS if args.scale == 1 else 6, list[float](), time.perf_counter()
+    marks, begun = list[float](), time.perf_counter()
 
     def mark(_done: int, _loss: float) -> None:
         marks.append(time.perf_counter())
@@ -122,8 +137,7 @@ def _trained(args, subset, shape, steps, on_step, *, capture, compiled, taught):
 
 
 if __name__ == "__main__":
-    if "--compile" in sys.argv:
-        sys.argv.remove("--compile")
-        main(__doc__, compiled)
-    else:
-        main(__doc__, measure)
+    asked = next((each for each in ("--compile", "--long") if each in sys.argv), None)
+    if asked:
+        sys.argv.remove(asked)
+    main(__doc__, {"--compile": compiled, "--long": long, None: measure}[asked])

@@ -107,8 +107,8 @@ def retrained(name: str, mode: str, args: argparse.Namespace, device: torch.devi
     kinds = RETRAINED[name]
     adaptation = adapt(model, kinds, masks=held, views=views, rank=16)
     packed = PackedTokens(tokens(model, 64, args.seed).flatten(), model.config.max_position_embeddings)
-    # fused, for otherwise its steps take memory of all values' size
-    fused: dict[str, Any] = {"fused": True} if device.type == "cuda" else {}
+    # fused, for otherwise its steps take memory of all values' size; capturable, for otherwise none can be recorded
+    fused: dict[str, Any] = {"fused": True, "capturable": True} if device.type == "cuda" else {}
     capture = args.capture and mode != "sharded"
     first = 5 if args.capture else 1
     optimizer = torch.optim.AdamW(adaptation.param_groups(1e-5), weight_decay=0.0, **fused)

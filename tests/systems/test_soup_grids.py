@@ -192,8 +192,8 @@ def test_averages_made_beside_trainings_are_those_of_their_members(
     """Work of one lane that did not wait for another would show: everything is computed again when all is quiet."""
     made: list[tuple[Any, Any]] = []
 
-    def recorded(asked: Any, states: Any, masks: Any, meter: Any) -> Any:
-        found = averaged(asked, states, masks, meter)
+    def recorded(asked: Any, states: Any, *rest: Any) -> Any:
+        found = averaged(asked, states, *rest)
         made.append((states, found[0]))
         return found
 

@@ -120,6 +120,19 @@ def agree(value: Any) -> Any:
     return held[0]
 
 
+def first_said(text: str) -> str:
+    """What the first of the processes says that says anything; each calls this.
+
+    >>> first_said("out of memory")  # a single process
+    'out of memory'
+    """
+    if count() == 1:
+        return text
+    held: list[Any] = [None] * count()
+    dist.all_gather_object(held, text)
+    return next((each for each in held if each), "")
+
+
 def all_failed(seconds: float = 60.0) -> bool:
     """Whether all processes say that they failed, each by this call; waits so long for the others.
 

@@ -68,7 +68,6 @@ __all__ = ["Streamed", "stream", "survey"]
 
 _TRIED = 1 << 28  # logits of the dense model that are kept while allocations are tried: 1 GiB
 _PARTS = 16  # batches of those windows: searches look at a part first
-_RECORD_ONCE = False  # whether fitted blocks of one shape share a recorded step: not before a GPU has shown it right
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ def stream(
     hidden, arguments = begin()
     dense = (list(hidden), begin()[1]) if fit is not None and fit.inputs == "dense" else None
     flow = _Flow(hidden, arguments, dense, _survey_tied(place, asked.needs, tokens, batch_size))
-    flow.stand_ins.wanted = _RECORD_ONCE and len(names) > 1
+    flow.stand_ins.wanted = len(names) > 1
     reports: list[BlockReport] = []
     with ahead(place.source, names, place.device) as moving:
         for index, name in enumerate(names):

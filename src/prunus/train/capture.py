@@ -29,6 +29,7 @@ from prunus.train.sharded import asked as sharded
 log = logging.getLogger(__name__)
 
 _AHEAD = 8  # replays that may wait for the device: a recording waits for what all threads have queued by then
+_SENT = 1 << 30  # bytes of gradients: sending that many after the backward pass costs less than launching the step
 _WARM = 3  # steps 0, 1, 2 run as they are: cuDNN chooses its algorithms, the optimizer makes its state
 # Two things wait for the whole device, which no thread may do while another records: the beginning of a recording, and
 # cuDNN when it tries its algorithms, as it does the first time that it meets a shape.
@@ -71,6 +72,7 @@ class CapturedStep:
     done: steps that the run has made already.
     forget: called where recording fails and need not succeed (`must`): drops what the recording left, the gradients.
         From then on steps run as they are, and `failure` says why.
+    agree: why this process could not record, or nothing -> why any of those that step together could not.
     A batch of other shapes than the recorded one runs as it is, or raises ValueError where recording `must` succeed.
     """
 
@@ -82,12 +84,14 @@ class CapturedStep:
         done: int = 0,
         must: bool = True,
         forget: Callable[[], None] = lambda: None,
+        agree: Callable[[str], str] = str,
     ) -> None:
         self.step = step
         self.device = device
         self.done = done
         self.must = must
         self.forget = forget
+        self.agree = agree
         self.failure = ""
         self.like: list[Any] | None = None  # what a batch to record must be like; any, where there is none
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -147,25 +151,31 @@ class CapturedStep:
 
     def _record(self, parts: list[Any]) -> None:
         self.static = [tree_map_only(Tensor, torch.clone, part) for part in parts]
+        self.failure = self.agree(self._attempt(_masked(parts)))
+        if self.failure:
+            _tell(self.failure)
+            self.graph, self.loss = None, None
+            self.static.clear()
+            self.forget()
+
+    def _attempt(self, masked: bool) -> str:
+        """Record the graph of a step on the static batch, or say why it cannot be."""
         graph, wrong = torch.cuda.CUDAGraph(), list[str]()
         with torch.cuda.device(self.device):
             generator = torch.cuda.default_generators[torch.cuda.current_device()]
         before = generator.clone_state()  # after a recording that failed, its own would wait for the end for ever
         try:
-            with unrecorded(), _attending(self.told, recording=True, masked=_masked(parts)):
+            with unrecorded(), _attending(self.told, recording=True, masked=masked):
                 stream = _stream(self.device)
                 with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"), _telling(wrong):
                     self.loss = self.step(self.static)
         except (RuntimeError, NotImplementedError) as error:
             if self.must:
                 raise
-            self.failure = _in_a_line((wrong or [str(error)])[0])
             generator.graphsafe_set_state(before)
-            _tell(self.failure)
-            self.static.clear()
-            self.forget()
-            return
+            return _in_a_line((wrong or [str(error)])[0])
         self.graph = graph
+        return ""
 
 
 @dataclass
@@ -285,10 +295,10 @@ def _tell(why: str) -> None:
 def captures(asked: Capture, model: nn.Module, optimizer: torch.optim.Optimizer, *, shared: bool, scaled: bool) -> bool:
     """Whether the steps of a run are recorded; told where not on a GPU. Raises ValueError when they must be."""
     why = _obstacle(model, optimizer, shared=shared, scaled=scaled) if asked else ""
-    if asked and not why and shared and asked is not True:
-        why = (
-            "capture='auto' leaves several processes unrecorded; capture=True records how they average their gradients"
-        )
+    if shared and isinstance(asked, Kept):
+        why = why or "a step is kept for the next run in one process alone"
+    elif shared and asked == "auto":
+        why = why or _unhidden(model)
     if why and asked is True:
         raise ValueError(f"{why}; use capture=False.")
     if why and next(model.parameters()).is_cuda:
@@ -323,6 +333,17 @@ def _obstacle(model: nn.Module, optimizer: torch.optim.Optimizer, *, shared: boo
             f"(SGD) or capturable=True (Adam), not {type(optimizer).__name__} as it is"
         )
     return ""
+
+
+def _unhidden(model: nn.Module) -> str:
+    """Why processes had better not record how they average their gradients; nothing where those are few."""
+    sent = sum(each.numel() * each.element_size() for each in model.parameters() if each.requires_grad)
+    if sent <= _SENT:
+        return ""
+    return (
+        f"capture='auto' leaves processes unrecorded that exchange {sent / 2**30:.1f} GiB of gradients a step, most of "
+        "them while others are still computed; capture=True records that they do so afterwards"
+    )
 
 
 def set_rates_(optimizer: torch.optim.Optimizer, rates: list[float], captured: bool) -> None:

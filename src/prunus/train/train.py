@@ -119,8 +119,9 @@ def train(
     steps) and the prunable `views` (default: `find_layers(model)`); the caller calls their `finish()` afterwards.
     capture: record the step as a CUDA graph and replay it, which helps where launches cost more than arithmetic
     (batches of one shape only), also of several processes, which then average their gradients in it; "auto" does so
-    where it can be done in one process, and logs why where a recording fails; a `Kept` does, too, and keeps the
-    recorded step for the next run of this model and optimizer (without a checkpoint).
+    where it can be done and, of several processes, where gradients are at most 1 GiB, and logs why where it does not;
+    a `Kept` does so in one process, and keeps the recorded step for the next run of this model and optimizer (without a
+    checkpoint).
     watch: what is measured meanwhile, and whether it keeps the best weights or ends the run early.
     checkpoint: a file, written when `save_seconds` have passed and at the end, from which an interrupted call resumes.
     on_step(steps done, mean loss since the last call) is called every `report_every` steps, or once a second where that
@@ -171,7 +172,8 @@ def train(
         clock = Clock(save_seconds, first, shared=shared)
         step_of = run.step
         if recorded:
-            step_of = CapturedStep(run.step, device, done=first, must=capture is True, forget=run.forget)
+            how: dict[str, Any] = {"must": capture is True, "agree": ranks.first_said if shared else str}
+            step_of = CapturedStep(run.step, device, done=first, forget=run.forget, **how)
             if isinstance(capture, Kept):
                 kept, step_of = capture.captured is not None, capture.step(step_of, optimizer)
                 warms, some, again = not kept, lambda _: capture.batch, capture.again
@@ -182,8 +184,8 @@ def train(
                 step_of.warm_(run.parts(some, first)[0])
                 again()
         own = next(inner.parameters()).device
-        how: dict[str, Any] = {"every": report_every, "steps": steps, "on_step": on_step, "log": log}
-        trace = _Log(Trace(**past), started=started, device=own, **how)
+        told: dict[str, Any] = {"every": report_every, "steps": steps, "on_step": on_step, "log": log}
+        trace = _Log(Trace(**past), started=started, device=own, **told)
         if first == 0 and watch is not None and watch.keep_best:  # so that training can only help
             with in_mode(inner, training=False):
                 watched.look(0)
