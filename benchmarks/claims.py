@@ -15,8 +15,8 @@ and takes the extra memory; `floor_ms` is what bytes and operations alone take. 
 from __future__ import annotations
 
 import argparse
-import math
 import datetime
+import math
 import statistics
 import subprocess
 import sys
