@@ -330,7 +330,7 @@ def test_shared_sections_have_the_defaults_of_their_task() -> None:
     language, digits = (parse({"prune": {}} | more, Recipe, "") for more in ({}, {"images": "digits"}))
     sections = [given(each.prune) for each in (language, digits)]
     found = [(each.criterion, each.sparsity, each.allocation) for each in sections]
-    assert found == [("wanda", 0.5, "uniform"), ("magnitude", 0.9, "global")]
+    assert found == [("admm", 0.5, "uniform"), ("magnitude", 0.9, "global")]
     rows = given(parse({"images": "digits", "prune": {"scope": "row"}}, ClassifierRecipe, "").prune)
     assert (rows.allocation, rows.where()) == ("uniform", Unstructured("row"))
 

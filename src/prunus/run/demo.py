@@ -31,7 +31,7 @@ __all__ = ["RECIPE", "demo"]
 RECIPE: dict[str, Any] = {
     "model": "embedded",
     "dtype": "float32",
-    "prune": {"criterion": "wanda", "sparsity": 0.6},
+    "prune": {"criterion": "admm", "sparsity": 0.6},
     "calibrate": {"samples": 64, "length": 256, "batch_size": 16},
     "retrain": {"train": ["biases", "norms"], "steps": 100, "batch_size": 8, "length": 256, "lr": 3e-3},
     "evaluate": {"window": 256, "batch_size": 16},

@@ -30,7 +30,7 @@ Kind = Literal["zeros", "filters", "low_rank"]
 class Prune(Strict):
     """Which weights go: a criterion, a pattern, and a sparsity (the share of zeros, in [0, 1)), in how many phases."""
 
-    criterion: CriterionName = "wanda"
+    criterion: CriterionName = "admm"
     """How weights are scored, or layers solved."""
     pattern: PatternName = "unstructured"
     """unstructured, N:M (at most N nonzeros of M) such as 2:4, block RxC, filters."""
