@@ -315,7 +315,9 @@ JOBS: dict[str, Callable[[Path], Digests]] = {
     "sweep": swept,
     "language, Wanda": language,
     "language, RIA of the model": partial(language, prune={"criterion": "ria", "sparsity": 0.4, "scope": "model"}),
-    "language, OWL": partial(language, prune={"criterion": "wanda", "sparsity": 0.5, "allocation": "owl"}, streaming=True, retrain=None),
+    "language, OWL": partial(
+        language, prune={"criterion": "wanda", "sparsity": 0.5, "allocation": "owl"}, streaming=True, retrain=None
+    ),
     "language, SparseGPT": partial(language, prune=GPT, reconstruct=RECONSTRUCT, streaming=True),
     "language, Frank-Wolfe": partial(language, prune={"criterion": "frank_wolfe", "sparsity": 0.5}, retrain=None),
     "language, soup": partial(language, soup={"members": 2}),

@@ -76,6 +76,20 @@ def test_the_plan_of_a_language_model_counts_what_the_run_trains(raw: dict[str, 
     assert found.files["model/"] == sum(each.nbytes for each in tiny_llama().parameters())
 
 
+@pytest.mark.parametrize(
+    ("criterion", "held"),
+    [
+        ("magnitude", 0),
+        ("wanda", 32 + 64),  # a norm an input; inputs are 32 wide, and 64 those of down_proj
+        ("admm", 32**2 + 64**2 + 5 * 64**2 + 8 * 32 * 64),  # Gram matrices, and what a solver holds besides
+    ],
+)
+def test_the_plan_of_pruning_counts_what_a_criterion_holds(raw: dict[str, Any], criterion: str, held: int) -> None:
+    found = planned(parse(merge(raw, {"prune.criterion": criterion}), Recipe, "recipe"))
+    block = sum(each.nbytes for each in tiny_llama().model.layers[0].parameters())
+    assert found.rows["memory, cpu, pruning"].startswith(f"{(block + 4 * held) / 1e6:.3g} MB for a block")
+
+
 def test_a_dry_run_makes_the_empty_model_once(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
     empty = stages.empty_model

@@ -195,8 +195,10 @@ def _language_memory(
     weights = sum(each.nbytes for each in model.parameters())
     blocks = [sum(each.nbytes for each in model.get_submodule(name).parameters()) for name in find_blocks(model)]
     needs = needed(recipe.prune.how(), recipe.prune.sharing())
-    widest = max(view.shape[1] for view in views)
-    statistics = 4 * widest * (widest if needs == "gram" else 1) if needs else 0
+    widths = {view.shape[1] for view in views}
+    statistics = 4 * sum(width * (width if needs == "gram" else 1) for width in widths) if needs else 0
+    if needs == "gram" and recipe.prune.how().score is None:  # so much ADMM was seen to take (docs/results/speed-h200)
+        statistics += max(4 * (5 * width * width + 8 * out * width) for out, width in (view.shape for view in views))
     width = int(getattr(model.config, "hidden_size", 0) or 0)
     size = next(iter(model.parameters())).element_size()
     hidden = recipe.calibrate.samples * recipe.calibrate.length * width * size
