@@ -80,8 +80,8 @@ def test_the_plan_of_a_language_model_counts_what_the_run_trains(raw: dict[str, 
     ("criterion", "held"),
     [
         ("magnitude", 0),
-        ("wanda", 32 + 64),  # a norm an input; inputs are 32 wide, and 64 those of down_proj
-        ("admm", 32**2 + 64**2 + 5 * 64**2 + 8 * 32 * 64),  # Gram matrices, and what a solver holds besides
+        ("wanda", 32 + 48),  # a norm an input; inputs are 32 wide, and 48 those of down_proj
+        ("admm", 32**2 + 48**2 + 5 * 48**2 + 8 * 32 * 48),  # Gram matrices, and what a solver holds besides
     ],
 )
 def test_the_plan_of_pruning_counts_what_a_criterion_holds(raw: dict[str, Any], criterion: str, held: int) -> None:

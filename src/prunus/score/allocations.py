@@ -165,8 +165,8 @@ def check_comparable(criterion: Criterion, allocation: Allocation | Count) -> No
     if criterion.score is None and allocation_of(allocation).reads == "scores":
         raise ValueError(
             f"{criterion.name} chooses inside one layer and has no scores for {allocation_of(allocation).name} to "
-            "compare: take a criterion with scores (wanda, ria, magnitude), uniform, or an allocation that looks at shapes, "
-            "inputs or the loss (erk, owl, evopress)"
+            "compare: take a criterion with scores (wanda, ria, magnitude), uniform, or an allocation that looks at "
+            "shapes, inputs or the loss (erk, owl, evopress)"
         )
 
 
