@@ -21,7 +21,7 @@ import copy
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 
 import torch
 from claims import Row, floor_ms, main, sized
@@ -110,7 +110,8 @@ def _trained(args, subset, shape, steps, on_step, *, capture, compiled, taught):
     )
     with torch.device(args.device):
         model = LlamaForCausalLM(config).bfloat16()
-    loss = distilled_next_token(copy.deepcopy(model).requires_grad_(False)) if taught else next_token_loss
+    teacher = copy.deepcopy(model).requires_grad_(False) if taught else None
+    loss = next_token_loss if teacher is None else distilled_next_token(teacher)
     views = [view for view in find_layers(model) if "layers" in view.name]
     masks = prune(model, sparsity=0.5, views=views)
     generator = torch.Generator().manual_seed(args.seed)
@@ -118,7 +119,10 @@ def _trained(args, subset, shape, steps, on_step, *, capture, compiled, taught):
     precision = "bf16" if subset == ("full",) else of_training(model, "bf16")
     cuda = torch.device(args.device).type == "cuda"
     packed = PackedTokens(torch.randint(config.vocab_size, (1 << 18,), generator=generator), shape[1])
-    with compiled_forward(model) if compiled else nullcontext():
+    programs = [compiled_forward(each) for each in (model, teacher) if compiled and each is not None]
+    with ExitStack() as stack:
+        for program in programs:
+            stack.enter_context(program)
         trace = train(
             model,
             lambda step: packed.at(step, batch=shape[0], seed=0),

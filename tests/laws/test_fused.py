@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from prunus.blocks.recompute import kept_blocks, recomputed
 from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.patterns import NM
+from prunus.train.distill import distilled_next_token
 from prunus.train.train import train
 from tests.conftest import VOCABULARY, tiny_llama
 
@@ -73,6 +75,28 @@ def test_kept_effective_weights_are_those_of_the_step(spare: int) -> None:
     found = run(["mask_lora"], "aot_eager", keep=True, spare=spare)
     assert found == run(["mask_lora"], None, spare=spare)
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_a_compiled_teacher_says_what_it_says_uncompiled() -> None:
+    """Everything is trained, so that the teacher holds weights of its own: one more program."""
+
+    def losses(*, compiled: bool) -> list[float]:
+        model, teacher = tiny_llama(), tiny_llama().requires_grad_(False)
+        ids = torch.randint(3, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(1))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        with ExitStack() as stack:
+            for each in (model, teacher) if compiled else ():
+                stack.enter_context(compiled_forward(each, backend="aot_eager"))
+            loss = distilled_next_token(teacher)
+            return train(model, lambda _: ids, optimizer, lambda _: 1.0, steps=3, loss=loss).losses
+
+    expected = losses(compiled=False)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert losses(compiled=True) == expected
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None and shutil.which("cc") is None, reason="no C compiler")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -137,6 +139,24 @@ def test_a_method_prunes_while_everything_is_trained(tiny_folder: Path, text_fil
     masks = Masks.load(tmp_path / "model" / "masks.safetensors")
     assert all(bool((mask.view(-1, 4).sum(1) == 2).all()) for mask in masks.values())
     masks.check(AutoModelForCausalLM.from_pretrained(tmp_path / "model"))
+
+
+@pytest.mark.parametrize(("train", "compiled"), [("full", 2), ("mask_lora", 1)])
+def test_a_teacher_is_compiled_where_it_holds_its_weights_whole(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: str, compiled: int
+) -> None:
+    models: list[Any] = []
+
+    @contextmanager
+    def forward(model: Any) -> Generator[None]:
+        models.append(model)
+        yield
+
+    monkeypatch.setattr(stages, "compiled_forward", forward)
+    asked = raw(tiny_folder, text_file, tmp_path / "run", compile=True)
+    asked["retrain"] |= {"train": [train], "distill": {"weight": 0.5}}
+    compress(parse(asked, LanguageRecipe, "test"))
+    assert len({id(model) for model in models}) == len(models) == compiled
 
 
 @pytest.mark.parametrize("train", [["lora"], ["norms", "lora"]])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -16,9 +16,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from prunus.adapt import Adaptation, adapt, add_biases, compiled_forward
-from prunus.blocks import Source, recomputed
+from prunus.blocks import Source, recomputed, recomputing
 from prunus.checkpoint import (
     check_causal,
     check_finite,
@@ -361,8 +362,10 @@ def retrain(
     groups = adaptation.param_groups(asked.peak, asked.lrs, weight_decay=asked.weight_decay)
     optimizer = optimizer_of(asked.optimizer)(groups, **_recordable(asked, device, capture is not False))
     spare = "free" if asked.checkpointing == "auto" else 0
+    teacher = _teacher(loaded, recipe)
     with (
         compiled_forward(model) if recipe.compile else nullcontext(),
+        _compiled(teacher if recipe.compile else None),
         recomputed(model, spare=spare) if asked.checkpointing else nullcontext(),
     ):
         trace = train(
@@ -371,7 +374,7 @@ def retrain(
             optimizer,
             asked.rates(loaded.distance),
             steps=asked.steps,
-            loss=_loss(loaded, recipe),
+            loss=_loss(teacher, asked),
             masks=masks if "full" in asked.train else None,
             during=during,
             views=views if during else None,
@@ -436,11 +439,11 @@ def _capture(recipe: LanguageRecipe, device: torch.device) -> Literal["auto"] | 
     return False if recipe.capture == "auto" and device.type != "cuda" else recipe.capture
 
 
-def _loss(loaded: Loaded, recipe: LanguageRecipe) -> Callable[[nn.Module, Any], Tensor]:
-    """The loss of retraining; a teacher, where there is one, is read from its checkpoint, with the student's words."""
+def _teacher(loaded: Loaded, recipe: LanguageRecipe) -> nn.Module | None:
+    """The dense model that is asked while another is retrained, read from its checkpoint, with the student's words."""
     asked = given(recipe.retrain).distill
     if asked is None:
-        return next_token_loss
+        return None
     of_teacher = {"model": asked.teacher or recipe.model, "dtype": asked.dtype or recipe.dtype, "streaming": False}
     home = recipe.model_copy(update=of_teacher)
     dense = load(home)
@@ -453,8 +456,21 @@ def _loss(loaded: Loaded, recipe: LanguageRecipe) -> Callable[[nn.Module, Any], 
                 f"retrain.distill.teacher: {home.model!r} does not know the word {lacking!r}; a teacher knows all words"
             )
         model = trim_vocabulary(model, torch.tensor([ids[word] for word in sorted(words, key=words.__getitem__)]))
-    teacher = lighten_(model.requires_grad_(False), loaded.model)
-    return distilled_next_token(teacher, asked.weight, asked.temperature)
+    return lighten_(model.requires_grad_(False), loaded.model)
+
+
+def _compiled(teacher: nn.Module | None) -> AbstractContextManager[object]:
+    """Context in which a teacher's blocks are compiled, if it has such and holds its weights whole (see `lighten_`)."""
+    if teacher is None or len(recomputing(teacher)) < 2:
+        return nullcontext()
+    return nullcontext() if any(map(parametrize.is_parametrized, teacher.modules())) else compiled_forward(teacher)
+
+
+def _loss(teacher: nn.Module | None, asked: LanguageRetrain) -> Callable[[nn.Module, Any], Tensor]:
+    """The loss of retraining."""
+    if teacher is None or asked.distill is None:
+        return next_token_loss
+    return distilled_next_token(teacher, asked.distill.weight, asked.distill.temperature)
 
 
 def evaluate(loaded: Loaded, recipe: LanguageRecipe, device: torch.device) -> dict[str, float]:
