@@ -287,7 +287,8 @@ def _tried(
                 count = max(1, min(len(tokens), _TRIED // logits(tokens[:1]).numel()))
             parts = tokens[:count].split(-(-count // _PARTS))
             outputs = (lambda part: logits(parts[part]), len(parts))
-            tried = Tried(parameters, place.inner, inputs, how, outputs, None if work is None else work.tries())
+            known = None if work is None else work.tries()
+            tried = Tried(parameters, place.inner, inputs, how, outputs, known=known)
             try:
                 yield tried
             finally:
