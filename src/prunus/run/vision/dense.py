@@ -8,20 +8,18 @@ metrics.json        what was measured, and how long it took
 from __future__ import annotations
 
 import hashlib
-import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from prunus.checkpoint import read_state
 from prunus.frankwolfe import SFW
-from prunus.machine import read_json, read_tensors, write_json, write_tensors
+from prunus.machine import read_json, write_json, write_tensors
 from prunus.report import append_metrics, read_metrics
 from prunus.run.recipe import ClassifierRecipe, digest, said
 from prunus.run.vision import stages
@@ -40,17 +38,11 @@ __all__ = [
     "watchers",
 ]
 
-_KEPT = 6  # dense networks in memory
-_lock = threading.RLock()
-_read: OrderedDict[str, Dense] = OrderedDict()
-
 
 @dataclass(frozen=True)
 class Dense:
-    """A finished dense training: its state dict on the CPU, what its learning rate did, and what was measured."""
+    """A finished dense training: what its learning rate did, and what was measured."""
 
-    folder: Path
-    state: Mapping[str, Tensor]
     original: Original
     metrics: Mapping[str, Any]
 
@@ -144,19 +136,10 @@ def _written(
 
 def read_dense(folder: Path) -> Dense | None:
     """The finished dense training in a folder, or None."""
-    with _lock:
-        if not (folder / "metrics.json").exists():
-            return None
-        metrics = read_json(folder / "metrics.json")
-        name = f"{folder.resolve()}:{metrics['key']}"
-        if name not in _read:
-            trace = read_json(folder / "trace.json")
-            original = Original.from_runs(trace["lrs"], trace["warmup"])
-            _read[name] = Dense(folder, read_tensors(folder / "model.safetensors")[0], original, metrics)
-        _read.move_to_end(name)
-        while len(_read) > _KEPT:
-            _read.popitem(last=False)
-        return _read[name]
+    if not (folder / "metrics.json").exists():
+        return None
+    trace = read_json(folder / "trace.json")
+    return Dense(Original.from_runs(trace["lrs"], trace["warmup"]), read_json(folder / "metrics.json"))
 
 
 def losses_by_epoch(losses: Sequence[float], epoch_steps: int) -> list[float]:
