@@ -23,6 +23,7 @@ from prunus.run.recipe.shared import Recipe
 __all__ = ["data_changes", "data_key", "load_recipe", "merge", "parse", "schema_of_recipes"]
 
 Section = TypeVar("Section", bound=BaseModel)
+_TASKS = {ClassifierRecipe.keyed: ClassifierRecipe, EncoderRecipe.keyed: EncoderRecipe, None: LanguageRecipe}
 
 
 def load_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -> Any:
@@ -43,7 +44,7 @@ def parse(raw: Mapping[str, Any], model: type[Section], where: str) -> Section:
     strange = next(_not_finite(raw), None)
     if strange is not None:
         raise ValueError(f"{where}: {strange[0]} is {strange[1]}; give a finite number")
-    task = cast("type[Section]", _task_of(raw) if model is Recipe else model)
+    task = cast("type[Section]", _TASKS[data_key(raw)] if model is Recipe else model)
     try:
         return task.model_validate(raw)
     except ValidationError as error:
@@ -86,7 +87,7 @@ def merge(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any
 
 def data_key(raw: Mapping[str, Any]) -> str | None:
     """The key that says what a classifier is trained on, images or texts; None of a language model's recipe."""
-    return next((task.keyed for task in (ClassifierRecipe, EncoderRecipe) if task.keyed in raw), None)
+    return next((key for key in _TASKS if key in raw), None)
 
 
 def data_changes(raw: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
@@ -94,11 +95,6 @@ def data_changes(raw: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
     key = str(data_key(raw))
     source = {"source": raw[key]} if isinstance(raw.get(key), str) else {}
     return {f"{key}.{name}": value for name, value in (source | changes).items()}
-
-
-def _task_of(raw: Any) -> type[Recipe]:
-    tasks = {"images": ClassifierRecipe, "texts": EncoderRecipe, None: LanguageRecipe}
-    return tasks[data_key(cast("Mapping[str, Any]", raw)) if isinstance(raw, Mapping) else None]
 
 
 _MEMBER = re.compile(r"\.(?:bool|int|float|str|dict|list|tuple|literal|constrained|function|\[key\])(?:\W.*)?$")

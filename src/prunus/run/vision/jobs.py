@@ -51,8 +51,8 @@ __all__ = [
 ]
 
 State = Mapping[str, Tensor]
-# What decides only the start, or is said by the job itself.
 _LOSSES = 100  # kept of a retraining
+# What decides only the start, or is said by the job itself.
 _ELSEWHERE = {"out", "save", "during", "prune", "retrain", "soup", "corruptions"}
 
 
