@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 import math
 import re
@@ -14,7 +13,7 @@ from typing import Any, TypeVar, cast, get_args
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from prunus.run.plain import Strict, read_yaml
+from prunus.run.plain import Strict, meant, read_yaml
 from prunus.run.recipe.classifier import ClassifierRecipe
 from prunus.run.recipe.encoder import EncoderRecipe
 from prunus.run.recipe.language import LanguageRecipe
@@ -132,8 +131,7 @@ def _hint(path: Sequence[str], model: type[BaseModel]) -> str:
     others[EncoderRecipe] = others[ClassifierRecipe]
     if model in others and path[-1] in _fields(others[model][0], path[:-1]):
         return f"that is a key of {others[model][1]}; known keys: {', '.join(known)}"
-    close = difflib.get_close_matches(path[-1], known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+    return meant(path[-1], known) or f"known keys: {', '.join(known)}"
 
 
 def _fields(model: Any, path: Sequence[str]) -> list[str]:
