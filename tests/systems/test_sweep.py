@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from prunus.measure.accuracy import accuracy
-from prunus.measure.latency import latency
+from prunus.measure.speed import latency
 from prunus.run.vision import stages
 from prunus.run.vision import sweep as sweeping
 from prunus.run.vision.setting import Setting
