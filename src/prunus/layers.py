@@ -17,14 +17,14 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import pairwise, product
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ from prunus.machine import imported, in_mode, is_pretrained
 __all__ = [
     "Inputs",
     "Layer",
+    "Lookup",
     "Products",
     "View",
     "check_unwrapped",
@@ -243,6 +244,32 @@ def check_unwrapped(root: nn.Module) -> None:
 def parameter_shapes(parameters: Mapping[str, Tensor], views: Sequence[View]) -> dict[str, tuple[int, ...]]:
     """Layer name -> shape of its parameter, such as (out, in, kh, kw); of an expert, (out, in)."""
     return {view.name: tuple(parameters[view.parameter].shape) if view.index is None else view.shape for view in views}
+
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, eq=False)
+class Lookup(Mapping[str, Value]):
+    """Names -> what `make` makes of each, anew at each look, so that one value is in memory at a time.
+
+    make: raises KeyError for a name that is none of them.
+
+    >>> Lookup(["fc1", "fc2"], len)["fc1"]
+    3
+    """
+
+    names: Collection[str]
+    make: Callable[[str], Value]
+
+    def __getitem__(self, name: str) -> Value:
+        return self.make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def matches(name: str, glob: str) -> bool:

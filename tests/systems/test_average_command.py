@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from prunus.machine import write_tensors
 from prunus.masks import Masks
 from prunus.measure.accuracy import accuracy
 from prunus.measure.perplexity import perplexity
 from prunus.run import cli
 from prunus.run.evaluate import scorer
 from prunus.run.recipe import ClassifierRecipe, parse
-from prunus.run.vision.dense import write_state
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.train import train_run
 from prunus.save import save_model
@@ -55,7 +55,7 @@ def members(tmp_path_factory: pytest.TempPathFactory):
             if name.endswith("running_var"):
                 buffer.mul_(1e4)  # statistics that do not fit: a member is scored with its own counted anew
         (folder / f"m{place}").mkdir()
-        write_state(folder / f"m{place}" / "model.safetensors", model)
+        write_tensors(folder / f"m{place}" / "model.safetensors", model.state_dict())
         masks.save(folder / f"m{place}" / "masks.safetensors")
     (folder / "score.yaml").write_text(json.dumps(RECIPE))
     return folder

@@ -28,8 +28,8 @@ from prunus.run.store import Store
 from prunus.run.tables import by_phase
 from prunus.run.vision import jobs, stages
 from prunus.run.vision.setting import Setting
-from prunus.run.vision.soups import corrupted
 from prunus.run.vision.soups.averaging import averaged
+from prunus.run.vision.soups.rows import _on_corrupted
 from prunus.run.vision.train import train_run
 from tests.systems.test_soups import asked, held_out, row
 from tests.systems.test_vision import raw, tiny
@@ -48,9 +48,8 @@ def test_corruptions_are_measured_of_all_that_stands_beside_a_soup(
 ) -> None:
     """Against each network, put together again, on each set, in turn."""
     chosen: list[Any] = []
-    watched = corrupted.corrupted
     monkeypatch.setattr(
-        "prunus.run.vision.soups.rows.corrupted", lambda *asked: chosen.append(asked[2:]) or watched(*asked)
+        "prunus.run.vision.soups.rows._on_corrupted", lambda *asked: chosen.append(asked[2:]) or _on_corrupted(*asked)
     )
     corruptions = {"names": ["contrast", "fog"], "severities": [1, 5], "images": 50, "folder": str(tmp_path / "sets")}
     recipe = asked(tmp_path / "soup", {"baselines": ["imp", "longer"]}, corruptions=corruptions)

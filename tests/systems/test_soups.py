@@ -104,7 +104,7 @@ def test_the_recipe_is_the_library_s_loop(whole: Made) -> None:
     assert dense is not None
     assert recipe.prune is not None
     model = Tiny()
-    model.load_state_dict(dict(dense.state))
+    model.load_state_dict(load_file(out / "dense" / "model.safetensors"))
 
     def retrain(copy: nn.Module, phase: Phase, place: int) -> None:
         own = replace(setting, recipe=member_of(recipe, place))

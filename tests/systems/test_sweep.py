@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from prunus.measure.accuracy import accuracy
-from prunus.measure.latency import latency
+from prunus.measure.speed import latency
 from prunus.run.vision import stages
 from prunus.run.vision import sweep as sweeping
 from prunus.run.vision.setting import Setting
@@ -85,8 +85,8 @@ def test_a_sweep_may_retrain(run: Path, monkeypatch: pytest.MonkeyPatch) -> None
     parts: list[int] = []
     fit = stages.fit
     monkeypatch.setattr(stages, "fit", lambda *args, **kwargs: (parts.append(kwargs["part"]), fit(*args, **kwargs))[1])
-    retrain = {"schedule": "llr", "epochs": 1}
-    (point,) = sweep(sweep_of(run, kinds=["zeros"], rates=[0.9], retrain=retrain, timed=8))["points"]
+    retrain = {"retrain": {"schedule": "llr", "epochs": 1}}
+    (point,) = sweep(sweep_of(run, kinds=["zeros"], rates=[0.9], overrides=retrain, timed=8))["points"]
     assert parts == [1]
     assert point["accuracy"] == point["stages"]["settled"]["top1"] > point["stages"]["recalibrated"]["top1"]
     assert point["epochs"] == 1
@@ -110,7 +110,8 @@ def test_a_state_dict_is_swept_as_its_run_is(run: Path, tmp_path: Path) -> None:
     for name in ("run/dense/model.safetensors", "weights.pt"):
         asked = sweep_of(tmp_path / name, recipe=made, out=tmp_path / f"out-{name[:3]}", **options)
         assert numbers(sweep(asked)) == expected
-    retrained = sweep_of(tmp_path / "weights.pt", recipe=made, retrain={"epochs": 1}, out=tmp_path / "r", **options)
+    retrain = {"retrain.epochs": 1}
+    retrained = sweep_of(tmp_path / "weights.pt", recipe=made, overrides=retrain, out=tmp_path / "r", **options)
     assert sweep(retrained)["points"][0]["epochs"] == 1
 
 

@@ -159,15 +159,13 @@ class Adaptation:
         self._check_alive()
         if "full" in self.groups:
             raise ValueError("'full' trains every parameter, which is no adapter: merge and save the model")
-        tensors = {plain.key: plain.parameter.detach() for plain in self._plain}
-        for site in self._sites:
-            tensors |= {f"{site.name}.lora_A": site.factors.A, f"{site.name}.lora_B": site.factors.B}
+        tensors = {name: parameter.detach() for name, parameter in self._named().items()}
         first = self._sites[0].factors if self._sites else None
         rank = 1 if first is None else first.A.shape[-2]
         alpha = float(rank if first is None or first.scale is None else first.scale * rank)
         masks = self._masks if self._masks else None
         views = tuple(name for site in self._sites for name in site.views)
-        prints = {site.name: site.fingerprint() for site in self._sites}
+        prints = {site.name: fingerprint(site.weight) for site in self._sites}
         train = tuple(self.groups)
         StoredAdapter(rank, alpha, tensors, views, train, masks, base, prints, self._peft(rank, alpha, base)).write(
             folder
@@ -223,9 +221,7 @@ class Adaptation:
 
     def _fill_(self, tensors: Mapping[str, Tensor], folder: str | Path, *, keep: bool) -> None:
         """Puts stored values in place. Raises ValueError for names and shapes that are not the model's."""
-        own = {plain.key: plain.parameter for plain in self._plain}
-        for site in self._sites:
-            own |= {f"{site.name}.lora_A": site.factors.A, f"{site.name}.lora_B": site.factors.B}
+        own = self._named()
         shapes = {name: tuple(each.shape) for name, each in own.items()}
         found = {name: tuple(each.shape) for name, each in tensors.items()}
         if shapes != found:
@@ -238,6 +234,13 @@ class Adaptation:
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(tensors[name])
+
+    def _named(self) -> dict[str, nn.Parameter]:
+        """What is trained, by the names that it is stored under."""
+        found = {plain.key: plain.parameter for plain in self._plain}
+        for site in self._sites:
+            found |= {f"{site.name}.lora_A": site.factors.A, f"{site.name}.lora_B": site.factors.B}
+        return found
 
     def _peft(self, rank: int, alpha: float, base: str) -> dict[str, Any] | None:
         """The config by which peft opens it; None where peft computes otherwise."""

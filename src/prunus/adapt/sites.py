@@ -21,7 +21,6 @@ from transformers.pytorch_utils import Conv1D
 
 from prunus.adapt.adapters import AdaptedWeight, EffectiveLinear, Factors, Init, LowRankLinear, matrices, new_factors
 from prunus.adapt.effective import effective_weight, tiles
-from prunus.adapt.stored import fingerprint
 from prunus.layers import View
 from prunus.machine import no_autocast
 from prunus.masks import pack, unpack
@@ -126,10 +125,6 @@ class Site:
         if self.factors.A.ndim == 2:
             return [self.name]
         return [f"{self.name}[{place}]" for place in self.experts or range(len(self.factors.A))]
-
-    def fingerprint(self) -> str:
-        """`stored.fingerprint` of the weight as it is stored."""
-        return fingerprint(self.weight)
 
     @property
     def pruned(self) -> int:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunus.data.images import generator_of
 from prunus.data.texts import TextSource
 from prunus.machine import atomic, cache
 
@@ -317,9 +318,7 @@ def _window_at(count: int, seed: int, place: int) -> int:
 
 @lru_cache(maxsize=4)
 def _permutation(count: int, seed: int, epoch: int) -> list[int]:
-    # Seeds are mixed by a large odd factor, so that (seed, epoch) and (seed + 1, epoch - 1) do not coincide.
-    generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + epoch) % 2**63)
-    return torch.randperm(count, generator=generator).tolist()
+    return torch.randperm(count, generator=generator_of(seed, epoch)).tolist()
 
 
 def _repeated(stream: Tokens, count: int) -> Tokens:

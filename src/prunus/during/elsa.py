@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from prunus.during.choose import keep_allocated, without_inputs
 from prunus.during.variable import Goal, LowRank, Whole
-from prunus.layers import View, parameter_shapes
+from prunus.layers import Lookup, View, parameter_shapes
 from prunus.machine import imported
 from prunus.masks import Masks
 from prunus.patterns import check_sparsity, parse
@@ -180,36 +180,21 @@ class ELSA(During):
     @torch.no_grad()
     def _best(self, values: Callable[[str], Tensor]) -> Masks:
         """The masks of P: of the largest v * value^2, of which one layer's are in memory at a time."""
+        views, last = {view.name: view for view in self.views}, dict[str, Tensor]()
 
         def price(name: str) -> Tensor:
-            variable = self.variables[name]
-            return variable.stored(variable.priced(values(name).float().square(), self.optimizer))
+            view = views[name]
+            if view.parameter not in last:
+                last.clear()  # frees it before another is formed
+                variable = self.variables[view.parameter]
+                squares = values(view.parameter).float().square()
+                last[view.parameter] = variable.stored(variable.priced(squares, self.optimizer))
+            return view.matrix(last[view.parameter])
 
-        scores = Scores(_Prices(self.views, price), self.shapes)
+        scores = Scores(Lookup(views, price), self.shapes)
         chosen = keep_allocated(scores, self.sparsity, self.allocation, self.pattern)
         shapes = {name: parameter.shape for name, parameter in self.pruned_parameters.items()}
         return Masks.of(self.views, chosen, shapes)
-
-
-class _Prices(Mapping[str, Tensor]):
-    """View name -> (out, in) of what a function makes of its parameter, at each look; the last one is kept."""
-
-    def __init__(self, views: Iterable[View], price: Callable[[str], Tensor]) -> None:
-        self.views, self.price = {view.name: view for view in views}, price
-        self.last: tuple[str, Tensor] | None = None
-
-    def __getitem__(self, name: str) -> Tensor:
-        view = self.views[name]
-        if self.last is None or self.last[0] != view.parameter:
-            self.last = None  # frees it before another is formed
-            self.last = (view.parameter, self.price(view.parameter))
-        return view.matrix(self.last[1])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.views)
-
-    def __len__(self) -> int:
-        return len(self.views)
 
 
 def _adapters(model: nn.Module, views: Iterable[View]) -> dict[str, Adapted]:

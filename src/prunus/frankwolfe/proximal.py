@@ -146,12 +146,18 @@ class _Pull(During):
 
     def __init__(self, strength: float, views: Sequence[View] | None = None) -> None:
         super().__init__()
-        self.strength = _checked(strength, type(self).__name__)
-        self.views = views
+        if strength < 0:
+            raise ValueError(f"{type(self).__name__}'s strength is at least 0; got {strength}")
+        self.strength, self.views = strength, views
 
     def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
         """Find the prunable weights; raises ValueError when there are none."""
-        self.weighed = _weighed(model, plan.views if self.views is None else self.views, type(self).__name__)
+        views = plan.views if self.views is None else self.views
+        if not views:
+            raise ValueError(f"{type(self).__name__} found no prunable layer; check include and exclude")
+        parameters = dict(model.named_parameters())
+        self.weighed = [(view, parameters[view.parameter]) for view in views]
+        self.optimizer = optimizer
 
 
 class GroupLasso(_Pull):
@@ -166,7 +172,17 @@ class GroupLasso(_Pull):
         return self.strength * torch.stack(norms).sum()
 
 
-class NuclearNorm(_Pull):
+class _NuclearPull(_Pull):
+    """One that decomposes the weights every so many steps."""
+
+    def __init__(self, strength: float, views: Sequence[View] | None = None, *, every: int = 1) -> None:
+        super().__init__(strength, views)
+        if every < 1:
+            raise ValueError(f"{type(self).__name__} decomposes every so many steps, at least 1; got every={every}")
+        self.every = every
+
+
+class NuclearNorm(_NuclearPull):
     """The penalty strength * sum over layers (`views`, or all that the run may prune) of ||W||_*, by its subgradient.
 
     That is U V^T, 0 where a singular value is less than 1e-6 of the largest. It is renewed before every `every`-th step
@@ -175,10 +191,6 @@ class NuclearNorm(_Pull):
 
     >>> trace = train(model, batches, optimizer, lr, steps=10, during=[NuclearNorm(1e-4, every=5)])
     """
-
-    def __init__(self, strength: float, views: Sequence[View] | None = None, *, every: int = 1) -> None:
-        super().__init__(strength, views)
-        self.every = _counted(every, "NuclearNorm")
 
     def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
         """Find the prunable weights; raises ValueError when there are none."""
@@ -205,7 +217,7 @@ class NuclearNorm(_Pull):
             torch._foreach_add_(found, added, alpha=self.strength)
 
 
-class NuclearSteps(_Pull):
+class NuclearSteps(_NuclearPull):
     """Proximal steps of the nuclear norm beside any optimizer: that of every * lr * strength, after `every` steps each.
 
     With every=1 and SGD it is `ProximalSGD`, which is what the paper compares with; a larger `every` saves time.
@@ -214,15 +226,6 @@ class NuclearSteps(_Pull):
 
     >>> trace = train(model, batches, optimizer, lr, steps=10, during=[NuclearSteps(1e-2, every=5)])
     """
-
-    def __init__(self, strength: float, views: Sequence[View] | None = None, *, every: int = 1) -> None:
-        super().__init__(strength, views)
-        self.every = _counted(every, "NuclearSteps")
-
-    def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
-        """Find the prunable weights; raises ValueError when there are none."""
-        super().attach(model, optimizer, plan)
-        self.optimizer = optimizer
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -249,25 +252,6 @@ def _rescaled(matrix: Tensor, factor: Callable[[Tensor], Tensor]) -> Tensor:
 
 def _inverse(s: Tensor) -> Tensor:
     return torch.where(s > 1e-6 * s.amax(), 1 / s.clamp_min(_TINY), torch.zeros_like(s))
-
-
-def _counted(every: int, name: str) -> int:
-    if every < 1:
-        raise ValueError(f"{name} decomposes every so many steps, at least 1; got every={every}")
-    return every
-
-
-def _checked(strength: float, name: str) -> float:
-    if strength < 0:
-        raise ValueError(f"{name}'s strength is at least 0; got {strength}")
-    return strength
-
-
-def _weighed(model: nn.Module, views: Sequence[View], name: str) -> list[tuple[View, Tensor]]:
-    if not views:
-        raise ValueError(f"{name} found no prunable layer; check include and exclude")
-    parameters = dict(model.named_parameters())
-    return [(view, parameters[view.parameter]) for view in views]
 
 
 def _shrink_(group: dict[str, Any], present: list[Tensor]) -> None:

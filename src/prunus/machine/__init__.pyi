@@ -8,6 +8,7 @@ from .files import checksums as checksums
 from .files import hidden_folder as hidden_folder
 from .files import json_line as json_line
 from .files import json_value as json_value
+from .files import locked as locked
 from .files import naming as naming
 from .files import read_json as read_json
 from .files import read_tensors as read_tensors

@@ -130,6 +130,16 @@ def check_replaceable(folder: str | os.PathLike[str], ours: Sequence[str]) -> No
         )
 
 
+def locked(path: str | os.PathLike[str]) -> FileLock | None:
+    """The lock of a file, held from now on; None where somebody else has it."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return None
+    return lock
+
+
 def remove_partials(folder: Path) -> None:
     """Delete, anywhere in a folder that nobody else writes to, files that killed processes left half written."""
     for path in folder.rglob(".*.partial"):

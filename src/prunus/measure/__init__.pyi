@@ -21,10 +21,10 @@ from .cost import own_flops as own_flops
 from .cost import weight_change as weight_change
 from .ensemble import Ensemble as Ensemble
 from .ensemble import ensemble_accuracy as ensemble_accuracy
-from .latency import latency as latency
 from .perplexity import perplexity as perplexity
 from .perplexity import target_perplexity as target_perplexity
 from .speed import Speed as Speed
+from .speed import latency as latency
 from .speed import speed as speed
 from .streamed import streamed_perplexity as streamed_perplexity
 from .zeroshot import Scores as Scores

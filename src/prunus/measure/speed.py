@@ -1,4 +1,4 @@
-"""How fast a language model answers on the machine at hand, in plain transformers: measured, not counted.
+"""How fast a model is on the machine at hand, measured, not counted: a forward pass, and how a language model answers.
 
 prefill   all tokens of a prompt in one pass: limited by products
 decode    one token after another, each by a pass over the keys and values so far: limited by memory or launching
@@ -7,6 +7,8 @@ decode    one token after another, each by a pass over the keys and values so fa
 from __future__ import annotations
 
 import math
+import statistics
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils.benchmark import Measurement, Timer
 
 from prunus.machine import Precision, autocast, in_mode
 
 _PEAK = Path("/proc/self/clear_refs"), Path("/proc/self/status")  # Linux: written to, the peak begins anew
 _RUNS = 3  # at least, after one that warms up
+_WARM = 3  # forward passes of `latency` that are not counted
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,27 @@ def speed(
     )
 
 
+@torch.no_grad()
+def latency(model: nn.Module, x: Tensor, *, precision: Precision = "fp32", repeats: int = 20) -> float:
+    """The median seconds of a forward pass over the batch x (B, ...), in eval mode, on the device of both.
+
+    Zeros in a weight save no time on dense hardware, and none is pretended here. A GPU is waited for before and after
+    each pass, and what else runs on the machine counts. Raises ValueError for repeats below 1.
+
+    >>> latency(nn.Linear(4, 4), torch.zeros(2, 4), repeats=3) > 0
+    True
+    """
+    if repeats < 1:
+        raise ValueError(f"latency needs at least 1 repeat; got {repeats}")
+    found: list[float] = []
+    with in_mode(model, training=False), autocast(x.device, precision):
+        for _ in range(_WARM + repeats):
+            started = _now(x.device)
+            model(x)
+            found.append(_now(x.device) - started)
+    return statistics.median(found[_WARM:])
+
+
 def _check(model: Any, prompt: int, tokens: int, batch_size: int) -> None:
     for name, value in {"prompt": prompt, "tokens": tokens, "batch_size": batch_size}.items():
         if value < 1:
@@ -119,3 +144,9 @@ def _peak(device: torch.device) -> int | None:
         line = next((line for line in _PEAK[1].read_text().splitlines() if line.startswith("VmHWM")), None)
         return None if line is None else int(line.split()[1]) * 1024
     return None
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -2,6 +2,7 @@ from .curves import Point as Point
 from .curves import plot_accuracy as plot_accuracy
 from .curves import plot_losses as plot_losses
 from .curves import plot_run as plot_run
+from .curves import plot_sweep as plot_sweep
 from .landscape import plot_lines as plot_lines
 from .landscape import plot_plane as plot_plane
 from .metrics import append_metrics as append_metrics
@@ -15,7 +16,6 @@ from .plots import by_block as by_block
 from .plots import plot_compression as plot_compression
 from .plots import plot_grid as plot_grid
 from .plots import plot_speeds as plot_speeds
-from .rates import plot_sweep as plot_sweep
 from .terminal import Advance as Advance
 from .terminal import format_value as format_value
 from .terminal import markdown_table as markdown_table

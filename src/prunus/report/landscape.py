@@ -11,8 +11,8 @@ from prunus.report.plots import BLACK, _figure, _save, _style
 from prunus.soup import Line, Plane
 
 
-def plot_lines(lines: Mapping[str, Line], path: str | Path, *, ylabel: str = "loss", title: str = "") -> None:
-    """Write a PNG of a score along lines between two members: name of the line -> its points.
+def plot_lines(lines: Mapping[str, Line], path: str | Path, *, title: str = "") -> None:
+    """Write a PNG of the loss along lines between two members: name of the line -> its points.
 
     Raises ValueError when there is no line.
 
@@ -25,7 +25,7 @@ def plot_lines(lines: Mapping[str, Line], path: str | Path, *, ylabel: str = "lo
     for i, (name, line) in enumerate(lines.items()):
         axis.plot(line.shares, line.values, **_style(i), markersize=4, linewidth=1.4, label=name)
     axis.set_xlabel("share of the second member")
-    axis.set_ylabel(ylabel)
+    axis.set_ylabel("loss")
     axis.legend(frameon=False, fontsize=8)
     if title:
         axis.set_title(title, loc="left", fontsize=10)
@@ -37,11 +37,9 @@ def plot_plane(
     path: str | Path,
     *,
     labels: Sequence[str] = ("1", "2", "3"),
-    ylabel: str = "loss",
     title: str = "",
-    levels: int = 12,
 ) -> None:
-    """Write a PNG of a score over the plane through three members, with the members and their mean on it.
+    """Write a PNG of the loss over the plane through three members, with the members and their mean on it.
 
     Values that are not finite are left white. Both axes have one scale: distances between weights.
     Raises ValueError when no value is finite, or there are other than three labels.
@@ -54,8 +52,8 @@ def plot_plane(
         raise ValueError(f"the plane has three members; got {len(labels)} labels")
     figure = _figure(6.5, 5)
     axis = figure.subplots()
-    filled = axis.contourf(plane.x, plane.y, np.ma.masked_invalid(plane.values), levels=levels, cmap="viridis_r")
-    figure.colorbar(filled, ax=axis, label=ylabel)
+    filled = axis.contourf(plane.x, plane.y, np.ma.masked_invalid(plane.values), levels=12, cmap="viridis_r")
+    figure.colorbar(filled, ax=axis, label="loss")
     axis.plot(*plane.members.T, "o", color=BLACK, markersize=6)
     axis.plot(*plane.members.mean(0), "X", color=BLACK, markersize=8)
     marks = [*zip(labels, plane.members, strict=True), ("mean", plane.members.mean(0))]

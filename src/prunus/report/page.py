@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prunus.machine import write_text
-from prunus.report.terminal import format_value
+from prunus.report.terminal import format_value, is_numeric
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _DENSITY = 1.25  # pixels of a picture for one of the page
@@ -66,7 +66,7 @@ def write_page(page: Page, path: str | Path) -> None:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    parts = {"across": _across, "embedded": _embedded, "width": _width, "numeric": _is_numeric, "shade": _shade}
+    parts = {"across": _across, "embedded": _embedded, "width": _width, "numeric": is_numeric, "shade": _shade}
     parts |= {"value": format_value}
     shown = Page(page.title, page.subtitle, page.cards, [part for part in page.parts if part])
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"), globals=parts)
@@ -76,10 +76,6 @@ def write_page(page: Page, path: str | Path) -> None:
 def _across(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """The columns of all rows, as they come."""
     return list(dict.fromkeys(column for row in rows for column in row))
-
-
-def _is_numeric(rows: Sequence[Row], column: str) -> bool:
-    return any(isinstance(row.get(column), int | float) for row in rows)
 
 
 def _embedded(picture: Path) -> str:

@@ -20,16 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.transforms import Bbox
 
-BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, YELLOW, BLACK = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-    "#56B4E9",
-    "#F0E442",
-    "#000000",
-)
+BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PURPLE, SKY, BLACK = "#CC79A7", "#56B4E9", "#000000"
 _CYCLE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK, "#882255", "#999933", "#332288", "#888888")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _ALIKE = 5e-4  # shares of zeros that differ by less are one
@@ -67,7 +59,6 @@ def plot_grid(
     dense: float | None = None,
     title: str = "",
     xlabel: str = "sparsity, % zeros",
-    ylabel: str = "perplexity",
     deviations: Mapping[str, Mapping[str, float | None]] | None = None,
 ) -> None:
     """Write a PNG of methods (line each) against sparsities: method -> {"50 %" or "0.5" or "2:4": value}.
@@ -97,7 +88,7 @@ def plot_grid(
         _plain_ticks(axes[0])
     if shares:
         axes[0].set_xlabel(xlabel)
-    axes[0].set_ylabel(ylabel)
+    axes[0].set_ylabel("perplexity")
     axes[-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     if title:
         figure.suptitle(title, fontsize=11, x=0.01, ha="left")

@@ -47,7 +47,7 @@ def print_table(
         cells[longest] = _shortened(cells[longest], max(_LEAST, widths[longest] - whole + console.width))
     table = Table(title=title or None, title_justify="left", header_style="bold")
     for column in columns:
-        numeric = any(isinstance(row.get(column), (int, float)) for row in rows)
+        numeric = is_numeric(rows, column)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
     for row in zip(*cells.values(), strict=True):
         table.add_row(*row)
@@ -73,10 +73,14 @@ def _shortened(names: Sequence[str], width: int) -> list[str]:
 def markdown_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:
     """The same table as GitHub Markdown."""
     columns = _columns(rows, columns)
-    numeric = {c: any(isinstance(row.get(c), (int, float)) for row in rows) for c in columns}
-    lines = [columns, ["---:" if numeric[c] else "---" for c in columns]]
+    lines = [columns, ["---:" if is_numeric(rows, column) else "---" for column in columns]]
     lines += [[format_value(row.get(c)).replace("|", "\\|") for c in columns] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def is_numeric(rows: Sequence[Row], column: str) -> bool:
+    """Whether a column has numbers, which stand to the right."""
+    return any(isinstance(row.get(column), int | float) for row in rows)
 
 
 def format_value(value: Any) -> str:

@@ -34,22 +34,19 @@ def average_checkpoints(
     *,
     how: Choice | None = None,
     base: str | Path | None = None,
-    max_shard_bytes: float = 4e9,
 ) -> list[dict[str, Any]]:
     """The average of all checkpoints, written to `out`; returns a row for each member and one for the mean, to print.
 
     how: an average as recipes name it, in place of weights: ties, {"dare": {"density": 0.3}}, slerp. base: the model
-    that the members were retrained from, which most of these need. Other arguments and errors are those of
-    `save.average_folders`.
+    that the members were retrained from, which most of these need. Errors are those of `save.average_folders`.
 
     >>> print_table(average_checkpoints(["runs/a/model", "runs/b/model"], "runs/mean"))
     """
     _check_how(how, weights, base)
     if how is None:
-        saved = average_folders(checkpoints, out, weights, max_shard_bytes=max_shard_bytes)
+        saved = average_folders(checkpoints, out, weights)
     else:
-        join = joined_by(how, len(checkpoints))
-        saved = average_folders(checkpoints, out, how=join, base=base, max_shard_bytes=max_shard_bytes)
+        saved = average_folders(checkpoints, out, how=joined_by(how, len(checkpoints)), base=base)
     said = load_info(saved.folder)["average"]["members"]
     return _rows(saved, [{"weight": member["weight"]} for member in said])
 
@@ -78,11 +75,7 @@ def _check_how(how: Choice | None, weights: Sequence[float] | None, base: str | 
 
 
 def average_greedily(
-    checkpoints: Sequence[str | Path],
-    out: str | Path,
-    score: Callable[[Path], float],
-    *,
-    max_shard_bytes: float = 4e9,
+    checkpoints: Sequence[str | Path], out: str | Path, score: Callable[[Path], float]
 ) -> list[dict[str, Any]]:
     """The average of the checkpoints that a greedy soup takes, written to `out`; returns the rows to print.
 
@@ -94,21 +87,17 @@ def average_greedily(
     """
     members = [Path(path) for path in checkpoints]
     with hidden_folder(out) as place:
-        soup = greedy_members(
-            len(members), lambda chosen: _score(chosen, members, score, place / "trial", max_shard_bytes)
-        )
-    saved = average_folders([members[place] for place in soup.members], out, max_shard_bytes=max_shard_bytes)
+        soup = greedy_members(len(members), lambda chosen: _score(chosen, members, score, place / "trial"))
+    saved = average_folders([members[place] for place in soup.members], out)
     return _greedy_rows(saved, soup, members)
 
 
-def _score(
-    chosen: Sequence[int], members: Sequence[Path], score: Callable[[Path], float], trial: Path, max_shard_bytes: float
-) -> float:
+def _score(chosen: Sequence[int], members: Sequence[Path], score: Callable[[Path], float], trial: Path) -> float:
     """How good a member, or the average of several, is."""
     if len(chosen) == 1:
         value = score(members[chosen[0]])
     else:
-        average_folders([members[place] for place in chosen], trial, max_shard_bytes=max_shard_bytes)
+        average_folders([members[place] for place in chosen], trial)
         value = score(trial)
         shutil.rmtree(trial)
     log.info("members %s score %.6g", ", ".join(str(place + 1) for place in chosen), value)

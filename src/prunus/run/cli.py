@@ -69,6 +69,7 @@ def run(
         ),
     ] = None,
     assign: SetOption = None,
+    *,
     workers: Workers = 1,
     together: Together = 1,
     ray: Annotated[
@@ -110,6 +111,7 @@ def grid(
     ] = None,
     device: DeviceOption = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the grid; of several, that of their folders.")] = None,
+    *,
     workers: Annotated[
         int,
         typer.Option(
@@ -193,6 +195,7 @@ def measure(
         typer.Option("--set", help="Any recipe key: --set evaluate.speed.prompt=512 (repeatable)."),
     ] = None,
     device: DeviceOption = None,
+    *,
     prompt: Annotated[int | None, typer.Option(help="Tokens that are read at once; 512.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens that are decoded after them; 32.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences at once; 1.")] = None,
@@ -280,6 +283,7 @@ def average(
         Path | None,
         typer.Option(help="Recipe that scores on validation data: only members that help are averaged."),
     ] = None,
+    *,
     how: Annotated[
         str | None, typer.Option(help="Another average, as recipes name it: ties, '{dare: {density: 0.3}}', slerp.")
     ] = None,

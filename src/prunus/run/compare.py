@@ -84,7 +84,7 @@ def tabulate(grid: Grid) -> list[dict[str, Any]]:
     """
     out, rows = Path(grid.out), list[dict[str, Any]]()
     results = read_results(out)
-    members = [member for member in final_members(grid, results, partial=True) if member.key in results]
+    members = [member for member in final_members(grid, results) if member.key in results]
     for labels in grid.cells():
         mine = [member for member in members if member.labels == labels]
         if mine:
@@ -129,7 +129,7 @@ class GridJobs:
         ended = {member.key for member in self._tries if self._has_ended(member)}
         if ended != self._ended:
             results = read_results(self.store.folder)
-            final = final_members(self.grid, results, partial=True, ended=ended)
+            final = final_members(self.grid, results, ended=ended)
             self._likely = [*self._tries, *likely_members(self.grid, results)]
             self._ended, self._jobs = ended, self._ordered([*self._tries, *final])
             self._expected = self._ordered(self._likely)

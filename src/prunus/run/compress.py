@@ -68,7 +68,7 @@ def compress(recipe: LanguageRecipe) -> dict[str, Any]:
         if result is None:
             names = recipe.log_with if ranks.is_main() else ()
             with tracked(names, out, said(recipe)) as track:
-                result = _Run(out, recipe, key, device, stored, track).execute()
+                result = _Run(recipe, device, stored, track).execute()
         if ranks.is_main():
             _end(out, recipe, result)
     return result
@@ -113,12 +113,9 @@ def prunus_info(recipe: LanguageRecipe, result: Mapping[str, Any]) -> dict[str, 
 class _Run:
     """One compression under way. `stored`: dtype of the saved model, where it was computed in another one."""
 
-    def __init__(
-        self, out: Path, recipe: LanguageRecipe, key: str, device: torch.device, stored: torch.dtype | None, track: Log
-    ) -> None:
-        self.out, self.recipe, self.key, self.device, self.stored = out, recipe, key, device, stored
-        self.track = track
-        self.home = stages.home(recipe, device)
+    def __init__(self, recipe: LanguageRecipe, device: torch.device, stored: torch.dtype | None, track: Log) -> None:
+        self.recipe, self.device, self.stored, self.track = recipe, device, stored, track
+        self.out, self.key, self.home = Path(recipe.out), digest(recipe), stages.home(recipe, device)
 
     def execute(self) -> dict[str, Any]:
         started = time.perf_counter()

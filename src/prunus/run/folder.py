@@ -21,10 +21,10 @@ from typing import Any, Protocol
 
 import torch
 import yaml
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from pydantic import BaseModel
 
-from prunus.machine import ranks, read_json, remove_partials, write_json, write_text
+from prunus.machine import locked, ranks, read_json, remove_partials, write_json, write_text
 from prunus.run.inputs import check_inputs, inputs_of
 from prunus.save import check_apart
 
@@ -154,10 +154,8 @@ def _check_ours(out: Path, kind: str) -> None:
 def _locked(out: Path) -> FileLock | None:
     """The lock of a folder, which now says who has it."""
     mark(out, "run")
-    lock = FileLock(out / f"{_MARKER}.lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
+    lock = locked(out / f"{_MARKER}.lock")
+    if lock is None:
         return None
     remove_partials(out)
     since = time.strftime("%Y-%m-%d %H:%M:%S")

@@ -225,13 +225,12 @@ def final_members(
     grid: Grid,
     results: Mapping[str, Mapping[str, Any]],
     *,
-    partial: bool = False,
     ended: Collection[str] | None = None,
 ) -> list[Member]:
-    """Every cell and seed with its chosen value; `results` (member key -> result) must hold the tuning members.
+    """Every cell and seed with its chosen value; cells whose value cannot be chosen yet are left out.
 
-    partial: leave out cells whose value cannot be chosen yet. Raises ValueError for such a cell otherwise.
-    ended: keys of tuning members; a cell with a try that is not among them is left out, whatever results it has.
+    results: member key -> result, of the tuning members too. ended: keys of tuning members; a cell with a try that is
+    not among them is left out, whatever results it has.
     """
     members: list[Member] = []
     for labels in grid.cells():
@@ -239,11 +238,8 @@ def final_members(
         if ended is not None and not all(key in ended for key, _ in tries):
             continue
         tuned = _chosen(grid, tries, results)
-        if tuned is None:
-            if partial:
-                continue
-            raise ValueError(f"no tuning member of {' / '.join(labels.values())} finished; see the *.error.txt files")
-        members += _seeded(grid, labels, tuned)
+        if tuned is not None:
+            members += _seeded(grid, labels, tuned)
     return members
 
 

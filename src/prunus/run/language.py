@@ -192,8 +192,9 @@ class _Language:
             if recipe.evaluate.speed is not None or (recipe.retrain is not None and recipe.retrain.keep_adapter):
                 key = "retrain.keep_adapter" if recipe.evaluate.speed is None else "evaluate.speed"
                 raise ValueError(f"{key} is for single runs, and a grid would not do it: leave it out")
-            if tune is not None:
-                _check_chooses(tune["text"], recipe.evaluate.data)
+            data = recipe.evaluate.data
+            if tune is not None and tune["text"] not in data:
+                raise ValueError(f"tune.text: {tune['text']!r} is not in evaluate.data, which has {', '.join(data)}")
         if show.columns:
             raise ValueError("show.columns is for grids of classifiers; leave it out")
 
@@ -255,11 +256,6 @@ class _Language:
 
 
 LANGUAGE = _Language()
-
-
-def _check_chooses(text: str, data: Mapping[str, Any]) -> None:
-    if text not in data:
-        raise ValueError(f"tune.text: {text!r} is not in evaluate.data, which has {', '.join(data)}")
 
 
 def _retrain(pruned: Pruned, checkpoint: Path) -> dict[str, Any]:

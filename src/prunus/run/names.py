@@ -10,7 +10,6 @@ allocation, ... is named in recipes, listed by `prunus show --names` and found b
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 from pydantic import BaseModel, BeforeValidator, TypeAdapter, ValidationError
+
+from prunus.run.plain import meant
 
 if TYPE_CHECKING:
     from prunus.patterns import Pattern
@@ -221,8 +222,8 @@ def _hints(member: Any) -> dict[str, Any]:
 
 
 def _closest(name: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}? " if close else ""
+    close = meant(name, known)
+    return f"{close} " if close else ""
 
 
 def _is_criterion(member: Any) -> bool:

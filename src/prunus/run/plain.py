@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler
 
-__all__ = ["Strict", "Unfinished", "is_full", "read_yaml", "yaml_value"]
+__all__ = ["Strict", "Unfinished", "is_full", "meant", "read_yaml", "yaml_value"]
 
 
 class Strict(BaseModel):
@@ -33,6 +35,16 @@ class Strict(BaseModel):
 
 class Unfinished(RuntimeError):
     """Some members failed for good; what is finished is kept, and the same command goes on."""
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """Which known name an unknown one may have been meant to be, as a question; nothing where none is like it.
+
+    >>> meant("sparsty", ["sparsity", "pattern"])
+    "did you mean 'sparsity'?"
+    """
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {close[0]!r}?" if close else ""
 
 
 def is_full(error: BaseException) -> bool:

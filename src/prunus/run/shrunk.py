@@ -85,12 +85,8 @@ def _narrowed(model: Any, recipe: LanguageRecipe, tokens: Tensor, device: torch.
         told["blocks"] = choose_blocks(model, tokens, asked.blocks, **how)
         log.info("blocks %s go", told["blocks"])
         model = remove_blocks(model, told["blocks"])
-    if asked.experts:
-        model = remove_experts(model, tokens, asked.experts, **how)
-    if asked.heads:
-        model = remove_heads(model, tokens, asked.heads, **how)
-    if asked.neurons:
-        model = remove_neurons(model, tokens, asked.neurons, **how)
-    if asked.width:
-        model = remove_width(model, tokens, asked.width, **how)
+    shares = (asked.experts, asked.heads, asked.neurons, asked.width)
+    for share, remove in zip(shares, (remove_experts, remove_heads, remove_neurons, remove_width), strict=True):
+        if share:
+            model = remove(model, tokens, share, **how)
     return model, told

@@ -12,8 +12,7 @@ from __future__ import annotations
 import copy
 import shutil
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from prunus.run import stages
 from prunus.run.average import joined_by
 from prunus.run.names import Choice, averages
 from prunus.run.recipe import LanguageRecipe, LanguageRetrain, digest, given, member_of, said
+from prunus.run.store import Bar, no_bar
 from prunus.run.tables import BEST, LONGER, MEAN, SOUP
 from prunus.save import average_folders, is_whole, save_model
 from prunus.soup import check_weights, greedy_members
@@ -45,13 +45,8 @@ __all__ = [
 ]
 
 Average = Choice | tuple[float, ...]
-Bar = Callable[[str, "float | None"], AbstractContextManager[Any]]
 Numbers = dict[str, Any]
 Member = tuple[Path, Numbers]  # its folder, and what was measured
-
-
-def _no_bar(_name: str, _steps: float | None) -> AbstractContextManager[Any]:
-    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,7 @@ class Pruned:
     recipe: LanguageRecipe
     device: torch.device
     phase: int = 0
-    bar: Bar = _no_bar
+    bar: Bar = no_bar
     log: Log | None = None
 
     def retrained(self, name: str, asked: LanguageRetrain, checkpoint: Path) -> tuple[Any, Numbers]:
@@ -171,12 +166,7 @@ def _measured(pruned: Pruned, recipe: LanguageRecipe, folder: Path) -> tuple[sta
     return made, stages.evaluate(made, recipe, pruned.device)
 
 
-def _tried(
-    pruned: Pruned,
-    recipe: LanguageRecipe,
-    folder: Path,
-    members: Sequence[Path],
-) -> dict[str, float]:
+def _tried(pruned: Pruned, recipe: LanguageRecipe, folder: Path, members: Sequence[Path]) -> dict[str, float]:
     """The perplexities of a mean that is not kept."""
     shutil.rmtree(folder, ignore_errors=True)  # of a killed run
     average_folders(members, folder)

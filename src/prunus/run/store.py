@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from torch import Tensor
 
-from prunus.machine import atomic, read_json, read_tensors, write_json, write_tensors, write_text
+from prunus.machine import atomic, locked, read_json, read_tensors, write_json, write_tensors, write_text
 from prunus.masks import Masks
 
 __all__ = ["Bar", "Job", "Store", "closure", "no_bar"]
@@ -135,7 +135,7 @@ class Store:
         """The lock of a job that nobody else runs; `release` it."""
         path = self.path(job, _LOCK)
         path.parent.mkdir(parents=True, exist_ok=True)
-        return _locked(path)
+        return locked(path)
 
     def release(self, job: Job, lock: FileLock) -> None:
         """Let others have a job that was claimed."""
@@ -207,12 +207,3 @@ def closure(jobs: Sequence[Job], ended: Callable[[Job], bool]) -> Iterator[Job]:
 
     for job in jobs:
         yield from visit(job)
-
-
-def _locked(path: Path) -> FileLock | None:
-    lock = FileLock(path)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        return None
-    return lock

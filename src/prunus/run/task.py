@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prunus.machine import ranks
 from prunus.run.plain import read_yaml
 from prunus.run.recipe import LanguageRecipe, load_recipe
 
@@ -58,13 +59,14 @@ def run_recipe(
     path: a YAML file, or the folder of a finished classifier run, whose dense network is pruned as `overrides` say.
     workers, together, ray: of the members of a soup of classifiers. Raises ValueError for them with any other task.
     """
-    recipe = _pruning(path, overrides) if path is not None and path.is_dir() else load(path, overrides)
+    recipe = _asked(path, overrides)
     soup = recipe.soup is not None and not isinstance(recipe, LanguageRecipe)
     if not soup and (workers != 1 or together != 1 or ray is not None):
         raise ValueError("workers, together and ray share the members of a soup of classifiers; this recipe has none")
     if isinstance(recipe, LanguageRecipe):
         return _language(recipe)
-    _one_process()
+    if ranks.count() > 1:
+        raise ValueError(f"a classifier is trained in one process, not in {ranks.count()}; start `prunus run` alone")
     return _classifier(recipe, path, processes=workers, threads=together, ray=ray)
 
 
@@ -72,7 +74,7 @@ def plan_recipe(path: Path | None, overrides: Mapping[str, Any]) -> Show:
     """What shows the plan of a recipe; all that can be refused before work is."""
     from prunus.run.show import show_outline
 
-    recipe = _pruning(path, overrides) if path is not None and path.is_dir() else load(path, overrides)
+    recipe = _asked(path, overrides)
     if isinstance(recipe, LanguageRecipe):
         from prunus.run.compress import planned
 
@@ -117,16 +119,12 @@ def _reported(recipe: Any, show: Callable[[Path], None]) -> Show:
     return shown
 
 
-def _pruning(run: Path, overrides: Mapping[str, Any]) -> Any:
+def _asked(path: Path | None, overrides: Mapping[str, Any]) -> Any:
+    """The recipe of a file, or of what is pruned of a finished run."""
+    if path is None or not path.is_dir():
+        return load(path, overrides)
     from prunus.run.vision.train import pruning_of
 
     out = overrides.get("out")
     rest = {key: value for key, value in overrides.items() if key != "out"}
-    return pruning_of(run, rest, None if out is None else Path(out))
-
-
-def _one_process() -> None:
-    from prunus.machine import ranks
-
-    if ranks.count() > 1:
-        raise ValueError(f"a classifier is trained in one process, not in {ranks.count()}; start `prunus run` alone")
+    return pruning_of(path, rest, None if out is None else Path(out))

@@ -2,7 +2,6 @@ from . import allocations as allocations
 from . import criteria as criteria
 from .allocations import Allocation as Allocation
 from .allocations import Count as Count
-from .allocations import Scored as Scored
 from .allocations import Scores as Scores
 from .allocations import allocation as allocation
 from .allocations import allocation_of as allocation_of

@@ -27,7 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prunus.layers import Layer
+from prunus.layers import Layer, Lookup
 from prunus.patterns import Pattern, check_scores, check_sparsity, kept_of, select_global_share
 from prunus.score.criteria import Compare, Criterion, Needs, Score, required, wanda
 
@@ -125,24 +125,8 @@ class Scores(Mapping[str, Tensor]):
 
     def by(self, score: Score) -> Scores:
         """Other scores of the same layers, computed when they are read; themselves where no layers are known."""
-        return self if self.layers is None else replace(self, found=Scored(self.layers, score))
-
-
-@dataclass(frozen=True, eq=False)
-class Scored(Mapping[str, Tensor]):
-    """The score of each layer, computed anew at each look, so that one layer's is in memory at a time."""
-
-    layers: Mapping[str, Layer]
-    score: Score
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.score(self.layers[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        return len(self.layers)
+        layers = self.layers
+        return self if layers is None else replace(self, found=Lookup(layers, lambda name: score(layers[name])))
 
 
 def compared(criterion: Criterion, allocation: Allocation | Count) -> Compare:

@@ -38,6 +38,7 @@ class Tried:
         inputs: Mapping[str, Inputs],
         how: tuple[Criterion, Pattern],
         outputs: tuple[Callable[[int], Tensor], int],
+        *,
         known: MutableMapping[str, float] | None = None,
     ) -> None:
         self.parameters, self.views, self.inputs = parameters, {view.name: view for view in views}, inputs

@@ -55,16 +55,6 @@ def is_two_four(weight: Tensor) -> bool:
     return bool(((weight != 0).unflatten(1, (-1, 4)).sum(-1) <= 2).all())
 
 
-def cutlass(weight: Tensor) -> Tensor:
-    """The weight for the products of CUTLASS."""
-    return torch.sparse.SparseSemiStructuredTensorCUTLASS.from_dense(weight)
-
-
-def cusparselt(weight: Tensor) -> Tensor:
-    """The weight for the products of cuSPARSELt."""
-    return torch.sparse.SparseSemiStructuredTensorCUSPARSELT.from_dense(weight)
-
-
 def float8(weight: Tensor) -> Tensor:
     """The dense weight in float8 with a scale for each row; what it meets is made so as well."""
     return _float8(weight, "plain")
@@ -75,7 +65,10 @@ def float8_sparse(weight: Tensor) -> Tensor:
     return _float8(weight, "sparse_2d_data_2d_metadata")
 
 
-PRODUCTS: dict[str, Callable[[Tensor], Tensor]] = {"CUTLASS": cutlass, "cuSPARSELt": cusparselt}
+PRODUCTS: dict[str, Callable[[Tensor], Tensor]] = {  # what makes a weight ready for the products of each
+    "CUTLASS": torch.sparse.SparseSemiStructuredTensorCUTLASS.from_dense,
+    "cuSPARSELt": torch.sparse.SparseSemiStructuredTensorCUSPARSELT.from_dense,
+}
 
 
 @torch.no_grad()

@@ -25,14 +25,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from prunus.layers import Layer, matches
+from prunus.layers import CONVOLUTIONS, Layer, matches
 from prunus.machine import import_extra
 from prunus.patterns import keep_largest, kept_of
 from prunus.score import magnitude
 from prunus.shrink.lowrank import _empty_pair, _replaced
 
-_Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TOLERANCE = 1e-3  # of the largest output, float32: a check of the graph, not of the rounding
 
 
@@ -228,7 +226,7 @@ def resized(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     for name, module in list(copied.named_modules()):
         prefix = f"{name}." if name else ""
         pair = f"{prefix}0.weight" in state and f"{prefix}1.weight" in state
-        if pair and isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
+        if pair and isinstance(module, (nn.Linear, *CONVOLUTIONS)):
             two = _empty_pair(module, state[f"{prefix}0.weight"].shape[0])
             copied = _replaced(copied, name, nn.Sequential(*two).train(module.training))
         elif _makes(module) or isinstance(module, _BatchNorm):
@@ -279,7 +277,7 @@ class _Graph:
         members = self.members(name, range(size))
         makers = {each for each, out, _ in members if out and _makes(each)}
         layers = tuple(name for module, name in self.names.items() if module in makers)
-        grouped = [each for each, _, _ in members if isinstance(each, _CONVOLUTIONS) and not _is_depthwise(each)]
+        grouped = [each for each, _, _ in members if isinstance(each, CONVOLUTIONS) and not _is_depthwise(each)]
         blocks = math.lcm(*(each.groups for each in grouped)) if grouped else 1
         heads, parts, strange = self._heads(layers, members, size)
         return Channels(name, layers, size, blocks, self._why_kept(members, size, blocks) or strange, heads, parts)
@@ -299,16 +297,16 @@ class _Graph:
         return heads, size // read[0], None
 
     def _why_kept(self, members: Sequence[tuple[nn.Module, bool, list[int]]], size: int, blocks: int) -> str | None:
-        if not any(not out and isinstance(each, (nn.Linear, *_CONVOLUTIONS)) for each, out, _ in members):
+        if not any(not out and isinstance(each, (nn.Linear, *CONVOLUTIONS)) for each, out, _ in members):
             return "its outputs are the network's"
         for each, out, indices in members:
-            if each in self.names and not isinstance(each, (nn.Linear, *_CONVOLUTIONS, _BatchNorm)):
+            if each in self.names and not isinstance(each, (nn.Linear, *CONVOLUTIONS, _BatchNorm)):
                 return f"its channels pass through '{self.names[each]}', a {type(each).__name__}"
             if isinstance(each, nn.Parameter):
                 return "its channels meet a parameter that is in no layer"
             if out and _makes(each) and sorted(indices) != list(range(_width(each))):
                 return f"its channels meet those of '{self.names[each]}', which has {_width(each)}"
-            if blocks > 1 and isinstance(each, _CONVOLUTIONS) and each.groups > 1 and indices != list(range(size)):
+            if blocks > 1 and isinstance(each, CONVOLUTIONS) and each.groups > 1 and indices != list(range(size)):
                 return f"its channels are a part of what the grouped '{self.names[each]}' reads"
         return None
 
@@ -359,7 +357,7 @@ def _global_counts(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, i
 
 
 def _makes(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, *_CONVOLUTIONS))
+    return isinstance(module, (nn.Linear, *CONVOLUTIONS))
 
 
 def _width(module: nn.Module) -> int:
@@ -367,7 +365,7 @@ def _width(module: nn.Module) -> int:
 
 
 def _is_depthwise(module: nn.Module) -> bool:
-    return isinstance(module, _CONVOLUTIONS) and module.groups == module.out_channels == module.in_channels > 1
+    return isinstance(module, CONVOLUTIONS) and module.groups == module.out_channels == module.in_channels > 1
 
 
 def _cut_(module: nn.Module, cut: _Cut) -> None:
@@ -376,7 +374,7 @@ def _cut_(module: nn.Module, cut: _Cut) -> None:
         _keep_(module, _left(module.num_features, cut.out))
         module.num_features -= len(cut.out)
         return
-    assert isinstance(module, (nn.Linear, *_CONVOLUTIONS))
+    assert isinstance(module, (nn.Linear, *CONVOLUTIONS))
     outputs = _left(_width(module), cut.out)
     if _is_depthwise(module):
         _keep_(module, outputs)

@@ -96,7 +96,7 @@ def remove_neurons(
         return model
     cuts: dict[str, _Cut] = {}
     how = {"device": device, "batch_size": batch_size, "precision": precision}
-    for part, kept in _fitted(model, tokens, parts, criterion or columns(), stay / size, how):
+    for part, kept in _fitted(model, tokens, parts, criterion or columns(), stay / size, how=how):
         both = torch.cat([kept, kept + size])  # of gate and up in one matrix
         rows = {maker: kept if _height(model, maker) == size else both for maker in part.makers}
         cuts |= {part.reader: _Cut(columns=kept)} | {maker: _Cut(rows=each) for maker, each in rows.items()}
@@ -132,7 +132,7 @@ def remove_heads(
         return model
     how = {"device": device, "batch_size": batch_size, "precision": precision}
     cuts: dict[str, _Cut] = {}
-    for part, kept in _fitted(model, tokens, parts, columns(group * size), stay / pairs, how):
+    for part, kept in _fitted(model, tokens, parts, columns(group * size), stay / pairs, how=how):
         own = kept.view(stay, group * size)[:, 0] // (group * size)  # which pairs of a key and a value
         few = (own[:, None] * size + torch.arange(size)).flatten()
         cuts |= {maker: _Cut(rows=kept if _height(model, maker) == heads * size else few) for maker in part.makers}
@@ -175,7 +175,7 @@ def remove_width(
     named = {id(module): name for name, module in model.named_modules()}
     ends = {named[id(each)] for each in (model.get_input_embeddings(), head) if each is not None}
     place = torch.device(device) if device is not None else next(model.parameters()).device
-    score = _worth(model, [*readers, named[id(head)]], tokens, place, batch_size, precision)
+    score = _worth(model, [*readers, named[id(head)]], tokens, place=place, batch_size=batch_size, precision=precision)
     kept = keep_largest(score[None], stay)[0].nonzero()[:, 0].cpu()
     norms = [name for name, each in model.named_modules() if _is_norm(each, size)]
     cuts = {name: _Cut(columns=kept) for name in (*readers, *ends)}
@@ -369,7 +369,7 @@ def _width(model: Any, name: str) -> int:
 
 
 def _fitted(
-    model: Any, tokens: Tensor, parts: Sequence[_Part], criterion: Criterion, kept: float, how: Mapping[str, Any]
+    model: Any, tokens: Tensor, parts: Sequence[_Part], criterion: Criterion, kept: float, *, how: Mapping[str, Any]
 ) -> Iterator[tuple[_Part, Tensor]]:
     """Each part and which inputs its reader keeps, after the model's readers were fitted in place."""
     readers = [part.reader for part in parts]
@@ -419,7 +419,7 @@ def _without_entries(model: Any, kept: Tensor, makers: Sequence[str]) -> Any:
 
 
 def _worth(
-    model: Any, names: Sequence[str], tokens: Tensor, place: torch.device, batch_size: int, precision: Precision
+    model: Any, names: Sequence[str], tokens: Tensor, *, place: torch.device, batch_size: int, precision: Precision
 ) -> Tensor:
     """S of each entry of the hidden states, (size,) float32 on the CPU."""
     modules = {name: model.get_submodule(name) for name in names}

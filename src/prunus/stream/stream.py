@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.blocks import Arguments, Source, embed, find_blocks, finish, run_block
-from prunus.layers import Inputs, Layer, View, check_unwrapped, find_layers, parameter_shapes
+from prunus.layers import Inputs, Layer, Lookup, View, check_unwrapped, find_layers, parameter_shapes
 from prunus.machine import Precision, autocast, in_mode, ranks
 from prunus.masks import Masks, count_kept
 from prunus.patterns import Pattern, Unstructured, check_sparsity
@@ -44,7 +44,6 @@ from prunus.score import (
     Count,
     Criterion,
     Score,
-    Scored,
     Scores,
     Tried,
     allocation_of,
@@ -254,9 +253,8 @@ def _counts_of(
     if asked.reads or within is not None:
         needs = needed(criterion, asked) if asked.reads in ("scores", "inputs", "loss") else ""
         inputs = _survey(place, tokens, batch_size, gram=needs == "gram") if needs else {}
-        layers = _Layers(place, {view.name: view for view in views}, inputs)
-        scores = _scores_of(place, views, within)
-        found = Scored(layers, criterion) if asked.reads == "scores" else scores.found
+        layers, scores = _layers(place, views, inputs), _scores_of(place, views, within)
+        found = Lookup(layers, lambda name: criterion(layers[name])) if asked.reads == "scores" else scores.found
         trying = _tried(place, inputs, (criterion, pattern), tokens, work) if asked.reads == "loss" else nullcontext()
         with trying as loss:
             counts |= counts_under(pattern, replace(scores, found=found, layers=layers, loss=loss), sparsity, asked)
@@ -287,7 +285,8 @@ def _tried(
                 count = max(1, min(len(tokens), _TRIED // logits(tokens[:1]).numel()))
             parts = tokens[:count].split(-(-count // _PARTS))
             outputs = (lambda part: logits(parts[part]), len(parts))
-            tried = Tried(parameters, place.inner, inputs, how, outputs, None if work is None else work.tries())
+            known = None if work is None else work.tries()
+            tried = Tried(parameters, place.inner, inputs, how, outputs, known=known)
             try:
                 yield tried
             finally:
@@ -639,24 +638,15 @@ def _survey(
     return seen
 
 
-@dataclass(frozen=True, eq=False)
-class _Layers(Mapping[str, Layer]):
+def _layers(place: _Place, views: Sequence[View], inputs: Mapping[str, Inputs]) -> Mapping[str, Layer]:
     """Each layer on the device, brought at each look."""
+    by_name = {view.name: view for view in views}
 
-    place: _Place
-    views: Mapping[str, View]
-    inputs: Mapping[str, Inputs]
+    def layer(name: str) -> Layer:
+        parameter = place.source.tensor(by_name[name].parameter, place.device)
+        return Layer(name, by_name[name].matrix(parameter), inputs.get(name))
 
-    def __getitem__(self, name: str) -> Layer:
-        view = self.views[name]
-        parameter = self.place.source.tensor(view.parameter, self.place.device)
-        return Layer(name, view.matrix(parameter), self.inputs.get(name))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.views)
-
-    def __len__(self) -> int:
-        return len(self.views)
+    return Lookup(by_name, layer)
 
 
 def _views_by_block(

@@ -6,13 +6,13 @@ from .capture import Capture as Capture
 from .capture import Kept as Kept
 from .capture import unrecordable as unrecordable
 from .capture import unrecorded as unrecorded
+from .distill import Pooling as Pooling
 from .distill import distilled_classification as distilled_classification
+from .distill import distilled_embeddings as distilled_embeddings
 from .distill import distilled_next_token as distilled_next_token
 from .distill import distilled_regression as distilled_regression
+from .distill import embeddings as embeddings
 from .distill import lighten_ as lighten_
-from .embeddings import Pooling as Pooling
-from .embeddings import distilled_embeddings as distilled_embeddings
-from .embeddings import embeddings as embeddings
 from .hooks import During as During
 from .hooks import Plan as Plan
 from .hooks import masks_by_magnitude as masks_by_magnitude

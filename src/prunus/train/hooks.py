@@ -10,14 +10,14 @@ into buffers by the hooks on the host. One method a file; this one holds what th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prunus.layers import View
+from prunus.layers import Lookup, View
 from prunus.machine import imported
 from prunus.masks import Masks, pack, unpack
 from prunus.patterns import keep_largest_of_all, kept_of
@@ -120,7 +120,13 @@ class During(nn.Module):
 
     def held(self) -> Mapping[str, Tensor]:
         """Parameter name -> its bool mask: the buffer itself, or made of it at each look where masks are packed."""
-        return _Held(self.pruned_parameters, dict(zip(self.pruned_parameters, self.kept.buffers(), strict=True)))
+        buffers = dict(zip(self.pruned_parameters, self.kept.buffers(), strict=True))
+
+        def mask(name: str) -> Tensor:
+            buffer, shape = buffers[name], self.pruned_parameters[name].shape
+            return buffer if buffer.dtype == torch.bool else unpack(buffer, shape.numel()).view(shape)
+
+        return Lookup(buffers, mask)
 
     def masks(self) -> Masks:
         """A copy of the masks as they are."""
@@ -162,24 +168,6 @@ class During(nn.Module):
         self.set_masks_(masks_by_magnitude(self.pruned_parameters, sparsity))
         self.enforce_()
         return self.masks()
-
-
-@dataclass(frozen=True)
-class _Held(Mapping[str, Tensor]):
-    """Buffers as masks in their parameters' shapes; of packed ones one is in memory at a time."""
-
-    parameters: Mapping[str, Tensor]
-    buffers: Mapping[str, Tensor]
-
-    def __getitem__(self, name: str) -> Tensor:
-        buffer, shape = self.buffers[name], self.parameters[name].shape
-        return buffer if buffer.dtype == torch.bool else unpack(buffer, shape.numel()).view(shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.buffers)
-
-    def __len__(self) -> int:
-        return len(self.buffers)
 
 
 def _factors() -> tuple[type, ...]:

@@ -56,6 +56,7 @@ def prepared(
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
     masks: Masks | None,
+    *,
     shared: bool,
     recorded: bool,
 ) -> Generator[tuple[nn.Module, nn.Module, torch.optim.Optimizer], None, None]:

@@ -162,7 +162,7 @@ def train(
         raise ValueError("A model is not measured while its weights are sharded: leave out watch, or --use_fsdp.")
     started = time.perf_counter()
     rates = [float(group["lr"]) for group in optimizer.param_groups]
-    wrap = prepared(model, optimizer, accelerator, masks, shared, recorded)
+    wrap = prepared(model, optimizer, accelerator, masks, shared=shared, recorded=recorded)
     with wrap as (inner, wrapped, stepper), settled(device if recorded else None):
         watched = Watched(watch, lambda: resumable(inner))
         key = {"steps": steps, "accumulate": accumulate, "base_lrs": rates, **watched.plan}

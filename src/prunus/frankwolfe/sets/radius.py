@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from prunus.frankwolfe.sets.ball import Ball
+from prunus.layers import CONVOLUTIONS
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def expected_norm(module: nn.Module, name: str) -> float:
     6.532
     """
     parameter = module.get_parameter(name)
-    if isinstance(module, nn.Linear | _CONVOLUTIONS[0] | _CONVOLUTIONS[1] | _CONVOLUTIONS[2]):
+    if isinstance(module, nn.Linear | CONVOLUTIONS[0] | CONVOLUTIONS[1] | CONVOLUTIONS[2]):
         if name in ("weight", "bias"):
             return math.sqrt(parameter.numel() / (3 * module.weight[0].numel()))
     elif isinstance(module, _NORMS):

@@ -15,8 +15,6 @@ from .images import Augmentation as Augmentation
 from .images import Corruptions as Corruptions
 from .images import ImageSource as ImageSource
 from .language import LanguageRecipe as LanguageRecipe
-from .members import member_of as member_of
-from .members import order_of as order_of
 from .pruning import ClassifierPrune as ClassifierPrune
 from .pruning import Kind as Kind
 from .pruning import Prune as Prune
@@ -31,6 +29,8 @@ from .retraining import Distill as Distill
 from .retraining import Retrain as Retrain
 from .shared import Recipe as Recipe
 from .shared import Save as Save
+from .shared import member_of as member_of
+from .shared import order_of as order_of
 from .soups import ClassifierSoup as ClassifierSoup
 from .soups import Soup as Soup
 from .soups import Vary as Vary

@@ -13,12 +13,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from prunus.data import Aim, check_model, config_of
-from prunus.run.recipe.during import MethodName, check_during
 from prunus.run.recipe.images import Corruptions, ImageSource, Labelled
-from prunus.run.recipe.members import check_members
-from prunus.run.recipe.pruning import ClassifierPrune, Prune
+from prunus.run.recipe.pruning import ClassifierPrune, MethodName, Prune, check_during
 from prunus.run.recipe.retraining import ClassifierRetrain
-from prunus.run.recipe.shared import Recipe
+from prunus.run.recipe.shared import Recipe, check_members
 from prunus.run.recipe.soups import ClassifierSoup, Soup
 from prunus.run.recipe.training import Training
 from prunus.run.recipe.values import Share

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from prunus.measure import CORRUPTIONS
-from prunus.run.plain import Strict
+from prunus.run.plain import Strict, meant
 from prunus.run.recipe.values import Count, Positive, Whole, check_there, looks_local
 
 __all__ = ["Augmentation", "Corruptions", "ImageSource", "Labelled"]
@@ -77,8 +76,7 @@ class Augmentation(Strict):
 
 def _corruption(name: str) -> str:
     if name not in CORRUPTIONS:
-        close = difflib.get_close_matches(name, CORRUPTIONS, n=1)
-        raise ValueError("no such corruption; " + (f"did you mean {close[0]!r}?" if close else ", ".join(CORRUPTIONS)))
+        raise ValueError(f"no such corruption; {meant(name, CORRUPTIONS) or ', '.join(CORRUPTIONS)}")
     return name
 
 

@@ -14,11 +14,9 @@ from prunus.masks import Masks
 from prunus.report import TRACKERS
 from prunus.run.names import methods
 from prunus.run.recipe.adapting import LanguageRetrain, LanguageTraining, Reconstruct
-from prunus.run.recipe.during import MethodName, check_during
 from prunus.run.recipe.hashed import given
-from prunus.run.recipe.members import check_members
-from prunus.run.recipe.pruning import Prune
-from prunus.run.recipe.shared import Recipe
+from prunus.run.recipe.pruning import MethodName, Prune, check_during
+from prunus.run.recipe.shared import Recipe, check_members
 from prunus.run.recipe.soups import Soup
 from prunus.run.recipe.texts import Calibrate, Evaluate, Shrink
 from prunus.run.recipe.values import check_there, looks_local

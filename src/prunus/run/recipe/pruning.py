@@ -1,11 +1,12 @@
-"""Which weights go: the section `prune` of either task."""
+"""Which weights go: the section `prune` of either task, and methods that prune while training."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import model_validator
+from pydantic import BaseModel, BeforeValidator, model_validator
 
 from prunus.patterns import Pattern, check_sparsity
 from prunus.run.names import (
@@ -15,6 +16,7 @@ from prunus.run.names import (
     allocations,
     criteria,
     fixed_sparsity,
+    methods,
     pattern_of,
 )
 from prunus.run.plain import Strict
@@ -22,7 +24,7 @@ from prunus.run.recipe.values import Count, Globs
 from prunus.score import Allocation, Criterion, allocation_of, check_comparable, compared, criterion_of, global_
 from prunus.soup import Ramp, phase_sparsities
 
-__all__ = ["ClassifierPrune", "Kind", "Prune"]
+__all__ = ["ClassifierPrune", "Kind", "MethodName", "Prune", "check_during"]
 
 Kind = Literal["zeros", "filters", "low_rank"]
 
@@ -138,3 +140,39 @@ class ClassifierPrune(Prune):
         if self.allocation not in ("uniform", "global"):
             raise ValueError(f"kind {self.kind} knows the allocations uniform and global; got {self.allocation!r}")
         return self
+
+
+def _during(value: Any) -> Any:
+    """One method by name with the options that its class takes."""
+    if value is None:
+        return None
+    choice = methods.check(value)
+    return {choice: {}} if isinstance(choice, str) else choice
+
+
+MethodName = Annotated[
+    dict[str, dict[str, Any]] | None,
+    BeforeValidator(_during, json_schema_input_type=str | dict[str, dict[str, Any] | None] | None),
+]
+
+
+def _is_set(section: BaseModel, key: str) -> bool:
+    return getattr(section, key) != type(section).model_fields[key].default
+
+
+def check_during(
+    during: Mapping[str, Mapping[str, Any]], prune: Prune, own: Sequence[str], others: Sequence[str] = ()
+) -> None:
+    """Refuse what a method chooses itself, the keys `own` of prune and others; a pattern, where it knows none; and what
+    it does not take, by making it."""
+    found = [*others, *(f"prune.{key}" for key in own if _is_set(prune, key))]
+    if found:
+        raise ValueError(f"{found[0]}: a method that prunes during training chooses itself; leave it out")
+    name, options = next(iter(during.items()))
+    knows = methods.knows(name, "pattern")
+    if _is_set(prune, "pattern") and not (knows and isinstance(prune.pattern, str)):
+        raise ValueError(f"prune.pattern: {name} prunes single entries; leave it out")
+    try:
+        methods.make({name: dict(options)}, prune.sparsity, pattern=prune.pattern)
+    except TypeError as error:
+        raise ValueError(f"during.{name}: {error}") from None

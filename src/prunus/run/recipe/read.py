@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 import math
 import re
@@ -14,7 +13,7 @@ from typing import Any, TypeVar, cast, get_args
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from prunus.run.plain import Strict, read_yaml
+from prunus.run.plain import Strict, meant, read_yaml
 from prunus.run.recipe.classifier import ClassifierRecipe
 from prunus.run.recipe.encoder import EncoderRecipe
 from prunus.run.recipe.language import LanguageRecipe
@@ -23,6 +22,7 @@ from prunus.run.recipe.shared import Recipe
 __all__ = ["data_changes", "data_key", "load_recipe", "merge", "parse", "schema_of_recipes"]
 
 Section = TypeVar("Section", bound=BaseModel)
+_TASKS = {ClassifierRecipe.keyed: ClassifierRecipe, EncoderRecipe.keyed: EncoderRecipe, None: LanguageRecipe}
 
 
 def load_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -> Any:
@@ -43,7 +43,7 @@ def parse(raw: Mapping[str, Any], model: type[Section], where: str) -> Section:
     strange = next(_not_finite(raw), None)
     if strange is not None:
         raise ValueError(f"{where}: {strange[0]} is {strange[1]}; give a finite number")
-    task = cast("type[Section]", _task_of(raw) if model is Recipe else model)
+    task = cast("type[Section]", _TASKS[data_key(raw)] if model is Recipe else model)
     try:
         return task.model_validate(raw)
     except ValidationError as error:
@@ -86,7 +86,7 @@ def merge(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any
 
 def data_key(raw: Mapping[str, Any]) -> str | None:
     """The key that says what a classifier is trained on, images or texts; None of a language model's recipe."""
-    return next((task.keyed for task in (ClassifierRecipe, EncoderRecipe) if task.keyed in raw), None)
+    return next((key for key in _TASKS if key in raw), None)
 
 
 def data_changes(raw: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
@@ -94,11 +94,6 @@ def data_changes(raw: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
     key = str(data_key(raw))
     source = {"source": raw[key]} if isinstance(raw.get(key), str) else {}
     return {f"{key}.{name}": value for name, value in (source | changes).items()}
-
-
-def _task_of(raw: Any) -> type[Recipe]:
-    tasks = {"images": ClassifierRecipe, "texts": EncoderRecipe, None: LanguageRecipe}
-    return tasks[data_key(cast("Mapping[str, Any]", raw)) if isinstance(raw, Mapping) else None]
 
 
 _MEMBER = re.compile(r"\.(?:bool|int|float|str|dict|list|tuple|literal|constrained|function|\[key\])(?:\W.*)?$")
@@ -136,8 +131,7 @@ def _hint(path: Sequence[str], model: type[BaseModel]) -> str:
     others[EncoderRecipe] = others[ClassifierRecipe]
     if model in others and path[-1] in _fields(others[model][0], path[:-1]):
         return f"that is a key of {others[model][1]}; known keys: {', '.join(known)}"
-    close = difflib.get_close_matches(path[-1], known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+    return meant(path[-1], known) or f"known keys: {', '.join(known)}"
 
 
 def _fields(model: Any, path: Sequence[str]) -> list[str]:

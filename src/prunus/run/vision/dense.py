@@ -8,23 +8,23 @@ metrics.json        what was measured, and how long it took
 from __future__ import annotations
 
 import hashlib
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from prunus.checkpoint import read_state
 from prunus.frankwolfe import SFW
-from prunus.machine import read_json, read_tensors, write_json, write_tensors
+from prunus.machine import read_json, write_json, write_tensors
+from prunus.report import append_metrics, read_metrics
 from prunus.run.recipe import ClassifierRecipe, digest, said
 from prunus.run.vision import stages
 from prunus.run.vision.setting import Setting
-from prunus.train import During, Original, Plan
+from prunus.train import During, Original, Plan, Substituted
 
 __all__ = [
     "Dense",
@@ -35,20 +35,14 @@ __all__ = [
     "losses_by_epoch",
     "read_dense",
     "train_dense",
-    "write_state",
+    "watchers",
 ]
-
-_KEPT = 6  # dense networks in memory
-_lock = threading.RLock()
-_read: OrderedDict[str, Dense] = OrderedDict()
 
 
 @dataclass(frozen=True)
 class Dense:
-    """A finished dense training: its state dict on the CPU, what its learning rate did, and what was measured."""
+    """A finished dense training: what its learning rate did, and what was measured."""
 
-    folder: Path
-    state: Mapping[str, Tensor]
     original: Original
     metrics: Mapping[str, Any]
 
@@ -74,11 +68,11 @@ def train_dense(
     *,
     checkpoint: Path,
     on_step: stages.OnStep | None = None,
-    watch: Callable[[nn.Module], list[During]] = lambda _model: [],
+    log: Path | None = None,
 ) -> Dense:
     """The dense training of a setting's recipe, written to `folder`.
 
-    checkpoint: a file from which a killed training goes on. watch: network -> what else looks at it while it trains.
+    checkpoint: a file from which a killed training goes on. log: as of `watchers`.
     """
     model, left = setting.new_model(), _Left()
     if not setting.recipe.train.epochs:
@@ -91,7 +85,7 @@ def train_dense(
         multiplier,
         steps=setting.steps(setting.recipe.train.epochs),
         part=0,
-        during=[Snapshots(model, folder, setting), left, *watch(model)],
+        during=[Snapshots(model, folder, setting), left, *watchers(setting, log, model)],
         checkpoint=checkpoint,
         on_step=on_step,
     )
@@ -132,7 +126,7 @@ def _written(
     losses: Sequence[float] = (),
 ) -> Dense:
     """A finished dense network, written and measured; its numbers last, because they say that all is there."""
-    write_state(folder / "model.safetensors", model)
+    write_tensors(folder / "model.safetensors", model.state_dict())
     write_json(folder / "trace.json", {"lrs": original.runs(), "warmup": original.warmup, "losses": losses})
     write_json(folder / "metrics.json", {"key": dense_key(setting.recipe), **stages.measure(model, setting), **numbers})
     made = read_dense(folder)
@@ -142,30 +136,16 @@ def _written(
 
 def read_dense(folder: Path) -> Dense | None:
     """The finished dense training in a folder, or None."""
-    with _lock:
-        if not (folder / "metrics.json").exists():
-            return None
-        metrics = read_json(folder / "metrics.json")
-        name = f"{folder.resolve()}:{metrics['key']}"
-        if name not in _read:
-            trace = read_json(folder / "trace.json")
-            original = Original.from_runs(trace["lrs"], trace["warmup"])
-            _read[name] = Dense(folder, read_tensors(folder / "model.safetensors")[0], original, metrics)
-        _read.move_to_end(name)
-        while len(_read) > _KEPT:
-            _read.popitem(last=False)
-        return _read[name]
+    if not (folder / "metrics.json").exists():
+        return None
+    trace = read_json(folder / "trace.json")
+    return Dense(Original.from_runs(trace["lrs"], trace["warmup"]), read_json(folder / "metrics.json"))
 
 
 def losses_by_epoch(losses: Sequence[float], epoch_steps: int) -> list[float]:
     """The mean loss of each epoch."""
     parts = [losses[start : start + epoch_steps] for start in range(0, len(losses), epoch_steps)]
     return [sum(part) / len(part) for part in parts]
-
-
-def write_state(path: Path, model: nn.Module) -> None:
-    """Write the state dict, contiguous and on the CPU; the file is complete or absent."""
-    write_tensors(path, model.state_dict())
 
 
 class _Left(During):
@@ -200,4 +180,34 @@ class Snapshots(During):
         epoch = self.steps_of.get(step)
         path = self.folder / f"epoch-{epoch}.safetensors"
         if epoch is not None and not path.exists():
-            write_state(path, self.network[0])
+            write_tensors(path, self.network[0].state_dict())
+
+
+def watchers(setting: Setting, log: Path | None, model: nn.Module, method: During | None = None) -> list[During]:
+    """What measures the network while it is trained, as `train.evaluate_every` says; nothing without a log."""
+    return [_Watch(model, method, setting, log)] if log is not None and setting.recipe.train.evaluate_every else []
+
+
+class _Watch(During):
+    """Measures the network every so many epochs while it is trained, with the weights that a method gives it."""
+
+    def __init__(self, model: nn.Module, method: During | None, setting: Setting, log: Path) -> None:
+        super().__init__()
+        self.seen = (model, method)  # a tuple, so that they do not become parts of this module
+        self.setting, self.log = setting, log
+        self.done = {row["epoch"] for row in read_metrics(log) if "epoch" in row} if log.exists() else set[int]()
+        self.every = setting.recipe.train.evaluate_every * setting.epoch_steps
+
+    def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
+        """Nothing is needed."""
+
+    def after_step(self, step: int) -> None:
+        """Measure after the last step of every `evaluate_every`-th epoch."""
+        epoch = (step + 1) // self.setting.epoch_steps
+        if (step + 1) % self.every or epoch in self.done:
+            return
+        model, method = self.seen
+        with torch.no_grad():
+            weights = {} if method is None else method.weights()
+            found = stages.measure(Substituted(model, weights) if weights else model, self.setting)
+        append_metrics(self.log, {"stage": "train", "epoch": epoch, **found})

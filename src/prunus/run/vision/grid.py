@@ -6,12 +6,12 @@ out/starts/, out/trainings/    what pruning, averages and trainings left, each o
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 from prunus.measure import headline
+from prunus.run.plain import meant
 from prunus.run.recipe import ClassifierRecipe, Recipe, data_changes, merge, parse
 from prunus.run.store import Job, Store
 from prunus.run.tables import METRICS, Show, accuracy_row, accuracy_tables
@@ -36,8 +36,7 @@ class _Classifiers:
             raise ValueError("tune: classifiers are chosen by validation accuracy: by: accuracy, not text")
         strange = [column for column in show.columns if column not in METRICS]
         if strange:
-            close = difflib.get_close_matches(strange[0], METRICS, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(METRICS)}"
+            hint = meant(strange[0], METRICS) or f"there are {', '.join(METRICS)}"
             raise ValueError(f"show.columns: no number {strange[0]!r}; {hint}")
 
     def recipe(self, raw: Mapping[str, Any], seed: int, *, tuning: bool, where: str) -> ClassifierRecipe:

@@ -27,11 +27,10 @@ from prunus.run.names import criteria, methods
 from prunus.run.recipe import ClassifierRecipe, digest, given, member_of, order_of, said
 from prunus.run.store import Job, Store
 from prunus.run.vision import stages
-from prunus.run.vision.dense import dense_key, losses_by_epoch, read_dense, train_dense
+from prunus.run.vision.dense import dense_key, losses_by_epoch, read_dense, train_dense, watchers
 from prunus.run.vision.setting import Setting
 from prunus.run.vision.smaller import smaller
 from prunus.run.vision.soups.averaging import Average, Meter, averaged
-from prunus.run.vision.watch import watchers
 from prunus.shrink import resized
 from prunus.soup import average, average_and_reprune, distance, finish, phase_sparsities
 from prunus.train import During, Multiplier, Original, Swa
@@ -52,8 +51,8 @@ __all__ = [
 ]
 
 State = Mapping[str, Tensor]
-# What decides only the start, or is said by the job itself.
 _LOSSES = 100  # kept of a retraining
+# What decides only the start, or is said by the job itself.
 _ELSEWHERE = {"out", "save", "during", "prune", "retrain", "soup", "corruptions"}
 
 
@@ -256,9 +255,8 @@ def _train_dense(recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str, 
         raise ValueError(f"{folder} holds another dense training; give another folder, or delete it")
     if found is None:
         with store.bar("train", setting.steps(recipe.train.epochs)) as advance:
-            checkpoint = store.checkpoint(job)
-            watch = partial(watchers, setting, store.log)
-            found = train_dense(setting, folder, checkpoint=checkpoint, on_step=advance and advance.step, watch=watch)
+            how: dict[str, Any] = {"checkpoint": store.checkpoint(job), "on_step": advance and advance.step}
+            found = train_dense(setting, folder, log=store.log, **how)
     return {**found.metrics, **where}
 
 

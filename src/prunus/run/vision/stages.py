@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prunus.data import Images, pooling_of
+from prunus.data import pooling_of
 from prunus.layers import View, find_layers
 from prunus.masks import Masks
 from prunus.measure import Accuracy, Corrupted, Cost, accuracy, agreement, fidelity, own_flops
@@ -46,11 +46,9 @@ __all__ = [
     "corrupted",
     "cost_of",
     "fit",
-    "has_batchnorm",
     "measure",
     "measure_held",
     "operations",
-    "recalibrate",
     "schedule",
     "select",
     "settle",
@@ -183,17 +181,11 @@ def all_corrupted(
 ) -> dict[str, dict[str, Any]]:
     """What `corrupted` gives of each of several networks; every set is made or read once for all of them."""
     sets: dict[str, dict[str, dict[int, Accuracy]]] = {name: {} for name in networks}
-
-    def measured(images: Images) -> dict[str, Accuracy]:
-        with unrecorded():
-            return {
-                name: accuracy(network, setting._plain(images), precision=setting.precision)
-                for name, network in networks.items()
-            }
-
     for corruption, severity, images in setting.corrupted(asked):
-        for name, found in measured(images).items():
-            sets[name].setdefault(corruption, {})[severity] = found
+        with unrecorded():
+            for name, network in networks.items():
+                found = accuracy(network, setting._plain(images), precision=setting.precision)
+                sets[name].setdefault(corruption, {})[severity] = found
         if on_set is not None:
             on_set()
     return {name: _means(Corrupted(found), asked) for name, found in sets.items()}
@@ -208,25 +200,17 @@ def _means(found: Corrupted, asked: Corruptions) -> dict[str, Any]:
     }
 
 
-def recalibrate(model: nn.Module, setting: Setting) -> None:
-    """Count the BatchNorm statistics anew on the recipe's share of an epoch of augmented training batches."""
-    with unrecorded():
-        recalibrate_(model, setting.training(setting.recipe.recalibrate), precision=setting.precision)
-
-
-def has_batchnorm(model: nn.Module) -> bool:
-    """Whether there are statistics to count."""
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-
-
 def settle(model: nn.Module, setting: Setting) -> bool:
-    """Recalibrate after training, as is done after pruning and averaging; whether there was anything to count.
+    """Count the BatchNorm statistics anew on the recipe's share of an epoch of augmented training batches.
 
-    Every row of a table ends so: some settled and some not would differ by that alone.
+    Whether there was anything to count. Every row of a table ends so: some settled and some not would differ by that
+    alone.
     """
-    wanted = bool(setting.recipe.recalibrate) and has_batchnorm(model)
+    share = setting.recipe.recalibrate
+    wanted = bool(share) and any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in model.modules())
     if wanted:
-        recalibrate(model, setting)
+        with unrecorded():
+            recalibrate_(model, setting.training(share), precision=setting.precision)
     return wanted
 
 

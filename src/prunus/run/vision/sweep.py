@@ -108,15 +108,14 @@ def sweep_of(
     recipe: Mapping[str, Any] | None = None,
     kinds: Sequence[str] = KINDS,
     rates: Sequence[float] = RATES,
-    retrain: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
     out: Path | None = None,
     timed: int = 128,
 ) -> Sweep:
     """The sweep of a finished run's dense network, or of a state dict in a file, which needs the recipe of its network.
 
-    kinds, rates: what becomes of the network, and how much of it goes. retrain: a section of the recipe; none is done
-    without. overrides: dotted keys of the points' recipes. A state dict is written to `out` as a dense training.
+    kinds, rates: what becomes of the network, and how much of it goes. overrides: dotted keys of the points' recipes;
+    nothing is retrained without `retrain` among them. A state dict is written to `out` as a dense training.
     Raises FileNotFoundError or ValueError for a source that is none, and for kinds, rates and keys that make no sense.
     """
     strange = [kind for kind in kinds if kind not in KINDS]
@@ -124,8 +123,7 @@ def sweep_of(
         raise ValueError(f"kinds: there is no {strange[0]!r}; there are {', '.join(KINDS)}")
     if not kinds or not rates or timed < 1:
         raise ValueError(f"a sweep needs a kind, a rate and an image to time; got {kinds=}, {rates=}, images={timed}")
-    retrain = retrain or None
-    given = {"prune": {}, "retrain": retrain, "soup": None, **(overrides or {})}
+    given = {"prune": {}, "retrain": None, "soup": None, **(overrides or {})}
     changes = [{**given, "prune.kind": kind, "prune.sparsity": rate} for kind in kinds for rate in rates]
     if source.is_dir():
         out = out or source / "sweep"

@@ -20,7 +20,7 @@ from torch import nn
 
 from prunus import __version__
 from prunus.data import config_of
-from prunus.machine import is_pretrained, read_json, write_json, write_text
+from prunus.machine import is_pretrained, read_json, write_json, write_tensors, write_text
 from prunus.masks import Masks
 from prunus.measure import Energy, headline
 from prunus.report import append_once, plot_accuracy, plot_lines, plot_plane, plot_run, progress
@@ -32,7 +32,7 @@ from prunus.run.recipe import ClassifierRecipe, Recipe, digest, merge, parse, sa
 from prunus.run.store import Store
 from prunus.run.tables import by_phase
 from prunus.run.vision import stages
-from prunus.run.vision.dense import dense_key, read_dense, write_state
+from prunus.run.vision.dense import dense_key, read_dense
 from prunus.run.vision.jobs import ClassifierJobs, forks_after
 from prunus.run.vision.outcome import Outcome, outcome
 from prunus.run.vision.plan import Plan
@@ -186,7 +186,7 @@ def _describe(
     out: Path, recipe: ClassifierRecipe, model: nn.Module, masks: Masks | None, result: Mapping[str, Any]
 ) -> None:
     """Write a network, its masks if it has any, and what it is: model.safetensors, masks.safetensors, prunus.json."""
-    write_state(out / "model.safetensors", model)
+    write_tensors(out / "model.safetensors", model.state_dict())
     if is_pretrained(model):
         _write_config(out, recipe, model)
     if masks is not None:

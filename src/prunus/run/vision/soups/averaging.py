@@ -17,7 +17,7 @@ from prunus.run.vision.setting import Setting
 from prunus.soup import Held, average, check_masks
 from prunus.train import classification_loss
 
-__all__ = ["Average", "Meter", "averaged", "on_device", "plain_state"]
+__all__ = ["Average", "Meter", "averaged", "on_device"]
 
 State = Mapping[str, Tensor]
 Average = Choice | tuple[float, ...]
@@ -48,8 +48,8 @@ class Meter:
         return model
 
     def settled(self, state: State) -> State:
-        """The weights after `settle`."""
-        return plain_state(self.settle(state))
+        """A copy of the weights after `settle`, on the CPU."""
+        return {name: value.detach().cpu().clone() for name, value in self.settle(state).state_dict().items()}
 
     def measure(self, state: State) -> dict[str, Any]:
         """What is measured of these weights."""
@@ -89,11 +89,6 @@ def averaged(
         held = {"held": meter.held()} if averages.knows(asked, "held") else {}
         state, shares = averages.make(asked, states, base=base, **held)
     return meter.settled(state), shares
-
-
-def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of a network's state on the CPU."""
-    return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
 
 
 def on_device(states: Sequence[State], device: Any) -> list[dict[str, Tensor]]:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunus.masks import Masks
-from prunus.measure import ensemble_accuracy
+from prunus.measure import Ensemble, ensemble_accuracy
 from prunus.run.names import averages
 from prunus.run.recipe import given
 from prunus.run.store import Job, Store
@@ -23,7 +23,6 @@ from prunus.run.vision import stages
 from prunus.run.vision.jobs import Trunk, measured_of
 from prunus.run.vision.plan import Plan, Run, before_retraining
 from prunus.run.vision.soups.averaging import Meter, averaged, on_device
-from prunus.run.vision.soups.corrupted import corrupted
 from prunus.soup import distances
 from prunus.train import unrecorded
 
@@ -108,12 +107,12 @@ class Rows:
         self._add(name, label, self.meter.measure(state), masks, run.steps(self.store))
 
     def _corrupted(self) -> dict[str, Any]:
-        """What the soup and what stands beside it make of corrupted images, if that is asked for; see `corrupted`."""
+        """What the soup and what stands beside it make of corrupted images, if that is asked for."""
         if self.recipe.corruptions is None:
             return {}
         named = ["soup", *(name for name in ("imp", "longer") if name in self.asked.baselines)]
         states = {name: self.store.state(self.runs[name].state) for name in named}
-        found = corrupted(self.meter, self.store, states, self.last.members)
+        found = _on_corrupted(self.meter, self.store, states, self.last.members)
         for row in self.rows:
             if row["name"] in found:
                 row["corrupted"] = found[row["name"]]["mean"]
@@ -165,3 +164,30 @@ class Rows:
 
 def _how(average: Any) -> str:
     return "given weights" if isinstance(average, tuple) else averages.name(average)
+
+
+def _on_corrupted(
+    meter: Meter, store: Store, states: Mapping[str, Mapping[str, Tensor]], members: Sequence[Job]
+) -> dict[str, Any]:
+    """Name -> {"mean", "by_severity", "by_name"} over all corrupted sets, of each state and of what members give.
+
+    The best member is that of the highest accuracy on images as they are. All networks are measured on a set before the
+    next one is made or read.
+    """
+    asked = meter.setting.recipe.corruptions
+    assert asked is not None
+    networks: dict[str, nn.Module] = {name: copy.deepcopy(meter.put(state)) for name, state in states.items()}
+    singles = [copy.deepcopy(meter.put(store.state(member))) for member in members]
+    networks |= {f"member {place}": single for place, single in enumerate(singles)} | {"ensemble": Ensemble(singles)}
+    whole = stages.all_corrupted(networks, meter.setting, asked)
+    found = {name: {key: value for key, value in each.items() if key != "sets"} for name, each in whole.items()}
+    each = [found.pop(f"member {place}") for place in range(len(members))]
+    clean = [measured_of(store.result(member))["top1"] for member in members]
+    return found | {"mean_member": _mean(each), "best_member": each[max(range(len(each)), key=clean.__getitem__)]}
+
+
+def _mean(found: Sequence[Any]) -> Any:
+    """The mean of numbers at the leaves of equal mappings."""
+    if not isinstance(found[0], Mapping):
+        return statistics.fmean(found)
+    return {key: _mean([each[key] for each in found]) for key in found[0]}
