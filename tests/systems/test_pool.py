@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,14 @@ def test_what_is_needed_runs_first_and_once(tmp_path: Path, workers: Workers) ->
     assert graph.seen == [1]  # nothing is prepared where nothing is left
     left = {path.name.partition(".")[2] for path in (tmp_path / "sums").iterdir()}
     assert left == {"", "json"}  # no locks, no tries
+
+
+def test_what_is_brief_does_not_wait_for_what_takes_long(tmp_path: Path) -> None:
+    """Measuring what one training left comes before the next training; without it trainings would come first."""
+    long = [Sum(name) for name in "ab"]
+    measured = [replace(Sum(f"of-{each.key}", (each,)), brief=True) for each in long]
+    run([Wanted(Store(tmp_path), (*measured, Sum("c", (A,))))], Workers())
+    assert ran(tmp_path) == ["a", "of-a", "b", "of-b", "c"]
 
 
 def test_a_graph_grows_and_the_first_graph_goes_first(tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ class Member:
     @cached_property
     def job(self) -> Job:
         """What it is for the pool."""
-        return Job("members", self.key, self._run, self.task.needs(self.recipe))
+        return Job("members", self.key, self._run, self.task.needs(self.recipe), brief=self.task.measures)
 
     def _run(self, job: Job, store: Store) -> dict[str, Any]:
         """Its numbers, with labels, seed, tuned values and recipe."""

@@ -182,7 +182,7 @@ def _measure_dense(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, 
 class _Language:
     """The task of grids over `LanguageRecipe`; see `tasks.Task`."""
 
-    threads = False
+    threads = measures = False
     row, write = staticmethod(perplexity_row), staticmethod(perplexity_tables)
 
     def check(self, tune: Mapping[str, Any] | None, show: Show, recipes: Sequence[LanguageRecipe]) -> None:

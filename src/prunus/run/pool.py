@@ -402,8 +402,9 @@ class _Loop:
             mine = {each.store.path(each.job) for each in self.running.values()}
             todo = list(closure(graph.jobs(), graph.store.finished))
             needed = {graph.store.path(need) for job in todo for need in job.needs}
-            for job in sorted(todo, key=lambda job: job.passing or graph.store.path(job) not in needed):
-                # First what others wait for; what they delete again, when they are next.
+            first = {job: (not job.brief, job.passing or graph.store.path(job) not in needed) for job in todo}
+            for job in sorted(todo, key=first.__getitem__):
+                # What is brief, then what others wait for; what they delete again, when they are next.
                 if self.deadline is not None and time.time() >= self.deadline:
                     return False
                 if graph.store.path(job) not in mine and not graph.store.failed(job):

@@ -41,7 +41,8 @@ class Job:
 
     room: the part of the store that its result is in; key: hash of what decides the result. what: (the job, the store)
     -> its numbers; what is too large for them goes to `store.folder_of(job)`. needs: what must have ended well before;
-    it reads nothing else from the store. passing: deleted when no job that is still to be done needs it.
+    it reads nothing else from the store. passing: deleted when no job that is still to be done needs it. brief: done in
+    seconds, and so before what takes long: a call that ends early leaves numbers of what it trained.
 
     >>> Job("dense", digest(recipe), partial(train_dense, recipe))
     """
@@ -51,6 +52,7 @@ class Job:
     what: Callable[[Job, Store], dict[str, Any]]
     needs: tuple[Job, ...] = ()
     passing: bool = False
+    brief: bool = False
 
     def run(self, store: Store) -> dict[str, Any]:
         """Its numbers."""

@@ -23,6 +23,11 @@ class Task(Protocol):
         """Whether members may run at once in threads of one process."""
         ...
 
+    @property
+    def measures(self) -> bool:
+        """Whether a member's own job only measures what others that it needs have trained."""
+        ...
+
     def check(self, tune: Mapping[str, Any] | None, show: Show, recipes: Sequence[Any]) -> None:
         """Raise ValueError for what does not go with this task. tune: the `text` or the word `by` that it goes by;
         recipes: of all cells."""

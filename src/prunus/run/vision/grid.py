@@ -28,7 +28,7 @@ Result = Mapping[str, Any]
 class _Classifiers:
     """The task of grids over `ClassifierRecipe`; see `tasks.Task`."""
 
-    threads = True
+    threads = measures = True
     row, write = staticmethod(accuracy_row), staticmethod(accuracy_tables)
 
     def check(self, tune: Mapping[str, Any] | None, show: Show, recipes: Sequence[ClassifierRecipe]) -> None:

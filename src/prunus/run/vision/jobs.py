@@ -201,7 +201,8 @@ def repruned_job(recipe: ClassifierRecipe, runs: Sequence[tuple[Job, Job]]) -> J
 
 def _start(recipe: ClassifierRecipe, key: Any, what: Any, needs: Sequence[Job] = ()) -> Job:
     """What others start from; what a single run does is kept as long as it is needed."""
-    return Job("starts", digest(key)[:24], partial(what, recipe), tuple(needs), passing=recipe.soup is None)
+    brief = recipe.retrain is None and recipe.soup is None  # and is measured next
+    return Job("starts", digest(key)[:24], partial(what, recipe), tuple(needs), recipe.soup is None, brief)
 
 
 def _forks(recipe: ClassifierRecipe) -> bool:
