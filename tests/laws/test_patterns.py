@@ -12,7 +12,7 @@ from torch import Tensor
 from prunus import admm, patterns, sparsegpt
 from prunus.layers import Inputs, Layer
 from prunus.patterns import NM, Block, Pairs, Rows, Unstructured, check_sparsity, kept_of, parse, selection
-from prunus.patterns.selection import keep_largest_of_all, select_global_share
+from prunus.patterns.selection import keep_largest, keep_largest_of_all, select_global_share
 
 INF = float("inf")
 # ties, both zeros, a float32 denormal, the float16 extremes, infinities
@@ -369,3 +369,23 @@ def test_cuda_chooses_as_the_cpu(limit: int, per: str, monkeypatch: pytest.Monke
     assert torch.equal(NM(2, 4).mask(score.cuda(), 4096).cpu(), NM(2, 4).mask(score, 4096))
     on_gpu = {name: score.cuda() for name in "ab"}
     assert select_global_share(on_gpu, 0.45) == select_global_share(dict.fromkeys("ab", score), 0.45)
+
+
+@pytest.mark.parametrize("kind", ["apart", "tied", "one value", "in order", "half hidden", "striped", "bfloat16"])
+def test_the_largest_of_many_are_those_of_a_sort(kind: str) -> None:
+    """On a CPU the k-th is looked for between two entries of a sample; wherever it lies, and whatever ties with it."""
+    generator = torch.Generator().manual_seed(0)
+    score = torch.rand(150, 200, generator=generator)
+    score = {
+        "apart": score,
+        "tied": (score * 5).floor(),
+        "one value": torch.ones_like(score),
+        "in order": torch.arange(score.numel()).view_as(score).float(),
+        "half hidden": score.masked_fill(score < 0.5, -torch.inf),
+        "striped": torch.arange(score.numel()).view_as(score).float() % 7,  # a sample in steps of 7 sees one value
+        "bfloat16": score.bfloat16(),
+    }[kind]
+    order = score.flatten().float().sort(descending=True, stable=True).indices
+    for kept in (1, 2, 2999, 12000, 15000, 29998, 29999):
+        expected = torch.zeros(score.numel(), dtype=torch.bool).index_fill_(0, order[:kept], True)
+        assert torch.equal(keep_largest(score, kept).flatten(), expected), kept

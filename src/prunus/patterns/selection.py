@@ -27,6 +27,7 @@ from prunus.kernels import uses_kernels
 _TOPK = 1 << 22  # largest CUDA problem given to topk, which allocates its result
 _Kth = tuple[float, int | None, int]  # a k-th largest score; where known, how many are larger, and how many equal it
 _WIDTHS = (torch.float32, torch.bfloat16, torch.float16)  # what the programs read; float64 takes the plain path
+_SAMPLED = 1 << 12  # entries of a sample, on a CPU
 _CHUNK = 1 << 22  # entries worked on at once: bounds the temporaries (12 bytes an entry) to about 50 MB
 
 
@@ -79,6 +80,8 @@ def keep_largest(score: Tensor, kept: int, *, wait: bool = True) -> Tensor:
     if wait and goes_to_kernels(score) and score.numel() > _TOPK:
         return _keep_in_kernels(score, kept)
     threshold = _kth(score, kept)
+    if score.device.type == "cpu" and int((found := score >= threshold).count_nonzero()) == kept:
+        return found  # nothing ties with what is left out
     mask = torch.empty(score.shape, dtype=torch.bool, device=score.device)
     above = torch.zeros((), dtype=torch.int64, device=score.device)
     ties: list[Tensor] = []
@@ -116,6 +119,9 @@ def keep_largest_of_row(score: Tensor, kept: int, extra: int = 0) -> Tensor:
     for rows in _row_chunks(score):
         part = score[rows]
         threshold = part.kthvalue(columns - kept + 1, dim=1, keepdim=True).values
+        if score.device.type == "cpu" and bool(((found := part >= threshold).count_nonzero(1) == kept).all()):
+            mask[rows] = found  # nothing ties with what is left out
+            continue
         wanted = kept - (part > threshold).sum(1, keepdim=True)
         mask[rows] = _above_or_first(part, threshold, wanted)
     return mask
@@ -326,12 +332,29 @@ def _kth(score: Tensor, k: int) -> Tensor:
     flat = score.reshape(-1)
     smaller = flat.numel() - k + 1  # the same entry, counted from below
     if not flat.is_cuda:
-        return flat.kthvalue(smaller).values
+        return _kth_between(flat, k)
     if flat.numel() > _TOPK:
         return _kth_by_bits(flat, k)
     if k <= smaller:
         return flat.topk(k, sorted=False).values.min()
     return flat.topk(smaller, largest=False, sorted=False).values.max()
+
+
+def _kth_between(flat: Tensor, k: int) -> Tensor:
+    """The k-th largest on a CPU: among the few entries between two of a sample, if it lies there, else among all."""
+    numel = flat.numel()
+    if numel > 4 * _SAMPLED:
+        sample = flat[:: numel // _SAMPLED].sort(descending=True).values
+        place, width = (
+            k * len(sample) // numel,
+            2 * math.isqrt(len(sample)),
+        )  # four deviations of a random sample's rank
+        most, least = sample[max(place - width, 0)], sample[min(place + width, len(sample) - 1)]
+        above = int((flat > most).count_nonzero())
+        between = flat[(flat >= least) & (flat <= most)]
+        if above < k <= above + len(between):
+            return between.kthvalue(len(between) - (k - above) + 1).values
+    return flat.kthvalue(numel - k + 1).values
 
 
 def _keep_in_kernels(score: Tensor, kept: int) -> Tensor:
