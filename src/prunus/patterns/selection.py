@@ -79,8 +79,8 @@ def keep_largest(score: Tensor, kept: int, *, wait: bool = True) -> Tensor:
         return torch.full(score.shape, kept > 0, dtype=torch.bool, device=score.device)
     if wait and goes_to_kernels(score) and score.numel() > _TOPK:
         return _keep_in_kernels(score, kept)
-    threshold = _kth(score, kept)
-    if score.device.type == "cpu" and int((found := score >= threshold).count_nonzero()) == kept:
+    threshold = _kth(score, kept, wait=wait)
+    if wait and score.device.type == "cpu" and int((found := score >= threshold).count_nonzero()) == kept:
         return found  # nothing ties with what is left out
     mask = torch.empty(score.shape, dtype=torch.bool, device=score.device)
     above = torch.zeros((), dtype=torch.int64, device=score.device)
@@ -327,12 +327,12 @@ def _check_width(score: Tensor, name: str, *, nan: bool) -> None:
         raise ValueError(f"model-wide selection compares float32 scores; '{name}' is float64: pass score.float()")
 
 
-def _kth(score: Tensor, k: int) -> Tensor:
-    """The k-th largest entry of a matrix as a scalar tensor; does not wait for the device."""
+def _kth(score: Tensor, k: int, *, wait: bool) -> Tensor:
+    """The k-th largest entry of a matrix as a scalar tensor. wait: whether numbers may be looked at, on a CPU."""
     flat = score.reshape(-1)
     smaller = flat.numel() - k + 1  # the same entry, counted from below
     if not flat.is_cuda:
-        return _kth_between(flat, k)
+        return _kth_between(flat, k) if wait else flat.kthvalue(smaller).values
     if flat.numel() > _TOPK:
         return _kth_by_bits(flat, k)
     if k <= smaller:
