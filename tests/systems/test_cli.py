@@ -142,6 +142,24 @@ MISTAKES = [
     (["run", "{f}/itself.yaml"], "itself.yaml is not YAML: its aliases stand for more", "write out what they are"),
     (["run", "{f}/twice.yaml"], "key 'sparsity' stands twice", "line 1"),
     (["run", "{f}/latin.yaml"], "latin.yaml is not UTF-8", "save it as UTF-8"),
+    (["run", "{f}/deep.yaml"], "deep.yaml is nested too deeply", "a few levels"),
+    (["run", "{f}/set.yaml"], "set.yaml is not YAML", "line 1"),
+    (["run", "--set", "model=!!binary aGVsbG8="], "is not YAML", "line 1"),
+    (["run", "--set", "prune.sparsity=!!float abc"], "--set prune.sparsity=!!float abc is not YAML", "'abc'"),
+    (["run", "--set", "save=!!bool maybe"], "--set save=!!bool maybe is not YAML", "maybe"),
+    (["report", "{f}/foreign"], "foreign/result.json", "give the folder of one"),
+    (["report", "{f}/foreign", "{f}/foreign"], "foreign/result.json", "give the folder of one"),
+    (["report", "{f}/strange"], "strange/table.json", "give the folder of one"),
+    (["inspect", "{tiny}", "--out", "{f}"], "is a folder", "give a file"),
+    (["inspect", "{tiny}", "--out", "{f}/short.txt/numbers.json"], "nothing can be written in", "give another file"),
+    (["inspect", "{tiny}", "--out", "{f}/short.txt"], "short.txt is there already", "give another file"),
+    (["inspect", "{tiny}", "--out", "/dev/null"], "/dev/null is there already", "give another file"),
+    (["inspect", "{tiny}", "--out", "{tiny}/config.json"], "config.json is there already", "give another file"),
+    (["evaluate", "{tiny}", "--data", "{f}/short.txt", "--out", "{f}/short.txt"], "is there already", "another file"),
+    (["evaluate", "{tiny}", "--out", "{f}/foreign/result.json"], "is there already", "give another file"),
+    (["measure", "{tiny}", "--out", "{tiny}/model.safetensors"], "is there already", "give another file"),
+    (["report", "{f}/foreign", "--out", "{f}/digits.yaml"], "digits.yaml is there already", "give another file"),
+    (["report", "{f}/foreign", "{f}/foreign", "--out", "{f}/page.html"], "page.png", "give another file"),
 ]
 
 
@@ -173,6 +191,11 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Path:
         + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9)),
         "itself.yaml": "a: &a [*a]\n",
         "twice.yaml": "prune: {sparsity: 0.5, sparsity: 0.6}\n",
+        "deep.yaml": f"prune: {'[' * 2000}{']' * 2000}\n",
+        "set.yaml": "prune: !!set {a, b}\n",
+        "foreign/result.json": '{"accuracy": 0.5}',
+        "strange/table.json": '{"rows": []}',
+        "page.png": "someone's picture",
     }
     for name, text in texts.items():
         (folder / name).parent.mkdir(exist_ok=True)

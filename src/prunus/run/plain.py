@@ -84,6 +84,12 @@ def _size(node: Any, known: dict[int, float]) -> float:
 
 
 _SHARE = "!share"
+_PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")  # what a recipe has; !!set and !!binary are none of it
+_Yaml.yaml_constructors = {
+    tag: make
+    for tag, make in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.removeprefix("tag:yaml.org,2002:") in _PLAIN
+}
 _REPLACED = [f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "timestamp")]
 _Yaml.yaml_implicit_resolvers = {
     first: [(tag, rule) for tag, rule in rules if tag not in _REPLACED]
@@ -108,8 +114,12 @@ def yaml_value(text: str, where: str) -> Any:
     """
     try:
         return yaml.load(text, _Yaml)
+    except RecursionError:
+        raise ValueError(f"{where} is nested too deeply; a recipe has a few levels") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
+    except (ValueError, KeyError) as error:  # !!float abc, !!bool maybe
+        raise ValueError(f"{where} is not YAML: {error}, which its tag does not fit; leave out the tag") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
