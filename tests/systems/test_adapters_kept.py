@@ -123,6 +123,18 @@ def test_ours_opens_peft(rslora: bool, tmp_path: Path) -> None:
     torch.testing.assert_close(_logits(own), _logits(model.merge_and_unload()))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("init_lora_weights", "pissa_niter_4"), ("init_lora_weights", "olora"), ("alora_invocation_tokens", [3])],
+)
+def test_adapters_that_peft_does_not_just_add_to_the_base_are_refused(key: str, value: object, tmp_path: Path) -> None:
+    peft.get_peft_model(_model(), peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(str(tmp_path))
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {key: value}))
+    with pytest.raises(ValueError, match=rf"more than plain LoRA.*{key}.*merge it with peft"):
+        Adaptation.load(tmp_path, _model())
+
+
 @pytest.mark.parametrize("family", ["opt", "gpt2"])
 def test_peft_trains_and_merges_under_the_mask(family: str, tmp_path: Path) -> None:
     base = _model(family)
@@ -168,6 +180,9 @@ def test_what_masked_adapters_refuse() -> None:
     dora = peft.get_peft_model(_model(), peft.LoraConfig(target_modules=["q_proj"], use_dora=True))
     with pytest.raises(ValueError, match="drop use_dora"):
         mask_adapters(dora, masks)
+    biased = peft.get_peft_model(_model(), peft.LoraConfig(target_modules=["q_proj"], lora_bias=True))
+    with pytest.raises(ValueError, match="drop lora_bias"):
+        mask_adapters(biased, masks)
     plain = peft.get_peft_model(_model(), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"nonzero weights under its mask.*apply_"):
         mask_adapters(plain, masks)
