@@ -13,6 +13,7 @@ from torch import nn
 from prunus.machine import ranks
 from prunus.masks import Masks
 from prunus.train.checkpoint import Clock
+from prunus.train.drawn import seeded
 from prunus.train.hooks import During
 from prunus.train.lr import linear_warmup_decay
 from prunus.train.train import train
@@ -385,3 +386,16 @@ def test_a_slow_disk_is_written_to_seldom(monkeypatch):
     assert not clock.is_due(2)
     time.now += 1
     assert clock.is_due(3)
+
+
+def test_a_seed_is_given_back():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    with seeded(-1, torch.device("cpu")):
+        first = torch.rand(4)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(1)
+    with seeded(-1, torch.device("cpu")):
+        assert torch.equal(torch.rand(4), first)
+    with seeded(0, torch.device("cpu")):
+        assert not torch.equal(torch.rand(4), first)

@@ -10,6 +10,7 @@ from .distill import distilled_classification as distilled_classification
 from .distill import distilled_next_token as distilled_next_token
 from .distill import distilled_regression as distilled_regression
 from .distill import lighten_ as lighten_
+from .drawn import seeded as seeded
 from .embeddings import Pooling as Pooling
 from .embeddings import distilled_embeddings as distilled_embeddings
 from .embeddings import embeddings as embeddings
