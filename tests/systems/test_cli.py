@@ -129,6 +129,9 @@ MISTAKES = [
     (["grid", "{f}/seeds.yaml"], "seeds: 3 stands twice", "give each once"),
     (["grid", "{f}/skipped.yaml"], "skip leaves no cell", "nothing would be run"),
     (["grid", "{f}/same.yaml"], "'a' and 'b' are one text", "report another"),
+    (["grid", "{f}/value.yaml"], "key '1.0' stands twice", "line 1"),
+    (["grid", "{f}/text.yaml"], "axes: 'held-out' is a column", "give the axis another name"),
+    (["grid", "{f}/column.yaml"], "axes: 'accuracy' is a column", "give the axis another name"),
     (["grid", "{f}/strange.yaml"], "tune.text: 'c' is not in evaluate.data", "which has a, b"),
     (["run", "--lr", ".inf"], "retrain.lr is inf", "give a finite number"),
     (
@@ -184,6 +187,9 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "hollow.yaml": "base: {}\naxes: {a: {}}\n",
         "seeds.yaml": "base: {}\naxes: {a: {b: {}}}\nseeds: [3, 4]\nmore_seeds: {seeds: [3], where: {a: [b]}}\n",
         "skipped.yaml": "base: {}\naxes: {a: {b: {}}}\nskip: [{a: [b]}]\n",
+        "value.yaml": "axes: {a: {1: {}, 1.0: {}}}\nbase: {}\n",
+        "text.yaml": "base: {}\naxes: {held-out: {b: {}}}\n",
+        "column.yaml": "base: {images: digits, model: resnet8}\naxes: {accuracy: {b: {}}}\n",
         "same.yaml": grid + "tune: {text: a, axis: a, cells: {}}\n",
         "strange.yaml": grid.replace("b: embedded", "b: {source: embedded, split: test}")
         + "tune: {text: c, axis: a, cells: {}}\n",

@@ -14,6 +14,7 @@ Tuned values are chosen by the perplexity on `text`, or by the accuracy on valid
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -105,6 +106,9 @@ class Grid(Strict):
         if not recipes:
             raise ValueError("skip leaves no cell, so nothing would be run: leave out an entry")
         self.task.check(None if self.tune is None else {"text": self.tune.text, "by": self.tune.by}, self.show, recipes)
+        taken = {"seeds", "tuned", *self.task.columns(recipes)}
+        if axis := next((axis for axis in self.axes if axis in taken), None):
+            raise ValueError(f"axes: {axis!r} is a column of the grid's table already; give the axis another name")
         tuning_members(self)
         return self
 
@@ -278,6 +282,7 @@ def _chosen(
     if not tries or grid.tune is None:
         return {}
     losses = {i: grid.task.loss(results[key], grid.tune.text) for i, (key, _) in enumerate(tries) if key in results}
+    losses = {i: math.inf if math.isnan(loss) else loss for i, loss in losses.items()}  # which min would take, if first
     return tries[min(losses, key=lambda i: losses[i])][1] if losses else None
 
 

@@ -65,11 +65,12 @@ class _Yaml(yaml.SafeLoader):
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for key in keys:
             key.tag = "tag:yaml.org,2002:str" if key.tag == _SHARE else key.tag
-        seen: set[str] = set()
+        seen: set[Any] = set()
         for key in keys:
-            if key.value in seen:
+            meant: Any = key.value if key.tag in _OWN else self.construct_object(key)  # pyright: ignore[reportUnknownMemberType]
+            if not seen.isdisjoint({key.value, meant}):  # 1 and 1.0 are one key of a dictionary, too
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
-            seen.add(key.value)
+            seen |= {key.value, meant}
         return super().construct_mapping(node, deep)
 
 
@@ -84,6 +85,7 @@ def _size(node: Any, known: dict[int, float]) -> float:
 
 
 _SHARE = "!share"
+_OWN = ("tag:yaml.org,2002:merge", "tag:yaml.org,2002:value")  # of YAML's own keys, << and =
 _PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")  # what a recipe has; !!set and !!binary are none of it
 _Yaml.yaml_constructors = {
     tag: make
