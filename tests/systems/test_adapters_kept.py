@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import peft
@@ -214,10 +215,18 @@ def test_what_is_refused_with_the_mend(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"other weights: 'model.decoder.layers.1.fc1'.*belongs on, runs/pruned"):
         Adaptation.load(tmp_path / "adapter", model)
     model.load_state_dict(before)
+    shutil.move(tmp_path / "adapter" / "masks.safetensors", tmp_path / "masks.safetensors")
+    with pytest.raises(ValueError, match=r"lacks masks\.safetensors, without which merging would fill"):
+        Adaptation.load(tmp_path / "adapter", model)
+    shutil.move(tmp_path / "masks.safetensors", tmp_path / "adapter" / "masks.safetensors")
     info = tmp_path / "adapter" / "prunus_adapter.json"
     info.write_text(json.dumps(json.loads(info.read_text()) | {"format": 9}))
     with pytest.raises(ValueError, match="format 9"):
         Adaptation.load(tmp_path / "adapter", model)
+    for text, said in (("[]", "has format None"), ('{"format": 1, "rank": 2}', "says no 'alpha'; it was edited")):
+        info.write_text(text)
+        with pytest.raises(ValueError, match=said):
+            Adaptation.load(tmp_path / "adapter", model)
     whole = adapt(model, ["full"], masks=masks, views=find_layers(model))
     with pytest.raises(ValueError, match="no adapter: merge and save the model"):
         whole.save(tmp_path / "whole")

@@ -133,6 +133,8 @@ MISTAKES = [
     (["grid", "{f}/text.yaml"], "axes: 'held-out' is a column", "give the axis another name"),
     (["grid", "{f}/column.yaml"], "axes: 'accuracy' is a column", "give the axis another name"),
     (["grid", "{f}/strange.yaml"], "tune.text: 'c' is not in evaluate.data", "which has a, b"),
+    (["run", "--retrain-seed", "100000000000000000000"], "retrain.seed", "less than 9223372036854775808"),
+    (["grid", "{f}/small.yaml", "--set", "seeds=[-9223372036854775809]"], "seeds.0", "greater than or equal to"),
     (["run", "--lr", ".inf"], "retrain.lr is inf", "give a finite number"),
     (
         ["run", "--set", "prune.criterion={sparsegpt: {damping: .nan}}"],

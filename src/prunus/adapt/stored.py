@@ -95,8 +95,13 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
     if not (folder / INFO).is_file():
         return _of_peft(folder, found)
     said = read_json(folder / INFO)
-    if said.get("format") != _FORMAT:
-        raise ValueError(f"{folder / INFO} has format {said.get('format')!r}; this Prunus reads {_FORMAT}: upgrade it")
+    version = said.get("format") if isinstance(said, dict) else None
+    if version != _FORMAT:
+        raise ValueError(f"{folder / INFO} has format {version!r}; this Prunus reads {_FORMAT}: upgrade it")
+    if lacking := [key for key in ("rank", "alpha", "views", "train", "base") if key not in said]:
+        raise ValueError(f"{folder / INFO} says no {lacking[0]!r}; it was edited: get the adapter again")
+    if MASKS in said.get("files", []) and not (folder / MASKS).is_file():
+        raise ValueError(f"{folder} lacks {MASKS}, without which merging would fill pruned weights: get it again")
     masks = Masks.load(folder / MASKS) if (folder / MASKS).is_file() else None
     base = said["base"]
     return StoredAdapter(

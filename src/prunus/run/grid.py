@@ -25,7 +25,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from prunus.run.folder import device_name, device_of, ran_on
 from prunus.run.plain import Strict, read_yaml
-from prunus.run.recipe import digest, merge, parse, said
+from prunus.run.recipe import Seed, digest, merge, parse, said
 from prunus.run.store import Job, Store
 from prunus.run.tables import Layout, Show
 from prunus.run.tasks import Task, task_of
@@ -70,7 +70,7 @@ class Tune(Strict):
 class MoreSeeds(Strict):
     """Further seeds for the cells whose labels are all among those listed."""
 
-    seeds: list[int]
+    seeds: list[Seed]
     where: dict[str, list[Label]]
 
 
@@ -83,7 +83,7 @@ class Grid(Strict):
     base: dict[str, Any]
     axes: dict[str, Annotated[dict[str, dict[str, Any]], Field(min_length=1)]] = Field(min_length=1)
     tune: Tune | None = None
-    seeds: list[int] = Field(default=[0], min_length=1)
+    seeds: list[Seed] = Field(default=[0], min_length=1)
     more_seeds: MoreSeeds | None = None
     skip: list[dict[str, list[Label]]] = Field(default_factory=list)
     show: Show = Show()

@@ -21,7 +21,7 @@ from prunus.run.recipe.retraining import ClassifierRetrain
 from prunus.run.recipe.shared import Recipe
 from prunus.run.recipe.soups import ClassifierSoup, Soup
 from prunus.run.recipe.training import Training
-from prunus.run.recipe.values import Share
+from prunus.run.recipe.values import Seed, Share
 
 __all__ = ["FORKING", "ClassifierRecipe"]
 
@@ -44,7 +44,7 @@ class ClassifierRecipe(Recipe):
     model: str = "resnet18"
     arguments: dict[str, Any] = Field(default_factory=dict)
     weights: str | None = None
-    seed: int = 0
+    seed: Seed = 0
     """Seed of weights, order and augmentation."""
     train: Training = Training()
     during: MethodName = None
