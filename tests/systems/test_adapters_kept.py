@@ -266,6 +266,11 @@ def test_a_run_keeps_its_adapter_and_merge_makes_its_model(
     assert all(torch.equal(each, wanted[name]) for name, each in merged.items())
     assert load_info(tmp_path / "merged")["adapter"]["train"] == ["norms", "mask_lora"]
 
+    assert merge_adapter(str(base), out / "adapter", tmp_path / "merged", device="cpu") == row  # its own is replaced
+    with pytest.raises(ValueError, match="holds another model; give the merged one a folder of its own"):
+        merge_adapter(str(base), out / "adapter", out / "model", device="cpu")
+    assert load_file(out / "model" / "model.safetensors").keys() == wanted.keys()
+
     folders = [str(each) for each in (out / "model", out / "adapter", tmp_path / "again")]
     monkeypatch.setattr("sys.argv", ["prunus", "merge", *folders, "--device", "cpu"])
     with pytest.raises(SystemExit) as stopped:
