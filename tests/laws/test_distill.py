@@ -16,6 +16,7 @@ from prunus.prune import prune
 from prunus.train import (
     distilled_classification,
     distilled_next_token,
+    distilled_regression,
     lighten_,
     next_token,
     next_token_loss,
@@ -239,6 +240,12 @@ def test_a_light_teacher_of_a_model_of_which_all_is_trained_is_a_copy():
     prune(model, sparsity=0.5)
     size = sum(each.numel() * each.element_size() for each in dense.parameters())
     assert beside(lighten_(dense, model), model) == size + rotary(dense)
+
+
+@pytest.mark.parametrize("weight", [-1.0, 0.0, 1.5, float("nan")])
+def test_a_weight_that_would_drive_a_network_from_its_labels_is_refused(weight: float):
+    with pytest.raises(ValueError, match=r"a weight in \(0, 1\]"):
+        distilled_regression(nn.Linear(4, 1), weight)
 
 
 def test_what_is_refused():

@@ -300,6 +300,20 @@ def test_an_allocation_that_tries_the_model_lowers_its_loss(asked):
     assert found["evopress"] < 0.95 * found["uniform"]
 
 
+@torch.no_grad()
+def test_a_class_that_the_dense_model_hides_loses_nothing():
+    """Some models return -inf for words that are none."""
+    model, dense = classifier(), classifier()
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    views, parameters = find_layers(model), {name: each.detach() for name, each in model.named_parameters()}
+    hidden = torch.zeros(model(x).shape[1]).index_fill(0, torch.tensor([0]), -torch.inf)
+    tried = Tried(parameters, views, {}, (magnitude, Unstructured("layer")), (lambda _: model(x) + hidden, 1))
+    counts = {view.name: kept_of(view.shape[0] * view.shape[1], 0.5) for view in views}
+    found = tried(counts)
+    p, q = ((each(x)[:, 1:]).log_softmax(-1) for each in (dense, model))
+    assert found == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+
+
 def test_a_loss_is_the_divergence_of_what_was_solved_and_leaves_no_trace():
     model, dense = classifier(), classifier()
     x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))

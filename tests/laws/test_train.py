@@ -10,12 +10,14 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 
+from prunus.during import GMP, RigL
 from prunus.machine import ranks
 from prunus.masks import Masks
 from prunus.train.checkpoint import Clock
+from prunus.train.drawn import seeded
 from prunus.train.hooks import During
 from prunus.train.lr import linear_warmup_decay
-from prunus.train.train import train
+from prunus.train.train import classification_loss, train
 from prunus.train.watch import Watch
 
 
@@ -176,6 +178,36 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     frozen.second.weight.requires_grad_(False)
     with pytest.raises(ValueError, match=r"9 tensors, this run .* and 8"):
         run(frozen, checkpoint=tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize("other", ["optimizer", "method", "methods"])
+def test_a_checkpoint_of_another_optimizer_or_method_is_refused(tmp_path, other):
+    def go(make=torch.optim.SGD, during=()):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 2)
+        optimizer = make(model.parameters(), lr=0.1)
+        train(model, batch, optimizer, lambda step: 1.0, steps=4, loss=loss, during=during, checkpoint=tmp_path / "c")
+
+    def batch(step):
+        return torch.ones(2, 4), torch.tensor([0, 1])
+
+    loss = classification_loss()
+    go(during=[GMP(0.5, every=0.5)])
+    changed = {
+        "optimizer": {"make": torch.optim.Adam, "during": [GMP(0.5, every=0.5)]},
+        "method": {"during": [RigL(0.5, delta=1)]},
+        "methods": {},
+    }
+    with pytest.raises(ValueError, match=r"c belongs to another run: it was trained by SGD, GMP, this run is by"):
+        go(**changed[other])
+
+
+@pytest.mark.parametrize("wrong", [{"clip": 0.0}, {"clip": -1.0}, {"clip": float("nan")}, {"report_every": 0}])
+def test_a_clip_that_turns_gradients_round_is_refused(wrong):
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="clips gradients to a norm > 0"):
+        train(model, lambda _: torch.ones(1), optimizer, lambda _: 1.0, steps=1, **wrong)
 
 
 def test_accumulation_equals_a_large_batch():
@@ -385,3 +417,16 @@ def test_a_slow_disk_is_written_to_seldom(monkeypatch):
     assert not clock.is_due(2)
     time.now += 1
     assert clock.is_due(3)
+
+
+def test_a_seed_is_given_back():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    with seeded(-1, torch.device("cpu")):
+        first = torch.rand(4)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(1)
+    with seeded(-1, torch.device("cpu")):
+        assert torch.equal(torch.rand(4), first)
+    with seeded(0, torch.device("cpu")):
+        assert not torch.equal(torch.rand(4), first)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import peft
@@ -123,6 +124,18 @@ def test_ours_opens_peft(rslora: bool, tmp_path: Path) -> None:
     torch.testing.assert_close(_logits(own), _logits(model.merge_and_unload()))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("init_lora_weights", "pissa_niter_4"), ("init_lora_weights", "olora"), ("alora_invocation_tokens", [3])],
+)
+def test_adapters_that_peft_does_not_just_add_to_the_base_are_refused(key: str, value: object, tmp_path: Path) -> None:
+    peft.get_peft_model(_model(), peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(str(tmp_path))
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {key: value}))
+    with pytest.raises(ValueError, match=rf"more than plain LoRA.*{key}.*merge it with peft"):
+        Adaptation.load(tmp_path, _model())
+
+
 @pytest.mark.parametrize("family", ["opt", "gpt2"])
 def test_peft_trains_and_merges_under_the_mask(family: str, tmp_path: Path) -> None:
     base = _model(family)
@@ -168,6 +181,9 @@ def test_what_masked_adapters_refuse() -> None:
     dora = peft.get_peft_model(_model(), peft.LoraConfig(target_modules=["q_proj"], use_dora=True))
     with pytest.raises(ValueError, match="drop use_dora"):
         mask_adapters(dora, masks)
+    biased = peft.get_peft_model(_model(), peft.LoraConfig(target_modules=["q_proj"], lora_bias=True))
+    with pytest.raises(ValueError, match="drop lora_bias"):
+        mask_adapters(biased, masks)
     plain = peft.get_peft_model(_model(), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"nonzero weights under its mask.*apply_"):
         mask_adapters(plain, masks)
@@ -199,10 +215,18 @@ def test_what_is_refused_with_the_mend(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"other weights: 'model.decoder.layers.1.fc1'.*belongs on, runs/pruned"):
         Adaptation.load(tmp_path / "adapter", model)
     model.load_state_dict(before)
+    shutil.move(tmp_path / "adapter" / "masks.safetensors", tmp_path / "masks.safetensors")
+    with pytest.raises(ValueError, match=r"lacks masks\.safetensors, without which merging would fill"):
+        Adaptation.load(tmp_path / "adapter", model)
+    shutil.move(tmp_path / "masks.safetensors", tmp_path / "adapter" / "masks.safetensors")
     info = tmp_path / "adapter" / "prunus_adapter.json"
     info.write_text(json.dumps(json.loads(info.read_text()) | {"format": 9}))
     with pytest.raises(ValueError, match="format 9"):
         Adaptation.load(tmp_path / "adapter", model)
+    for text, said in (("[]", "has format None"), ('{"format": 1, "rank": 2}', "says no 'alpha'; it was edited")):
+        info.write_text(text)
+        with pytest.raises(ValueError, match=said):
+            Adaptation.load(tmp_path / "adapter", model)
     whole = adapt(model, ["full"], masks=masks, views=find_layers(model))
     with pytest.raises(ValueError, match="no adapter: merge and save the model"):
         whole.save(tmp_path / "whole")
@@ -241,6 +265,11 @@ def test_a_run_keeps_its_adapter_and_merge_makes_its_model(
     assert merged.keys() == wanted.keys()
     assert all(torch.equal(each, wanted[name]) for name, each in merged.items())
     assert load_info(tmp_path / "merged")["adapter"]["train"] == ["norms", "mask_lora"]
+
+    assert merge_adapter(str(base), out / "adapter", tmp_path / "merged", device="cpu") == row  # its own is replaced
+    with pytest.raises(ValueError, match="holds another model; give the merged one a folder of its own"):
+        merge_adapter(str(base), out / "adapter", out / "model", device="cpu")
+    assert load_file(out / "model" / "model.safetensors").keys() == wanted.keys()
 
     folders = [str(each) for each in (out / "model", out / "adapter", tmp_path / "again")]
     monkeypatch.setattr("sys.argv", ["prunus", "merge", *folders, "--device", "cpu"])

@@ -129,7 +129,12 @@ MISTAKES = [
     (["grid", "{f}/seeds.yaml"], "seeds: 3 stands twice", "give each once"),
     (["grid", "{f}/skipped.yaml"], "skip leaves no cell", "nothing would be run"),
     (["grid", "{f}/same.yaml"], "'a' and 'b' are one text", "report another"),
+    (["grid", "{f}/value.yaml"], "key '1.0' stands twice", "line 1"),
+    (["grid", "{f}/text.yaml"], "axes: 'held-out' is a column", "give the axis another name"),
+    (["grid", "{f}/column.yaml"], "axes: 'accuracy' is a column", "give the axis another name"),
     (["grid", "{f}/strange.yaml"], "tune.text: 'c' is not in evaluate.data", "which has a, b"),
+    (["run", "--retrain-seed", "100000000000000000000"], "retrain.seed", "less than 9223372036854775808"),
+    (["grid", "{f}/small.yaml", "--set", "seeds=[-9223372036854775809]"], "seeds.0", "greater than or equal to"),
     (["run", "--lr", ".inf"], "retrain.lr is inf", "give a finite number"),
     (
         ["run", "--set", "prune.criterion={sparsegpt: {damping: .nan}}"],
@@ -142,6 +147,24 @@ MISTAKES = [
     (["run", "{f}/itself.yaml"], "itself.yaml is not YAML: its aliases stand for more", "write out what they are"),
     (["run", "{f}/twice.yaml"], "key 'sparsity' stands twice", "line 1"),
     (["run", "{f}/latin.yaml"], "latin.yaml is not UTF-8", "save it as UTF-8"),
+    (["run", "{f}/deep.yaml"], "deep.yaml is nested too deeply", "a few levels"),
+    (["run", "{f}/set.yaml"], "set.yaml is not YAML", "line 1"),
+    (["run", "--set", "model=!!binary aGVsbG8="], "is not YAML", "line 1"),
+    (["run", "--set", "prune.sparsity=!!float abc"], "--set prune.sparsity=!!float abc is not YAML", "'abc'"),
+    (["run", "--set", "save=!!bool maybe"], "--set save=!!bool maybe is not YAML", "maybe"),
+    (["report", "{f}/foreign"], "foreign/result.json", "give the folder of one"),
+    (["report", "{f}/foreign", "{f}/foreign"], "foreign/result.json", "give the folder of one"),
+    (["report", "{f}/strange"], "strange/table.json", "give the folder of one"),
+    (["inspect", "{tiny}", "--out", "{f}"], "is a folder", "give a file"),
+    (["inspect", "{tiny}", "--out", "{f}/short.txt/numbers.json"], "nothing can be written in", "give another file"),
+    (["inspect", "{tiny}", "--out", "{f}/short.txt"], "short.txt is there already", "give another file"),
+    (["inspect", "{tiny}", "--out", "/dev/null"], "/dev/null is there already", "give another file"),
+    (["inspect", "{tiny}", "--out", "{tiny}/config.json"], "config.json is there already", "give another file"),
+    (["evaluate", "{tiny}", "--data", "{f}/short.txt", "--out", "{f}/short.txt"], "is there already", "another file"),
+    (["evaluate", "{tiny}", "--out", "{f}/foreign/result.json"], "is there already", "give another file"),
+    (["measure", "{tiny}", "--out", "{tiny}/model.safetensors"], "is there already", "give another file"),
+    (["report", "{f}/foreign", "--out", "{f}/digits.yaml"], "digits.yaml is there already", "give another file"),
+    (["report", "{f}/foreign", "{f}/foreign", "--out", "{f}/page.html"], "page.png", "give another file"),
 ]
 
 
@@ -166,6 +189,9 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "hollow.yaml": "base: {}\naxes: {a: {}}\n",
         "seeds.yaml": "base: {}\naxes: {a: {b: {}}}\nseeds: [3, 4]\nmore_seeds: {seeds: [3], where: {a: [b]}}\n",
         "skipped.yaml": "base: {}\naxes: {a: {b: {}}}\nskip: [{a: [b]}]\n",
+        "value.yaml": "axes: {a: {1: {}, 1.0: {}}}\nbase: {}\n",
+        "text.yaml": "base: {}\naxes: {held-out: {b: {}}}\n",
+        "column.yaml": "base: {images: digits, model: resnet8}\naxes: {accuracy: {b: {}}}\n",
         "same.yaml": grid + "tune: {text: a, axis: a, cells: {}}\n",
         "strange.yaml": grid.replace("b: embedded", "b: {source: embedded, split: test}")
         + "tune: {text: c, axis: a, cells: {}}\n",
@@ -173,6 +199,11 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Path:
         + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9)),
         "itself.yaml": "a: &a [*a]\n",
         "twice.yaml": "prune: {sparsity: 0.5, sparsity: 0.6}\n",
+        "deep.yaml": f"prune: {'[' * 2000}{']' * 2000}\n",
+        "set.yaml": "prune: !!set {a, b}\n",
+        "foreign/result.json": '{"accuracy": 0.5}',
+        "strange/table.json": '{"rows": []}',
+        "page.png": "someone's picture",
     }
     for name, text in texts.items():
         (folder / name).parent.mkdir(exist_ok=True)

@@ -61,6 +61,14 @@ def test_members_are_the_cells_times_seeds_and_tuned_where_asked(tiny_folder: Pa
     assert {m.key for m in members} & set(results)
 
 
+def test_a_value_with_which_training_went_astray_is_not_chosen(tiny_folder: Path, text_file: Path) -> None:
+    asked = checked(tiny_folder, text_file, Path("out"))
+    found = {1e-9: float("nan"), 1e-2: 10.0}  # the first that is tried
+    results = {m.key: {"perplexity": {"validation": found[m.tuned["retrain.lr"]]}} for m in tuning_members(asked)}
+    chosen = {m.tuned.get("retrain.lr") for m in final_members(asked, results) if m.labels["method"] == "norms"}
+    assert chosen == {1e-2}
+
+
 def test_a_grid_runs_and_a_second_call_repeats_nothing(
     tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -120,6 +121,33 @@ def test_a_run_killed_while_it_prunes_or_retrains_ends_with_the_same_bits(
         AutoModelForCausalLM.from_pretrained(tmp_path / name / "model").state_dict() for name in ("whole", "killed")
     )
     assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_dropout_draws_is_the_recipes(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    """Run twice, or killed before the first checkpoint of a training, it ends with the same bits."""
+    model = shutil.copytree(tiny_folder, tmp_path / "dropping")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    fitted = {"reconstruct": {"steps": 3}, "device": "cpu"}
+    weights: list[dict[str, torch.Tensor]] = []
+    for name in ("one", "other"):
+        torch.manual_seed(len(weights))
+        asked = recipe(model, text_file, tmp_path / name, **fitted)
+        if killed and weights:
+            with monkeypatch.context() as patch:
+                patch.setattr(stages, "train", interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    compress(asked)
+        compress(asked)
+        weights.append(AutoModelForCausalLM.from_pretrained(tmp_path / name / "model").state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
 
 
 def during(folder: Path, text: Path, out: Path, **changes: Any) -> dict[str, Any]:

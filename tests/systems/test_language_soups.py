@@ -293,6 +293,10 @@ def test_members_of_grids_go_through_the_phases_of_a_run(tiny_folder: Path, text
             assert row["beside"]["text"][LONGER]["mean"] == alone["perplexity"][LONGER]["text"]
 
 
+def test_a_member_that_went_astray_is_not_the_best() -> None:
+    assert soups._best([{"text": float("nan")}, {"text": 3.0}, {"text": 2.0}]) == 2
+
+
 def test_a_greedy_soup_is_chosen_by_the_first_text(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     """It leaves out the member that is bad; with its weights given it is the same, and so is a grid's."""
     texts = {

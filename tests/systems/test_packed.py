@@ -105,6 +105,17 @@ def test_packed_folders_are_inspected_and_refused_where_they_cannot_be_read(tmp_
         unpack(tmp_path / "packed", tmp_path / "other")
 
 
+def test_another_model_is_not_replaced(tmp_path):
+    model = llama()
+    save_model(model, None, tmp_path / "other", masks=None, info={"note": "other"})
+    save_model(model, None, tmp_path / "packed", masks=pruned(model), info={}, packed=True)
+    before = (tmp_path / "other" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="other holds another model; give the ordinary one a folder of its own"):
+        unpack(tmp_path / "packed", tmp_path / "other")
+    assert (tmp_path / "other" / "model.safetensors").read_bytes() == before
+    assert unpack(tmp_path / "packed", tmp_path / "out") == unpack(tmp_path / "packed", tmp_path / "out")
+
+
 def test_the_command_unpacks(tmp_path):
     model = llama()
     save_model(model, None, tmp_path / "packed", masks=pruned(model), info={}, packed=True)

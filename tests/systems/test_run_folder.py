@@ -246,6 +246,17 @@ def test_a_finished_run_says_so_and_mends_what_is_missing(
         compress(asked)
 
 
+@pytest.mark.parametrize("found", ["[]", "null", '{"accuracy": 0.5}'])
+def test_a_result_that_is_none_of_prunus_is_refused(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, found: str
+) -> None:
+    (tmp_path / ".prunus-run").touch()
+    (tmp_path / "result.json").write_text(found)
+    with pytest.raises(ValueError, match="holds the result of another recipe; give another folder"):
+        compress(recipe(tiny_folder, text_file, tmp_path))
+    assert (tmp_path / "result.json").read_text() == found
+
+
 def test_a_finished_classifier_says_so_and_mends_what_is_missing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -174,6 +174,28 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path: Path, fit: F
     assert len(streamed.masks) == 14
 
 
+@pytest.mark.parametrize("train", ["full", "mask_lora"])
+def test_what_dropout_draws_in_a_block_hangs_on_nothing_before(tmp_path: Path, train: str) -> None:
+    def dropping() -> LlamaForCausalLM:
+        model = tiny_llama()
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.1
+        return model
+
+    fit, work = Fit(steps=8, lr=1e-3, train=(train,)), Work(tmp_path, "job").open()
+    torch.manual_seed(1)
+    expected, plain = run(dropping(), fit=fit), run(tiny_llama(), fit=fit)
+    assert not torch.equal(expected[name := "model.layers.0.mlp.up_proj.weight"], plain[name])
+
+    def kill(_: object) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        run(dropping(), fit=fit, work=work, on_block=kill)
+    assert not work.has("model.layers.1")
+    assert_equal(expected, run(dropping(), fit=fit, work=work))
+
+
 def test_a_search_goes_on_and_tries_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     search = evopress(generations=3, offspring=4, step=0.1)
     expected, tried, measure = run(tiny_llama(), allocation=search), list[object](), Tried._loss

@@ -85,6 +85,8 @@ class _Masked:
 def _check(name: str, module: Any, mask: Tensor, linear: type) -> None:
     if not isinstance(module, linear) or any(type(each) is not _Masked for each in module.lora_variant.values()):
         raise ValueError(f"'{name}' is no plain LoRA of a linear layer: take it from target_modules, or drop use_dora")
+    if any(each.bias is not None for each in module.lora_B.values()):
+        raise ValueError(f"'{name}' has a LoRA with a bias, which a mask does not go with: drop lora_bias")
     weight: Tensor = module.get_base_layer().weight
     if weight.shape != mask.shape:
         raise ValueError(f"'{name}' has shape {tuple(weight.shape)}, its mask {tuple(mask.shape)}: of another model")

@@ -32,6 +32,12 @@ PREFIX = "base_model.model."
 _FORMAT = 1
 _PIECE = 1 << 22  # entries of a weight looked at together
 _PLAIN = {"use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False, "bias": "none"}
+# Of peft's config, too: what makes something else than W + c BA of what lies in the folder.
+_VARIANTS = (
+    "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
+    "layer_replication",
+)  # fmt: skip
+_MOVED = ("pissa", "corda", "olora", "loftq", "lora_ga")  # inits that took a part of W into the adapter
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,13 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
     if not (folder / INFO).is_file():
         return _of_peft(folder, found)
     said = read_json(folder / INFO)
-    if said.get("format") != _FORMAT:
-        raise ValueError(f"{folder / INFO} has format {said.get('format')!r}; this Prunus reads {_FORMAT}: upgrade it")
+    version = said.get("format") if isinstance(said, dict) else None
+    if version != _FORMAT:
+        raise ValueError(f"{folder / INFO} has format {version!r}; this Prunus reads {_FORMAT}: upgrade it")
+    if lacking := [key for key in ("rank", "alpha", "views", "train", "base") if key not in said]:
+        raise ValueError(f"{folder / INFO} says no {lacking[0]!r}; it was edited: get the adapter again")
+    if MASKS in said.get("files", []) and not (folder / MASKS).is_file():
+        raise ValueError(f"{folder} lacks {MASKS}, without which merging would fill pruned weights: get it again")
     masks = Masks.load(folder / MASKS) if (folder / MASKS).is_file() else None
     base = said["base"]
     return StoredAdapter(
@@ -135,6 +146,8 @@ def _of_peft(folder: Path, found: dict[str, Tensor]) -> StoredAdapter:
     if said.get("peft_type") != "LORA":
         raise ValueError(f"{folder} holds no LoRA: its {CONFIG} says peft_type {said.get('peft_type')!r}")
     strange = [key for key, plain in _PLAIN.items() if (said.get(key) or plain) != plain]
+    strange += [key for key in _VARIANTS if said.get(key)]
+    strange += ["init_lora_weights"] if str(said.get("init_lora_weights")).lower().startswith(_MOVED) else []
     layers = tuple(name.removesuffix(".lora_A") for name in found if name.endswith(".lora_A"))
     odd = [name for name, each in found.items() if each.ndim != 2 or not name.endswith((".lora_A", ".lora_B"))]
     if strange or odd or not layers:

@@ -8,6 +8,7 @@ from .landscape import plot_plane as plot_plane
 from .metrics import append_metrics as append_metrics
 from .metrics import append_once as append_once
 from .metrics import read_metrics as read_metrics
+from .page import PAGE_MARK as PAGE_MARK
 from .page import Card as Card
 from .page import Page as Page
 from .page import Part as Part

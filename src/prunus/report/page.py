@@ -13,6 +13,7 @@ from prunus.machine import write_text
 from prunus.report.terminal import format_value, is_numeric
 
 _TEMPLATE = Path(__file__).with_name("page.html")
+PAGE_MARK = '<meta name="generator" content="Prunus">'  # by which a page of ours is known
 _DENSITY = 1.25  # pixels of a picture for one of the page
 _DARKEST = 0.75  # of the colour, so that numbers stay readable on it
 
@@ -70,7 +71,7 @@ def write_page(page: Page, path: str | Path) -> None:
     parts |= {"value": format_value}
     shown = Page(page.title, page.subtitle, page.cards, [part for part in page.parts if part])
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"), globals=parts)
-    write_text(Path(path), template.render(page=shown))
+    write_text(Path(path), template.render(page=shown, mark=PAGE_MARK))
 
 
 def _across(rows: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -178,8 +178,10 @@ def evaluate(
     from prunus.machine import write_json
     from prunus.run.evaluate import evaluate_model
     from prunus.run.show import show_evaluation
+    from prunus.run.written import check_numbers
 
     _check_single("evaluate")
+    check_numbers(out)
     asked = overrides(evaluate_flags(), flags, assign) | ({} if data is None else {"evaluate.data": data})
     found = evaluate_model(model, asked)
     show_evaluation(model, found)
@@ -209,8 +211,10 @@ def measure(
     from prunus.machine import write_json
     from prunus.run.measure import measure_models
     from prunus.run.show import show_speed
+    from prunus.run.written import check_numbers
 
     _check_single("measure")
+    check_numbers(out)
     asked = {"prompt": prompt, "tokens": tokens, "batch_size": batch_size, "seconds": seconds}
     said = {f"evaluate.speed.{key}": value for key, value in asked.items() if value is not None}
     found = measure_models(models, assignments(assign) | _of_device(device) | said)
@@ -233,7 +237,9 @@ def inspect(
     from prunus.machine import write_json
     from prunus.run.inspect import inspect_model
     from prunus.run.show import show_inspection
+    from prunus.run.written import check_numbers
 
+    check_numbers(out)
     found = inspect_model(path)
     show_inspection(path, found, every=every)
     if out is not None:
@@ -266,12 +272,17 @@ def report(
     $ prunus report runs/60 runs/24 --out both.html
     """
     from prunus.run.page import compare_runs, write_report
+    from prunus.run.written import check_page
 
     if len(folders) == 1:
+        if out is not None:
+            check_page(out)
         typer.echo(write_report(folders[0], out))
         return
-    compare_runs(folders, out or Path("report.html"))
-    typer.echo(out or Path("report.html"))
+    page = out or Path("report.html")
+    check_page(page, page.with_suffix(".png"))
+    compare_runs(folders, page)
+    typer.echo(page)
 
 
 @app.command()

@@ -56,7 +56,7 @@ def finished(recipe: BaseModel, out: Path, key: str, left: Sequence[str] = ()) -
     if not path.exists():
         return None
     found = read_json(path)
-    if found.get("key") != key:
+    if not isinstance(found, dict) or found.get("key") != key:
         raise ValueError(f"out: {out} holds the result of another recipe; give another folder with --out, or delete it")
     gone = [name for name in left if not (out / name).exists()]
     if gone:

@@ -14,6 +14,7 @@ Tuned values are chosen by the perplexity on `text`, or by the accuracy on valid
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +25,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from prunus.run.folder import device_name, device_of, ran_on
 from prunus.run.plain import Strict, read_yaml
-from prunus.run.recipe import digest, merge, parse, said
+from prunus.run.recipe import Seed, digest, merge, parse, said
 from prunus.run.store import Job, Store
 from prunus.run.tables import Layout, Show
 from prunus.run.tasks import Task, task_of
@@ -69,7 +70,7 @@ class Tune(Strict):
 class MoreSeeds(Strict):
     """Further seeds for the cells whose labels are all among those listed."""
 
-    seeds: list[int]
+    seeds: list[Seed]
     where: dict[str, list[Label]]
 
 
@@ -82,7 +83,7 @@ class Grid(Strict):
     base: dict[str, Any]
     axes: dict[str, Annotated[dict[str, dict[str, Any]], Field(min_length=1)]] = Field(min_length=1)
     tune: Tune | None = None
-    seeds: list[int] = Field(default=[0], min_length=1)
+    seeds: list[Seed] = Field(default=[0], min_length=1)
     more_seeds: MoreSeeds | None = None
     skip: list[dict[str, list[Label]]] = Field(default_factory=list)
     show: Show = Show()
@@ -105,6 +106,9 @@ class Grid(Strict):
         if not recipes:
             raise ValueError("skip leaves no cell, so nothing would be run: leave out an entry")
         self.task.check(None if self.tune is None else {"text": self.tune.text, "by": self.tune.by}, self.show, recipes)
+        taken = {"seeds", "tuned", *self.task.columns(recipes)}
+        if axis := next((axis for axis in self.axes if axis in taken), None):
+            raise ValueError(f"axes: {axis!r} is a column of the grid's table already; give the axis another name")
         tuning_members(self)
         return self
 
@@ -274,6 +278,7 @@ def _chosen(
     if not tries or grid.tune is None:
         return {}
     losses = {i: grid.task.loss(results[key], grid.tune.text) for i, (key, _) in enumerate(tries) if key in results}
+    losses = {i: math.inf if math.isnan(loss) else loss for i, loss in losses.items()}  # which min would take, if first
     return tries[min(losses, key=lambda i: losses[i])][1] if losses else None
 
 

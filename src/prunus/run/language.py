@@ -29,7 +29,7 @@ from prunus.run.recipe import LanguageRecipe, LanguageRetrain, digest, given, me
 from prunus.run.shrunk import shrunk, smaller_in
 from prunus.run.soups import Member, Pruned, averaged, longer_of, member_key, write_average
 from prunus.run.store import Job, Store
-from prunus.run.tables import LONGER, SOUP, Show, perplexity_row, perplexity_tables
+from prunus.run.tables import LONGER, PARTS, SOUP, Show, perplexity_row, perplexity_tables
 from prunus.run.texts import check_texts
 from prunus.save import check_whole, load_info
 from prunus.soup import Souped, distance, sms
@@ -197,6 +197,9 @@ class _Language:
                 raise ValueError(f"tune.text: {tune['text']!r} is not in evaluate.data, which has {', '.join(data)}")
         if show.columns:
             raise ValueError("show.columns is for grids of classifiers; leave it out")
+
+    def columns(self, recipes: Sequence[LanguageRecipe]) -> set[str]:
+        return {"beside", *PARTS, *(text for recipe in recipes for text in recipe.evaluate.data)}
 
     def recipe(self, raw: Mapping[str, Any], seed: int, *, tuning: bool, where: str) -> LanguageRecipe:
         raw = merge(dict(raw), {"save": False, "log_with": []})

@@ -18,7 +18,7 @@ from prunus.masks import Masks
 from prunus.run import stages
 from prunus.run.folder import device_of
 from prunus.run.recipe import LanguageRecipe, parse
-from prunus.save import MASKS_NAME, check_apart, check_new, load_info, save_model
+from prunus.save import INFO_NAME, MASKS_NAME, check_apart, check_new, load_info, save_model
 
 __all__ = ["merge_adapter"]
 
@@ -29,7 +29,7 @@ def merge_adapter(base: str, adapter: str | Path, out: str | Path, *, device: st
     """What was merged, as a row to print; the model stands in `out`.
 
     Raises ValueError, before anything is written, for an adapter of another model, masks that differ, and an `out` that
-    holds anything but a model of Prunus, or lies in what is read.
+    holds anything but what the adapter was merged into before, or lies in what is read.
 
     >>> merge_adapter("facebook/opt-125m", "runs/opt/adapter", "runs/merged")  # doctest: +SKIP
     """
@@ -37,6 +37,7 @@ def merge_adapter(base: str, adapter: str | Path, out: str | Path, *, device: st
     for source in (base, adapter):
         check_apart(out, source)
     check_new(out)
+    _check_same(out, adapter)
     stored = read_adapter(adapter)
     recipe = parse({"model": base, "device": device, "prune": {"sparsity": 0}}, LanguageRecipe, "merge")
     where = device_of(recipe)
@@ -60,3 +61,9 @@ def merge_adapter(base: str, adapter: str | Path, out: str | Path, *, device: st
         "zeros": None if masks is None else masks.sparsity,
         "difference": max(report.difference.values(), default=0.0),
     }
+
+
+def _check_same(out: Path, adapter: str | Path) -> None:
+    """Another model that Prunus saved is not replaced, only what this adapter was merged into."""
+    if (out / INFO_NAME).is_file() and load_info(out).get("adapter", {}).get("path") != str(adapter):
+        raise ValueError(f"out: {out} holds another model; give the merged one a folder of its own, or delete it")

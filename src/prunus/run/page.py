@@ -22,6 +22,7 @@ from prunus.run.tables import SOUP, spread
 __all__ = ["compare_runs", "write_report"]
 
 _MOST_CARDS = 8
+_HAS = {"result.json": "model", "table.json": "seeds", "sweep.json": "points"}  # by which they are known
 _POINT = 0.01  # of accuracy
 _MEASURED = "Measured decoding; zeros that lie anywhere make no program faster, and files are what was saved."
 
@@ -32,23 +33,24 @@ Row = dict[str, Any]
 def write_report(folder: Path, path: Path | None = None) -> Path:
     """Write the page of a finished run, grid or sweep, report.html in its folder if not said otherwise; returns where.
 
-    Raises FileNotFoundError for a folder in which nothing is finished.
+    Raises FileNotFoundError for a folder in which nothing is finished, ValueError for what no run of Prunus left there.
     """
     name, draw = _kind(folder)
     path = path or folder / "report.html"
-    write_page(draw(folder, read_json(folder / name)), path)
+    write_page(draw(folder, _read(folder / name)), path)
     return path
 
 
 def compare_runs(folders: Sequence[Path], path: Path) -> None:
     """Write one page that sets finished runs beside one another: their last stages, what they cost, their recipes.
 
-    Raises FileNotFoundError for a folder without a finished run; ValueError for grids and sweeps, whose pages compare.
+    Raises FileNotFoundError for a folder without a finished run; ValueError for grids and sweeps, whose pages compare,
+    and for what no run of Prunus left.
     """
     for folder in folders:
         if _kind(folder)[0] != "result.json":
             raise ValueError(f"{folder} is no single run: its own report.html compares what it holds")
-    found = {str(folder): read_json(folder / "result.json") for folder in folders}
+    found = {str(folder): _read(folder / "result.json") for folder in folders}
     rows = [{"folder": name, **_last(result)} for name, result in found.items()]
     stages = [{"folder": name, **row} for name, result in found.items() for row in _stages(result)]
     parts = [
@@ -97,6 +99,15 @@ def _kind(folder: Path) -> tuple[str, Callable[[Path, Any], Page]]:
         if (folder / name).exists():
             return name, draw
     raise FileNotFoundError(f"{folder} holds nothing finished: there is none of {', '.join(kinds)}")
+
+
+def _read(path: Path) -> Any:
+    """What a run, grid or sweep left in one of those files."""
+    found, has = read_json(path), _HAS[path.name]
+    rows: list[Any] = found if path.name == "table.json" and isinstance(found, list) else [found]
+    if not all(isinstance(row, dict) and has in row for row in rows):
+        raise ValueError(f"{path} is not what a run of Prunus leaves; give the folder of one")
+    return found
 
 
 def _run(folder: Path, result: Result) -> Page:

@@ -77,11 +77,12 @@ class _Yaml(yaml.SafeLoader):
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for key in keys:
             key.tag = "tag:yaml.org,2002:str" if key.tag == _SHARE else key.tag
-        seen: set[str] = set()
+        seen: set[Any] = set()
         for key in keys:
-            if key.value in seen:
+            meant: Any = key.value if key.tag in _OWN else self.construct_object(key)  # pyright: ignore[reportUnknownMemberType]
+            if not seen.isdisjoint({key.value, meant}):  # 1 and 1.0 are one key of a dictionary, too
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
-            seen.add(key.value)
+            seen |= {key.value, meant}
         return super().construct_mapping(node, deep)
 
 
@@ -96,6 +97,13 @@ def _size(node: Any, known: dict[int, float]) -> float:
 
 
 _SHARE = "!share"
+_OWN = ("tag:yaml.org,2002:merge", "tag:yaml.org,2002:value")  # of YAML's own keys, << and =
+_PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")  # what a recipe has; !!set and !!binary are none of it
+_Yaml.yaml_constructors = {
+    tag: make
+    for tag, make in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.removeprefix("tag:yaml.org,2002:") in _PLAIN
+}
 _REPLACED = [f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "timestamp")]
 _Yaml.yaml_implicit_resolvers = {
     first: [(tag, rule) for tag, rule in rules if tag not in _REPLACED]
@@ -120,8 +128,12 @@ def yaml_value(text: str, where: str) -> Any:
     """
     try:
         return yaml.load(text, _Yaml)
+    except RecursionError:
+        raise ValueError(f"{where} is nested too deeply; a recipe has a few levels") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
+    except (ValueError, KeyError) as error:  # !!float abc, !!bool maybe
+        raise ValueError(f"{where} is not YAML: {error}, which its tag does not fit; leave out the tag") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ complete or absent, and is not trained again. In a grid members are jobs.
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 import statistics
 from collections.abc import Mapping, Sequence
@@ -236,7 +237,8 @@ def averaged(
 
 def _best(perplexities: Sequence[Mapping[str, float]]) -> int:
     first = next(iter(perplexities[0]))
-    return min(range(len(perplexities)), key=lambda place: perplexities[place][first])
+    values = [math.inf if math.isnan(each[first]) else each[first] for each in perplexities]
+    return min(range(len(values)), key=values.__getitem__)
 
 
 def _kept(pruned: Pruned, name: str, asked: LanguageRetrain, path: Path) -> Numbers:

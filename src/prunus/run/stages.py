@@ -46,7 +46,7 @@ from prunus.save import loaded_model
 from prunus.shrink import trim_vocabulary
 from prunus.soup import finish
 from prunus.stream import BlockReport, Fit, Shards, Streamed, Work, stream
-from prunus.train import During, Watch, distilled_next_token, lighten_, next_token_loss, train
+from prunus.train import During, Watch, distilled_next_token, lighten_, next_token_loss, seeded, train
 
 __all__ = [
     "Loaded",
@@ -65,6 +65,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 OnStep = Callable[[int, float], None]
 _RESIDENT = 0.75  # largest share of a GPU's free memory that weights take which stay there
+_APART = 1_000_003  # between the seeds of two processes that share a training
 _RESIDENT_GRAM = 0.4  # criteria that read Gram matrices need several matrices of (in, in) beside them
 
 
@@ -367,6 +368,7 @@ def retrain(
         compiled_forward(model) if recipe.compile else nullcontext(),
         _compiled(teacher if recipe.compile else None),
         recomputed(model, spare=spare) if asked.checkpointing else nullcontext(),
+        seeded(asked.seed + _APART * ranks.index(), device),  # whatever was done before, in this process or in another
     ):
         trace = train(
             model,

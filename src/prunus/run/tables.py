@@ -27,6 +27,7 @@ __all__ = [
     "LONGER",
     "MEAN",
     "METRICS",
+    "PARTS",
     "SOUP",
     "Layout",
     "Show",
@@ -43,6 +44,7 @@ __all__ = [
 Result = Mapping[str, Any]
 Row = Mapping[str, Any]
 MEAN, BEST, SOUP, LONGER = "mean of members", "best member", "soup", "as long as all"  # rows of language models' soups
+PARTS = ("retraining", "zero_shot", "pruning", "shrink")  # of a language model's row, beside perplexities
 _BESIDE = (MEAN, BEST, LONGER)  # what a soup stands beside
 _MOST_LINES = 10  # that one picture tells apart
 
@@ -143,7 +145,7 @@ def perplexity_row(results: Sequence[Result]) -> dict[str, Any]:
         names = [x for x in results[0]["soup"]["perplexity"] if x in _BESIDE or x.startswith(f"{SOUP}, ")]
         each = {name: over_seeds(lambda r, text, name=name: r["soup"]["perplexity"][name][text]) for name in names}
         row["beside"] = {text: {name: found[text] for name, found in each.items()} for text in results[0]["perplexity"]}
-    for part in ("retraining", "zero_shot", "pruning", "shrink"):
+    for part in PARTS:
         if part in results[0]:
             row[part] = {k: v for k, v in results[0][part].items() if k not in ("losses", "merge")}
     return row

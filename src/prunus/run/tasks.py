@@ -33,6 +33,10 @@ class Task(Protocol):
         recipes: of all cells."""
         ...
 
+    def columns(self, recipes: Sequence[Any]) -> set[str]:
+        """What `row` says beside the labels, of any of these recipes."""
+        ...
+
     def recipe(self, raw: Mapping[str, Any], seed: int, *, tuning: bool, where: str) -> Any:
         """The checked recipe of a member; tuning: of one that chooses a value."""
         ...

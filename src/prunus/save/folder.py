@@ -216,6 +216,8 @@ def unpack(packed: str | Path, out: str | Path) -> SavedModel:
         raise ValueError(f"{packed} is not packed: transformers reads it as it is")
     check_whole(packed)
     info = {key: value for key, value in load_info(packed).items() if key not in ("files", "checksums")}
+    if (Path(out) / INFO_NAME).is_file() and _of_model(load_info(out)) != _of_model(info):
+        raise ValueError(f"out: {out} holds another model; give the ordinary one a folder of its own, or delete it")
     with new_folder(out, packed) as partial:
         unpack_(checkpoint, partial)
         copy_small_files(packed, partial, _REST)
@@ -223,6 +225,11 @@ def unpack(packed: str | Path, out: str | Path) -> SavedModel:
         info["size"] = _size(partial)
         files = write_info(partial, info, model_card(Path(out).name, info))
         return SavedModel(Path(out), files, **info["size"])
+
+
+def _of_model(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What prunus.json says of a model, packed or not."""
+    return {key: value for key, value in info.items() if key not in ("files", "checksums", "masks", "size")}
 
 
 def load_info(folder: str | Path) -> dict[str, Any]:

@@ -11,20 +11,19 @@ jobs that will make them (as recipes do). `sms_` is the same for a network in pl
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from prunus.machine import read_tensors, write_tensors
 from prunus.masks import Masks
 from prunus.soup.average import average
 from prunus.soup.imp import Phase, check_nested, distance, phase_sparsities
+from prunus.train import seeded
 
 if TYPE_CHECKING:
     from prunus.soup.imp import Select
@@ -137,7 +136,7 @@ def sms_(
         if path is not None and path.exists():
             return read_tensors(path)[0]
         own = copy.deepcopy(model)
-        with _drawing(seed + members * index + place, own):
+        with seeded(seed + members * index + place, next(own.parameters()).device):
             retrain(own, phase, place)
         phase.masks.check(own)
         state = {name: value.detach() for name, value in own.state_dict().items()}
@@ -156,12 +155,3 @@ def sms_(
 
     done = sms(model, phases=phases, members=members, prune=pruned, retrain=member, average=averaged, map=map)
     return done[-1].pruned.masks
-
-
-@contextmanager
-def _drawing(seed: int, model: nn.Module) -> Generator[None]:
-    """Context in which torch's generators begin at a seed; they are as before afterwards."""
-    device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

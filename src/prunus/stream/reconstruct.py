@@ -26,7 +26,7 @@ from prunus.blocks import Arguments, run_block
 from prunus.layers import View
 from prunus.machine import Precision, autocast
 from prunus.masks import Masks
-from prunus.train import Capture, StandIns, Trained, linear_warmup_decay, train, unrecordable
+from prunus.train import Capture, StandIns, Trained, linear_warmup_decay, seeded, train, unrecordable
 
 __all__ = ["Fit", "Passing", "reconstruct"]
 
@@ -253,7 +253,8 @@ def _train_(
         how = local.free, tuple(local.views)
         stand_in = stand_ins.find(holder, how, examples[0], lambda: copied(*copy.deepcopy((holder, own)))[1])
     adaptation, trained = _prepare(holder, own, local, fit, seed)
-    stand_ins.train_(stand_in, trained, loss, run, examples[0])
+    with seeded(seed, device):  # as if no block had been fitted before
+        stand_ins.train_(stand_in, trained, loss, run, examples[0])
     adaptation.merge_()
 
 

@@ -58,10 +58,15 @@ class Checkpoint:
                 f"{self.path} belongs to another run: it has {state['plan']} and {len(found)} tensors, this run "
                 f"{self.plan} and {len(tensors)}. Delete it to start anew, or restore the run's settings."
             )
+        if (by := state.get("by", self._by)) != self._by:
+            raise ValueError(
+                f"{self.path} belongs to another run: it was trained by {', '.join(by)}, this run is by "
+                f"{', '.join(self._by)}. Delete it to start anew, or restore the run's settings."
+            )
         with torch.no_grad():
             for name, tensor in tensors.items():
                 tensor.copy_(like(state["tensors"][name], tensor))
-        for method, stored in zip(self.methods, state["methods"], strict=True):
+        for method, stored in zip(self._stateful, filter(None, state["methods"]), strict=True):
             method.load_state_dict(stored)
         self.watched.load_state(state["watched"])
         self.optimizer.load_state_dict(_placed(state["optimizer"], self.optimizer))
@@ -81,6 +86,7 @@ class Checkpoint:
         if self.accelerator.is_main_process:
             state = {
                 "plan": self.plan,
+                "by": self._by,
                 "step": step,
                 "trace": trace,
                 "tensors": tensors,
@@ -96,6 +102,15 @@ class Checkpoint:
                 except RuntimeError as error:  # torch's own, where the system refuses to write
                     raise OSError(f"{self.path} cannot be written ({error}): is the disk full?") from error
         self.accelerator.wait_for_everyone()
+
+    @property
+    def _stateful(self) -> list[nn.Module]:
+        return [method for method in self.methods if method.state_dict()]
+
+    @property
+    def _by(self) -> list[str]:
+        """The names of the optimizer and of the methods whose states are kept, which belong to no others."""
+        return [type(each).__name__ for each in (self.optimizer, *self._stateful)]
 
     def _on_host(self, tensor: Tensor) -> Tensor:
         """Gathered from all ranks, and kept by the one that writes: no device ever holds more than one in full."""

@@ -127,10 +127,11 @@ def distilled_next_token(
 def distilled_regression(teacher: nn.Module, weight: float = 0.5) -> Callable[[nn.Module, tuple[Any, Tensor]], Tensor]:
     """The loss of (model, (inputs, values (batch,))): weight (z_S - z_T)^2 + (1 - weight) (z_S - value)^2, the mean.
 
-    Models return logits (batch, 1), or an object that has them.
+    Models return logits (batch, 1), or an object that has them. Raises ValueError for a weight outside (0, 1].
 
     >>> loss = distilled_regression(dense)
     """
+    _Mixed(weight, 1.0)  # which checks it
 
     def loss(model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
         z = class_logits(model, batch[0]).float().flatten()

@@ -131,9 +131,9 @@ def train(
 
     The model is trained where it is (under several processes that share it, on the device of each), and ends in the
     mode (train or eval) in which it came; masks hold after every step.
-    Raises: ValueError for a number of steps below 1, a model without trainable parameters, fp16 without an accelerator,
-    a batch that the ranks cannot share, a step that cannot be captured, a checkpoint of another run;
-    FloatingPointError for a loss that is not finite.
+    Raises: ValueError for a number of steps below 1, a clip that is not positive, a model without trainable parameters,
+    fp16 without an accelerator, a batch that the ranks cannot share, a step that cannot be captured, a checkpoint of
+    another run; FloatingPointError for a loss that is not finite.
 
     >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     >>> train(model, batches, optimizer, linear_warmup_decay(100), steps=100).losses[-1]
@@ -141,6 +141,10 @@ def train(
     if steps < 1 or accumulate < 1:
         raise ValueError(
             f"Training needs at least 1 step of 1 micro batch; got steps={steps}, accumulate={accumulate}."
+        )
+    if (clip is not None and not clip > 0) or (report_every is not None and report_every < 1):
+        raise ValueError(
+            f"Training clips gradients to a norm > 0, reports every >= 1 steps; got {clip=}, {report_every=}."
         )
     if isinstance(capture, Kept) and checkpoint is not None:
         raise ValueError(f"A run whose recorded step is kept begins anew: leave out checkpoint={str(checkpoint)!r}.")

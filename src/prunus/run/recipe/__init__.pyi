@@ -42,4 +42,5 @@ from .texts import Shrink as Shrink
 from .training import OptimizerChoice as OptimizerChoice
 from .training import Training as Training
 from .values import Device as Device
+from .values import Seed as Seed
 from .values import looks_local as looks_local

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from prunus.run.plain import Strict
 from prunus.run.recipe.retraining import Distill, Retrain
 from prunus.run.recipe.texts import TRAIN_TEXT, Data
-from prunus.run.recipe.values import Count, Part, Positive, Share, Subsets, Whole
+from prunus.run.recipe.values import Count, Part, Positive, Seed, Share, Subsets, Whole
 from prunus.train import Multiplier, Original, constant, cosine, linear
 
 __all__ = ["Adapting", "DenseRates", "LanguageDistill", "LanguageRetrain", "LanguageTraining", "Reconstruct"]
@@ -28,7 +28,7 @@ class Adapting(Strict):
     alpha: Positive = 32.0
     """Scale of adapters: their update is multiplied by alpha / rank."""
     init: Literal["kaiming", "gaussian"] = "kaiming"
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the order of sequences, and of adapters."""
 
 

@@ -19,7 +19,7 @@ from prunus.run.recipe.retraining import ClassifierRetrain
 from prunus.run.recipe.shared import Recipe, check_members
 from prunus.run.recipe.soups import ClassifierSoup, Soup
 from prunus.run.recipe.training import Training
-from prunus.run.recipe.values import Share
+from prunus.run.recipe.values import Seed, Share
 
 __all__ = ["FORKING", "ClassifierRecipe"]
 
@@ -42,7 +42,7 @@ class ClassifierRecipe(Recipe):
     model: str = "resnet18"
     arguments: dict[str, Any] = Field(default_factory=dict)
     weights: str | None = None
-    seed: int = 0
+    seed: Seed = 0
     """Seed of weights, order and augmentation."""
     train: Training = Training()
     during: MethodName = None

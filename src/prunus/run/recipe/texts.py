@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from prunus.run.plain import Strict
-from prunus.run.recipe.values import Count, Part, Positive, Share, Whole, check_there, looks_local
+from prunus.run.recipe.values import Count, Part, Positive, Seed, Share, Whole, check_there, looks_local
 
 __all__ = ["TEST_TEXT", "TRAIN_TEXT", "Calibrate", "Data", "Evaluate", "Pace", "Shrink"]
 
@@ -68,7 +68,7 @@ class Calibrate(Strict):
     samples: Count = 128
     length: Annotated[int, Field(ge=2)] = 2048
     batch_size: Count = 8
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Shrink(Strict):

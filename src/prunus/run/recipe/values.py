@@ -11,12 +11,25 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from prunus.adapt import subsets
 
-__all__ = ["Count", "Device", "Globs", "Part", "Positive", "Share", "Subsets", "Whole", "check_there", "looks_local"]
+__all__ = [
+    "Count",
+    "Device",
+    "Globs",
+    "Part",
+    "Positive",
+    "Seed",
+    "Share",
+    "Subsets",
+    "Whole",
+    "check_there",
+    "looks_local",
+]
 
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # what torch's generators take
 Part = Annotated[float, Field(ge=0, lt=1)]  # a share that is not all
 Globs = tuple[str, ...]
 

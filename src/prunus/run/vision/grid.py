@@ -10,7 +10,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
-from prunus.measure import headline
+from prunus.measure import HEADLINES, headline
 from prunus.run.plain import meant
 from prunus.run.recipe import ClassifierRecipe, Recipe, data_changes, merge, parse
 from prunus.run.store import Job, Store
@@ -38,6 +38,9 @@ class _Classifiers:
         if strange:
             hint = meant(strange[0], METRICS) or f"there are {', '.join(METRICS)}"
             raise ValueError(f"show.columns: no number {strange[0]!r}; {hint}")
+
+    def columns(self, recipes: Sequence[ClassifierRecipe]) -> set[str]:
+        return {*HEADLINES, "dense", "pruned", "metrics", "accuracy by phase"}
 
     def recipe(self, raw: Mapping[str, Any], seed: int, *, tuning: bool, where: str) -> ClassifierRecipe:
         changes = {"seed": seed, **data_changes(raw, **({"measure_on": "validation"} if tuning else {}))}
