@@ -309,6 +309,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture
+def encoder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same under one name in every run, in an empty folder: jobs draw by what their recipes say, names included."""
+    monkeypatch.chdir(tmp_path)
+    Path("encoder").symlink_to(folder)
+    return Path("encoder")
+
+
 def recipe_of(folder: Path, out: Path, texts: Any, **changes: Any) -> EncoderRecipe:
     raw = {"model": str(folder), "texts": texts, "device": "cpu", "out": str(out), "train": {"batch_size": 8}}
     prune = {"criterion": "wanda", "sparsity": 0.6, "allocation": "uniform"}
@@ -349,49 +357,49 @@ def labelled(path: Path, rows: list[tuple[Any, ...]], names: str = "text,label")
     return str(path)
 
 
-def test_a_classifier_of_texts_is_trained_and_pruned_by_a_recipe(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
+def test_a_classifier_of_texts_is_trained_and_pruned_by_a_recipe(encoder: Path) -> None:
+    Path("data").mkdir()
     rows = [(line, "praise" if line.endswith(("good", "fine")) else "blame") for line in LINES]
-    labelled(tmp_path / "data" / "train.csv", rows[:36])
-    labelled(tmp_path / "data" / "test.csv", rows[36:])
-    texts = {"source": str(tmp_path / "data"), "measure_on": "test"}
+    labelled(Path("data/train.csv"), rows[:36])
+    labelled(Path("data/test.csv"), rows[36:])
+    texts = {"source": "data", "measure_on": "test"}
     prune = {"criterion": "sparsegpt", "pattern": "2:4", "exclude": ["classifier", "*pooler*"]}
     train = {"batch_size": 12, "epochs": 20, "lr": 1e-2}
-    recipe = recipe_of(folder, tmp_path / "run", texts, train=train, prune=prune)
+    recipe = recipe_of(encoder, Path("run"), texts, train=train, prune=prune)
     result = train_run(recipe)
     assert result["stages"]["dense"]["top1"] == result["accuracy"] == 1
     assert result["worst_class"] == 1
     assert result["texts"] == 12
-    back = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run").eval()
+    back = AutoModelForSequenceClassification.from_pretrained("run").eval()
     assert back.config.id2label == {0: "blame", 1: "praise"}
-    masks = Masks.load(tmp_path / "run" / "masks.safetensors")
+    masks = Masks.load("run/masks.safetensors")
     masks.check(back)
     assert not any("classifier" in name or "pooler" in name for name in masks)
     # As it came again: names and numbers of its classes are its own, and so is what it says.
     numbers = [(line, int(name == "praise")) for line, name in rows[36:]]
-    again = {"source": labelled(tmp_path / "numbers.csv", numbers), "validation": 0.25}
-    setting = Setting.of(recipe_of(tmp_path / "run", tmp_path / "again", again, retrain=None, prune=None))
+    again = {"source": labelled(Path("numbers.csv"), numbers), "validation": 0.25}
+    setting = Setting.of(recipe_of(Path("run"), Path("again"), again, retrain=None, prune=None))
     assert accuracy(setting.new_model(), setting.measured()).top1 == 1
     distilled = {"steps": 2, "lr": 1e-3, "distill": {"weight": 0.5}}
-    found = train_run(recipe_of(tmp_path / "run", tmp_path / "again", again, retrain=distilled))
+    found = train_run(recipe_of(Path("run"), Path("again"), again, retrain=distilled))
     assert found["stages"]["dense"]["top1"] == 1
     assert found["steps"] == 2
 
 
-def test_values_of_pairs_of_texts_are_ranked(folder: Path, tmp_path: Path) -> None:
+def test_values_of_pairs_of_texts_are_ranked(encoder: Path) -> None:
     worth = {"good": 1.0, "fine": 0.6, "poor": 0.3, "bad": 0.0}
     short = [line.split(maxsplit=2)[2] for line in LINES]  # both fit into the eight positions of the encoder
     pairs = zip(short, short[5:] + short[:5], strict=True)
     rows = [(*pair, sum(worth[text.split()[-1]] for text in pair)) for pair in pairs]
-    source = labelled(tmp_path / "pairs.csv", rows, "one,other,score")
+    source = labelled(Path("pairs.csv"), rows, "one,other,score")
     texts = {"source": source, "aim": "values", "text": ["one", "other"], "label": "score", "validation": 0.25}
     retrain = {"steps": 20, "lr": 3e-3, "schedule": "linear", "distill": {"weight": 0.3}}
     train = {"batch_size": 12, "epochs": 30, "lr": 1e-2}
     changes = {"train": train, "retrain": retrain, "prune": {"criterion": "magnitude", "sparsity": 0.3}}
-    result = train_run(recipe_of(folder, tmp_path / "run", texts, **changes))
+    result = train_run(recipe_of(encoder, Path("run"), texts, **changes))
     assert result["spearman"] > 0.8
-    back = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run").eval()
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    back = AutoModelForSequenceClassification.from_pretrained("run").eval()
+    tokenizer = AutoTokenizer.from_pretrained("run")
     held = read_sentences(source, tokenizer, "values", ("one", "other"), label="score").split(0.25, 0)[1]
     keywords, labels = held.batch()
     values = back(**keywords).logits.flatten().detach().double()
