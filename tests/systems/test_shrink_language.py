@@ -122,6 +122,17 @@ def test_heads_go_by_the_groups_that_share_a_key(family: str, tokens: torch.Tens
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tokens), logits(small, tokens))
 
 
+def test_a_share_by_which_no_group_of_heads_goes_is_refused(tokens: torch.Tensor) -> None:
+    model = made("llama")
+    with pytest.raises(
+        ValueError, match=r"shrink\.heads: of 2 groups .* a share of 0\.2 removes none; one of them is 0\.5"
+    ):
+        remove_heads(model, tokens, 0.2)
+    with pytest.raises(ValueError, match=r"of 1 groups .* removes none; leave it out"):
+        remove_heads(remove_heads(model, tokens, 0.5), tokens, 0.5)
+    assert remove_heads(model, tokens, 0.0) is model
+
+
 @pytest.mark.parametrize("family", ["opt", "gpt2", "phi3"])
 def test_heads_that_a_config_cannot_say_are_refused(family: str, tokens: torch.Tensor):
     with pytest.raises(ValueError, match=r"shrink"):

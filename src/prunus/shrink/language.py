@@ -116,7 +116,8 @@ def remove_heads(
     """A smaller model without that share of the groups of heads that have a key and a value in common, at least one.
 
     As `remove_neurons`: what stays of each output projection is fitted. Raises ValueError for models whose config has
-    no size of heads (then fewer of them cannot be said), and for other attention than query, key, value and output.
+    no size of heads (then fewer of them cannot be said), for other attention than query, key, value and output, and
+    for a share by which no group goes.
     """
     config = model.config
     heads, pairs, size = _heads(config)
@@ -129,6 +130,11 @@ def remove_heads(
         )
     stay, group = max(1, kept_of(pairs, share)), heads // pairs
     if stay == pairs:
+        if share:
+            raise ValueError(
+                f"shrink.heads: of {pairs} groups of heads with a key and a value in common, of which one stays, a share "
+                f"of {share:g} removes none; " + (f"one of them is {1 / pairs:.3g}" if pairs > 1 else "leave it out")
+            )
         return model
     how = {"device": device, "batch_size": batch_size, "precision": precision}
     cuts: dict[str, _Cut] = {}
