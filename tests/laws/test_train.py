@@ -174,6 +174,9 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     run(Net(), checkpoint=tmp_path / "c.pt")
     with pytest.raises(ValueError, match=r"c\.pt belongs to another run"):
         run(Net(), steps=13, checkpoint=tmp_path / "c.pt")
+    for changed in ({"precision": "bf16"}, {"clip": 0.5}):
+        with pytest.raises(ValueError, match=f"this run .*'{next(iter(changed))}': {next(iter(changed.values()))!r}"):
+            run(Net(), checkpoint=tmp_path / "c.pt", **changed)
     frozen = Net()
     frozen.second.weight.requires_grad_(False)
     with pytest.raises(ValueError, match=r"9 tensors, this run .* and 8"):

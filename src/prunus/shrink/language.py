@@ -132,8 +132,9 @@ def remove_heads(
     if stay == pairs:
         if share:
             raise ValueError(
-                f"shrink.heads: of {pairs} groups of heads with a key and a value in common, of which one stays, a share "
-                f"of {share:g} removes none; " + (f"one of them is {1 / pairs:.3g}" if pairs > 1 else "leave it out")
+                f"shrink.heads: of {pairs} groups of heads with a key and a value in common, of which one stays, a "
+                f"share of {share:g} removes none; "
+                + (f"one of them is {1 / pairs:.3g}" if pairs > 1 else "leave it out")
             )
         return model
     how = {"device": device, "batch_size": batch_size, "precision": precision}

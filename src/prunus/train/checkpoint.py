@@ -53,7 +53,7 @@ class Checkpoint:
         state = _read(self.path)
         tensors = resumable(self.model)
         found = {name: tuple(tensor.shape) for name, tensor in state["tensors"].items()}
-        if state["plan"] != self.plan or found != {name: tuple(t.shape) for name, t in tensors.items()}:
+        if self.plan | state["plan"] != self.plan or found != {name: tuple(t.shape) for name, t in tensors.items()}:
             raise ValueError(
                 f"{self.path} belongs to another run: it has {state['plan']} and {len(found)} tensors, this run "
                 f"{self.plan} and {len(tensors)}. Delete it to start anew, or restore the run's settings."

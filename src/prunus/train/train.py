@@ -169,7 +169,8 @@ def train(
     wrap = prepared(model, optimizer, accelerator, masks, shared=shared, recorded=recorded)
     with wrap as (inner, wrapped, stepper), settled(device if recorded else None):
         watched = Watched(watch, lambda: resumable(inner))
-        key = {"steps": steps, "accumulate": accumulate, "base_lrs": rates, **watched.plan}
+        key = {"steps": steps, "accumulate": accumulate, "base_lrs": rates, "precision": precision, "clip": clip}
+        key |= watched.plan
         saved = Checkpoint(checkpoint, key, accelerator, inner, optimizer, during, watched, shared)
         first, past = saved.load()
         run = _Run(accelerator, inner, wrapped, stepper, loss, clip, accumulate, tuple(during), shared, recorded)
