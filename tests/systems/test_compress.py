@@ -403,6 +403,8 @@ WRONG = [
     ({"device": "gpu3"}, "'gpu3'"),
     ({"prune": {"criterion": {"sparsegpt": {"damping": 3}}}}, "prune.criterion: sparsegpt needs 0 <= damping <= 1"),
     ({"retrain": {"distill": {"weight": 2}}}, "retrain.distill.weight"),
+    ({"prune": {"phases": True}}, "prune.phases: needs a number, not true or false"),
+    ({"retrain": {"distill": {"weight": True}}}, "retrain.distill.weight: needs a number"),
     ({"prune": {"allocation": "evopress", "phases": 2}}, "evopress solves whole layers"),
     ({"prune": {"allocation": "evopress"}, "streaming": True}, "leave out streaming"),
     ({"prune": {"allocation": {"evopress": {"levels": 0}}}}, "evopress needs generations, offspring and levels >= 1"),

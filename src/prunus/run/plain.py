@@ -6,11 +6,12 @@ import difflib
 import os
 import re
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, ValidationInfo, field_validator
 
 __all__ = ["Strict", "Unfinished", "is_full", "meant", "read_yaml", "yaml_value"]
 
@@ -27,10 +28,31 @@ class Strict(BaseModel):
     )
     shorthands: ClassVar[tuple[str, ...]] = ()  # kinds of plain values, in JSON's words, that stand for a section
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """`true` is no number, though Python counts it as 1."""
+        if isinstance(value, bool) and info.field_name in _numbers(cls):
+            raise ValueError("needs a number, not true or false")
+        return value
+
     @classmethod
     def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         whole = handler(core)
         return {"anyOf": [{"type": kind} for kind in cls.shorthands] + [whole]} if cls.shorthands else whole
+
+
+@cache
+def _numbers(section: type[BaseModel]) -> set[str]:
+    """The keys whose values are numbers and never true or false."""
+    taken = {name: _types(field.annotation) for name, field in section.model_fields.items()}
+    return {name for name, types in taken.items() if types & {int, float} and bool not in types}
+
+
+def _types(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of."""
+    own = {annotation} if isinstance(annotation, type) else set[Any]()
+    return own.union(*(_types(each) for each in get_args(annotation)))
 
 
 class Unfinished(RuntimeError):
