@@ -119,10 +119,10 @@ def _trained(args, subset, shape, steps, on_step, *, capture, compiled, taught):
     precision = "bf16" if subset == ("full",) else of_training(model, "bf16")
     cuda = torch.device(args.device).type == "cuda"
     packed = PackedTokens(torch.randint(config.vocab_size, (1 << 18,), generator=generator), shape[1])
-    programs = [compiled_forward(each) for each in (model, teacher) if compiled and each is not None]
     with ExitStack() as stack:
-        for program in programs:
-            stack.enter_context(program)
+        for each in (model, teacher) if compiled else ():
+            if each is not None:
+                stack.enter_context(compiled_forward(each))
         trace = train(
             model,
             lambda step: packed.at(step, batch=shape[0], seed=0),
@@ -141,7 +141,8 @@ def _trained(args, subset, shape, steps, on_step, *, capture, compiled, taught):
 
 
 if __name__ == "__main__":
-    asked = next((each for each in ("--compile", "--long") if each in sys.argv), None)
+    others = {"--compile": compiled, "--long": long}
+    asked = next((each for each in others if each in sys.argv), None)
     if asked:
         sys.argv.remove(asked)
-    main(__doc__, {"--compile": compiled, "--long": long, None: measure}[asked])
+    main(__doc__, others.get(asked or "", measure))

@@ -292,9 +292,7 @@ def test_several_processes_are_recorded_unless_they_exchange_much_or_it_is_impos
     assert captures("auto", model, optimizer, shared=False, scaled=False)
     for asked in (True, "auto"):
         assert captures(asked, model, optimizer, shared=True, scaled=False)
-    monkeypatch.setattr(
-        capture, "_SENT", 4 * 6 - 1
-    )  # one byte less than the gradients of two by two weights and two biases
+    monkeypatch.setattr(capture, "_SENT", 4 * 6 - 1)  # a byte less than the gradients of 2 x 2 weights and 2 biases
     assert captures(True, model, optimizer, shared=True, scaled=False)
     assert not captures("auto", model, optimizer, shared=True, scaled=False)
     assert captures("auto", model, optimizer, shared=False, scaled=False)

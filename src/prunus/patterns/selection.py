@@ -345,10 +345,8 @@ def _kth_between(flat: Tensor, k: int) -> Tensor:
     numel = flat.numel()
     if numel > 4 * _SAMPLED:
         sample = flat[:: numel // _SAMPLED].sort(descending=True).values
-        place, width = (
-            k * len(sample) // numel,
-            2 * math.isqrt(len(sample)),
-        )  # four deviations of a random sample's rank
+        place = k * len(sample) // numel
+        width = 2 * math.isqrt(len(sample))  # four deviations of a random sample's rank
         most, least = sample[max(place - width, 0)], sample[min(place + width, len(sample) - 1)]
         above = int((flat > most).count_nonzero())
         between = flat[(flat >= least) & (flat <= most)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from prunus.machine import read_json
 from prunus.measure import HEADLINES
@@ -55,11 +54,7 @@ def _is_numbers(path: Path) -> bool:
         return False
     if isinstance(found, dict):
         return found.keys() <= _EVALUATION and any(isinstance(found.get(name), dict) for name in _EVALUATED)
-    return all(isinstance(row, dict) and any(keys <= row.keys() for keys in _ROWS) for row in _listed(found))
-
-
-def _listed(found: Any) -> list[Any]:
-    return found if isinstance(found, list) else [found]
+    return all(isinstance(row, dict) and any(keys <= row.keys() for keys in _ROWS) for row in found)
 
 
 def _is_page(path: Path) -> bool:
