@@ -10,8 +10,8 @@ trainables through `prunus.train`, with `capture="auto"` and, as the reference, 
 and the largest relative difference between the two runs' losses; compiled, also the seconds until the first third is
 done, in which all is compiled. The floor counts the products alone: 2 operations a weight and token in the forward
 pass, for the gradient of the input, and, where a weight or a masked update is trained, for its own; a teacher's are
-left out. On an H200, compiled and recorded: norms 392,000 tokens a second, MaskLoRA 316,000, everything 294,000, with a
-teacher 201,000 (docs/results/recorded-steps.md).
+left out. On an H200, compiled and recorded: norms 391,000 tokens a second, MaskLoRA 318,000, everything 295,000, with a
+teacher 235,000 (docs/results/recorded-steps.md).
 """
 
 from __future__ import annotations
