@@ -90,14 +90,14 @@ def test_which_parameters_are_constrained_and_what_the_others_get() -> None:
 
     everything = made("sfw", model)
     assert inside(everything) == [[*names.values()]]
-    assert everything.param_groups[0]["constraint"][0].gauge == KSupport(0.3)
+    assert everything.param_groups[0]["constraint"][0].gauge == KSupport(0.1)
     filters = made({"sfw": {"set": "group_k_support", "rest": "free"}}, model)
     assert inside(filters)[0] == ["0.weight", "3.weight"]  # not the one Linear layer
     assert [group["weight_decay"] for group in filters.param_groups] == [0.0, 1e-3]
     assert filters.param_groups[1]["constraint"] is None
     chosen = made({"sfw": {"exclude": ["8"]}}, model)
     assert inside(chosen)[0] == ["0.weight", "3.weight"]
-    assert chosen.param_groups[1]["constraint"][0].radius == pytest.approx(10 * 8**0.5)  # a BatchNorm's weight
+    assert chosen.param_groups[1]["constraint"][0].radius == pytest.approx(3 * 8**0.5)  # a BatchNorm's weight
     pulled = made(PULLED, model)
     assert inside(pulled)[0] == ["0.weight", "3.weight"]
     assert [group["strength"] for group in pulled.param_groups] == [3.0, 0.0]

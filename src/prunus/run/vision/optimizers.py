@@ -1,6 +1,6 @@
 """What a classifier recipe may say of its optimizer, and the optimizers and penalties made of it.
 
-    train.optimizer   none: SGD    {sgd: {decoupled_decay: ..}}    {sfw: {set: k_support, k: 0.3, ..}}    {prox: {..}}
+    train.optimizer   none: SGD    {sgd: {decoupled_decay: ..}}    {sfw: {set: k_support, k: 0.1, ..}}    {prox: {..}}
                       adamw
     train.penalty     {groups: strength} or {nuclear: strength}, added to the loss
 
@@ -39,7 +39,7 @@ from prunus.train import During
 __all__ = ["AdamW", "Given", "OneOptimizer", "Optimizer", "Prox", "Pull", "Sfw", "Sgd", "Size"]
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-_USUAL = {"k": 0.3, "p": 2.0}
+_USUAL = {"k": 0.1, "p": 2.0}
 SetName = Annotated[str, AfterValidator(names.sets.name)]
 
 
@@ -151,7 +151,7 @@ class Sfw(Optimizer):
     set: SetName = "k_support"
     k: int | float | None = None
     p: Annotated[float, Field(ge=1)] | None = None
-    size: Size = Size(initial=10.0)
+    size: Size = Size(initial=3.0)
     rescale: Literal["none", "diameter", "gradient", "fast_gradient"] = "fast_gradient"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
