@@ -63,7 +63,8 @@ def page(results: dict[str, Any]) -> str:
         first = (ast.get_docstring(ast.parse((HERE / f"{name}.py").read_text(encoding="utf-8"))) or name).partition(
             "\n"
         )
-        parts.append(f"\n## {first[0].rstrip('.')}\n\n`benchmarks/{name}.py`\n\n")
+        host = f"; host: {results['hosts'][name]}" if name in results.get("hosts", {}) else ""
+        parts.append(f"\n## {first[0].rstrip('.')}\n\n`benchmarks/{name}.py`{host}\n\n")
         parts.append(f"Failed: {found}\n" if isinstance(found, str) else table([Row(**row) for row in found]))
         parts.append("\nStopped before its last row.\n" if name in results.get("stopped", []) else "")
     missing = [path.stem for path in scripts() if path.stem not in results["scripts"]]
@@ -98,13 +99,14 @@ def read(folder: Path, commit: str | None) -> dict[str, dict[str, Any]]:
 
 def joined(found: Mapping[str, dict[str, Any] | str]) -> dict[str, Any]:
     """The results of several scripts, with the setting of all: their commits, and the last date."""
-    settings = [wrote["setting"] for wrote in found.values() if not isinstance(wrote, str)]
-    commits = dict.fromkeys(each["commit"] for each in settings)
+    settings = {name: wrote["setting"] for name, wrote in found.items() if not isinstance(wrote, str)}
+    commits = dict.fromkeys(each["commit"] for each in settings.values())
     rows = {name: wrote if isinstance(wrote, str) else wrote["rows"] for name, wrote in found.items()}
     stopped = [name for name, wrote in found.items() if not isinstance(wrote, str) and not wrote["complete"]]
-    common = {key: settings[0][key] for key in SAME}
-    last = {"commit": ", ".join(commits), "date": max(each["date"] for each in settings)}
-    return {"setting": {**common, **last}, "scripts": rows, "stopped": stopped}
+    hosts = {name: each["host"] for name, each in settings.items() if "host" in each}
+    common = {key: next(iter(settings.values()))[key] for key in SAME}
+    last = {"commit": ", ".join(commits), "date": max(each["date"] for each in settings.values())}
+    return {"setting": {**common, **last}, "scripts": rows, "stopped": stopped, "hosts": hosts}
 
 
 def main() -> None:
@@ -151,6 +153,7 @@ def write(folder: Path, results: dict[str, Any]) -> None:
                 "setting": {**results["setting"], "commit": ", ".join(commits)},
                 "scripts": dict(sorted({**kept, **results["scripts"]}.items())),
                 "stopped": stopped + results.get("stopped", []),
+                "hosts": {**old.get("hosts", {}), **results.get("hosts", {})},
             }
     write_json(known, results)
     (folder / "speed.md").write_text(page(results), encoding="utf-8")

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -100,7 +101,8 @@ def main(doc: str | None, measure: Callable[[argparse.Namespace], Iterable[Row]]
         if args.json is not None:
             write_json(args.json, found)
 
-    sys.stdout.write(f"{device_name(args.device)}, torch {torch.__version__}, scale {args.scale:g}\n{table([])}")
+    where = f"{device_name(args.device)}, torch {torch.__version__}, scale {args.scale:g}"
+    sys.stdout.write(f"{where}, host {found['setting']['host']}\n{table([])}")
     sys.stdout.flush()
     for row in measure(args):
         rows.append(row)
@@ -111,7 +113,7 @@ def main(doc: str | None, measure: Callable[[argparse.Namespace], Iterable[Row]]
 
 
 def setting(args: argparse.Namespace) -> dict[str, str | float]:
-    """What the numbers depend on: device, scale, versions, commit, date."""
+    """What the numbers depend on: device, scale, versions, commit, date, and what the host was busy with before."""
     done = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
     )
@@ -126,6 +128,7 @@ def setting(args: argparse.Namespace) -> dict[str, str | float]:
         "triton": triton,
         "commit": done.stdout.strip() or "unknown",
         "date": datetime.date.today().isoformat(),
+        "host": f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores before it began",
     }
 
 

@@ -110,7 +110,7 @@ def test_a_page_of_single_runs(load, tmp_path: Path, monkeypatch: pytest.MonkeyP
         wrote = {"setting": {**setting, **changes}, "complete": complete, "rows": [row]}
         (tmp_path / f"{name}.json").write_text(json.dumps(wrote))
 
-    put("nm_mask")
+    put("nm_mask", host="load 0.5 on 8 cores before it began")
     put("growth", complete=False, commit="b", date="2026-01-03")
     monkeypatch.setattr(sys, "argv", ["all", "--from", str(tmp_path), "--out", str(tmp_path / "page"), "--commit", "a"])
     every.main()
@@ -118,6 +118,9 @@ def test_a_page_of_single_runs(load, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "G, torch\n1, triton 1, commit `b, a`, 2026-01-03" in page
     assert page.count("| work | 2 x 2 | 1 ms | 20 ms | 20 |") == 2
     assert page.count("Stopped before its last row") == 1
+    assert (
+        page.count("; host: ") == page.count("`benchmarks/nm_mask.py`; host: load 0.5 on 8 cores before it began") == 1
+    )
     put("hessian", torch="2")
     with pytest.raises(ValueError, match=r"hessian.json has torch 2, the page 1"):
         every.read(tmp_path, None)
