@@ -78,6 +78,7 @@ from .shrink import decompose as decompose
 from .shrink import find_channels as find_channels
 from .shrink import remove_filters as remove_filters
 from .solve import admm as admm
+from .solve import alps as alps
 from .solve import frank_wolfe as frank_wolfe
 from .solve import refit as refit
 from .solve import sparsegpt as sparsegpt

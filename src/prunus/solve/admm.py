@@ -1,4 +1,4 @@
-"""Masks and weights together, by the alternating direction method of multipliers in one layer (Boza 2024).
+"""Masks and weights together, by the alternating direction method of multipliers in one layer: ADMM and ALPS.
 
     minimise  ||X (W - W0)^T||^2  with  W = Z,  Z sparse      (Z, U: the sparse copy and the scaled multipliers)
 
@@ -6,17 +6,19 @@ in the columns' own units, B_ij = W0_ij sqrt(G_jj), so that G has a unit diagona
 
     Z = M * (W + U),   U += W - Z,   W = (B G + rho (Z - U)) (G + rho I)^-1 = B + rho (Z - U - B) (G + rho I)^-1
 
-In the first iterations M is chosen anew from |W + U|, at a sparsity that rises as s - s (1 - t)^3, t in (0, 1]: weights
-that go early may come back, and those that stay have moved meanwhile.
+M is chosen anew from |W + U|: weights that go early may come back, and those that stay have moved meanwhile. `admm`
+(Boza 2024) does so in the first iterations, at a sparsity that rises as s - s (1 - t)^3, t in (0, 1]; `alps` (Meng et
+al. 2024) in all of them at the whole sparsity, while rho rises, so that the mask is free at first and settles.
 
-Ours: before the units are taken, a share of G's mean diagonal is added to it. In the units of an input that the
-calibration hardly saw, moving its weight costs nothing, however far; with few tokens that ruined the model.
+Ours, of `admm`: before the units are taken, a share of G's mean diagonal is added to it. In the units of an input that
+the calibration hardly saw, moving its weight costs nothing, however far; with few tokens that ruined the model.
 """
 
 from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,14 +72,63 @@ def admm(
             pattern.mask(dense.abs(), kept, name=layer.name)  # what it refuses is refused before the work
             sparse, mask = _alternate(dense, unit, pattern, counts, iterations=iterations, rho=rho)
             weight = (sparse / unit.scale).to(layer.weight.dtype)
-        if not bool(weight.isfinite().all()):
-            raise ValueError(
-                f"admm's weights of '{layer.name}' overflow {weight.dtype}: raise rho (now {rho:g}), or load the model "
-                "in bfloat16 or float32"
-            )
+        _check_finite(weight, layer, "admm", rho)
         return weight, mask
 
     return Criterion(solve, needs="gram", name="admm", nests=True)
+
+
+def alps(
+    iterations: int = 60, stages: int = 12, damping: float = 0.01, *, rho: tuple[float, float] = (0.1, 5.0)
+) -> Criterion:
+    """ALPS (Meng et al. 2024, arXiv:2406.07831): ADMM whose dense and sparse copies are tied ever more strongly.
+
+    iterations: choices of the mask, between any two of them one product (out, in) x (in, in). rho: how strongly the
+        copies are tied in the first and in the last of `stages`, each of which takes one inverse (in, in); in between
+        it rises by the same factor. damping: added to the diagonal of G, as a share of its mean.
+
+    The paper raises rho by how much of the mask has changed, in up to 300 iterations, and ends with conjugate gradients
+    on the mask: `refit(alps())`. Here rho is a closed form of the iteration, so that nothing waits for the device.
+    Precision, patterns, unseen layers and errors are those of `admm`; inverses are not shared between layers, because
+    `stages` of them would have to be held.
+
+    >>> inputs = Inputs(2, gram=True)
+    >>> inputs.add_(torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]]))
+    >>> layer = Layer("fc", torch.tensor([[2.0, 1.0]]), inputs)
+    >>> refit(alps(), damping=0.0).solve(layer, Unstructured("row"), 1)[0]
+    tensor([[2.5000, 0.0000]])
+    """
+    if not 1 <= operator.index(stages) < operator.index(iterations):
+        raise ValueError(f"alps needs 1 <= stages < iterations; got stages={stages}, iterations={iterations}")
+    low, high = rho
+    if not (0 <= damping < float("inf") and 0 < low <= high < float("inf")):
+        raise ValueError(f"alps needs damping >= 0 and a rho that rises from above 0; got {damping} and {rho}")
+    rhos = [low * (high / low) ** (stage / max(1, stages - 1)) for stage in range(stages)]
+
+    @torch.no_grad()
+    def solve(layer: Layer, pattern: Pattern, kept: int) -> tuple[Tensor, Tensor]:
+        inputs = seen_gram(layer, "alps")
+        if inputs is None:
+            return magnitude.solve(layer, pattern, kept)
+        with full_products():
+            gram, scale = unit_gram(layer, inputs, damping)
+            dense = layer.weight.float() * scale
+            pattern.mask(dense.abs(), kept, name=layer.name)  # what it refuses is refused before the work
+            steps = [rhos[step * stages // (iterations - 1)] for step in range(iterations - 1)]
+            sparse, mask = _tighten(dense, gram, pattern, kept, steps)
+            weight = (sparse / scale).to(layer.weight.dtype)
+        _check_finite(weight, layer, "alps", high)
+        return weight, mask
+
+    return Criterion(solve, needs="gram", name="alps", nests=True)
+
+
+def _check_finite(weight: Tensor, layer: Layer, method: str, rho: float) -> None:
+    if not bool(weight.isfinite().all()):
+        raise ValueError(
+            f"{method}'s weights of '{layer.name}' overflow {weight.dtype}: raise rho (now {rho:g}), or load the model "
+            "in bfloat16 or float32"
+        )
 
 
 @dataclass(frozen=True)
@@ -92,10 +143,15 @@ class _Unit:
 
 
 def _invert(unit: Tensor, scale: Tensor, added: float) -> _Unit:
-    unit.diagonal().add_(added)
-    lower = torch.linalg.cholesky(unit)
+    return _Unit(_inverse(unit, added), scale)
+
+
+def _inverse(matrix: Tensor, added: float) -> Tensor:
+    """(matrix + added I)^-1 as by `halved`; the matrix is overwritten by that sum."""
+    matrix.diagonal().add_(added)
+    lower = torch.linalg.cholesky(matrix)
     invert_lower_(lower)
-    return _Unit(halved(times(lower.T, halved(lower))), scale)
+    return halved(times(lower.T, halved(lower)))
 
 
 def _ramp(shape: tuple[int, int], kept: int, choosing: int, unit: int, *, fixed: bool) -> list[int]:
@@ -121,4 +177,24 @@ def _alternate(
         multipliers = both - sparse
         if step + 1 < iterations:
             weight = times(sparse - multipliers - dense, unit.inverse).mul_(rho).add_(dense)
+    return sparse, mask
+
+
+def _tighten(dense: Tensor, gram: Tensor, pattern: Pattern, kept: int, rhos: list[float]) -> tuple[Tensor, Tensor]:
+    """Z (out, in) in units of the columns, and its mask: a product with each rho, and a mask before it and after it.
+
+    gram: in those units, and overwritten. U is in units of rho; nothing in here waits for the device.
+    """
+    both, added, tied = dense, 0.0, rhos[0]
+    mask = pattern.choose(both.abs(), kept)
+    sparse = torch.where(mask, both, 0.0)
+    for rho, steps in groupby(rhos):
+        inverse = _inverse(gram, rho - added)
+        multipliers = (both - sparse) * (tied / rho)
+        added = tied = rho
+        for _ in steps:
+            both = times(sparse - multipliers - dense, inverse).mul_(rho).add_(dense).add_(multipliers)
+            mask = pattern.choose(both.abs(), kept)
+            sparse = torch.where(mask, both, 0.0)
+            multipliers = both - sparse
     return sparse, mask
