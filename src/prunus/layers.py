@@ -228,12 +228,17 @@ def find_layers(
 
 
 def check_unwrapped(root: nn.Module) -> None:
-    """Raises ValueError for a model with adapters of peft in it, whose own matrices would be taken for layers.
+    """Raises ValueError for a model with adapters in it, ours or peft's: its weights are not all that it computes with.
 
     >>> check_unwrapped(nn.Linear(2, 2))
     """
     adapter = imported("peft.tuners.tuners_utils", "BaseTunerLayer")
+    adapted = imported("prunus.adapt.adapters", "Factors") + imported("prunus.adapt.sites", "Cast")
     for name, module in root.named_modules():
+        if isinstance(module, adapted):
+            raise ValueError(
+                f"{type(root).__name__} is adapted ({name!r}): call merge_ on its adaptation first, or remove_"
+            )
         if isinstance(module, adapter):
             raise ValueError(
                 f"{name!r} holds an adapter of peft: merge it first, model = model.merge_and_unload(), and wrap the "

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from prunus.layers import Inputs, Layer, View, check_unwrapped, find_layers, parameter_shapes
 from prunus.machine import called, hooked, in_mode
-from prunus.masks import Masks
+from prunus.masks import Masks, unwrapped
 from prunus.patterns import Pattern, Unstructured, check_sparsity
 from prunus.score import (
     Allocation,
@@ -74,7 +74,8 @@ def prune(
 
     Raises ValueError for a model without prunable weights, a sparsity outside [0, 1) or below that of `within`, a
     pattern that does not fit a layer or `within`, scores with NaN, a criterion or allocation that needs inputs when
-    there are none, and one that cannot do what is asked of it (compare layers without scores; stay `within` masks).
+    there are no batches, or none in them, a model that is adapted, and one that cannot do what is asked of it (compare
+    layers without scores; stay `within` masks).
 
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
     >>> prune(model, sparsity=0.75)
@@ -173,6 +174,8 @@ def _turns(model: nn.Module, views: Sequence[View], batches: Sequence[Any]) -> l
         for name in dict.fromkeys(block_of.values())
         if name in modules
     )
+    if not len(batches):
+        raise ValueError("there is no calibration batch, which shows the order of the blocks")
     with in_mode(model, training=False), hooked(hooks):
         _run(model, batches[0])
     names = [*order, *(name for name in dict.fromkeys(block_of.values()) if name not in order)]
@@ -233,9 +236,13 @@ def _inputs(model: nn.Module, views: Sequence[View], batches: Iterable[Any] | No
         return {}
     if batches is None:
         raise ValueError("criterion or allocation need what the layers receive: pass calibration batches")
-    with in_mode(model, training=False), observe(model, views, gram=needs == "gram") as inputs:
+    plain, served = unwrapped(model), False  # a compiled program calls no hooks
+    with in_mode(plain, training=False), observe(plain, views, gram=needs == "gram") as inputs:
         for batch in batches:
-            _run(model, batch)
+            _run(plain, batch)
+            served = True
+    if not served:
+        raise ValueError("there is no calibration batch: a generator that was read before is empty; pass a list")
     return inputs
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from prunus import patterns
+from prunus.adapt import adapt
 from prunus.layers import find_layers
-from prunus.masks import Masks
+from prunus.masks import Masks, own_name
 from prunus.patterns import NM, Block, Rows, Unstructured, kept_of
-from prunus.prune import prune
+from prunus.prune import prune, prune_in_turn
 from prunus.score import (
     Tried,
     criterion,
@@ -215,6 +216,8 @@ def test_a_plain_score_of_inputs_is_compared_within_rows_as_wanda_is():
         (partial(prune, pattern=NM(2, 4)), r"2:4 needs columns divisible by 4; '0' has 18.*exclude"),
         (partial(prune, pattern=Block(4, 4), sparsity=0.5), "block 4x4 needs rows divisible by 4"),
         (partial(prune, criterion=wanda, sparsity=0.5), "pass calibration batches"),
+        (partial(prune, criterion=wanda, sparsity=0.5, batches=iter([])), "no calibration batch"),
+        (partial(prune_in_turn, criterion=wanda, sparsity=0.5, batches=[]), "no calibration batch"),
         (partial(prune, criterion=sparsegpt, sparsity=0.5), "sparsegpt is no criterion; it makes one: call it"),
         (partial(prune, criterion=sparsegpt(), sparsity=0.5, allocation=lamp), "sparsegpt .* no scores for lamp"),
         (partial(prune, criterion=sparsegpt(), sparsity=0.5, within=Masks({})), "sparsegpt cannot stay within earlier"),
@@ -255,6 +258,24 @@ def test_a_model_that_peft_wraps_is_pruned_when_it_is_merged():
         with pytest.raises(ValueError, match=r"q_proj' holds an adapter of peft: merge it first"):
             verb(wrapped, magnitude, sparsity=0.5)
     assert prune(wrapped.merge_and_unload(), magnitude, sparsity=0.5).sparsity == 0.5
+
+
+@pytest.mark.parametrize("train", ["lora", "norms"])
+def test_a_model_that_is_adapted_is_pruned_when_it_is_merged(train: str):
+    model = tiny_llama().bfloat16()
+    adaptation = adapt(model, [train], masks=None, views=find_layers(model), rank=2)
+    for verb in (prune, partial(stream, tokens=torch.zeros(1, 2, dtype=torch.int64))):
+        with pytest.raises(ValueError, match=r"LlamaForCausalLM is adapted .*: call merge_"):
+            verb(model, magnitude, sparsity=0.5)
+    adaptation.merge_()
+    assert prune(model, magnitude, sparsity=0.5).sparsity == 0.5
+
+
+def test_a_compiled_model_is_calibrated_as_the_plain_one():
+    x = torch.randint(100, (2, 8))
+    expected = prune(tiny_llama(), wanda, sparsity=0.5, batches=[x])
+    masks = prune(torch.compile(tiny_llama(), backend="eager"), wanda, sparsity=0.5, batches=[x])
+    assert Masks({own_name(name): mask for name, mask in masks.items()}) == expected
 
 
 def test_adapters_of_peft_are_refused_before_their_matrices_are_taken_for_layers(monkeypatch):
