@@ -222,6 +222,13 @@ def find_layers(
         if candidate.trouble:
             raise ValueError(candidate.trouble)
         taken.append(candidate.view)
+    made = [path for path, module in root.named_modules() if _is_made(module)]
+    if made:
+        _note(
+            f"{_join(prefix, made[0])} and {len(made) - 1} other layers stay dense: their weights are made of other "
+            "parameters (weight_norm, torch's parametrize and prune: make them plain before), or are query, key and "
+            "value of nn.MultiheadAttention in one"
+        )
     if unknown:
         _note(f"{', '.join(unknown)} stay dense: whether these stacks are stored (out, in) or (in, out) is not known")
     return taken
@@ -373,6 +380,13 @@ def _views(root: nn.Module, path: str, name: str, parameter: Tensor) -> tuple[li
         )
     )
     return [View(each, "", index, bool(transposed), shape) for index, each in enumerate(names)], trouble
+
+
+def _is_made(module: nn.Module) -> bool:
+    """Whether a layer has matrices, but no parameter `weight` that is one."""
+    if isinstance(module, nn.MultiheadAttention):
+        return True
+    return isinstance(module, (nn.Linear, *CONVOLUTIONS)) and "weight" not in module._parameters
 
 
 def _is_stack(module: nn.Module, parameter: Tensor) -> bool:
