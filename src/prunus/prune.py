@@ -74,8 +74,8 @@ def prune(
 
     Raises ValueError for a model without prunable weights, a sparsity outside [0, 1) or below that of `within`, a
     pattern that does not fit a layer or `within`, scores with NaN, a criterion or allocation that needs inputs when
-    there are no batches, or none in them, a model that is adapted, and one that cannot do what is asked of it (compare
-    layers without scores; stay `within` masks).
+    there are no batches, or none in them, a model that is adapted or on the meta device, and one that cannot do what is
+    asked of it (compare layers without scores; stay `within` masks).
 
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
     >>> prune(model, sparsity=0.75)
@@ -98,8 +98,11 @@ def prune(
         asked = staying(asked, views, within)
     if shared.reads == "loss" and batches is not None:
         batches = list(batches)
-    inputs = _inputs(model, views, batches, needs)
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    absent = next((view.name for view in views if parameters[view.parameter].is_meta), None)
+    if absent is not None:
+        raise ValueError(f"'{absent}' is on the meta device: load its weights before pruning them")
+    inputs = _inputs(model, views, batches, needs)
     layers = {
         view.name: Layer(view.name, view.matrix(parameters[view.parameter]), inputs.get(view.name)) for view in views
     }

@@ -271,6 +271,28 @@ def test_a_model_that_is_adapted_is_pruned_when_it_is_merged(train: str):
     assert prune(model, magnitude, sparsity=0.5).sparsity == 0.5
 
 
+@pytest.mark.parametrize("asked", [magnitude, wanda])
+def test_a_model_without_weights_is_refused(asked):
+    with torch.device("meta"):
+        model = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="'weight' is on the meta device: load its weights"):
+        prune(model, asked, sparsity=0.5, batches=[torch.ones(1, 4)])
+
+
+@pytest.mark.parametrize("asked", [random(), sparsegpt()], ids=["random", "sparsegpt"])
+def test_the_dtype_of_new_tensors_changes_nothing(asked):
+    x = torch.rand(9, 6)
+    one, other = nn.Linear(6, 5), nn.Linear(6, 5)
+    other.load_state_dict(one.state_dict())
+    expected = prune(one, asked, sparsity=0.5, batches=[x])
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert prune(other, asked, sparsity=0.5, batches=[x]) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(one.weight, other.weight)
+
+
 def test_a_compiled_model_is_calibrated_as_the_plain_one():
     x = torch.randint(100, (2, 8))
     expected = prune(tiny_llama(), wanda, sparsity=0.5, batches=[x])
