@@ -29,6 +29,7 @@ from prunus.score import (
     Tried,
     allocation_of,
     check_comparable,
+    check_known,
     check_within,
     compared,
     counts_under,
@@ -73,9 +74,9 @@ def prune(
         convolutions of one group can be observed; positions that an attention_mask hides do not count.
 
     Raises ValueError for a model without prunable weights, a sparsity outside [0, 1) or below that of `within`, a
-    pattern that does not fit a layer or `within`, scores with NaN, a criterion or allocation that needs inputs when
-    there are no batches, or none in them, a model that is adapted or on the meta device, and one that cannot do what is
-    asked of it (compare layers without scores; stay `within` masks).
+    pattern that does not fit a layer or `within`, `within` of another model, scores with NaN, a criterion or allocation
+    that needs inputs when there are no batches, or none in them, a model that is adapted or on the meta device, and one
+    that cannot do what is asked of it (compare layers without scores; stay `within` masks).
 
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
     >>> prune(model, sparsity=0.75)
@@ -94,11 +95,12 @@ def prune(
         )
     check_sparsity(pattern, sparsity)
     check_comparable(asked, shared)
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     if within is not None:
+        check_known(within, parameters)
         asked = staying(asked, views, within)
     if shared.reads == "loss" and batches is not None:
         batches = list(batches)
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     absent = next((view.name for view in views if parameters[view.parameter].is_meta), None)
     if absent is not None:
         raise ValueError(f"'{absent}' is on the meta device: load its weights before pruning them")

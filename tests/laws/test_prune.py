@@ -99,6 +99,15 @@ def test_within_limits_what_another_allocation_may_keep(name: str):
     assert abs(round(second.sparsity * total) - 0.6 * total) <= 2  # uniform rounds in every layer
 
 
+@pytest.mark.parametrize("wrong", [{"module.6.weight": (10, 16)}, {"6.weight": (16, 10)}])
+def test_earlier_masks_of_another_model_are_refused(wrong: dict):
+    masks = Masks({name: torch.ones(shape, dtype=torch.bool) for name, shape in wrong.items()})
+    with pytest.raises(ValueError, match=f"earlier masks have '{next(iter(wrong))}'"):
+        prune(network(), sparsity=0.5, within=masks)
+    with pytest.raises(ValueError, match=f"earlier masks have '{next(iter(wrong))}'"):
+        stream(tiny_llama(), magnitude, sparsity=0.5, within=masks, tokens=torch.zeros(1, 2, dtype=torch.int64))
+
+
 def test_within_may_name_few_parameters():
     model = network()
     earlier = Masks({"6.weight": torch.zeros(10, 16, dtype=torch.bool)})

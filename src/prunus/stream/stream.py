@@ -48,6 +48,7 @@ from prunus.score import (
     Tried,
     allocation_of,
     check_comparable,
+    check_known,
     compared,
     counts_under,
     criterion_of,
@@ -131,6 +132,7 @@ def stream(
     needs = needed(asked, allocation_of(allocation))
     place = _placed(model, source, device, precision, include=include, exclude=exclude, observed=bool(needs))
     if within is not None:
+        check_known(within, dict(place.model.named_parameters()))
         asked = staying(asked, [*place.inner, *place.outer], within)
     with uncompiled(place.model) as model, in_mode(model, training=False):  # dropout is of training
         counts = _counts_of(
