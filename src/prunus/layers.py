@@ -237,15 +237,20 @@ def find_layers(
 def check_unwrapped(root: nn.Module) -> None:
     """Raises ValueError for a model with adapters in it, ours or peft's: its weights are not all that it computes with.
 
+    And for one that is sharded, of whose weights this process has a part.
+
     >>> check_unwrapped(nn.Linear(2, 2))
     """
     adapter = imported("peft.tuners.tuners_utils", "BaseTunerLayer")
+    shard = imported("torch.distributed.tensor", "DTensor")
     adapted = imported("prunus.adapt.adapters", "Factors") + imported("prunus.adapt.sites", "Cast")
     for name, module in root.named_modules():
         if isinstance(module, adapted):
             raise ValueError(
                 f"{type(root).__name__} is adapted ({name!r}): call merge_ on its adaptation first, or remove_"
             )
+        if any(isinstance(each, shard) for each in module.parameters(recurse=False)):
+            raise ValueError(f"{name!r} is sharded: prune and save the model before it is, or gather it")
         if isinstance(module, adapter):
             raise ValueError(
                 f"{name!r} holds an adapter of peft: merge it first, model = model.merge_and_unload(), and wrap the "

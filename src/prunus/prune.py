@@ -73,9 +73,11 @@ def prune(
         or mappings of keywords (a tokenizer's), given to the model in eval mode and on its device. Linear and
         convolutions of one group can be observed; positions that an attention_mask hides do not count.
 
+    A model may be compiled or in DataParallel; names are those of the ordinary one, unless `views` say others.
+
     Raises ValueError for a model without prunable weights, a sparsity outside [0, 1) or below that of `within`, a
     pattern that does not fit a layer or `within`, `within` of another model, scores with NaN, a criterion or allocation
-    that needs inputs when there are no batches, or none in them, a model that is adapted or on the meta device, and one
+    that needs inputs when there are no batches, or none in them, a model that is adapted, sharded or on meta, and one
     that cannot do what is asked of it (compare layers without scores; stay `within` masks).
 
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
@@ -87,6 +89,7 @@ def prune(
     pattern = Unstructured(compared(asked, shared)) if pattern is None else pattern
     needs = needed(asked, shared)
     if views is None:
+        model = unwrapped(model)
         check_unwrapped(model)
         views = observable(model, find_layers(model)) if needs else find_layers(model)
     if not views:
@@ -157,6 +160,7 @@ def prune_in_turn(
     """
     asked = criterion_of(criterion)
     if views is None:
+        model = unwrapped(model)
         check_unwrapped(model)
         views = observable(model, find_layers(model)) if asked.needs else find_layers(model)
     where = Unstructured(compared(asked, uniform)) if pattern is None else pattern

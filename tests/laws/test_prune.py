@@ -11,7 +11,7 @@ from torch import nn
 from prunus import patterns
 from prunus.adapt import adapt
 from prunus.layers import find_layers
-from prunus.masks import Masks, own_name
+from prunus.masks import Masks
 from prunus.patterns import NM, Block, Rows, Unstructured, kept_of
 from prunus.prune import prune, prune_in_turn
 from prunus.score import (
@@ -302,11 +302,14 @@ def test_the_dtype_of_new_tensors_changes_nothing(asked):
     assert torch.equal(one.weight, other.weight)
 
 
-def test_a_compiled_model_is_calibrated_as_the_plain_one():
+def test_a_wrapped_model_is_pruned_as_the_plain_one():
     x = torch.randint(100, (2, 8))
     expected = prune(tiny_llama(), wanda, sparsity=0.5, batches=[x])
-    masks = prune(torch.compile(tiny_llama(), backend="eager"), wanda, sparsity=0.5, batches=[x])
-    assert Masks({own_name(name): mask for name, mask in masks.items()}) == expected
+    for wrapped in (torch.compile(tiny_llama(), backend="eager"), nn.DataParallel(tiny_llama())):
+        masks = prune(wrapped, wanda, sparsity=0.5, batches=[x])
+        masks.check(wrapped)
+        assert masks == expected  # under the ordinary names
+        assert prune(wrapped, wanda, sparsity=0.75, batches=[x], within=masks).keys() == expected.keys()
 
 
 def test_adapters_of_peft_are_refused_before_their_matrices_are_taken_for_layers(monkeypatch):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from torch import Tensor, nn
 
 from prunus.machine import read_tensors, write_tensors
-from prunus.masks import Masks
+from prunus.masks import Masks, unwrapped
 from prunus.soup.average import average
 from prunus.soup.imp import Phase, check_nested, distance, phase_sparsities
 from prunus.train import seeded
@@ -126,7 +126,7 @@ def sms_(
     job = json.dumps({"sparsity": sparsity, "phases": phases, "members": members, "seed": seed})
 
     def pruned(_: nn.Module, index: int, before: Phase | None) -> Phase:
-        weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        weights = {name: parameter.detach().clone() for name, parameter in unwrapped(model).named_parameters()}
         within = None if before is None else before.masks
         masks = select(model, targets[index], within)
         check_nested(masks, within)
