@@ -222,18 +222,35 @@ def find_layers(
         if candidate.trouble:
             raise ValueError(candidate.trouble)
         taken.append(candidate.view)
+    made = [path for path, module in root.named_modules() if _is_made(module)]
+    if made:
+        _note(
+            f"{_join(prefix, made[0])} and {len(made) - 1} other layers stay dense: their weights are made of other "
+            "parameters (weight_norm, torch's parametrize and prune: make them plain before), or are query, key and "
+            "value of nn.MultiheadAttention in one"
+        )
     if unknown:
         _note(f"{', '.join(unknown)} stay dense: whether these stacks are stored (out, in) or (in, out) is not known")
     return taken
 
 
 def check_unwrapped(root: nn.Module) -> None:
-    """Raises ValueError for a model with adapters of peft in it, whose own matrices would be taken for layers.
+    """Raises ValueError for a model with adapters in it, ours or peft's: its weights are not all that it computes with.
+
+    And for one that is sharded, of whose weights this process has a part.
 
     >>> check_unwrapped(nn.Linear(2, 2))
     """
     adapter = imported("peft.tuners.tuners_utils", "BaseTunerLayer")
+    shard = imported("torch.distributed.tensor", "DTensor")
+    adapted = imported("prunus.adapt.adapters", "Factors") + imported("prunus.adapt.sites", "Cast")
     for name, module in root.named_modules():
+        if isinstance(module, adapted):
+            raise ValueError(
+                f"{type(root).__name__} is adapted ({name!r}): call merge_ on its adaptation first, or remove_"
+            )
+        if any(isinstance(each, shard) for each in module.parameters(recurse=False)):
+            raise ValueError(f"{name!r} is sharded: prune and save the model before it is, or gather it")
         if isinstance(module, adapter):
             raise ValueError(
                 f"{name!r} holds an adapter of peft: merge it first, model = model.merge_and_unload(), and wrap the "
@@ -368,6 +385,13 @@ def _views(root: nn.Module, path: str, name: str, parameter: Tensor) -> tuple[li
         )
     )
     return [View(each, "", index, bool(transposed), shape) for index, each in enumerate(names)], trouble
+
+
+def _is_made(module: nn.Module) -> bool:
+    """Whether a layer has matrices, but no parameter `weight` that is one."""
+    if isinstance(module, nn.MultiheadAttention):
+        return True
+    return isinstance(module, (nn.Linear, *CONVOLUTIONS)) and "weight" not in module._parameters
 
 
 def _is_stack(module: nn.Module, parameter: Tensor) -> bool:

@@ -32,7 +32,7 @@ from prunus.machine import local_part, read_tensors, write_tensors
 if TYPE_CHECKING:
     from prunus.layers import View
 
-__all__ = ["Masks", "count_kept", "infer_masks", "kept_rows", "pack", "read_packed", "unpack"]
+__all__ = ["Masks", "count_kept", "infer_masks", "kept_rows", "pack", "read_packed", "unpack", "unwrapped"]
 
 _FORMAT = "prunus.masks"
 _VERSION = "1"
@@ -328,16 +328,18 @@ def infer_masks(state: Mapping[str, Tensor]) -> Masks:
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter under its name in `model` and under its name in the ordinary module that `model` wraps."""
     named = dict[str, Tensor](model.named_parameters(remove_duplicate=False))
-    inner = model
-    while wrapped := _inside(inner):
-        inner = wrapped
-    return {own_name(name): each for name, each in inner.named_parameters(remove_duplicate=False)} | named
+    return {own_name(name): each for name, each in unwrapped(model).named_parameters(remove_duplicate=False)} | named
 
 
-def _inside(model: nn.Module) -> nn.Module | None:
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        return model.module
-    return model._modules.get("_orig_mod")  # torch.compile's
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The ordinary module inside those that torch.compile and (Distributed)DataParallel make.
+
+    >>> unwrapped(nn.DataParallel(nn.Linear(2, 2)))
+    Linear(in_features=2, out_features=2, bias=True)
+    """
+    parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    inner = model._modules.get("module" if parallel else "_orig_mod")
+    return model if inner is None else unwrapped(inner)
 
 
 def own_name(name: str) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from prunus.layers import Inputs, Layer, View, check_unwrapped, find_layers, parameter_shapes
 from prunus.machine import called, hooked, in_mode
-from prunus.masks import Masks
+from prunus.masks import Masks, unwrapped
 from prunus.patterns import Pattern, Unstructured, check_sparsity
 from prunus.score import (
     Allocation,
@@ -29,6 +29,7 @@ from prunus.score import (
     Tried,
     allocation_of,
     check_comparable,
+    check_known,
     check_within,
     compared,
     counts_under,
@@ -72,9 +73,12 @@ def prune(
         or mappings of keywords (a tokenizer's), given to the model in eval mode and on its device. Linear and
         convolutions of one group can be observed; positions that an attention_mask hides do not count.
 
+    A model may be compiled or in DataParallel; names are those of the ordinary one, unless `views` say others.
+
     Raises ValueError for a model without prunable weights, a sparsity outside [0, 1) or below that of `within`, a
-    pattern that does not fit a layer or `within`, scores with NaN, a criterion or allocation that needs inputs when
-    there are none, and one that cannot do what is asked of it (compare layers without scores; stay `within` masks).
+    pattern that does not fit a layer or `within`, `within` of another model, scores with NaN, a criterion or allocation
+    that needs inputs when there are no batches, or none in them, a model that is adapted, sharded or on meta, and one
+    that cannot do what is asked of it (compare layers without scores; stay `within` masks).
 
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
     >>> prune(model, sparsity=0.75)
@@ -85,6 +89,7 @@ def prune(
     pattern = Unstructured(compared(asked, shared)) if pattern is None else pattern
     needs = needed(asked, shared)
     if views is None:
+        model = unwrapped(model)
         check_unwrapped(model)
         views = observable(model, find_layers(model)) if needs else find_layers(model)
     if not views:
@@ -93,12 +98,16 @@ def prune(
         )
     check_sparsity(pattern, sparsity)
     check_comparable(asked, shared)
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     if within is not None:
+        check_known(within, parameters)
         asked = staying(asked, views, within)
     if shared.reads == "loss" and batches is not None:
         batches = list(batches)
+    absent = next((view.name for view in views if parameters[view.parameter].is_meta), None)
+    if absent is not None:
+        raise ValueError(f"'{absent}' is on the meta device: load its weights before pruning them")
     inputs = _inputs(model, views, batches, needs)
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     layers = {
         view.name: Layer(view.name, view.matrix(parameters[view.parameter]), inputs.get(view.name)) for view in views
     }
@@ -151,6 +160,7 @@ def prune_in_turn(
     """
     asked = criterion_of(criterion)
     if views is None:
+        model = unwrapped(model)
         check_unwrapped(model)
         views = observable(model, find_layers(model)) if asked.needs else find_layers(model)
     where = Unstructured(compared(asked, uniform)) if pattern is None else pattern
@@ -173,6 +183,8 @@ def _turns(model: nn.Module, views: Sequence[View], batches: Sequence[Any]) -> l
         for name in dict.fromkeys(block_of.values())
         if name in modules
     )
+    if not len(batches):
+        raise ValueError("there is no calibration batch, which shows the order of the blocks")
     with in_mode(model, training=False), hooked(hooks):
         _run(model, batches[0])
     names = [*order, *(name for name in dict.fromkeys(block_of.values()) if name not in order)]
@@ -233,9 +245,13 @@ def _inputs(model: nn.Module, views: Sequence[View], batches: Iterable[Any] | No
         return {}
     if batches is None:
         raise ValueError("criterion or allocation need what the layers receive: pass calibration batches")
-    with in_mode(model, training=False), observe(model, views, gram=needs == "gram") as inputs:
+    plain, served = unwrapped(model), False  # a compiled program calls no hooks
+    with in_mode(plain, training=False), observe(plain, views, gram=needs == "gram") as inputs:
         for batch in batches:
-            _run(model, batch)
+            _run(plain, batch)
+            served = True
+    if not served:
+        raise ValueError("there is no calibration batch: a generator that was read before is empty; pass a list")
     return inputs
 
 

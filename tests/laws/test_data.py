@@ -78,6 +78,11 @@ def test_joined_texts_are_one_stream_and_the_start_token_is_at_the_head_of_windo
         tokenize([""], Bytes(), separator="")
 
 
+def test_a_string_is_one_text_and_not_one_a_character():
+    assert tokenize("ab", Bytes()).equal(tokenize(["ab"], Bytes()))
+    assert tokenize_documents("ab", Bytes()).equal(tokenize_documents(["ab"], Bytes()))
+
+
 def test_documents_end_with_the_end_token():
     assert tokenize_documents(["ab", "c"], Bytes()).tolist() == [*b"ab", 256, *b"c", 256]
 

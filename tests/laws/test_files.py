@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from prunus.machine import (
     atomic,
@@ -110,6 +110,20 @@ def test_tied_and_strided_tensors_are_written_each_by_itself(tmp_path):
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         assert file.metadata().items() > {"kind": "test"}.items()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of files are POSIX's")
+def test_tensors_are_read_by_whoever_reads_the_files_beside_them(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with atomic_folder(tmp_path / "model") as partial:
+            save_file({"w": torch.ones(1)}, partial / "model.safetensors")  # as transformers does
+            write_text(partial / "config.json", "{}")
+        write_tensors(tmp_path / "masks.safetensors", {"w": torch.ones(1)})
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.name: path.stat().st_mode & 0o777 for path in files} == {path.name: 0o640 for path in files}
 
 
 def test_a_flipped_bit_is_found(tmp_path):

@@ -7,6 +7,7 @@ import doctest
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import l1_unstructured
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -121,6 +122,12 @@ def test_a_stack_that_nothing_multiplies_stays_dense_unless_named(caplog: pytest
     with pytest.raises(ValueError, match=r"'experts.up\[0\]' is one of 3 .* shape \(4, 6\).*is_transposed.*exclude"):
         names(Moe(None), include=["up"])
     assert names(Moe(None), exclude=["experts.*"]) == ["shared.0", "shared.1"]
+
+
+def test_weights_that_are_made_of_others_stay_dense_and_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    made = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), l1_unstructured(nn.Linear(4, 4), "weight", 0.5)
+    assert names(nn.Sequential(nn.Linear(4, 4), *made, nn.MultiheadAttention(4, 2))) == ["0", "3.out_proj"]
+    assert "1 and 2 other layers stay dense: their weights are made of other parameters" in caplog.text
 
 
 class Told(nn.Module):

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from prunus import patterns
+from prunus.adapt import adapt
 from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.patterns import NM, Block, Rows, Unstructured, kept_of
-from prunus.prune import prune
+from prunus.prune import prune, prune_in_turn
 from prunus.score import (
     Tried,
     criterion,
@@ -96,6 +97,15 @@ def test_within_limits_what_another_allocation_may_keep(name: str):
     assert not any((second[each] & ~first[each]).any() for each in first)
     total = sum(mask.numel() for mask in second.values())
     assert abs(round(second.sparsity * total) - 0.6 * total) <= 2  # uniform rounds in every layer
+
+
+@pytest.mark.parametrize("wrong", [{"module.6.weight": (10, 16)}, {"6.weight": (16, 10)}])
+def test_earlier_masks_of_another_model_are_refused(wrong: dict):
+    masks = Masks({name: torch.ones(shape, dtype=torch.bool) for name, shape in wrong.items()})
+    with pytest.raises(ValueError, match=f"earlier masks have '{next(iter(wrong))}'"):
+        prune(network(), sparsity=0.5, within=masks)
+    with pytest.raises(ValueError, match=f"earlier masks have '{next(iter(wrong))}'"):
+        stream(tiny_llama(), magnitude, sparsity=0.5, within=masks, tokens=torch.zeros(1, 2, dtype=torch.int64))
 
 
 def test_within_may_name_few_parameters():
@@ -215,6 +225,8 @@ def test_a_plain_score_of_inputs_is_compared_within_rows_as_wanda_is():
         (partial(prune, pattern=NM(2, 4)), r"2:4 needs columns divisible by 4; '0' has 18.*exclude"),
         (partial(prune, pattern=Block(4, 4), sparsity=0.5), "block 4x4 needs rows divisible by 4"),
         (partial(prune, criterion=wanda, sparsity=0.5), "pass calibration batches"),
+        (partial(prune, criterion=wanda, sparsity=0.5, batches=iter([])), "no calibration batch"),
+        (partial(prune_in_turn, criterion=wanda, sparsity=0.5, batches=[]), "no calibration batch"),
         (partial(prune, criterion=sparsegpt, sparsity=0.5), "sparsegpt is no criterion; it makes one: call it"),
         (partial(prune, criterion=sparsegpt(), sparsity=0.5, allocation=lamp), "sparsegpt .* no scores for lamp"),
         (partial(prune, criterion=sparsegpt(), sparsity=0.5, within=Masks({})), "sparsegpt cannot stay within earlier"),
@@ -255,6 +267,49 @@ def test_a_model_that_peft_wraps_is_pruned_when_it_is_merged():
         with pytest.raises(ValueError, match=r"q_proj' holds an adapter of peft: merge it first"):
             verb(wrapped, magnitude, sparsity=0.5)
     assert prune(wrapped.merge_and_unload(), magnitude, sparsity=0.5).sparsity == 0.5
+
+
+@pytest.mark.parametrize("train", ["lora", "norms"])
+def test_a_model_that_is_adapted_is_pruned_when_it_is_merged(train: str):
+    model = tiny_llama().bfloat16()
+    adaptation = adapt(model, [train], masks=None, views=find_layers(model), rank=2)
+    for verb in (prune, partial(stream, tokens=torch.zeros(1, 2, dtype=torch.int64))):
+        with pytest.raises(ValueError, match=r"LlamaForCausalLM is adapted .*: call merge_"):
+            verb(model, magnitude, sparsity=0.5)
+    adaptation.merge_()
+    assert prune(model, magnitude, sparsity=0.5).sparsity == 0.5
+
+
+@pytest.mark.parametrize("asked", [magnitude, wanda])
+def test_a_model_without_weights_is_refused(asked):
+    with torch.device("meta"):
+        model = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="'weight' is on the meta device: load its weights"):
+        prune(model, asked, sparsity=0.5, batches=[torch.ones(1, 4)])
+
+
+@pytest.mark.parametrize("asked", [random(), sparsegpt()], ids=["random", "sparsegpt"])
+def test_the_dtype_of_new_tensors_changes_nothing(asked):
+    x = torch.rand(9, 6)
+    one, other = nn.Linear(6, 5), nn.Linear(6, 5)
+    other.load_state_dict(one.state_dict())
+    expected = prune(one, asked, sparsity=0.5, batches=[x])
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert prune(other, asked, sparsity=0.5, batches=[x]) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(one.weight, other.weight)
+
+
+def test_a_wrapped_model_is_pruned_as_the_plain_one():
+    x = torch.randint(100, (2, 8))
+    expected = prune(tiny_llama(), wanda, sparsity=0.5, batches=[x])
+    for wrapped in (torch.compile(tiny_llama(), backend="eager"), nn.DataParallel(tiny_llama())):
+        masks = prune(wrapped, wanda, sparsity=0.5, batches=[x])
+        masks.check(wrapped)
+        assert masks == expected  # under the ordinary names
+        assert prune(wrapped, wanda, sparsity=0.75, batches=[x], within=masks).keys() == expected.keys()
 
 
 def test_adapters_of_peft_are_refused_before_their_matrices_are_taken_for_layers(monkeypatch):

@@ -6,7 +6,7 @@ from torch import nn
 
 from prunus.masks import Masks
 from prunus.soup.average import average
-from prunus.train import Swa
+from prunus.train import Ema, Swa
 from prunus.train.hooks import During
 from prunus.train.train import classification_loss, train
 
@@ -107,6 +107,19 @@ def test_sixteen_bit_weights_are_averaged_in_float32():
         model.weight.data.fill_(value)
         swa.after_step(step)
     assert float(swa.means.mean0) == 257  # which bfloat16 lacks
+
+
+def test_a_moving_average_of_sixteen_bit_weights_moves():
+    model = nn.Linear(1, 1, bias=False).bfloat16()
+    model.weight.data.fill_(1.0)
+    ema = Ema(0.999)
+    ema.attach(model, torch.optim.SGD(model.parameters()), plan(100))
+    ema.after_step(0)
+    model.weight.data.fill_(0.0)
+    for _ in range(100):
+        ema.follow()
+    ema.finish()
+    assert model.weight.item() == pytest.approx(0.999**100, abs=2**-9)  # bfloat16 around 0.9
 
 
 def plan(steps):

@@ -183,6 +183,32 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         run(frozen, checkpoint=tmp_path / "c.pt")
 
 
+def test_a_checkpoint_of_other_masks_or_settings_of_the_optimizer_is_refused(tmp_path):
+    def go(kept: int = 0, **options):
+        model = nn.Linear(4, 2)
+        masks = Masks({"weight": torch.arange(4) % 2 == kept}) if kept < 2 else None
+        masks = masks and Masks({"weight": masks["weight"].expand(2, 4)})
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, **options)
+        served = lambda step: (torch.ones(2, 4), torch.tensor([0, 1]))  # noqa: E731
+        how = {"steps": 2, "loss": classification_loss(), "masks": masks, "checkpoint": str(tmp_path / "c")}
+        return train(model, served, optimizer, lambda step: 1.0, **how)
+
+    first = go()
+    assert go(foreach=False).losses == first.losses  # how fast it steps may change
+    for kept in (1, 2):  # other masks, none
+        with pytest.raises(ValueError, match=r"c belongs to another run: it has \{'masks': '\w{8}'\} and 2 tensors"):
+            go(kept)
+    for changed in ({"weight_decay": 0.5}, {"betas": (0.9, 0.95)}):
+        with pytest.raises(ValueError, match=r"c belongs to another run: it has \{'optimizer': "):
+            go(**changed)
+
+
+def test_an_optimizer_of_other_parameters_is_refused():
+    model, optimizer = nn.Linear(1, 1), torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"none of the parameters that require gradients.* after the model is adapted"):
+        train(model, lambda _: torch.ones(1), optimizer, lambda _: 1.0, steps=1)
+
+
 @pytest.mark.parametrize("other", ["optimizer", "method", "methods"])
 def test_a_checkpoint_of_another_optimizer_or_method_is_refused(tmp_path, other):
     def go(make=torch.optim.SGD, during=()):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils import prune
 
-from prunus.checkpoint import check_finite, read_checkpoint, read_state, wrapper_of
+from prunus.checkpoint import check_finite, read_checkpoint, read_config, read_state, wrapper_of
 from prunus.data import ASSETS, windows
 from prunus.masks import Masks
 from prunus.measure import perplexity
@@ -235,6 +235,14 @@ def test_an_adapter_without_its_model_is_said_to_be_one(llama: Path, tmp_path: P
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"is an adapter alone \(adapter_config.json\): load its model, merge it"):
         stages.load(asked(tmp_path))
+
+
+def test_the_folder_of_a_run_is_said_to_hold_a_model(llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path / "run" / "model")
+    with pytest.raises(ValueError, match=r"is the folder of a run; give its model, '.*/run/model'"):
+        read_config(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"give a folder of transformers, such as .*/run/model"):
+        read_checkpoint(tmp_path / "run")
 
 
 def test_an_adapter_beside_the_weights_is_refused(llama: Path, tmp_path: Path) -> None:

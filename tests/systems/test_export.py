@@ -18,8 +18,11 @@ from transformers import (
     OPTForCausalLM,
 )
 
+from prunus.adapt import adapt
+from prunus.layers import find_layers
 from prunus.masks import Masks
-from prunus.save import ShardWriter, load_info, save_model, save_tensors
+from prunus.prune import prune
+from prunus.save import ShardWriter, load_info, load_model, save_model, save_tensors
 
 SMALL = {
     "hidden_size": 16,
@@ -188,6 +191,26 @@ def test_a_broken_mask_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj"):
         save_model(model, None, tmp_path / "out", masks=masks, info={})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("train", ["mask_lora", "norms"])
+def test_what_an_adapter_trained_is_not_left_behind(tmp_path, train):
+    model = llama().bfloat16()
+    masks = prune(model, sparsity=0.5)
+    adaptation = adapt(model, [train], masks=masks, views=find_layers(model), rank=2)
+    with pytest.raises(ValueError, match=r"is adapted .*: call merge_"):
+        save_model(model, None, tmp_path / "out", masks=masks, info={})
+    adaptation.merge_()
+    save_model(model, None, tmp_path / "out", masks=masks, info={})
+
+
+def test_a_compiled_model_is_saved_as_the_ordinary_one(tmp_path):
+    model = llama()
+    compiled = torch.compile(model, backend="eager")
+    save_model(compiled, None, tmp_path / "out", masks=prune(compiled, sparsity=0.5), info={})
+    again = load_model(tmp_path / "out")
+    assert_same(model, again)
+    Masks.load(tmp_path / "out" / "masks.safetensors").check(again)
 
 
 def test_only_our_own_folders_are_replaced(tmp_path):

@@ -17,6 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from prunus import masks as masks_module
 from prunus.kernels.switch import kernels
 from prunus.masks import Masks
+from prunus.prune import prune
+from prunus.soup import imp
+from prunus.train import Trace
 from tests.processes import run_ranks
 
 NESTEROV = {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-2}
@@ -192,6 +195,28 @@ def test_a_compiled_model_is_masked_by_its_ordinary_names(part: str | None) -> N
     )
     named.check(compiled)
     named.check(plain)  # masks made of a compiled model fit the ordinary one
+
+
+def test_masks_of_phases_are_those_of_the_ordinary_model() -> None:
+    def select(model: nn.Module, sparsity: float, within: Masks | None) -> Masks:
+        return prune(model, sparsity=sparsity, within=within)
+
+    found = [
+        imp(model, sparsity=0.8, phases=2, select=select, retrain=lambda _: Trace())
+        for model in (network(), torch.compile(network(), backend="eager"), nn.DataParallel(network()))
+    ]
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_sharded_model_is_refused_by_name() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = network()
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match="'0' is sharded: prune and save the model before it is"):
+            prune(model, sparsity=0.5)
+    finally:
+        dist.destroy_process_group()
 
 
 # Two ranks

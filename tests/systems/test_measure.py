@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from prunus.measure import speed
@@ -31,31 +30,35 @@ def test_speed_counts_the_tokens_of_each_phase(monkeypatch: pytest.MonkeyPatch):
         return forward(self, *args, **kwargs)
 
     class Clock:
-        def __init__(self, what, setup, globals, num_threads):
+        def __init__(self, what, setup, timer, globals):
             self.what, self.setup, self.names = what, setup, globals
-            assert num_threads == torch.get_num_threads()
+            assert timer() <= timer()
 
         def timeit(self, _):
             exec(self.setup, self.names)
             seen.clear()
             exec(self.what, self.names)
-            return Found(sum(length if length > 1 else 10 for _, length in seen))
-
-    class Found:
-        iqr = 0.0
-
-        def __init__(self, took):
-            self.mean = self.median = took
-
-        merge = staticmethod(lambda found: found)
+            return sum(length if length > 1 else 10 for _, length in seen)
 
     monkeypatch.setattr(type(model), "forward", watched)
     monkeypatch.setattr(sys.modules[speed.__module__], "Timer", Clock)
-    monkeypatch.setattr(sys.modules[speed.__module__], "Measurement", Found)
     found = speed(model, batch_size=2, **ASKED)
-    assert (found.prefill, found.decode) == (2 * 8 / 8, 2 * 3 / 30)
+    assert (found.prefill, found.decode, found.spread) == (2 * 8 / 8, 2 * 3 / 30, 0)
     assert model.training
     assert found.weights >= sum(each.nbytes for each in model.parameters())
+
+
+def test_every_run_decodes_behind_the_prompt_alone(monkeypatch: pytest.MonkeyPatch):
+    model, held = tiny_llama(), []
+    forward = type(model).forward
+
+    def watched(self, *args, past_key_values=None, **kwargs):
+        held.append(0 if past_key_values is None else past_key_values.get_seq_length())
+        return forward(self, *args, past_key_values=past_key_values, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", watched)
+    speed(model, prompt=60, tokens=4, seconds=0.01)  # all that the model takes
+    assert set(held) == {0, 60, 61, 62, 63}
 
 
 def test_what_cannot_be_measured_is_refused():

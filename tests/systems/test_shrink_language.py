@@ -274,6 +274,14 @@ def test_what_stays_solves_the_least_squares_problem(width: int):
     assert not weight[:, ~stays].any()
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-30])
+def test_inputs_that_were_always_zero_leave_columns_as_they_are(scale: float):
+    inputs = Inputs(4, gram=True)
+    inputs.add_(scale * torch.ones(3, 4))
+    weight, mask = columns().solve(Layer("fc", torch.ones(2, 4), inputs), Unstructured("layer"), 4)
+    assert weight.equal(mask.float())
+
+
 def test_columns_go_one_after_another_with_the_least_damage():
     """Against the errors of least squares problems, solved anew for every column that might go."""
     each, x = layer(4, 9)

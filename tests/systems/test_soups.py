@@ -482,6 +482,20 @@ def test_the_library_s_loop_goes_on_with_finished_members(tmp_path: Path) -> Non
     assert len(before) == len(torch.get_rng_state())
 
 
+def test_members_of_another_soup_are_not_taken(tmp_path: Path) -> None:
+    from prunus.prune import prune
+
+    def go(**changed: Any) -> None:
+        how = {"sparsity": 0.5, "phases": 1, "members": 2, "folder": tmp_path} | changed
+        select = lambda network, s, within: prune(network, sparsity=s, within=within)  # noqa: E731
+        sms_(nn.Linear(16, 8), select=select, retrain=lambda copy, phase, place: phase.masks.apply_(copy), **how)
+
+    go()
+    for changed in ({"seed": 1}, {"sparsity": 0.25}, {"phases": 2}, {"members": 3}):
+        with pytest.raises(ValueError, match=r"phase-1-member-1\.safetensors is a member of another soup"):
+            go(**changed)
+
+
 def test_a_member_that_moved_pruned_weights_is_refused() -> None:
     from prunus.prune import prune
 

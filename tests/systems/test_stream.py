@@ -15,11 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from prunus.blocks import chain as blocks
 from prunus.layers import Layer, find_layers
 from prunus.masks import Masks
+from prunus.measure import streamed_perplexity
 from prunus.patterns import NM, Block, Pattern, Unstructured
 from prunus.score import Allocation, Criterion, uniform
 from prunus.score.allocations import erk, evopress, global_, lamp, owl, uniform_plus
 from prunus.score.criteria import magnitude, wanda
 from prunus.score.tried import Tried
+from prunus.shrink.language import choose_blocks
 from prunus.solve.frank_wolfe import frank_wolfe
 from prunus.solve.sweep import sparsegpt
 from prunus.stream.reconstruct import Fit
@@ -414,6 +416,22 @@ def test_a_pattern_says_its_sparsity_and_plain_scores_their_rows() -> None:
     assert rows[0] == rows[1] == stream(tiny_llama(), wanda, Unstructured("row"), 0.5, tokens=TOKENS).masks
 
 
+@pytest.mark.parametrize("tokens", [TOKENS.flatten(), TOKENS[:0]], ids=["a stream", "none"])
+def test_tokens_that_are_no_windows_are_refused(tokens: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"tokens are windows \(samples, length\)"):
+        stream(tiny_llama(), WANDA, Unstructured("row"), 0.5, tokens=tokens)
+
+
+def test_a_compiled_model_is_pruned_as_the_plain_one_under_its_ordinary_names() -> None:
+    expected = stream(tiny_llama(), WANDA, Unstructured("row"), 0.5, tokens=TOKENS).masks
+    inside = tiny_llama()
+    for layer in inside.model.layers:
+        layer.compile(backend="eager")
+    for model in (torch.compile(tiny_llama(), backend="eager"), inside):
+        assert stream(model, WANDA, Unstructured("row"), 0.5, tokens=TOKENS).masks == expected
+    assert inside.model.layers[0]._compiled_call_impl is not None
+
+
 @pytest.mark.parametrize(
     ("criterion", "changes", "message"),
     [
@@ -438,6 +456,27 @@ def test_the_survey_sees_the_dense_model() -> None:
         model(TOKENS)
     expected = torch.cat(seen).flatten(0, 1).square().sum(0)
     torch.testing.assert_close(inputs["model.layers.1.mlp.down_proj"].squares, expected)
+
+
+def test_a_model_left_in_training_is_read_without_dropout_and_stays_in_training() -> None:
+    found: list[dict[str, torch.Tensor]] = []
+    for training in (False, True):
+        model = tiny_llama()
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.5
+        model.train(training).model.norm.eval()
+        torch.manual_seed(3)
+        surveyed = survey(model, tokens=TOKENS)["model.layers.1.mlp.down_proj"].squares
+        ahead = streamed_perplexity(model, TOKENS[0], window=8, source=Memory(model), device=torch.device("cpu"))
+        gone = choose_blocks(model, TOKENS, 1)
+        pruned = run(model, fit=Fit(steps=2))
+        found.append(pruned | {"surveyed": surveyed, "said": torch.tensor([ahead, gone[0]])})
+        assert (model.training, model.model.layers[0].training, model.model.norm.training) == (
+            training,
+            training,
+            False,
+        )
+    assert_equal(*found)
 
 
 def test_wrong_asks_are_refused_before_any_work() -> None:

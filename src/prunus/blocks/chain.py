@@ -145,7 +145,14 @@ def embed(
     Windows have one length and no padding, so masks and positions are nearly always the same for every batch of one
     size: such arguments are kept once. Those that depend on the tokens are kept for their own batch. Hidden states that
     would take more than half of the device's free memory wait on the host.
+
+    Raises: ValueError for tokens that are no windows, and as `capture`.
     """
+    if tokens.ndim != 2 or not len(tokens):
+        raise ValueError(
+            f"tokens are windows (samples, length), at least one; got shape {tuple(tokens.shape)}. Cut them out of a "
+            "stream of tokens, as by prunus.calibration(tokens, samples, length, seed)"
+        )
     hidden: list[Tensor] = []
     arguments: dict[str, list[Arguments]] = {name: [] for name in names}
     by_size: dict[int, dict[str, Arguments]] = {}

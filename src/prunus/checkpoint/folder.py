@@ -103,6 +103,7 @@ def weight_files(path: Path) -> list[Path]:
             return _indexed(path / name) if name.endswith(".json") else [path / name]
     found = sorted(each.name for each in path.iterdir() if each.suffix in _WEIGHTS)
     beside = f"; of what lies there ({', '.join(found[:3])}) name one file" if found else ""
+    beside = f", such as {path / 'model'}" if (path / "model" / "config.json").is_file() else beside
     raise ValueError(f"{path} holds neither {SINGLE_NAME} nor {INDEX_NAME}: give a folder of transformers{beside}")
 
 

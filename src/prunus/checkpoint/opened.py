@@ -47,6 +47,8 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
             f"model: {str(path)!r} is an adapter alone ({ADAPTER}): load its model, merge it (peft: merge_and_unload, "
             "save_pretrained), and give that folder"
         )
+    if (path / "model" / "config.json").is_file() and not (path / "config.json").is_file():
+        raise ValueError(f"model: {str(path)!r} is the folder of a run; give its model, {str(path / 'model')!r}")
     try:
         return AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:

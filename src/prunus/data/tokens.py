@@ -93,7 +93,7 @@ def head_of(tokenizer: Any) -> tuple[int, ...]:
 
 
 def tokenize(texts: Iterable[str], tokenizer: Any, *, separator: str = "\n\n") -> Tensor:
-    """The token stream (N,) int64 of all texts joined by `separator`, without special tokens.
+    """The token stream (N,) int64 of all texts, or of one, joined by `separator`, without special tokens.
 
     This is the usual protocol for perplexity: one long text. For many long documents see `tokenize_documents`; for what
     stands at the head of windows, `head_of`. Raises: ValueError when there is nothing to tokenise.
@@ -101,7 +101,7 @@ def tokenize(texts: Iterable[str], tokenizer: Any, *, separator: str = "\n\n") -
     >>> tokenize(["one", "two"], tokenizer).dtype
     torch.int64
     """
-    return _stored(_encoded([_joined(((text,) for text in texts), separator)], tokenizer)).long()
+    return _stored(_encoded([_joined(((text,) for text in _each(texts)), separator)], tokenizer)).long()
 
 
 def tokenize_documents(texts: Iterable[str], tokenizer: Any) -> Tensor:
@@ -113,7 +113,7 @@ def tokenize_documents(texts: Iterable[str], tokenizer: Any) -> Tensor:
     True
     """
     end = torch.tensor([end_of(tokenizer)])
-    return torch.cat([_stored(_encoded(((text,) for text in texts), tokenizer)).long(), end])
+    return torch.cat([_stored(_encoded(((text,) for text in _each(texts)), tokenizer)).long(), end])
 
 
 def read_tokens(source: TextSource, tokenizer: Any, *, join: str | None = "\n\n", most: int | None = None) -> Tokens:
@@ -329,6 +329,11 @@ def _repeated(stream: Tokens, count: int) -> Tokens:
 
 
 # Tokenising.
+
+
+def _each(texts: Iterable[str]) -> Iterable[str]:
+    """The texts; a string is one, not one a character."""
+    return [texts] if isinstance(texts, str) else texts
 
 
 def _joined(documents: Iterable[Iterable[str]], separator: str) -> Iterator[str]:

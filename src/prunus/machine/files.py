@@ -109,6 +109,8 @@ def atomic_folder(folder: str | os.PathLike[str]) -> Generator[Path]:
     folder = Path(folder)
     with hidden_folder(folder) as partial:
         yield partial
+        for path in partial.rglob("*.safetensors"):
+            path.chmod(partial.stat().st_mode & 0o666)  # safetensors 0.8 makes files that their owner alone reads
         if folder.exists():
             os.replace(folder, partial.with_suffix(".old"))
         os.replace(partial, folder)
@@ -230,10 +232,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     said = dict(metadata or {})
     said[_CHECKSUM] = _checksum(plain, said)
     with atomic(path) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode  # as the umask says, which safetensors 0.8 does not ask
         try:
             save_file(plain, partial, metadata=said)
         except SafetensorError as error:
             raise OSError(f"{path} cannot be written: {error}") from error
+        partial.chmod(mode)
 
 
 def checksums(files: Sequence[Path]) -> dict[str, str]:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from timeit import Timer
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Measurement, Timer
 
 from prunus.machine import Precision, autocast, in_mode
 
@@ -77,12 +78,13 @@ def speed(
 
     _begin_peak(device)
     with in_mode(model, training=False), autocast(device, precision):
-        prefill = _timed("read()", "pass", {"read": read}, seconds)
-        decode = _timed("write(begun)", "begun = read()", {"read": read, "write": write}, seconds)
+        clock = partial(_now, device)
+        prefill = _timed(Timer("read()", "pass", clock, {"read": read}), seconds)
+        decode = _timed(Timer("write(begun)", "begun = read()", clock, {"read": read, "write": write}), seconds)
     return Speed(
-        batch_size * prompt / prefill.median,
-        batch_size * tokens / decode.median,
-        max(each.iqr / each.median for each in (prefill, decode)),
+        batch_size * prompt / statistics.median(prefill),
+        batch_size * tokens / statistics.median(decode),
+        max(_spread(each) for each in (prefill, decode)),
         sum(each.nbytes for each in (*model.parameters(), *model.buffers())),
         _peak(device),
     )
@@ -118,14 +120,19 @@ def _check(model: Any, prompt: int, tokens: int, batch_size: int) -> None:
         raise ValueError(f"speed: prompt {prompt} and {tokens} tokens are more than the model's {most}; give fewer")
 
 
-def _timed(what: str, setup: str, names: dict[str, Callable[..., Any]], seconds: float) -> Measurement:
-    """The setup is not counted. torch's timer waits for the GPU, and would take one thread."""
-    timer = Timer(what, setup, globals=names, num_threads=torch.get_num_threads())
+def _timed(timer: Timer, seconds: float) -> list[float]:
+    """The seconds of each run; the setup is made anew for each, because a run fills the cache, and is not counted."""
     timer.timeit(1)
-    found: list[Measurement] = []
-    while len(found) < _RUNS or sum(each.mean for each in found) < seconds:
+    found: list[float] = []
+    while len(found) < _RUNS or sum(found) < seconds:
         found.append(timer.timeit(1))
-    return Measurement.merge(found)[0]
+    return found
+
+
+def _spread(found: Sequence[float]) -> float:
+    """The interquartile range as a share of the median."""
+    low, middle, high = statistics.quantiles(found, n=4, method="inclusive")
+    return (high - low) / middle
 
 
 def _begin_peak(device: torch.device) -> None:

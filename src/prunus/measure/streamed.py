@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prunus.blocks import Source, embed, find_blocks, finish, run_block
 from prunus.data import Tokens
-from prunus.machine import Precision, autocast
+from prunus.machine import Precision, autocast, in_mode
 from prunus.measure.perplexity import cut, exp_of, summed_loss
 from prunus.stream import ahead
 
@@ -36,7 +36,7 @@ def streamed_perplexity(
     """
     rows, wanted, predicted = cut(tokens, window)
     names = find_blocks(model)
-    with autocast(device, precision):
+    with in_mode(model, training=False), autocast(device, precision):
         hidden, arguments = embed(model, names, rows, source=source, device=device, batch_size=batch_size)
         with ahead(source, names, device) as moving:
             for name in names:

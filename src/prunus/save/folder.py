@@ -26,6 +26,7 @@ import yaml
 
 from prunus import __version__
 from prunus.checkpoint import read_checkpoint
+from prunus.layers import check_unwrapped
 from prunus.machine import (
     atomic_folder,
     check_replaceable,
@@ -37,6 +38,7 @@ from prunus.machine import (
     write_json,
     write_text,
 )
+from prunus.masks import Masks, own_name, unwrapped
 from prunus.save.account import account
 from prunus.save.packed import Packing, pack_, unpack_
 from prunus.save.shards import ShardWriter
@@ -45,8 +47,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from prunus.masks import Masks
 
 __all__ = [
     "FORMAT",
@@ -152,13 +152,18 @@ def save_model(
 
     prunus.json also lists the source's tensors that are left out, each with its reason, and those in another dtype.
 
+    Of a model that is compiled the ordinary one is saved.
+
     Raises ValueError when `folder` holds something that Prunus did not write or is the source's, a pruned entry is not
-    zero, a tensor of the model is not in the files, or the model is quantised.
+    zero, a tensor of the model is not in the files, or the model is quantised, or has adapters that are not merged.
 
     >>> save_model(model, tokenizer, "example", masks=None, info={"note": "dense"}).weight_bytes > 0
     True
     """
+    model = cast("PreTrainedModel", unwrapped(model))
+    check_unwrapped(model)
     if masks is not None:
+        masks = Masks({own_name(name): mask for name, mask in masks.items()})
         masks.check(model)
         masks.apply_(model)  # -0.0 is zero, and stored as +0.0
     with new_folder(folder, source) as partial:

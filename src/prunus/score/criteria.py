@@ -231,7 +231,8 @@ def random(seed: int = 0) -> Criterion:
     def random(layer: Layer) -> Tensor:
         # torch's CPU generator reads the lower 32 bits of a seed alone: both numbers are hashed into these.
         generator = torch.Generator().manual_seed(zlib.crc32(layer.name.encode(), seed % 2**32))
-        return torch.rand(layer.weight.shape, generator=generator).to(layer.weight.device)
+        drawn = torch.rand(layer.weight.shape, generator=generator, dtype=torch.float32)
+        return drawn.to(layer.weight.device)
 
     return random
 

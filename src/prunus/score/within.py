@@ -28,6 +28,16 @@ def limited(score: Tensor, view: View, within: Masks) -> Tensor:
     return score.masked_fill(~view.matrix(within[view.parameter]).to(score.device), -torch.inf)
 
 
+def check_known(within: Masks, parameters: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for earlier masks of parameters that the model has not, or has in another shape."""
+    for name, mask in within.items():
+        if name not in parameters or parameters[name].shape != mask.shape:
+            raise ValueError(
+                f"the earlier masks have '{name}' {tuple(mask.shape)}, which is no parameter of the model: they are of "
+                "another model, or of a wrapped one"
+            )
+
+
 def check_within(pattern: Pattern, score: Tensor, mask: Tensor, *, name: str) -> None:
     """Raise ValueError for a mask that keeps an entry whose score is -inf."""
     if bool((score[mask] == -torch.inf).any()):

@@ -63,7 +63,7 @@ def _hessian(layer: Layer, damping: float) -> Tensor:
     gram = inputs.gram.double().to(layer.weight.device)
     if not bool(gram.isfinite().all() and layer.weight.isfinite().all()):
         raise ValueError(f"'{layer.name}': its weight or what it receives holds NaN or Inf; calibrate in bfloat16")
-    gram = gram / gram.diagonal().mean()
+    gram = gram / (float(gram.diagonal().mean()) or 1.0)  # 0 where all inputs were
     gram.diagonal().add_(damping)
     return gram
 

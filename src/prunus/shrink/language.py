@@ -196,7 +196,8 @@ def remove_width(
     small = rebuilt(model, config, state)
     _check_same(_without_entries(model, kept, [*norms, *(part.reader for part in parts)]), small, tokens)
     by_block = {name: [each for each in reading if each[0].startswith(f"{name}.")] for name in find_blocks(model)}
-    fit_readers_(small, model, by_block, kept, tokens, place=place, batch_size=batch_size, precision=precision)
+    with in_mode(model, training=False):
+        fit_readers_(small, model, by_block, kept, tokens, place=place, batch_size=batch_size, precision=precision)
     return small
 
 
@@ -223,7 +224,7 @@ def choose_blocks(
     source, left = Memory(model), list(names)
     for name in names:
         source.load(name, place)
-    with autocast(place, precision):
+    with in_mode(model, training=False), autocast(place, precision):
         hidden, arguments = embed(model, names, tokens, source=source, device=place, batch_size=batch_size)
         with source.outside(place):
             batches = [

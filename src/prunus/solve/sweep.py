@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -134,10 +134,11 @@ def _sweep(layer: Layer, pattern: Pattern, kept: int, factor: _Factor, blocksize
     edges = [*range(0, columns, block), columns]
     counts = pattern.split((rows, columns), kept, edges, name=layer.name)
     upper, scale = factor.upper, factor.upper.diagonal().reciprocal()[:, None]
-    weight = torch.empty((columns, rows), device=layer.weight.device).copy_(layer.weight.T)
+    plain: dict[str, Any] = {"dtype": torch.float32, "device": layer.weight.device}
+    weight = torch.empty((columns, rows), **plain).copy_(layer.weight.T)
     weight.masked_fill_(factor.dead[:, None], 0.0)
     mask = torch.empty((columns, rows), dtype=torch.bool, device=weight.device)
-    errors = torch.empty((min(_PANEL * block, columns), rows), device=weight.device)
+    errors = torch.empty((min(_PANEL * block, columns), rows), **plain)
     compensate_ = _compensation(weight, pattern, block)
     for (start, stop), count in zip(pairwise(edges), counts, strict=True):
         inside, first = slice(start, stop), start // (_PANEL * block) * _PANEL * block

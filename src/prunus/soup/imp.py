@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.machine import random_state, ranks, read_tensors, set_random_state, write_tensors
-from prunus.masks import Masks, own_name
+from prunus.masks import Masks, own_name, unwrapped
 from prunus.patterns import kept_of
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def imp(
     store = None if folder is None else _Store(folder, {"sparsity": sparsity, "phases": phases})
     done, masks = store.restore_(model) if store is not None else (0, None)
     for index in range(done, phases):
-        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        before = {name: parameter.detach().clone() for name, parameter in unwrapped(model).named_parameters()}
         chosen = select(model, targets[index], masks)
         check_nested(chosen, masks)
         phase = Phase(index, phases, targets[index], chosen, distance(before, chosen, masks))

@@ -11,6 +11,7 @@ jobs that will make them (as recipes do). `sms_` is the same for a network in pl
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from torch import Tensor, nn
 
 from prunus.machine import read_tensors, write_tensors
-from prunus.masks import Masks
+from prunus.masks import Masks, unwrapped
 from prunus.soup.average import average
 from prunus.soup.imp import Phase, check_nested, distance, phase_sparsities
 from prunus.train import seeded
@@ -113,8 +114,8 @@ def sms_(
     afterwards. folder: keeps finished members; a killed call that is repeated trains only the others, and ends as the
     unbroken one. map: as in `sms`; generators are the process's, so members in threads must draw from their own.
 
-    Raises ValueError for members or phases < 1, a sparsity outside [0, 1), masks that give pruned weights back, and
-    members that are not zero under their mask.
+    Raises ValueError for members or phases < 1, a sparsity outside [0, 1), masks that give pruned weights back, members
+    that are not zero under their mask, and a folder of another soup.
 
     >>> layer = nn.Linear(4, 2)
     >>> select = lambda model, s, within: prune(model, sparsity=s, within=within)
@@ -122,9 +123,10 @@ def sms_(
     Masks(1 parameters, sparsity 0.7500)
     """
     targets = phase_sparsities(sparsity, phases)
+    job = json.dumps({"sparsity": sparsity, "phases": phases, "members": members, "seed": seed})
 
     def pruned(_: nn.Module, index: int, before: Phase | None) -> Phase:
-        weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        weights = {name: parameter.detach().clone() for name, parameter in unwrapped(model).named_parameters()}
         within = None if before is None else before.masks
         masks = select(model, targets[index], within)
         check_nested(masks, within)
@@ -134,14 +136,17 @@ def sms_(
     def member(phase: Phase, index: int, place: int) -> State:
         path = None if folder is None else Path(folder) / f"phase-{index + 1}-member-{place + 1}.safetensors"
         if path is not None and path.exists():
-            return read_tensors(path)[0]
+            state, said = read_tensors(path)
+            if said.get("job", job) != job:
+                raise ValueError(f"{path} is a member of another soup, {said['job']}; this one is {job}: delete it")
+            return state
         own = copy.deepcopy(model)
         with seeded(seed + members * index + place, next(own.parameters()).device):
             retrain(own, phase, place)
         phase.masks.check(own)
         state = {name: value.detach() for name, value in own.state_dict().items()}
         if path is not None:
-            write_tensors(path, state)
+            write_tensors(path, state, {"job": job})
         return state
 
     def averaged(phase: Phase, states: tuple[State, ...]) -> nn.Module:

@@ -34,10 +34,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.blocks import Arguments, Source, embed, find_blocks, finish, run_block
+from prunus.blocks import Arguments, Source, embed, find_blocks, finish, run_block, uncompiled
 from prunus.layers import Inputs, Layer, Lookup, View, check_unwrapped, find_layers, parameter_shapes
 from prunus.machine import Precision, autocast, in_mode, ranks
-from prunus.masks import Masks, count_kept
+from prunus.masks import Masks, count_kept, unwrapped
 from prunus.patterns import Pattern, Unstructured, check_sparsity
 from prunus.score import (
     Allocation,
@@ -48,6 +48,7 @@ from prunus.score import (
     Tried,
     allocation_of,
     check_comparable,
+    check_known,
     compared,
     counts_under,
     criterion_of,
@@ -131,38 +132,40 @@ def stream(
     needs = needed(asked, allocation_of(allocation))
     place = _placed(model, source, device, precision, include=include, exclude=exclude, observed=bool(needs))
     if within is not None:
+        check_known(within, dict(place.model.named_parameters()))
         asked = staying(asked, [*place.inner, *place.outer], within)
-    counts = _counts_of(
-        place, asked, pattern, sparsity, allocation, within=within, tokens=tokens, batch_size=batch_size, work=work
-    )
-    task = _Task(asked, pattern, counts)
-    if shared:
-        tokens = _own_share(tokens, fit)
-    names = place.names
-    done = ranks.agree([work is not None and work.has(name) for name in names]) if shared else None
-    begin = partial(embed, model, names, tokens, source=place.source, device=place.device, batch_size=batch_size)
-    hidden, arguments = begin()
-    dense = (list(hidden), begin()[1]) if fit is not None and fit.inputs == "dense" else None
-    flow = _Flow(hidden, arguments, dense, _survey_tied(place, asked.needs, tokens, batch_size))
-    flow.stand_ins.wanted = len(names) > 1
-    reports: list[BlockReport] = []
-    with ahead(place.source, names, place.device) as moving:
-        for index, name in enumerate(names):
-            step = _Step(place, name, moving, shared)
-            saving = None
-            if work is not None and (work.has(name) if done is None else done[index]):
-                report = step.replay_(work, flow)
-            else:
-                report = step.solve_(task, fit, flow)
-                saving = partial(_finish_, work, step, flow.masks, report)
-            reports.append(report)
-            moving.release(name, saving)
-            if on_block is not None:
-                on_block(report)
-    if place.outer:
-        batches = list(zip(tokens.split(batch_size), hidden, strict=True))
-        with place.source.outside(place.device), autocast(place.device, precision):
-            reports += _solve_outside_(place, task, batches, flow.masks, work, shared=shared)
+    with uncompiled(place.model) as model, in_mode(model, training=False):  # dropout is of training
+        counts = _counts_of(
+            place, asked, pattern, sparsity, allocation, within=within, tokens=tokens, batch_size=batch_size, work=work
+        )
+        task = _Task(asked, pattern, counts)
+        if shared:
+            tokens = _own_share(tokens, fit)
+        names = place.names
+        done = ranks.agree([work is not None and work.has(name) for name in names]) if shared else None
+        begin = partial(embed, model, names, tokens, source=place.source, device=place.device, batch_size=batch_size)
+        hidden, arguments = begin()
+        dense = (list(hidden), begin()[1]) if fit is not None and fit.inputs == "dense" else None
+        flow = _Flow(hidden, arguments, dense, _survey_tied(place, asked.needs, tokens, batch_size))
+        flow.stand_ins.wanted = len(names) > 1
+        reports: list[BlockReport] = []
+        with ahead(place.source, names, place.device) as moving:
+            for index, name in enumerate(names):
+                step = _Step(place, name, moving, shared)
+                saving = None
+                if work is not None and (work.has(name) if done is None else done[index]):
+                    report = step.replay_(work, flow)
+                else:
+                    report = step.solve_(task, fit, flow)
+                    saving = partial(_finish_, work, step, flow.masks, report)
+                reports.append(report)
+                moving.release(name, saving)
+                if on_block is not None:
+                    on_block(report)
+        if place.outer:
+            batches = list(zip(tokens.split(batch_size), hidden, strict=True))
+            with place.source.outside(place.device), autocast(place.device, precision):
+                reports += _solve_outside_(place, task, batches, flow.masks, work, shared=shared)
     return Streamed(Masks(flow.masks), reports)
 
 
@@ -185,7 +188,8 @@ def survey(
     torch.Size([8])
     """
     place = _placed(model, source, device, precision, include=include, exclude=exclude)
-    return _survey(place, tokens, batch_size, on_block=on_block)
+    with uncompiled(place.model) as plain, in_mode(plain, training=False):
+        return _survey(place, tokens, batch_size, on_block=on_block)
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,6 +226,7 @@ def _placed(
 
     Raises ValueError when no blocks are found, or nothing is left to prune.
     """
+    model = unwrapped(model)
     device = torch.device(device) if device is not None else next(model.parameters()).device
     check_unwrapped(model)
     names = find_blocks(model)

@@ -39,11 +39,12 @@ class Ema(During):
     def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
         """Start the mean at the model as it is."""
         self.followed = _floating(model)
-        self.means = _buffers(tensor.clone() for tensor in self.followed)
+        self.means = _buffers(tensor.to(_wide(tensor), copy=True) for tensor in self.followed)
 
     def follow(self) -> None:
         """Move the mean towards the weights by 1 - decay."""
-        self.move_(tuple(self.means.buffers()), tuple(self.followed), 0)
+        means = tuple(self.means.buffers())
+        self.move_(means, _cast(self.followed, means), 0)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -90,9 +91,7 @@ class Swa(During):
         self.first = max(1, round(self.start * plan.steps))
         self.distance = self.every or plan.epoch_steps
         self.followed = _floating(model)
-        wide = [torch.promote_types(tensor.dtype, torch.float32) for tensor in self.followed]
-        pairs = zip(self.followed, wide, strict=True)
-        self.means = _buffers(torch.zeros_like(tensor, dtype=dtype) for tensor, dtype in pairs)
+        self.means = _buffers(torch.zeros_like(tensor, dtype=_wide(tensor)) for tensor in self.followed)
         self.register_buffer("taken", torch.zeros((), dtype=torch.int64))
 
     def after_step(self, step: int) -> None:
@@ -101,7 +100,7 @@ class Swa(During):
         if past < 0 or past % self.distance:
             return
         number, means = past // self.distance, tuple(self.means.buffers())
-        self.move_(means, tuple(each.to(mean.dtype) for each, mean in zip(self.followed, means, strict=True)), number)
+        self.move_(means, _cast(self.followed, means), number)
         self.taken.fill_(number + 1)
 
     def finish(self) -> None:
@@ -113,6 +112,15 @@ class Swa(During):
 def _floating(model: nn.Module) -> list[Tensor]:
     everything = (*model.parameters(), *model.buffers())
     return [tensor.detach() for tensor in everything if tensor.is_floating_point()]
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """What a mean is kept in: a 16-bit one would not move by a thousandth of its distance."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _cast(tensors: Sequence[Tensor], means: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(each.to(mean.dtype) for each, mean in zip(tensors, means, strict=True))
 
 
 def _buffers(tensors: Iterable[Tensor]) -> nn.Module:

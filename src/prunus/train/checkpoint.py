@@ -9,10 +9,11 @@ import logging
 import pickle
 import time
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -21,10 +22,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from prunus.machine import atomic, random_state, ranks, set_random_state
+from prunus.masks import Masks, pack
 from prunus.train.sharded import like, whole
 from prunus.train.watch import Watched
 
 _logger = logging.getLogger(__name__)
+
+_APART = ("params", "lr", "fused", "foreach", "capturable", "differentiable")  # lr is compared by itself
 
 
 @dataclass(frozen=True)
@@ -53,15 +57,17 @@ class Checkpoint:
         state = _read(self.path)
         tensors = resumable(self.model)
         found = {name: tuple(tensor.shape) for name, tensor in state["tensors"].items()}
-        if self.plan | state["plan"] != self.plan or found != {name: tuple(t.shape) for name, t in tensors.items()}:
-            raise ValueError(
-                f"{self.path} belongs to another run: it has {state['plan']} and {len(found)} tensors, this run "
-                f"{self.plan} and {len(tensors)}. Delete it to start anew, or restore the run's settings."
-            )
         if (by := state.get("by", self._by)) != self._by:
             raise ValueError(
                 f"{self.path} belongs to another run: it was trained by {', '.join(by)}, this run is by "
                 f"{', '.join(self._by)}. Delete it to start anew, or restore the run's settings."
+            )
+        other = {key: value for key, value in state["plan"].items() if value != self.plan.get(key)}
+        if other or found != {name: tuple(t.shape) for name, t in tensors.items()}:
+            own = {key: self.plan.get(key) for key in other}
+            raise ValueError(
+                f"{self.path} belongs to another run: it has {other} and {len(found)} tensors, this run {own} and "
+                f"{len(tensors)}. Delete it to start anew, or restore the run's settings."
             )
         with torch.no_grad():
             for name, tensor in tensors.items():
@@ -116,6 +122,26 @@ class Checkpoint:
         """Gathered from all ranks, and kept by the one that writes: no device ever holds more than one in full."""
         gathered = whole(tensor)
         return gathered.cpu() if self.accelerator.is_main_process else torch.empty(0)
+
+
+def held(optimizer: torch.optim.Optimizer, masks: Masks | None) -> dict[str, Any]:
+    """What a run may not change when it goes on: the optimizer's settings, but for those of speed, and the masks.
+
+    >>> held(torch.optim.SGD([torch.ones(1)], lr=0.1), None)["optimizer"][0]["momentum"]
+    0
+    """
+    settings = [
+        {key: value for key, value in group.items() if key not in _APART and _is_plain(value)}
+        for group in optimizer.param_groups
+    ]
+    bits = {name: zlib.crc32(pack(mask.flatten()).cpu().numpy().data) for name, mask in (masks or {}).items()}
+    return {"optimizer": settings, "masks": f"{zlib.crc32(repr(sorted(bits.items())).encode()):08x}"}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, cast(tuple[Any, ...], value)))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 class Clock:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from prunus.layers import View, find_layers
 from prunus.machine import Precision, class_logits, in_mode, ranks
 from prunus.train.capture import Capture, CapturedStep, Kept, captures, set_rates_, settled
-from prunus.train.checkpoint import Checkpoint, Clock, resumable
+from prunus.train.checkpoint import Checkpoint, Clock, held, resumable
 from prunus.train.hooks import During, Plan
 from prunus.train.next_token import next_token_loss
 from prunus.train.prepared import make_accelerator, prepared
@@ -103,7 +103,7 @@ def train(
     clip: float | None = None,
     capture: Capture = False,
     watch: Watch | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     save_seconds: float = 180.0,
     report_every: int | None = None,
     on_step: Callable[[int, float], None] | None = None,
@@ -132,8 +132,9 @@ def train(
     The model is trained where it is (under several processes that share it, on the device of each), and ends in the
     mode (train or eval) in which it came; masks hold after every step.
     Raises: ValueError for a number of steps below 1, a clip that is not positive, a model without trainable parameters,
-    fp16 without an accelerator, a batch that the ranks cannot share, a step that cannot be captured, a checkpoint of
-    another run; FloatingPointError for a loss that is not finite.
+    an optimizer of none of them, fp16 without an accelerator, a batch that the ranks cannot share, a step that cannot
+    be captured, a checkpoint of another run (steps, rates, masks and optimizer settings are compared);
+    FloatingPointError for a loss that is not finite.
 
     >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     >>> train(model, batches, optimizer, linear_warmup_decay(100), steps=100).losses[-1]
@@ -162,6 +163,7 @@ def train(
         for method in during:
             method.attach(model, optimizer, plan)
         _check_own_parameters(during, shared)
+    _check_trained(model, optimizer, during)
     if watch is not None and shared and asked():
         raise ValueError("A model is not measured while its weights are sharded: leave out watch, or --use_fsdp.")
     started = time.perf_counter()
@@ -170,8 +172,9 @@ def train(
     with wrap as (inner, wrapped, stepper), settled(device if recorded else None):
         watched = Watched(watch, lambda: resumable(inner))
         key = {"steps": steps, "accumulate": accumulate, "base_lrs": rates, "precision": precision, "clip": clip}
-        key |= watched.plan
-        saved = Checkpoint(checkpoint, key, accelerator, inner, optimizer, during, watched, shared)
+        key |= watched.plan | ({} if checkpoint is None else held(optimizer, masks))
+        path = None if checkpoint is None else Path(checkpoint)
+        saved = Checkpoint(path, key, accelerator, inner, optimizer, during, watched, shared)
         first, past = saved.load()
         run = _Run(accelerator, inner, wrapped, stepper, loss, clip, accumulate, tuple(during), shared, recorded)
         clock = Clock(save_seconds, first, shared=shared)
@@ -217,6 +220,16 @@ def train(
                 break
         watched.finish_()
         return replace(trace.read(), watched=watched.seen)
+
+
+def _check_trained(model: nn.Module, optimizer: torch.optim.Optimizer, during: Sequence[During]) -> None:
+    own = (each for module in (model, *during) for each in module.parameters() if each.requires_grad)
+    trained = {id(each) for each in own}
+    if not any(id(each) in trained for group in optimizer.param_groups for each in group["params"]):
+        raise ValueError(
+            "The optimizer has none of the parameters that require gradients, so nothing would be trained: make it "
+            "after the model is adapted, of adaptation.param_groups(lr)"
+        )
 
 
 def _check_during(precision: Precision, watch: Watch | None) -> None:
