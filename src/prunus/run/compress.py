@@ -18,18 +18,16 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from prunus.adapt import Adaptation
 from prunus.machine import ranks, write_json
 from prunus.masks import Masks
-from prunus.report import Advance, Log, append_once, named_log, plot_compression, progress, tracked
+from prunus.report import Log, append_once, named_log, plot_compression, progress, tracked
 from prunus.run import stages
 from prunus.run.folder import begin, device_name, device_of, entered, finished, ran_on
 from prunus.run.outline import Outline, check_language, outline_language
@@ -121,7 +119,7 @@ class _Run:
         started = time.perf_counter()
         recipe = self.recipe
         _check(recipe, stages.empty(recipe))
-        with self._bar("load", None):
+        with progress("load", None):
             loaded = stages.load(recipe, self.home)
         if ranks.is_main():
             begin(self.out, recipe)
@@ -153,7 +151,7 @@ class _Run:
         if self.recipe.shrink is None:
             return loaded
         folder = self.out / "work" / f"shrunk-{self.key[:16]}"
-        with self._bar("shrink", None):
+        with progress("shrink", None):
             found = shrunk(loaded, self.recipe, self.device, folder)
         result["shrink"] = load_info(folder)["shrink"]
         result["perplexity"]["shrunk"] = self._measured("shrunk", found)
@@ -201,7 +199,7 @@ class _Run:
                 loaded = self._assembled(loaded, streamed)
             self.track({"sparsity": result["pruning"]["sparsity"]}, None)
             result["perplexity"]["pruned"] = self._measured("pruned", loaded)
-        return Pruned(loaded, streamed.masks, recipe, self.device, index, self._bar, self.track)
+        return Pruned(loaded, streamed.masks, recipe, self.device, index, self.track)
 
     def _is_last(self, index: int) -> bool:
         return index + 1 == self.recipe.prune.phases
@@ -240,7 +238,7 @@ class _Run:
         several = {"retrain", "soup"} if recipe.prune.phases > 1 else set[str]()
         work = Work(self._blocks(index), digest(said(recipe, only=sections | several)), writes=ranks.is_main()).open()
         blocks = int(getattr(loaded.model.config, "num_hidden_layers", 0)) or None
-        with self._bar("prune", blocks) as advance:
+        with progress("prune", blocks) as advance:
 
             def on_block(report: BlockReport) -> None:
                 if self._is_last(index):
@@ -255,7 +253,7 @@ class _Run:
         assert recipe.during is not None
         name = next(iter(recipe.during))
         asked = given(recipe.train)
-        with self._bar(name, asked.steps, asked.step_tokens) as advance:
+        with progress(name, asked.steps, tokens=asked.step_tokens) as advance:
             streamed, lost = stages.prune_in_training(
                 loaded,
                 recipe,
@@ -288,7 +286,7 @@ class _Run:
             if base is not None and ranks.is_main():
                 adaptation.save(self.out / "adapter", base=base)
 
-        with self._bar(name, asked.steps, asked.step_tokens) as advance:
+        with progress(name, asked.steps, tokens=asked.step_tokens) as advance:
             report = stages.retrain(
                 loaded,
                 pruned.masks,
@@ -333,7 +331,7 @@ class _Run:
         return found.loaded
 
     def _measured(self, stage: str, loaded: stages.Loaded) -> dict[str, float]:
-        with self._bar(f"evaluate {stage}", None):
+        with progress(f"evaluate {stage}", None):
             found = stages.evaluate(loaded, self.recipe, self.device)
         self._log({"stage": stage, "perplexity": found})
         self.track({f"{stage}/perplexity/{text}": value for text, value in found.items()}, None)
@@ -344,7 +342,7 @@ class _Run:
     def _paced(self, stage: str, loaded: stages.Loaded) -> dict[str, Any]:
         if self.recipe.evaluate.speed is None or loaded.source is not None:
             return {}
-        with self._bar(f"speed {stage}", None):
+        with progress(f"speed {stage}", None):
             found = stages.pace(loaded.model, self.recipe, self.device)
         self._log({"stage": stage, "speed": found})
         return found
@@ -355,7 +353,7 @@ class _Run:
         source = loaded.source
         assert isinstance(source, Shards)
         if ranks.is_main() and not is_whole(folder):
-            with self._bar("write", None):
+            with progress("write", None):
                 save_tensors(
                     self._tensors(source, streamed),
                     loaded.tokenizer,
@@ -389,7 +387,7 @@ class _Run:
             return
         kept = masks if self.recipe.shrink is None or masks.sparsity else None  # of a smaller model, all is kept
         how: dict[str, Any] = {"masks": kept, "info": prunus_info(self.recipe, result), "packed": self.recipe.packed}
-        with self._bar("save", None):
+        with progress("save", None):
             if isinstance(loaded.source, Shards):
                 save_tensors(
                     ((name, self._as_stored(tensor)) for name, tensor in loaded.source.tensors()),
@@ -415,11 +413,6 @@ class _Run:
     def _log(self, row: dict[str, Any]) -> None:
         if ranks.is_main():
             append_once(self.out / "metrics.jsonl", row)
-
-    def _bar(self, description: str, total: float | None, tokens: int = 0) -> AbstractContextManager[Advance]:
-        return progress(
-            description, total, tokens=tokens, console=None if ranks.is_main() else Console(force_terminal=False)
-        )
 
 
 def _check_shares(recipe: LanguageRecipe) -> None:

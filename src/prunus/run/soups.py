@@ -22,12 +22,11 @@ import torch
 
 from prunus.machine import read_json, write_json
 from prunus.masks import Masks
-from prunus.report import Log, named_log
+from prunus.report import Log, named_log, progress
 from prunus.run import stages
 from prunus.run.average import joined_by
 from prunus.run.names import Choice, averages
 from prunus.run.recipe import LanguageRecipe, LanguageRetrain, digest, given, member_of, said
-from prunus.run.store import Bar, no_bar
 from prunus.run.tables import BEST, LONGER, MEAN, SOUP
 from prunus.save import average_folders, is_whole, save_model
 from prunus.soup import check_weights, greedy_members
@@ -54,7 +53,7 @@ Member = tuple[Path, Numbers]  # its folder, and what was measured
 class Pruned:
     """A pruned model that members are retrained from, its masks, the recipe of its phase, from 0.
 
-    bar: shows how far each is. log: to trackers.
+    log: to trackers.
     """
 
     loaded: stages.Loaded
@@ -62,25 +61,24 @@ class Pruned:
     recipe: LanguageRecipe
     device: torch.device
     phase: int = 0
-    bar: Bar = no_bar
     log: Log | None = None
 
     def retrained(self, name: str, asked: LanguageRetrain, checkpoint: Path) -> tuple[Any, Numbers]:
         """A retrained and merged copy of the model, its perplexity and what retraining did."""
         loaded = replace(self.loaded, model=copy.deepcopy(self.loaded.model))
         recipe = self.recipe.model_copy(update={"retrain": asked})
-        with self.bar(name, asked.steps) as advance:
+        with progress(name, asked.steps, tokens=asked.step_tokens) as advance:
             report = stages.retrain(
                 loaded,
                 self.masks,
                 recipe,
                 self.device,
                 checkpoint=checkpoint,
-                on_step=advance and advance.step,
+                on_step=advance.step,
                 log=self.log and named_log(self.log, name),
             )
-        with self.bar(f"evaluate {name}", None):
-            found = stages.evaluate(replace(loaded, folder=None), self.recipe, self.device)
+        with progress(f"evaluate {name}", None):
+            found = stages.evaluate(loaded, self.recipe, self.device)
         shown = {k: v for k, v in report.numbers().items() if k not in ("losses", "merge")}
         return loaded.model.to("cpu"), {"perplexity": found, "retraining": shown}
 
@@ -209,7 +207,7 @@ def averaged(
         more[f"{SOUP}, {averages.name(choice)}"] = _measured(pruned, recipe, other)[1]
         shutil.rmtree(other)
     weights = write_average(pruned, members, given(recipe.soup).average, soup, trial)
-    with pruned.bar("evaluate soup", None):
+    with progress("evaluate soup", None):
         made, own = _measured(pruned, recipe, soup)
     found = {f"member {place}": numbers for place, (_, numbers) in enumerate(members, 1)}
     each = [numbers["perplexity"] for _, numbers in members]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from prunus.adapt import Adaptation, adapt
 from prunus.during import Part, cubic
 from prunus.masks import Masks
+from prunus.report import progress
 from prunus.run.folder import ran_on
 from prunus.run.names import criteria, methods
 from prunus.run.recipe import ClassifierRecipe, digest, given, member_of, order_of, said
@@ -255,8 +256,8 @@ def _train_dense(recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str, 
     if found is not None and found.metrics["key"] != job.key:
         raise ValueError(f"{folder} holds another dense training; give another folder, or delete it")
     if found is None:
-        with store.bar("train", setting.steps(recipe.train.epochs)) as advance:
-            how: dict[str, Any] = {"checkpoint": store.checkpoint(job), "on_step": advance and advance.step}
+        with progress("train", setting.steps(recipe.train.epochs)) as advance:
+            how: dict[str, Any] = {"checkpoint": store.checkpoint(job), "on_step": advance.step}
             found = train_dense(setting, folder, log=store.log, **how)
     return {**found.metrics, **where}
 
@@ -269,7 +270,7 @@ def _train_method(recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str,
     taking: During = method if steps == whole else Part(method, whole)
     multiplier, warmup = stages.schedule(setting)
     model = setting.new_model()
-    with store.bar(name, steps) as advance:
+    with progress(name, steps) as advance:
         trace = stages.fit(
             model,
             setting,
@@ -279,7 +280,7 @@ def _train_method(recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str,
             during=[taking, *watchers(setting, store.log, model, method)],
             views=stages.views_of(model, given(recipe.prune)),
             checkpoint=store.checkpoint(job),
-            on_step=advance and advance.step,
+            on_step=advance.step,
         )
     masks, lost = finish(taking, model)
     reached = dict(method.named_buffers()).get("reached")
@@ -339,7 +340,7 @@ def _train(asked: Training, base: Job, job: Job, store: Store) -> dict[str, Any]
     model = network(own, store, start, base)
     adaptation = _adapted(model, own, masks)
     swa = Swa(asked.swa) if asked.swa is not None else None
-    with store.bar(f"retrain {asked.phase + 1}/{given(own.prune).phases}", steps) as advance:
+    with progress(f"retrain {asked.phase + 1}/{given(own.prune).phases}", steps) as advance:
         trace = stages.fit(
             model,
             setting,
@@ -351,7 +352,7 @@ def _train(asked: Training, base: Job, job: Job, store: Store) -> dict[str, Any]
             during=[swa] if swa is not None else [],
             loss=_taught(asked, base, store),
             checkpoint=store.checkpoint(job),
-            on_step=advance and advance.step,
+            on_step=advance.step,
         )
     if adaptation is not None:
         adaptation.merge_()
