@@ -27,7 +27,7 @@ import torch
 from prunus.adapt import Adaptation
 from prunus.machine import ranks, write_json
 from prunus.masks import Masks
-from prunus.report import Log, append_once, named_log, plot_compression, progress, tracked
+from prunus.report import Log, append_once, plot_compression, progress, tracked
 from prunus.run import stages
 from prunus.run.folder import begin, device_name, device_of, entered, finished, ran_on
 from prunus.run.outline import Outline, check_language, outline_language
@@ -36,8 +36,8 @@ from prunus.run.shrunk import shrunk
 from prunus.run.soups import Member, Pruned, as_long_as_all, averaged, member
 from prunus.run.texts import check_texts, evaluation_texts, head_in_words
 from prunus.save import MASKS_NAME, is_whole, load_info, save_model, save_tensors
-from prunus.soup import distance, sms
-from prunus.stream import BlockReport, Shards, Streamed, Work
+from prunus.soup import sms
+from prunus.stream import Shards, Streamed, Work
 
 __all__ = ["compress", "planned", "prunus_info"]
 
@@ -184,16 +184,21 @@ class _Run:
 
     def _pruned(self, loaded: stages.Loaded, index: int, within: Masks | None, result: dict[str, Any]) -> Pruned:
         """The model pruned for a phase, from 0."""
-        recipe = self.recipe.phase(index)
-        before, retrain = stages.weights_to_compare(loaded, recipe), recipe.retrain
-        if recipe.during is not None:
-            streamed, lost = self._prune_in_training(loaded, recipe)
-        else:
-            streamed = self._prune(loaded, recipe, index, within)
-            lost = distance(before, streamed.masks, within) if before else 1.0
+        recipe, last = self.recipe.phase(index), self._is_last(index)
+        by_distance = recipe.retrain is not None and recipe.retrain.schedule == "allr"
+        streamed, lost = stages.prune_phase(
+            loaded,
+            recipe,
+            self.device,
+            compares=by_distance,
+            within=within,
+            work=self._work(recipe, index),
+            checkpoint=self._checkpoint("during"),
+            on_block=lambda report: self._log({"stage": "prune", **asdict(report)}) if last else None,
+            log=self.track,
+        )
         loaded = replace(loaded, distance=lost)
-        if self._is_last(index):
-            by_distance = retrain is not None and retrain.schedule == "allr"
+        if last:
             result |= ({"distance": lost} if by_distance else {}) | {"pruning": stages.summary(streamed)}
             if recipe.streaming:
                 loaded = self._assembled(loaded, streamed)
@@ -222,58 +227,14 @@ class _Run:
         loaded = pruned.loaded
         if not self._is_last(pruned.phase):
             self._measured(f"phase {pruned.phase + 1}", loaded)
-            save_model(
-                loaded.model,
-                loaded.tokenizer,
-                self._left(pruned.phase + 1),
-                masks=pruned.masks,
-                info={},
-                source=loaded.folder,
-            )
+            pruned.save(loaded.model, self._left(pruned.phase + 1), self.key, {})
         return loaded
 
-    def _prune(self, loaded: stages.Loaded, recipe: LanguageRecipe, index: int, within: Masks | None) -> Streamed:
-        # The work folder's blocks depend on these sections alone, so a run may be resumed with other retraining.
+    def _work(self, recipe: LanguageRecipe, index: int) -> Work:
+        """Where blocks wait; they depend on these sections alone, so a run may be resumed with other retraining."""
         sections = {"model", "dtype", "precision", "shrink", "prune", "calibrate", "reconstruct"}
         several = {"retrain", "soup"} if recipe.prune.phases > 1 else set[str]()
-        work = Work(self._blocks(index), digest(said(recipe, only=sections | several)), writes=ranks.is_main()).open()
-        blocks = int(getattr(loaded.model.config, "num_hidden_layers", 0)) or None
-        with progress("prune", blocks) as advance:
-
-            def on_block(report: BlockReport) -> None:
-                if self._is_last(index):
-                    self._log({"stage": "prune", **asdict(report)})
-                advance(1)
-
-            streamed = stages.prune(loaded, recipe, self.device, within=within, work=work, on_block=on_block)
-        ranks.wait()
-        return streamed if ranks.is_main() else self._as_written(work, loaded, streamed)
-
-    def _prune_in_training(self, loaded: stages.Loaded, recipe: LanguageRecipe) -> tuple[Streamed, float]:
-        assert recipe.during is not None
-        name = next(iter(recipe.during))
-        asked = given(recipe.train)
-        with progress(name, asked.steps, tokens=asked.step_tokens) as advance:
-            streamed, lost = stages.prune_in_training(
-                loaded,
-                recipe,
-                self.device,
-                checkpoint=self._checkpoint("during"),
-                on_step=advance.step,
-                log=named_log(self.track, name),
-            )
-        self._log({"stage": "prune", **asdict(streamed.reports[0])})
-        loaded.model.to(self.home)
-        return streamed, lost
-
-    def _as_written(self, work: Work, loaded: stages.Loaded, streamed: Streamed) -> Streamed:
-        """The pruning of the main process, in place of this one's: two GPUs may differ in the last bit."""
-        masks: dict[str, torch.Tensor] = {}
-        for report in streamed.reports:
-            masks |= work.masks(report.name)
-            if loaded.source is None:
-                work.restore_(report.name, loaded.model.get_submodule(report.name), {})
-        return Streamed(Masks(masks), streamed.reports)
+        return Work(self._blocks(index), digest(said(recipe, only=sections | several)), writes=ranks.is_main())
 
     def _retrain(self, pruned: Pruned, result: dict[str, Any]) -> None:
         """Retrain and merge in place; the last phase is measured before and after merging."""
@@ -286,23 +247,13 @@ class _Run:
             if base is not None and ranks.is_main():
                 adaptation.save(self.out / "adapter", base=base)
 
-        with progress(name, asked.steps, tokens=asked.step_tokens) as advance:
-            report = stages.retrain(
-                loaded,
-                pruned.masks,
-                pruned.recipe,
-                self.device,
-                checkpoint=self._checkpoint(name),
-                on_step=advance.step,
-                log=named_log(self.track, name),
-                before_merge=before_merge if last else None,
-            )
+        report = pruned.retrain_(name, self._checkpoint(name), before_merge if last else None)
         if last:
             perplexities["merged"] = self._measured("merged", loaded)
             found = report.numbers()
             self._log({"stage": "retrain", **found})
             result["retraining"] = {key: value for key, value in found.items() if key != "losses"}
-            result["retraining"]["train"] = list(given(pruned.recipe.retrain).train)
+            result["retraining"]["train"] = list(asked.train)
         loaded.model.to(self.home)
 
     def _base(self, pruned: Pruned) -> str:

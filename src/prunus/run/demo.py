@@ -60,8 +60,7 @@ def _demo(recipe: LanguageRecipe, out: Path) -> dict[str, Any]:
     loaded.model.to(device)
     _choose_threads(loaded.model)
     perplexities: dict[str, Any] = {"dense": stages.evaluate(loaded, recipe, device)}
-    with progress("prune", loaded.model.config.num_hidden_layers) as advance:
-        streamed = stages.prune(loaded, recipe, device, on_block=lambda _: advance(1))
+    streamed = stages.prune(loaded, recipe, device)
     before = time.perf_counter()
     perplexities["pruned"] = stages.evaluate(loaded, recipe, device)
     now = time.perf_counter()

@@ -18,7 +18,6 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from prunus.run.store import Job, Store
 from prunus.run.tables import LONGER, PARTS, SOUP, Show, perplexity_row, perplexity_tables
 from prunus.run.texts import check_texts
 from prunus.save import check_whole, load_info
-from prunus.soup import Souped, distance, sms
+from prunus.soup import Souped, sms
 
 __all__ = ["LANGUAGE"]
 
@@ -115,24 +114,20 @@ def _averaged_job(recipe: LanguageRecipe, start: Job, members: Sequence[Job]) ->
 
 
 def _prune(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
-    device, earlier = device_of(recipe), None
+    device, within, checkpoint = device_of(recipe), None, store.checkpoint(job)
     recipe, where = stages.fitted(recipe, device), ran_on(store.work(job), device_name(device))
-    loaded, needs = _start(recipe, device, store), _earlier(job)
-    before = loaded.model
-    if needs:
-        state, within = needs
+    loaded, earlier = _start(recipe, device, store), _earlier(job)
+    if earlier:
+        state, before = earlier
         check_whole(store.path(state))
-        before = stages.load(recipe.model_copy(update={"model": str(store.path(state))})).model.to(device)
-        earlier = store.masks(within)
-    model = copy.deepcopy(before)
-    loaded = replace(loaded, model=model)
-    if recipe.during is None:
-        streamed = stages.prune(loaded, recipe, device, within=earlier)
-        lost = distance(dict(before.named_parameters()), streamed.masks, earlier)
+        left = stages.load(recipe.model_copy(update={"model": str(store.path(state))}), device)
+        model, within = left.model, store.masks(before)
     else:
-        streamed, lost = stages.prune_in_training(loaded, recipe, device, checkpoint=store.checkpoint(job))
+        model = copy.deepcopy(loaded.model)
+    loaded = replace(loaded, model=model)
+    streamed, lost = stages.prune_phase(loaded, recipe, device, compares=True, within=within, checkpoint=checkpoint)
     parameters = dict(model.named_parameters())
-    names = parameters if _changes_all(recipe) or needs else streamed.masks
+    names = parameters if _changes_all(recipe) or earlier else streamed.masks
     store.write_state(job, {name: parameters[name] for name in names}, streamed.masks)
     errors = [(r.error_before, r.error_after) for r in streamed.reports if r.error_before is not None]
     return {"seconds": sum(r.seconds for r in streamed.reports), "errors": errors, "distance": lost, **where}
@@ -251,7 +246,8 @@ class _Language:
             result["soup"] = {**souped.summary, "perplexity": souped.perplexity, "retraining": souped.retraining}
         else:
             if recipe.retrain is not None:
-                result["retraining"] = _retrain(pruned, store.checkpoint(job))
+                told = pruned.retrain_("retrain", store.checkpoint(job)).numbers()
+                result["retraining"] = told | {"merge": _merge_summary(told["merge"])}
             result["perplexity"] = stages.evaluate(loaded, pruned.recipe, pruned.device)
         scores = stages.zero_shot(loaded.model, loaded.tokenizer, pruned.recipe, pruned.device)
         result |= {} if scores is None else {"zero_shot": scores.rows}
@@ -259,12 +255,6 @@ class _Language:
 
 
 LANGUAGE = _Language()
-
-
-def _retrain(pruned: Pruned, checkpoint: Path) -> dict[str, Any]:
-    """What retraining a pruned model in place did."""
-    found = stages.retrain(pruned.loaded, pruned.masks, pruned.recipe, pruned.device, checkpoint=checkpoint).numbers()
-    return found | {"merge": _merge_summary(found["merge"])}
 
 
 def _merge_summary(merge: dict[str, dict[str, float]]) -> dict[str, float]:

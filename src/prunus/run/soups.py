@@ -13,13 +13,14 @@ import copy
 import math
 import shutil
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from prunus.adapt import Adaptation
 from prunus.machine import read_json, write_json
 from prunus.masks import Masks
 from prunus.report import Log, named_log, progress
@@ -63,20 +64,28 @@ class Pruned:
     phase: int = 0
     log: Log | None = None
 
-    def retrained(self, name: str, asked: LanguageRetrain, checkpoint: Path) -> tuple[Any, Numbers]:
-        """A retrained and merged copy of the model, its perplexity and what retraining did."""
-        loaded = replace(self.loaded, model=copy.deepcopy(self.loaded.model))
-        recipe = self.recipe.model_copy(update={"retrain": asked})
+    def retrain_(
+        self, name: str, checkpoint: Path, before_merge: Callable[[Adaptation], None] | None = None
+    ) -> stages.Retrained:
+        """What happened while the model was retrained and merged in place, as the recipe says."""
+        asked = given(self.recipe.retrain)
         with progress(name, asked.steps, tokens=asked.step_tokens) as advance:
-            report = stages.retrain(
-                loaded,
+            return stages.retrain(
+                self.loaded,
                 self.masks,
-                recipe,
+                self.recipe,
                 self.device,
                 checkpoint=checkpoint,
                 on_step=advance.step,
                 log=self.log and named_log(self.log, name),
+                before_merge=before_merge,
             )
+
+    def retrained(self, name: str, asked: LanguageRetrain, checkpoint: Path) -> tuple[Any, Numbers]:
+        """A retrained and merged copy of the model, its perplexity and what retraining did."""
+        loaded = replace(self.loaded, model=copy.deepcopy(self.loaded.model))
+        own = replace(self, loaded=loaded, recipe=self.recipe.model_copy(update={"retrain": asked}))
+        report = own.retrain_(name, checkpoint)
         with progress(f"evaluate {name}", None):
             found = stages.evaluate(loaded, self.recipe, self.device)
         shown = {k: v for k, v in report.numbers().items() if k not in ("losses", "merge")}
