@@ -227,7 +227,7 @@ class _Run:
         loaded = pruned.loaded
         if not self._is_last(pruned.phase):
             self._measured(f"phase {pruned.phase + 1}", loaded)
-            pruned.save(loaded.model, self._left(pruned.phase + 1), self.key, {})
+            pruned.save(self._left(pruned.phase + 1), {})
         return loaded
 
     def _work(self, recipe: LanguageRecipe, index: int) -> Work:
@@ -263,9 +263,7 @@ class _Run:
             return self.recipe.model
         folder = self.out / "pruned"
         if ranks.is_main() and not is_whole(folder):
-            info = {"model": self.recipe.model, "pattern": self.recipe.prune.pattern}
-            loaded = pruned.loaded
-            save_model(loaded.model, loaded.tokenizer, folder, masks=pruned.masks, info=info, source=loaded.folder)
+            pruned.save(folder, {"model": self.recipe.model, "pattern": self.recipe.prune.pattern})
         return str(folder)
 
     def _soup(self, pruned: Pruned, members: Sequence[Member], result: dict[str, Any]) -> stages.Loaded:

@@ -149,10 +149,8 @@ def _make_smaller(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, A
 def _train_member(recipe: LanguageRecipe, asked: LanguageRetrain, name: str, job: Job, store: Store) -> dict[str, Any]:
     pruned = _pruned(recipe, job.needs[0], store)
     where = ran_on(store.work(job), device_name(pruned.device))
-    model, found = pruned.retrained(name, asked, store.checkpoint(job))
-    if name != LONGER:
-        pruned.save(model, store.path(job), job.key, found)
-    return found | where
+    folder = None if name == LONGER else store.path(job)
+    return pruned.member(name, asked, store.checkpoint(job), folder, job.key) | where
 
 
 def _average(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:

@@ -81,21 +81,25 @@ class Pruned:
                 before_merge=before_merge,
             )
 
-    def retrained(self, name: str, asked: LanguageRetrain, checkpoint: Path) -> tuple[Any, Numbers]:
-        """A retrained and merged copy of the model, its perplexity and what retraining did."""
+    def member(self, name: str, asked: LanguageRetrain, checkpoint: Path, folder: Path | None, key: str) -> Numbers:
+        """The perplexity of a retrained and merged copy, and what retraining did. folder: where the copy is saved."""
         loaded = replace(self.loaded, model=copy.deepcopy(self.loaded.model))
         own = replace(self, loaded=loaded, recipe=self.recipe.model_copy(update={"retrain": asked}))
         report = own.retrain_(name, checkpoint)
         with progress(f"evaluate {name}", None):
-            found = stages.evaluate(loaded, self.recipe, self.device)
+            perplexity = stages.evaluate(loaded, self.recipe, self.device)
         shown = {k: v for k, v in report.numbers().items() if k not in ("losses", "merge")}
-        return loaded.model.to("cpu"), {"perplexity": found, "retraining": shown}
+        found = {"perplexity": perplexity, "retraining": shown}
+        if folder is not None:
+            loaded.model.to("cpu")
+            info = {"recipe": self.recipe.model_dump(mode="json"), "pattern": self.recipe.prune.pattern}
+            own.save(folder, info | {"member": key, "metrics": found})
+        return found
 
-    def save(self, model: Any, folder: Path, key: str, found: Numbers) -> None:
-        """Write a member to a folder, complete or absent."""
-        info = {"recipe": self.recipe.model_dump(mode="json"), "pattern": self.recipe.prune.pattern}
-        info |= {"member": key, "metrics": found}
-        save_model(model, self.loaded.tokenizer, folder, masks=self.masks, info=info, source=self.loaded.folder)
+    def save(self, folder: Path, info: Mapping[str, Any]) -> None:
+        """Write the model to a folder, complete or absent."""
+        loaded = self.loaded
+        save_model(loaded.model, loaded.tokenizer, folder, masks=self.masks, info=info, source=loaded.folder)
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ def write_average(
     shutil.rmtree(trial, ignore_errors=True)  # of a killed run
     base = None
     if averages.knows(average, "base"):
-        pruned.save(copy.deepcopy(pruned.loaded.model).to("cpu"), trial, "base", {})
+        pruned.save(trial, {})
         base = trial
     join = joined_by(average, len(folders))
     average_folders(folders, out, how=join, base=base)
@@ -256,10 +260,8 @@ def _kept(pruned: Pruned, name: str, asked: LanguageRetrain, path: Path) -> Numb
     if known.get("member") == key and (alone or is_whole(path)):
         return known["metrics"]
     checkpoint = path.parent / f"{key[:16]}.pt"
-    model, found = pruned.retrained(name, asked, checkpoint)
+    found = pruned.member(name, asked, checkpoint, None if alone else path, key)
     if alone:
         write_json(path, {"member": key, "metrics": found})
-    else:
-        pruned.save(model, path, key, found)
     checkpoint.unlink(missing_ok=True)
     return found
