@@ -7,9 +7,7 @@ steps go by the time that they are seen to take: two demos need not make the sam
 
 from __future__ import annotations
 
-import copy
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +107,7 @@ def _retrain(
     pruned: stages.Loaded, streamed: Streamed, recipe: LanguageRecipe, change: dict[str, Any], *, name: str
 ) -> tuple[stages.Loaded, dict[str, Any]]:
     """A retrained copy, and the numbers of it."""
-    loaded = replace(pruned, model=copy.deepcopy(pruned.model))
+    loaded = pruned.copied()
     recipe = parse(
         merge(recipe.model_dump(mode="json"), {f"retrain.{k}": v for k, v in change.items()}), LanguageRecipe, "demo"
     )

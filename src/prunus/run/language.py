@@ -11,13 +11,13 @@ The loop over phases is `prunus.soup.sms` over jobs, as that of classifiers is.
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -121,12 +121,11 @@ def _prune(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
         state, before = earlier
         check_whole(store.path(state))
         left = stages.load(recipe.model_copy(update={"model": str(store.path(state))}), device)
-        model, within = left.model, store.masks(before)
+        loaded, within = replace(loaded, model=left.model), store.masks(before)
     else:
-        model = copy.deepcopy(loaded.model)
-    loaded = replace(loaded, model=model)
+        loaded = loaded.copied()
     streamed, lost = stages.prune_phase(loaded, recipe, device, compares=True, within=within, checkpoint=checkpoint)
-    parameters = dict(model.named_parameters())
+    parameters = dict(loaded.model.named_parameters())
     names = parameters if _changes_all(recipe) or earlier else streamed.masks
     store.write_state(job, {name: parameters[name] for name in names}, streamed.masks)
     errors = [(r.error_before, r.error_after) for r in streamed.reports if r.error_before is not None]
@@ -141,8 +140,7 @@ def _earlier(job: Job) -> list[Job]:
 def _make_smaller(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
     started, device = time.perf_counter(), device_of(recipe)
     recipe, where = stages.fitted(recipe, device), ran_on(store.work(job), device_name(device))
-    dense = _dense(recipe, device)
-    shrunk(replace(dense, model=copy.deepcopy(dense.model)), recipe, device, store.path(job))
+    shrunk(_kept(recipe, device).copied(), recipe, device, store.path(job))
     return {**load_info(store.path(job))["shrink"], "seconds": time.perf_counter() - started, **where}
 
 
@@ -169,7 +167,7 @@ def _members(jobs: Sequence[Job], store: Store) -> list[Member]:
 
 def _measure_dense(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
     device = device_of(recipe)
-    return stages.evaluate(_dense(recipe, device), recipe, device)
+    return stages.evaluate(_kept(recipe, device), recipe, device)
 
 
 class _Language:
@@ -182,8 +180,9 @@ class _Language:
         if tune is not None and tune["text"] is None:
             raise ValueError("tune: name the text whose perplexity chooses: text: validation")
         for recipe in recipes:
-            if recipe.evaluate.speed is not None or (recipe.retrain is not None and recipe.retrain.keep_adapter):
-                key = "retrain.keep_adapter" if recipe.evaluate.speed is None else "evaluate.speed"
+            kept = recipe.retrain is not None and recipe.retrain.keep_adapter
+            alone = {"streaming": recipe.streaming, "evaluate.speed": recipe.evaluate.speed}
+            for key in (key for key, asked in {**alone, "retrain.keep_adapter": kept}.items() if asked):
                 raise ValueError(f"{key} is for single runs, and a grid would not do it: leave it out")
             data = recipe.evaluate.data
             if tune is not None and tune["text"] not in data:
@@ -261,30 +260,22 @@ def _merge_summary(merge: dict[str, dict[str, float]]) -> dict[str, float]:
     return found | ({"mean_lost": statistics.fmean(merge["lost"].values())} if merge["lost"] else {})
 
 
-def _dense(recipe: LanguageRecipe, device: torch.device) -> stages.Loaded:
-    def read() -> stages.Loaded:
-        loaded = stages.load(recipe)
-        check_texts(recipe, loaded.model, loaded.tokenizer)
-        return loaded
-
-    return _kept([recipe.model, recipe.dtype], read, device)
-
-
 def _start(recipe: LanguageRecipe, device: torch.device, store: Store) -> stages.Loaded:
     """What is pruned first: the dense model, or the smaller one."""
-    for job in _smaller_job(recipe):
-        check_whole(store.path(job))
-        return _kept([job.key], partial(smaller_in, store.path(job), recipe), device)
-    return _dense(recipe, device)
+    return _kept(recipe, device, next((store.path(job) for job in _smaller_job(recipe)), None))
 
 
-def _kept(named: Sequence[str], read: Callable[[], stages.Loaded], device: torch.device) -> stages.Loaded:
-    """What was read last, if that is it."""
-    key = digest([*named, str(device)])
+def _kept(recipe: LanguageRecipe, device: torch.device, smaller: Path | None = None) -> stages.Loaded:
+    """The dense model, or the smaller one in a folder: what was read last, if that is it."""
+    key = digest([recipe.model, recipe.dtype, str(smaller), str(device)])
     if key not in _read:
         _read.clear()
-        _read[key] = read()
-        _read[key].model.to(device)
+        if smaller is None:
+            _read[key] = loaded = stages.load(recipe, device)
+            check_texts(recipe, loaded.model, loaded.tokenizer)
+        else:
+            check_whole(smaller)
+            _read[key] = smaller_in(smaller, recipe, device)
     return _read[key]
 
 
@@ -293,7 +284,6 @@ def _pruned(recipe: LanguageRecipe, job: Job, store: Store) -> Pruned:
     device, masks = device_of(recipe), store.masks(job)
     recipe = stages.fitted(recipe, device)
     assert masks is not None
-    start = _start(recipe, device, store)
-    model = copy.deepcopy(start.model)
-    model.load_state_dict(store.state(job), strict=False)
-    return Pruned(replace(start, model=model, distance=store.result(job)["distance"]), masks, recipe, device)
+    loaded = replace(_start(recipe, device, store).copied(), distance=store.result(job)["distance"])
+    loaded.model.load_state_dict(store.state(job), strict=False)
+    return Pruned(loaded, masks, recipe, device)

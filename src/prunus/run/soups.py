@@ -9,7 +9,6 @@ complete or absent, and is not trained again. In a grid members are jobs.
 
 from __future__ import annotations
 
-import copy
 import math
 import shutil
 import statistics
@@ -83,7 +82,7 @@ class Pruned:
 
     def member(self, name: str, asked: LanguageRetrain, checkpoint: Path, folder: Path | None, key: str) -> Numbers:
         """The perplexity of a retrained and merged copy, and what retraining did. folder: where the copy is saved."""
-        loaded = replace(self.loaded, model=copy.deepcopy(self.loaded.model))
+        loaded = self.loaded.copied()
         own = replace(self, loaded=loaded, recipe=self.recipe.model_copy(update={"retrain": asked}))
         report = own.retrain_(name, checkpoint)
         with progress(f"evaluate {name}", None):

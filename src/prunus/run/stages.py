@@ -85,6 +85,10 @@ class Loaded:
     distance: float = 1.0
     tokens: Mapping[str, float] = field(default_factory=dict)
 
+    def copied(self) -> Loaded:
+        """The same with a model of its own."""
+        return replace(self, model=copy.deepcopy(self.model))
+
 
 @dataclass(frozen=True)
 class Retrained:
@@ -319,7 +323,7 @@ def _prune_in_training(
     with progress(name, asked.steps, tokens=asked.step_tokens) as advance:
         prior = None
         if recipe.begins_masked:
-            prior = prune(replace(loaded, model=copy.deepcopy(loaded.model)), recipe, device).masks
+            prior = prune(loaded.copied(), recipe, device).masks
         method = recipe.method(prior)
         found = retrain(
             loaded,
