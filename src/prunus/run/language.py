@@ -154,7 +154,7 @@ def _train_member(recipe: LanguageRecipe, asked: LanguageRetrain, name: str, job
 def _average(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
     start, *needs = _earlier(job)
     members, average = _members(needs, store), given(recipe.soup).average
-    write_average(_pruned(recipe, start, store), members, average, store.path(job), store.work(job) / "trial")
+    write_average(_pruned(recipe, start, store), members, average, store.path(job))
     return {}
 
 
