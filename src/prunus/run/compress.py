@@ -234,7 +234,8 @@ class _Run:
         """Where blocks wait; they depend on these sections alone, so a run may be resumed with other retraining."""
         sections = {"model", "dtype", "precision", "shrink", "prune", "calibrate", "reconstruct"}
         several = {"retrain", "soup"} if recipe.prune.phases > 1 else set[str]()
-        return Work(self._blocks(index), digest(said(recipe, only=sections | several)), writes=ranks.is_main())
+        folder = self.out / "work" / ("blocks" if self._is_last(index) else f"blocks-{index + 1}")
+        return Work(folder, digest(said(recipe, only=sections | several)), writes=ranks.is_main())
 
     def _retrain(self, pruned: Pruned, result: dict[str, Any]) -> None:
         """Retrain and merge in place; the last phase is measured before and after merging."""
@@ -302,15 +303,9 @@ class _Run:
         source = loaded.source
         assert isinstance(source, Shards)
         if ranks.is_main() and not is_whole(folder):
+            tensors, home = self._tensors(source, streamed), source.checkpoint.folder
             with progress("write", None):
-                save_tensors(
-                    self._tensors(source, streamed),
-                    loaded.tokenizer,
-                    folder,
-                    masks=streamed.masks,
-                    info={},
-                    source=source.checkpoint.folder,
-                )
+                save_tensors(tensors, loaded.tokenizer, folder, masks=streamed.masks, info={}, source=home)
         ranks.wait()
         pruned = self.recipe.model_copy(update={"model": str(folder), "streaming": self.recipe.retrain is None})
         found = stages.load(pruned, stages.home(pruned, self.device))
@@ -318,8 +313,7 @@ class _Run:
 
     def _tensors(self, source: Shards, streamed: Streamed) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of the pruned model: finished parts from the work folder, the rest from the source."""
-        work = Work(self._blocks(), "")
-        done: set[str] = set()
+        work, done = self._work(self.recipe, 0), set[str]()
         for report in streamed.reports:
             own = {f"{report.name}.{key}": tensor for key, tensor in work.tensors(report.name).items()}
             for name in own.keys() & streamed.masks.keys():
@@ -338,26 +332,16 @@ class _Run:
         how: dict[str, Any] = {"masks": kept, "info": prunus_info(self.recipe, result), "packed": self.recipe.packed}
         with progress("save", None):
             if isinstance(loaded.source, Shards):
-                save_tensors(
-                    ((name, self._as_stored(tensor)) for name, tensor in loaded.source.tensors()),
-                    loaded.tokenizer,
-                    self.out / "model",
-                    source=loaded.folder or loaded.source.checkpoint.folder,
-                    **how,
-                )
-                return
-            loaded.model.to(self.stored)
-            save_model(loaded.model, loaded.tokenizer, self.out / "model", source=loaded.folder, **how)
-
-    def _as_stored(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.stored) if tensor.is_floating_point() else tensor
+                found = loaded.source.tensors()
+                stored = ((name, each.to(self.stored) if each.is_floating_point() else each) for name, each in found)
+                source = loaded.folder or loaded.source.checkpoint.folder
+                save_tensors(stored, loaded.tokenizer, self.out / "model", source=source, **how)
+            else:
+                loaded.model.to(self.stored)
+                save_model(loaded.model, loaded.tokenizer, self.out / "model", source=loaded.folder, **how)
 
     def _checkpoint(self, name: str) -> Path:
         return self.out / "work" / f"{name}-{self.key[:16]}.pt"
-
-    def _blocks(self, index: int = -1) -> Path:
-        last = index < 0 or self._is_last(index)
-        return self.out / "work" / ("blocks" if last else f"blocks-{index + 1}")
 
     def _log(self, row: dict[str, Any]) -> None:
         if ranks.is_main():
