@@ -63,7 +63,7 @@ class Pruned:
     log: Log | None = None
 
     def retrain_(
-        self, name: str, checkpoint: Path, before_merge: Callable[[Adaptation], None] | None = None
+        self, name: str, checkpoint: Path | None = None, before_merge: Callable[[Adaptation], None] | None = None
     ) -> stages.Retrained:
         """What happened while the model was retrained and merged in place, as the recipe says."""
         asked = given(self.recipe.retrain)
