@@ -271,11 +271,12 @@ def _kept(recipe: LanguageRecipe, device: torch.device, smaller: Path | None = N
     if key not in _read:
         _read.clear()
         if smaller is None:
-            _read[key] = loaded = stages.load(recipe, device)
+            loaded = stages.load(recipe, device)
             check_texts(recipe, loaded.model, loaded.tokenizer)
         else:
             check_whole(smaller)
-            _read[key] = smaller_in(smaller, recipe, device)
+            loaded = smaller_in(smaller, recipe, device)
+        _read[key] = loaded
     return _read[key]
 
 
