@@ -12,7 +12,7 @@ import yaml
 from prunus.run import language
 from prunus.run.compare import compare
 from prunus.run.grid import Grid, final_members, load_grid, tuning_members
-from prunus.run.recipe import Recipe, digest, parse, said
+from prunus.run.recipe import Recipe, digest, merge, parse, said
 from tests.systems.test_compress import raw
 
 
@@ -224,12 +224,10 @@ def test_wrong_grids_are_refused(tiny_folder: Path, text_file: Path, tmp_path: P
         load_grid(path)
     with pytest.raises(FileNotFoundError, match="no recipe"):
         load_grid(tmp_path / "other.yaml")
-    for key, alone in {"retrain.keep_adapter": {"keep_adapter": True}, "evaluate.speed": {}}.items():
+    for key in ("retrain.keep_adapter", "evaluate.speed", "streaming"):
         raw = grid(tiny_folder, text_file, tmp_path)
-        raw["base"]["retrain"] = raw["base"].get("retrain", {}) | alone
-        raw["base"]["evaluate"] |= {} if alone else {"speed": True}
-        path.write_text(yaml.safe_dump(raw))
-        with pytest.raises(ValueError, match=f"{key} is for single runs"):
+        path.write_text(yaml.safe_dump(raw | {"base": merge(raw["base"], {key: True})}))
+        with pytest.raises(ValueError, match=f"{key} is for single runs, and a grid would not do it"):
             load_grid(path)
 
 

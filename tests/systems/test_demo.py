@@ -16,13 +16,13 @@ from prunus.run.recipe import LanguageRecipe, parse
 def test_the_steps_are_those_that_fit(left: float, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
 
-    def retrain(*_: object, name: str) -> tuple[None, dict[str, float]]:
+    def retrain(_pruned: object, _change: object, name: str) -> tuple[None, dict[str, float]]:
         tried.append(name)
         return None, {"seconds": 0.5}
 
     monkeypatch.setattr(demo, "_retrain", retrain)
     recipe = parse(demo.RECIPE, LanguageRecipe, "demo")
-    assert demo._steps(None, None, recipe, left) == steps  # type: ignore[arg-type]
+    assert demo._steps(SimpleNamespace(recipe=recipe), left) == steps  # type: ignore[arg-type]
     assert len(tried) == 1
 
 

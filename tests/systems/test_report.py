@@ -156,6 +156,18 @@ def test_progress_draws_on_a_terminal(total):
     assert ("3/3" in console.file.getvalue()) == bool(total)  # of an unknown number none is said
 
 
+def test_one_bar_is_drawn_at_a_time(caplog):
+    consoles = [Console(file=io.StringIO(), force_terminal=True, width=80) for _ in range(3)]
+    grid, member = (progress(name, 2, console=each) for name, each in zip(("grid", "member"), consoles, strict=False))
+    with caplog.at_level(logging.INFO), grid, member as advance:
+        advance(1)
+    with progress("next", 2, console=consoles[2]):
+        pass
+    shown = [console.file.getvalue() for console in consoles]
+    assert ["grid" in shown[0], shown[1], "next" in shown[2]] == [True, "", True]
+    assert "member: started" in [record.message for record in caplog.records]
+
+
 def test_training_shows_its_loss_and_speed_on_a_line(monkeypatch):
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     clock = iter([100.0, 102.0])

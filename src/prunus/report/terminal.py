@@ -1,12 +1,14 @@
 """What a terminal shows: tables (in files as Markdown, with one formatting of numbers), and how far the work is.
 
-Elsewhere than on a terminal, progress is a line in the log now and then.
+Elsewhere than on a terminal, and inside of other work that is shown, progress is a line in the log now and then.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import multiprocessing
+import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,10 +19,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from prunus.machine import ranks
+
 log = logging.getLogger(__name__)
 
 _LOG_EVERY = 30.0  # seconds
 _LEAST = 20  # characters that a name keeps
+_drawing = threading.Lock()  # held by the bar that is on the terminal
 
 Row = Mapping[str, Any]
 
@@ -130,22 +135,25 @@ def progress(
 ) -> Generator[Advance]:
     """A bar of `total` steps (None: unknown, the bar pulses) on stderr while the block runs.
 
-    tokens: those of a training step, whose speed is shown beside the loss. Without a terminal nothing is drawn; the
-    start, the end and every half minute between are logged at INFO.
+    tokens: those of a training step, whose speed is shown beside the loss. One bar is drawn at a time, by the process
+    that was called. Where none is, the start, the end and every half minute between are logged at INFO.
 
     >>> with progress("prune", 12) as advance:
     ...     advance(1)
     """
     console = console or Console(stderr=True)
-    started = time.monotonic()
-    if console.is_terminal:
+    started, ours = time.monotonic(), ranks.is_main() and multiprocessing.parent_process() is None
+    if console.is_terminal and ours and _drawing.acquire(blocking=False):
         count = () if total is None else (MofNCompleteColumn(),)
         columns = (TextColumn("{task.description:<18}"), BarColumn(bar_width=12), *count)
         times = TimeElapsedColumn() if total is None else TimeRemainingColumn(elapsed_when_finished=True)
-        with Progress(*columns, times, TextColumn("{task.fields[said]}"), console=console) as bar:
-            yield _Bar(bar, description, total, tokens)
-            if total is None:
-                bar.update(bar.task_ids[0], total=1, completed=1)
+        try:
+            with Progress(*columns, times, TextColumn("{task.fields[said]}"), console=console) as bar:
+                yield _Bar(bar, description, total, tokens)
+                if total is None:
+                    bar.update(bar.task_ids[0], total=1, completed=1)
+        finally:
+            _drawing.release()
     else:
         log.info("%s: started", description)
         yield _Log(description, total)

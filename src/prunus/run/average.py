@@ -22,7 +22,7 @@ from prunus.run.names import Choice, averages
 from prunus.save import Join, SavedModel, average_folders, load_info
 from prunus.soup import Greedy, greedy_members
 
-__all__ = ["average_checkpoints", "average_greedily", "joined_by"]
+__all__ = ["average_checkpoints", "average_greedily", "choose_greedily", "joined_by"]
 
 log = logging.getLogger(__name__)
 
@@ -86,10 +86,15 @@ def average_greedily(
     >>> average_greedily(["runs/a/model", "runs/b/model"], "runs/soup", lambda folder: -perplexity_of(folder))
     """
     members = [Path(path) for path in checkpoints]
-    with hidden_folder(out) as place:
-        soup = greedy_members(len(members), lambda chosen: _score(chosen, members, score, place / "trial"))
+    soup = choose_greedily(members, out, score)
     saved = average_folders([members[place] for place in soup.members], out)
     return _greedy_rows(saved, soup, members)
+
+
+def choose_greedily(members: Sequence[Path], out: str | Path, score: Callable[[Path], float]) -> Greedy:
+    """The members that a greedy soup takes; each trial is written beside `out`, and is gone afterwards."""
+    with hidden_folder(out) as place:
+        return greedy_members(len(members), lambda chosen: _score(chosen, members, score, place / "trial"))
 
 
 def _score(chosen: Sequence[int], members: Sequence[Path], score: Callable[[Path], float], trial: Path) -> float:

@@ -18,18 +18,16 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from prunus.adapt import Adaptation
 from prunus.machine import ranks, write_json
 from prunus.masks import Masks
-from prunus.report import Advance, Log, append_once, named_log, plot_compression, progress, tracked
+from prunus.report import Log, append_once, plot_compression, progress, tracked
 from prunus.run import stages
 from prunus.run.folder import begin, device_name, device_of, entered, finished, ran_on
 from prunus.run.outline import Outline, check_language, outline_language
@@ -38,8 +36,8 @@ from prunus.run.shrunk import shrunk
 from prunus.run.soups import Member, Pruned, as_long_as_all, averaged, member
 from prunus.run.texts import check_texts, evaluation_texts, head_in_words
 from prunus.save import MASKS_NAME, is_whole, load_info, save_model, save_tensors
-from prunus.soup import distance, sms
-from prunus.stream import BlockReport, Shards, Streamed, Work
+from prunus.soup import sms
+from prunus.stream import Shards, Streamed, Work
 
 __all__ = ["compress", "planned", "prunus_info"]
 
@@ -121,7 +119,7 @@ class _Run:
         started = time.perf_counter()
         recipe = self.recipe
         _check(recipe, stages.empty(recipe))
-        with self._bar("load", None):
+        with progress("load", None):
             loaded = stages.load(recipe, self.home)
         if ranks.is_main():
             begin(self.out, recipe)
@@ -153,7 +151,7 @@ class _Run:
         if self.recipe.shrink is None:
             return loaded
         folder = self.out / "work" / f"shrunk-{self.key[:16]}"
-        with self._bar("shrink", None):
+        with progress("shrink", None):
             found = shrunk(loaded, self.recipe, self.device, folder)
         result["shrink"] = load_info(folder)["shrink"]
         result["perplexity"]["shrunk"] = self._measured("shrunk", found)
@@ -186,22 +184,27 @@ class _Run:
 
     def _pruned(self, loaded: stages.Loaded, index: int, within: Masks | None, result: dict[str, Any]) -> Pruned:
         """The model pruned for a phase, from 0."""
-        recipe = self.recipe.phase(index)
-        before, retrain = stages.weights_to_compare(loaded, recipe), recipe.retrain
-        if recipe.during is not None:
-            streamed, lost = self._prune_in_training(loaded, recipe)
-        else:
-            streamed = self._prune(loaded, recipe, index, within)
-            lost = distance(before, streamed.masks, within) if before else 1.0
+        recipe, last = self.recipe.phase(index), self._is_last(index)
+        by_distance = recipe.retrain is not None and recipe.retrain.schedule == "allr"
+        streamed, lost = stages.prune_phase(
+            loaded,
+            recipe,
+            self.device,
+            compares=by_distance,
+            within=within,
+            work=self._work(recipe, index),
+            checkpoint=self._checkpoint("during"),
+            on_block=lambda report: self._log({"stage": "prune", **asdict(report)}) if last else None,
+            log=self.track,
+        )
         loaded = replace(loaded, distance=lost)
-        if self._is_last(index):
-            by_distance = retrain is not None and retrain.schedule == "allr"
+        if last:
             result |= ({"distance": lost} if by_distance else {}) | {"pruning": stages.summary(streamed)}
             if recipe.streaming:
                 loaded = self._assembled(loaded, streamed)
             self.track({"sparsity": result["pruning"]["sparsity"]}, None)
             result["perplexity"]["pruned"] = self._measured("pruned", loaded)
-        return Pruned(loaded, streamed.masks, recipe, self.device, index, self._bar, self.track)
+        return Pruned(loaded, streamed.masks, recipe, self.device, index, self.track)
 
     def _is_last(self, index: int) -> bool:
         return index + 1 == self.recipe.prune.phases
@@ -224,58 +227,15 @@ class _Run:
         loaded = pruned.loaded
         if not self._is_last(pruned.phase):
             self._measured(f"phase {pruned.phase + 1}", loaded)
-            save_model(
-                loaded.model,
-                loaded.tokenizer,
-                self._left(pruned.phase + 1),
-                masks=pruned.masks,
-                info={},
-                source=loaded.folder,
-            )
+            pruned.save(self._left(pruned.phase + 1), {})
         return loaded
 
-    def _prune(self, loaded: stages.Loaded, recipe: LanguageRecipe, index: int, within: Masks | None) -> Streamed:
-        # The work folder's blocks depend on these sections alone, so a run may be resumed with other retraining.
+    def _work(self, recipe: LanguageRecipe, index: int) -> Work:
+        """Where blocks wait; they depend on these sections alone, so a run may be resumed with other retraining."""
         sections = {"model", "dtype", "precision", "shrink", "prune", "calibrate", "reconstruct"}
         several = {"retrain", "soup"} if recipe.prune.phases > 1 else set[str]()
-        work = Work(self._blocks(index), digest(said(recipe, only=sections | several)), writes=ranks.is_main()).open()
-        blocks = int(getattr(loaded.model.config, "num_hidden_layers", 0)) or None
-        with self._bar("prune", blocks) as advance:
-
-            def on_block(report: BlockReport) -> None:
-                if self._is_last(index):
-                    self._log({"stage": "prune", **asdict(report)})
-                advance(1)
-
-            streamed = stages.prune(loaded, recipe, self.device, within=within, work=work, on_block=on_block)
-        ranks.wait()
-        return streamed if ranks.is_main() else self._as_written(work, loaded, streamed)
-
-    def _prune_in_training(self, loaded: stages.Loaded, recipe: LanguageRecipe) -> tuple[Streamed, float]:
-        assert recipe.during is not None
-        name = next(iter(recipe.during))
-        asked = given(recipe.train)
-        with self._bar(name, asked.steps, asked.step_tokens) as advance:
-            streamed, lost = stages.prune_in_training(
-                loaded,
-                recipe,
-                self.device,
-                checkpoint=self._checkpoint("during"),
-                on_step=advance.step,
-                log=named_log(self.track, name),
-            )
-        self._log({"stage": "prune", **asdict(streamed.reports[0])})
-        loaded.model.to(self.home)
-        return streamed, lost
-
-    def _as_written(self, work: Work, loaded: stages.Loaded, streamed: Streamed) -> Streamed:
-        """The pruning of the main process, in place of this one's: two GPUs may differ in the last bit."""
-        masks: dict[str, torch.Tensor] = {}
-        for report in streamed.reports:
-            masks |= work.masks(report.name)
-            if loaded.source is None:
-                work.restore_(report.name, loaded.model.get_submodule(report.name), {})
-        return Streamed(Masks(masks), streamed.reports)
+        folder = self.out / "work" / ("blocks" if self._is_last(index) else f"blocks-{index + 1}")
+        return Work(folder, digest(said(recipe, only=sections | several)), writes=ranks.is_main())
 
     def _retrain(self, pruned: Pruned, result: dict[str, Any]) -> None:
         """Retrain and merge in place; the last phase is measured before and after merging."""
@@ -288,23 +248,13 @@ class _Run:
             if base is not None and ranks.is_main():
                 adaptation.save(self.out / "adapter", base=base)
 
-        with self._bar(name, asked.steps, asked.step_tokens) as advance:
-            report = stages.retrain(
-                loaded,
-                pruned.masks,
-                pruned.recipe,
-                self.device,
-                checkpoint=self._checkpoint(name),
-                on_step=advance.step,
-                log=named_log(self.track, name),
-                before_merge=before_merge if last else None,
-            )
+        report = pruned.retrain_(name, self._checkpoint(name), before_merge if last else None)
         if last:
             perplexities["merged"] = self._measured("merged", loaded)
             found = report.numbers()
             self._log({"stage": "retrain", **found})
             result["retraining"] = {key: value for key, value in found.items() if key != "losses"}
-            result["retraining"]["train"] = list(given(pruned.recipe.retrain).train)
+            result["retraining"]["train"] = list(asked.train)
         loaded.model.to(self.home)
 
     def _base(self, pruned: Pruned) -> str:
@@ -314,9 +264,7 @@ class _Run:
             return self.recipe.model
         folder = self.out / "pruned"
         if ranks.is_main() and not is_whole(folder):
-            info = {"model": self.recipe.model, "pattern": self.recipe.prune.pattern}
-            loaded = pruned.loaded
-            save_model(loaded.model, loaded.tokenizer, folder, masks=pruned.masks, info=info, source=loaded.folder)
+            pruned.save(folder, {"model": self.recipe.model, "pattern": self.recipe.prune.pattern})
         return str(folder)
 
     def _soup(self, pruned: Pruned, members: Sequence[Member], result: dict[str, Any]) -> stages.Loaded:
@@ -333,7 +281,7 @@ class _Run:
         return found.loaded
 
     def _measured(self, stage: str, loaded: stages.Loaded) -> dict[str, float]:
-        with self._bar(f"evaluate {stage}", None):
+        with progress(f"evaluate {stage}", None):
             found = stages.evaluate(loaded, self.recipe, self.device)
         self._log({"stage": stage, "perplexity": found})
         self.track({f"{stage}/perplexity/{text}": value for text, value in found.items()}, None)
@@ -344,7 +292,7 @@ class _Run:
     def _paced(self, stage: str, loaded: stages.Loaded) -> dict[str, Any]:
         if self.recipe.evaluate.speed is None or loaded.source is not None:
             return {}
-        with self._bar(f"speed {stage}", None):
+        with progress(f"speed {stage}", None):
             found = stages.pace(loaded.model, self.recipe, self.device)
         self._log({"stage": stage, "speed": found})
         return found
@@ -355,15 +303,9 @@ class _Run:
         source = loaded.source
         assert isinstance(source, Shards)
         if ranks.is_main() and not is_whole(folder):
-            with self._bar("write", None):
-                save_tensors(
-                    self._tensors(source, streamed),
-                    loaded.tokenizer,
-                    folder,
-                    masks=streamed.masks,
-                    info={},
-                    source=source.checkpoint.folder,
-                )
+            tensors, home = self._tensors(source, streamed), source.checkpoint.folder
+            with progress("write", None):
+                save_tensors(tensors, loaded.tokenizer, folder, masks=streamed.masks, info={}, source=home)
         ranks.wait()
         pruned = self.recipe.model_copy(update={"model": str(folder), "streaming": self.recipe.retrain is None})
         found = stages.load(pruned, stages.home(pruned, self.device))
@@ -371,8 +313,7 @@ class _Run:
 
     def _tensors(self, source: Shards, streamed: Streamed) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of the pruned model: finished parts from the work folder, the rest from the source."""
-        work = Work(self._blocks(), "")
-        done: set[str] = set()
+        work, done = self._work(self.recipe, 0), set[str]()
         for report in streamed.reports:
             own = {f"{report.name}.{key}": tensor for key, tensor in work.tensors(report.name).items()}
             for name in own.keys() & streamed.masks.keys():
@@ -389,37 +330,22 @@ class _Run:
             return
         kept = masks if self.recipe.shrink is None or masks.sparsity else None  # of a smaller model, all is kept
         how: dict[str, Any] = {"masks": kept, "info": prunus_info(self.recipe, result), "packed": self.recipe.packed}
-        with self._bar("save", None):
+        with progress("save", None):
             if isinstance(loaded.source, Shards):
-                save_tensors(
-                    ((name, self._as_stored(tensor)) for name, tensor in loaded.source.tensors()),
-                    loaded.tokenizer,
-                    self.out / "model",
-                    source=loaded.folder or loaded.source.checkpoint.folder,
-                    **how,
-                )
-                return
-            loaded.model.to(self.stored)
-            save_model(loaded.model, loaded.tokenizer, self.out / "model", source=loaded.folder, **how)
-
-    def _as_stored(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.stored) if tensor.is_floating_point() else tensor
+                found = loaded.source.tensors()
+                stored = ((name, each.to(self.stored) if each.is_floating_point() else each) for name, each in found)
+                source = loaded.folder or loaded.source.checkpoint.folder
+                save_tensors(stored, loaded.tokenizer, self.out / "model", source=source, **how)
+            else:
+                loaded.model.to(self.stored)
+                save_model(loaded.model, loaded.tokenizer, self.out / "model", source=loaded.folder, **how)
 
     def _checkpoint(self, name: str) -> Path:
         return self.out / "work" / f"{name}-{self.key[:16]}.pt"
 
-    def _blocks(self, index: int = -1) -> Path:
-        last = index < 0 or self._is_last(index)
-        return self.out / "work" / ("blocks" if last else f"blocks-{index + 1}")
-
     def _log(self, row: dict[str, Any]) -> None:
         if ranks.is_main():
             append_once(self.out / "metrics.jsonl", row)
-
-    def _bar(self, description: str, total: float | None, tokens: int = 0) -> AbstractContextManager[Advance]:
-        return progress(
-            description, total, tokens=tokens, console=None if ranks.is_main() else Console(force_terminal=False)
-        )
 
 
 def _check_shares(recipe: LanguageRecipe) -> None:

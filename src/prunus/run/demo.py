@@ -7,8 +7,8 @@ steps go by the time that they are seen to take: two demos need not make the sam
 
 from __future__ import annotations
 
-import copy
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,14 @@ from typing import Any
 import torch
 
 from prunus.machine import write_json
-from prunus.report import plot_compression, progress
+from prunus.report import plot_compression
 from prunus.run import stages
 from prunus.run.compress import prunus_info
 from prunus.run.folder import device_of, held
 from prunus.run.page import write_report
 from prunus.run.recipe import LanguageRecipe, given, merge, parse
 from prunus.run.show import show_result
-from prunus.save import save_model
-from prunus.stream import Streamed
+from prunus.run.soups import Pruned
 
 __all__ = ["RECIPE", "demo"]
 
@@ -60,23 +59,23 @@ def _demo(recipe: LanguageRecipe, out: Path) -> dict[str, Any]:
     loaded.model.to(device)
     _choose_threads(loaded.model)
     perplexities: dict[str, Any] = {"dense": stages.evaluate(loaded, recipe, device)}
-    with progress("prune", loaded.model.config.num_hidden_layers) as advance:
-        streamed = stages.prune(loaded, recipe, device, on_block=lambda _: advance(1))
+    streamed = stages.prune(loaded, recipe, device)
+    pruned = ended = Pruned(loaded, streamed.masks, recipe, device)
     before = time.perf_counter()
     perplexities["pruned"] = stages.evaluate(loaded, recipe, device)
     now = time.perf_counter()
-    steps = _steps(loaded, streamed, recipe, SECONDS - (now - started) - 2 * (now - before))
-    report, retrained = {}, loaded
+    steps = _steps(pruned, SECONDS - (now - started) - 2 * (now - before))
+    report: dict[str, Any] = {}
     for name, change in (("biases and norms", {}), ("MaskLoRA, merged", MASK_LORA)):
         name = f"{name}, {steps} steps"
-        retrained, report[name] = _retrain(loaded, streamed, recipe, change | {"steps": steps}, name=name)
-        perplexities[name] = stages.evaluate(retrained, recipe, device)
+        ended, report[name] = _retrain(pruned, change | {"steps": steps}, name)
+        perplexities[name] = stages.evaluate(ended.loaded, recipe, device)
     result: dict[str, Any] = {"model": "embedded", "perplexity": perplexities, "pruning": stages.summary(streamed)}
     result |= {"retraining": report, "seconds": time.perf_counter() - started, "device": str(device)}
     info = prunus_info(recipe, result)
     result["saved"] = str(out / "model")
-    model, source = retrained.model.to("cpu"), loaded.folder
-    save_model(model, loaded.tokenizer, out / "model", masks=streamed.masks, info=info, source=source)
+    ended.loaded.model.to("cpu")
+    ended.save(out / "model", info)
     write_json(out / "result.json", result)
     plot_compression(result, out / "report.png")
     show_result(result, out)
@@ -100,20 +99,15 @@ def _choose_threads(model: Any) -> None:
     torch.set_num_threads(min(seconds, key=lambda count: seconds[count]))
 
 
-def _steps(loaded: stages.Loaded, streamed: Streamed, recipe: LanguageRecipe, left: float) -> int:
+def _steps(pruned: Pruned, left: float) -> int:
     """How many steps each of two retrainings has in `left` seconds, by two of the slower one."""
-    _, found = _retrain(loaded, streamed, recipe, MASK_LORA | {"steps": 2}, name="two steps, to measure them")
-    return max(LEAST, min(given(recipe.retrain).steps, int(left / found["seconds"]) - 1))
+    _, found = _retrain(pruned, MASK_LORA | {"steps": 2}, "two steps, to measure them")
+    return max(LEAST, min(given(pruned.recipe.retrain).steps, int(left / found["seconds"]) - 1))
 
 
-def _retrain(
-    pruned: stages.Loaded, streamed: Streamed, recipe: LanguageRecipe, change: dict[str, Any], *, name: str
-) -> tuple[stages.Loaded, dict[str, Any]]:
+def _retrain(pruned: Pruned, change: Mapping[str, Any], name: str) -> tuple[Pruned, dict[str, Any]]:
     """A retrained copy, and the numbers of it."""
-    loaded = replace(pruned, model=copy.deepcopy(pruned.model))
-    recipe = parse(
-        merge(recipe.model_dump(mode="json"), {f"retrain.{k}": v for k, v in change.items()}), LanguageRecipe, "demo"
-    )
-    with progress(f"retrain {name}", given(recipe.retrain).steps) as advance:
-        report = stages.retrain(loaded, streamed.masks, recipe, device_of(recipe), on_step=advance.step)
-    return loaded, {k: v for k, v in report.numbers().items() if k not in ("losses", "merge")}
+    raw = merge(pruned.recipe.model_dump(mode="json"), {f"retrain.{key}": value for key, value in change.items()})
+    own = replace(pruned, loaded=pruned.loaded.copied(), recipe=parse(raw, LanguageRecipe, "demo"))
+    numbers = own.retrain_(f"retrain {name}").numbers()
+    return own, {key: value for key, value in numbers.items() if key not in ("losses", "merge")}

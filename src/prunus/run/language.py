@@ -11,10 +11,9 @@ The loop over phases is `prunus.soup.sms` over jobs, as that of classifiers is.
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -32,7 +31,7 @@ from prunus.run.store import Job, Store
 from prunus.run.tables import LONGER, PARTS, SOUP, Show, perplexity_row, perplexity_tables
 from prunus.run.texts import check_texts
 from prunus.save import check_whole, load_info
-from prunus.soup import Souped, distance, sms
+from prunus.soup import Souped, sms
 
 __all__ = ["LANGUAGE"]
 
@@ -115,24 +114,19 @@ def _averaged_job(recipe: LanguageRecipe, start: Job, members: Sequence[Job]) ->
 
 
 def _prune(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
-    device, earlier = device_of(recipe), None
+    device, within, checkpoint = device_of(recipe), None, store.checkpoint(job)
     recipe, where = stages.fitted(recipe, device), ran_on(store.work(job), device_name(device))
-    loaded, needs = _start(recipe, device, store), _earlier(job)
-    before = loaded.model
-    if needs:
-        state, within = needs
+    loaded, earlier = _start(recipe, device, store), _earlier(job)
+    if earlier:
+        state, before = earlier
         check_whole(store.path(state))
-        before = stages.load(recipe.model_copy(update={"model": str(store.path(state))})).model.to(device)
-        earlier = store.masks(within)
-    model = copy.deepcopy(before)
-    loaded = replace(loaded, model=model)
-    if recipe.during is None:
-        streamed = stages.prune(loaded, recipe, device, within=earlier)
-        lost = distance(dict(before.named_parameters()), streamed.masks, earlier)
+        left = stages.load(recipe.model_copy(update={"model": str(store.path(state))}), device)
+        loaded, within = replace(loaded, model=left.model), store.masks(before)
     else:
-        streamed, lost = stages.prune_in_training(loaded, recipe, device, checkpoint=store.checkpoint(job))
-    parameters = dict(model.named_parameters())
-    names = parameters if _changes_all(recipe) or needs else streamed.masks
+        loaded = loaded.copied()
+    streamed, lost = stages.prune_phase(loaded, recipe, device, compares=True, within=within, checkpoint=checkpoint)
+    parameters = dict(loaded.model.named_parameters())
+    names = parameters if _changes_all(recipe) or earlier else streamed.masks
     store.write_state(job, {name: parameters[name] for name in names}, streamed.masks)
     errors = [(r.error_before, r.error_after) for r in streamed.reports if r.error_before is not None]
     return {"seconds": sum(r.seconds for r in streamed.reports), "errors": errors, "distance": lost, **where}
@@ -146,24 +140,21 @@ def _earlier(job: Job) -> list[Job]:
 def _make_smaller(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
     started, device = time.perf_counter(), device_of(recipe)
     recipe, where = stages.fitted(recipe, device), ran_on(store.work(job), device_name(device))
-    dense = _dense(recipe, device)
-    shrunk(replace(dense, model=copy.deepcopy(dense.model)), recipe, device, store.path(job))
+    shrunk(_kept(recipe, device).copied(), recipe, device, store.path(job))
     return {**load_info(store.path(job))["shrink"], "seconds": time.perf_counter() - started, **where}
 
 
 def _train_member(recipe: LanguageRecipe, asked: LanguageRetrain, name: str, job: Job, store: Store) -> dict[str, Any]:
     pruned = _pruned(recipe, job.needs[0], store)
     where = ran_on(store.work(job), device_name(pruned.device))
-    model, found = pruned.retrained(name, asked, store.checkpoint(job))
-    if name != LONGER:
-        pruned.save(model, store.path(job), job.key, found)
-    return found | where
+    folder = None if name == LONGER else store.path(job)
+    return pruned.member(name, asked, store.checkpoint(job), folder, job.key) | where
 
 
 def _average(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
     start, *needs = _earlier(job)
     members, average = _members(needs, store), given(recipe.soup).average
-    write_average(_pruned(recipe, start, store), members, average, store.path(job), store.work(job) / "trial")
+    write_average(_pruned(recipe, start, store), members, average, store.path(job))
     return {}
 
 
@@ -176,7 +167,7 @@ def _members(jobs: Sequence[Job], store: Store) -> list[Member]:
 
 def _measure_dense(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
     device = device_of(recipe)
-    return stages.evaluate(_dense(recipe, device), recipe, device)
+    return stages.evaluate(_kept(recipe, device), recipe, device)
 
 
 class _Language:
@@ -189,8 +180,9 @@ class _Language:
         if tune is not None and tune["text"] is None:
             raise ValueError("tune: name the text whose perplexity chooses: text: validation")
         for recipe in recipes:
-            if recipe.evaluate.speed is not None or (recipe.retrain is not None and recipe.retrain.keep_adapter):
-                key = "retrain.keep_adapter" if recipe.evaluate.speed is None else "evaluate.speed"
+            kept = recipe.retrain is not None and recipe.retrain.keep_adapter
+            alone = {"streaming": recipe.streaming, "evaluate.speed": recipe.evaluate.speed}
+            for key in (key for key, asked in {**alone, "retrain.keep_adapter": kept}.items() if asked):
                 raise ValueError(f"{key} is for single runs, and a grid would not do it: leave it out")
             data = recipe.evaluate.data
             if tune is not None and tune["text"] not in data:
@@ -251,7 +243,8 @@ class _Language:
             result["soup"] = {**souped.summary, "perplexity": souped.perplexity, "retraining": souped.retraining}
         else:
             if recipe.retrain is not None:
-                result["retraining"] = _retrain(pruned, store.checkpoint(job))
+                told = pruned.retrain_("retrain", store.checkpoint(job)).numbers()
+                result["retraining"] = told | {"merge": _merge_summary(told["merge"])}
             result["perplexity"] = stages.evaluate(loaded, pruned.recipe, pruned.device)
         scores = stages.zero_shot(loaded.model, loaded.tokenizer, pruned.recipe, pruned.device)
         result |= {} if scores is None else {"zero_shot": scores.rows}
@@ -261,42 +254,29 @@ class _Language:
 LANGUAGE = _Language()
 
 
-def _retrain(pruned: Pruned, checkpoint: Path) -> dict[str, Any]:
-    """What retraining a pruned model in place did."""
-    found = stages.retrain(pruned.loaded, pruned.masks, pruned.recipe, pruned.device, checkpoint=checkpoint).numbers()
-    return found | {"merge": _merge_summary(found["merge"])}
-
-
 def _merge_summary(merge: dict[str, dict[str, float]]) -> dict[str, float]:
     """The largest difference that merging made in any layer, and the mean share of the update that it lost."""
     found = {"largest_difference": max(merge["difference"].values(), default=0.0)}
     return found | ({"mean_lost": statistics.fmean(merge["lost"].values())} if merge["lost"] else {})
 
 
-def _dense(recipe: LanguageRecipe, device: torch.device) -> stages.Loaded:
-    def read() -> stages.Loaded:
-        loaded = stages.load(recipe)
-        check_texts(recipe, loaded.model, loaded.tokenizer)
-        return loaded
-
-    return _kept([recipe.model, recipe.dtype], read, device)
-
-
 def _start(recipe: LanguageRecipe, device: torch.device, store: Store) -> stages.Loaded:
     """What is pruned first: the dense model, or the smaller one."""
-    for job in _smaller_job(recipe):
-        check_whole(store.path(job))
-        return _kept([job.key], partial(smaller_in, store.path(job), recipe), device)
-    return _dense(recipe, device)
+    return _kept(recipe, device, next((store.path(job) for job in _smaller_job(recipe)), None))
 
 
-def _kept(named: Sequence[str], read: Callable[[], stages.Loaded], device: torch.device) -> stages.Loaded:
-    """What was read last, if that is it."""
-    key = digest([*named, str(device)])
+def _kept(recipe: LanguageRecipe, device: torch.device, smaller: Path | None = None) -> stages.Loaded:
+    """The dense model, or the smaller one in a folder: what was read last, if that is it."""
+    key = digest([recipe.model, recipe.dtype, str(smaller), str(device)])
     if key not in _read:
         _read.clear()
-        _read[key] = read()
-        _read[key].model.to(device)
+        if smaller is None:
+            loaded = stages.load(recipe, device)
+            check_texts(recipe, loaded.model, loaded.tokenizer)
+        else:
+            check_whole(smaller)
+            loaded = smaller_in(smaller, recipe, device)
+        _read[key] = loaded
     return _read[key]
 
 
@@ -305,7 +285,6 @@ def _pruned(recipe: LanguageRecipe, job: Job, store: Store) -> Pruned:
     device, masks = device_of(recipe), store.masks(job)
     recipe = stages.fitted(recipe, device)
     assert masks is not None
-    start = _start(recipe, device, store)
-    model = copy.deepcopy(start.model)
-    model.load_state_dict(store.state(job), strict=False)
-    return Pruned(replace(start, model=model, distance=store.result(job)["distance"]), masks, recipe, device)
+    loaded = replace(_start(recipe, device, store).copied(), distance=store.result(job)["distance"])
+    loaded.model.load_state_dict(store.state(job), strict=False)
+    return Pruned(loaded, masks, recipe, device)

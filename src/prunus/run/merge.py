@@ -18,7 +18,7 @@ from prunus.masks import Masks
 from prunus.run import stages
 from prunus.run.folder import device_of
 from prunus.run.recipe import LanguageRecipe, parse
-from prunus.save import INFO_NAME, MASKS_NAME, check_apart, check_new, load_info, save_model
+from prunus.save import MASKS_NAME, check_apart, check_new, load_info, save_model
 
 __all__ = ["merge_adapter"]
 
@@ -36,8 +36,7 @@ def merge_adapter(base: str, adapter: str | Path, out: str | Path, *, device: st
     out = Path(out)
     for source in (base, adapter):
         check_apart(out, source)
-    check_new(out)
-    _check_same(out, adapter)
+    check_new(out, "merged one", lambda known: known.get("adapter", {}).get("path") == str(adapter))
     stored = read_adapter(adapter)
     recipe = parse({"model": base, "device": device, "prune": {"sparsity": 0}}, LanguageRecipe, "merge")
     where = device_of(recipe)
@@ -61,9 +60,3 @@ def merge_adapter(base: str, adapter: str | Path, out: str | Path, *, device: st
         "zeros": None if masks is None else masks.sparsity,
         "difference": max(report.difference.values(), default=0.0),
     }
-
-
-def _check_same(out: Path, adapter: str | Path) -> None:
-    """Another model that Prunus saved is not replaced, only what this adapter was merged into."""
-    if (out / INFO_NAME).is_file() and load_info(out).get("adapter", {}).get("path") != str(adapter):
-        raise ValueError(f"out: {out} holds another model; give the merged one a folder of its own, or delete it")

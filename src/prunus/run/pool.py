@@ -31,6 +31,7 @@ from typing import Any, Protocol
 import torch
 from filelock import FileLock
 
+from prunus.machine import import_extra
 from prunus.report import progress
 from prunus.run.plain import is_full
 from prunus.run.store import Job, Store, closure
@@ -271,19 +272,15 @@ def _executor(workers: Workers) -> Generator[_Executor]:
 @contextmanager
 def _cluster(address: str) -> Generator[Any]:
     """Ray, on a cluster that is ended if it was started here."""
-    try:
-        import ray  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ImportError("jobs on a cluster need Ray: pip install 'prunus[ray]'") from error
-    module: Any = ray
-    own = not module.is_initialized()
+    ray = import_extra("ray", "ray", "jobs on a cluster need Ray")
+    own = not ray.is_initialized()
     if own:
-        module.init(address=None if address == "local" else address, include_dashboard=False, log_to_driver=False)
+        ray.init(address=None if address == "local" else address, include_dashboard=False, log_to_driver=False)
     try:
-        yield module
+        yield ray
     finally:
         if own:
-            module.shutdown()
+            ray.shutdown()
 
 
 def _run_seeded(job: Job, store: Store) -> Result:

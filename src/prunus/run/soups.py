@@ -9,28 +9,26 @@ complete or absent, and is not trained again. In a grid members are jobs.
 
 from __future__ import annotations
 
-import copy
 import math
-import shutil
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from prunus.machine import read_json, write_json
+from prunus.adapt import Adaptation
+from prunus.machine import hidden_folder, read_json, write_json
 from prunus.masks import Masks
-from prunus.report import Log, named_log
+from prunus.report import Log, named_log, progress
 from prunus.run import stages
-from prunus.run.average import joined_by
+from prunus.run.average import choose_greedily, joined_by
 from prunus.run.names import Choice, averages
 from prunus.run.recipe import LanguageRecipe, LanguageRetrain, digest, given, member_of, said
-from prunus.run.store import Bar, no_bar
 from prunus.run.tables import BEST, LONGER, MEAN, SOUP
 from prunus.save import average_folders, is_whole, save_model
-from prunus.soup import check_weights, greedy_members
+from prunus.soup import check_weights
 
 __all__ = [
     "Member",
@@ -54,7 +52,7 @@ Member = tuple[Path, Numbers]  # its folder, and what was measured
 class Pruned:
     """A pruned model that members are retrained from, its masks, the recipe of its phase, from 0.
 
-    bar: shows how far each is. log: to trackers.
+    log: to trackers.
     """
 
     loaded: stages.Loaded
@@ -62,33 +60,44 @@ class Pruned:
     recipe: LanguageRecipe
     device: torch.device
     phase: int = 0
-    bar: Bar = no_bar
     log: Log | None = None
 
-    def retrained(self, name: str, asked: LanguageRetrain, checkpoint: Path) -> tuple[Any, Numbers]:
-        """A retrained and merged copy of the model, its perplexity and what retraining did."""
-        loaded = replace(self.loaded, model=copy.deepcopy(self.loaded.model))
-        recipe = self.recipe.model_copy(update={"retrain": asked})
-        with self.bar(name, asked.steps) as advance:
-            report = stages.retrain(
-                loaded,
+    def retrain_(
+        self, name: str, checkpoint: Path | None = None, before_merge: Callable[[Adaptation], None] | None = None
+    ) -> stages.Retrained:
+        """What happened while the model was retrained and merged in place, as the recipe says."""
+        asked = given(self.recipe.retrain)
+        with progress(name, asked.steps, tokens=asked.step_tokens) as advance:
+            return stages.retrain(
+                self.loaded,
                 self.masks,
-                recipe,
+                self.recipe,
                 self.device,
                 checkpoint=checkpoint,
-                on_step=advance and advance.step,
+                on_step=advance.step,
                 log=self.log and named_log(self.log, name),
+                before_merge=before_merge,
             )
-        with self.bar(f"evaluate {name}", None):
-            found = stages.evaluate(replace(loaded, folder=None), self.recipe, self.device)
-        shown = {k: v for k, v in report.numbers().items() if k not in ("losses", "merge")}
-        return loaded.model.to("cpu"), {"perplexity": found, "retraining": shown}
 
-    def save(self, model: Any, folder: Path, key: str, found: Numbers) -> None:
-        """Write a member to a folder, complete or absent."""
-        info = {"recipe": self.recipe.model_dump(mode="json"), "pattern": self.recipe.prune.pattern}
-        info |= {"member": key, "metrics": found}
-        save_model(model, self.loaded.tokenizer, folder, masks=self.masks, info=info, source=self.loaded.folder)
+    def member(self, name: str, asked: LanguageRetrain, checkpoint: Path, folder: Path | None, key: str) -> Numbers:
+        """The perplexity of a retrained and merged copy, and what retraining did. folder: where the copy is saved."""
+        loaded = self.loaded.copied()
+        own = replace(self, loaded=loaded, recipe=self.recipe.model_copy(update={"retrain": asked}))
+        report = own.retrain_(name, checkpoint)
+        with progress(f"evaluate {name}", None):
+            perplexity = stages.evaluate(loaded, self.recipe, self.device)
+        shown = {k: v for k, v in report.numbers().items() if k not in ("losses", "merge")}
+        found = {"perplexity": perplexity, "retraining": shown}
+        if folder is not None:
+            loaded.model.to("cpu")
+            info = {"recipe": self.recipe.model_dump(mode="json"), "pattern": self.recipe.prune.pattern}
+            own.save(folder, info | {"member": key, "metrics": found})
+        return found
+
+    def save(self, folder: Path, info: Mapping[str, Any]) -> None:
+        """Write the model to a folder, complete or absent."""
+        loaded = self.loaded
+        save_model(loaded.model, loaded.tokenizer, folder, masks=self.masks, info=info, source=loaded.folder)
 
 
 @dataclass(frozen=True)
@@ -116,44 +125,38 @@ def longer_of(recipe: LanguageRecipe) -> LanguageRetrain | None:
     return first.model_copy(update={"steps": steps}) if "longer" in given(recipe.soup).baselines else None
 
 
-def write_average(
-    pruned: Pruned, members: Sequence[Member], average: Average, out: Path, trial: Path
-) -> tuple[float, ...] | None:
+def write_average(pruned: Pruned, members: Sequence[Member], average: Average, out: Path) -> tuple[float, ...] | None:
     """Write the average of finished members to `out`; the weights of a mean, None: all equal.
 
-    A greedy soup is chosen by perplexity on the first text of `evaluate.data`; what it tries, and what task vectors
-    begin at, is written to `trial`, and is gone afterwards.
+    A greedy soup is chosen by perplexity on the first text of `evaluate.data`.
     """
     folders = [folder for folder, _ in members]
-    weights = average if isinstance(average, tuple) else _chosen(pruned, members, average, trial)
+    weights = average if isinstance(average, tuple) else _chosen(pruned, members, average, out)
     if isinstance(average, tuple) or averages.name(average) in ("uniform", *given(pruned.recipe.soup).choosing):
         average_folders(folders, out, weights)
         return weights
-    shutil.rmtree(trial, ignore_errors=True)  # of a killed run
-    base = None
-    if averages.knows(average, "base"):
-        pruned.save(copy.deepcopy(pruned.loaded.model).to("cpu"), trial, "base", {})
-        base = trial
     join = joined_by(average, len(folders))
-    average_folders(folders, out, how=join, base=base)
-    shutil.rmtree(trial, ignore_errors=True)
+    with hidden_folder(out) as place:
+        base = place / "base" if averages.knows(average, "base") else None
+        if base is not None:
+            pruned.save(base, {})
+        average_folders(folders, out, how=join, base=base)
     return tuple(join.weights)
 
 
-def _chosen(pruned: Pruned, members: Sequence[Member], average: Choice, folder: Path) -> tuple[float, ...] | None:
+def _chosen(pruned: Pruned, members: Sequence[Member], average: Choice, out: Path) -> tuple[float, ...] | None:
     """The weights that a greedy soup gives members; None for other averages."""
     if averages.name(average) not in given(pruned.recipe.soup).choosing:
         return None
     text, data = next(iter(pruned.recipe.evaluate.data.items()))
     alone = pruned.recipe.evaluate.model_copy(update={"data": {text: data}})
     recipe = pruned.recipe.model_copy(update={"evaluate": alone})
+    known = {folder: numbers["perplexity"] for folder, numbers in members}
 
-    def score(chosen: tuple[int, ...]) -> float:
-        if len(chosen) == 1:
-            return -members[chosen[0]][1]["perplexity"][text]
-        return -_tried(pruned, recipe, folder, [members[place][0] for place in chosen])[text]
+    def score(folder: Path) -> float:
+        return -(known.get(folder) or _measured(pruned, recipe, folder)[1])[text]
 
-    chosen = greedy_members(len(members), score).members
+    chosen = choose_greedily([*known], out, score).members
     return tuple(1 / len(chosen) if place in chosen else 0.0 for place in range(len(members)))
 
 
@@ -165,15 +168,6 @@ def _measured(pruned: Pruned, recipe: LanguageRecipe, folder: Path) -> tuple[sta
     if made.source is None:
         pruned.masks.check(made.model)
     return made, stages.evaluate(made, recipe, pruned.device)
-
-
-def _tried(pruned: Pruned, recipe: LanguageRecipe, folder: Path, members: Sequence[Path]) -> dict[str, float]:
-    """The perplexities of a mean that is not kept."""
-    shutil.rmtree(folder, ignore_errors=True)  # of a killed run
-    average_folders(members, folder)
-    found = _measured(pruned, recipe, folder)[1]
-    shutil.rmtree(folder)
-    return found
 
 
 def member_key(recipe: LanguageRecipe, asked: LanguageRetrain) -> str:
@@ -201,15 +195,13 @@ def averaged(
     The best member is that of the lowest perplexity on the first text of `evaluate.data`.
     """
     recipe, asked = pruned.recipe, members_of(pruned.recipe)
-    trial, more = soup.with_name(f"{soup.name}-trial"), dict[str, dict[str, float]]()
+    more: dict[str, dict[str, float]] = {}
     for choice in also:
-        other = soup.with_name(f"{soup.name}-also")
-        shutil.rmtree(other, ignore_errors=True)  # of a killed run
-        write_average(pruned, members, choice, other, trial)
-        more[f"{SOUP}, {averages.name(choice)}"] = _measured(pruned, recipe, other)[1]
-        shutil.rmtree(other)
-    weights = write_average(pruned, members, given(recipe.soup).average, soup, trial)
-    with pruned.bar("evaluate soup", None):
+        with hidden_folder(soup) as place:
+            write_average(pruned, members, choice, place / "also")
+            more[f"{SOUP}, {averages.name(choice)}"] = _measured(pruned, recipe, place / "also")[1]
+    weights = write_average(pruned, members, given(recipe.soup).average, soup)
+    with progress("evaluate soup", None):
         made, own = _measured(pruned, recipe, soup)
     found = {f"member {place}": numbers for place, (_, numbers) in enumerate(members, 1)}
     each = [numbers["perplexity"] for _, numbers in members]
@@ -249,10 +241,8 @@ def _kept(pruned: Pruned, name: str, asked: LanguageRetrain, path: Path) -> Numb
     if known.get("member") == key and (alone or is_whole(path)):
         return known["metrics"]
     checkpoint = path.parent / f"{key[:16]}.pt"
-    model, found = pruned.retrained(name, asked, checkpoint)
+    found = pruned.member(name, asked, checkpoint, None if alone else path, key)
     if alone:
         write_json(path, {"member": key, "metrics": found})
-    else:
-        pruned.save(model, path, key, found)
     checkpoint.unlink(missing_ok=True)
     return found

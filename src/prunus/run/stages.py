@@ -1,6 +1,7 @@
 """The stages of a compression run as functions of a recipe: load, prune, retrain, evaluate.
 
-`compress.py` strings them together for one recipe, `compare.py` for a grid; neither knows what is inside.
+`compress.py` strings them together for one model in place, `language.py` as the jobs of grids; neither knows what is in
+them.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ from prunus.layers import View, find_layers
 from prunus.machine import Precision, autocast, import_extra, of_training, ranks
 from prunus.masks import Masks
 from prunus.measure import Scores, perplexity, speed, streamed_perplexity
-from prunus.report import Log
+from prunus.report import Log, named_log, progress
 from prunus.run.recipe import LanguageRecipe, LanguageRetrain, given
 from prunus.run.texts import calibration_windows, evaluation_texts, training_windows, window_of
 from prunus.save import loaded_model
 from prunus.shrink import trim_vocabulary
-from prunus.soup import finish
+from prunus.soup import distance, finish
 from prunus.stream import BlockReport, Fit, Shards, Streamed, Work, stream
 from prunus.train import During, Watch, distilled_next_token, lighten_, next_token_loss, seeded, train
 
@@ -58,7 +59,7 @@ __all__ = [
     "model_path",
     "precision_of",
     "prune",
-    "prune_in_training",
+    "prune_phase",
     "retrain",
 ]
 
@@ -83,6 +84,10 @@ class Loaded:
     source: Source | None = None
     distance: float = 1.0
     tokens: Mapping[str, float] = field(default_factory=dict)
+
+    def copied(self) -> Loaded:
+        """The same with a model of its own."""
+        return replace(self, model=copy.deepcopy(self.model))
 
 
 @dataclass(frozen=True)
@@ -220,11 +225,12 @@ def prune(
     *,
     within: Masks | None = None,
     work: Work | None = None,
-    on_block: Callable[[BlockReport], None] | None = None,
+    on_block: Callable[[BlockReport], object] = lambda _: None,
 ) -> Streamed:
     """Masks and block reports after the recipe's pruning (and reconstruction) of the model in place.
 
-    within: the masks of an earlier phase; what they prune stays pruned.
+    within: the masks of an earlier phase; what they prune stays pruned. Of several processes all take what the main one
+    wrote to the work folder.
     """
     chosen, calibrate = recipe.prune, recipe.calibrate
     tokens = calibration_windows(calibrate, loaded.tokenizer)
@@ -241,50 +247,96 @@ def prune(
     if recipe.reconstruct is not None:
         fit = Fit(**recipe.reconstruct.model_dump(), precision=precision_of(recipe, device))
     shared = ranks.count() > 1 and fit is None and len(tokens) >= ranks.count()
-    return stream(
-        loaded.model,
-        chosen.how(calibrate.seed),
-        chosen.where(),
-        chosen.sparsity,
-        allocation=chosen.sharing(),
-        within=within,
-        fit=fit,
-        work=work,
-        shared=shared,
-        on_block=on_block,
-        **where,
-    )
+    with progress("prune", int(getattr(loaded.model.config, "num_hidden_layers", 0)) or None) as advance:
+
+        def told(report: BlockReport) -> None:
+            on_block(report)
+            advance(1)
+
+        streamed = stream(
+            loaded.model,
+            chosen.how(calibrate.seed),
+            chosen.where(),
+            chosen.sparsity,
+            allocation=chosen.sharing(),
+            within=within,
+            fit=fit,
+            work=work,
+            shared=shared,
+            on_block=told,
+            **where,
+        )
+    ranks.wait()
+    return streamed if ranks.is_main() or work is None else _as_written(work, loaded, streamed)
 
 
-def prune_in_training(
+def _as_written(work: Work, loaded: Loaded, streamed: Streamed) -> Streamed:
+    """The pruning of the main process, in place of this one's: two GPUs may differ in the last bit."""
+    masks: dict[str, Tensor] = {}
+    for report in streamed.reports:
+        masks |= work.masks(report.name)
+        if loaded.source is None:
+            work.restore_(report.name, loaded.model.get_submodule(report.name), {})
+    return Streamed(Masks(masks), streamed.reports)
+
+
+def prune_phase(
     loaded: Loaded,
     recipe: LanguageRecipe,
     device: torch.device,
     *,
+    compares: bool,
+    within: Masks | None = None,
+    work: Work | None = None,
     checkpoint: Path | None = None,
-    on_step: OnStep | None = None,
+    on_block: Callable[[BlockReport], object] = lambda _: None,
     log: Log | None = None,
 ) -> tuple[Streamed, float]:
-    """Masks and one report, after all (or LoRA) was trained in place on `device` while the recipe's method pruned.
+    """Masks and reports after the pruning of the model in place that a recipe asks for, by a criterion or in training.
 
-    And what its end took away, as `soup.distance` measures it.
+    And what it took away, as `soup.distance` measures it; 1 where a criterion pruned and nothing compares. work,
+    checkpoint: from which either goes on.
     """
-    prior = None
-    if recipe.begins_masked:
-        prior = prune(replace(loaded, model=copy.deepcopy(loaded.model)), recipe, device).masks
-    method, trained = recipe.method(prior), recipe.model_copy(update={"retrain": recipe.train})
+    if recipe.during is not None:
+        streamed, lost = _prune_in_training(loaded, recipe, device, checkpoint, log)
+        on_block(streamed.reports[0])
+        return streamed, lost
+    before = _prunable(loaded, recipe) if compares else {}
+    work = work and work.open()
+    streamed = prune(loaded, recipe, device, within=within, work=work, on_block=on_block)
+    return streamed, distance(before, streamed.masks, within) if compares else 1.0
+
+
+def _prunable(loaded: Loaded, recipe: LanguageRecipe) -> dict[str, Tensor]:
+    """Copies of the prunable weights, on the CPU."""
+    views = find_layers(loaded.model, include=recipe.prune.include, exclude=recipe.prune.exclude)
+    parameters = dict(loaded.model.named_parameters())
+    return {view.parameter: parameters[view.parameter].detach().to("cpu", copy=True) for view in views}
+
+
+def _prune_in_training(
+    loaded: Loaded, recipe: LanguageRecipe, device: torch.device, checkpoint: Path | None, log: Log | None
+) -> tuple[Streamed, float]:
+    """Masks and one report, after all (or LoRA) was trained on `device` while the recipe's method pruned."""
+    name, asked, home = next(iter(recipe.during or ())), given(recipe.train), next(loaded.model.parameters()).device
     ends: list[tuple[Masks, float]] = []
-    found = retrain(
-        loaded,
-        Masks({}),
-        trained,
-        device,
-        checkpoint=checkpoint,
-        on_step=on_step,
-        log=log,
-        before_merge=lambda _: ends.append(finish(method, loaded.model)),
-        during=[method],
-    )
+    with progress(name, asked.steps, tokens=asked.step_tokens) as advance:
+        prior = None
+        if recipe.begins_masked:
+            prior = prune(loaded.copied(), recipe, device).masks
+        method = recipe.method(prior)
+        found = retrain(
+            loaded,
+            Masks({}),
+            recipe.model_copy(update={"retrain": asked}),
+            device,
+            checkpoint=checkpoint,
+            on_step=advance.step,
+            log=log and named_log(log, name),
+            before_merge=lambda _: ends.append(finish(method, loaded.model)),
+            during=[method],
+        )
+    loaded.model.to(home)
     ((masks, lost),) = ends
     masks.check(loaded.model)
     table = masks.table()
@@ -303,18 +355,6 @@ def summary(streamed: Streamed) -> dict[str, Any]:
         "seconds": sum(report.seconds for report in streamed.reports),
         "blocks": [asdict(report) for report in streamed.reports],
     }
-
-
-def weights_to_compare(loaded: Loaded, recipe: LanguageRecipe) -> dict[str, Tensor]:
-    """Copies of the prunable weights where the schedule of retraining goes by what pruning takes away, else nothing.
-
-    A method that prunes during training measures that itself.
-    """
-    if recipe.retrain is None or recipe.retrain.schedule != "allr" or recipe.during is not None:
-        return {}
-    views = find_layers(loaded.model, include=recipe.prune.include, exclude=recipe.prune.exclude)
-    parameters = dict(loaded.model.named_parameters())
-    return {view.parameter: parameters[view.parameter].detach().to("cpu", copy=True) for view in views}
 
 
 def pruned_views(model: nn.Module, masks: Masks, recipe: LanguageRecipe) -> list[View]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,10 @@ from torch import Tensor
 from prunus.machine import atomic, locked, read_json, read_tensors, write_json, write_tensors, write_text
 from prunus.masks import Masks
 
-__all__ = ["Bar", "Job", "Store", "closure", "no_bar"]
+__all__ = ["Job", "Store", "closure"]
 
 State = Mapping[str, Tensor]
-Bar = Callable[[str, float | None], AbstractContextManager[Any]]
 _ERROR, _LOCK, _TRIES = ".error.txt", ".claim", ".tries"
-
-
-def no_bar(_what: str, _steps: float | None) -> AbstractContextManager[Any]:
-    """Shows nothing: what many jobs share shows how many of them are done."""
-    return nullcontext()
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +58,7 @@ class Store:
     """The folder of finished jobs.
 
     rooms: those that lie elsewhere. places: key of a job -> the folder of its files, where they are to lie elsewhere.
-    bar: (what, steps) -> a context that shows how far a job is. log: where jobs write what they measure meanwhile.
+    log: where jobs write what they measure meanwhile.
 
     >>> Store(Path("runs/grid"), {"dense": Path("runs/dense")})
     """
@@ -72,7 +66,6 @@ class Store:
     folder: Path
     rooms: Mapping[str, Path] = field(default_factory=dict[str, Path])
     places: Mapping[str, Path] = field(default_factory=dict[str, Path])
-    bar: Bar = no_bar
     log: Path | None = None
 
     def path(self, job: Job, suffix: str = "") -> Path:

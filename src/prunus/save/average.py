@@ -39,6 +39,7 @@ from prunus.save.folder import (
     SavedModel,
     _versions,
     check_apart,
+    check_new,
     copy_small_files,
     load_info,
     model_card,
@@ -102,7 +103,8 @@ def average_folders(
     for path, member in zip((*checkpoints, base or checkpoints[0]), (*members, start), strict=True):
         check_apart(Path(out), path)
         _check_member(member, members[0])
-    _check_same(Path(out), members, shares, how)
+    own = ([(str(member.path), share) for member, share in zip(members, shares, strict=True)], how and how.name)
+    check_new(out, "average", lambda known: _made_of(known) == own)
     with new_folder(out) as partial:
         zeros = [0] * (len(members) + 1)
         mix, most = (_mean_by(shares), _PIECE) if how is None else (_joined_by(how, start), None)
@@ -141,14 +143,10 @@ class _Member:
         return cls(folder or path, dict(checkpoint.tensors), masks, json.loads(metadata.get("shapes", "{}")), config)
 
 
-def _check_same(out: Path, members: Sequence[_Member], shares: Sequence[float], how: Join | None) -> None:
-    """Another model that Prunus saved is not replaced, only the same average."""
-    if (out / INFO_NAME).is_file():
-        found = load_info(out).get("average", {})
-        own = [(str(member.path), share) for member, share in zip(members, shares, strict=True)]
-        said = [(each["path"], each["weight"]) for each in found.get("members", [])]
-        if (said, found.get("how")) != (own, None if how is None else how.name):
-            raise ValueError(f"out: {out} holds another model; give the average a folder of its own, or delete it")
+def _made_of(info: Mapping[str, Any]) -> tuple[list[tuple[str, float]], str | None]:
+    """The members and weights of an average, and what it is if no mean, by its prunus.json."""
+    found = info.get("average", {})
+    return [(each["path"], each["weight"]) for each in found.get("members", [])], found.get("how")
 
 
 def _check_member(member: _Member, first: _Member) -> None:

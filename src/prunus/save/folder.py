@@ -14,7 +14,7 @@ import json
 import logging
 import platform
 import shutil
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -221,8 +221,7 @@ def unpack(packed: str | Path, out: str | Path) -> SavedModel:
         raise ValueError(f"{packed} is not packed: transformers reads it as it is")
     check_whole(packed)
     info = {key: value for key, value in load_info(packed).items() if key not in ("files", "checksums")}
-    if (Path(out) / INFO_NAME).is_file() and _of_model(load_info(out)) != _of_model(info):
-        raise ValueError(f"out: {out} holds another model; give the ordinary one a folder of its own, or delete it")
+    check_new(out, "ordinary one", lambda known: _of_model(known) == _of_model(info))
     with new_folder(out, packed) as partial:
         unpack_(checkpoint, partial)
         copy_small_files(packed, partial, _REST)
@@ -340,12 +339,17 @@ def check_apart(folder: Path, source: str | Path | None) -> None:
             )
 
 
-def check_new(folder: str | Path) -> None:
-    """Raise ValueError for a folder that is there and holds anything but a model that Prunus saved.
+def check_new(folder: str | Path, what: str = "", is_same: Callable[[dict[str, Any]], bool] = lambda _: True) -> None:
+    """Raise ValueError for a folder that is there and holds anything but a model that Prunus saved, or another one.
+
+    what: is to be there, in words; is_same: whether it is, by the prunus.json of the one that is there.
 
     >>> check_new("runs/new")
     """
-    check_replaceable(folder, load_info(folder).get("files", []) if (Path(folder) / INFO_NAME).is_file() else [])
+    known = load_info(folder) if (Path(folder) / INFO_NAME).is_file() else None
+    check_replaceable(folder, [] if known is None else known.get("files", []))
+    if known is not None and not is_same(known):
+        raise ValueError(f"out: {folder} holds another model; give the {what} a folder of its own, or delete it")
 
 
 def write_info(folder: Path, info: Mapping[str, Any], card: str | None = None) -> tuple[str, ...]:

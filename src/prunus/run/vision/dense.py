@@ -62,14 +62,7 @@ def dense_key(recipe: ClassifierRecipe) -> str:
     return digest(said(dense, but={"out": True, "save": True, "train": {"evaluate_every"}}))[:24]
 
 
-def train_dense(
-    setting: Setting,
-    folder: Path,
-    *,
-    checkpoint: Path,
-    on_step: stages.OnStep | None = None,
-    log: Path | None = None,
-) -> Dense:
+def train_dense(setting: Setting, folder: Path, *, checkpoint: Path, log: Path | None = None) -> Dense:
     """The dense training of a setting's recipe, written to `folder`.
 
     checkpoint: a file from which a killed training goes on. log: as of `watchers`.
@@ -87,7 +80,6 @@ def train_dense(
         part=0,
         during=[Snapshots(model, folder, setting), left, *watchers(setting, log, model)],
         checkpoint=checkpoint,
-        on_step=on_step,
     )
     steps, losses = len(trace.losses), losses_by_epoch(trace.losses, setting.epoch_steps)
     speed = steps * setting.recipe.train.batch_size / max(trace.seconds, 1e-9)

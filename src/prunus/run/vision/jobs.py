@@ -254,33 +254,28 @@ def _train_dense(recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str, 
     found, where = read_dense(folder), ran_on(store.work(job), setting.name)
     if found is not None and found.metrics["key"] != job.key:
         raise ValueError(f"{folder} holds another dense training; give another folder, or delete it")
-    if found is None:
-        with store.bar("train", setting.steps(recipe.train.epochs)) as advance:
-            how: dict[str, Any] = {"checkpoint": store.checkpoint(job), "on_step": advance and advance.step}
-            found = train_dense(setting, folder, log=store.log, **how)
+    found = found or train_dense(setting, folder, checkpoint=store.checkpoint(job), log=store.log)
     return {**found.metrics, **where}
 
 
 def _train_method(recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str, Any]:
     setting = Setting.of(recipe)
     where = ran_on(store.work(job), setting.name)
-    name, method = _method(recipe)
+    method = _method(recipe)[1]
     whole, steps = setting.steps(recipe.train.epochs), forks_after(setting)
     taking: During = method if steps == whole else Part(method, whole)
     multiplier, warmup = stages.schedule(setting)
     model = setting.new_model()
-    with store.bar(name, steps) as advance:
-        trace = stages.fit(
-            model,
-            setting,
-            multiplier,
-            steps=steps,
-            part=0,
-            during=[taking, *watchers(setting, store.log, model, method)],
-            views=stages.views_of(model, given(recipe.prune)),
-            checkpoint=store.checkpoint(job),
-            on_step=advance and advance.step,
-        )
+    trace = stages.fit(
+        model,
+        setting,
+        multiplier,
+        steps=steps,
+        part=0,
+        during=[taking, *watchers(setting, store.log, model, method)],
+        views=stages.views_of(model, given(recipe.prune)),
+        checkpoint=store.checkpoint(job),
+    )
     masks, lost = finish(taking, model)
     reached = dict(method.named_buffers()).get("reached")
     measured = _measure_pruned(model, setting, settles=not _forks(recipe))
@@ -339,20 +334,18 @@ def _train(asked: Training, base: Job, job: Job, store: Store) -> dict[str, Any]
     model = network(own, store, start, base)
     adaptation = _adapted(model, own, masks)
     swa = Swa(asked.swa) if asked.swa is not None else None
-    with store.bar(f"retrain {asked.phase + 1}/{given(own.prune).phases}", steps) as advance:
-        trace = stages.fit(
-            model,
-            setting,
-            multiplier,
-            steps=steps,
-            part=asked.phase + 1,
-            lr=peak,
-            masks=masks if adaptation is None else None,
-            during=[swa] if swa is not None else [],
-            loss=_taught(asked, base, store),
-            checkpoint=store.checkpoint(job),
-            on_step=advance and advance.step,
-        )
+    trace = stages.fit(
+        model,
+        setting,
+        multiplier,
+        steps=steps,
+        part=asked.phase + 1,
+        lr=peak,
+        masks=masks if adaptation is None else None,
+        during=[swa] if swa is not None else [],
+        loss=_taught(asked, base, store),
+        checkpoint=store.checkpoint(job),
+    )
     if adaptation is not None:
         adaptation.merge_()
     if masks is not None:

@@ -12,6 +12,7 @@ from torch import nn
 from prunus.machine import read_json
 from prunus.masks import Masks
 from prunus.measure import CORRUPTIONS, headline, weight_change
+from prunus.report import progress
 from prunus.run.store import Job, Store
 from prunus.run.vision import stages
 from prunus.run.vision.jobs import Trunk, network
@@ -91,7 +92,7 @@ def _single(plan: Plan, store: Store) -> Outcome:
     result |= _sizes(plan, run, model, masks, store)
     if recipe.corruptions is not None:
         sets = len(recipe.corruptions.names or CORRUPTIONS) * len(recipe.corruptions.severities)
-        with store.bar("corruptions", sets) as advance:
+        with progress("corruptions", sets) as advance:
             result["corrupted"] = stages.corrupted(model, setting, recipe.corruptions, advance)
     return Outcome(model, masks, result, _trace(plan.base, store) | {"phases": _losses(run, store)})
 

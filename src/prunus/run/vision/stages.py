@@ -18,8 +18,9 @@ from prunus.layers import View, find_layers
 from prunus.masks import Masks
 from prunus.measure import Accuracy, Corrupted, Cost, accuracy, agreement, fidelity, own_flops
 from prunus.prune import prune
+from prunus.report import progress
 from prunus.run.names import schedules
-from prunus.run.recipe import ClassifierPrune, Corruptions, Distill
+from prunus.run.recipe import ClassifierPrune, Corruptions, Distill, given
 from prunus.run.vision.optimizers import Given
 from prunus.run.vision.setting import Setting
 from prunus.score import needed, observable
@@ -40,7 +41,6 @@ from prunus.train import (
 )
 
 __all__ = [
-    "OnStep",
     "all_corrupted",
     "calibration",
     "corrupted",
@@ -56,7 +56,6 @@ __all__ = [
     "views_of",
 ]
 
-OnStep = Callable[[int, float], None]
 Loss = Callable[[nn.Module, tuple[Any, Tensor]], Tensor]  # of (model, (inputs, labels))
 _CALIBRATED = 1024  # images
 
@@ -83,7 +82,6 @@ def fit(
     views: Sequence[View] | None = None,
     loss: Loss | None = None,
     checkpoint: Path | None = None,
-    on_step: OnStep | None = None,
 ) -> Trace:
     """Train in place what requires gradients; part as in `Setting.batches`. A running mean, if asked for, ends up in
     the model.
@@ -97,30 +95,39 @@ def fit(
     chosen = asked.chosen if part == 0 else asked.chosen.retraining(smaller=masks is None)
     penalty = [asked.penalty.penalty(model)] if part == 0 and asked.penalty is not None else []
     methods = [*during, *penalty, *chosen.beside(model, masks)]
-    given = Given(lr or asked.lr, asked.momentum, asked.nesterov, asked.weight_decay, setting.new_model)
-    optimizer = chosen.made(model, given)
-    mean = [Ema(asked.ema)] if asked.ema is not None else []
-    trace = train(
-        model,
-        setting.batches(part),
-        optimizer,
-        multiplier,
-        steps=steps,
-        loss=loss or _labelled(setting),
-        masks=masks,
-        during=[*methods, *mean],
-        epoch_steps=setting.epoch_steps,
-        views=views,
-        precision=setting.precision,
-        clip=asked.clip,
-        capture=setting.capture,
-        checkpoint=checkpoint,
-        on_step=on_step,
-        shared=False,
+    optimizer = chosen.made(
+        model, Given(lr or asked.lr, asked.momentum, asked.nesterov, asked.weight_decay, setting.new_model)
     )
+    mean = [Ema(asked.ema)] if asked.ema is not None else []
+    with progress(_named(setting, part), steps) as advance:
+        trace = train(
+            model,
+            setting.batches(part),
+            optimizer,
+            multiplier,
+            steps=steps,
+            loss=loss or _labelled(setting),
+            masks=masks,
+            during=[*methods, *mean],
+            epoch_steps=setting.epoch_steps,
+            views=views,
+            precision=setting.precision,
+            clip=asked.clip,
+            capture=setting.capture,
+            checkpoint=checkpoint,
+            on_step=advance.step,
+            shared=False,
+        )
     for each in mean:  # before a method's own finish, which writes the final zeros
         each.finish()
     return trace
+
+
+def _named(setting: Setting, part: int) -> str:
+    """What a training is, for who waits for it."""
+    if part:
+        return f"retrain {part}/{given(setting.recipe.prune).phases}"
+    return next(iter(setting.recipe.during or ("train",)))
 
 
 def _labelled(setting: Setting) -> Loss:

@@ -23,7 +23,7 @@ from prunus.data import config_of
 from prunus.machine import is_pretrained, read_json, write_json, write_tensors, write_text
 from prunus.masks import Masks
 from prunus.measure import Energy, headline
-from prunus.report import append_once, plot_accuracy, plot_lines, plot_plane, plot_run, progress
+from prunus.report import append_once, plot_accuracy, plot_lines, plot_plane, plot_run
 from prunus.run.folder import begin, entered, finished, ran_on
 from prunus.run.outline import Outline, outline_classifier
 from prunus.run.plain import Unfinished, read_yaml
@@ -85,7 +85,7 @@ def _finished(plan: Plan, dense: Path, workers: Workers) -> Store:
     recipe, out = plan.recipe, Path(plan.recipe.out)
     places = {dense_key(recipe): dense}
     if recipe.soup is None:
-        store = Store(out / "work", places=places, bar=progress, log=out / "metrics.jsonl")
+        store = Store(out / "work", places=places, log=out / "metrics.jsonl")
         stages.operations(Setting.of(recipe))
         finish(plan.jobs, store)
         return store
