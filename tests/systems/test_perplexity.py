@@ -47,6 +47,12 @@ def test_windows_that_predict_nothing_are_refused(model):
         perplexity(model, torch.arange(8), window=9)
 
 
+@pytest.mark.parametrize("wrong", [-1, 32])
+def test_tokens_of_another_vocabulary_are_refused(model, wrong):
+    with pytest.raises(ValueError, match=f"token {wrong} is not in the model's vocabulary of 32"):
+        perplexity(model, torch.tensor([2, 3, wrong, 4]), window=4)
+
+
 def text(size: int, seed: int) -> np.ndarray:
     """A stream over 6 tokens in which the next token depends on the two before it."""
     random = np.random.default_rng(seed)

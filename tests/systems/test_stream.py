@@ -422,6 +422,11 @@ def test_tokens_that_are_no_windows_are_refused(tokens: torch.Tensor) -> None:
         stream(tiny_llama(), WANDA, Unstructured("row"), 0.5, tokens=tokens)
 
 
+def test_tokens_of_another_vocabulary_are_refused():
+    with pytest.raises(ValueError, match=f"token {VOCABULARY} is not in the model's vocabulary of {VOCABULARY}"):
+        run(tiny_llama(), tokens=torch.full((2, 16), VOCABULARY))
+
+
 def test_a_compiled_model_is_pruned_as_the_plain_one_under_its_ordinary_names() -> None:
     expected = stream(tiny_llama(), WANDA, Unstructured("row"), 0.5, tokens=TOKENS).masks
     inside = tiny_llama()

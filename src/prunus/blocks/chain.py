@@ -146,13 +146,14 @@ def embed(
     size: such arguments are kept once. Those that depend on the tokens are kept for their own batch. Hidden states that
     would take more than half of the device's free memory wait on the host.
 
-    Raises: ValueError for tokens that are no windows, and as `capture`.
+    Raises: ValueError for tokens that are no windows, or of another vocabulary, and as `capture`.
     """
     if tokens.ndim != 2 or not len(tokens):
         raise ValueError(
             f"tokens are windows (samples, length), at least one; got shape {tuple(tokens.shape)}. Cut them out of a "
             "stream of tokens, as by prunus.calibration(tokens, samples, length, seed)"
         )
+    check_ids(model, tokens)
     hidden: list[Tensor] = []
     arguments: dict[str, list[Arguments]] = {name: [] for name in names}
     by_size: dict[int, dict[str, Arguments]] = {}
@@ -165,6 +166,25 @@ def embed(
             for name in names:
                 arguments[name].append(first[name] if _same(first[name], captured[name]) else captured[name])
     return hidden, arguments
+
+
+def check_ids(model: nn.Module, ids: Tensor) -> None:
+    """Raises ValueError for token ids that the model has no embedding of; on a GPU these end the whole process's CUDA.
+
+    >>> check_ids(model, torch.tensor([0, 4095]))
+    """
+    embeddings = None
+    with suppress(NotImplementedError):  # of models that find none
+        embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    size = getattr(embeddings, "num_embeddings", None)
+    if size is None or not ids.numel():
+        return
+    least, most = int(ids.min()), int(ids.max())
+    if least < 0 or most >= size:
+        raise ValueError(
+            f"token {least if least < 0 else most} is not in the model's vocabulary of {size}: tokenize with the "
+            "tokenizer that belongs to the model"
+        )
 
 
 @torch.no_grad()

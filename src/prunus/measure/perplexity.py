@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from prunus.blocks import check_ids
 from prunus.data import IGNORED, Tokens, labels, windows
 from prunus.machine import in_mode
 
@@ -33,11 +34,13 @@ def perplexity(
 
     The model runs where it is (inputs go to `device`, by default that of its first parameter), in evaluation mode, in
     its own precision; losses are taken in float32 and summed in float64.
-    Raises: ValueError when the tokens hold no window, or a window holds fewer than 2 tokens.
+    Raises: ValueError when the tokens hold no window, a window holds fewer than 2 tokens, or a token is not in the
+    model's vocabulary.
 
     >>> perplexity(model, tokenize(read_texts("embedded", split="test"), tokenizer), window=512)
     """
     rows, wanted, predicted = cut(tokens, window)
+    check_ids(model, rows)
     place = torch.device(device) if device is not None else next(model.parameters()).device
     total = torch.zeros((), dtype=torch.float64, device=place)
     with torch.no_grad(), in_mode(model, training=False):
