@@ -81,6 +81,7 @@ def recordings(plays: None, monkeypatch: pytest.MonkeyPatch) -> Recordings:
 
     def recording(self: Played, parts: list[Any]) -> None:
         found.append(self)
+        places.pop(id(self), None)  # of one that is gone
         record(self, parts)
 
     def replaying(self: Played) -> None:
