@@ -85,6 +85,7 @@ def prune(
     Masks(2 parameters, sparsity 0.7500)
     """
     asked = criterion_of(criterion)
+    check_sparsity(pattern or Unstructured("row"), sparsity)
     shared = _default(asked, pattern) if allocation is None else allocation_of(allocation)
     pattern = Unstructured(compared(asked, shared)) if pattern is None else pattern
     needs = needed(asked, shared)
@@ -96,7 +97,6 @@ def prune(
         raise ValueError(
             "nothing to prune: no Linear or convolution weight was found, or include and exclude left none"
         )
-    check_sparsity(pattern, sparsity)
     check_comparable(asked, shared)
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     if within is not None:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from prunus import admm, patterns, sparsegpt
+from prunus import admm, patterns, prune, sparsegpt
 from prunus.layers import Inputs, Layer
 from prunus.patterns import NM, Block, Pairs, Rows, Unstructured, check_sparsity, kept_of, parse, selection
 from prunus.patterns.selection import keep_largest, keep_largest_of_all, select_global_share
@@ -253,6 +253,11 @@ def test_nm_refuses_a_sparsity_that_is_not_its_own():
     assert check_sparsity(NM(1, 3), 0.667) == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match="needs a sparsity"):
         check_sparsity(Unstructured("row"), None)
+
+
+def test_the_name_of_a_pattern_is_refused():
+    with pytest.raises(ValueError, match=r"'2:4' is no pattern. A pattern is a value, such as NM\(2, 4\)"):
+        prune(nn.Linear(8, 8), pattern="2:4")  # type: ignore[arg-type]
 
 
 def test_nm_names_the_layer_that_it_does_not_fit():

@@ -81,11 +81,15 @@ def check_sparsity(pattern: Pattern, sparsity: float | None) -> float:
     """The sparsity that will result: the given one, or the one that the pattern fixes.
 
     Raises ValueError for a sparsity outside [0, 1), one that contradicts the pattern by more than 0.001 (so that
-    0.667 goes with 1:3), or a missing one where the pattern fixes none.
+    0.667 goes with 1:3), or a missing one where the pattern fixes none; and for the name of a pattern.
 
     >>> check_sparsity(NM(2, 4), None)
     0.5
     """
+    if isinstance(pattern, str):
+        raise ValueError(
+            f"{pattern!r} is no pattern. A pattern is a value, such as NM(2, 4), which is 2:4, or Unstructured('row')"
+        )
     if sparsity is not None:
         kept_of(0, sparsity)
     fixed = pattern.sparsity
