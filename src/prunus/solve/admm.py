@@ -17,6 +17,7 @@ the calibration hardly saw, moving its weight costs nothing, however far; with f
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -30,7 +31,7 @@ from prunus.score import Criterion, magnitude
 from prunus.solve.quadratic import halved, invert_lower_, once_per_inputs, seen_gram, times, unit_gram
 
 if TYPE_CHECKING:
-    from prunus.layers import Layer
+    from prunus.layers import Inputs, Layer
 
 
 def admm(
@@ -59,23 +60,16 @@ def admm(
         raise ValueError(f"admm needs damping and pull >= 0 and rho > 0; got {damping}, {pull} and {rho}")
     inverted = once_per_inputs(lambda layer, inputs: _invert(*unit_gram(layer, inputs, damping), pull + rho))
 
-    @torch.no_grad()
-    def solve(layer: Layer, pattern: Pattern, kept: int) -> tuple[Tensor, Tensor]:
-        inputs = seen_gram(layer, "admm")
-        if inputs is None:
-            return magnitude.solve(layer, pattern, kept)
-        shape = (layer.weight.shape[0], layer.weight.shape[1])
-        counts = _ramp(shape, kept, choosing, pattern.unit(shape, name=layer.name), fixed=pattern.sparsity is not None)
-        with full_products():
-            unit = inverted(layer, inputs).to(layer.weight.device)
-            dense = layer.weight.float() * unit.scale
-            pattern.mask(dense.abs(), kept, name=layer.name)  # what it refuses is refused before the work
-            sparse, mask = _alternate(dense, unit, pattern, counts, iterations=iterations, rho=rho)
-            weight = (sparse / unit.scale).to(layer.weight.dtype)
-        _check_finite(weight, layer, "admm", rho)
-        return weight, mask
+    def units(layer: Layer, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        unit = inverted(layer, inputs).to(layer.weight.device)
+        return unit.inverse, unit.scale
 
-    return Criterion(solve, needs="gram", name="admm", nests=True)
+    def settle(dense: Tensor, inverse: Tensor, pattern: Pattern, kept: int) -> tuple[Tensor, Tensor]:
+        shape = (dense.shape[0], dense.shape[1])
+        counts = _ramp(shape, kept, choosing, pattern.unit(shape), fixed=pattern.sparsity is not None)
+        return _alternate(dense, inverse, pattern, counts, iterations=iterations, rho=rho)
+
+    return _criterion("admm", rho, units, settle)
 
 
 def alps(
@@ -105,30 +99,44 @@ def alps(
         raise ValueError(f"alps needs damping >= 0 and a rho that rises from above 0; got {damping} and {rho}")
     rhos = [low * (high / low) ** (stage / max(1, stages - 1)) for stage in range(stages)]
 
+    steps = [rhos[step * stages // (iterations - 1)] for step in range(iterations - 1)]
+
+    def settle(dense: Tensor, gram: Tensor, pattern: Pattern, kept: int) -> tuple[Tensor, Tensor]:
+        return _tighten(dense, gram, pattern, kept, steps)
+
+    return _criterion("alps", high, lambda layer, inputs: unit_gram(layer, inputs, damping), settle)
+
+
+def _criterion(
+    name: str,
+    rho: float,
+    units: Callable[[Layer, Inputs], tuple[Tensor, Tensor]],
+    settle: Callable[[Tensor, Tensor, Pattern, int], tuple[Tensor, Tensor]],
+) -> Criterion:
+    """What goes by a matrix (in, in) in the units (in,) of the columns, both by `units`.
+
+    settle: (dense weight in these units, matrix, pattern, kept) -> sparse weight in them, mask. rho: for errors.
+    """
+
     @torch.no_grad()
     def solve(layer: Layer, pattern: Pattern, kept: int) -> tuple[Tensor, Tensor]:
-        inputs = seen_gram(layer, "alps")
+        inputs = seen_gram(layer, name)
         if inputs is None:
             return magnitude.solve(layer, pattern, kept)
         with full_products():
-            gram, scale = unit_gram(layer, inputs, damping)
+            matrix, scale = units(layer, inputs)
             dense = layer.weight.float() * scale
             pattern.mask(dense.abs(), kept, name=layer.name)  # what it refuses is refused before the work
-            steps = [rhos[step * stages // (iterations - 1)] for step in range(iterations - 1)]
-            sparse, mask = _tighten(dense, gram, pattern, kept, steps)
+            sparse, mask = settle(dense, matrix, pattern, kept)
             weight = (sparse / scale).to(layer.weight.dtype)
-        _check_finite(weight, layer, "alps", high)
+        if not bool(weight.isfinite().all()):
+            raise ValueError(
+                f"{name}'s weights of '{layer.name}' overflow {weight.dtype}: raise rho (now {rho:g}), or load the "
+                "model in bfloat16 or float32"
+            )
         return weight, mask
 
-    return Criterion(solve, needs="gram", name="alps", nests=True)
-
-
-def _check_finite(weight: Tensor, layer: Layer, method: str, rho: float) -> None:
-    if not bool(weight.isfinite().all()):
-        raise ValueError(
-            f"{method}'s weights of '{layer.name}' overflow {weight.dtype}: raise rho (now {rho:g}), or load the model "
-            "in bfloat16 or float32"
-        )
+    return Criterion(solve, needs="gram", name=name, nests=True)
 
 
 @dataclass(frozen=True)
@@ -164,7 +172,7 @@ def _ramp(shape: tuple[int, int], kept: int, choosing: int, unit: int, *, fixed:
 
 
 def _alternate(
-    dense: Tensor, unit: _Unit, pattern: Pattern, counts: list[int], *, iterations: int, rho: float
+    dense: Tensor, inverse: Tensor, pattern: Pattern, counts: list[int], *, iterations: int, rho: float
 ) -> tuple[Tensor, Tensor]:
     """Z (out, in) in units of the columns, and its mask; nothing in here waits for the device."""
     weight, multipliers = dense.clone(), torch.zeros_like(dense)
@@ -176,7 +184,7 @@ def _alternate(
         sparse = torch.where(mask, both, 0.0)
         multipliers = both - sparse
         if step + 1 < iterations:
-            weight = times(sparse - multipliers - dense, unit.inverse).mul_(rho).add_(dense)
+            weight = times(sparse - multipliers - dense, inverse).mul_(rho).add_(dense)
     return sparse, mask
 
 
