@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 import prunus
+from prunus.language import stages
+from prunus.language.stages import fitted
+from prunus.language.texts import calibration_windows
 from prunus.layers import Layer
 from prunus.patterns import Pattern
+from prunus.recipe import load_recipe
 from prunus.report import print_table
-from prunus.run import stages
-from prunus.run.recipe import load_recipe
-from prunus.run.stages import fitted
-from prunus.run.texts import calibration_windows
 from prunus.score import Criterion
 
 ROWS = prunus.Unstructured("row")

@@ -38,14 +38,14 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 import prunus
+from prunus.language import stages
+from prunus.language.texts import calibration_windows
 from prunus.layers import Layer
 from prunus.machine import read_json, write_json
 from prunus.measure import perplexity
 from prunus.patterns import NM, Pattern, Unstructured
+from prunus.recipe import load_recipe
 from prunus.report import print_table
-from prunus.run import stages
-from prunus.run.recipe import load_recipe
-from prunus.run.texts import calibration_windows
 from prunus.score import Allocation, Count, Criterion, allocation, uniform
 
 WINDOW = 512

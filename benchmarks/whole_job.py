@@ -26,11 +26,11 @@ import torch
 from claims import Row, main, sized
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prunus.run import stages
-from prunus.run.compress import compress
-from prunus.run.recipe import LanguageRecipe, parse
+from prunus.language import stages
+from prunus.language.compress import compress
+from prunus.recipe import LanguageRecipe, parse
 
-JOB = sys.modules["prunus.run.compress"]
+JOB = sys.modules["prunus.language.compress"]
 STAGES = {"load": stages, "prune": stages, "retrain": stages, "evaluate": stages, "save_model": JOB}
 
 

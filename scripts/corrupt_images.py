@@ -28,10 +28,10 @@ import torch
 from prunus.data.images import Images
 from prunus.machine import atomic
 from prunus.measure import CORRUPTIONS
+from prunus.recipe import ClassifierRecipe, parse
+from prunus.recipe.plain import read_yaml
 from prunus.run.grid import Grid
-from prunus.run.plain import read_yaml
-from prunus.run.recipe import ClassifierRecipe, parse
-from prunus.run.vision.setting import Setting
+from prunus.vision.setting import Setting
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _AT_ONCE = 500  # images

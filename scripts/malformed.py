@@ -39,8 +39,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils.prune import random_unstructured
 
 from prunus.data import ASSETS, build_model
+from prunus.recipe import ClassifierRecipe, LanguageRecipe, merge
 from prunus.run import cli
-from prunus.run.recipe import ClassifierRecipe, LanguageRecipe, merge
 
 TEXT = "The plum tree of row seven bears thirteen plums.\n" * 400
 MENDS = (

@@ -40,9 +40,9 @@ from prunus.blocks import compile_blocks_
 from prunus.data import SPLITS, PackedTokens, read_texts, tokenize_documents
 from prunus.machine import Precision, atomic, write_json, write_text
 from prunus.measure import perplexity
+from prunus.recipe import parse
+from prunus.recipe.plain import Strict, read_yaml
 from prunus.report import print_table, progress
-from prunus.run.plain import Strict, read_yaml
-from prunus.run.recipe import parse
 from prunus.train import Trace, linear_warmup_decay, next_token_loss, train
 
 __all__ = ["Books", "HeldOut", "ModelSize", "PretrainRecipe", "pretrain", "read_recipe"]

@@ -25,15 +25,15 @@ import torch
 from torch import Tensor
 
 from prunus.blocks import embed, find_blocks, run_block
+from prunus.jobs.folder import device_name, device_of
+from prunus.language import stages
+from prunus.language.compress import compress
+from prunus.language.texts import calibration_windows
 from prunus.machine import read_json, write_json, write_text
 from prunus.measure import speed
+from prunus.recipe import LanguageRecipe, merge, parse
+from prunus.recipe.plain import read_yaml, yaml_value
 from prunus.report import markdown_table, plot_speeds
-from prunus.run import stages
-from prunus.run.compress import compress
-from prunus.run.folder import device_name, device_of
-from prunus.run.plain import read_yaml, yaml_value
-from prunus.run.recipe import LanguageRecipe, merge, parse
-from prunus.run.texts import calibration_windows
 from prunus.save import is_whole, load_model, save_model
 from prunus.score import Criterion
 from prunus.shrink import remove_blocks, remove_neurons

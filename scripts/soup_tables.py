@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prunus.jobs.tables import mean_and_std, read_results, spread
 from prunus.report import markdown_table
-from prunus.run.tables import mean_and_std, read_results, spread
 
 Result = Mapping[str, Any]
 AGAINST = ("mean_member", "best_member", "imp", "longer", "swa", "reprune", "ensemble", "dense_soup_retrained")

@@ -29,22 +29,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prunus.adapt import adapt
+from prunus.language.compress import compress
 from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.measure import perplexity
 from prunus.patterns import NM, Unstructured
+from prunus.recipe import ClassifierRecipe, LanguageRecipe, parse
+from prunus.run import digits
 from prunus.run.compare import compare
-from prunus.run.compress import compress
 from prunus.run.demo import MASK_LORA, RECIPE
 from prunus.run.grid import Grid
-from prunus.run.recipe import ClassifierRecipe, LanguageRecipe, parse
-from prunus.run.vision import demo as digits
-from prunus.run.vision.sweep import sweep, sweep_of
-from prunus.run.vision.train import train_run
 from prunus.score import wanda
 from prunus.solve import sparsegpt
 from prunus.stream import Fit, Work, stream
 from prunus.train import linear_warmup_decay, train
+from prunus.vision.sweep import sweep, sweep_of
+from prunus.vision.train import train_run
 
 FILE = Path(__file__).with_suffix(".json")
 ROOT = Path(__file__).parents[1]

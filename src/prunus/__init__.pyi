@@ -33,6 +33,7 @@ from .frankwolfe import k_support as k_support
 from .frankwolfe import lp as lp
 from .frankwolfe import nuclear as nuclear
 from .frankwolfe import spectral_k_support as spectral_k_support
+from .language.compress import compress as compress
 from .layers import Inputs as Inputs
 from .layers import Layer as Layer
 from .layers import View as View
@@ -48,9 +49,8 @@ from .patterns import Rows as Rows
 from .patterns import Unstructured as Unstructured
 from .prune import prune as prune
 from .prune import prune_in_turn as prune_in_turn
-from .run.compress import compress as compress
+from .recipe import load_recipe as load_recipe
 from .run.inspect import inspect_model as inspect_model
-from .run.recipe import load_recipe as load_recipe
 from .save import load_info as load_info
 from .save import load_model as load_model
 from .save import push_to_hub as push_to_hub

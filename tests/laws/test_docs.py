@@ -92,7 +92,7 @@ def check_recipe(text: str):
     """The text is a recipe of one of our kinds."""
     from prunus.run.grid import load_grid
     from prunus.run.task import load
-    from prunus.run.vision.sweep import SweepFile
+    from prunus.vision.sweep import SweepFile
 
     touch_files_named_in(text)
     path, raw = Path("checked.yaml"), yaml.safe_load(text)
@@ -213,7 +213,7 @@ def check_commands(lines: Iterable[str], monkeypatch: pytest.MonkeyPatch):
 @named(sorted(ROOT.glob("docs/results/**/members.jsonl")))
 def test_results_are_kept_under_the_hash_of_their_recipe(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """So that tables can be made of them again, and their grids go on."""
-    from prunus.run.recipe import Recipe, digest, parse, said
+    from prunus.recipe import Recipe, digest, parse, said
 
     monkeypatch.chdir(tmp_path)
     lines = page.read_text(encoding="utf-8").splitlines()
@@ -278,8 +278,9 @@ def default_of(field: Any):
 @pytest.mark.parametrize(("heading", "section"), [*SHARED.items(), *OWN.items(), *WHOLE.items()])
 def test_the_reference_of_keys_is_complete_and_true(heading: str, section: str):
     """A shared section has the defaults of language models, and in brackets those of classifiers that are others."""
-    from prunus.run import grid, recipe
-    from prunus.run.vision import optimizers
+    from prunus import recipe
+    from prunus.recipe import optimizers
+    from prunus.run import grid
 
     named = [getattr(module, section) for module in (recipe, optimizers, grid) if hasattr(module, section)]
     fields = named[0].model_fields

@@ -22,7 +22,7 @@ from prunus.during.topology import exchange
 from prunus.layers import View, find_layers
 from prunus.masks import Masks
 from prunus.patterns.selection import kept_of
-from prunus.run.names import methods
+from prunus.recipe.names import methods
 from prunus.score import erk, global_, lamp, owl, uniform_plus
 from prunus.score.allocations import uniform
 from prunus.soup import distance, finish

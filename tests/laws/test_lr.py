@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from prunus.run import names
+from prunus.recipe import names
 from prunus.train import lr
 from prunus.train.lr import Multiplier, Original, allr, linear, risen, scheduler
 

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from prunus import score, solve
 from prunus.layers import Layer
 from prunus.patterns import NM, Block, Unstructured
-from prunus.run import names
-from prunus.run.names import (
+from prunus.recipe import ClassifierRecipe, LanguageRecipe, Recipe, given, names, parse
+from prunus.recipe.names import (
     FAMILIES,
     Family,
     allocations,
@@ -26,7 +26,6 @@ from prunus.run.names import (
     retrainings,
     schedules,
 )
-from prunus.run.recipe import ClassifierRecipe, LanguageRecipe, Recipe, given, parse
 
 MEMBERS = [(family, name) for family in FAMILIES for name in family.members()]
 
@@ -129,7 +128,7 @@ def thick(first: float = 0.5) -> Any:
 
 def test_a_new_criterion_needs_one_entry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A function and its name in `__all__`: recipes of both tasks, the command and messages know it."""
-    from prunus.run import stages
+    from prunus.language import stages
     from prunus.run.cli import app
 
     for each in (relative, thick):

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from prunus.recipe import schema_of_recipes
+from prunus.recipe.plain import read_yaml, yaml_value
 from prunus.run import cli
-from prunus.run.plain import read_yaml, yaml_value
-from prunus.run.recipe import schema_of_recipes
 
 SCHEMA = schema_of_recipes()
 RECIPES = [path for path in sorted(Path(__file__).parents[2].glob("recipes/**/*.yaml")) if "pretrain" not in path.name]

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from prunus.masks import Masks
-from prunus.run.names import averages
-from prunus.run.recipe import Soup
+from prunus.recipe import Soup
+from prunus.recipe.names import averages
 from prunus.soup.average import average, average_and_reprune, check_weights, greedy, greedy_members, learn_weights, mix
 from prunus.train.train import classification_loss
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from prunus.adapt.adapt import adapt
 from prunus.adapt.subsets import find_subset
+from prunus.language.compress import compress
 from prunus.layers import Inputs, Layer, find_layers
 from prunus.masks import Masks
 from prunus.patterns import NM, Unstructured
-from prunus.run.compress import compress
-from prunus.run.recipe import LanguageRecipe, parse
+from prunus.recipe import LanguageRecipe, parse
 from prunus.score import Criterion
 from prunus.score.allocations import global_
 from prunus.score.criteria import magnitude, ria, wanda
@@ -265,7 +265,7 @@ def test_kept_weights_that_are_zero_are_kept(subset: str) -> None:
 def test_the_saved_masks_are_those_chosen(
     tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from prunus.run import stages
+    from prunus.language import stages
 
     original = stages.retrain
 

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from prunus.adapt import Adaptation, adapt, mask_adapters
+from prunus.language.compress import compress
 from prunus.layers import find_layers
 from prunus.masks import Masks
+from prunus.recipe import LanguageRecipe, parse
 from prunus.run import cli
-from prunus.run.compress import compress
 from prunus.run.merge import merge_adapter
-from prunus.run.recipe import LanguageRecipe, parse
 from prunus.save import load_info
 from tests.systems.test_families import FAMILIES
 

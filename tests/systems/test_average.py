@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from prunus.checkpoint import read_header
+from prunus.jobs.average import average_checkpoints, average_greedily
 from prunus.layers import find_layers
 from prunus.masks import Masks
-from prunus.run.average import average_checkpoints, average_greedily
-from prunus.run.names import averages
+from prunus.recipe.names import averages
 from prunus.save import ShardWriter, average, load_info, save_model
 from prunus.save.average import average_folders
 from prunus.soup.average import average as average_states

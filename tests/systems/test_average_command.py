@@ -16,12 +16,12 @@ from prunus.machine import write_tensors
 from prunus.masks import Masks
 from prunus.measure.accuracy import accuracy
 from prunus.measure.perplexity import perplexity
+from prunus.recipe import ClassifierRecipe, parse
 from prunus.run import cli
 from prunus.run.evaluate import scorer
-from prunus.run.recipe import ClassifierRecipe, parse
-from prunus.run.vision.setting import Setting
-from prunus.run.vision.train import train_run
 from prunus.save import save_model
+from prunus.vision.setting import Setting
+from prunus.vision.train import train_run
 from tests.conftest import byte_tokenizer, tiny_llama
 from tests.systems.test_average import some_masks
 

@@ -20,12 +20,12 @@ from torch.nn.utils import prune
 
 from prunus.checkpoint import check_finite, read_checkpoint, read_config, read_state, wrapper_of
 from prunus.data import ASSETS, windows
+from prunus.language import stages
+from prunus.language.texts import evaluation_texts
 from prunus.masks import Masks
 from prunus.measure import perplexity
-from prunus.run import stages
+from prunus.recipe import LanguageRecipe
 from prunus.run.inspect import inspect_model
-from prunus.run.recipe import LanguageRecipe
-from prunus.run.texts import evaluation_texts
 from prunus.save import average_folders, load_info, save_model
 from tests.systems.test_families import FAMILIES, NORMAL, WIDTH
 

@@ -13,12 +13,12 @@ import torch
 import yaml
 
 from prunus import __version__
+from prunus.language.stages import fitted
 from prunus.patterns import Unstructured
-from prunus.run import cli, stages
-from prunus.run.plain import yaml_value
-from prunus.run.recipe import ClassifierRecipe, LanguageRecipe, Recipe, digest, given, load_recipe, parse, said
-from prunus.run.stages import fitted
-from prunus.run.vision.dense import dense_key
+from prunus.recipe import ClassifierRecipe, LanguageRecipe, Recipe, digest, given, load_recipe, parse, said
+from prunus.recipe.plain import yaml_value
+from prunus.run import cli
+from prunus.vision.dense import dense_key
 from tests.processes import start
 from tests.systems.test_compress import raw
 
@@ -245,7 +245,7 @@ def test_what_the_hub_says_is_put_in_one_line(call: Any, monkeypatch: pytest.Mon
 
 
 def test_bugs_show_themselves(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "fitted", None)
+    monkeypatch.setattr("prunus.language.fitted", None)
     with pytest.raises(TypeError, match="NoneType"):
         call("evaluate", "embedded")
 

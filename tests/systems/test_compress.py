@@ -18,17 +18,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from prunus.checkpoint import read_checkpoint
+from prunus.language import stages
+from prunus.language.compress import compress
+from prunus.language.stages import home
+from prunus.language.texts import training_windows
 from prunus.layers import Layer
 from prunus.masks import Masks
 from prunus.prune import prune
+from prunus.recipe import DenseRates, LanguageRecipe, LanguageRetrain, load_recipe, optimizer_of, parse
+from prunus.recipe.names import schedules
 from prunus.report import read_metrics
-from prunus.run import stages
-from prunus.run.compress import compress
-from prunus.run.names import schedules
 from prunus.run.page import write_report
-from prunus.run.recipe import DenseRates, LanguageRecipe, LanguageRetrain, load_recipe, parse
-from prunus.run.stages import home, optimizer_of
-from prunus.run.texts import training_windows
 from prunus.save import load_model
 from prunus.score import criteria, criterion
 from prunus.soup import distance, finish
@@ -258,7 +258,7 @@ def test_allr_after_a_method_goes_by_what_its_end_took_away(
         masks, ended[-1] = finish(*asked)
         return masks, ended[-1]
 
-    monkeypatch.setattr("prunus.run.stages.finish", noted)
+    monkeypatch.setattr("prunus.language.stages.finish", noted)
     asked = during(tiny_folder, text_file, tmp_path)
     asked["retrain"] |= {"schedule": "allr", "dense": {"steps": 8}}
     result = compress(parse(asked, LanguageRecipe, "test"))
@@ -432,7 +432,7 @@ def test_retraining_asked_anew_does_not_take_the_old_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(stages, "evaluate", lambda loaded, *_: {"text": 1.0})
-        patch.setattr("prunus.run.compress.save_model", kill)
+        patch.setattr("prunus.language.compress.save_model", kill)
         with pytest.raises(KeyboardInterrupt):
             compress(recipe(tiny_folder, text_file, tmp_path / "run"))
     other = raw(tiny_folder, text_file, tmp_path / "run")

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from prunus.recipe import LanguageRecipe, parse
 from prunus.run import demo
-from prunus.run.recipe import LanguageRecipe, parse
 
 
 @pytest.mark.parametrize(("left", "steps"), [(-5.0, 8), (20.0, 39), (1e3, 100)])

@@ -38,10 +38,8 @@ from prunus.masks import Masks
 from prunus.measure import accuracy, spearman, target_perplexity
 from prunus.patterns import NM, Unstructured
 from prunus.prune import prune, prune_in_turn
+from prunus.recipe import EncoderRecipe, Recipe, parse
 from prunus.run.evaluate import evaluate_model
-from prunus.run.recipe import EncoderRecipe, Recipe, parse
-from prunus.run.vision.setting import Setting
-from prunus.run.vision.train import train_run
 from prunus.score import global_, magnitude, observable, observe, wanda
 from prunus.score.allocations import evopress
 from prunus.solve import sparsegpt
@@ -52,6 +50,8 @@ from prunus.train import (
     embeddings,
     train,
 )
+from prunus.vision.setting import Setting
+from prunus.vision.train import train_run
 
 SMALL = {
     "hidden_size": 16,

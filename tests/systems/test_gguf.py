@@ -12,10 +12,10 @@ import torch
 import transformers as tf
 
 from prunus.checkpoint import plain, read_checkpoint
-from prunus.run import stages
-from prunus.run.compress import compress
+from prunus.language import stages
+from prunus.language.compress import compress
+from prunus.recipe import LanguageRecipe
 from prunus.run.inspect import inspect_model
-from prunus.run.recipe import LanguageRecipe
 from prunus.run.show import show_inspection
 from tests.conftest import byte_tokenizer, tiny_llama
 

@@ -12,11 +12,11 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from prunus.language import stages
+from prunus.language.compress import compress
 from prunus.layers import Inputs
 from prunus.patterns import NM, Unstructured
-from prunus.run import stages
-from prunus.run.compress import compress
-from prunus.run.recipe import Recipe, parse
+from prunus.recipe import Recipe, parse
 from prunus.score import Criterion
 from prunus.score.criteria import wanda
 from prunus.solve.sweep import sparsegpt

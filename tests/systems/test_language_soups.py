@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from prunus.jobs.tables import BEST, LONGER, MEAN, SOUP
+from prunus.language import soups, stages
+from prunus.language.compress import compress
 from prunus.masks import Masks
+from prunus.recipe import LanguageRecipe, Recipe, member_of, parse
+from prunus.recipe.names import averages
 from prunus.report import read_metrics
-from prunus.run import soups, stages
 from prunus.run.compare import compare
-from prunus.run.compress import compress
 from prunus.run.grid import Grid
-from prunus.run.names import averages
-from prunus.run.recipe import LanguageRecipe, Recipe, member_of, parse
 from prunus.run.show import show_result
-from prunus.run.tables import BEST, LONGER, MEAN, SOUP
 from prunus.save import load_info
 from tests.systems import test_compress
 

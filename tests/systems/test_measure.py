@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from prunus.language.compress import compress
 from prunus.measure import speed
 from prunus.run.cli import app
-from prunus.run.compress import compress
 from prunus.run.page import compare_runs, write_report
 from prunus.run.show import show_result
 from prunus.save import save_model

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils import prune
 
 from prunus.data import build_model, load_weights_
-from prunus.run import stages
-from prunus.run.compress import planned
-from prunus.run.recipe import ClassifierRecipe, Recipe, merge, parse
-from prunus.run.vision.setting import Setting
+from prunus.language import stages
+from prunus.language.compress import planned
+from prunus.recipe import ClassifierRecipe, Recipe, merge, parse
+from prunus.vision.setting import Setting
 from tests.conftest import byte_tokenizer
 
 RECIPES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [  # wrong, what the line says, mended

@@ -10,7 +10,7 @@ from torch import nn
 
 from prunus import during
 from prunus.data.images import ImageBatches, Images, read_images
-from prunus.run.names import methods
+from prunus.recipe.names import methods
 from prunus.train import During
 from prunus.train.lr import linear_warmup_decay
 from prunus.train.train import classification_loss, train

@@ -10,11 +10,13 @@ import pytest
 from torch import nn
 
 from prunus.adapt import adapt
+from prunus.jobs import outline
+from prunus.language import stages
+from prunus.language.compress import compress, planned
 from prunus.layers import find_layers
-from prunus.run import cli, outline, stages
-from prunus.run.compress import compress, planned
-from prunus.run.recipe import Recipe, merge, parse
-from prunus.run.vision import train as classifiers
+from prunus.recipe import Recipe, merge, parse
+from prunus.run import cli
+from prunus.vision import train as classifiers
 from tests.conftest import tiny_llama
 
 LATE: list[tuple[dict[str, Any], str]] = [  # what an empty model, the tokenizer and the texts can tell

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from prunus.data import Images, build_model, load_weights_
-from prunus.run.recipe import ClassifierRecipe, parse
-from prunus.run.vision.setting import Setting
+from prunus.recipe import ClassifierRecipe, parse
+from prunus.vision.setting import Setting
 
 
 def arrays(folder: Path, train: Any, test: Any, channels: tuple[int, int] = (3, 3)) -> str:
@@ -101,7 +101,7 @@ def test_weights_that_are_none_are_refused(tmp_path: Path):
 
 def test_a_channel_without_contrast_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     plain = Images(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]), 2)
-    monkeypatch.setattr("prunus.run.vision.setting.read_images", lambda *_, **__: plain)
+    monkeypatch.setattr("prunus.vision.setting.read_images", lambda *_, **__: plain)
     with pytest.raises(ValueError, match=r"the same value everywhere .*set images\.std"):
         setting("some/plain", tmp_path)
     assert setting({"source": "some/plain", "std": [1.0]}, tmp_path).sets.std.tolist() == [1.0]

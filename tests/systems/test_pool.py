@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 import torch
 
-from prunus.run import pool
-from prunus.run.pool import Workers, failures, finish, run
-from prunus.run.store import Job, Store
+from prunus.jobs import pool
+from prunus.jobs.pool import Workers, failures, finish, run
+from prunus.jobs.store import Job, Store
 
 
 def Sum(key: str, needs: tuple[Job, ...] = (), acts: tuple[str, ...] = ()) -> Job:

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from prunus.language.compress import compress
 from prunus.machine import ranks
 from prunus.masks import Masks
+from prunus.recipe import Recipe, parse
 from prunus.report import read_metrics
 from prunus.run.cli import main
-from prunus.run.compress import compress
-from prunus.run.recipe import Recipe, parse
 from tests.processes import run_ranks, start
 from tests.systems.test_compress import raw
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from prunus.masks import Masks
 from prunus.prune import prune
-from prunus.run.names import retrainings
+from prunus.recipe.names import retrainings
 from prunus.score.criteria import random
 from prunus.soup.imp import Phase, distance, imp, phase_sparsities
 from prunus.train.lr import Original

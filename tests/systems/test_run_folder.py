@@ -14,17 +14,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from prunus.run import folder as run_folder
-from prunus.run import stages
+from prunus.jobs import folder as run_folder
+from prunus.jobs.folder import held, mark
+from prunus.jobs.inputs import check_inputs
+from prunus.language import stages
+from prunus.language.compress import compress
+from prunus.recipe import ClassifierRecipe, LanguageRecipe, parse
 from prunus.run.cli import app
 from prunus.run.compare import compare
-from prunus.run.compress import compress
-from prunus.run.folder import held, mark
 from prunus.run.grid import Grid
-from prunus.run.inputs import check_inputs
-from prunus.run.recipe import ClassifierRecipe, LanguageRecipe, parse
-from prunus.run.vision import stages as classifier_stages
-from prunus.run.vision.train import train_run
+from prunus.vision import stages as classifier_stages
+from prunus.vision.train import train_run
 from tests.systems.test_compress import raw, recipe
 
 pytestmark = pytest.mark.pictures
@@ -165,7 +165,7 @@ def test_a_teacher_is_read_too(tiny_folder: Path, text_file: Path, tmp_path: Pat
 
 
 def test_large_files_are_told_apart_by_size_time_and_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prunus.run.inputs._WHOLE", 10)
+    monkeypatch.setattr("prunus.jobs.inputs._WHOLE", 10)
     text = tmp_path / "text.txt"
     text.write_text("a" * 20)
     asked = parse({"calibrate": {"data": str(text)}}, LanguageRecipe, "")
@@ -185,7 +185,7 @@ def test_large_files_are_told_apart_by_size_time_and_head(tmp_path: Path, monkey
 
 def test_a_run_that_goes_on_elsewhere_says_so(killed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_folder, "device_name", lambda _: "another device")
-    monkeypatch.setattr("prunus.run.compress.device_name", lambda _: "another device")
+    monkeypatch.setattr("prunus.language.compress.device_name", lambda _: "another device")
     result = compress(parse(killed, LanguageRecipe, ""))
     assert result["device"].startswith("CPU, ")
     assert result["resumed_on"] == ["another device"]
@@ -293,9 +293,13 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "call", "damaged"),
     [
-        ({"streaming": True}, "prunus.run.stages.retrain", "work/pruned/model.safetensors"),
-        ({"soup": {"members": 2}}, "prunus.run.compress.averaged", "members/2/model.safetensors"),
-        ({"prune": {"sparsity": 0.5, "phases": 2}}, "prunus.run.stages.summary", "work/phases/*/model.safetensors"),
+        ({"streaming": True}, "prunus.language.stages.retrain", "work/pruned/model.safetensors"),
+        ({"soup": {"members": 2}}, "prunus.language.compress.averaged", "members/2/model.safetensors"),
+        (
+            {"prune": {"sparsity": 0.5, "phases": 2}},
+            "prunus.language.stages.summary",
+            "work/phases/*/model.safetensors",
+        ),
     ],
     ids=["a streamed run", "a soup", "a phase"],
 )

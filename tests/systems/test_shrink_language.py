@@ -33,12 +33,12 @@ from transformers import (
 )
 
 from prunus.data import ASSETS
+from prunus.language.compress import compress
 from prunus.layers import Inputs, Layer
 from prunus.machine import hooked
 from prunus.measure import perplexity
 from prunus.patterns import Unstructured
-from prunus.run.compress import compress
-from prunus.run.recipe import LanguageRecipe, parse
+from prunus.recipe import LanguageRecipe, parse
 from prunus.save import save_model
 from prunus.shrink import (
     choose_blocks,

@@ -17,20 +17,20 @@ from corrupt_images import make, recipes  # pyright: ignore[reportMissingImports
 from safetensors.torch import load_file
 
 from prunus.data.images import plain_batches
+from prunus.jobs.store import Store
+from prunus.jobs.tables import by_phase
 from prunus.measure import corrupted_sets
 from prunus.measure.accuracy import accuracy
 from prunus.measure.ensemble import ensemble_accuracy
+from prunus.recipe import ClassifierRecipe, parse
 from prunus.run.compare import compare
 from prunus.run.grid import Grid
-from prunus.run.recipe import ClassifierRecipe, parse
 from prunus.run.show import show_soup
-from prunus.run.store import Store
-from prunus.run.tables import by_phase
-from prunus.run.vision import jobs, stages
-from prunus.run.vision.setting import Setting
-from prunus.run.vision.soups.averaging import averaged
-from prunus.run.vision.soups.rows import _on_corrupted
-from prunus.run.vision.train import train_run
+from prunus.vision import jobs, stages
+from prunus.vision.setting import Setting
+from prunus.vision.soups.averaging import averaged
+from prunus.vision.soups.rows import _on_corrupted
+from prunus.vision.train import train_run
 from tests.systems.test_soups import asked, held_out, row
 from tests.systems.test_vision import raw, tiny
 
@@ -49,7 +49,7 @@ def test_corruptions_are_measured_of_all_that_stands_beside_a_soup(
     """Against each network, put together again, on each set, in turn."""
     chosen: list[Any] = []
     monkeypatch.setattr(
-        "prunus.run.vision.soups.rows._on_corrupted", lambda *asked: chosen.append(asked[2:]) or _on_corrupted(*asked)
+        "prunus.vision.soups.rows._on_corrupted", lambda *asked: chosen.append(asked[2:]) or _on_corrupted(*asked)
     )
     corruptions = {"names": ["contrast", "fog"], "severities": [1, 5], "images": 50, "folder": str(tmp_path / "sets")}
     recipe = asked(tmp_path / "soup", {"baselines": ["imp", "longer"]}, corruptions=corruptions)

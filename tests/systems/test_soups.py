@@ -19,25 +19,25 @@ from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
+from prunus.jobs.pool import Workers
 from prunus.masks import Masks
 from prunus.measure.accuracy import accuracy
 from prunus.measure.ensemble import ensemble_accuracy
+from prunus.recipe import ClassifierRecipe, member_of, order_of, parse
 from prunus.run.cli import app
 from prunus.run.compare import compare
 from prunus.run.grid import Grid
-from prunus.run.pool import Workers
-from prunus.run.recipe import ClassifierRecipe, member_of, order_of, parse
-from prunus.run.vision import setting as settings
-from prunus.run.vision import stages
-from prunus.run.vision.dense import read_dense
-from prunus.run.vision.jobs import Training, base_job, pruned_job, trained_job
-from prunus.run.vision.setting import Setting
-from prunus.run.vision.train import planned, train_run
 from prunus.soup import sms_
 from prunus.soup.average import average
 from prunus.soup.imp import Phase, imp
 from prunus.train.batchnorm import recalibrate_
 from prunus.train.lr import allr
+from prunus.vision import setting as settings
+from prunus.vision import stages
+from prunus.vision.dense import read_dense
+from prunus.vision.jobs import Training, base_job, pruned_job, trained_job
+from prunus.vision.setting import Setting
+from prunus.vision.train import planned, train_run
 from tests.processes import start_command
 from tests.systems.test_vision import Tiny, few, make_tiny, raw, tiny
 

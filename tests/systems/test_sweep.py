@@ -14,11 +14,11 @@ from torch import nn
 
 from prunus.measure.accuracy import accuracy
 from prunus.measure.speed import latency
-from prunus.run.vision import stages
-from prunus.run.vision import sweep as sweeping
-from prunus.run.vision.setting import Setting
-from prunus.run.vision.sweep import rows_of, sweep, sweep_of
-from prunus.run.vision.train import train_run
+from prunus.vision import stages
+from prunus.vision import sweep as sweeping
+from prunus.vision.setting import Setting
+from prunus.vision.sweep import rows_of, sweep, sweep_of
+from prunus.vision.train import train_run
 from tests.systems.test_cli import call
 from tests.systems.test_vision import Tiny, checked, raw, tiny
 

@@ -14,10 +14,10 @@ import torch
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from prunus.run.compress import compress
+from prunus.language.compress import compress
+from prunus.language.texts import calibration_windows, training_windows
+from prunus.recipe import LanguageRecipe, given, parse
 from prunus.run.evaluate import evaluate_model
-from prunus.run.recipe import LanguageRecipe, given, parse
-from prunus.run.texts import calibration_windows, training_windows
 from tests.conftest import byte_tokenizer, tiny_llama
 
 

@@ -10,11 +10,11 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file
 
+from prunus.language.compress import compress
 from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.prune import prune
-from prunus.run.compress import compress
-from prunus.run.recipe import LanguageRecipe, parse
+from prunus.recipe import LanguageRecipe, parse
 from prunus.score import observe, wanda
 from tests.conftest import VOCABULARY, byte_tokenizer
 

@@ -23,16 +23,16 @@ from prunus.masks import Masks
 from prunus.measure import corrupted_sets
 from prunus.measure.accuracy import accuracy
 from prunus.measure.cost import cost
+from prunus.recipe import ClassifierRecipe, ClassifierRetrain, merge, parse
 from prunus.report import read_metrics
-from prunus.run.recipe import ClassifierRecipe, ClassifierRetrain, merge, parse
 from prunus.run.show import show_run
-from prunus.run.vision import setting as settings
-from prunus.run.vision import stages
-from prunus.run.vision import train as running
-from prunus.run.vision.dense import dense_key
-from prunus.run.vision.setting import Setting
-from prunus.run.vision.train import pruning_of, train_run
 from prunus.train.batchnorm import recalibrate_
+from prunus.vision import setting as settings
+from prunus.vision import stages
+from prunus.vision import train as running
+from prunus.vision.dense import dense_key
+from prunus.vision.setting import Setting
+from prunus.vision.train import pruning_of, train_run
 
 TRAIN: dict[str, Any] = {"epochs": 2, "batch_size": 32, "lr": 0.1, "warmup": 0, "augment": {"crop": 1}}
 

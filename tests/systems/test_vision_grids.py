@@ -13,14 +13,14 @@ import pytest
 import yaml
 from corrupt_images import make  # pyright: ignore[reportMissingImports] - a script, on pytest's path
 
+from prunus.jobs.store import closure
+from prunus.recipe import ClassifierRecipe, parse
+from prunus.run import digits as showing
 from prunus.run.compare import GridJobs, compare, compare_all, load_grids
 from prunus.run.grid import Grid, final_members, load_grid, tuning_members
-from prunus.run.recipe import ClassifierRecipe, parse
-from prunus.run.store import closure
-from prunus.run.vision import demo as showing
-from prunus.run.vision import stages
-from prunus.run.vision.setting import Setting
-from prunus.run.vision.train import train_run
+from prunus.vision import stages
+from prunus.vision.setting import Setting
+from prunus.vision.train import train_run
 from tests.processes import start_command
 from tests.systems.test_vision import few, raw, tiny
 

@@ -14,14 +14,14 @@ from prunus.frankwolfe.constrained import KeptGradients
 from prunus.frankwolfe.proximal import GroupLasso, NuclearNorm, ProximalSGD
 from prunus.frankwolfe.sets import KSupport
 from prunus.frankwolfe.sfw import SFW
+from prunus.recipe import ClassifierRecipe, OptimizerChoice, parse
+from prunus.recipe.optimizers import Given
 from prunus.run.compare import compare
 from prunus.run.grid import Grid
-from prunus.run.recipe import ClassifierRecipe, OptimizerChoice, parse
-from prunus.run.vision import stages
-from prunus.run.vision.dense import dense_key
-from prunus.run.vision.optimizers import Given
-from prunus.run.vision.setting import Setting
-from prunus.run.vision.train import train_run
+from prunus.vision import stages
+from prunus.vision.dense import dense_key
+from prunus.vision.setting import Setting
+from prunus.vision.train import train_run
 from tests.systems.test_vision import TRAIN, Killed, Tiny, checked, raw, same_bits, tiny
 
 __all__ = ["tiny"]

@@ -12,16 +12,16 @@ from torch import nn
 
 from prunus.data.models import build_model
 from prunus.measure.accuracy import accuracy
+from prunus.recipe import ClassifierPrune, ClassifierRecipe, parse
 from prunus.run.compare import compare
 from prunus.run.grid import Grid
-from prunus.run.recipe import ClassifierPrune, ClassifierRecipe, parse
-from prunus.run.vision import stages
-from prunus.run.vision.setting import Setting
-from prunus.run.vision.smaller import smaller
-from prunus.run.vision.sweep import sweep, sweep_of
-from prunus.run.vision.train import pruning_of, train_run
 from prunus.shrink.filters import resized
 from prunus.shrink.lowrank import decompose
+from prunus.vision import stages
+from prunus.vision.setting import Setting
+from prunus.vision.smaller import smaller
+from prunus.vision.sweep import sweep, sweep_of
+from prunus.vision.train import pruning_of, train_run
 from tests.laws.test_shrink import masked_filters
 from tests.systems.test_vision import TRAIN, Killed, Tiny, checked, raw, same_bits, tiny
 

@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 
 from prunus.checkpoint import read_checkpoint
 from prunus.data import ASSETS, read_texts, tokenize
+from prunus.language import stages
+from prunus.language.compress import compress
 from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.measure.perplexity import perplexity
-from prunus.run import stages
+from prunus.recipe import Recipe, parse
 from prunus.run.cli import app
-from prunus.run.compress import compress
-from prunus.run.recipe import Recipe, parse
 from tests.conftest import VOCABULARY, byte_tokenizer
 
 IDS: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

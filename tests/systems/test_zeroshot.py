@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from prunus.machine import write_json
 from prunus.measure import zeroshot
 from prunus.measure.zeroshot import check_task, check_tasks, zero_shot
-from prunus.run.recipe import Evaluate
+from prunus.recipe import Evaluate
 
 FORMS = Path(zeroshot.__file__).parent / "tasks"
 ARC = {"query": "Question: What do plants make?", "choices": ["sugar", "salt", "glass and sand"], "gold": 0}

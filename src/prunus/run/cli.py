@@ -17,8 +17,8 @@ import typer
 
 from prunus import __version__
 from prunus.machine import bound_threads
+from prunus.recipe import Unfinished, is_full, yaml_value
 from prunus.run.flags import Flag, assignments, flags_of, numbers, overrides, with_flags
-from prunus.run.plain import Unfinished, is_full, yaml_value
 
 app = typer.Typer(
     name="prunus",
@@ -45,7 +45,7 @@ def _share(text: str) -> float:
 @cache
 def run_flags() -> list[Flag]:
     """The flags of `prunus run`: of recipes of both tasks."""
-    from prunus.run.recipe import ClassifierRecipe, LanguageRecipe
+    from prunus.recipe import ClassifierRecipe, LanguageRecipe
 
     return flags_of([LanguageRecipe, ClassifierRecipe], ["prune", "retrain"])
 
@@ -53,7 +53,7 @@ def run_flags() -> list[Flag]:
 @cache
 def evaluate_flags() -> list[Flag]:
     """The flags of `prunus evaluate`: how it is measured."""
-    from prunus.run.recipe import LanguageRecipe
+    from prunus.recipe import LanguageRecipe
 
     measured = ("device", "precision", "dtype")
     return [flag for flag in flags_of([LanguageRecipe], ["evaluate"]) if flag.key in measured or "." in flag.key]
@@ -131,9 +131,9 @@ def grid(
     $ prunus grid grid.yaml --workers 2
     $ prunus grid grid.yaml --set base.retrain.steps=64 --out runs/short
     """
+    from prunus.jobs import Workers as Pool
     from prunus.run.compare import compare_all, load_grids
     from prunus.run.page import write_report
-    from prunus.run.pool import Workers as Pool
     from prunus.run.task import is_sweep
 
     _check_single("grid")
@@ -142,7 +142,7 @@ def grid(
         if changes:
             raise ValueError("--set and --device go with grids; write the key into the sweep")
         from prunus.run.show import show_sweep
-        from prunus.run.vision.sweep import load_sweep, sweep
+        from prunus.vision import load_sweep, sweep
 
         asked = load_sweep(recipes[0], out)
         show_sweep(sweep(asked, Pool(max(workers, 1), together, ray)), asked.out)
@@ -309,8 +309,8 @@ def average(
     $ prunus average runs/a/model runs/b/model --out runs/soup
     $ prunus average runs/a/model runs/b/model runs/c/model --greedy validation.yaml --out runs/greedy
     """
+    from prunus.jobs import average_checkpoints, average_greedily
     from prunus.report import print_table
-    from prunus.run.average import average_checkpoints, average_greedily
     from prunus.run.evaluate import scorer
 
     _check_single("average")
@@ -382,7 +382,7 @@ def schema() -> None:
     """
     import json
 
-    from prunus.run.recipe import schema_of_recipes
+    from prunus.recipe import schema_of_recipes
 
     typer.echo(json.dumps(schema_of_recipes(), indent=1))
 
@@ -404,7 +404,7 @@ def demo(
     """
     _check_single("demo")
     if what == "vision":
-        from prunus.run.vision.demo import demo as run_vision
+        from prunus.run.digits import demo as run_vision
 
         run_vision(out or Path("runs/demo-vision"), 0.95 if sparsity is None else sparsity, device or "auto")
         return

@@ -10,14 +10,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from prunus.jobs import Job, Workers, check_inputs, mark, read_results, run
 from prunus.machine import json_line, write_json, write_text
-from prunus.run.folder import mark
+from prunus.recipe import Unfinished
 from prunus.run.grid import Grid, Member, final_members, likely_members, load_grid, tuning_members
-from prunus.run.inputs import check_inputs
-from prunus.run.plain import Unfinished
-from prunus.run.pool import Workers, run
-from prunus.run.store import Job
-from prunus.run.tables import read_results
 
 __all__ = ["GridJobs", "compare", "compare_all", "load_grid", "load_grids", "tabulate"]
 

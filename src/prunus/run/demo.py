@@ -15,15 +15,13 @@ from typing import Any
 
 import torch
 
+from prunus.jobs import device_of, held
+from prunus.language import Pruned, evaluate, load, prune, prunus_info, summary
 from prunus.machine import write_json
+from prunus.recipe import LanguageRecipe, given, merge, parse
 from prunus.report import plot_compression
-from prunus.run import stages
-from prunus.run.compress import prunus_info
-from prunus.run.folder import device_of, held
 from prunus.run.page import write_report
-from prunus.run.recipe import LanguageRecipe, given, merge, parse
 from prunus.run.show import show_result
-from prunus.run.soups import Pruned
 
 __all__ = ["RECIPE", "demo"]
 
@@ -55,22 +53,22 @@ def demo(out: Path, sparsity: float = 0.6, device: str = "auto") -> dict[str, An
 def _demo(recipe: LanguageRecipe, out: Path) -> dict[str, Any]:
     device = device_of(recipe)
     started = time.perf_counter()
-    loaded = stages.load(recipe)
+    loaded = load(recipe)
     loaded.model.to(device)
     _choose_threads(loaded.model)
-    perplexities: dict[str, Any] = {"dense": stages.evaluate(loaded, recipe, device)}
-    streamed = stages.prune(loaded, recipe, device)
+    perplexities: dict[str, Any] = {"dense": evaluate(loaded, recipe, device)}
+    streamed = prune(loaded, recipe, device)
     pruned = ended = Pruned(loaded, streamed.masks, recipe, device)
     before = time.perf_counter()
-    perplexities["pruned"] = stages.evaluate(loaded, recipe, device)
+    perplexities["pruned"] = evaluate(loaded, recipe, device)
     now = time.perf_counter()
     steps = _steps(pruned, SECONDS - (now - started) - 2 * (now - before))
     report: dict[str, Any] = {}
     for name, change in (("biases and norms", {}), ("MaskLoRA, merged", MASK_LORA)):
         name = f"{name}, {steps} steps"
         ended, report[name] = _retrain(pruned, change | {"steps": steps}, name)
-        perplexities[name] = stages.evaluate(ended.loaded, recipe, device)
-    result: dict[str, Any] = {"model": "embedded", "perplexity": perplexities, "pruning": stages.summary(streamed)}
+        perplexities[name] = evaluate(ended.loaded, recipe, device)
+    result: dict[str, Any] = {"model": "embedded", "perplexity": perplexities, "pruning": summary(streamed)}
     result |= {"retraining": report, "seconds": time.perf_counter() - started, "device": str(device)}
     info = prunus_info(recipe, result)
     result["saved"] = str(out / "model")

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from prunus.jobs import device_of
 from prunus.measure import headline
-from prunus.run.folder import device_of
-from prunus.run.plain import read_yaml
-from prunus.run.recipe import ClassifierRecipe, LanguageRecipe, Recipe, data_changes, data_key, merge, parse
+from prunus.recipe import ClassifierRecipe, LanguageRecipe, Recipe, data_changes, data_key, merge, parse, read_yaml
 
 __all__ = ["Scorer", "evaluate_model", "scorer"]
 
@@ -53,41 +52,39 @@ def scorer(path: Path, changes: Mapping[str, Any] | None = None) -> Scorer:
     parse(raw, LanguageRecipe, str(path))  # mistakes show before anything is averaged
 
     def score(checkpoint: Path) -> float:
-        from prunus.run import stages
+        from prunus.language import evaluate
 
         loaded, recipe, device = _loaded(merge(raw, {"model": str(checkpoint)}), str(path))
-        return -next(iter(stages.evaluate(loaded, recipe, device).values()))
+        return -next(iter(evaluate(loaded, recipe, device).values()))
 
     return Scorer(score, lambda _: None)
 
 
 def _loaded(raw: Mapping[str, Any], where: str) -> tuple[Any, LanguageRecipe, Any]:
     """A language model, its recipe, and the device on which it is measured."""
+    from prunus.language import fitted, load
     from prunus.measure import check_tasks
-    from prunus.run import stages
 
     recipe = parse(raw, LanguageRecipe, where)
     device = device_of(recipe)
-    recipe = stages.fitted(recipe, device)
+    recipe = fitted(recipe, device)
     check_tasks(recipe.evaluate.tasks)
-    return stages.load(recipe), recipe, device
+    return load(recipe), recipe, device
 
 
 def _language_model(model: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    from prunus.run import stages
-    from prunus.run.texts import head_in_words
+    from prunus.language import evaluate, head_in_words, zero_shot
 
     loaded, recipe, device = _loaded(merge({"model": model}, overrides), "flags")
     head = head_in_words(recipe, loaded.tokenizer)
-    found: dict[str, Any] = {"perplexity": stages.evaluate(loaded, recipe, device), "head": head}
-    tasks = stages.zero_shot(loaded.model, loaded.tokenizer, recipe, device)
+    found: dict[str, Any] = {"perplexity": evaluate(loaded, recipe, device), "head": head}
+    tasks = zero_shot(loaded.model, loaded.tokenizer, recipe, device)
     return found | ({} if tasks is None else {"zero_shot": tasks.rows, "lm_eval": tasks.report})
 
 
 def _classifier(path: Path, raw: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     from prunus.checkpoint import read_state
-    from prunus.run.vision import stages
-    from prunus.run.vision.setting import Setting
+    from prunus.vision import Setting, corrupted, measure
 
     recipe = cast("ClassifierRecipe", parse(merge(raw, overrides), Recipe, str(path)))
     weights = path.with_name("model.safetensors")
@@ -98,10 +95,10 @@ def _classifier(path: Path, raw: dict[str, Any], overrides: Mapping[str, Any]) -
     setting = Setting.of(recipe)
     network = setting.new_model()
     network.load_state_dict(read_state(weights, network.state_dict()))
-    measured = stages.measure(network, setting)
+    measured = measure(network, setting)
     found: dict[str, Any] = {headline(measured)[0]: measured}
     if recipe.corruptions is not None:
-        found["corrupted"] = stages.corrupted(network, setting, recipe.corruptions)
+        found["corrupted"] = corrupted(network, setting, recipe.corruptions)
     return found
 
 
@@ -111,8 +108,7 @@ def _of_classifiers(path: Path, raw: Mapping[str, Any]) -> Scorer:
 
     from prunus.checkpoint import read_state
     from prunus.machine import write_tensors
-    from prunus.run.vision import stages
-    from prunus.run.vision.setting import Setting
+    from prunus.vision import Setting, measure, settle
 
     held = merge(raw, data_changes(raw, measure_on="validation"))
     setting = Setting.of(cast("ClassifierRecipe", parse(held, Recipe, str(path))))
@@ -120,17 +116,17 @@ def _of_classifiers(path: Path, raw: Mapping[str, Any]) -> Scorer:
 
     def settled(checkpoint: Path) -> Any:
         model.load_state_dict(read_state(_file(checkpoint), model.state_dict()))
-        stages.settle(model, setting)
+        settle(model, setting)
         return model
 
-    def settle(checkpoint: Path) -> None:
+    def settle_file(checkpoint: Path) -> None:
         file = _file(checkpoint)
         with safe_open(file, framework="pt") as stored:
             metadata = stored.metadata()
         write_tensors(file, settled(checkpoint).state_dict(), metadata)
 
     with torch.no_grad():
-        return Scorer(lambda checkpoint: headline(stages.measure(settled(checkpoint), setting))[1], settle)
+        return Scorer(lambda checkpoint: headline(measure(settled(checkpoint), setting))[1], settle_file)
 
 
 def _file(checkpoint: Path) -> Path:

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
-from prunus.run.plain import yaml_value
+from prunus.recipe import yaml_value
 
 __all__ = ["Flag", "assignments", "flags_of", "numbers", "overrides", "with_flags"]
 

@@ -23,11 +23,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from prunus.run.folder import device_name, device_of, ran_on
-from prunus.run.plain import Strict, read_yaml
-from prunus.run.recipe import Seed, digest, merge, parse, said
-from prunus.run.store import Job, Store
-from prunus.run.tables import Layout, Show
+from prunus.jobs import Job, Layout, Show, Store, device_name, device_of, ran_on
+from prunus.recipe import Seed, Strict, digest, merge, parse, read_yaml, said
 from prunus.run.tasks import Task, task_of
 
 __all__ = ["Grid", "Member", "final_members", "likely_members", "load_grid", "tuning_members"]

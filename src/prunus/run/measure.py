@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from prunus.checkpoint import download_weights, read_checkpoint
-from prunus.run import stages
-from prunus.run.folder import device_name, device_of
-from prunus.run.recipe import LanguageRecipe, merge, parse
+from prunus.jobs import device_name, device_of
+from prunus.language import check_weights, empty, fitted, load, model_path, pace
+from prunus.recipe import LanguageRecipe, merge, parse
 
 __all__ = ["measure_models"]
 
@@ -23,19 +23,19 @@ def measure_models(models: Sequence[str], overrides: Mapping[str, Any]) -> list[
     raws = [merge({"model": model, "evaluate": {"speed": {}}}, overrides) for model in models]
     recipes = [parse(raw, LanguageRecipe, "flags") for raw in raws]
     for recipe in recipes:
-        stages.check_weights(recipe, stages.empty(recipe).model)
+        check_weights(recipe, empty(recipe).model)
     return [_measured(recipe) for recipe in recipes]
 
 
 def _measured(recipe: LanguageRecipe) -> dict[str, Any]:
     device = device_of(recipe)
-    recipe = stages.fitted(recipe, device)
-    loaded = stages.load(recipe, device)
+    recipe = fitted(recipe, device)
+    loaded = load(recipe, device)
     total = sum(each.numel() for each in loaded.model.parameters())
     zeros = sum(int((each == 0).sum()) for each in loaded.model.parameters())
     found = {"model": recipe.model, "device": device_name(device), "dtype": str(loaded.model.dtype)[6:]}
     found |= {"file": _file_bytes(recipe.model), "parameters": total, "zeros": zeros / total}
-    return found | stages.pace(loaded.model, recipe, device)
+    return found | pace(loaded.model, recipe, device)
 
 
 def _file_bytes(model: str) -> int:
@@ -44,4 +44,4 @@ def _file_bytes(model: str) -> int:
     if path.is_file():
         return path.stat().st_size
     local = path.exists() or model == "embedded"
-    return read_checkpoint(stages.model_path(model) if local else download_weights(model)).bytes
+    return read_checkpoint(model_path(model) if local else download_weights(model)).bytes

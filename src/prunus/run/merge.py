@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from prunus.adapt import Adaptation, read_adapter
+from prunus.jobs import device_of
+from prunus.language import fitted, load
 from prunus.masks import Masks
-from prunus.run import stages
-from prunus.run.folder import device_of
-from prunus.run.recipe import LanguageRecipe, parse
+from prunus.recipe import LanguageRecipe, parse
 from prunus.save import MASKS_NAME, check_apart, check_new, load_info, save_model
 
 __all__ = ["merge_adapter"]
@@ -40,8 +40,8 @@ def merge_adapter(base: str, adapter: str | Path, out: str | Path, *, device: st
     stored = read_adapter(adapter)
     recipe = parse({"model": base, "device": device, "prune": {"sparsity": 0}}, LanguageRecipe, "merge")
     where = device_of(recipe)
-    fitted = stages.fitted(recipe, where)
-    loaded = stages.load(fitted, where)
+    ready = fitted(recipe, where)
+    loaded = load(ready, where)
     known = loaded.folder is not None and (loaded.folder / MASKS_NAME).is_file()
     masks = Masks.load(loaded.folder / MASKS_NAME) if known and loaded.folder is not None else stored.masks
     if masks is not None and stored.train is None:
@@ -49,7 +49,7 @@ def merge_adapter(base: str, adapter: str | Path, out: str | Path, *, device: st
     report = Adaptation.load(adapter, loaded.model, masks=masks).merge_()
     about = load_info(loaded.folder) if known and loaded.folder is not None else {"model": base}
     about = {key: about[key] for key in ("model", "pattern", "recipe") if key in about}
-    if fitted.dtype != recipe.dtype:
+    if ready.dtype != recipe.dtype:
         loaded.model.to(torch.float16)  # as it is stored
     info = {**about, "adapter": {"path": str(adapter), "train": stored.train}}
     save_model(loaded.model, loaded.tokenizer, out, masks=masks, info=info, source=loaded.folder)

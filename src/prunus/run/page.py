@@ -13,11 +13,11 @@ from typing import Any
 import yaml
 
 from prunus import __version__
+from prunus.jobs import SOUP, spread
 from prunus.machine import read_json
 from prunus.measure import HEADLINES, headline
 from prunus.report import Card, Page, Part, by_block, format_value, plot_losses, plot_speeds, read_metrics, write_page
 from prunus.run.show import SOUP_COLUMNS, classifier_rows, grid_rows, language_rows, retrainings, soup_rows, speed_rows
-from prunus.run.tables import SOUP, spread
 
 __all__ = ["compare_runs", "write_report"]
 
@@ -250,7 +250,7 @@ def _member(folder: Path) -> Part:
 
 
 def _sweep(folder: Path, result: Result) -> Page:
-    from prunus.run.vision.sweep import rows_of
+    from prunus.vision import rows_of
 
     part = Part("Rates", rows=rows_of(result), pictures=_present(folder, "sweep.png"))
     return _page(folder, result, [*_farthest(result), Card("points", str(len(result["points"])), "")], [part])

@@ -8,12 +8,11 @@ from typing import Any
 
 from rich.console import Console
 
+from prunus.jobs import Outline, kind_of, size_in_words, spread
 from prunus.measure import HEADLINES, headline
+from prunus.recipe import rows as rows_of_names
 from prunus.report import format_value, print_table
 from prunus.run.inspect import KEEPING, Inspection, Row
-from prunus.run.names import rows as rows_of_names
-from prunus.run.outline import Outline, kind_of, size_in_words
-from prunus.run.tables import spread
 
 __all__ = [
     "SOUP_COLUMNS",
@@ -198,7 +197,7 @@ def classifier_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def show_sweep(result: Mapping[str, Any], out: Path) -> None:
     """The table of a sweep: a row a point, below it what was left alone and where everything was written."""
-    from prunus.run.vision.sweep import rows_of
+    from prunus.vision import rows_of
 
     print_table(rows_of(result), title=f"{result['model']}, {result['measured_on']} images, accuracy in %")
     _note(

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prunus.machine import ranks
-from prunus.run.plain import read_yaml
-from prunus.run.recipe import LanguageRecipe, load_recipe
+from prunus.recipe import LanguageRecipe, load_recipe, read_yaml
 
 __all__ = ["is_sweep", "load", "plan_recipe", "run_recipe"]
 
@@ -76,18 +75,18 @@ def plan_recipe(path: Path | None, overrides: Mapping[str, Any]) -> Show:
 
     recipe = _asked(path, overrides)
     if isinstance(recipe, LanguageRecipe):
-        from prunus.run.compress import planned
+        from prunus.language import planned
 
         plan = planned(recipe)
     else:
-        from prunus.run.vision.train import planned as planned_classifier
+        from prunus.vision import planned as planned_classifier
 
         plan = planned_classifier(recipe)
     return lambda: show_outline(plan, Path(recipe.out))
 
 
 def _language(recipe: LanguageRecipe) -> Show:
-    from prunus.run.compress import compress
+    from prunus.language import compress
     from prunus.run.show import show_result
 
     result = compress(recipe)
@@ -95,9 +94,9 @@ def _language(recipe: LanguageRecipe) -> Show:
 
 
 def _classifier(recipe: Any, path: Path | None, **workers: Any) -> Show:
-    from prunus.run.pool import Workers
+    from prunus.jobs import Workers
     from prunus.run.show import show_run, show_soup
-    from prunus.run.vision.train import train_run
+    from prunus.vision import train_run
 
     dense = path / "dense" if path is not None and path.is_dir() else None
     result = train_run(recipe, dense=dense, workers=Workers(**workers))
@@ -123,7 +122,7 @@ def _asked(path: Path | None, overrides: Mapping[str, Any]) -> Any:
     """The recipe of a file, or of what is pruned of a finished run."""
     if path is None or not path.is_dir():
         return load(path, overrides)
-    from prunus.run.vision.train import pruning_of
+    from prunus.vision import pruning_of
 
     out = overrides.get("out")
     rest = {key: value for key, value in overrides.items() if key != "out"}

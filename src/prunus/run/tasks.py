@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from prunus.run.recipe import data_key
-from prunus.run.store import Job, Store
-from prunus.run.tables import Layout, Show
+from prunus.jobs import Job, Layout, Show, Store
+from prunus.recipe import data_key
 
 __all__ = ["Task", "task_of"]
 
@@ -85,9 +84,9 @@ class Task(Protocol):
 def task_of(base: Mapping[str, Any]) -> Task:
     """The task of a base recipe: with the key `images` or `texts` it is a classifier's."""
     if data_key(base) is not None:
-        from prunus.run.vision.grid import CLASSIFIERS
+        from prunus.vision import CLASSIFIERS
 
         return CLASSIFIERS
-    from prunus.run.language import LANGUAGE
+    from prunus.language import LANGUAGE
 
     return LANGUAGE

@@ -1,0 +1,197 @@
+"""What a run of any task stands on: a folder of its own, held while it runs, what it reads, and its device.
+
+out/recipe.yaml    the resolved recipe, before any work      out/result.json    what the run found, when it is finished
+out/.prunus-run    that the folder is Prunus's, and whose: where it is missing and other files are, nothing is written
+                   or deleted. `.prunus-run.lock` beside it is held by the process that runs
+
+out/inputs.json    what is read, by contents                 out/work/          what a killed run goes on from
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+import time
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import yaml
+from filelock import FileLock
+from pydantic import BaseModel
+
+from prunus.jobs.inputs import check_inputs, inputs_of
+from prunus.machine import locked, ranks, read_json, remove_partials, write_json, write_text
+from prunus.save import check_apart
+
+__all__ = ["begin", "device_name", "device_of", "entered", "finished", "held", "mark", "ran_on"]
+
+log = logging.getLogger(__name__)
+
+_MARKER = ".prunus-run"
+
+
+class Placed(Protocol):
+    """A recipe that says where it runs."""
+
+    @property
+    def device(self) -> str: ...
+
+
+def finished(recipe: BaseModel, out: Path, key: str, left: Sequence[str] = ()) -> dict[str, Any] | None:
+    """The result of a finished run in its folder, None where there is none.
+
+    key: the hash of its recipe; left: names of what it left there. Raises ValueError for the result of another recipe,
+    one without the files that it left, and a folder that is read, or has files that no run of Prunus left: a run
+    overwrites and deletes what has its names.
+    """
+    for name in inputs_of(recipe):
+        check_apart(out, name)
+    _check_ours(out, "run")
+    path = out / "result.json"
+    if not path.exists():
+        return None
+    found = read_json(path)
+    if not isinstance(found, dict) or found.get("key") != key:
+        raise ValueError(f"out: {out} holds the result of another recipe; give another folder with --out, or delete it")
+    gone = [name for name in left if not (out / name).exists()]
+    if gone:
+        raise ValueError(f"out: {out} is finished, but its {gone[0]} is gone; delete {path} to make it again")
+    return found
+
+
+def mark(out: Path, kind: str) -> None:
+    """Make a folder that of a run, a grid or a sweep.
+
+    Raises ValueError for a folder of another kind, or with files that Prunus did not leave.
+    """
+    _check_ours(out, kind)
+    if not (out / _MARKER).exists():
+        write_text(out / _MARKER, f"A {kind} of Prunus; it may overwrite and delete what has its names here.\n")
+
+
+@contextmanager
+def held(out: Path) -> Generator[None]:
+    """Context in which a run's folder is this process's, and that of the processes launched together with it.
+
+    Raises ValueError that says who has it.
+    """
+    new = [folder for folder in (out, *out.parents) if not folder.exists()]
+    lock = _locked(out) if ranks.is_main() else None
+    if ranks.agree(lock is None):
+        raise ValueError(f"out: {out} is in use{_holder(out)}; wait for it, or give another folder with --out")
+    try:
+        yield
+    finally:
+        if lock is not None:
+            Path(lock.lock_file).unlink(missing_ok=True)  # who finds it free now finds what this one left
+            lock.release()
+            _remove_empty(out, new)
+
+
+@contextmanager
+def entered(
+    recipe: BaseModel, out: Path, key: str, left: Sequence[str], picture: str
+) -> Generator[dict[str, Any] | None]:
+    """Context in which a run's folder is held: its result, None while there is none; afterwards out/work is gone.
+
+    picture: without it a finished run is entered once more. Raises ValueError as `finished` and `held` do.
+    """
+    found = finished(recipe, out, key, left)
+    ranks.wait()  # nothing is written before every process has looked
+    if found is not None:
+        log.warning("%s is finished: nothing is repeated", out)
+        if (out / picture).exists() and not (out / "work").exists():
+            yield found
+            return
+    with held(out):
+        yield finished(recipe, out, key, left)  # who had it until now may have ended it
+        ranks.wait()
+        if ranks.is_main():
+            shutil.rmtree(out / "work", ignore_errors=True)
+        ranks.wait()
+
+
+def begin(out: Path, recipe: BaseModel) -> None:
+    """Write the resolved recipe of a run into its folder, whose inputs must be those of when it was begun.
+
+    Raises ValueError naming what was changed since.
+    """
+    check_inputs(out, [recipe])
+    write_text(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+
+
+def ran_on(work: Path, name: str, needs: Iterable[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """What a result says of devices: the one the work began on, and, if others went on with it, which.
+
+    work: a folder that is there until the result is; needs: results that this one goes by. Numbers of different devices
+    or thread counts differ in their last bits.
+    """
+    path = work / "devices.json"
+    names = list(dict.fromkeys([*(read_json(path) if path.exists() else []), name]))
+    if ranks.is_main():
+        write_json(path, names)
+    others = list(dict.fromkeys([*names[1:], *(name for need in needs for name in need.get("resumed_on", ()))]))
+    return {"device": names[0]} | ({"resumed_on": others} if others else {})
+
+
+def _check_ours(out: Path, kind: str) -> None:
+    names = sorted(each.name for each in out.iterdir()) if out.is_dir() else []
+    if names and _MARKER not in names and not (kind == "grid" and "members.jsonl" in names):  # which only grids leave
+        raise ValueError(
+            f"out: {out} is no {kind} folder and has other files ({names[0]!r}, ...); give another --out, or make an "
+            f"empty file {_MARKER} in it if Prunus may overwrite and delete them"
+        )
+    said = (out / _MARKER).read_text(encoding="utf-8").split() if _MARKER in names else []
+    if len(said) > 1 and said[1] != kind:
+        raise ValueError(f"out: {out} is the folder of a {said[1]}, not of a {kind}; give another --out")
+
+
+def _locked(out: Path) -> FileLock | None:
+    """The lock of a folder, which now says who has it."""
+    mark(out, "run")
+    lock = locked(out / f"{_MARKER}.lock")
+    if lock is None:
+        return None
+    remove_partials(out)
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    ours = f"A run of Prunus; it may overwrite and delete what has its names here.\nby process {os.getpid()}"
+    write_text(out / _MARKER, f"{ours} on {socket.gethostname()}, since {since}\n")
+    return lock
+
+
+def _remove_empty(out: Path, new: Sequence[Path]) -> None:
+    """Take back the folders that were made for a run which wrote nothing."""
+    if new and [path.name for path in out.iterdir()] == [_MARKER]:
+        (out / _MARKER).unlink()
+        with suppress(OSError):
+            for folder in new:
+                folder.rmdir()
+
+
+def _holder(out: Path) -> str:
+    """Who said last that the folder is its own."""
+    said = (out / _MARKER).read_text(encoding="utf-8").splitlines()[1:]
+    return f" {said[0]}" if said else ""
+
+
+def device_of(recipe: Placed) -> torch.device:
+    """The device of a recipe; "auto" is the first GPU if there is one.
+
+    Raises ValueError when a CUDA device is asked for and none is there.
+    """
+    if recipe.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(recipe.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {recipe.device!r} asked for, but torch sees no GPU; use device: auto or cpu")
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,256 @@
+"""What a run will do, as its recipe and an empty model say it: checked before every run, told by `--dry-run`.
+
+    recipe, model on the meta device ─▶ check_pruning, check_ranks       refused before a weight is read
+                                     ─▶ outline_*: layers by kind, what is trained, tokens or images, memory, files
+
+Memory and bytes are estimates of what is counted here: weights, statistics, states of the optimizer; not activations.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunus.blocks import find_blocks
+from prunus.layers import View, find_layers
+from prunus.machine import import_extra
+from prunus.measure import check_tasks
+from prunus.recipe import Adapting, ClassifierRecipe, LanguageRecipe, LanguageRetrain, Prune, optimizer_of
+from prunus.report import check_trackers
+from prunus.score import needed, observable
+
+__all__ = [
+    "Outline",
+    "check_language",
+    "check_pruning",
+    "kind_of",
+    "outline_classifier",
+    "outline_language",
+    "size_in_words",
+]
+
+_STATE = 16  # bytes of a trained parameter: itself, its gradient and two moments, in float32
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a run will do. layers: a row a kind; rows: what -> how much, in words; files: name -> bytes, about."""
+
+    layers: list[dict[str, Any]]
+    rows: dict[str, str]
+    files: dict[str, float]
+
+
+def check_pruning(model: nn.Module, asked: Prune) -> list[View]:
+    """The layers of an empty model that will be pruned.
+
+    Raises ValueError for globs that match none, and layers that the pattern does not fit; ImportError for a package
+    that is missing.
+    """
+    views = find_layers(model, include=asked.include, exclude=asked.exclude)
+    kind = getattr(asked, "kind", "zeros")  # of classifiers alone
+    if kind == "filters":
+        import_extra("torch_pruning", "shrink", "prune.kind: filters are removed by torch-pruning")
+    if kind != "zeros":
+        return views
+    allocation, pattern = asked.sharing(), asked.where()
+    if needed(asked.how(), allocation):
+        views = observable(model, views, asked.include)
+    if not views:
+        raise ValueError("prune: include and exclude leave no layer to prune; name fewer in exclude")
+    for view in views:
+        pattern.counts(view.shape, asked.sparsity, name=view.name)
+    return views
+
+
+def check_language(recipe: LanguageRecipe, model: Any) -> list[View]:
+    """The layers of an empty language model that will be pruned.
+
+    Raises ValueError as `check_pruning`, for a model without a chain of blocks, for parameters to train that it does
+    not have, for ranks that no layer has, and for task files that cannot be read; ImportError for a missing package.
+    """
+    from prunus.adapt import add_biases  # which imports transformers: a classifier's plan does without
+
+    find_blocks(model)
+    views = check_pruning(model, recipe.prune)
+    if recipe.retrain is not None and recipe.retrain.add_biases:
+        add_biases(model)
+    for key, asked in (("reconstruct", recipe.reconstruct), ("train", recipe.train), ("retrain", recipe.retrain)):
+        if asked is not None:
+            _check_adapting(key, asked, model, views)
+    for trained in (recipe.train, recipe.retrain):
+        if trained is not None:
+            optimizer_of(trained.optimizer)
+    check_tasks(recipe.evaluate.tasks)
+    check_trackers(recipe.log_with)
+    return views
+
+
+def _check_adapting(key: str, asked: Adapting, model: nn.Module, views: Sequence[View]) -> None:
+    from prunus.adapt import ADAPTERS, find_subset
+
+    for name in asked.train:
+        if name not in ADAPTERS and key != "reconstruct":
+            find_subset(model, name)
+    most = max((min(view.shape) for view in views), default=0)
+    if asked.rank > most and set(ADAPTERS) & set(asked.train):
+        raise ValueError(f"{key}.rank: {asked.rank} is above min(out, in) of every layer; set it to {most} or less")
+
+
+def outline_language(recipe: LanguageRecipe, model: Any, texts: Mapping[str, int], device: torch.device) -> Outline:
+    """The plan of a checked recipe. model: empty; texts: name -> tokens of what is evaluated."""
+    views, prune = check_pruning(model, recipe.prune), recipe.prune
+    total = sum(each.numel() for each in model.parameters())
+    weights = sum(each.nbytes for each in model.parameters())
+    pruned = sum(view.shape[0] * view.shape[1] for view in views)
+    names = find_blocks(model)
+    calibrated = recipe.calibrate.samples * recipe.calibrate.length
+    way = _way(prune) if recipe.during is None else f"{prune.pattern}, by {next(iter(recipe.during))}"
+    rows = {
+        "model": f"{recipe.model}: {_many(total)} parameters in {len(names)} blocks",
+        "pruned": f"{len(views)} layers, {_many(pruned)} weights to {prune.sparsity:.2%} zeros, {way}",
+        "calibration": f"{recipe.calibrate.samples} windows of {recipe.calibrate.length}: {_many(calibrated)} tokens",
+    }
+    trained, members = 0, 1 if recipe.soup is None else recipe.soup.members
+    if recipe.reconstruct is not None:
+        rows["reconstruction"] = f"{', '.join(recipe.reconstruct.train)}, {recipe.reconstruct.steps} steps a block"
+    if recipe.train is not None:
+        rows["training"] = f"{recipe.train.steps} steps, {_many(_tokens_of(recipe.train))} tokens"
+    if recipe.retrain is not None:
+        asked = recipe.retrain
+        trained = _trained(model, views, asked)
+        rows["trained"] = f"{', '.join(asked.train)}: {_many(trained)} parameters, {trained / total:.3%}"
+        tokens = _many(_tokens_of(asked))
+        rows["retraining"] = f"{asked.steps} steps, {tokens} tokens{_times(prune.phases, members)}"
+    evaluated = ", ".join(f"{name}: {_many(count)} tokens" for name, count in texts.items())
+    rows["evaluation"] = f"{evaluated}, at each stage"
+    trained = max(trained, 0 if recipe.train is None else _trained(model, views, recipe.train))
+    rows |= _language_memory(recipe, model, views, device, trained=trained)
+    files = {"model/": weights, "model/masks.safetensors": pruned / 8} if recipe.save else {}
+    files |= {f"members/ ({members})": members * weights} if members > 1 and recipe.save else {}
+    files |= {"work/, until it is done": weights + 12 * trained}
+    return Outline(_kinds(views, prune), rows, files)
+
+
+def outline_classifier(recipe: ClassifierRecipe, setting: Any, retrained: int) -> Outline:
+    """The plan of a checked recipe. setting: with its images; retrained: steps of retraining, over all phases."""
+    model = setting.empty_model()
+    total = sum(each.numel() for each in model.parameters())
+    sets, example = setting.sets, setting.example()
+    if recipe.keyed == "images":
+        shape, kept = " x ".join(map(str, example.shape[1:])), example.numel()
+    else:
+        shape, kept = f"up to {sets.train.length} tokens", 4 * len(example) * sets.train.length
+    kept *= len(sets.train) + len(sets.measured)
+    classes = f"; {sets.train.classes} classes" if recipe.aim == "classes" else f"; {recipe.aim}"
+    steps, members = setting.epoch_steps, 1 if recipe.soup is None else recipe.soup.members
+    during = f", during {next(iter(recipe.during))}" if recipe.during else ""
+    training = f"{recipe.train.epochs} epochs, {_many(recipe.train.epochs * steps)} steps of {recipe.train.batch_size}"
+    rows = {
+        recipe.keyed: f"{len(sets.train):,} of {shape} to train on, {len(sets.measured):,} to measure on{classes}",
+        "model": f"{recipe.model}: {_many(total)} parameters{', all of them trained' if recipe.train.epochs else ''}",
+        "training": training + during if recipe.train.epochs else "none: the weights are as they came",
+    }
+    layers: list[dict[str, Any]] = []
+    if recipe.prune is not None:
+        views, prune = check_pruning(model, recipe.prune), recipe.prune
+        pruned = sum(view.shape[0] * view.shape[1] for view in views)
+        how = f"zeros, {_way(prune)}" if prune.kind == "zeros" else f"fewer, by {prune.kind}"
+        rows["pruned"] = f"{len(views)} layers, {_many(pruned)} weights to {prune.sparsity:.2%} {how}"
+        layers = _kinds(views, prune)
+        if retrained:
+            rows["retraining"] = f"{retrained:,} steps, {retrained / steps:.3g} epochs{_times(prune.phases, members)}"
+    used = f"{size_in_words(_STATE * total)} for training, {size_in_words(kept)} of {recipe.keyed}"
+    rows[f"memory, {setting.device.type}"] = used
+    saved = {"model.safetensors": 4 * total, "dense/": 4 * total} | ({"masks.safetensors": total / 8} if layers else {})
+    return Outline(layers, rows, saved | ({f"members/ ({members})": 4 * total * members} if members > 1 else {}))
+
+
+def _tokens_of(asked: LanguageRetrain) -> int:
+    return asked.steps * asked.step_tokens
+
+
+def _trained(model: nn.Module, views: Sequence[View], asked: Adapting) -> int:
+    """How many parameters are trained: of the subsets, each once, and of adapters on the pruned layers."""
+    from prunus.adapt import ADAPTERS, find_subset
+
+    found: dict[str, int] = {}
+    for name in asked.train:
+        if name not in ADAPTERS:
+            found |= {key: each.numel() for key, each in find_subset(model, name).items()}
+    adapted = views if set(asked.train) & set(ADAPTERS) else []
+    return sum(found.values()) + sum(asked.rank * sum(view.shape) for view in adapted)
+
+
+def _language_memory(
+    recipe: LanguageRecipe, model: Any, views: Sequence[View], device: torch.device, *, trained: int
+) -> dict[str, str]:
+    """Where how much memory is taken: while pruning, a block at a time, and while retraining, as a whole."""
+    weights = sum(each.nbytes for each in model.parameters())
+    blocks = [sum(each.nbytes for each in model.get_submodule(name).parameters()) for name in find_blocks(model)]
+    needs = needed(recipe.prune.how(), recipe.prune.sharing())
+    widths = {view.shape[1] for view in views}
+    statistics = 4 * sum(width * (width if needs == "gram" else 1) for width in widths) if needs else 0
+    if needs == "gram" and recipe.prune.how().score is None:  # so much ADMM was seen to take (docs/results/speed-h200)
+        statistics += max(4 * (5 * width * width + 8 * out * width) for out, width in (view.shape for view in views))
+    width = int(getattr(model.config, "hidden_size", 0) or 0)
+    size = next(iter(model.parameters())).element_size()
+    hidden = recipe.calibrate.samples * recipe.calibrate.length * width * size
+    pruning = f"{size_in_words(max(blocks) + statistics)} for a block, {size_in_words(hidden)} of hidden states"
+    rows = {f"memory, {device.type}, pruning": pruning}
+    if device.type != "cpu" or not recipe.streaming:
+        rows["memory, host"] = f"{size_in_words(max(blocks) if recipe.streaming else weights)} of weights"
+    if trained:
+        rows[f"memory, {device.type}, retraining"] = f"{size_in_words(weights + _STATE * trained)} beside activations"
+    return rows
+
+
+def _times(phases: int, members: int) -> str:
+    """How often a retraining is done."""
+    return (f", over {phases} phases" if phases > 1 else "") + (f", each of {members} members" if members > 1 else "")
+
+
+def _kinds(views: Iterable[View], asked: Prune) -> list[dict[str, Any]]:
+    """A row for layers of one name but for numbers, and one shape."""
+    found: dict[tuple[str, tuple[int, int]], int] = {}
+    for view in views:
+        kind = kind_of(view.name)
+        found[kind, view.shape] = found.get((kind, view.shape), 0) + 1
+    alike = asked.sharing().reads == ""
+    return [
+        {
+            "layers": kind,
+            "out x in": " x ".join(map(str, shape)),
+            "count": count,
+            "weights": _many(count * shape[0] * shape[1]),
+            "zeros": f"{asked.sparsity:.1%}" if alike else "by the allocation",
+        }
+        for (kind, shape), count in found.items()
+    ]
+
+
+def kind_of(name: str) -> str:
+    """A layer's name with a star for each number."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", re.sub(r"\[\d+\]$", "[*]", name))
+
+
+def _way(asked: Prune) -> str:
+    return f"{asked.how().name}, {asked.where()}, {asked.sharing().name}"
+
+
+def _many(count: float) -> str:
+    """A count in words: 1,234 or 1.23 billion."""
+    for size, word in ((1e9, "billion"), (1e6, "million")):
+        if count >= size:
+            return f"{count / size:.3g} {word}"
+    return f"{count:,.0f}"
+
+
+def size_in_words(count: float) -> str:
+    """Bytes as GB or MB."""
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"

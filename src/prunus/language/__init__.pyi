@@ -1,0 +1,16 @@
+from .compress import compress as compress
+from .compress import planned as planned
+from .compress import prunus_info as prunus_info
+from .grid import LANGUAGE as LANGUAGE
+from .soups import Pruned as Pruned
+from .stages import check_weights as check_weights
+from .stages import empty as empty
+from .stages import evaluate as evaluate
+from .stages import fitted as fitted
+from .stages import load as load
+from .stages import model_path as model_path
+from .stages import pace as pace
+from .stages import prune as prune
+from .stages import summary as summary
+from .stages import zero_shot as zero_shot
+from .texts import head_in_words as head_in_words

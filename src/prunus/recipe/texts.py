@@ -1,0 +1,164 @@
+"""What is done with texts before and after: where they come from, `calibrate`, `shrink` and `evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from prunus.recipe.plain import Strict
+from prunus.recipe.values import Count, Part, Positive, Seed, Share, Whole, check_there, looks_local
+
+__all__ = ["TEST_TEXT", "TRAIN_TEXT", "Calibrate", "Data", "Evaluate", "Pace", "Shrink"]
+
+
+class Data(Strict):
+    """A text or chats: a file, a folder, "embedded", or a data set "name" or "owner/name:config"; or a mixture of them.
+
+    messages: the column of chats; prompt, answer: the columns of pairs. Their loss is on the answers alone.
+    part: the share that is used, [start, stop] in [0, 1], cut after tokenisation.
+    """
+
+    shorthands: ClassVar[tuple[str, ...]] = ("string", "array")
+
+    source: str | None = None
+    column: str = "text"
+    split: str | None = None
+    revision: str | None = None
+    streamed: bool = False
+    messages: str | None = None
+    prompt: str | None = None
+    answer: str | None = None
+    join: str = "\n\n"
+    end: bool | None = None
+    head: bool = True
+    part: tuple[Share, Share] = (0.0, 1.0)
+    weight: Positive = 1.0
+    mix: tuple[Data, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        short = "source" if isinstance(value, str) else "mix" if isinstance(value, list) else None
+        return value if short is None else {short: value}
+
+    @model_validator(mode="after")
+    def _check(self) -> Data:
+        if self.part[0] >= self.part[1]:
+            raise ValueError(f"part [{self.part[0]}, {self.part[1]}] is empty: give [start, stop] with start < stop")
+        if (self.source is None) == (not self.mix):
+            raise ValueError("give a source, or a list of several, each with source and weight")
+        if any(each.mix for each in self.mix):
+            raise ValueError("a mixture is one of sources, not of mixtures; list all sources in one")
+        if (self.prompt is None) != (self.answer is None) or (self.prompt is not None and self.messages is not None):
+            raise ValueError("chats are in one column, messages, or in two, prompt and answer: give one or two")
+        if self.source is not None and looks_local(self.source):
+            check_there(self.source, "give an existing path or a data set 'owner/name'")
+        return self
+
+
+TRAIN_TEXT, TEST_TEXT = Data(source="embedded", split="train"), Data(source="embedded", split="test")
+
+
+class Calibrate(Strict):
+    """Text that shows the layers their inputs: `samples` windows of `length` tokens, `batch_size` at a time."""
+
+    data: Data = TRAIN_TEXT
+    samples: Count = 128
+    length: Annotated[int, Field(ge=2)] = 2048
+    batch_size: Count = 8
+    seed: Seed = 0
+
+
+class Shrink(Strict):
+    """What a language model is without before it is pruned, and then it is really smaller; counts, and shares of all.
+
+    What is left of heads and neurons is fitted on the windows of `calibrate`. vocabulary: the text whose words stay.
+    """
+
+    blocks: Whole = 0
+    experts: Part = 0.0
+    heads: Part = 0.0
+    neurons: Part = 0.0
+    width: Part = 0.0
+    vocabulary: Data | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Shrink:
+        if self == Shrink.model_construct():
+            raise ValueError(
+                "say what goes: blocks: 4, experts: 0.25, heads: 0.25, neurons: 0.25, width: 0.25, vocabulary: TEXT"
+            )
+        return self
+
+
+def _asked(value: Any) -> Any:
+    """`true` is a section with its defaults, `false` none."""
+    return ({} if value else None) if isinstance(value, bool) else value
+
+
+class Pace(Strict):
+    """How the speed is measured: `tokens` are decoded after a prompt; each phase is repeated for so many seconds."""
+
+    prompt: Count = 512
+    tokens: Count = 32
+    batch_size: Count = 1
+    seconds: Positive = 2.0
+
+
+_TasksForm = str | list[str] | dict[str, str | None]
+
+
+def _tasks(value: Any) -> Any:
+    """Tasks by name alone, in a list or in one text with commas, or with their files."""
+    names = value.split(",") if isinstance(value, str) else value
+    return {str(name).strip(): None for name in names} if isinstance(names, (list, tuple)) else names
+
+
+class Evaluate(Strict):
+    """Perplexity of each named text: joined, cut into windows without overlap, mean loss over predicted tokens."""
+
+    data: dict[str, Data] = Field(
+        default_factory=lambda: {"held-out": TEST_TEXT}, json_schema_extra={"type": ["object", "string"]}
+    )
+    window: Annotated[int, Field(ge=2)] | None = None
+    """Tokens a window; the model's own length (at most 2048) if left out."""
+    batch_size: Count = 4
+    """Windows at a time."""
+    tasks: Annotated[dict[str, str | None], BeforeValidator(_tasks, json_schema_input_type=_TasksForm)] = Field(
+        default_factory=dict
+    )
+    """Tasks of lm-eval, by name or by name and file (needs the extra 'zeroshot')."""
+    task_batch_size: Count | Literal["auto"] = 16
+    """Requests of tasks at a time, or auto."""
+    shots: Whole | None = None
+    """Examples before each question; the task's own number if left out."""
+    chat: bool = False
+    """Ask through the tokenizer's chat template."""
+    limit: Count | None = None
+    """Only the first so many examples of a task."""
+    speed: Annotated[Pace | None, BeforeValidator(_asked, json_schema_input_type=Pace | bool | None)] = None
+
+    @model_validator(mode="after")
+    def _check_texts(self) -> Evaluate:
+        known: dict[Data, str] = {}
+        for name, data in self.data.items():
+            if data in known:
+                raise ValueError(f"data: {known[data]!r} and {name!r} are one text; choose on one and report another")
+            known[data] = name
+        return self
+
+    @model_validator(mode="after")
+    def _check_tasks(self) -> Evaluate:
+        for path in filter(None, self.tasks.values()):
+            check_there(path, "check the path", key="tasks: ")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one(cls, value: Any) -> Any:
+        data = value.get("data") if isinstance(value, dict) else None
+        if isinstance(data, str):
+            return {**value, "data": {Path(data).stem: data}}
+        return value

@@ -1,0 +1,11 @@
+from .grid import CLASSIFIERS as CLASSIFIERS
+from .setting import Setting as Setting
+from .stages import corrupted as corrupted
+from .stages import measure as measure
+from .stages import settle as settle
+from .sweep import load_sweep as load_sweep
+from .sweep import rows_of as rows_of
+from .sweep import sweep as sweep
+from .train import planned as planned
+from .train import pruning_of as pruning_of
+from .train import train_run as train_run
