@@ -15,6 +15,7 @@ import io
 import sys
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import CodeType, FrameType
@@ -160,7 +161,10 @@ def main() -> None:
     lines = {path: path.read_text(encoding="utf-8").count("\n") for path in FILES}
     sizes = sorted(length(function) for _, function in every)
     show("files, lines", len(FILES), sum(lines.values()))
-    show("lines of run/", sum(count for path, count in lines.items() if path.is_relative_to(PACKAGE / "run")))
+    rooms = Counter[str]()
+    for path, count in lines.items():
+        rooms[path.relative_to(PACKAGE).parts[0]] += count
+    show("lines of the largest rooms", *(f"{room}/ {count}" for room, count in rooms.most_common(6)))
     show("lines of a function: median, p90, most", sizes[len(sizes) // 2], sizes[len(sizes) * 9 // 10], sizes[-1])
     show_all("files in the root", (path.name for path in FILES if path.parent == PACKAGE))
     show_all("import circles", (" ".join(sorted(circle)) for circle in circles()))
