@@ -5,6 +5,7 @@ from .chain import embed as embed
 from .chain import find_blocks as find_blocks
 from .chain import find_recomputing as find_recomputing
 from .chain import finish as finish
+from .chain import longest as longest
 from .chain import run_block as run_block
 from .compiled import allow_programs as allow_programs
 from .compiled import compile_blocks_ as compile_blocks_

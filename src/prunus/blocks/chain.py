@@ -168,11 +168,28 @@ def embed(
     return hidden, arguments
 
 
+def longest(config: Any) -> int | None:
+    """How many tokens at once a model of this config of transformers was made for; None where it does not say.
+
+    >>> longest(model.config)
+    512
+    """
+    text = config.get_text_config()
+    said = (getattr(text, key, None) for key in ("max_position_embeddings", "max_seq_len"))  # MPT has the second one
+    return next((int(each) for each in said if each), None)
+
+
 def check_ids(model: nn.Module, ids: Tensor) -> None:
-    """Raises ValueError for token ids that the model has no embedding of; on a GPU these end the whole process's CUDA.
+    """Raises ValueError for windows (..., length) of token ids that are longer than the model takes, and for ids that
+    it has no embedding of; on a GPU these end the whole process's CUDA.
 
     >>> check_ids(model, torch.tensor([0, 4095]))
     """
+    most = longest(model.config) if is_pretrained(model) else None
+    if most is not None and ids.shape[-1] > most:
+        raise ValueError(
+            f"windows of {ids.shape[-1]} tokens, but the model was made for at most {most}: give windows of {most}"
+        )
     embeddings = None
     with suppress(NotImplementedError):  # of models that find none
         embeddings = getattr(model, "get_input_embeddings", lambda: None)()

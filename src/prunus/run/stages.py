@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from prunus.adapt import Adaptation, adapt, add_biases, compiled_forward
-from prunus.blocks import Source, recomputed, recomputing
+from prunus.blocks import Source, longest, recomputed, recomputing
 from prunus.checkpoint import (
     check_causal,
     check_finite,
@@ -125,7 +125,7 @@ def fitted(recipe: LanguageRecipe, device: torch.device) -> LanguageRecipe:
     Raises ValueError for a model that is not there, and for a length or window that the model does not take.
     """
     config = read_config(model_path(recipe.model), trust_remote_code=recipe.trust_remote_code)
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
+    limit = longest(config) or 2**31
     changes: dict[str, Any] = {}
     for section in ("calibrate", "train", "retrain"):
         asked: Any = getattr(recipe, section)
