@@ -146,6 +146,9 @@ WRONG: dict[str, tuple[Callable[[Tensors], Tensors] | None, dict[str, Any], str]
         {"architectures": ["LlamaForSequenceClassification"], "tie_word_embeddings": True},
         r"no place for, such as 'score.weight' \(config.json says LlamaForSequenceClassification\)",
     ),
+    "an encoder": (
+        None, {"model_type": "bert", "architectures": ["BertForMaskedLM"]}, r"BertForMaskedLM .* sees those after it",
+    ),
     "no language model": (None, {"model_type": "vit"}, r"transformers has no causal language model"),
 }  # fmt: skip
 

@@ -23,6 +23,7 @@ from prunus.adapt import Adaptation, adapt, add_biases, compiled_forward
 from prunus.blocks import Source, longest, recomputed, recomputing
 from prunus.checkpoint import (
     check_causal,
+    check_direction,
     check_finite,
     check_plain,
     check_vocabulary,
@@ -191,6 +192,7 @@ def load(recipe: LanguageRecipe, home: torch.device | None = None) -> Loaded:
     config, checkpoint = read_config(path, trust_remote_code=trust), read_checkpoint(path)
     check_plain(checkpoint)
     tokenizer = read_tokenizer(path, trust_remote_code=trust)
+    check_direction(config, f"model: {recipe.model!r}")
     dtype = checkpoint.dtype(config) if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     model: Any = empty_model(config, dtype, trust_remote_code=trust)
     check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, f"model: {recipe.model!r}")
@@ -208,6 +210,7 @@ def empty(recipe: LanguageRecipe) -> Loaded:
     config = read_config(path, trust_remote_code=trust)
     dtype = config.dtype or torch.float32 if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     tokenizer = read_tokenizer(path, trust_remote_code=trust)
+    check_direction(config, f"model: {recipe.model!r}")
     return Loaded(empty_model(config, dtype, trust_remote_code=trust), tokenizer, None)
 
 
