@@ -11,7 +11,11 @@ from prunus.machine import read_json
 
 __all__ = ["download_weights", "hub_folder", "read_config", "read_tokenizer"]
 
-_SMALL = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "LICENSE*"]
+_SMALL = [
+    "*.json", "*.txt", "*.model", "*.tiktoken", "*.codes", "*.spm", "*.jinja", "*.py",
+    "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
+]  # fmt: skip
+_ADAPTED = "adapter_model.safetensors"  # peft's and ours
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
