@@ -46,10 +46,11 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoConfig
 
-    if (path / ADAPTER).is_file() and not (path / "config.json").is_file():
+    found = next((name for name in (ADAPTER, _ADAPTED) if (path / name).is_file()), None)
+    if found is not None and not (path / "config.json").is_file():
         raise ValueError(
-            f"model: {str(path)!r} is an adapter alone ({ADAPTER}): load its model, merge it (peft: merge_and_unload, "
-            "save_pretrained), and give that folder"
+            f"model: {str(path)!r} is an adapter alone ({found}): load its model, merge it (`prunus merge MODEL "
+            "ADAPTER OUT`, or peft's merge_and_unload and save_pretrained), and give that folder"
         )
     if (path / "model" / "config.json").is_file() and not (path / "config.json").is_file():
         raise ValueError(f"model: {str(path)!r} is the folder of a run; give its model, {str(path / 'model')!r}")
