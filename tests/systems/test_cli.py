@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -74,6 +75,21 @@ def refused(call: Any, *arguments: object) -> str:
     lines = [line for line in err.splitlines() if line.strip() and "it/s" not in line]  # bars of the model's loading
     assert len(lines) == 1, err
     return lines[0]
+
+
+@pytest.mark.parametrize("place", ["-", "/dev/fd"])
+def test_recipes_are_read_from_standard_input_and_pipes(
+    call: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str
+) -> None:
+    recipe = b"prune: {sparsity: 0.625}"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(recipe)))
+    reads, writes = os.pipe()
+    os.write(writes, recipe)
+    os.close(writes)
+    status, out, err = call("show", place if place == "-" else f"{place}/{reads}")
+    os.close(reads)
+    assert status == 0, err
+    assert "sparsity: 0.625" in out
 
 
 MISTAKES = [
