@@ -123,8 +123,10 @@ def precision_of(recipe: LanguageRecipe, device: torch.device) -> Precision:
 def fitted(recipe: LanguageRecipe, device: torch.device) -> LanguageRecipe:
     """The recipe with the lengths it does not set cut to what its model takes, and the dtype chosen for `device`.
 
-    Raises ValueError for a model that is not there, and for a length or window that the model does not take.
+    Raises ValueError for a model that is not there, a length or window that the model does not take, and a precision
+    that the device does not have.
     """
+    precision_of(recipe, device)
     config = read_config(model_path(recipe.model), trust_remote_code=recipe.trust_remote_code)
     limit = longest(config) or 2**31
     changes: dict[str, Any] = {}
@@ -190,9 +192,9 @@ def load(recipe: LanguageRecipe, home: torch.device | None = None) -> Loaded:
     if not Path(recipe.model).exists() and recipe.model != "embedded":
         path = download_weights(recipe.model)
     config, checkpoint = read_config(path, trust_remote_code=trust), read_checkpoint(path)
+    check_direction(config, f"model: {recipe.model!r}")
     check_plain(checkpoint)
     tokenizer = read_tokenizer(path, trust_remote_code=trust)
-    check_direction(config, f"model: {recipe.model!r}")
     dtype = checkpoint.dtype(config) if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     model: Any = empty_model(config, dtype, trust_remote_code=trust)
     check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, f"model: {recipe.model!r}")
@@ -208,9 +210,9 @@ def empty(recipe: LanguageRecipe) -> Loaded:
     """The tokenizer and the model that a recipe names, on the meta device: what config.json alone says of it."""
     path, trust = model_path(recipe.model), recipe.trust_remote_code
     config = read_config(path, trust_remote_code=trust)
+    check_direction(config, f"model: {recipe.model!r}")
     dtype = config.dtype or torch.float32 if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     tokenizer = read_tokenizer(path, trust_remote_code=trust)
-    check_direction(config, f"model: {recipe.model!r}")
     return Loaded(empty_model(config, dtype, trust_remote_code=trust), tokenizer, None)
 
 
