@@ -13,6 +13,7 @@ from transformers import BloomConfig, GPT2Config, LlamaConfig, LlavaConfig, MptC
 from prunus import Unstructured, magnitude, stream
 from prunus.blocks import longest
 from prunus.measure.perplexity import perplexity
+from prunus.train import next_token_loss
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +58,11 @@ def test_tokens_of_another_vocabulary_are_refused(model, wrong):
 
 @pytest.mark.parametrize("run", [
     lambda model, tokens: perplexity(model, tokens.flatten(), window=17),
+    next_token_loss,
     lambda model, tokens: stream(model, magnitude, Unstructured("row"), 0.5, tokens=tokens),
 ])  # fmt: skip
 def test_windows_longer_than_the_positions_of_the_model_are_refused(model, run):
-    with pytest.raises(ValueError, match="windows of 17 tokens, but the model was made for at most 16"):
+    with pytest.raises(ValueError, match="windows of 17 tokens, but the model was made for 16 at most"):
         run(model, torch.full((2, 17), 3))
 
 

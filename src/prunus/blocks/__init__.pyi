@@ -1,6 +1,7 @@
 from .chain import Arguments as Arguments
 from .chain import Source as Source
 from .chain import check_ids as check_ids
+from .chain import check_length as check_length
 from .chain import embed as embed
 from .chain import find_blocks as find_blocks
 from .chain import find_recomputing as find_recomputing
