@@ -263,6 +263,14 @@ def test_what_the_hub_says_is_put_in_one_line(call: Any, monkeypatch: pytest.Mon
     assert "(We couldn't connect to the hub.)" in line
 
 
+def test_the_text_of_evaluate_takes_further_keys(call: Any, tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "short", "body": text_file.read_text()}))
+    how = ["--data", tmp_path / "rows.jsonl", "--set", "evaluate.data.column=body", "--window", 32]
+    status, out, err = call("evaluate", tiny_folder, *how)
+    assert status == 0, err
+    assert "rows" in out
+
+
 def test_bugs_show_themselves(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "fitted", None)
     with pytest.raises(TypeError, match="NoneType"):
