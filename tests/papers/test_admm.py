@@ -162,6 +162,23 @@ def test_inputs_that_were_always_zero_leave_finite_weights():
         assert int(mask.sum()) == 4
 
 
+UNDAMPED = [admm(damping=0.0), alps(damping=0.0), refit(alps(damping=0.0))]
+
+
+@pytest.mark.parametrize("criterion", UNDAMPED, ids=lambda each: each.name)
+@pytest.mark.parametrize("pattern", [Unstructured("row"), Unstructured("layer"), Block(2, 2)], ids=repr)
+def test_weights_of_inputs_that_were_always_zero_go_first(criterion: Criterion, pattern: Pattern):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 16, generator=generator)
+    x[:, 8:] = 0
+    inputs = Inputs(16, gram=True)
+    inputs.add_(x)
+    layer = Layer("fc", torch.randn(6, 16, generator=generator) * (1 + 99 * (torch.arange(16) > 7)), inputs)
+    weight, mask = criterion.solve(layer, pattern, 48)
+    assert mask[:, :8].all()
+    torch.testing.assert_close(weight[:, :8], layer.weight[:, :8], rtol=1e-4, atol=1e-4)
+
+
 def test_layers_that_share_inputs_share_one_inverse(monkeypatch: pytest.MonkeyPatch):
     layer, solver, calls = make_layer(4, 8), admm(), []
     monkeypatch.setattr(torch.linalg, "cholesky", lambda G, plain=torch.linalg.cholesky: calls.append(1) or plain(G))

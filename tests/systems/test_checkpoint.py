@@ -146,6 +146,9 @@ WRONG: dict[str, tuple[Callable[[Tensors], Tensors] | None, dict[str, Any], str]
         {"architectures": ["LlamaForSequenceClassification"], "tie_word_embeddings": True},
         r"no place for, such as 'score.weight' \(config.json says LlamaForSequenceClassification\)",
     ),
+    "an encoder": (
+        None, {"model_type": "bert", "architectures": ["BertForMaskedLM"]}, r"BertForMaskedLM .* sees those after it",
+    ),
     "no language model": (None, {"model_type": "vit"}, r"transformers has no causal language model"),
 }  # fmt: skip
 
@@ -231,9 +234,10 @@ def test_values_that_are_not_finite_are_found_by_one_wait(monkeypatch: pytest.Mo
             check_finite({**many, "c": torch.tensor([0.0, wrong]), "d": torch.tensor([math.nan])}.items(), "here")
 
 
-def test_an_adapter_without_its_model_is_said_to_be_one(llama: Path, tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"is an adapter alone \(adapter_config.json\): load its model, merge it"):
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_without_its_model_is_said_to_be_one(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=rf"is an adapter alone \({name}\): load its model, merge it \(`prunus merge"):
         stages.load(asked(tmp_path))
 
 

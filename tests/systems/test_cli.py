@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -76,6 +77,21 @@ def refused(call: Any, *arguments: object) -> str:
     return lines[0]
 
 
+@pytest.mark.parametrize("place", ["-", "/dev/fd"])
+def test_recipes_are_read_from_standard_input_and_pipes(
+    call: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str
+) -> None:
+    recipe = b"prune: {sparsity: 0.625}"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(recipe)))
+    reads, writes = os.pipe()
+    os.write(writes, recipe)
+    os.close(writes)
+    status, out, err = call("show", place if place == "-" else f"{place}/{reads}")
+    os.close(reads)
+    assert status == 0, err
+    assert "sparsity: 0.625" in out
+
+
 MISTAKES = [
     (["run", "nowhere.yaml"], "no recipe 'nowhere.yaml'", "see recipes/"),
     (["run", "{f}/unknown.yaml"], "unknown key 'prune.sparsty'", "did you mean 'sparsity'"),
@@ -110,6 +126,9 @@ MISTAKES = [
     (["average", "{f}/pickled", "--out", "x", "--weights", "a"], "--weights 'a'", "as in 0.5"),
     (["demo", "--sparsity", "2"], "2.0", "[0, 1)"),
     (["demo", "--sparsity", "[1]"], "[1]", "--sparsity"),
+    (["show", "--set", "soup=true"], "soup: give a section, a mapping with keys such as members, vary", "(got True)"),
+    (["show", "--set", "evaluate.data=5"], "evaluate.data: give a mapping, {name: value}", "(got 5)"),
+    (["show", "--set", "calibrate.data.part=1"], "calibrate.data.part: give a list", "(got 1)"),
     (["show", "--set", "prunes=1"], "unknown key 'prunes'", "did you mean 'prune'"),
     (["show", "--set", "images=digits", "--set", "modle=resnet8"], "unknown key 'modle'", "did you mean 'model'"),
     (["demo", "sound"], "'sound'", "use language or vision"),
@@ -242,6 +261,14 @@ def test_what_the_hub_says_is_put_in_one_line(call: Any, monkeypatch: pytest.Mon
     line = refused(call, "run", "--model", "owner/name")
     assert "model: 'owner/name' is neither" in line
     assert "(We couldn't connect to the hub.)" in line
+
+
+def test_the_text_of_evaluate_takes_further_keys(call: Any, tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "short", "body": text_file.read_text()}))
+    how = ["--data", tmp_path / "rows.jsonl", "--set", "evaluate.data.column=body", "--window", 32]
+    status, out, err = call("evaluate", tiny_folder, *how)
+    assert status == 0, err
+    assert "rows" in out
 
 
 def test_bugs_show_themselves(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:

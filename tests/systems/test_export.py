@@ -87,12 +87,18 @@ def test_experts_are_saved_one_by_one_and_reload(tmp_path):
     assert_same(model, AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
 
 
+BESIDE = ("tekken.json", "NOTICE.txt", "USE_POLICY.md", "additional_chat_templates/tools.jinja")
+
+
 def saved_source(tmp_path, model):
     source = tmp_path / "source"
     model.save_pretrained(source)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config, indent=7) + "\n\n")  # bytes that no library writes
     (source / "tokenizer_config.json").write_text('{"mine":  true}')
+    for name in BESIDE:
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(f"{name}, as it was")
     for name in ("notes.bin", "training_log.json", "README.md"):
         (source / name).write_text("not to be copied")
     return source
@@ -103,7 +109,7 @@ def test_config_and_small_files_are_the_sources_bytes(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(source)
     model.config.use_cache = False  # set by training, no property of the model
     saved = save_model(model, None, tmp_path / "out", masks=None, info={}, source=source)
-    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json", *BESIDE):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
     assert not {"notes.bin", "training_log.json"} & set(saved.files)
     assert "not to be copied" not in (tmp_path / "out" / "README.md").read_text()

@@ -27,6 +27,12 @@ LATE: list[tuple[dict[str, Any], str]] = [  # what an empty model, the tokenizer
     ({"retrain.train": ["biases"]}, "'biases' is empty in LlamaForCausalLM"),
     ({"retrain.rank": 33}, r"retrain.rank: 33 is above min\(out, in\) of every layer; set it to 32 or less"),
     ({"reconstruct.rank": 64, "reconstruct.train": ["mask_lora"]}, "reconstruct.rank: 64"),
+    ({"reconstruct.train": ["head"]}, "'head' is empty in LlamaDecoderLayer"),
+    ({"reconstruct.train": ["norms"], "reconstruct.window": "half"}, "'norms' is empty in LlamaAttention"),
+    ({"shrink.blocks": 2}, "shrink.blocks: 2 of 2 blocks cannot go; give at most 1"),
+    ({"shrink.heads": 0.1}, "shrink.heads: of 2 groups .* a share of 0.1 removes none"),
+    ({"shrink.experts": 0.5}, "shrink.experts: LlamaForCausalLM has no stacked experts"),
+    ({"precision": "fp16", "device": "cpu"}, "precision: fp16 needs a GPU; use fp32 or bf16 on a CPU"),
     ({"evaluate.tasks": {"t": "task.jsonl"}}, "task.jsonl, line 1: needs query"),
     ({"out": "model/run"}, "lie in each other"),
 ]

@@ -12,7 +12,7 @@ from prunus.masks import Masks
 from prunus.run.cli import app
 from prunus.run.inspect import inspect_model
 from prunus.save import average_folders, is_whole, load_info, load_model, save_model, save_tensors, unpack
-from tests.systems.test_export import assert_same, llama, pruned, saved_source
+from tests.systems.test_export import BESIDE, assert_same, llama, pruned, saved_source
 
 
 @pytest.mark.parametrize("packed", [True, "zstd"])
@@ -33,7 +33,7 @@ def test_what_was_packed_is_unpacked(tmp_path, dtype, packed, shard):
     unpack(tmp_path / "packed", tmp_path / "again")
     assert_same(model, AutoModelForCausalLM.from_pretrained(tmp_path / "again"))
     assert Masks.load(tmp_path / "again" / "masks.safetensors") == masks
-    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json", *BESIDE):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
     one, other = (load_info(tmp_path / name) for name in ("plain", "again"))
     assert {key: one[key] for key in one.keys() - {"files", "checksums", "size"}}.items() <= other.items()

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 from ngram import count_ngrams, fit_weights, trigram_perplexity, unigram_perplexity
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import BloomConfig, GPT2Config, LlamaConfig, LlavaConfig, MptConfig, OPTConfig, OPTForCausalLM
 
+from prunus import Unstructured, magnitude, stream
+from prunus.blocks import longest
 from prunus.measure.perplexity import perplexity
+from prunus.train import next_token_loss
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,23 @@ def test_windows_that_predict_nothing_are_refused(model):
 def test_tokens_of_another_vocabulary_are_refused(model, wrong):
     with pytest.raises(ValueError, match=f"token {wrong} is not in the model's vocabulary of 32"):
         perplexity(model, torch.tensor([2, 3, wrong, 4]), window=4)
+
+
+@pytest.mark.parametrize("run", [
+    lambda model, tokens: perplexity(model, tokens.flatten(), window=17),
+    next_token_loss,
+    lambda model, tokens: stream(model, magnitude, Unstructured("row"), 0.5, tokens=tokens),
+])  # fmt: skip
+def test_windows_longer_than_the_positions_of_the_model_are_refused(model, run):
+    with pytest.raises(ValueError, match="windows of 17 tokens, but the model was made for 16 at most"):
+        run(model, torch.full((2, 17), 3))
+
+
+def test_a_model_says_how_much_it_takes_in_its_own_words():
+    sizes = {"hidden_size": 8, "num_attention_heads": 1}
+    assert longest(GPT2Config(n_positions=5)) == longest(MptConfig(max_seq_len=5)) == 5
+    assert longest(LlavaConfig(text_config=LlamaConfig(max_position_embeddings=5, **sizes))) == 5
+    assert longest(BloomConfig()) is None
 
 
 def text(size: int, seed: int) -> np.ndarray:

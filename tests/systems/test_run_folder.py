@@ -56,6 +56,12 @@ def test_a_folder_of_the_user_is_refused_and_left_alone(
     }
 
 
+def test_a_run_that_was_killed_while_it_took_its_folder_begins_anew(tmp_path: Path) -> None:
+    (tmp_path / "..prunus-run.0123456789abcdef.partial").write_text("A run of Pru")
+    with held(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".prunus-run", ".prunus-run.lock"]
+
+
 def test_a_folder_is_of_one_kind(tmp_path: Path) -> None:
     mark(tmp_path / "out", "grid")
     mark(tmp_path / "out", "grid")

@@ -92,6 +92,17 @@ def test_one_text_is_not_validation_and_test(tmp_path: Path, text_file: Path):
     recipe(Path("embedded"), text, tmp_path, evaluate={"data": halves})
 
 
+@pytest.mark.parametrize(("form", "name"), [
+    ("{text}", "text"), ({"source": "{text}", "part": [0, 0.5]}, "text"), (["{text}", "embedded"], "mixture"),
+    ({"source": "{text}", "target": {"source": "{text}", "part": [0, 0.5]}}, "source target"),
+])  # fmt: skip
+def test_one_text_is_measured_in_any_form_that_a_text_has(text_file: Path, tmp_path: Path, form: Any, name: str):
+    data = json.loads(json.dumps(form).replace("{text}", str(text_file)))
+    found = recipe(Path("embedded"), str(text_file), tmp_path, evaluate={"data": data}).evaluate.data
+    assert list(found) == name.split()
+    assert len(set(found.values())) == len(found)
+
+
 @pytest.mark.parametrize("section", ["calibrate", "retrain", "evaluate"])
 def test_a_text_that_is_too_short_is_refused_before_the_model_runs(
     tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: str

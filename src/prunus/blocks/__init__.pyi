@@ -1,10 +1,12 @@
 from .chain import Arguments as Arguments
 from .chain import Source as Source
 from .chain import check_ids as check_ids
+from .chain import check_length as check_length
 from .chain import embed as embed
 from .chain import find_blocks as find_blocks
 from .chain import find_recomputing as find_recomputing
 from .chain import finish as finish
+from .chain import longest as longest
 from .chain import run_block as run_block
 from .compiled import allow_programs as allow_programs
 from .compiled import compile_blocks_ as compile_blocks_

@@ -168,11 +168,37 @@ def embed(
     return hidden, arguments
 
 
+def longest(config: Any) -> int | None:
+    """How many tokens at once a model of this config of transformers was made for; None where it does not say.
+
+    >>> longest(model.config)
+    512
+    """
+    text = config.get_text_config()
+    said = (getattr(text, key, None) for key in ("max_position_embeddings", "max_seq_len"))  # MPT has the second one
+    return next((int(each) for each in said if each), None)
+
+
+def check_length(config: Any, length: int) -> None:
+    """Raises ValueError for windows that are longer than a model of this config takes.
+
+    >>> check_length(model.config, 512)
+    """
+    most = longest(config)
+    if most is not None and length > most:
+        raise ValueError(
+            f"windows of {length} tokens, but the model was made for {most} at most: give windows of {most}"
+        )
+
+
 def check_ids(model: nn.Module, ids: Tensor) -> None:
-    """Raises ValueError for token ids that the model has no embedding of; on a GPU these end the whole process's CUDA.
+    """Raises ValueError for windows (..., length) of token ids that are longer than the model takes, and for ids that
+    it has no embedding of; on a GPU these end the whole process's CUDA.
 
     >>> check_ids(model, torch.tensor([0, 4095]))
     """
+    if is_pretrained(model):
+        check_length(model.config, ids.shape[-1])
     embeddings = None
     with suppress(NotImplementedError):  # of models that find none
         embeddings = getattr(model, "get_input_embeddings", lambda: None)()

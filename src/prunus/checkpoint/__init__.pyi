@@ -1,5 +1,6 @@
 from .causal import Layout as Layout
 from .causal import check_causal as check_causal
+from .causal import check_direction as check_direction
 from .causal import check_finite as check_finite
 from .causal import check_plain as check_plain
 from .causal import check_vocabulary as check_vocabulary

@@ -27,7 +27,16 @@ from prunus.machine import quiet
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Layout", "check_causal", "check_finite", "check_plain", "check_vocabulary", "empty_model", "wrapper_of"]
+__all__ = [
+    "Layout",
+    "check_causal",
+    "check_direction",
+    "check_finite",
+    "check_plain",
+    "check_vocabulary",
+    "empty_model",
+    "wrapper_of",
+]
 
 _PIECE = 1 << 24  # entries of two tensors that are compared together
 
@@ -175,6 +184,21 @@ def check_causal(checkpoint: Checkpoint, model: PreTrainedModel) -> Layout:
         _retype(model, name, parameter.dtype)
     model._weight_conversions = twin._weight_conversions  # type: ignore[attr-defined]  # what `stored` reverts
     return layout
+
+
+def check_direction(config: Any, where: str) -> None:
+    """Raise ValueError for a config whose model sees what comes after each token, though it has a causal head as well.
+
+    Of BERT and its like: their heads predict masked words unless the config says `is_decoder`.
+    """
+    from transformers import AutoModelForMaskedLM
+
+    masked = type(config) in AutoModelForMaskedLM._model_mapping and not config.is_encoder_decoder
+    if masked and getattr(config, "is_decoder", None) is False:
+        raise ValueError(
+            f"{where}: config.json says {_kind(config)} without is_decoder: true: each token sees those after it, and "
+            "predicting the next one means nothing; prune an encoder by a recipe with the key texts"
+        )
 
 
 def check_plain(checkpoint: Checkpoint) -> None:

@@ -11,7 +11,11 @@ from prunus.machine import read_json
 
 __all__ = ["download_weights", "hub_folder", "read_config", "read_tokenizer"]
 
-_SMALL = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "LICENSE*"]
+_SMALL = [
+    "*.json", "*.txt", "*.model", "*.tiktoken", "*.codes", "*.spm", "*.jinja", "*.py",
+    "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
+]  # fmt: skip
+_ADAPTED = "adapter_model.safetensors"  # peft's and ours
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -42,10 +46,11 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoConfig
 
-    if (path / ADAPTER).is_file() and not (path / "config.json").is_file():
+    found = next((name for name in (ADAPTER, _ADAPTED) if (path / name).is_file()), None)
+    if found is not None and not (path / "config.json").is_file():
         raise ValueError(
-            f"model: {str(path)!r} is an adapter alone ({ADAPTER}): load its model, merge it (peft: merge_and_unload, "
-            "save_pretrained), and give that folder"
+            f"model: {str(path)!r} is an adapter alone ({found}): load its model, merge it (`prunus merge MODEL "
+            "ADAPTER OUT`, or peft's merge_and_unload and save_pretrained), and give that folder"
         )
     if (path / "model" / "config.json").is_file() and not (path / "config.json").is_file():
         raise ValueError(f"model: {str(path)!r} is the folder of a run; give its model, {str(path / 'model')!r}")

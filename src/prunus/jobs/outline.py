@@ -72,9 +72,12 @@ def check_language(recipe: LanguageRecipe, model: Any) -> list[View]:
     """The layers of an empty language model that will be pruned.
 
     Raises ValueError as `check_pruning`, for a model without a chain of blocks, for parameters to train that it does
-    not have, for ranks that no layer has, and for task files that cannot be read; ImportError for a missing package.
+    not have, for ranks that no layer has, for parts that cannot go, and for task files that cannot be read; ImportError
+    for a missing package.
     """
     from prunus.adapt import add_biases  # which imports transformers: a classifier's plan does without
+    from prunus.shrink import check_shares
+    from prunus.stream import check_fit
 
     find_blocks(model)
     views = check_pruning(model, recipe.prune)
@@ -83,6 +86,10 @@ def check_language(recipe: LanguageRecipe, model: Any) -> list[View]:
     for key, asked in (("reconstruct", recipe.reconstruct), ("train", recipe.train), ("retrain", recipe.retrain)):
         if asked is not None:
             _check_adapting(key, asked, model, views)
+    if recipe.reconstruct is not None:
+        check_fit(model, views, recipe.reconstruct.train, recipe.reconstruct.window)
+    if recipe.shrink is not None:
+        check_shares(model, blocks=recipe.shrink.blocks, experts=recipe.shrink.experts, heads=recipe.shrink.heads)
     for trained in (recipe.train, recipe.retrain):
         if trained is not None:
             optimizer_of(trained.optimizer)

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from prunus.adapt import Adaptation, adapt, add_biases, compiled_forward
-from prunus.blocks import Source, recomputed, recomputing
+from prunus.blocks import Source, longest, recomputed, recomputing
 from prunus.checkpoint import (
     check_causal,
+    check_direction,
     check_finite,
     check_plain,
     check_vocabulary,
@@ -122,10 +123,12 @@ def precision_of(recipe: LanguageRecipe, device: torch.device) -> Precision:
 def fitted(recipe: LanguageRecipe, device: torch.device) -> LanguageRecipe:
     """The recipe with the lengths it does not set cut to what its model takes, and the dtype chosen for `device`.
 
-    Raises ValueError for a model that is not there, and for a length or window that the model does not take.
+    Raises ValueError for a model that is not there, a length or window that the model does not take, and a precision
+    that the device does not have.
     """
+    precision_of(recipe, device)
     config = read_config(model_path(recipe.model), trust_remote_code=recipe.trust_remote_code)
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
+    limit = longest(config) or 2**31
     changes: dict[str, Any] = {}
     for section in ("calibrate", "train", "retrain"):
         asked: Any = getattr(recipe, section)
@@ -189,6 +192,7 @@ def load(recipe: LanguageRecipe, home: torch.device | None = None) -> Loaded:
     if not Path(recipe.model).exists() and recipe.model != "embedded":
         path = download_weights(recipe.model)
     config, checkpoint = read_config(path, trust_remote_code=trust), read_checkpoint(path)
+    check_direction(config, f"model: {recipe.model!r}")
     check_plain(checkpoint)
     tokenizer = read_tokenizer(path, trust_remote_code=trust)
     dtype = checkpoint.dtype(config) if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
@@ -206,6 +210,7 @@ def empty(recipe: LanguageRecipe) -> Loaded:
     """The tokenizer and the model that a recipe names, on the meta device: what config.json alone says of it."""
     path, trust = model_path(recipe.model), recipe.trust_remote_code
     config = read_config(path, trust_remote_code=trust)
+    check_direction(config, f"model: {recipe.model!r}")
     dtype = config.dtype or torch.float32 if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     tokenizer = read_tokenizer(path, trust_remote_code=trust)
     return Loaded(empty_model(config, dtype, trust_remote_code=trust), tokenizer, None)

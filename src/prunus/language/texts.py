@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from prunus.blocks import longest
 from prunus.data import (
     PackedTokens,
     TextSource,
@@ -90,7 +91,7 @@ def check_texts(recipe: LanguageRecipe, model: Any, tokenizer: Any) -> None:
 
 def window_of(recipe: LanguageRecipe, model: Any) -> int:
     """How many tokens perplexity is measured in at a time: the recipe's, or the model's own, at most 2048."""
-    return recipe.evaluate.window or min(int(getattr(model.config, "max_position_embeddings", 2048)), 2048)
+    return recipe.evaluate.window or min(longest(model.config) or 2048, 2048)
 
 
 def head_in_words(recipe: LanguageRecipe, tokenizer: Any) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunus.blocks import longest
 from prunus.machine import Precision, autocast, in_mode
 
 _PEAK = Path("/proc/self/clear_refs"), Path("/proc/self/status")  # Linux: written to, the peak begins anew
@@ -115,7 +116,7 @@ def _check(model: Any, prompt: int, tokens: int, batch_size: int) -> None:
     for name, value in {"prompt": prompt, "tokens": tokens, "batch_size": batch_size}.items():
         if value < 1:
             raise ValueError(f"speed: {name} is {value}; give at least 1")
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    most = longest(model.config) or math.inf
     if prompt + tokens > most:
         raise ValueError(f"speed: prompt {prompt} and {tokens} tokens are more than the model's {most}; give fewer")
 

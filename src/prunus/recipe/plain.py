@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import sys
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -158,12 +159,22 @@ def yaml_value(text: str, where: str) -> Any:
         raise ValueError(f"{where} is not YAML: {error}, which its tag does not fit; leave out the tag") from None
 
 
+@cache
+def _piped(path: str) -> str:
+    """What a pipe brings, which can be read once; which task it is of is asked first."""
+    return sys.stdin.buffer.read().decode() if path == "-" else Path(path).read_text(encoding="utf-8")
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises FileNotFoundError without one, ValueError when it is not a mapping."""
-    if not path.is_file():
+    """The mapping in a YAML file, a pipe, or on standard input, "-".
+
+    Raises FileNotFoundError without one, ValueError when it is not a mapping.
+    """
+    piped = str(path) == "-" or path.is_fifo()
+    if not piped and not path.is_file():
         raise FileNotFoundError(f"no recipe {str(path)!r} (seen from {os.getcwd()}); see recipes/ for examples")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _piped(str(path)) if piped else path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from None
     raw = yaml_value(text, str(path)) or {}

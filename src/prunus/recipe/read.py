@@ -18,6 +18,7 @@ from prunus.recipe.encoder import EncoderRecipe
 from prunus.recipe.language import LanguageRecipe
 from prunus.recipe.plain import Strict, meant, read_yaml
 from prunus.recipe.shared import Recipe
+from prunus.recipe.texts import Data
 
 __all__ = ["data_changes", "data_key", "load_recipe", "merge", "parse", "schema_of_recipes"]
 
@@ -114,8 +115,16 @@ def _line(item: Any, model: type[BaseModel]) -> str:
     key = ".".join(path) or "recipe"
     if item["type"] == "extra_forbidden":
         return f"unknown key {key!r}; {_hint(path, model)}"
-    message = item["msg"].removeprefix("Value error, ")
+    message = _wanted(item["type"], path, model) or item["msg"].removeprefix("Value error, ")
     return f"{key}: {message} (got {item['input']!r})" if not isinstance(item["input"], dict) else f"{key}: {message}"
+
+
+def _wanted(error: str, path: Sequence[str], model: type[BaseModel]) -> str:
+    """What to give where something of another kind stands, in the words of YAML; "" for other errors."""
+    if error == "model_type":
+        keys = _fields(model, path)[:4] or list(Data.model_fields)[:1]  # those of a named text are no field's own
+        return f"give a section, a mapping with keys such as {', '.join(keys)}"
+    return {"dict_type": "give a mapping, {name: value}", "tuple_type": "give a list"}.get(error, "")
 
 
 @cache

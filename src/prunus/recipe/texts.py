@@ -116,11 +116,19 @@ def _tasks(value: Any) -> Any:
     return {str(name).strip(): None for name in names} if isinstance(names, (list, tuple)) else names
 
 
+def _texts(value: Any) -> Any:
+    """Names and their texts; of one text, in any form that a text has, the name is that of its file."""
+    source = value.get("source") if isinstance(value, dict) and value.keys() <= Data.model_fields.keys() else value
+    if isinstance(source, str):
+        return {Path(source).stem: value}
+    return {"mixture": value} if isinstance(value, list) else value
+
+
 class Evaluate(Strict):
     """Perplexity of each named text: joined, cut into windows without overlap, mean loss over predicted tokens."""
 
-    data: dict[str, Data] = Field(
-        default_factory=lambda: {"held-out": TEST_TEXT}, json_schema_extra={"type": ["object", "string"]}
+    data: Annotated[dict[str, Data], BeforeValidator(_texts, json_schema_input_type=dict[str, Data] | Data)] = Field(
+        default_factory=lambda: {"held-out": TEST_TEXT}
     )
     window: Annotated[int, Field(ge=2)] | None = None
     """Tokens a window; the model's own length (at most 2048) if left out."""
@@ -154,11 +162,3 @@ class Evaluate(Strict):
         for path in filter(None, self.tasks.values()):
             check_there(path, "check the path", key="tasks: ")
         return self
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one(cls, value: Any) -> Any:
-        data = value.get("data") if isinstance(value, dict) else None
-        if isinstance(data, str):
-            return {**value, "data": {Path(data).stem: data}}
-        return value

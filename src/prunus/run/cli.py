@@ -182,7 +182,10 @@ def evaluate(
 
     _check_single("evaluate")
     check_numbers(out)
-    asked = overrides(evaluate_flags(), flags, assign) | ({} if data is None else {"evaluate.data": data})
+    asked = overrides(evaluate_flags(), flags, assign)
+    if data is not None:  # and keys of it, such as --set evaluate.data.column=body
+        asked.pop("evaluate.data", None)
+        asked = {"evaluate.data": {"source": data}} | asked
     found = evaluate_model(model, asked)
     show_evaluation(model, found)
     if out is not None:

@@ -78,11 +78,12 @@ PACKED_NOTE = (
     "FOLDER OUT` makes the ordinary folder, exactly, which every program reads; Prunus itself reads this one as it is."
 )
 _WRITERS = 4  # shards of a large model written side by side; a file in memory takes about 1 GB/s
-# Of the source folder, what transformers and serving stacks read beside weights and config.json.
+# Of the source folder, what transformers and serving stacks read beside weights and config.json, and its terms.
 _COPIED = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
-    "chat_template*", "generation_config.json", "*processor_config.json", "*.py", "LICENSE*",
-    "modules.json", "*sentence*.json", "[0-9]_*",
+    "tekken.json", "bpe.codes", "dict.txt", "*.spm", "chat_template*", "additional_chat_templates",
+    "generation_config.json", "custom_generate", "*processor_config.json", "*.py",
+    "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "modules.json", "*sentence*.json", "[0-9]_*",
 )  # fmt: skip
 _REST = (*_COPIED, "config.json", MASKS_NAME)  # of a packed folder
 # What loading and training set on a config object without changing the model.

@@ -19,7 +19,7 @@ from prunus.machine import Precision
 from prunus.patterns import keep_largest, kept_of
 from prunus.shrink.language import rebuilt, resized_config, run_hooked
 
-__all__ = ["expert_saliency", "remove_experts"]
+__all__ = ["expert_saliency", "experts_left", "remove_experts"]
 
 
 @torch.no_grad()
@@ -37,8 +37,6 @@ def expert_saliency(
     model without stacked experts, and for those that are not called with hidden states, chosen experts and their gates.
     """
     sums = {name: _Sums(torch.zeros(size, 2, dtype=torch.float64)) for name, size in _stacks(model).items()}
-    if not sums:
-        raise ValueError(f"shrink.experts: {type(model).__name__} has no stacked experts; leave it out")
     place = torch.device(device) if device is not None else next(model.parameters()).device
     hooks = [(model.get_submodule(name), each.hook(name)) for name, each in sums.items()]
     run_hooked(model, hooks, tokens, place=place, batch_size=batch_size, precision=precision)
@@ -60,15 +58,8 @@ def remove_experts(
     Raises ValueError as `expert_saliency`, where fewer would be left than a token goes to, and where the config does
     not say how many there are.
     """
+    stay, size = experts_left(model, share)
     found = expert_saliency(model, tokens, device=device, batch_size=batch_size, precision=precision)
-    sizes = {len(each) for each in found.values()}
-    if len(sizes) > 1:
-        raise ValueError(f"shrink.experts: blocks of {sorted(sizes)} experts; one number for all is what configs say")
-    (size,) = sizes
-    stay = kept_of(size, share)
-    chosen = _chosen_at_once(model)
-    if stay < chosen:
-        raise ValueError(f"shrink.experts: {stay} of {size} experts would be left, and a token goes to {chosen}")
     state: dict[str, Tensor] = dict(model.state_dict())
     for name, score in found.items():
         kept = keep_largest(score.float()[None], stay)[0].nonzero()[:, 0]
@@ -108,9 +99,23 @@ class _Sums:
             self.found.index_add_(0, one[:, 0].cpu()[known], seen[known])
 
 
+def experts_left(model: Any, share: float) -> tuple[int, int]:
+    """How many experts of a block stay without that share of them, and how many there are; the model may be empty."""
+    sizes = set(_stacks(model).values())
+    if len(sizes) > 1:
+        raise ValueError(f"shrink.experts: blocks of {sorted(sizes)} experts; one number for all is what configs say")
+    (size,) = sizes
+    stay, chosen = kept_of(size, share), _chosen_at_once(model)
+    if stay < chosen:
+        raise ValueError(f"shrink.experts: {stay} of {size} experts would be left, and a token goes to {chosen}")
+    return stay, size
+
+
 def _stacks(model: Any) -> dict[str, int]:
-    """Name of a module with stacked experts -> how many."""
+    """Name of a module with stacked experts -> how many, at least one such module."""
     own = {each.view.parameter for each in scan(model) if each.view.index is not None}
+    if not own:
+        raise ValueError(f"shrink.experts: {type(model).__name__} has no stacked experts; leave it out")
     return {name.rpartition(".")[0]: model.get_parameter(name).shape[0] for name in sorted(own)}
 
 

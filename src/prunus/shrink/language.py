@@ -34,7 +34,9 @@ from prunus.shrink.width import fit_readers_
 from prunus.stream import Memory, stream
 
 __all__ = [
+    "blocks_without",
     "choose_blocks",
+    "pairs_left",
     "rebuilt",
     "remove_blocks",
     "remove_heads",
@@ -119,7 +121,7 @@ def remove_heads(
     no size of heads (then fewer of them cannot be said), for other attention than query, key, value and output, and
     for a share by which no group goes.
     """
-    config = model.config
+    config, stay = model.config, pairs_left(model.config, share)
     heads, pairs, size = _heads(config)
     parts = [part for part in _parts(model, tokens) if len(part.makers) == 3]
     found = {(*sorted(_height(model, maker) for maker in part.makers), _width(model, part.reader)) for part in parts}
@@ -128,15 +130,9 @@ def remove_heads(
             f"shrink.heads: the attention of {type(model).__name__} is not of {heads} heads of {size} with {pairs} "
             "keys and values, each a matrix of its own; leave it out"
         )
-    stay, group = max(1, kept_of(pairs, share)), heads // pairs
     if stay == pairs:
-        if share:
-            raise ValueError(
-                f"shrink.heads: of {pairs} groups of heads with a key and a value in common, of which one stays, a "
-                f"share of {share:g} removes none; "
-                + (f"one of them is {1 / pairs:.3g}" if pairs > 1 else "leave it out")
-            )
         return model
+    group = heads // pairs
     how = {"device": device, "batch_size": batch_size, "precision": precision}
     cuts: dict[str, _Cut] = {}
     for part, kept in _fitted(model, tokens, parts, columns(group * size), stay / pairs, how=how):
@@ -217,9 +213,7 @@ def choose_blocks(
 
     tokens: (samples, length) int64. Raises ValueError for a count that leaves no block.
     """
-    names = find_blocks(model)
-    if not 0 <= count < len(names):
-        raise ValueError(f"shrink.blocks: {count} of {len(names)} blocks cannot go; give at most {len(names) - 1}")
+    names = blocks_without(model, count)
     place = torch.device(device) if device is not None else next(model.parameters()).device
     source, left = Memory(model), list(names)
     for name in names:
@@ -330,6 +324,28 @@ def _parts_of(block: nn.Module, name: str, received: Mapping[str, Tensor]) -> It
         readers = [each for each in own if each not in makers]
         if len(readers) == 1 and len(makers) <= 3:
             yield _Part(tuple(makers), readers[0])
+
+
+def blocks_without(model: Any, count: int) -> list[str]:
+    """The names of all blocks, of which so many can go."""
+    names = find_blocks(model)
+    if not 0 <= count < len(names):
+        raise ValueError(f"shrink.blocks: {count} of {len(names)} blocks cannot go; give at most {len(names) - 1}")
+    return names
+
+
+def pairs_left(config: Any, share: float) -> int:
+    """How many keys and values stay without a share of the groups of heads that have one in common."""
+    if getattr(config, "num_attention_heads", None) is None:
+        raise ValueError(f"shrink.heads: {type(config).__name__} says no number of heads; leave it out")
+    pairs = _heads(config)[1]
+    stay = max(1, kept_of(pairs, share))
+    if share and stay == pairs:
+        raise ValueError(
+            f"shrink.heads: of {pairs} groups of heads with a key and a value in common, of which one stays, a "
+            f"share of {share:g} removes none; " + (f"one of them is {1 / pairs:.3g}" if pairs > 1 else "leave it out")
+        )
+    return stay
 
 
 def _heads(config: Any) -> tuple[int, int, int]:

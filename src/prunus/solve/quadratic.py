@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _ROWS = 1 << 22  # entries whose error is computed at once in float64: 32 MiB a temporary
 _DIRECT = 1024  # columns of a triangular matrix that are inverted by substitution; more are by matrix products
+_UNSEEN = 2.0**-20  # of sqrt(mean G_jj), which is near 1; a power of two loses no bit of a weight
 _REMEMBERED = 2  # factorisations kept: q, k, v, out, up share one in parallel blocks; a hundred experts do not add up
 
 Made = TypeVar("Made")
@@ -65,10 +66,13 @@ def scaled_gram(layer: Layer, inputs: Inputs, damping: float = 0.0) -> Tensor:
 
 
 def unit_gram(layer: Layer, inputs: Inputs, damping: float) -> tuple[Tensor, Tensor]:
-    """The damped Gram matrix in units in which its diagonal is 1, and the units sqrt(G_jj) (in,): 1 where G_jj is 0."""
+    """The damped Gram matrix in units where its diagonal is 1, and the units (in,): sqrt(G_jj), or _UNSEEN for 0.
+
+    Weights of an input that was always zero are then the least of all, and among themselves as large as they are.
+    """
     gram = scaled_gram(layer, inputs, damping)
     own = gram.diagonal()
-    scale = torch.where(own > 0, own.sqrt(), 1.0)
+    scale = torch.where(own > 0, own.sqrt(), _UNSEEN)
     return gram.div_(scale).div_(scale[:, None]), scale
 
 

@@ -1,4 +1,5 @@
 from .reconstruct import Fit as Fit
+from .reconstruct import check_fit as check_fit
 from .sources import Memory as Memory
 from .sources import Shards as Shards
 from .sources import ahead as ahead

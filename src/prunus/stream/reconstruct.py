@@ -21,14 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from prunus.adapt import Adaptation, adapt
-from prunus.blocks import Arguments, run_block
+from prunus.adapt import ADAPTERS, Adaptation, adapt, find_subset
+from prunus.blocks import Arguments, find_blocks, run_block
 from prunus.layers import View
 from prunus.machine import Precision, autocast
 from prunus.masks import Masks
 from prunus.train import Capture, StandIns, Trained, linear_warmup_decay, seeded, train, unrecordable
 
-__all__ = ["Fit", "Passing", "reconstruct"]
+__all__ = ["Fit", "Passing", "check_fit", "reconstruct"]
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +118,18 @@ def reconstruct(
             examples = whole if unit.path == "" else _examples(block, dense, unit, passing)
         _fit_(block, unit, examples, stand_ins, masks=masks, fit=fit, prefix=prefix)
     return before, _error(holder, whole, fit.precision)
+
+
+def check_fit(model: nn.Module, views: Sequence[View], train: Sequence[str], window: str) -> None:
+    """Raise ValueError for parameters that a unit which is fitted does not have; the model may be empty.
+
+    >>> check_fit(model, find_layers(model), ["norms"], "block")
+    """
+    for prefix in find_blocks(model):
+        block, own = model.get_submodule(prefix), [view for view in views if view.name.startswith(f"{prefix}.")]
+        for unit in _units(block, own, window, prefix) if own else []:
+            for name in (each for each in train if each not in ADAPTERS):
+                find_subset(block.get_submodule(unit.path), name)
 
 
 def _units(block: nn.Module, views: Sequence[View], window: str, prefix: str) -> list[_Unit]:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from prunus.blocks import check_length
 from prunus.data import IGNORED
 from prunus.kernels import uses_kernels
 from prunus.machine import is_pretrained
@@ -43,6 +44,8 @@ def next_token_loss(model: nn.Module, batch: Tensor | Sequence[Tensor]) -> Tenso
     graph as they were formed in the forward pass (they cannot be differentiated again). Replicated, sharded
     (fully_shard of the blocks and the whole) and checkpointed models run so too; compiled ones, and those whose head
     is sharded by itself, form all logits.
+
+    Raises: ValueError for rows that are longer than a transformers model takes.
 
     >>> next_token_loss(model, torch.zeros(2, 8, dtype=torch.long)).shape
     torch.Size([])
@@ -75,6 +78,8 @@ class Aim:
 def aimed_loss(model: nn.Module, aim: Aim) -> Tensor:
     """The mean loss (scalar, float32) of packed rows by their aim, as `next_token_loss` forms it."""
     inner = inner_model(model)
+    if inner is not None:
+        check_length(inner.config, aim.ids.shape[1])
     if inner is None or not _is_large(inner, aim.ids):
         return _whole(model, aim)
     trunks = _trunks(inner)
