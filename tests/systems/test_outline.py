@@ -126,6 +126,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
         ({"include": ["conw"]}, "'conw' matches none of the 8"),
         ({"pattern": "2:4"}, "2:4 needs columns divisible by 4; 'stem' has 9"),
         ({"criterion": "wanda", "exclude": ["*"]}, "leave no layer"),
+        ({"allocation": {"uniform_plus": {"first": "conw"}}}, "uniform_plus spares 'conw', which is none of the 8"),
     ],
 )
 def test_a_classifier_is_refused_before_it_is_trained(

@@ -17,12 +17,13 @@ import torch
 from torch import nn
 
 from prunus.blocks import find_blocks
-from prunus.layers import View, find_layers
+from prunus.layers import View, find_layers, parameter_shapes
 from prunus.machine import import_extra
 from prunus.measure import check_tasks
 from prunus.report import check_trackers
 from prunus.run.recipe import Adapting, ClassifierRecipe, LanguageRecipe, LanguageRetrain, Prune
-from prunus.score import needed, observable
+from prunus.score import Scores, needed, observable
+from prunus.soup import phase_sparsities
 
 __all__ = [
     "Outline",
@@ -49,8 +50,8 @@ class Outline:
 def check_pruning(model: nn.Module, asked: Prune) -> list[View]:
     """The layers of an empty model that will be pruned.
 
-    Raises ValueError for globs that match none, and layers that the pattern does not fit; ImportError for a package
-    that is missing.
+    Raises ValueError for globs that match none, layers that the pattern does not fit, and what an allocation refuses
+    that goes by shapes; ImportError for a package that is missing.
     """
     views = find_layers(model, include=asked.include, exclude=asked.exclude)
     kind = getattr(asked, "kind", "zeros")  # of classifiers alone
@@ -65,6 +66,11 @@ def check_pruning(model: nn.Module, asked: Prune) -> list[View]:
         raise ValueError("prune: include and exclude leave no layer to prune; name fewer in exclude")
     for view in views:
         pattern.counts(view.shape, asked.sparsity, name=view.name)
+    if allocation.reads == "shapes":
+        shapes = parameter_shapes(dict(model.named_parameters()), views)
+        scores = Scores({view.name: torch.zeros(()).expand(view.shape) for view in views}, shapes)
+        for sparsity in phase_sparsities(asked.sparsity, asked.phases, asked.ramp):
+            allocation(scores, sparsity)
     return views
 
 

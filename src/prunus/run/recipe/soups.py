@@ -11,6 +11,7 @@ from prunus.run.names import AverageName, Choice, RetrainingName, averages
 from prunus.run.plain import Strict
 from prunus.run.recipe.images import Augmentation
 from prunus.run.recipe.values import Count, Part, Positive, Whole
+from prunus.soup import NOTHING
 
 __all__ = ["ClassifierSoup", "Soup", "Vary"]
 
@@ -46,6 +47,16 @@ def _average(value: Any) -> Any:
     return averages.check(value)
 
 
+def _try(average: Choice, members: int) -> None:
+    """Refuse what an average refuses, before any work."""
+    try:
+        averages.make(average, [{}] * members, base={}, held=NOTHING)
+    except ValueError:
+        raise
+    except Exception:  # it looks at tensors, of which there are none yet
+        return
+
+
 class Soup(Strict):
     """Several retrainings of what was pruned and their average, in each phase, and what the soup is compared with.
 
@@ -71,8 +82,8 @@ class Soup(Strict):
             if abs(math.fsum(self.average) - 1) > 1e-6:
                 raise ValueError(f"average: weights add up to 1; these to {math.fsum(self.average):g}")
         for each in (self.average, *self.also):
-            if not isinstance(each, tuple) and not averages.knows(each, "held"):
-                averages.make(each, [{}] * self.members, base={})  # what it refuses is refused before any work
+            if not isinstance(each, tuple):
+                _try(each, self.members)
         if self.line == 1 or self.plane == 1:
             raise ValueError("line and plane: at least 2 points, or 0 to leave it out")
         return self
