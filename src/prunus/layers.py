@@ -49,6 +49,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_UNSEEN = (nn.modules.conv._ConvTransposeNd, nn.RNNBase, nn.RNNCellBase)
 _CHUNK = 1 << 24  # elements upcast to float32 at once: 64 MiB
 
 
@@ -225,9 +226,15 @@ def find_layers(
     made = [path for path, module in root.named_modules() if _is_made(module)]
     if made:
         _note(
-            f"{_join(prefix, made[0])} and {len(made) - 1} other layers stay dense: their weights are made of other "
-            "parameters (weight_norm, torch's parametrize and prune: make them plain before), or are query, key and "
-            "value of nn.MultiheadAttention in one"
+            f"{_join(prefix, made[0]) or 'the model'} and {len(made) - 1} other layers stay dense: their weights are "
+            "made of other parameters (weight_norm, torch's parametrize and prune: make them plain before), or are "
+            "query, key and value of nn.MultiheadAttention in one"
+        )
+    strange = [path for path, module in root.named_modules() if isinstance(module, _UNSEEN)]
+    if strange:
+        _note(
+            f"{_join(prefix, strange[0]) or 'the model'} and {len(strange) - 1} other layers stay dense: transposed "
+            "convolutions and recurrent layers (LSTM, GRU) are not pruned"
         )
     if unknown:
         _note(f"{', '.join(unknown)} stay dense: whether these stacks are stored (out, in) or (in, out) is not known")

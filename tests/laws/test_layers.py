@@ -130,6 +130,14 @@ def test_weights_that_are_made_of_others_stay_dense_and_are_named(caplog: pytest
     assert "1 and 2 other layers stay dense: their weights are made of other parameters" in caplog.text
 
 
+def test_layers_that_are_not_pruned_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    assert names(nn.Sequential(nn.Conv1d(4, 4, 2), nn.ConvTranspose1d(4, 4, 2), nn.Linear(3, 4), nn.GRU(4, 4))) == [
+        "0",
+        "2",
+    ]
+    assert "1 and 1 other layers stay dense: transposed convolutions and recurrent layers" in caplog.text
+
+
 class Told(nn.Module):
     """Experts that say how many tokens each takes, called by a module around them that takes tokens alone."""
 
