@@ -152,6 +152,14 @@ def test_an_average_may_look_at_tensors_that_are_not_there_yet(monkeypatch: pyte
     assert given(parse(raw | {"soup": {"average": "fisher"}}, Recipe, "here").soup).average == "fisher"
 
 
+@pytest.mark.parametrize("more", [{}, {"images": "digits"}])
+def test_averages_of_one_name_are_told_apart_by_their_options(more: dict[str, Any]) -> None:
+    raw = more | {"prune": {"sparsity": 0.5}, "retrain": {"steps": 1}}
+    also = ["ties", {"ties": {"density": 0.5}}, {"dare": {"seed": 1}}]
+    found = given(parse(raw | {"soup": {"also": also}}, Recipe, "here").soup).further
+    assert found == {"ties": "ties", "ties (density=0.5)": also[1], "dare": also[2]}
+
+
 def relative(layer: Layer) -> torch.Tensor:
     """Wanda's score as a share of its row."""
     found = score.wanda(layer)

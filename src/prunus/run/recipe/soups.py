@@ -57,6 +57,13 @@ def _try(average: Choice, members: int) -> None:
         return
 
 
+def _in_words(choice: Choice) -> str:
+    if isinstance(choice, str):
+        return choice
+    ((name, options),) = choice.items()
+    return f"{name} ({', '.join(f'{key}={value}' for key, value in options.items())})"
+
+
 class Soup(Strict):
     """Several retrainings of what was pruned and their average, in each phase, and what the soup is compared with.
 
@@ -87,6 +94,12 @@ class Soup(Strict):
         if self.line == 1 or self.plane == 1:
             raise ValueError("line and plane: at least 2 points, or 0 to leave it out")
         return self
+
+    @property
+    def further(self) -> dict[str, Choice]:
+        """The averages of `also` by name; several of one name with their options, so that none hides another."""
+        names = [averages.name(each) for each in self.also]
+        return {_in_words(each) if names.count(n) > 1 else n: each for n, each in zip(names, self.also, strict=True)}
 
     @property
     def choosing(self) -> list[str]:
