@@ -21,7 +21,7 @@ from prunus.layers import View, find_layers, parameter_shapes
 from prunus.machine import import_extra
 from prunus.measure import check_tasks
 from prunus.report import check_trackers
-from prunus.run.recipe import Adapting, ClassifierRecipe, LanguageRecipe, LanguageRetrain, Prune
+from prunus.run.recipe import Adapting, ClassifierRecipe, ClassifierRetrain, LanguageRecipe, LanguageRetrain, Prune
 from prunus.score import Scores, needed, observable
 from prunus.soup import phase_sparsities
 
@@ -29,6 +29,7 @@ __all__ = [
     "Outline",
     "check_language",
     "check_pruning",
+    "check_rank",
     "kind_of",
     "outline_classifier",
     "outline_language",
@@ -104,6 +105,13 @@ def _check_adapting(key: str, asked: Adapting, model: nn.Module, views: Sequence
     for name in asked.train:
         if name not in ADAPTERS and key != "reconstruct":
             find_subset(model, name)
+    check_rank(key, asked, views)
+
+
+def check_rank(key: str, asked: Adapting | ClassifierRetrain, views: Sequence[View]) -> None:
+    """Raise ValueError for adapters of a rank that no layer has."""
+    from prunus.adapt import ADAPTERS
+
     most = max((min(view.shape) for view in views), default=0)
     if asked.rank > most and set(ADAPTERS) & set(asked.train):
         raise ValueError(f"{key}.rank: {asked.rank} is above min(out, in) of every layer; set it to {most} or less")
