@@ -244,7 +244,7 @@ def find_layers(
 def check_unwrapped(root: nn.Module) -> None:
     """Raises ValueError for a model with adapters in it, ours or peft's: its weights are not all that it computes with.
 
-    And for one that is sharded, of whose weights this process has a part.
+    And for one that is sharded, of whose weights this process has a part, and one whose lazy layers have none yet.
 
     >>> check_unwrapped(nn.Linear(2, 2))
     """
@@ -256,6 +256,8 @@ def check_unwrapped(root: nn.Module) -> None:
             raise ValueError(
                 f"{type(root).__name__} is adapted ({name!r}): call merge_ on its adaptation first, or remove_"
             )
+        if any(isinstance(each, nn.parameter.UninitializedParameter) for each in module.parameters(recurse=False)):
+            raise ValueError(f"{name!r} is lazy and has no weights yet: run the model on a batch first")
         if any(isinstance(each, shard) for each in module.parameters(recurse=False)):
             raise ValueError(f"{name!r} is sharded: prune and save the model before it is, or gather it")
         if isinstance(module, adapter):
@@ -373,7 +375,8 @@ def _views(root: nn.Module, path: str, name: str, parameter: Tensor) -> tuple[li
     transposed = isinstance(module, imported("transformers.pytorch_utils", "Conv1D"))
     if name == "weight" and (transposed or isinstance(module, (nn.Linear, *CONVOLUTIONS))):
         shape = parameter.shape if not transposed else parameter.shape[::-1]
-        trouble = "" if parameter.is_floating_point() else f"'{{name}}' is stored as {parameter.dtype}: "
+        wide = parameter.is_floating_point() and parameter.element_size() > 1  # of float8 torch fills no mask
+        trouble = "" if wide else f"'{{name}}' is stored as {parameter.dtype}: "
         trouble += "load the model without quantisation." if trouble else ""
         return [View(path, "", None, transposed, (shape[0], shape[1:].numel()))], trouble
     if not _is_stack(module, parameter):

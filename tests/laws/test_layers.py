@@ -188,10 +188,11 @@ def test_transposed_convolutions_are_left_alone() -> None:
     assert names(nn.Sequential(nn.ConvTranspose1d(3, 4, 5), nn.ConvTranspose2d(3, 4, 5), nn.Linear(4, 4))) == ["2"]
 
 
-def test_integer_weights_are_refused() -> None:
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn])
+def test_weights_of_eight_bits_are_refused(dtype: torch.dtype) -> None:
     model = nn.ModuleDict({"fc": nn.Linear(4, 4)})
-    model["fc"].weight = nn.Parameter(torch.zeros(8, 2, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"'fc' is stored as torch.uint8: load the model without quantisation"):
+    model["fc"].weight = nn.Parameter(torch.zeros(8, 2).to(dtype), requires_grad=False)
+    with pytest.raises(ValueError, match=rf"'fc' is stored as {dtype}: load the model without quantisation"):
         find_layers(model)
 
 
