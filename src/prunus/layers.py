@@ -49,6 +49,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_UNSEEN = (nn.modules.conv._ConvTransposeNd, nn.RNNBase, nn.RNNCellBase)
 _CHUNK = 1 << 24  # elements upcast to float32 at once: 64 MiB
 
 
@@ -225,9 +226,15 @@ def find_layers(
     made = [path for path, module in root.named_modules() if _is_made(module)]
     if made:
         _note(
-            f"{_join(prefix, made[0])} and {len(made) - 1} other layers stay dense: their weights are made of other "
-            "parameters (weight_norm, torch's parametrize and prune: make them plain before), or are query, key and "
-            "value of nn.MultiheadAttention in one"
+            f"{_join(prefix, made[0]) or 'the model'} and {len(made) - 1} other layers stay dense: their weights are "
+            "made of other parameters (weight_norm, torch's parametrize and prune: make them plain before), or are "
+            "query, key and value of nn.MultiheadAttention in one"
+        )
+    strange = [path for path, module in root.named_modules() if isinstance(module, _UNSEEN)]
+    if strange:
+        _note(
+            f"{_join(prefix, strange[0]) or 'the model'} and {len(strange) - 1} other layers stay dense: transposed "
+            "convolutions and recurrent layers (LSTM, GRU) are not pruned"
         )
     if unknown:
         _note(f"{', '.join(unknown)} stay dense: whether these stacks are stored (out, in) or (in, out) is not known")
@@ -237,7 +244,7 @@ def find_layers(
 def check_unwrapped(root: nn.Module) -> None:
     """Raises ValueError for a model with adapters in it, ours or peft's: its weights are not all that it computes with.
 
-    And for one that is sharded, of whose weights this process has a part.
+    And for one that is sharded, of whose weights this process has a part, and one whose lazy layers have none yet.
 
     >>> check_unwrapped(nn.Linear(2, 2))
     """
@@ -249,6 +256,8 @@ def check_unwrapped(root: nn.Module) -> None:
             raise ValueError(
                 f"{type(root).__name__} is adapted ({name!r}): call merge_ on its adaptation first, or remove_"
             )
+        if any(isinstance(each, nn.parameter.UninitializedParameter) for each in module.parameters(recurse=False)):
+            raise ValueError(f"{name!r} is lazy and has no weights yet: run the model on a batch first")
         if any(isinstance(each, shard) for each in module.parameters(recurse=False)):
             raise ValueError(f"{name!r} is sharded: prune and save the model before it is, or gather it")
         if isinstance(module, adapter):
@@ -366,7 +375,8 @@ def _views(root: nn.Module, path: str, name: str, parameter: Tensor) -> tuple[li
     transposed = isinstance(module, imported("transformers.pytorch_utils", "Conv1D"))
     if name == "weight" and (transposed or isinstance(module, (nn.Linear, *CONVOLUTIONS))):
         shape = parameter.shape if not transposed else parameter.shape[::-1]
-        trouble = "" if parameter.is_floating_point() else f"'{{name}}' is stored as {parameter.dtype}: "
+        wide = parameter.is_floating_point() and parameter.element_size() > 1  # of float8 torch fills no mask
+        trouble = "" if wide else f"'{{name}}' is stored as {parameter.dtype}: "
         trouble += "load the model without quantisation." if trouble else ""
         return [View(path, "", None, transposed, (shape[0], shape[1:].numel()))], trouble
     if not _is_stack(module, parameter):

@@ -130,6 +130,14 @@ def test_weights_that_are_made_of_others_stay_dense_and_are_named(caplog: pytest
     assert "1 and 2 other layers stay dense: their weights are made of other parameters" in caplog.text
 
 
+def test_layers_that_are_not_pruned_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    assert names(nn.Sequential(nn.Conv1d(4, 4, 2), nn.ConvTranspose1d(4, 4, 2), nn.Linear(3, 4), nn.GRU(4, 4))) == [
+        "0",
+        "2",
+    ]
+    assert "1 and 1 other layers stay dense: transposed convolutions and recurrent layers" in caplog.text
+
+
 class Told(nn.Module):
     """Experts that say how many tokens each takes, called by a module around them that takes tokens alone."""
 
@@ -180,10 +188,11 @@ def test_transposed_convolutions_are_left_alone() -> None:
     assert names(nn.Sequential(nn.ConvTranspose1d(3, 4, 5), nn.ConvTranspose2d(3, 4, 5), nn.Linear(4, 4))) == ["2"]
 
 
-def test_integer_weights_are_refused() -> None:
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn])
+def test_weights_of_eight_bits_are_refused(dtype: torch.dtype) -> None:
     model = nn.ModuleDict({"fc": nn.Linear(4, 4)})
-    model["fc"].weight = nn.Parameter(torch.zeros(8, 2, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"'fc' is stored as torch.uint8: load the model without quantisation"):
+    model["fc"].weight = nn.Parameter(torch.zeros(8, 2).to(dtype), requires_grad=False)
+    with pytest.raises(ValueError, match=rf"'fc' is stored as {dtype}: load the model without quantisation"):
         find_layers(model)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,54 @@ def test_the_first_option_of_a_schedule_needs_no_name() -> None:
 def test_wrong_choices_are_refused_with_those_there_are(value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         criteria.check(value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            {"retrain": {"steps": 1, "schedule": {"llr": {"warmup": 1.5}}}},
+            r"retrain\.schedule: .*in \[0, 1\); got 1\.5",
+        ),
+        ({"retrain": {"steps": 1, "schedule": {"cosine": {"end": 2}}}}, r"retrain\.schedule: .*in \[0, 1\]; got 2\.0"),
+        ({"train": {"schedule": {"linear": {"end": -1}}}}, r"train\.schedule: .*in \[0, 1\]; got -1\.0"),
+        ({"prune": {"allocation": {"uniform_plus": {"most": 3}}}}, r"prune\.allocation: .*in \[0, 1\]; got 3\.0"),
+        ({"soup": {"average": {"learned": {"steps": 0}}}}, "soup: .*at least 1 step; got 0"),
+        ({"soup": {"also": [{"learned": {"lr": 0}}]}}, r"soup: .*lr above 0; got 0\.0"),
+        ({"during": {"gmp": {"every": 2}}}, r"no pruning fits .* every=2\.0"),
+        ({"during": {"dpf": {"stop": 2}}}, r"start < stop <= 1.* stop=2\.0"),
+        ({"during": {"str": {"weight_decay": -1}}}, r"STR needs .* weight_decay=-1\.0"),
+        *(
+            ({"during": {name: {"lr": -1}}}, rf"{name.upper()} needs lr above 0.*lr=-1\.0")
+            for name in ("str", "cs", "dst")
+        ),
+    ],
+    ids=str,
+)
+def test_options_are_refused_before_any_work(asked: dict[str, Any], message: str) -> None:
+    raw = {"images": {"source": "digits", "measure_on": "both"}, "prune": {"sparsity": 0.9}, "retrain": {"steps": 1}}
+    with pytest.raises(ValueError, match=message):
+        parse(raw | asked, Recipe, "here")
+
+
+def test_an_average_may_look_at_tensors_that_are_not_there_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fisher(states: Any, held: Any, eps: float = 1e-3) -> Any:
+        """Fails where there is no tensor."""
+        return next(iter(states[0].values())), held.score({"weight": eps})
+
+    module = importlib.import_module("prunus.soup.averages")
+    monkeypatch.setattr(module, "fisher", fisher, raising=False)
+    monkeypatch.setattr(module, "__all__", [*module.__all__, "fisher"])
+    raw = {"images": {"source": "digits", "measure_on": "both"}, "prune": {}, "retrain": {"steps": 1}}
+    assert given(parse(raw | {"soup": {"average": "fisher"}}, Recipe, "here").soup).average == "fisher"
+
+
+@pytest.mark.parametrize("more", [{}, {"images": "digits"}])
+def test_averages_of_one_name_are_told_apart_by_their_options(more: dict[str, Any]) -> None:
+    raw = more | {"prune": {"sparsity": 0.5}, "retrain": {"steps": 1}}
+    also = ["ties", {"ties": {"density": 0.5}}, {"dare": {"seed": 1}}]
+    found = given(parse(raw | {"soup": {"also": also}}, Recipe, "here").soup).further
+    assert found == {"ties": "ties", "ties (density=0.5)": also[1], "dare": also[2]}
 
 
 def relative(layer: Layer) -> torch.Tensor:

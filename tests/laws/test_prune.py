@@ -286,6 +286,8 @@ def test_a_model_without_weights_is_refused(asked):
         model = nn.Linear(4, 4)
     with pytest.raises(ValueError, match="'weight' is on the meta device: load its weights"):
         prune(model, asked, sparsity=0.5, batches=[torch.ones(1, 4)])
+    with pytest.raises(ValueError, match="'1' is lazy and has no weights yet: run the model on a batch first"):
+        prune(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4)), asked, sparsity=0.5, batches=[torch.ones(1, 4)])
 
 
 @pytest.mark.parametrize("asked", [random(), sparsegpt()], ids=["random", "sparsegpt"])

@@ -116,6 +116,8 @@ def test_below_two_the_diameter_of_an_lp_ball_is_that_of_an_axis():
 
 def test_projections_by_hand():
     assert lp(1, 3.0).project(X).tolist() == pytest.approx([1.0, -2.0, 0, 0])
+    far = lp(1, 0.001).project(torch.tensor([1e4, -1.0]))  # float32 has no number within 0.0009 of 10,000
+    assert far.tolist() == pytest.approx([0.001, 0.0], rel=1e-6)
     assert lp(math.inf, 2.0).project(X).tolist() == [2.0, -2.0, 1.0, 0.5]
     assert torch.allclose(lp(2, 1.0).project(X), X / X.norm())
     # r = 1.5, K = 2: clip(|x| - t, 0, 1.5) sums to 3 for every t from 1 to 1.5, where it is (1.5, 1.5, 0, 0).

@@ -49,6 +49,15 @@ def test_the_best_of_all_masks_is_learnt_and_weights_stay():
     assert all(each.requires_grad for each in model.parameters())
 
 
+def test_weights_of_double_precision_are_masked_too():
+    model = nn.Linear(4, 1, bias=False, dtype=torch.float64)
+    learned, x = MaskLLM(0.5), torch.ones(2, 4, dtype=torch.float64)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    loss = lambda model, batch: model(batch).square().mean()  # noqa: E731
+    train(model, lambda step: x, optimizer, lambda step: 1.0, steps=2, loss=loss, during=[learned])
+    assert learned.finish().table() == {"weight": (2, 4)}
+
+
 def test_it_begins_near_the_masks_it_is_given():
     # S_0 = (1, 0, 0, 1) meets (01, 02, 03, 12, 13, 23) in 1, 1, 2, 0, 1, 1 weights, in 1 in the mean
     model = nn.Linear(4, 1, bias=False)

@@ -260,6 +260,12 @@ def test_dare_scales_what_it_keeps_and_is_right_on_average():
     assert not torch.equal(state["w"], other["w"])
 
 
+def test_ties_keeps_one_entry_of_what_moved_at_least():
+    state, _ = averages.ties([{"w": torch.tensor([2.0, 1.0])}, {"w": torch.tensor([4.0, 0.0])}], {"w": torch.zeros(2)})
+    assert state["w"].tolist() == [3.0, 0.0]  # density 0.2 of two entries rounds to none
+    assert averages.ties([{"w": torch.ones(0)}], {"w": torch.ones(0)})[0]["w"].shape == (0,)
+
+
 def test_dare_ties_elects_among_what_was_drawn():
     members, base = [of(3.0, 1.0), of(-1.0, 2.0)], of(0.0, 0.0)
     assert averages.dare_ties(members, base, density=1.0)[0]["w"].tolist() == [3.0, 1.5]

@@ -129,17 +129,33 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
 
 
 @pytest.mark.parametrize(
-    ("prune", "words"),
+    ("changes", "words"),
     [
-        ({"include": ["conw"]}, "'conw' matches none of the 8"),
-        ({"pattern": "2:4"}, "2:4 needs columns divisible by 4; 'stem' has 9"),
-        ({"criterion": "wanda", "exclude": ["*"]}, "leave no layer"),
+        ({"prune": {"include": ["conw"]}}, "'conw' matches none of the 8"),
+        ({"prune": {"pattern": "2:4"}}, "2:4 needs columns divisible by 4; 'stem' has 9"),
+        ({"prune": {"criterion": "wanda", "exclude": ["*"]}}, "leave no layer"),
+        ({"prune": {"allocation": {"uniform_plus": {"first": "conw"}}}}, "uniform_plus spares 'conw', which is none"),
+        ({"prune": {"phases": 3}, "retrain": {"of": "total", "steps": 2}}, "2 steps cannot be split over 3 phases"),
+        (
+            {
+                "prune": {"phases": 3},
+                "retrain": {"of": "total", "steps": 3},
+                "soup": {"vary": {"steps": [3, 2, 3]}},
+            },
+            "2 steps cannot be split over 3 phases",
+        ),
+        ({"retrain": {"steps": 2, "train": ["mask_lora"], "rank": 65}}, "retrain.rank: 65 is above .* to 64 or less"),
+        ({"train": {"augment": {"cutout": 9}}}, "train.augment.cutout: 9 pixels leave nothing .* 8 x 8; set it to 8"),
+        (
+            {"retrain": {"steps": 2}, "soup": {"vary": {"augment": [{}, {"crop": 9}, {"crop": 1}]}}},
+            "train.augment.crop: 9 pixels leave nothing",
+        ),
     ],
 )
 def test_a_classifier_is_refused_before_it_is_trained(
-    prune: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    raw = {"images": "digits", "model": "resnet8", "train": {"batch_size": 64}, "prune": prune}
+    raw = {"images": "digits", "model": "resnet8", "train": {"batch_size": 64}, "prune": {}} | changes
     recipe = parse(raw | {"out": str(tmp_path / "run")}, Recipe, "recipe")
     monkeypatch.setattr(classifiers, "finish", lambda *_, **__: pytest.fail("it is trained"))
     with pytest.raises(ValueError, match=words):

@@ -211,13 +211,15 @@ def test_a_greedy_soup_is_the_best_of_those_it_could_have_been(tmp_path: Path) -
 
 @pytest.mark.usefixtures("tiny")
 def test_averages_weigh_as_they_are_told(tmp_path: Path) -> None:
-    also = ["uniform", "learned", {"ties": {"density": 0.5}}]
+    several = ["ties", {"ties": {"density": 0.5}}]
+    also = ["uniform", "learned", *several]
     one = train_run(asked(tmp_path, {"average": [0.0, 1.0, 0.0], "also": also}, **held_out()))
     assert one["phases"][0]["shares"] == [0, 1, 0]
     learned = row(one, "learned")["shares"]
     assert sum(learned) == pytest.approx(1)
     assert len(set(learned)) == 3
-    assert len({row(one, name)["loss"] for name in ("uniform", "soup", "ties")}) == 3
+    assert len({row(one, name)["loss"] for name in ("uniform", "soup", "ties", "ties (density=0.5)")}) == 4
+    assert len(one["soup"]) == len(one["rows"])  # of one name none hides another
 
 
 @pytest.mark.usefixtures("tiny")

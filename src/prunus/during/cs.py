@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prunus.during.learned import finish_learned_, train_with_
+from prunus.during.learned import check_rates, finish_learned_, train_with_
 from prunus.masks import Masks
 from prunus.patterns import kept_of
 from prunus.train import During, Plan
@@ -27,7 +27,7 @@ class CS(During):
     What CS reached by itself, the share of q <= 0, is in the buffer `reached`.
     Deviations: beta rises by the step, not the epoch; one round, without going back to early weights; the final weights
     are those of the last forward pass, gates included, so that they agree with the statistics of BatchNorm.
-    Raises ValueError for a sparsity outside [0, 1), beta <= 0 or penalty < 0.
+    Raises ValueError for a sparsity outside [0, 1), beta <= 0, penalty < 0 or lr <= 0.
 
     >>> cs = CS(0.9, penalty=1e-6)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -51,6 +51,7 @@ class CS(During):
         kept_of(0, sparsity)
         if beta <= 0 or penalty < 0:
             raise ValueError(f"CS needs beta > 0 and penalty >= 0; got {beta=}, {penalty=}")
+        check_rates(self, lr=lr)
         self.sparsity, self.strength, self.beta, self.init = sparsity, penalty, beta, init
         self.lr, self.exact = lr, exact
 

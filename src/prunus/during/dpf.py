@@ -38,6 +38,7 @@ class DPF(During):
     ) -> None:
         super().__init__()
         kept_of(0, sparsity)
+        cubic(sparsity, 1, every=every, start=start, stop=stop)  # refuses what it does before any work
         if refresh < 1:
             raise ValueError(f"DPF chooses its mask every `refresh` steps, at least 1; got {refresh}")
         self.sparsity, self.refresh = sparsity, refresh

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prunus.during.learned import finish_learned_, train_with_
+from prunus.during.learned import check_rates, finish_learned_, train_with_
 from prunus.layers import View
 from prunus.masks import Masks
 from prunus.patterns import kept_of
@@ -33,7 +33,7 @@ class DST(During):
     lr: of t; None is that of the optimizer's first group.
     Deviations: t has no weight decay, which would pull it to 0 against the penalty; the density of a layer is looked at
     after the optimizer's step, on the device.
-    Raises ValueError for a sparsity outside [0, 1) or penalty < 0.
+    Raises ValueError for a sparsity outside [0, 1), penalty < 0 or lr <= 0.
 
     >>> dst = DST(0.9, penalty=1e-4)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -46,6 +46,7 @@ class DST(During):
         kept_of(0, sparsity)
         if penalty < 0:
             raise ValueError(f"DST's penalty is at least 0; got {penalty}")
+        check_rates(self, lr=lr)
         self.sparsity, self.strength, self.lr, self.exact = sparsity, penalty, lr, exact
 
     def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:

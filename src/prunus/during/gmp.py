@@ -27,8 +27,8 @@ class GMP(During):
     weight decay) and may come back at the next pruning, as in the paper's code. Momentum of pruned weights is zeroed.
     allocation: one that looks at scores or shapes. The paper prunes every layer to the same sparsity (`uniform`); the
     default compares all layers (`global_`).
-    Raises ValueError for a sparsity outside [0, 1), an unknown variant, an allocation that looks at inputs, or (in
-    `attach`) shares that allow no pruning.
+    Raises ValueError for a sparsity outside [0, 1), an unknown variant, an allocation that looks at inputs, or shares
+    that allow no pruning.
 
     >>> gmp = GMP(0.9, every=0.05, stop=0.75)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -48,6 +48,7 @@ class GMP(During):
     ) -> None:
         super().__init__()
         kept_of(0, sparsity)
+        cubic(sparsity, 1, every=every, start=start, stop=stop)  # refuses what it does before any work
         if variant not in ("hard", "recover"):
             raise ValueError(f"GMP's variant is 'hard' or 'recover'; got {variant!r}")
         self.sparsity, self.variant, self.allocation = sparsity, variant, without_inputs(allocation)

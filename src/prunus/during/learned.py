@@ -17,6 +17,15 @@ from prunus.train import During
 _logger = logging.getLogger(__name__)
 
 
+def check_rates(method: During, *, lr: float | None = None, weight_decay: float | None = None) -> None:
+    """Raise ValueError for a learning rate that is not above 0, or a weight decay below 0; None is left to the run."""
+    if not (lr is None or lr > 0) or not (weight_decay is None or weight_decay >= 0):
+        raise ValueError(
+            f"{type(method).__name__} needs lr above 0 and weight_decay of at least 0, or None for those of the "
+            f"optimizer; got lr={lr}, weight_decay={weight_decay}"
+        )
+
+
 def train_with_(
     optimizer: Optimizer, parameters: Iterable[nn.Parameter], *, lr: float | None, weight_decay: float | None
 ) -> None:

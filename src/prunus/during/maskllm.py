@@ -169,7 +169,7 @@ class _Drawn(torch.autograd.Function):
         for part in ctx.parts:
             y, w = part.shares(heat), part.view.matrix(ctx.weight).to(choices.dtype)
             mask = (y @ choices).view(w.shape)
-            of_mask = part.view.matrix(grad) * w - 2 * pull * w * w * mask
+            of_mask = part.view.matrix(grad).to(w.dtype) * w - 2 * pull * w * w * mask
             of_y = of_mask.reshape(y.shape[0], -1) @ choices.T
             grads.append(heat[0] / heat[1] * y * (of_y - (y * of_y).sum(1, keepdim=True)))
         return None, None, None, *grads

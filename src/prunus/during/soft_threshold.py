@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prunus.during.learned import finish_learned_, train_with_
+from prunus.during.learned import check_rates, finish_learned_, train_with_
 from prunus.masks import Masks
 from prunus.patterns import kept_of
 from prunus.train import During, Plan
@@ -26,7 +26,7 @@ class STR(During):
     init: s at the start. lr, weight_decay: of s; None, as in the paper, is what the optimizer's first group has.
     per: "layer", or "model" for one threshold in all.
     Deviation: the paper starts from s = -3200 in 100 epochs of ImageNet; -10 suits training of some 10,000 steps.
-    Raises ValueError for a sparsity outside [0, 1) or an unknown `per`.
+    Raises ValueError for a sparsity outside [0, 1), an unknown `per`, lr <= 0 or weight_decay < 0.
 
     >>> method = STR(0.9, init=-5.0)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
@@ -48,6 +48,7 @@ class STR(During):
         kept_of(0, sparsity)
         if per not in ("layer", "model"):
             raise ValueError(f"STR has a threshold per 'layer' or per 'model'; got {per!r}")
+        check_rates(self, lr=lr, weight_decay=weight_decay)
         self.sparsity, self.init, self.per, self.exact = sparsity, init, per, exact
         self.lr, self.weight_decay = lr, weight_decay
 

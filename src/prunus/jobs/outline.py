@@ -17,17 +17,27 @@ import torch
 from torch import nn
 
 from prunus.blocks import find_blocks
-from prunus.layers import View, find_layers
+from prunus.layers import View, find_layers, parameter_shapes
 from prunus.machine import import_extra
 from prunus.measure import check_tasks
-from prunus.recipe import Adapting, ClassifierRecipe, LanguageRecipe, LanguageRetrain, Prune, optimizer_of
+from prunus.recipe import (
+    Adapting,
+    ClassifierRecipe,
+    ClassifierRetrain,
+    LanguageRecipe,
+    LanguageRetrain,
+    Prune,
+    optimizer_of,
+)
 from prunus.report import check_trackers
-from prunus.score import needed, observable
+from prunus.score import Scores, needed, observable
+from prunus.soup import phase_sparsities
 
 __all__ = [
     "Outline",
     "check_language",
     "check_pruning",
+    "check_rank",
     "kind_of",
     "outline_classifier",
     "outline_language",
@@ -49,8 +59,8 @@ class Outline:
 def check_pruning(model: nn.Module, asked: Prune) -> list[View]:
     """The layers of an empty model that will be pruned.
 
-    Raises ValueError for globs that match none, and layers that the pattern does not fit; ImportError for a package
-    that is missing.
+    Raises ValueError for globs that match none, layers that the pattern does not fit, and what an allocation refuses
+    that goes by shapes; ImportError for a package that is missing.
     """
     views = find_layers(model, include=asked.include, exclude=asked.exclude)
     kind = getattr(asked, "kind", "zeros")  # of classifiers alone
@@ -65,6 +75,11 @@ def check_pruning(model: nn.Module, asked: Prune) -> list[View]:
         raise ValueError("prune: include and exclude leave no layer to prune; name fewer in exclude")
     for view in views:
         pattern.counts(view.shape, asked.sparsity, name=view.name)
+    if allocation.reads == "shapes":
+        shapes = parameter_shapes(dict(model.named_parameters()), views)
+        scores = Scores({view.name: torch.zeros(()).expand(view.shape) for view in views}, shapes)
+        for sparsity in phase_sparsities(asked.sparsity, asked.phases, asked.ramp):
+            allocation(scores, sparsity)
     return views
 
 
@@ -104,6 +119,13 @@ def _check_adapting(key: str, asked: Adapting, model: nn.Module, views: Sequence
     for name in asked.train:
         if name not in ADAPTERS and key != "reconstruct":
             find_subset(model, name)
+    check_rank(key, asked, views)
+
+
+def check_rank(key: str, asked: Adapting | ClassifierRetrain, views: Sequence[View]) -> None:
+    """Raise ValueError for adapters of a rank that no layer has."""
+    from prunus.adapt import ADAPTERS
+
     most = max((min(view.shape) for view in views), default=0)
     if asked.rank > most and set(ADAPTERS) & set(asked.train):
         raise ValueError(f"{key}.rank: {asked.rank} is above min(out, in) of every layer; set it to {most} or less")

@@ -281,7 +281,7 @@ class _Run:
         last = self._is_last(pruned.phase)
         longer = as_long_as_all(pruned, self._members(pruned)) if last else None
         folder = self.out / "work" / "soup" if last else self._left(pruned.phase + 1)
-        found = averaged(pruned, members, longer, folder, given(self.recipe.soup).also if last else ())
+        found = averaged(pruned, members, longer, folder, last=last)
         for stage, perplexity in found.perplexity.items():
             self._log({"stage": stage if last else f"phase {pruned.phase + 1}, {stage}", "perplexity": perplexity})
         if last:

@@ -248,7 +248,7 @@ class _Language:
         if recipe.soup is not None:
             longer = next((store.result(job) for job in _longer_job(recipe, last)), None)
             made = _members(last.members, store)
-            souped = averaged(pruned, made, longer, store.work(job) / "soup", recipe.soup.also)
+            souped = averaged(pruned, made, longer, store.work(job) / "soup")
             loaded, result["perplexity"] = souped.loaded, souped.perplexity[SOUP]
             result["soup"] = {**souped.summary, "perplexity": souped.perplexity, "retraining": souped.retraining}
         else:

@@ -186,18 +186,18 @@ def as_long_as_all(pruned: Pruned, folder: Path) -> Numbers | None:
 
 
 def averaged(
-    pruned: Pruned, members: Sequence[Member], longer: Numbers | None, soup: Path, also: Sequence[Choice] = ()
+    pruned: Pruned, members: Sequence[Member], longer: Numbers | None, soup: Path, *, last: bool = True
 ) -> Souped:
-    """The average of finished members, written to `soup` and measured. also: further averages, measured only.
+    """The average of finished members, written to `soup` and measured. last: with the further averages, measured only.
 
     The best member is that of the lowest perplexity on the first text of `evaluate.data`.
     """
     recipe, asked = pruned.recipe, members_of(pruned.recipe)
     more: dict[str, dict[str, float]] = {}
-    for choice in also:
+    for name, choice in (given(recipe.soup).further if last else {}).items():
         with hidden_folder(soup) as place:
             write_average(pruned, members, choice, place / "also")
-            more[f"{SOUP}, {averages.name(choice)}"] = _measured(pruned, recipe, place / "also")[1]
+            more[f"{SOUP}, {name}"] = _measured(pruned, recipe, place / "also")[1]
     weights = write_average(pruned, members, given(recipe.soup).average, soup)
     with progress("evaluate soup", None):
         made, own = _measured(pruned, recipe, soup)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 from pydantic import BaseModel, BeforeValidator, TypeAdapter, ValidationError
 
 from prunus.recipe.plain import meant
+from prunus.train import Original
 
 if TYPE_CHECKING:
     from prunus.patterns import Pattern
@@ -310,9 +311,17 @@ def _retraining(value: Any) -> Choice:
     if isinstance(value, str | dict) and value and schedules.has(value):
         return _schedule(value)
     try:
-        return retrainings.check(value)
+        choice = retrainings.check(value)
     except ValueError as error:
         raise ValueError(f"{error}; and those of training, {', '.join(schedules.members())}") from None
+    retrainings.make(choice, _dense(), _dense().steps, distance=1.0, share=1.0)
+    return choice
+
+
+@cache
+def _dense() -> Original:
+    """A dense training that leaves room for any retraining."""
+    return Original.of([1.0] * 10_000)
 
 
 ScheduleName = Annotated[Choice, BeforeValidator(_schedule)]

@@ -11,6 +11,7 @@ from prunus.recipe.images import Augmentation
 from prunus.recipe.names import AverageName, Choice, RetrainingName, averages
 from prunus.recipe.plain import Strict
 from prunus.recipe.values import Count, Part, Positive, Whole
+from prunus.soup import NOTHING
 
 __all__ = ["ClassifierSoup", "Soup", "Vary"]
 
@@ -46,6 +47,23 @@ def _average(value: Any) -> Any:
     return averages.check(value)
 
 
+def _try(average: Choice, members: int) -> None:
+    """Refuse what an average refuses, before any work."""
+    try:
+        averages.make(average, [{}] * members, base={}, held=NOTHING)
+    except ValueError:
+        raise
+    except Exception:  # it looks at tensors, of which there are none yet
+        return
+
+
+def _in_words(choice: Choice) -> str:
+    if isinstance(choice, str):
+        return choice
+    ((name, options),) = choice.items()
+    return f"{name} ({', '.join(f'{key}={value}' for key, value in options.items())})"
+
+
 class Soup(Strict):
     """Several retrainings of what was pruned and their average, in each phase, and what the soup is compared with.
 
@@ -71,11 +89,17 @@ class Soup(Strict):
             if abs(math.fsum(self.average) - 1) > 1e-6:
                 raise ValueError(f"average: weights add up to 1; these to {math.fsum(self.average):g}")
         for each in (self.average, *self.also):
-            if not isinstance(each, tuple) and not averages.knows(each, "held"):
-                averages.make(each, [{}] * self.members, base={})  # what it refuses is refused before any work
+            if not isinstance(each, tuple):
+                _try(each, self.members)
         if self.line == 1 or self.plane == 1:
             raise ValueError("line and plane: at least 2 points, or 0 to leave it out")
         return self
+
+    @property
+    def further(self) -> dict[str, Choice]:
+        """The averages of `also` by name; several of one name with their options, so that none hides another."""
+        names = [averages.name(each) for each in self.also]
+        return {_in_words(each) if names.count(n) > 1 else n: each for n, each in zip(names, self.also, strict=True)}
 
     @property
     def choosing(self) -> list[str]:

@@ -238,11 +238,15 @@ def uniform_plus(first: str | None = None, last: str | None = None, *, most: flo
     `kept_of(n, sparsity)`. first, last: names of layers; left out, the first convolution (without one the first layer)
     and the last linear layer, as in the paper.
 
-    Raises ValueError for a name that has no scores, and when what is left could not hold so many zeros.
+    Raises ValueError for a name that has no scores, a share outside [0, 1], and when what is left could not hold so
+    many zeros.
 
     >>> uniform_plus("a", "c")({"a": torch.ones(1, 10), "b": torch.ones(10, 10), "c": torch.ones(1, 10)}, 0.75)
     {'a': 10, 'b': 18, 'c': 2}
     """
+
+    if not 0 <= most <= 1:
+        raise ValueError(f"most is the share that the last layer loses at most, in [0, 1]; got {most}")
 
     @allocation(reads="shapes")
     def uniform_plus(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:

@@ -8,6 +8,7 @@ from .average import greedy as greedy
 from .average import greedy_members as greedy_members
 from .average import learn_weights as learn_weights
 from .average import mean_tensor as mean_tensor
+from .averages import NOTHING as NOTHING
 from .averages import Held as Held
 from .geometry import Line as Line
 from .geometry import Plane as Plane

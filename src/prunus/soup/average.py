@@ -153,8 +153,9 @@ def learn_weights(
 
     so a step costs one backward pass at the average, and no stack of the members is built. batches, loss: as `train`
     takes them. model: gives the architecture and, by its mode, whether BatchNorm uses each batch's statistics (train)
-    or the members' averaged ones (eval, whose own slope is left out); it is not changed. Raises ValueError for members
-    that do not fit together, FloatingPointError for a loss that is not finite.
+    or the members' averaged ones (eval, whose own slope is left out); it is not changed. Members without a tensor
+    weigh alike. Raises ValueError for members that do not fit together, for less than a step and a rate that is not
+    above 0, FloatingPointError for a loss that is not finite.
 
     >>> layer, states = nn.Linear(2, 2), [nn.Linear(2, 2).state_dict() for _ in range(3)]
     >>> batch = torch.ones(4, 2), torch.zeros(4, dtype=torch.long)
@@ -164,6 +165,10 @@ def learn_weights(
     check_alike(states)
     if steps < 1:
         raise ValueError(f"learning the weights takes at least 1 step; got {steps}")
+    if not lr > 0:
+        raise ValueError(f"learning the weights takes a rate lr above 0; got {lr}")
+    if not states[0]:
+        return list(check_weights(None, len(states)))
     mixed = copy.deepcopy(model)
     parameters = {name: parameter.requires_grad_() for name, parameter in mixed.named_parameters()}
     device = next(iter(parameters.values())).device

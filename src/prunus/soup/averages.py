@@ -9,8 +9,9 @@
 
 A new one is a function (states), (states, held) or (states, base) -> state, shares, and one `__all__` entry: recipes
 find it there. One that asks for `held` is refused where no data are held out; `base` is the state that members were
-retrained from. Its other arguments are options. All but those with `held` treat each tensor by itself, so that models
-on disk are averaged a tensor at a time. Formulas of the last four are in `vectors`.
+retrained from. Its other arguments are options. Recipes first ask it for members without a tensor, and `NOTHING` as
+`held`: options that it refuses are refused before members are trained. All but those with `held` treat each tensor by
+itself, so that models on disk are averaged a tensor at a time. Formulas of the last four are in `vectors`.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ class Held:
     model: nn.Module
     batches: Callable[[int], Any]
     loss: Callable[[nn.Module, Any], Tensor]
+
+
+NOTHING = Held(lambda state: 0.0, nn.Identity(), lambda step: None, lambda model, batch: torch.zeros(()))
 
 
 def uniform(states: Sequence[State]) -> Averaged:

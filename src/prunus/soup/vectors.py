@@ -26,8 +26,8 @@ def ties(tensors: Sequence[Tensor], base: Tensor, density: float) -> Tensor:
         gamma  = sgn(sum_i tau'_i)                                              elect
         theta  = theta_0 + mean of the tau'_i that are not 0 and of sign gamma  merge
 
-    density: the share that trimming keeps of the entries that moved; in the paper, and in mergekit, of all entries.
-    Counts are exact, ties break by index. Where the signs cancel nothing is added.
+    density: the share that trimming keeps of the entries that moved, at least one; in the paper, and in mergekit, of
+    all entries. Counts are exact, ties break by index. Where the signs cancel nothing is added.
 
     >>> ties([torch.tensor([2.0, -1.0]), torch.tensor([4.0, 3.0])], torch.zeros(2), 1.0)
     tensor([3., 3.])
@@ -89,7 +89,8 @@ def _vectors(tensors: Sequence[Tensor], base: Tensor) -> list[Tensor]:
 
 def _trimmed(tau: Tensor, density: float) -> Tensor:
     """The largest of the entries that moved, as many as the share says; the others are zero."""
-    kept = round(density * int(tau.count_nonzero()))
+    moved = int(tau.count_nonzero())
+    kept = max(round(density * moved), min(1, moved))  # else a scalar stays what it was
     chosen = keep_largest_of_all({"": tau.abs().float().reshape(1, -1)}, kept)[""]
     return tau.masked_fill(~chosen.view(tau.shape), 0.0)
 

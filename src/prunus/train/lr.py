@@ -156,6 +156,8 @@ def exponential(steps: int, gamma: float, warmup: int = 0, epoch: int = 1) -> Mu
 def linear(steps: int, end: float = 0.0, warmup: int = 0) -> Multiplier:
     """1 - (1 - end) * u / R after a linear warm-up: `end` would be reached in step T, the one after the last.
 
+    Raises ValueError for an end outside [0, 1], as do `cosine` and `wsd`.
+
     >>> [linear(4)(t) for t in range(4)]
     [1.0, 0.75, 0.5, 0.25]
     """
@@ -352,11 +354,18 @@ def _wave(x: float) -> float:
 
 
 def _falling(rest: int, end: float) -> Callable[[int], float]:
+    _check_end(end)
     return lambda u: max(end, 1 - (1 - end) * u / rest) if u < rest else end
 
 
 def _half_wave(rest: int, end: float) -> Callable[[int], float]:
+    _check_end(end)
     return lambda u: end + (1 - end) * (1 + math.cos(math.pi * u / rest)) / 2 if u < rest else end
+
+
+def _check_end(end: float) -> None:
+    if not 0 <= end <= 1:
+        raise ValueError(f"end is the share of the peak that the rate falls to, in [0, 1]; got {end}")
 
 
 def _check(steps: int, warmup: int) -> None:

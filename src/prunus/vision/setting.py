@@ -31,10 +31,10 @@ from prunus.data import (
     read_sentences,
     sentence_batches,
 )
-from prunus.jobs import check_pruning, device_name, device_of
+from prunus.jobs import check_pruning, check_rank, device_name, device_of
 from prunus.machine import Precision
 from prunus.measure import CORRUPTIONS, corrupted_sets
-from prunus.recipe import ClassifierRecipe, Corruptions, EncoderRecipe, ImageSource
+from prunus.recipe import Augmentation, ClassifierRecipe, Corruptions, EncoderRecipe, ImageSource, member_of
 
 __all__ = ["Examples", "ImageSets", "Setting"]
 
@@ -104,6 +104,7 @@ class Setting:
         channels_last = cuda and images if recipe.channels_last == "auto" else recipe.channels_last
         found = cls(recipe, device, precision, capture, channels_last, sets)
         found._check_model()
+        found._check_trainings()
         if recipe.corruptions is not None:
             found.corrupted(recipe.corruptions)
         return found
@@ -181,15 +182,27 @@ class Setting:
         """
         recipe, data = self.recipe, self.sets.train
         shape = None if isinstance(data, Sentences) else (data.classes, data.pixels.shape[1:])
-        asked = (recipe.model, repr(recipe.arguments), shape, recipe.prune and recipe.prune.model_dump_json())
+        sections = (each and each.model_dump_json() for each in (recipe.prune, recipe.retrain))
+        asked = (recipe.model, repr(recipe.arguments), shape, *sections)
         if asked in _fits and config_of(recipe.model) is None:
             return
         model = self.empty_model()
         if shape is not None:
             self._check_size(model)
         if recipe.prune is not None:
-            check_pruning(model, recipe.prune)
+            views = check_pruning(model, recipe.prune)
+            if recipe.retrain is not None:
+                check_rank("retrain", recipe.retrain, views)
         _fits.add(asked)
+
+    def _check_trainings(self) -> None:
+        """Raise ValueError for trainings, also of a soup's members, that leave a phase no step, or an image nothing."""
+        prune, members = self.recipe.prune, range(self.recipe.soup.members) if self.recipe.soup is not None else ()
+        for each in (self.recipe, *(member_of(self.recipe, place) for place in members)):
+            if each.retrain is not None and prune is not None:
+                each.retrain.budgets(prune.phases, self.steps(self.recipe.train.epochs), self.epoch_steps)
+            if isinstance(self.sets.train, Images):
+                _check_augment(each.train.augment, self.sets.train.pixels.shape[-2:])
 
     def _check_size(self, model: nn.Module) -> None:
         """Raise ValueError for a network that takes no images of this size, as far as an empty one can tell."""
@@ -324,3 +337,13 @@ def _images(asked: ImageSource, split: str) -> Images:
     if key not in _read:
         _read[key] = read_images(asked.source, split, size=asked.size)
     return _read[key]
+
+
+def _check_augment(asked: Augmentation, size: Sequence[int]) -> None:
+    """Raise ValueError for what leaves some images without a pixel of their own."""
+    for key in ("crop", "cutout"):
+        if getattr(asked, key) > min(size):
+            raise ValueError(
+                f"train.augment.{key}: {getattr(asked, key)} pixels leave nothing of many images, which are "
+                f"{size[0]} x {size[1]}; set it to {min(size)} at most"
+            )

@@ -101,7 +101,7 @@ def _project_l1(a: Tensor, radius: Tensor) -> Tensor:
     count = torch.arange(1, a.shape[1] + 1, device=a.device, dtype=a.dtype)
     thresholds = (ordered.double().cumsum(1) - radius[:, None].double()) / count  # t if the first `count` stay
     last = (ordered > thresholds).sum(1, keepdim=True).clamp_min(1) - 1
-    return (a - thresholds.gather(1, last).to(a.dtype)).clamp_min(0)
+    return (a.double() - thresholds.gather(1, last)).clamp_min(0).to(a.dtype)  # what stays may be tiny beside a
 
 
 def _peak(a: Tensor) -> Tensor:

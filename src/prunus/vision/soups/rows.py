@@ -70,8 +70,8 @@ class Rows:
     def _members(self, taken: int) -> None:
         """What else the last phase's members give: other averages, their mean, the best of them, the ensemble."""
         states, base = [self.store.state(job) for job in self.last.members], self.store.state(self.last.pruned)
-        for asked in self.asked.also:
-            word, (state, shares) = averages.name(asked), averaged(asked, states, base, self.masks, self.meter)
+        for word, asked in self.asked.further.items():
+            state, shares = averaged(asked, states, base, self.masks, self.meter)
             self._add(
                 word, f"soup, last phase {word}", self.meter.measure(state) | {"shares": [*shares]}, self.masks, taken
             )
