@@ -27,10 +27,10 @@ from claims import Row, main, sized
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prunus.language import stages
-from prunus.language.compress import compress
+from prunus.language.single import compress
 from prunus.recipe import LanguageRecipe, parse
 
-JOB = sys.modules["prunus.language.compress"]
+JOB = sys.modules["prunus.language.single"]
 STAGES = {"load": stages, "prune": stages, "retrain": stages, "evaluate": stages, "save_model": JOB}
 
 

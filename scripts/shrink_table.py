@@ -27,7 +27,7 @@ from torch import Tensor
 from prunus.blocks import embed, find_blocks, run_block
 from prunus.jobs.folder import device_name, device_of
 from prunus.language import stages
-from prunus.language.compress import compress
+from prunus.language.single import compress
 from prunus.language.texts import calibration_windows
 from prunus.machine import read_json, write_json, write_text
 from prunus.measure import speed

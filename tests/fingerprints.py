@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prunus.adapt import adapt
-from prunus.language.compress import compress
+from prunus.language.single import compress
 from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.measure import perplexity
@@ -43,7 +43,7 @@ from prunus.score import wanda
 from prunus.solve import sparsegpt
 from prunus.stream import Fit, Work, stream
 from prunus.train import linear_warmup_decay, train
-from prunus.vision.sweep import sweep, sweep_of
+from prunus.vision.sweeps import sweep, sweep_of
 from prunus.vision.train import train_run
 
 FILE = Path(__file__).with_suffix(".json")

@@ -33,7 +33,7 @@ from .frankwolfe import k_support as k_support
 from .frankwolfe import lp as lp
 from .frankwolfe import nuclear as nuclear
 from .frankwolfe import spectral_k_support as spectral_k_support
-from .language.compress import compress as compress
+from .language.single import compress as compress
 from .layers import Inputs as Inputs
 from .layers import Layer as Layer
 from .layers import View as View

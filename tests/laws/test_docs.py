@@ -92,7 +92,7 @@ def check_recipe(text: str):
     """The text is a recipe of one of our kinds."""
     from prunus.run.grid import load_grid
     from prunus.run.task import load
-    from prunus.vision.sweep import SweepFile
+    from prunus.vision.sweeps import SweepFile
 
     touch_files_named_in(text)
     path, raw = Path("checked.yaml"), yaml.safe_load(text)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prunus.adapt.adapt import adapt
 from prunus.adapt.subsets import find_subset
-from prunus.language.compress import compress
+from prunus.language.single import compress
 from prunus.layers import Inputs, Layer, find_layers
 from prunus.masks import Masks
 from prunus.patterns import NM, Unstructured

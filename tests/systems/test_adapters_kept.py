@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from prunus.adapt import Adaptation, adapt, mask_adapters
-from prunus.language.compress import compress
+from prunus.language.single import compress
 from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.recipe import LanguageRecipe, parse

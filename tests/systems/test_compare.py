@@ -95,7 +95,7 @@ def test_a_grid_runs_and_a_second_call_repeats_nothing(
 
 
 def test_a_member_alone_gives_what_it_gives_in_the_grid(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    from prunus.language.compress import compress
+    from prunus.language.single import compress
 
     asked = checked(tiny_folder, text_file, tmp_path / "grid", tune=None, more_seeds=None)
     rows = compare(asked)
@@ -107,7 +107,7 @@ def test_a_member_alone_gives_what_it_gives_in_the_grid(tiny_folder: Path, text_
 
 
 def test_members_share_what_a_method_pruned(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    from prunus.language.compress import compress
+    from prunus.language.single import compress
 
     raw = grid(tiny_folder, text_file, tmp_path / "grid", tune=None, more_seeds=None)
     raw["axes"] = {"method": {key: raw["axes"]["method"][key] for key in ("pruned", "norms")}}
@@ -131,7 +131,7 @@ def test_members_that_shrink_share_the_smaller_model(
     tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each smaller model is made once; every member is what a run of its own would be, also after a kill."""
-    from prunus.language.compress import compress
+    from prunus.language.single import compress
 
     raw = grid(tiny_folder, text_file, tmp_path / "grid", tune=None, more_seeds=None)
     norms = raw["axes"]["method"]["norms"]

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from prunus.checkpoint import read_checkpoint
 from prunus.language import stages
-from prunus.language.compress import compress
+from prunus.language.single import compress
 from prunus.language.stages import home
 from prunus.language.texts import training_windows
 from prunus.layers import Layer
@@ -432,7 +432,7 @@ def test_retraining_asked_anew_does_not_take_the_old_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(stages, "evaluate", lambda loaded, *_: {"text": 1.0})
-        patch.setattr("prunus.language.compress.save_model", kill)
+        patch.setattr("prunus.language.single.save_model", kill)
         with pytest.raises(KeyboardInterrupt):
             compress(recipe(tiny_folder, text_file, tmp_path / "run"))
     other = raw(tiny_folder, text_file, tmp_path / "run")

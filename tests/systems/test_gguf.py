@@ -13,7 +13,7 @@ import transformers as tf
 
 from prunus.checkpoint import plain, read_checkpoint
 from prunus.language import stages
-from prunus.language.compress import compress
+from prunus.language.single import compress
 from prunus.recipe import LanguageRecipe
 from prunus.run.inspect import inspect_model
 from prunus.run.show import show_inspection

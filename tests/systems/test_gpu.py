@@ -13,7 +13,7 @@ from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from prunus.language import stages
-from prunus.language.compress import compress
+from prunus.language.single import compress
 from prunus.layers import Inputs
 from prunus.patterns import NM, Unstructured
 from prunus.recipe import Recipe, parse

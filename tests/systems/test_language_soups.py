@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from prunus.jobs.tables import BEST, LONGER, MEAN, SOUP
 from prunus.language import soups, stages
-from prunus.language.compress import compress
+from prunus.language.single import compress
 from prunus.masks import Masks
 from prunus.recipe import LanguageRecipe, Recipe, member_of, parse
 from prunus.recipe.names import averages

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from prunus.language.compress import compress
+from prunus.language.single import compress
 from prunus.measure import speed
 from prunus.run.cli import app
 from prunus.run.page import compare_runs, write_report

@@ -18,7 +18,7 @@ from torch.nn.utils import prune
 
 from prunus.data import build_model, load_weights_
 from prunus.language import stages
-from prunus.language.compress import planned
+from prunus.language.single import planned
 from prunus.recipe import ClassifierRecipe, Recipe, merge, parse
 from prunus.vision.setting import Setting
 from tests.conftest import byte_tokenizer

@@ -12,7 +12,7 @@ from torch import nn
 from prunus.adapt import adapt
 from prunus.jobs import outline
 from prunus.language import stages
-from prunus.language.compress import compress, planned
+from prunus.language.single import compress, planned
 from prunus.layers import find_layers
 from prunus.recipe import Recipe, merge, parse
 from prunus.run import cli

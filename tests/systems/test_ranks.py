@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from prunus.language.compress import compress
+from prunus.language.single import compress
 from prunus.machine import ranks
 from prunus.masks import Masks
 from prunus.recipe import Recipe, parse

@@ -18,7 +18,7 @@ from prunus.jobs import folder as run_folder
 from prunus.jobs.folder import held, mark
 from prunus.jobs.inputs import check_inputs
 from prunus.language import stages
-from prunus.language.compress import compress
+from prunus.language.single import compress
 from prunus.recipe import ClassifierRecipe, LanguageRecipe, parse
 from prunus.run.cli import app
 from prunus.run.compare import compare
@@ -191,7 +191,7 @@ def test_large_files_are_told_apart_by_size_time_and_head(tmp_path: Path, monkey
 
 def test_a_run_that_goes_on_elsewhere_says_so(killed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_folder, "device_name", lambda _: "another device")
-    monkeypatch.setattr("prunus.language.compress.device_name", lambda _: "another device")
+    monkeypatch.setattr("prunus.language.single.device_name", lambda _: "another device")
     result = compress(parse(killed, LanguageRecipe, ""))
     assert result["device"].startswith("CPU, ")
     assert result["resumed_on"] == ["another device"]
@@ -215,8 +215,8 @@ def test_a_member_of_a_grid_that_goes_on_elsewhere_says_so(
             with pytest.raises(KeyboardInterrupt):
                 compare(grid)
         with monkeypatch.context() as patch:
-            for place in ("grid", "language", "vision.setting"):
-                patch.setattr(f"prunus.run.{place}.device_name", lambda _: "another device")
+            for place in ("run.grid", "language.grid", "vision.setting"):
+                patch.setattr(f"prunus.{place}.device_name", lambda _: "another device")
             compare(grid)
         (member,) = (tmp_path / name / "members").glob("*.json")
         assert json.loads(member.read_text())["resumed_on"] == ["another device"], name
@@ -300,7 +300,7 @@ def flip(path: Path) -> None:
     ("changes", "call", "damaged"),
     [
         ({"streaming": True}, "prunus.language.stages.retrain", "work/pruned/model.safetensors"),
-        ({"soup": {"members": 2}}, "prunus.language.compress.averaged", "members/2/model.safetensors"),
+        ({"soup": {"members": 2}}, "prunus.language.single.averaged", "members/2/model.safetensors"),
         (
             {"prune": {"sparsity": 0.5, "phases": 2}},
             "prunus.language.stages.summary",

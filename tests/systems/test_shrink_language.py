@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from prunus.data import ASSETS
-from prunus.language.compress import compress
+from prunus.language.single import compress
 from prunus.layers import Inputs, Layer
 from prunus.machine import hooked
 from prunus.measure import perplexity

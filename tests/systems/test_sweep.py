@@ -15,9 +15,9 @@ from torch import nn
 from prunus.measure.accuracy import accuracy
 from prunus.measure.speed import latency
 from prunus.vision import stages
-from prunus.vision import sweep as sweeping
+from prunus.vision import sweeps as sweeping
 from prunus.vision.setting import Setting
-from prunus.vision.sweep import rows_of, sweep, sweep_of
+from prunus.vision.sweeps import rows_of, sweep, sweep_of
 from prunus.vision.train import train_run
 from tests.systems.test_cli import call
 from tests.systems.test_vision import Tiny, checked, raw, tiny

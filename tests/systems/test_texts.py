@@ -14,7 +14,7 @@ import torch
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from prunus.language.compress import compress
+from prunus.language.single import compress
 from prunus.language.texts import calibration_windows, training_windows
 from prunus.recipe import LanguageRecipe, given, parse
 from prunus.run.evaluate import evaluate_model

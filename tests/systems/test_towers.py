@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file
 
-from prunus.language.compress import compress
+from prunus.language.single import compress
 from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.prune import prune

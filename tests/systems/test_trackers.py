@@ -12,7 +12,7 @@ from accelerate.logging import get_logger
 from accelerate.state import AcceleratorState, PartialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from prunus.language.compress import compress
+from prunus.language.single import compress
 from prunus.recipe import LanguageRecipe, parse
 from prunus.report import named_log, read_metrics, tracked
 from prunus.train import Watch, linear, train

@@ -20,7 +20,7 @@ from prunus.shrink.lowrank import decompose
 from prunus.vision import stages
 from prunus.vision.setting import Setting
 from prunus.vision.smaller import smaller
-from prunus.vision.sweep import sweep, sweep_of
+from prunus.vision.sweeps import sweep, sweep_of
 from prunus.vision.train import pruning_of, train_run
 from tests.laws.test_shrink import masked_filters
 from tests.systems.test_vision import TRAIN, Killed, Tiny, checked, raw, same_bits, tiny

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from prunus.checkpoint import read_checkpoint
 from prunus.data import ASSETS, read_texts, tokenize
 from prunus.language import stages
-from prunus.language.compress import compress
+from prunus.language.single import compress
 from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.measure.perplexity import perplexity

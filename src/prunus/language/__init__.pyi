@@ -1,7 +1,7 @@
-from .compress import compress as compress
-from .compress import planned as planned
-from .compress import prunus_info as prunus_info
 from .grid import LANGUAGE as LANGUAGE
+from .single import compress as compress
+from .single import planned as planned
+from .single import prunus_info as prunus_info
 from .soups import Pruned as Pruned
 from .stages import check_weights as check_weights
 from .stages import empty as empty

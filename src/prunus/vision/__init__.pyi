@@ -3,9 +3,9 @@ from .setting import Setting as Setting
 from .stages import corrupted as corrupted
 from .stages import measure as measure
 from .stages import settle as settle
-from .sweep import load_sweep as load_sweep
-from .sweep import rows_of as rows_of
-from .sweep import sweep as sweep
+from .sweeps import load_sweep as load_sweep
+from .sweeps import rows_of as rows_of
+from .sweeps import sweep as sweep
 from .train import planned as planned
 from .train import pruning_of as pruning_of
 from .train import train_run as train_run
