@@ -104,6 +104,14 @@ def test_what_is_needed_runs_first_and_once(tmp_path: Path, workers: Workers) ->
     assert left == {"", "json"}  # no locks, no tries
 
 
+def test_no_thread_outlives_its_call(tmp_path: Path) -> None:
+    """Ten times: one that only begins to end is seldom caught at it."""
+    before = set(threading.enumerate())
+    for call in range(10):
+        assert run([Wanted(Store(tmp_path / str(call)), (D,))], Workers(threads=3)) == []
+        assert set(threading.enumerate()) == before
+
+
 def test_what_is_brief_does_not_wait_for_what_takes_long(tmp_path: Path) -> None:
     """Measuring what one training left comes before the next training; without it trainings would come first."""
     long = [Sum(name) for name in "ab"]

@@ -188,13 +188,21 @@ class _Threads:
     def __init__(self, room: int) -> None:
         self.room = room
         self.tasks: SimpleQueue[tuple[Future[Result], Job, Store] | None] = SimpleQueue()
-        for _ in range(room):
-            threading.Thread(target=self._serve, daemon=True).start()
+        self.threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(room)]
+        for thread in self.threads:
+            thread.start()
 
     def submit(self, job: Job, store: Store) -> Future[Result]:
         done = Future[Result]()
         self.tasks.put((done, job, store))
         return done
+
+    def end(self, *, wait: bool) -> None:
+        """Let each thread end when it has done its job; wait: until all of them have."""
+        for _ in self.threads:
+            self.tasks.put(None)
+        for thread in self.threads if wait else ():
+            thread.join()
 
     def _serve(self) -> None:
         with own_stream():
@@ -263,9 +271,12 @@ def _executor(workers: Workers) -> Generator[_Executor]:
         threads = _Threads(workers.threads)
         try:
             yield threads
+        except BaseException:
+            threads.end(wait=False)
+            raise
+        else:  # nothing of theirs, such as what torch keeps of a thread, ends while the caller goes on
+            threads.end(wait=True)
         finally:
-            for _ in range(workers.threads):
-                threads.tasks.put(None)
             torch.set_num_threads(cores)
 
 
