@@ -104,6 +104,7 @@ def test_the_first_option_of_a_schedule_needs_no_name() -> None:
         ({"refit": {"of": "wandda"}}, "there is no criterion 'wandda'; did you mean 'wanda'"),
         ({"sparsegpt": {"dampin": 0.1}}, "no option 'dampin'; did you mean 'damping'\\? it takes damping, blocksize"),
         ({"sparsegpt": {"blocksize": 1.5}}, "sparsegpt.blocksize: Input should be a valid integer.*got 1.5"),
+        ({"alps": {"rho": [1.0]}}, r"alps.rho: give 2 values \(got \[1.0\]\)"),
     ],
 )
 def test_wrong_choices_are_refused_with_those_there_are(value: Any, message: str) -> None:

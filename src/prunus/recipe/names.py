@@ -209,7 +209,8 @@ def _as(hint: Any, value: Any, where: str) -> Any:
     try:
         return TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
-        message = error.errors()[0]["msg"]
+        found = error.errors()[0]
+        message = f"give {len(get_args(hint))} values" if found["type"] == "missing" else found["msg"]  # of a tuple
         raise ValueError(f"{where}: {message} (got {value!r})") from None
 
 
