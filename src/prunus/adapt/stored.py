@@ -19,15 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunus.checkpoint import ADAPTER, ADAPTER_TENSORS
 from prunus.machine import atomic_folder, check_replaceable, read_json, read_tensors, write_json, write_tensors
 from prunus.masks import Masks
 
-TENSORS, CONFIG, INFO, MASKS = (
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "prunus_adapter.json",
-    "masks.safetensors",
-)
+TENSORS, CONFIG, INFO, MASKS = ADAPTER_TENSORS, ADAPTER, "prunus_adapter.json", "masks.safetensors"
 PREFIX = "base_model.model."
 _FORMAT = 1
 _PIECE = 1 << 22  # entries of a weight looked at together

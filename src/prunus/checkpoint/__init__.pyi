@@ -6,6 +6,8 @@ from .causal import check_plain as check_plain
 from .causal import check_vocabulary as check_vocabulary
 from .causal import empty_model as empty_model
 from .causal import wrapper_of as wrapper_of
+from .folder import ADAPTER as ADAPTER
+from .folder import ADAPTER_TENSORS as ADAPTER_TENSORS
 from .folder import INDEX_NAME as INDEX_NAME
 from .folder import SINGLE_NAME as SINGLE_NAME
 from .folder import Checkpoint as Checkpoint

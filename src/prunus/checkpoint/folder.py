@@ -14,11 +14,11 @@ from prunus.checkpoint.packed import PACKED_NAME, read_packed
 from prunus.checkpoint.stored import PICKLES, Stored, read_header
 from prunus.machine import read_json
 
-__all__ = ["ADAPTER", "INDEX_NAME", "SINGLE_NAME", "Checkpoint", "read_checkpoint", "weight_files"]
+__all__ = ["ADAPTER", "ADAPTER_TENSORS", "INDEX_NAME", "SINGLE_NAME", "Checkpoint", "read_checkpoint", "weight_files"]
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-ADAPTER = "adapter_config.json"
+ADAPTER, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"  # peft's and ours
 _PLACES = (SINGLE_NAME, INDEX_NAME, "pytorch_model.bin", "pytorch_model.bin.index.json")
 _PACKED = ("packed.safetensors", "packed.safetensors.index.json")
 _WEIGHTS = (".safetensors", *PICKLES, ".gguf")

@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from prunus.checkpoint.folder import ADAPTER, INDEX_NAME, SINGLE_NAME
+from prunus.checkpoint.folder import ADAPTER, ADAPTER_TENSORS, INDEX_NAME, SINGLE_NAME
 from prunus.machine import read_json
 
 __all__ = ["download_weights", "hub_folder", "read_config", "read_tokenizer"]
@@ -15,7 +15,6 @@ _SMALL = [
     "*.json", "*.txt", "*.model", "*.tiktoken", "*.codes", "*.spm", "*.jinja", "*.py",
     "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
 ]  # fmt: skip
-_ADAPTED = "adapter_model.safetensors"  # peft's and ours
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -46,7 +45,7 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoConfig
 
-    found = next((name for name in (ADAPTER, _ADAPTED) if (path / name).is_file()), None)
+    found = next((name for name in (ADAPTER, ADAPTER_TENSORS) if (path / name).is_file()), None)
     if found is not None and not (path / "config.json").is_file():
         raise ValueError(
             f"model: {str(path)!r} is an adapter alone ({found}): load its model, merge it (`prunus merge MODEL "

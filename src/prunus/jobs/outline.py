@@ -1,6 +1,6 @@
 """What a run will do, as its recipe and an empty model say it: checked before every run, told by `--dry-run`.
 
-    recipe, model on the meta device ─▶ check_pruning, check_ranks       refused before a weight is read
+    recipe, model on the meta device ─▶ check_pruning, check_rank        refused before a weight is read
                                      ─▶ outline_*: layers by kind, what is trained, tokens or images, memory, files
 
 Memory and bytes are estimates of what is counted here: weights, statistics, states of the optimizer; not activations.

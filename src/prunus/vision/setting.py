@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.blocks import compile_blocks_
+from prunus.blocks import compile_blocks_, longest
 from prunus.data import (
     Augment,
     ImageBatches,
@@ -297,10 +297,10 @@ def _text_parts(recipe: EncoderRecipe) -> tuple[Sentences, Sentences, Sentences 
 
     asked, folder = recipe.texts, Path(recipe.model).expanduser()
     tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
-    longest = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or asked.length)
+    most = min(tokenizer.model_max_length, longest(config) or asked.length)
 
     def read(split: str | None, names: Sequence[str]) -> Sentences:
-        columns, length = asked.columns, min(asked.length, longest)
+        columns, length = asked.columns, min(asked.length, most)
         return read_sentences(
             asked.source, tokenizer, asked.aim, columns, label=asked.label, split=split, length=length, names=names
         )
