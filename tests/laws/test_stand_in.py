@@ -67,7 +67,7 @@ class Recordings(list[Played]):
 def addresses(played: Played) -> list[int]:
     """Where the tensors lie that a recorded step reads, besides its batch: those of a real one may not move."""
     run: Any = played.recorded.__self__  # pyright: ignore[reportFunctionMemberAccess]
-    optimizer = run.stepper.optimizer
+    optimizer = run.optimizer
     rates = [group["lr"] for group in optimizer.param_groups]
     state = [value for each in optimizer.state.values() for value in each.values()]
     return [each.data_ptr() for each in (*run.model.parameters(), *run.model.buffers(), *rates, *state)]

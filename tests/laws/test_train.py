@@ -1,13 +1,14 @@
 """Laws of the training loop and of learning-rate schedules."""
 
+import copy
 import itertools
+import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch import nn
 
 from prunus.during import GMP, RigL
@@ -321,7 +322,6 @@ def test_precisions_follow_each_other_in_one_process():
 
 
 def test_threads_train_at_once_and_find_what_they_find_alone():
-    AcceleratorState._reset_state(reset_partial_state=True)
     alone = [Net(dropout=0.0, seed=seed) for seed in range(4)]
     at_once = [Net(dropout=0.0, seed=seed) for seed in range(4)]
     with ThreadPoolExecutor(4) as pool:
@@ -329,6 +329,48 @@ def test_threads_train_at_once_and_find_what_they_find_alone():
     for one, other in zip(alone, at_once, strict=True):
         run(one)
         assert equal(one, other)
+
+
+def test_a_training_during_another_changes_nothing_of_it():
+    """Of another precision and accumulation, at any moment of it, as threads of one process may be."""
+    asked = {"accumulate": 2, "clip": 0.5, "precision": "bf16"}
+    alone, beside = Net(dropout=0.0), Net(dropout=0.0)
+    run(alone, **asked)
+
+    def disturbed(step: int):
+        run(Net(dropout=0.0, seed=1), steps=2, accumulate=1 + step % 3)
+        return batches(step)
+
+    run(beside, disturbed, **asked)
+    assert equal(alone, beside)
+
+
+def test_training_leaves_the_environment_as_it_is(monkeypatch: pytest.MonkeyPatch):
+    """A thread that writes there may not run beside one of torch's, which reads there: that ends the process."""
+    model = Net()
+    run(model, steps=1)  # what is imported late may say something there
+    written = []
+    for name in ("putenv", "unsetenv"):
+        monkeypatch.setattr(os, name, lambda *what: written.append(what))
+    for precision in ("fp32", "bf16"):
+        run(model, steps=2, accumulate=2, precision=precision)
+    assert not written
+
+
+def test_a_copy_made_in_training_runs_itself():
+    model, copies, seen = Net(dropout=0.0), [], []
+
+    def served(step: int):
+        copies.append(copy.deepcopy(model))
+        with torch.no_grad():
+            copies[-1].second.weight.zero_()
+            copies[-1].second.bias.zero_()
+            seen.append(copies[-1](batches(step)[0]))
+        return batches(step)
+
+    run(model, served, steps=2, precision="bf16")
+    assert all(out.dtype == torch.float32 and not out.any() for out in seen)
+    assert "forward" not in vars(model)
 
 
 def test_a_model_trained_again_is_in_its_new_precision():

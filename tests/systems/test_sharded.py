@@ -16,8 +16,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import DistributedType
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -234,18 +232,6 @@ def rank_trains(kind: str, folder: Path) -> Any:
     return model
 
 
-def as_on_gpus() -> None:
-    """Lets accelerate take the way for FSDP2, which it has for GPUs alone."""
-    own = AcceleratorState.__init__
-
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        own(self, *args, **kwargs)
-        if asked() and kwargs.get("fsdp_plugin") is not None:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, kwargs["fsdp_plugin"]
-
-    AcceleratorState.__init__ = init  # type: ignore[method-assign]
-
-
 def rank_fails(folder: Path) -> None:
     """One rank's error ends its part without waiting for the other; an error that both have gives the weights back."""
     torch.manual_seed(0)
@@ -340,7 +326,6 @@ def rank(what: Callable[[Path], dict[str, Any]], folder: Path) -> None:
     """One of the two: does it, and the main one saves what both ended with."""
     ranks.join(torch.device("cpu"))
     next_token._ENTRIES = ENTRIES
-    as_on_gpus()
     ends = {name: model.state_dict() for name, model in what(folder).items()}
     everyone: list[Any] = [None, None]
     dist.all_gather_object(everyone, ends)

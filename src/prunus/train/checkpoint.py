@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -40,9 +39,9 @@ class Checkpoint:
 
     path: Path | None
     plan: dict[str, Any]
-    accelerator: Accelerator
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None
     methods: Sequence[nn.Module]
     watched: Watched
     shared: bool
@@ -76,9 +75,9 @@ class Checkpoint:
             method.load_state_dict(stored)
         self.watched.load_state(state["watched"])
         self.optimizer.load_state_dict(_placed(state["optimizer"], self.optimizer))
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        set_random_state(state["random"][self.accelerator.process_index])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        set_random_state(state["random"][ranks.index() if self.shared else 0])
         _logger.info("Resuming from %s after step %d.", self.path, state["step"])
         return state["step"], state["trace"]
 
@@ -89,7 +88,7 @@ class Checkpoint:
         random = gather_object([random_state()]) if self.shared else [random_state()]
         tensors = {name: self._on_host(tensor.detach()) for name, tensor in resumable(self.model).items()}
         stepped = tree_map_only(Tensor, self._on_host, self.optimizer.state_dict())
-        if self.accelerator.is_main_process:
+        if ranks.is_main():
             state = {
                 "plan": self.plan,
                 "by": self._by,
@@ -99,7 +98,7 @@ class Checkpoint:
                 "methods": [method.state_dict() for method in self.methods],
                 "watched": self.watched.state(),
                 "optimizer": stepped,
-                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
+                "scaler": self.scaler.state_dict() if self.scaler is not None else None,
                 "random": random,
             }
             with atomic(self.path) as partial:
@@ -107,7 +106,7 @@ class Checkpoint:
                     torch.save(state, partial)
                 except RuntimeError as error:  # torch's own, where the system refuses to write
                     raise OSError(f"{self.path} cannot be written ({error}): is the disk full?") from error
-        self.accelerator.wait_for_everyone()
+        ranks.wait()
 
     @property
     def _stateful(self) -> list[nn.Module]:
@@ -121,7 +120,7 @@ class Checkpoint:
     def _on_host(self, tensor: Tensor) -> Tensor:
         """Gathered from all ranks, and kept by the one that writes: no device ever holds more than one in full."""
         gathered = whole(tensor)
-        return gathered.cpu() if self.accelerator.is_main_process else torch.empty(0)
+        return gathered.cpu() if ranks.is_main() else torch.empty(0)
 
 
 def held(optimizer: torch.optim.Optimizer, masks: Masks | None) -> dict[str, Any]:

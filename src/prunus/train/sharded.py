@@ -62,6 +62,21 @@ def sharded(model: nn.Module, optimizer: torch.optim.Optimizer) -> Generator[nn.
         optimizer.state.clear()
 
 
+@contextmanager
+def unsent(twin: nn.Module) -> Generator[None]:
+    """Context in which gradients of a sharded twin stay where they are formed; those of another model always do."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if not isinstance(twin, FSDPModule):
+        yield
+        return
+    twin.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        twin.set_requires_gradient_sync(True)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor, gathered from all ranks, each of which has to ask; an ordinary one itself."""
     from torch.distributed.tensor import DTensor

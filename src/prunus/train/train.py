@@ -1,4 +1,4 @@
-"""The one training loop, on accelerate: for language models, classifiers, adapters and single blocks alike.
+"""The one training loop: for language models, classifiers, adapters and single blocks alike.
 
 A step t is a pure function of the state before it: its batches are `batches(t * accumulate + i)`, its learning rates
 the groups' own times `lr(t)`. So a checkpoint (trainables, optimizer, methods, step, random state) resumes bit for bit.
@@ -14,23 +14,24 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import send_to_device, slice_tensors
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from prunus.layers import View, find_layers
-from prunus.machine import Precision, class_logits, in_mode, ranks
+from prunus.machine import Precision, autocast, class_logits, in_mode, ranks
 from prunus.train.capture import Capture, CapturedStep, Kept, captures, set_rates_, settled
 from prunus.train.checkpoint import Checkpoint, Clock, held, resumable
 from prunus.train.hooks import During, Plan
 from prunus.train.next_token import next_token_loss
-from prunus.train.prepared import make_accelerator, prepared
-from prunus.train.sharded import asked
+from prunus.train.prepared import prepared
+from prunus.train.sharded import asked, unsent
 from prunus.train.watch import Watch, Watched
 
 if TYPE_CHECKING:
@@ -152,8 +153,10 @@ def train(
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("The model has no parameter that requires gradients: nothing would be trained.")
     device = next(model.parameters()).device
-    accelerator = make_accelerator(precision, accumulate, device)
-    shared = shared and accelerator.num_processes > 1
+    scaler = _scaler(precision, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    shared = shared and ranks.count() > 1
     recorded = captures(capture, model, optimizer, shared=shared, scaled=precision == "fp16")
     if during and shared and asked():
         raise ValueError("Methods that take part in training need whole weights: launch without --use_fsdp.")
@@ -168,20 +171,22 @@ def train(
         raise ValueError("A model is not measured while its weights are sharded: leave out watch, or --use_fsdp.")
     started = time.perf_counter()
     rates = [float(group["lr"]) for group in optimizer.param_groups]
-    wrap = prepared(model, optimizer, accelerator, masks, shared=shared, recorded=recorded)
-    with wrap as (inner, wrapped, stepper), settled(device if recorded else None):
+    wrap = prepared(model, optimizer, masks, precision, shared=shared, recorded=recorded)
+    with wrap as (inner, wrapped), settled(device if recorded else None):
         watched = Watched(watch, lambda: resumable(inner))
         key = {"steps": steps, "accumulate": accumulate, "base_lrs": rates, "precision": precision, "clip": clip}
         key |= watched.plan | ({} if checkpoint is None else held(optimizer, masks))
         path = None if checkpoint is None else Path(checkpoint)
-        saved = Checkpoint(path, key, accelerator, inner, optimizer, during, watched, shared)
+        saved = Checkpoint(path, key, inner, optimizer, scaler, during, watched, shared)
         first, past = saved.load()
-        run = _Run(accelerator, inner, wrapped, stepper, loss, clip, accumulate, tuple(during), shared, recorded)
+        run = _Run(
+            inner, wrapped, optimizer, scaler, loss, precision, clip, accumulate, tuple(during), shared, recorded
+        )
         clock = Clock(save_seconds, first, shared=shared)
         step_of = run.step
         if recorded:
-            how: dict[str, Any] = {"must": capture is True, "agree": ranks.first_said if shared else str}
-            step_of = CapturedStep(run.step, device, done=first, forget=run.forget, **how)
+            agree = ranks.first_said if shared else str
+            step_of = CapturedStep(run.step, device, done=first, forget=run.forget, must=capture is True, agree=agree)
             if isinstance(capture, Kept):
                 kept, step_of = capture.captured is not None, capture.step(step_of, optimizer)
                 warms, some, again = not kept, lambda _: capture.batch, capture.again
@@ -250,15 +255,25 @@ def _check_own_parameters(during: Sequence[During], shared: bool) -> None:
         )
 
 
+def _scaler(precision: Precision, device: torch.device) -> torch.amp.GradScaler | None:
+    """What keeps fp16 gradients in range. Raises ValueError for another word, and for fp16 on a CPU."""
+    if precision not in ("fp32", "bf16", "fp16"):
+        raise ValueError(f"precision is fp32, bf16 or fp16; got {precision!r}.")
+    if precision == "fp16" and device.type == "cpu":
+        raise ValueError("precision='fp16' scales gradients on an accelerator, and this is a CPU; use bf16 or fp32.")
+    return torch.amp.GradScaler(device.type) if precision == "fp16" else None
+
+
 @dataclass(frozen=True)
 class _Run:
     """One optimizer step, and what it needs."""
 
-    accelerator: Accelerator
     model: nn.Module
     wrapped: nn.Module
-    stepper: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None
     loss: Callable[[nn.Module, Any], Tensor]
+    precision: Precision
     clip: float | None
     accumulate: int
     during: tuple[During, ...]
@@ -269,41 +284,58 @@ class _Run:
         """The micro batches of a step, this rank's share of each on the device, and how many tokens all ranks see."""
         device = next(self.model.parameters()).device
         whole = [batches(step * self.accumulate + part) for part in range(self.accumulate)]
-        mine = [send_to_device(_share(each, self.accelerator) if self.shared else each, device) for each in whole]
+        mine = [send_to_device(_share(each) if self.shared else each, device) for each in whole]
         return mine, sum(_tokens(each) for each in whole)
 
     def step(self, parts: list[Any]) -> Tensor:
         """One optimizer step; returns its mean loss (scalar on the device, over all ranks), without penalties."""
-        total = torch.zeros((), device=next(self.model.parameters()).device)
-        for batch in parts:
-            with self.accelerator.accumulate(self.wrapped):
-                with self.accelerator.autocast():  # around the model's own: a teacher runs in here, too
+        device = next(self.model.parameters()).device
+        total = torch.zeros((), device=device)
+        for part, batch in enumerate(parts, 1):
+            with self._sending(last=part == len(parts)):
+                # Around the model's own: a teacher runs in here, too.
+                with nullcontext() if self.precision == "fp32" else autocast(device, self.precision):
                     value = self.loss(self._substituted(), batch)
                 total += value.detach()
                 for method in self.during:
                     penalty = method.penalty()
                     value = value if penalty is None else value + penalty
-                self.accelerator.backward(value)  # divides by `accumulate`
-                if self.accelerator.sync_gradients:
-                    self._before_optimizer()
-                self.stepper.step()
-                if self.accelerator.sync_gradients:
-                    for method in self.during:
-                        method.follow()
-                self.stepper.zero_grad()
+                value = value / self.accumulate
+                (value if self.scaler is None else self.scaler.scale(value)).backward()
+        self._before_optimizer()
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        for method in self.during:
+            method.follow()
+        self.optimizer.zero_grad()
         mean = total / self.accumulate
-        return self.accelerator.reduce(mean, reduction="mean") if self.shared else mean  # pyright: ignore[reportReturnType]
+        if self.shared:
+            ranks.sum_(mean)
+            mean /= ranks.count()
+        return mean
 
     def forget(self) -> None:
-        """Drop what a step left that was begun and not done: gradients, and how many micro batches were counted."""
-        self.stepper.zero_grad()
-        self.accelerator.step = 0
+        """Drop what a step left that was begun and not done: its gradients."""
+        self.optimizer.zero_grad()
+
+    def _sending(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Gradients are sent to the other processes with a step's last micro batch alone."""
+        if last or not self.shared:
+            return nullcontext()
+        if isinstance(self.wrapped, DistributedDataParallel):
+            return self.wrapped.no_sync()
+        return unsent(self.wrapped)
 
     def _before_optimizer(self) -> None:
         if self.shared and self.recorded:  # else a hook of the wrapped model did
             ranks.mean_(each.grad for each in self.model.parameters() if each.grad is not None)
         if self.clip is not None:
-            self.accelerator.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], self.clip)
+            if self.scaler is not None:
+                self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], self.clip)
         for method in self.during:
             method.gradients()
 
@@ -400,15 +432,11 @@ class _Log:
         self.pending = []
 
 
-def _share(batch: Any, accelerator: Accelerator) -> Any:
-    world = accelerator.num_processes
-    if world == 1:
-        return batch
-    rows = _first_tensor(batch).shape[0]
+def _share(batch: Any) -> Any:
+    world, rows = ranks.count(), _first_tensor(batch).shape[0]
     if rows % world:
         raise ValueError(f"A batch of {rows} cannot be shared by {world} processes; use a multiple of {world}.")
-    start = accelerator.process_index * (rows // world)
-    return slice_tensors(batch, slice(start, start + rows // world))
+    return slice_tensors(batch, ranks.share(rows))
 
 
 def _tokens(batch: Any) -> int:
