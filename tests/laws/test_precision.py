@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from prunus.adapt.adapt import adapt
 from prunus.layers import find_layers
-from prunus.machine import Precision, autocast, of_training
+from prunus.machine import Precision, autocast, full_products, of_training
 from prunus.train.next_token import next_token_loss
 from tests.conftest import VOCABULARY, tiny_llama
 
@@ -38,3 +38,18 @@ def test_gradients_differ_from_those_under_autocast_by_rounding(subset: str) -> 
     torch.testing.assert_close(loss, expected, rtol=1e-2, atol=1e-2)
     assert own.dtype == torch.float32
     assert (own - cast).norm() <= 0.05 * cast.norm()
+
+
+def test_products_are_full_until_the_last_thread_has_left() -> None:
+    products = torch.backends.cuda.matmul
+    before, products.fp32_precision = products.fp32_precision, "tf32"
+    try:
+        first, second = full_products(), full_products()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert products.fp32_precision == "ieee"
+        second.__exit__(None, None, None)
+        assert products.fp32_precision == "tf32"
+    finally:
+        products.fp32_precision = before

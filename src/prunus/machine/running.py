@@ -6,6 +6,7 @@ One word for the precision of matrix products serves training, calibration and e
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
@@ -61,20 +62,31 @@ def of_training(model: nn.Module, precision: Precision) -> Precision:
     return "fp32" if precision == "bf16" and stored == {torch.bfloat16} else precision
 
 
+_holding = threading.Lock()
+_outside: list[str] = []  # what the process has set, once for each thread that is inside of `full_products`
+
+
 @contextmanager
 def full_products() -> Generator[None]:
     """While active, products of float32 matrices on CUDA are float32 too, not TF32, whatever the process has set.
+
+    In every thread: what was set is back when the last of them leaves.
 
     >>> with full_products():
     ...     print(torch.backends.cuda.matmul.fp32_precision)
     ieee
     """
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    products = torch.backends.cuda.matmul
+    with _holding:
+        _outside.append(_outside[0] if _outside else products.fp32_precision)
+        products.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+        with _holding:
+            before = _outside.pop()
+            if not _outside:
+                products.fp32_precision = before
 
 
 def product_dtype(weight: Tensor) -> torch.dtype:
