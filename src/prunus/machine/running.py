@@ -63,7 +63,7 @@ def of_training(model: nn.Module, precision: Precision) -> Precision:
 
 
 _holding = threading.Lock()
-_outside: list[str] = []  # what the process has set, once for each thread that is inside of `full_products`
+_outside: list[str | bool] = []  # what the process has set, once for each thread that is inside of `full_products`
 
 
 @contextmanager
