@@ -244,10 +244,13 @@ def find_layers(
 def check_unwrapped(root: nn.Module) -> None:
     """Raises ValueError for a model with adapters in it, ours or peft's: its weights are not all that it computes with.
 
-    And for one that is sharded, of whose weights this process has a part, and one whose lazy layers have none yet.
+    And for one that is sharded, of whose weights this process has a part, one whose lazy layers have none yet, and one
+    of TorchScript.
 
     >>> check_unwrapped(nn.Linear(2, 2))
     """
+    if isinstance(root, torch.jit.ScriptModule):
+        raise ValueError("the model is of TorchScript, whose modules cannot be looked into: prune it before torch.jit")
     adapter = imported("peft.tuners.tuners_utils", "BaseTunerLayer")
     shard = imported("torch.distributed.tensor", "DTensor")
     adapted = imported("prunus.adapt.adapters", "Factors") + imported("prunus.adapt.sites", "Cast")

@@ -338,7 +338,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Linear(in_features=2, out_features=2, bias=True)
     """
     parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-    inner = model._modules.get("module" if parallel else "_orig_mod")
+    inner = dict(model.named_children()).get("module" if parallel else "_orig_mod")
     return model if inner is None else unwrapped(inner)
 
 

@@ -280,6 +280,15 @@ def test_a_model_that_is_adapted_is_pruned_when_it_is_merged(train: str):
     assert prune(model, magnitude, sparsity=0.5).sparsity == 0.5
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_model_of_torchscript_is_refused_and_masked():
+    model = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    with pytest.raises(ValueError, match=r"of TorchScript.*prune it before torch\.jit"):
+        prune(model, magnitude, sparsity=0.5)
+    Masks({"0.weight": torch.zeros(4, 4, dtype=torch.bool)}).apply_(model)
+    assert not model[0].weight.any()
+
+
 @pytest.mark.parametrize("asked", [magnitude, wanda])
 def test_a_model_without_weights_is_refused(asked):
     with torch.device("meta"):

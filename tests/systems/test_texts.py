@@ -103,6 +103,12 @@ def test_one_text_is_measured_in_any_form_that_a_text_has(text_file: Path, tmp_p
     assert len(set(found.values())) == len(found)
 
 
+def test_a_misspelt_key_of_one_text_is_named(text_file: Path, tmp_path: Path):
+    data = {"source": str(text_file), "splt": "test"}
+    with pytest.raises(ValueError, match=r"unknown key 'evaluate\.data\.text\.splt'; did you mean 'split'"):
+        recipe(Path("embedded"), str(text_file), tmp_path, evaluate={"data": data})
+
+
 @pytest.mark.parametrize("section", ["calibrate", "retrain", "evaluate"])
 def test_a_text_that_is_too_short_is_refused_before_the_model_runs(
     tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: str

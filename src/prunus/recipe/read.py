@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, TypeVar, cast, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -18,7 +18,6 @@ from prunus.recipe.encoder import EncoderRecipe
 from prunus.recipe.language import LanguageRecipe
 from prunus.recipe.plain import Strict, meant, read_yaml
 from prunus.recipe.shared import Recipe
-from prunus.recipe.texts import Data
 
 __all__ = ["data_changes", "data_key", "load_recipe", "merge", "parse", "schema_of_recipes"]
 
@@ -122,7 +121,7 @@ def _line(item: Any, model: type[BaseModel]) -> str:
 def _wanted(error: str, path: Sequence[str], model: type[BaseModel]) -> str:
     """What to give where something of another kind stands, in the words of YAML; "" for other errors."""
     if error == "model_type":
-        keys = _fields(model, path)[:4] or list(Data.model_fields)[:1]  # those of a named text are no field's own
+        keys = _fields(model, path)[:4]
         return f"give a section, a mapping with keys such as {', '.join(keys)}"
     return {"dict_type": "give a mapping, {name: value}", "tuple_type": "give a list"}.get(error, "")
 
@@ -144,11 +143,16 @@ def _hint(path: Sequence[str], model: type[BaseModel]) -> str:
 
 
 def _fields(model: Any, path: Sequence[str]) -> list[str]:
+    """The keys of the section at a path, in which a name stands where sections are named."""
+    named = False
     for part in path:
+        if named:
+            named = False
+            continue
         field = getattr(model, "model_fields", {}).get(part)
         if field is None:
             return []
         options = [field.annotation, *get_args(field.annotation)]
         models = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
-        model = models[0] if models else model
+        model, named = models[0] if models else model, bool(models) and get_origin(field.annotation) is dict
     return list(getattr(model, "model_fields", {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -107,6 +108,7 @@ class Pace(Strict):
     seconds: Positive = 2.0
 
 
+_LIKE = 0.75  # "splt" is like split, "target" not like part
 _TasksForm = str | list[str] | dict[str, str | None]
 
 
@@ -116,9 +118,14 @@ def _tasks(value: Any) -> Any:
     return {str(name).strip(): None for name in names} if isinstance(names, (list, tuple)) else names
 
 
+def _is_key(name: Any) -> bool:
+    """Whether a name is a key of a text, or was meant to be one: then the error says so, and no text is opened."""
+    return bool(difflib.get_close_matches(str(name), Data.model_fields, 1, _LIKE))
+
+
 def _texts(value: Any) -> Any:
     """Names and their texts; of one text, in any form that a text has, the name is that of its file."""
-    source = value.get("source") if isinstance(value, dict) and value.keys() <= Data.model_fields.keys() else value
+    source = value.get("source") if isinstance(value, dict) and all(map(_is_key, value)) else value
     if isinstance(source, str):
         return {Path(source).stem: value}
     return {"mixture": value} if isinstance(value, list) else value
