@@ -26,6 +26,10 @@ LATE: list[tuple[dict[str, Any], str]] = [  # what an empty model, the tokenizer
     ({"calibrate.samples": 100000}, "calibrate.data: 100000 calibration windows"),
     ({"retrain.train": ["biases"]}, "'biases' is empty in LlamaForCausalLM"),
     ({"retrain.rank": 33}, r"retrain.rank: 33 is above min\(out, in\) of every layer; set it to 32 or less"),
+    (
+        {"prune.include": ["*"], "retrain.train": ["head", "mask_lora"]},
+        "retrain.train: 'lm_head' would be trained by 'head' and by its adapter",
+    ),
     ({"reconstruct.rank": 64, "reconstruct.train": ["mask_lora"]}, "reconstruct.rank: 64"),
     ({"reconstruct.train": ["head"]}, "'head' is empty in LlamaDecoderLayer"),
     ({"reconstruct.train": ["norms"], "reconstruct.window": "half"}, "'norms' is empty in LlamaAttention"),
@@ -145,6 +149,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
             "2 steps cannot be split over 3 phases",
         ),
         ({"retrain": {"steps": 2, "train": ["mask_lora"], "rank": 65}}, "retrain.rank: 65 is above .* to 64 or less"),
+        ({"retrain": {"steps": 2, "train": ["head"]}}, "'head' is empty in Sequential"),
         ({"train": {"augment": {"cutout": 9}}}, "train.augment.cutout: 9 pixels leave nothing .* 8 x 8; set it to 8"),
         (
             {"retrain": {"steps": 2}, "soup": {"vary": {"augment": [{}, {"crop": 9}, {"crop": 1}]}}},

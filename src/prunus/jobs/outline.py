@@ -1,6 +1,6 @@
 """What a run will do, as its recipe and an empty model say it: checked before every run, told by `--dry-run`.
 
-    recipe, model on the meta device ─▶ check_pruning, check_rank        refused before a weight is read
+    recipe, model on the meta device ─▶ check_pruning, check_adapting    refused before a weight is read
                                      ─▶ outline_*: layers by kind, what is trained, tokens or images, memory, files
 
 Memory and bytes are estimates of what is counted here: weights, statistics, states of the optimizer; not activations.
@@ -35,9 +35,9 @@ from prunus.soup import phase_sparsities
 
 __all__ = [
     "Outline",
+    "check_adapting",
     "check_language",
     "check_pruning",
-    "check_rank",
     "kind_of",
     "outline_classifier",
     "outline_language",
@@ -100,7 +100,7 @@ def check_language(recipe: LanguageRecipe, model: Any) -> list[View]:
         add_biases(model)
     for key, asked in (("reconstruct", recipe.reconstruct), ("train", recipe.train), ("retrain", recipe.retrain)):
         if asked is not None:
-            _check_adapting(key, asked, model, views)
+            check_adapting(key, asked, model, views, whole=key != "reconstruct")
     if recipe.reconstruct is not None:
         check_fit(model, views, recipe.reconstruct.train, recipe.reconstruct.window)
     if recipe.shrink is not None:
@@ -113,21 +113,26 @@ def check_language(recipe: LanguageRecipe, model: Any) -> list[View]:
     return views
 
 
-def _check_adapting(key: str, asked: Adapting, model: nn.Module, views: Sequence[View]) -> None:
+def check_adapting(
+    key: str, asked: Adapting | ClassifierRetrain, model: nn.Module, views: Sequence[View], *, whole: bool = True
+) -> None:
+    """Raise ValueError for what cannot be trained of an empty model whose `views` are pruned.
+
+    That is subsets that it does not have, weights that would be trained and adapted at once, and adapters of a rank
+    that no layer has. whole: the model is trained as one, not by blocks, whose subsets `check_fit` looks for.
+    """
     from prunus.adapt import ADAPTERS, find_subset
 
-    for name in asked.train:
-        if name not in ADAPTERS and key != "reconstruct":
-            find_subset(model, name)
-    check_rank(key, asked, views)
-
-
-def check_rank(key: str, asked: Adapting | ClassifierRetrain, views: Sequence[View]) -> None:
-    """Raise ValueError for adapters of a rank that no layer has."""
-    from prunus.adapt import ADAPTERS
-
+    adapted = {view.parameter: view.name for view in views} if set(asked.train) & set(ADAPTERS) else {}
+    for name in (each for each in asked.train if whole and each not in ADAPTERS):
+        twice = next((adapted[each] for each in find_subset(model, name) if each in adapted), None)
+        if twice is not None:
+            raise ValueError(
+                f"{key}.train: {twice!r} would be trained by {name!r} and by its adapter: leave out one of the two, or "
+                "name it in prune.exclude"
+            )
     most = max((min(view.shape) for view in views), default=0)
-    if asked.rank > most and set(ADAPTERS) & set(asked.train):
+    if adapted and asked.rank > most:
         raise ValueError(f"{key}.rank: {asked.rank} is above min(out, in) of every layer; set it to {most} or less")
 
 

@@ -339,7 +339,7 @@ def _train(asked: Training, base: Job, job: Job, store: Store) -> dict[str, Any]
         steps=steps,
         part=asked.phase + 1,
         lr=peak,
-        masks=masks if adaptation is None else None,
+        masks=masks if adaptation is None else adaptation.held,
         during=[swa] if swa is not None else [],
         loss=_taught(asked, base, store),
         checkpoint=store.checkpoint(job),
