@@ -102,6 +102,22 @@ def test_the_plan_of_pruning_counts_what_a_criterion_holds(raw: dict[str, Any], 
     assert found.rows["memory, cpu, pruning"].startswith(f"{(block + 4 * held) / 1e6:.3g} MB for a block")
 
 
+def test_the_plan_of_a_method_names_no_criterion(raw: dict[str, Any]) -> None:
+    text = raw["retrain"].pop("data")
+    changes = {"prune.sparsity": 0.5, "during": "gmp", "train": {"data": text, "steps": 20, "length": 16}}
+    found = planned(parse(merge(raw | {"retrain": None}, changes), Recipe, "recipe"))
+    assert found.rows["pruned"].endswith("to 50.00% zeros, unstructured, by gmp")
+    assert {row["zeros"] for row in found.layers} == {"by gmp"}
+    images = {"images": "digits", "model": "resnet8", "train": {"epochs": 2, "warmup": 0}, "out": "run"}
+    for asked, way, zeros in (
+        ({"during": "gmp", "prune": {"sparsity": 0.5}}, "unstructured, by gmp", "by gmp"),
+        ({"during": "maskllm", "prune": {"pattern": "2:4", "exclude": ["stem"]}}, "2:4, by maskllm", "50.0%"),
+    ):
+        plan = classifiers.planned(parse(images | asked, Recipe, "recipe"))
+        assert plan.rows["pruned"].endswith(f"to 50.00% zeros, {way}")
+        assert {row["zeros"] for row in plan.layers} == {zeros}
+
+
 def test_a_dry_run_makes_the_empty_model_once(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
     empty = stages.empty_model

@@ -144,7 +144,7 @@ def outline_language(recipe: LanguageRecipe, model: Any, texts: Mapping[str, int
     pruned = sum(view.shape[0] * view.shape[1] for view in views)
     names = find_blocks(model)
     calibrated = recipe.calibrate.samples * recipe.calibrate.length
-    way = _way(prune) if recipe.during is None else f"{prune.pattern}, by {next(iter(recipe.during))}"
+    way = _way(prune, recipe.during)
     rows = {
         "model": f"{recipe.model}: {_many(total)} parameters in {len(names)} blocks",
         "pruned": f"{len(views)} layers, {_many(pruned)} weights to {prune.sparsity:.2%} zeros, {way}",
@@ -168,7 +168,7 @@ def outline_language(recipe: LanguageRecipe, model: Any, texts: Mapping[str, int
     files = {"model/": weights, "model/masks.safetensors": pruned / 8} if recipe.save else {}
     files |= {f"members/ ({members})": members * weights} if members > 1 and recipe.save else {}
     files |= {"work/, until it is done": weights + 12 * trained}
-    return Outline(_kinds(views, prune), rows, files)
+    return Outline(_kinds(views, prune, recipe.during), rows, files)
 
 
 def outline_classifier(recipe: ClassifierRecipe, setting: Any, retrained: int) -> Outline:
@@ -194,9 +194,9 @@ def outline_classifier(recipe: ClassifierRecipe, setting: Any, retrained: int) -
     if recipe.prune is not None:
         views, prune = check_pruning(model, recipe.prune), recipe.prune
         pruned = sum(view.shape[0] * view.shape[1] for view in views)
-        how = f"zeros, {_way(prune)}" if prune.kind == "zeros" else f"fewer, by {prune.kind}"
+        how = f"zeros, {_way(prune, recipe.during)}" if prune.kind == "zeros" else f"fewer, by {prune.kind}"
         rows["pruned"] = f"{len(views)} layers, {_many(pruned)} weights to {prune.sparsity:.2%} {how}"
-        layers = _kinds(views, prune)
+        layers = _kinds(views, prune, recipe.during)
         if retrained:
             rows["retraining"] = f"{retrained:,} steps, {retrained / steps:.3g} epochs{_times(prune.phases, members)}"
     used = f"{size_in_words(_STATE * total)} for training, {size_in_words(kept)} of {recipe.keyed}"
@@ -249,20 +249,21 @@ def _times(phases: int, members: int) -> str:
     return (f", over {phases} phases" if phases > 1 else "") + (f", each of {members} members" if members > 1 else "")
 
 
-def _kinds(views: Iterable[View], asked: Prune) -> list[dict[str, Any]]:
+def _kinds(views: Iterable[View], asked: Prune, during: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """A row for layers of one name but for numbers, and one shape."""
     found: dict[tuple[str, tuple[int, int]], int] = {}
     for view in views:
         kind = kind_of(view.name)
         found[kind, view.shape] = found.get((kind, view.shape), 0) + 1
-    alike = asked.sharing().reads == ""
+    alike = f"{asked.sparsity:.1%}" if asked.sharing().reads == "" else "by the allocation"
+    zeros = alike if during is None or asked.where().sparsity is not None else f"by {next(iter(during))}"
     return [
         {
             "layers": kind,
             "out x in": " x ".join(map(str, shape)),
             "count": count,
             "weights": _many(count * shape[0] * shape[1]),
-            "zeros": f"{asked.sparsity:.1%}" if alike else "by the allocation",
+            "zeros": zeros,
         }
         for (kind, shape), count in found.items()
     ]
@@ -273,7 +274,9 @@ def kind_of(name: str) -> str:
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", re.sub(r"\[\d+\]$", "[*]", name))
 
 
-def _way(asked: Prune) -> str:
+def _way(asked: Prune, during: Mapping[str, Any] | None) -> str:
+    if during is not None:
+        return f"{asked.pattern}, by {next(iter(during))}"
     return f"{asked.how().name}, {asked.where()}, {asked.sharing().name}"
 
 

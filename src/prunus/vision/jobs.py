@@ -242,9 +242,10 @@ def forks_after(setting: Setting) -> int:
 
 
 def _method(recipe: ClassifierRecipe) -> tuple[str, Any]:
-    """The name of the method that prunes while training, and itself, with the run's seed if it takes one."""
+    """The name of the method that prunes while training, and itself, with the run's seed and pattern if it takes any."""
     name, options = next(iter((recipe.during or {}).items()))
-    return name, methods.make({name: dict(options)}, given(recipe.prune).sparsity, seed=recipe.seed)
+    asked = given(recipe.prune)
+    return name, methods.make({name: dict(options)}, asked.sparsity, seed=recipe.seed, pattern=asked.pattern)
 
 
 def _train_dense(recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str, Any]:
