@@ -242,7 +242,7 @@ def forks_after(setting: Setting) -> int:
 
 
 def _method(recipe: ClassifierRecipe) -> tuple[str, Any]:
-    """The name of the method that prunes while training, and itself, with the run's seed and pattern if it takes any."""
+    """The name of the method that prunes while training, and itself, with the run's seed and pattern if it has one."""
     name, options = next(iter((recipe.during or {}).items()))
     asked = given(recipe.prune)
     return name, methods.make({name: dict(options)}, asked.sparsity, seed=recipe.seed, pattern=asked.pattern)
@@ -342,6 +342,7 @@ def _train(asked: Training, base: Job, job: Job, store: Store) -> dict[str, Any]
         lr=peak,
         masks=masks if adaptation is None else adaptation.held,
         during=[swa] if swa is not None else [],
+        views=() if adaptation is not None else None,  # adapters hide layers, and no method that goes on asks for any
         loss=_taught(asked, base, store),
         checkpoint=store.checkpoint(job),
     )
