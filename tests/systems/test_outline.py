@@ -102,6 +102,13 @@ def test_the_plan_of_pruning_counts_what_a_criterion_holds(raw: dict[str, Any], 
     assert found.rows["memory, cpu, pruning"].startswith(f"{(block + 4 * held) / 1e6:.3g} MB for a block")
 
 
+def test_the_plan_of_a_smaller_model_says_what_goes(raw: dict[str, Any]) -> None:
+    assert "shrunk" not in planned(parse(raw, Recipe, "recipe")).rows
+    shrink = {"shrink.blocks": 1, "shrink.neurons": 0.25, "shrink.vocabulary": raw["calibrate"]["data"]}
+    found = planned(parse(merge(raw, shrink), Recipe, "recipe")).rows["shrunk"]
+    assert found == "blocks 1, neurons 0.25, vocabulary go first; all counts here are of the model as it is"
+
+
 def test_the_plan_of_a_method_names_no_criterion(raw: dict[str, Any]) -> None:
     text = raw["retrain"].pop("data")
     changes = {"prune.sparsity": 0.5, "during": "gmp", "train": {"data": text, "steps": 20, "length": 16}}

@@ -150,6 +150,9 @@ def outline_language(recipe: LanguageRecipe, model: Any, texts: Mapping[str, int
         "pruned": f"{len(views)} layers, {_many(pruned)} weights to {prune.sparsity:.2%} zeros, {way}",
         "calibration": f"{recipe.calibrate.samples} windows of {recipe.calibrate.length}: {_many(calibrated)} tokens",
     }
+    if recipe.shrink is not None:
+        gone = [f"{key} {value}" if isinstance(value, (int, float)) else key for key, value in recipe.shrink if value]
+        rows["shrunk"] = f"{', '.join(gone)} go first; all counts here are of the model as it is"
     trained, members = 0, 1 if recipe.soup is None else recipe.soup.members
     if recipe.reconstruct is not None:
         rows["reconstruction"] = f"{', '.join(recipe.reconstruct.train)}, {recipe.reconstruct.steps} steps a block"
