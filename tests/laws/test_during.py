@@ -19,6 +19,7 @@ from prunus import during
 from prunus.during.choose import keep_allocated, keep_global
 from prunus.during.schedule import cubic, sparsity_after
 from prunus.during.topology import exchange
+from prunus.frankwolfe import SFW, ProximalSGD, k_support
 from prunus.layers import View, find_layers
 from prunus.masks import Masks
 from prunus.patterns.selection import kept_of
@@ -489,6 +490,26 @@ def test_what_is_learnt_is_reported(name):
     run(make_model(), exact)
     assert exact.finish().sparsity != masks.sparsity
     assert float(exact.reached) == pytest.approx(masks.sparsity)
+
+
+@pytest.mark.parametrize("name", ["STR", "CS", "DST"])
+def test_what_an_optimizer_does_to_weights_is_not_done_to_what_is_learnt(name):
+    """Decoupled decay, proximal steps and feasible sets are of weights; STR's thresholds decay as its weights do."""
+    makers = {
+        "decoupled": lambda p: SFW(p, lr=0.1, decoupled_decay=0.5),
+        "proximal": lambda p: ProximalSGD(p, lr=0.1, proximal="groups", strength=10.0),
+        "feasible": lambda p: SFW(p, lr=0.1, constraint=k_support(0.5, radius=1.0), joint=True),
+    }
+    for kind, make in makers.items():
+        model = make_model()
+        optimizer, method = make(model.parameters()), make_method(name)
+        method.attach(model, optimizer, Plan(STEPS, STEPS, tuple(find_layers(model))))
+        for each in method.parameters():
+            each.data.fill_(1.0)
+            each.grad = torch.zeros_like(each)
+        optimizer.step()
+        left = 1 - 0.1 * 0.5 if (name, kind) == ("STR", "decoupled") else 1.0
+        assert all(each.eq(left).all() for each in method.parameters()), kind
 
 
 def test_an_empty_layer_starts_anew():

@@ -127,6 +127,9 @@ def test_wrong_choices_are_refused_with_those_there_are(value: Any, message: str
         ({"during": {"gmp": {"every": 2}}}, r"no pruning fits .* every=2\.0"),
         ({"during": {"dpf": {"stop": 2}}}, r"start < stop <= 1.* stop=2\.0"),
         ({"during": {"str": {"weight_decay": -1}}}, r"STR needs .* weight_decay=-1\.0"),
+        ({"during": {"elsa": {"pattern": "2:4"}}}, r"during\.elsa\.pattern: .*set prune\.pattern"),
+        ({"during": "gmp", "prune": {"pattern": "2:4"}}, r"prune\.pattern: gmp prunes single entries"),
+        ({"during": "gmp", "prune": {"scope": "layer"}}, r"prune\.scope: a method that prunes"),
         *(
             ({"during": {name: {"lr": -1}}}, rf"{name.upper()} needs lr above 0.*lr=-1\.0")
             for name in ("str", "cs", "dst")

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from prunus.adapt.adapt import adapt
 from prunus.blocks.recompute import recomputed
+from prunus.during import CS, DPF, STR
 from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.train import next_token
@@ -147,6 +148,19 @@ class Largest(TorchDispatchMode):
         made = [each for each in tree_leaves(out) if isinstance(each, Tensor)]
         self.entries = max([self.entries, *(each.untyped_storage().nbytes() // each.itemsize for each in made)])
         return out
+
+
+@pytest.mark.parametrize("method", [DPF, STR, CS])
+def test_a_head_that_a_method_replaces_has_the_plain_gradients(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(1))
+    found: list[Tensor] = []
+    for entries in (1 << 25, 64 * 5):
+        monkeypatch.setattr(next_token, "_ENTRIES", entries)
+        model = tiny_llama()
+        optimizer, views = torch.optim.SGD(model.parameters(), lr=0.5), find_layers(model, include=["*"])
+        train(model, lambda _: ids, optimizer, lambda _: 1.0, steps=2, during=[method(0.5)], views=views)
+        found.append(model.lm_head.weight.detach())
+    assert torch.allclose(*found, atol=1e-6)
 
 
 def test_logits_never_exist_in_full(monkeypatch: pytest.MonkeyPatch) -> None:

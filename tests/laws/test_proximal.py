@@ -16,6 +16,7 @@ from prunus.frankwolfe.proximal import (
     shrink_singular_values,
 )
 from prunus.frankwolfe.sets import Ball, Groups, Lp, Spectrum
+from prunus.masks import Masks
 from prunus.train.train import classification_loss, train
 
 
@@ -207,6 +208,22 @@ def test_nuclear_steps_beside_sgd_are_proximal_sgd(layout, every):
                     weight.copy_(shrink_singular_values(weight.flatten(1), 4 * 0.05 * 0.1).view(weight.shape))
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_nuclear_steps_leave_zeros_where_masks_hold_them():
+    model, x = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)), random(8, 6)
+    masks = Masks({name: random(*model.get_parameter(name).shape) > 0 for name in ("0.weight", "1.weight")})
+    train(
+        model,
+        lambda step: (x, torch.arange(8) % 3),
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        lambda step: 1.0,
+        steps=3,
+        loss=classification_loss(),
+        masks=masks,
+        during=[NuclearSteps(0.1)],
+    )
+    masks.check(model)
 
 
 def test_what_is_out_of_range_is_refused():

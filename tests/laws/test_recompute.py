@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prunus.adapt.adapt import adapt
 from prunus.blocks import recompute
 from prunus.blocks.recompute import kept_blocks, recomputed
+from prunus.during import CS, DNW, DPF, DST, STR, MaskLLM
 from prunus.layers import find_layers
 from prunus.train.next_token import next_token_loss
 from prunus.train.train import train
@@ -111,6 +113,18 @@ def test_a_run_ends_with_the_same_bits(spare: int | Literal["free"]) -> None:
 
     one, other = run(spare), run(0)
     assert all(torch.equal(each, other.get_parameter(name)) for name, each in one.named_parameters())
+
+
+@pytest.mark.parametrize("method", [DPF, STR, CS, DST, DNW, MaskLLM])
+def test_a_block_runs_again_with_the_weights_that_a_method_put_in_place(method: Any) -> None:
+    found: list[dict[str, Tensor]] = []
+    for again in (False, True):
+        model = tiny_llama()
+        optimizer, during = torch.optim.SGD(model.parameters(), lr=0.5), [method(0.5)]
+        with recomputed(model) if again else nullcontext():
+            train(model, lambda _: tokens(), optimizer, lambda _: 1.0, steps=4, accumulate=2, during=during)
+        found.append(dict(model.state_dict()) | dict(during[0].state_dict()))
+    assert all(torch.equal(each, found[1][name]) for name, each in found[0].items() if "reached" not in name)
 
 
 def test_without_room_everything_is_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from prunus.adapt.adapt import SUBSETS, Adaptation, adapt
 from prunus.adapt.adapters import EffectiveLinear
 from prunus.layers import View, find_layers
 from prunus.masks import Masks
+from tests.conftest import tiny_llama
 from tests.systems.test_families import FAMILIES, VOCAB
 
 IDS = torch.arange(20).view(2, 10)
@@ -346,6 +347,17 @@ def test_optimizer_groups_and_shares() -> None:
     torch.optim.AdamW(list(groups.values()))
     with pytest.raises(ValueError, match="'head', which is not trained; trained are biases, norms, mask_lora"):
         adaptation.param_groups(0.1, {"head": 1.0})
+
+
+def test_what_is_pruned_and_trained_itself_is_named() -> None:
+    model = tiny_llama()
+    views = find_layers(model, include=["*"])
+    masks = _pruned(model, views)
+    adaptation = adapt(model, ["norms", "head"], masks=masks, views=views)
+    assert adaptation.held is not None
+    assert list(adaptation.held) == ["model.embed_tokens.weight"]
+    adaptation.merge_()
+    assert adapt(model, ["norms", "mask_lora"], masks=masks, views=views, rank=2).held is None
 
 
 def test_many_zeros_without_a_mask_are_told(caplog: pytest.LogCaptureFixture) -> None:

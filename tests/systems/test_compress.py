@@ -80,6 +80,17 @@ def test_the_job_prunes_retrains_merges_and_saves(tiny_folder: Path, text_file: 
     assert again["text"] == found["merged"]
 
 
+def test_a_pruned_head_is_retrained_under_its_mask(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = raw(tiny_folder, text_file, tmp_path)
+    changes["prune"] = {"criterion": "magnitude", "include": ["*"]}
+    changes["retrain"] |= {"train": ["norms", "head"], "steps": 3}
+    result = compress(parse(changes, LanguageRecipe, "test"))
+    assert result["perplexity"]["merged"]["text"] < result["perplexity"]["pruned"]["text"]
+    masks = Masks.load(tmp_path / "model" / "masks.safetensors")
+    assert masks["model.embed_tokens.weight"].float().mean() == 0.5
+    masks.check(AutoModelForCausalLM.from_pretrained(tmp_path / "model"))
+
+
 def test_a_finished_run_is_not_repeated_and_another_recipe_is_refused(
     tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,10 @@ LATE: list[tuple[dict[str, Any], str]] = [  # what an empty model, the tokenizer
     ({"calibrate.samples": 100000}, "calibrate.data: 100000 calibration windows"),
     ({"retrain.train": ["biases"]}, "'biases' is empty in LlamaForCausalLM"),
     ({"retrain.rank": 33}, r"retrain.rank: 33 is above min\(out, in\) of every layer; set it to 32 or less"),
+    (
+        {"prune.include": ["*"], "retrain.train": ["head", "mask_lora"]},
+        "retrain.train: 'lm_head' would be trained by 'head' and by its adapter",
+    ),
     ({"reconstruct.rank": 64, "reconstruct.train": ["mask_lora"]}, "reconstruct.rank: 64"),
     ({"reconstruct.train": ["head"]}, "'head' is empty in LlamaDecoderLayer"),
     ({"reconstruct.train": ["norms"], "reconstruct.window": "half"}, "'norms' is empty in LlamaAttention"),
@@ -98,6 +102,29 @@ def test_the_plan_of_pruning_counts_what_a_criterion_holds(raw: dict[str, Any], 
     assert found.rows["memory, cpu, pruning"].startswith(f"{(block + 4 * held) / 1e6:.3g} MB for a block")
 
 
+def test_the_plan_of_a_smaller_model_says_what_goes(raw: dict[str, Any]) -> None:
+    assert "shrunk" not in planned(parse(raw, Recipe, "recipe")).rows
+    shrink = {"shrink.blocks": 1, "shrink.neurons": 0.25, "shrink.vocabulary": raw["calibrate"]["data"]}
+    found = planned(parse(merge(raw, shrink), Recipe, "recipe")).rows["shrunk"]
+    assert found == "blocks 1, neurons 0.25, vocabulary go first; all counts here are of the model as it is"
+
+
+def test_the_plan_of_a_method_names_no_criterion(raw: dict[str, Any]) -> None:
+    text = raw["retrain"].pop("data")
+    changes = {"prune.sparsity": 0.5, "during": "gmp", "train": {"data": text, "steps": 20, "length": 16}}
+    found = planned(parse(merge(raw | {"retrain": None}, changes), Recipe, "recipe"))
+    assert found.rows["pruned"].endswith("to 50.00% zeros, unstructured, by gmp")
+    assert {row["zeros"] for row in found.layers} == {"by gmp"}
+    images = {"images": "digits", "model": "resnet8", "train": {"epochs": 2, "warmup": 0}, "out": "run"}
+    for asked, way, zeros in (
+        ({"during": "gmp", "prune": {"sparsity": 0.5}}, "unstructured, by gmp", "by gmp"),
+        ({"during": "maskllm", "prune": {"pattern": "2:4", "exclude": ["stem"]}}, "2:4, by maskllm", "50.0%"),
+    ):
+        plan = classifiers.planned(parse(images | asked, Recipe, "recipe"))
+        assert plan.rows["pruned"].endswith(f"to 50.00% zeros, {way}")
+        assert {row["zeros"] for row in plan.layers} == {zeros}
+
+
 def test_a_dry_run_makes_the_empty_model_once(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
     empty = stages.empty_model
@@ -145,6 +172,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
             "2 steps cannot be split over 3 phases",
         ),
         ({"retrain": {"steps": 2, "train": ["mask_lora"], "rank": 65}}, "retrain.rank: 65 is above .* to 64 or less"),
+        ({"retrain": {"steps": 2, "train": ["head"]}}, "'head' is empty in Sequential"),
         ({"train": {"augment": {"cutout": 9}}}, "train.augment.cutout: 9 pixels leave nothing .* 8 x 8; set it to 8"),
         (
             {"retrain": {"steps": 2}, "soup": {"vary": {"augment": [{}, {"crop": 9}, {"crop": 1}]}}},

@@ -29,6 +29,11 @@ def test_what_was_packed_is_unpacked(tmp_path, dtype, packed, shard):
     assert ("packed.safetensors.index.json" in saved.files) == (shard < 1e6)
     assert is_whole(tmp_path / "packed")
     assert_same(model, load_model(tmp_path / "packed"))
+    cards = {name: (tmp_path / name / "README.md").read_text() for name in ("plain", "packed")}
+    assert "ordinary dense checkpoint" in cards["plain"]
+    assert "unpack FOLDER OUT" not in cards["plain"]
+    assert "ordinary dense checkpoint" not in cards["packed"]  # however large its headers are
+    assert "unpack FOLDER OUT" in cards["packed"]
 
     unpack(tmp_path / "packed", tmp_path / "again")
     assert_same(model, AutoModelForCausalLM.from_pretrained(tmp_path / "again"))

@@ -434,6 +434,13 @@ def test_a_subset_is_retrained_by_distillation_and_the_rest_stays(tmp_path: Path
         assert all(bool((after[name][before[name] == 0] == 0).all()) for name in weights)
 
 
+@pytest.mark.usefixtures("tiny")
+def test_a_running_mean_of_a_subset_does_not_look_for_layers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    retrain = {"rank": 2, "steps": 2, "schedule": "llr", "lr": 1e-2, "train": ["norms", "mask_lora"]}
+    train_run(checked(tmp_path, train=TRAIN | {"ema": 0.9}, prune={"sparsity": 0.7}, retrain=retrain))
+    assert "stay dense" not in caplog.text
+
+
 def test_a_vision_transformer_is_trained_by_adamw_and_saved_as_transformers_reads_it(tmp_path: Path, few: str) -> None:
     small = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
     train = {"epochs": 1, "batch_size": 64, "lr": 1e-3, "warmup": 0, "optimizer": "adamw", "augment": {"cutmix": 1.0}}

@@ -89,6 +89,12 @@ class Adaptation:
         """Trainable values over the model's own."""
         return self.trainable / self.total
 
+    @property
+    def held(self) -> Masks | None:
+        """The masks of what is trained itself, under which it is to be trained; None where none of it is pruned."""
+        own = Masks({key: mask for key, _, mask in self._held})
+        return own if own else None
+
     def param_groups(
         self, lr: float, lrs: Mapping[str, float] | None = None, *, weight_decay: float = 0.0
     ) -> list[dict[str, Any]]:
@@ -296,7 +302,8 @@ def adapt(
 
     Args:
         train: subsets, freely combined, but one adapter kind at most and "full" alone. A parameter of two subsets
-            counts in the first of head, embeddings, norms, biases. "full" needs masks.hold(model, optimizer).
+            counts in the first of head, embeddings, norms, biases. What is pruned and trained itself, as all is by
+            "full", is to be trained under `adaptation.held`.
         masks: parameter name -> bool in the parameter's shape, True kept. A layer without one counts as unpruned.
         views: the layers that an adapter kind adapts.
         rank, alpha: of LoRA, LoRA-Prune and MaskLoRA, which add (alpha / rank) BA; ScaleLoRA has only a rank.

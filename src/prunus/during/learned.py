@@ -16,6 +16,8 @@ from prunus.train import During
 
 _logger = logging.getLogger(__name__)
 
+_FREE = {"constraint": None, "joint": False, "strength": 0.0}  # in no feasible set, and without proximal steps
+
 
 def check_rates(method: During, *, lr: float | None = None, weight_decay: float | None = None) -> None:
     """Raise ValueError for a learning rate that is not above 0, or a weight decay below 0; None is left to the run."""
@@ -29,15 +31,17 @@ def check_rates(method: During, *, lr: float | None = None, weight_decay: float 
 def train_with_(
     optimizer: Optimizer, parameters: Iterable[nn.Parameter], *, lr: float | None, weight_decay: float | None
 ) -> None:
-    """Give the optimizer a group of these parameters; None is what its first group has."""
+    """Give the optimizer a group of these parameters; None is what its first group has.
+
+    A decay that is given is all: none is decoupled beside it. Sets and proximal steps of the optimizer are for weights.
+    """
     first = optimizer.param_groups[0]
-    optimizer.add_param_group(
-        {
-            "params": list(parameters),
-            "lr": float(first["lr"]) if lr is None else lr,
-            "weight_decay": first.get("weight_decay", 0.0) if weight_decay is None else weight_decay,
-        }
-    )
+    decays = {"weight_decay": first.get("weight_decay", 0.0) if weight_decay is None else weight_decay}
+    if "decoupled_decay" in optimizer.defaults:
+        decays["decoupled_decay"] = first["decoupled_decay"] if weight_decay is None else 0.0
+    free = {key: value for key, value in _FREE.items() if key in optimizer.defaults}
+    rate = float(first["lr"]) if lr is None else lr
+    optimizer.add_param_group({"params": list(parameters), "lr": rate, **decays, **free})
 
 
 @torch.no_grad()

@@ -222,7 +222,7 @@ class NuclearSteps(_NuclearPull):
 
     With every=1 and SGD it is `ProximalSGD`, which is what the paper compares with; a larger `every` saves time.
     Decompositions are outside the step, which can therefore be captured, and are those of the smaller Gram matrix in
-    float64.
+    float64. Entries that are exactly zero stay so: masks hold within the step, and nothing would zero them again.
 
     >>> trace = train(model, batches, optimizer, lr, steps=10, during=[NuclearSteps(1e-2, every=5)])
     """
@@ -235,8 +235,9 @@ class NuclearSteps(_NuclearPull):
         threshold = self.every * self.strength * self.optimizer.param_groups[0]["lr"]
         with unrecorded():
             for view, weight in self.weighed:
-                found = _rescaled(view.matrix(weight), lambda s: (1 - threshold / s.clamp_min(_TINY)).clamp_min(0))
-                view.write_(weight, found)
+                matrix = view.matrix(weight)
+                found = _rescaled(matrix, lambda s: (1 - threshold / s.clamp_min(_TINY)).clamp_min(0))
+                view.write_(weight, found.masked_fill(matrix == 0, 0.0))
 
 
 def _rescaled(matrix: Tensor, factor: Callable[[Tensor], Tensor]) -> Tensor:

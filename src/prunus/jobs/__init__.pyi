@@ -12,9 +12,9 @@ from .folder import mark as mark
 from .folder import ran_on as ran_on
 from .inputs import check_inputs as check_inputs
 from .outline import Outline as Outline
+from .outline import check_adapting as check_adapting
 from .outline import check_language as check_language
 from .outline import check_pruning as check_pruning
-from .outline import check_rank as check_rank
 from .outline import kind_of as kind_of
 from .outline import outline_classifier as outline_classifier
 from .outline import outline_language as outline_language

@@ -1,6 +1,6 @@
 """What a run will do, as its recipe and an empty model say it: checked before every run, told by `--dry-run`.
 
-    recipe, model on the meta device ─▶ check_pruning, check_rank        refused before a weight is read
+    recipe, model on the meta device ─▶ check_pruning, check_adapting    refused before a weight is read
                                      ─▶ outline_*: layers by kind, what is trained, tokens or images, memory, files
 
 Memory and bytes are estimates of what is counted here: weights, statistics, states of the optimizer; not activations.
@@ -35,9 +35,9 @@ from prunus.soup import phase_sparsities
 
 __all__ = [
     "Outline",
+    "check_adapting",
     "check_language",
     "check_pruning",
-    "check_rank",
     "kind_of",
     "outline_classifier",
     "outline_language",
@@ -100,7 +100,7 @@ def check_language(recipe: LanguageRecipe, model: Any) -> list[View]:
         add_biases(model)
     for key, asked in (("reconstruct", recipe.reconstruct), ("train", recipe.train), ("retrain", recipe.retrain)):
         if asked is not None:
-            _check_adapting(key, asked, model, views)
+            check_adapting(key, asked, model, views, whole=key != "reconstruct")
     if recipe.reconstruct is not None:
         check_fit(model, views, recipe.reconstruct.train, recipe.reconstruct.window)
     if recipe.shrink is not None:
@@ -113,21 +113,26 @@ def check_language(recipe: LanguageRecipe, model: Any) -> list[View]:
     return views
 
 
-def _check_adapting(key: str, asked: Adapting, model: nn.Module, views: Sequence[View]) -> None:
+def check_adapting(
+    key: str, asked: Adapting | ClassifierRetrain, model: nn.Module, views: Sequence[View], *, whole: bool = True
+) -> None:
+    """Raise ValueError for what cannot be trained of an empty model whose `views` are pruned.
+
+    That is subsets that it does not have, weights that would be trained and adapted at once, and adapters of a rank
+    that no layer has. whole: the model is trained as one, not by blocks, whose subsets `check_fit` looks for.
+    """
     from prunus.adapt import ADAPTERS, find_subset
 
-    for name in asked.train:
-        if name not in ADAPTERS and key != "reconstruct":
-            find_subset(model, name)
-    check_rank(key, asked, views)
-
-
-def check_rank(key: str, asked: Adapting | ClassifierRetrain, views: Sequence[View]) -> None:
-    """Raise ValueError for adapters of a rank that no layer has."""
-    from prunus.adapt import ADAPTERS
-
+    adapted = {view.parameter: view.name for view in views} if set(asked.train) & set(ADAPTERS) else {}
+    for name in (each for each in asked.train if whole and each not in ADAPTERS):
+        twice = next((adapted[each] for each in find_subset(model, name) if each in adapted), None)
+        if twice is not None:
+            raise ValueError(
+                f"{key}.train: {twice!r} would be trained by {name!r} and by its adapter: leave out one of the two, or "
+                "name it in prune.exclude"
+            )
     most = max((min(view.shape) for view in views), default=0)
-    if asked.rank > most and set(ADAPTERS) & set(asked.train):
+    if adapted and asked.rank > most:
         raise ValueError(f"{key}.rank: {asked.rank} is above min(out, in) of every layer; set it to {most} or less")
 
 
@@ -139,12 +144,15 @@ def outline_language(recipe: LanguageRecipe, model: Any, texts: Mapping[str, int
     pruned = sum(view.shape[0] * view.shape[1] for view in views)
     names = find_blocks(model)
     calibrated = recipe.calibrate.samples * recipe.calibrate.length
-    way = _way(prune) if recipe.during is None else f"{prune.pattern}, by {next(iter(recipe.during))}"
+    way = _way(prune, recipe.during)
     rows = {
         "model": f"{recipe.model}: {_many(total)} parameters in {len(names)} blocks",
         "pruned": f"{len(views)} layers, {_many(pruned)} weights to {prune.sparsity:.2%} zeros, {way}",
         "calibration": f"{recipe.calibrate.samples} windows of {recipe.calibrate.length}: {_many(calibrated)} tokens",
     }
+    if recipe.shrink is not None:
+        gone = [f"{key} {value}" if isinstance(value, (int, float)) else key for key, value in recipe.shrink if value]
+        rows["shrunk"] = f"{', '.join(gone)} go first; all counts here are of the model as it is"
     trained, members = 0, 1 if recipe.soup is None else recipe.soup.members
     if recipe.reconstruct is not None:
         rows["reconstruction"] = f"{', '.join(recipe.reconstruct.train)}, {recipe.reconstruct.steps} steps a block"
@@ -163,7 +171,7 @@ def outline_language(recipe: LanguageRecipe, model: Any, texts: Mapping[str, int
     files = {"model/": weights, "model/masks.safetensors": pruned / 8} if recipe.save else {}
     files |= {f"members/ ({members})": members * weights} if members > 1 and recipe.save else {}
     files |= {"work/, until it is done": weights + 12 * trained}
-    return Outline(_kinds(views, prune), rows, files)
+    return Outline(_kinds(views, prune, recipe.during), rows, files)
 
 
 def outline_classifier(recipe: ClassifierRecipe, setting: Any, retrained: int) -> Outline:
@@ -189,9 +197,9 @@ def outline_classifier(recipe: ClassifierRecipe, setting: Any, retrained: int) -
     if recipe.prune is not None:
         views, prune = check_pruning(model, recipe.prune), recipe.prune
         pruned = sum(view.shape[0] * view.shape[1] for view in views)
-        how = f"zeros, {_way(prune)}" if prune.kind == "zeros" else f"fewer, by {prune.kind}"
+        how = f"zeros, {_way(prune, recipe.during)}" if prune.kind == "zeros" else f"fewer, by {prune.kind}"
         rows["pruned"] = f"{len(views)} layers, {_many(pruned)} weights to {prune.sparsity:.2%} {how}"
-        layers = _kinds(views, prune)
+        layers = _kinds(views, prune, recipe.during)
         if retrained:
             rows["retraining"] = f"{retrained:,} steps, {retrained / steps:.3g} epochs{_times(prune.phases, members)}"
     used = f"{size_in_words(_STATE * total)} for training, {size_in_words(kept)} of {recipe.keyed}"
@@ -244,20 +252,21 @@ def _times(phases: int, members: int) -> str:
     return (f", over {phases} phases" if phases > 1 else "") + (f", each of {members} members" if members > 1 else "")
 
 
-def _kinds(views: Iterable[View], asked: Prune) -> list[dict[str, Any]]:
+def _kinds(views: Iterable[View], asked: Prune, during: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """A row for layers of one name but for numbers, and one shape."""
     found: dict[tuple[str, tuple[int, int]], int] = {}
     for view in views:
         kind = kind_of(view.name)
         found[kind, view.shape] = found.get((kind, view.shape), 0) + 1
-    alike = asked.sharing().reads == ""
+    alike = f"{asked.sparsity:.1%}" if asked.sharing().reads == "" else "by the allocation"
+    zeros = alike if during is None or asked.where().sparsity is not None else f"by {next(iter(during))}"
     return [
         {
             "layers": kind,
             "out x in": " x ".join(map(str, shape)),
             "count": count,
             "weights": _many(count * shape[0] * shape[1]),
-            "zeros": f"{asked.sparsity:.1%}" if alike else "by the allocation",
+            "zeros": zeros,
         }
         for (kind, shape), count in found.items()
     ]
@@ -268,7 +277,9 @@ def kind_of(name: str) -> str:
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", re.sub(r"\[\d+\]$", "[*]", name))
 
 
-def _way(asked: Prune) -> str:
+def _way(asked: Prune, during: Mapping[str, Any] | None) -> str:
+    if during is not None:
+        return f"{asked.pattern}, by {next(iter(during))}"
     return f"{asked.how().name}, {asked.where()}, {asked.sharing().name}"
 
 

@@ -422,7 +422,7 @@ def retrain(
             asked.rates(loaded.distance),
             steps=asked.steps,
             loss=_loss(teacher, asked),
-            masks=masks if "full" in asked.train else None,
+            masks=adaptation.held,
             during=during,
             views=views if during else None,
             accumulate=asked.accumulate,

@@ -125,7 +125,8 @@ class ClassifierRecipe(Recipe):
             raise ValueError("retrain.rewind goes with pruning after training; leave it out beside during")
         if self.retrain is not None and self.retrain.distill is not None:
             raise ValueError("retrain.distill: beside during there is no dense network to teach; leave out one")
-        check_during(during, prune, ("kind", "phases", "criterion", "allocation", "pattern", "scope"))
+        fixed = prune.where().sparsity is not None  # by a pattern, beside which an allocation is refused anyway
+        check_during(during, prune, ("kind", "phases", "criterion", "scope", *([] if fixed else ["allocation"])))
 
     def _check_soup(self, soup: Soup) -> None:
         if self.prune is None:

@@ -169,6 +169,8 @@ def check_during(
     if found:
         raise ValueError(f"{found[0]}: a method that prunes during training chooses itself; leave it out")
     name, options = next(iter(during.items()))
+    if "pattern" in options:
+        raise ValueError(f"during.{name}.pattern: a run says it of its model, too: set prune.pattern in place of it")
     knows = methods.knows(name, "pattern")
     if _is_set(prune, "pattern") and not (knows and isinstance(prune.pattern, str)):
         raise ValueError(f"prune.pattern: {name} prunes single entries; leave it out")

@@ -114,7 +114,7 @@ def average_folders(
         _warn_of_lost_zeros(zeros, checkpoints)
         info = _info(members, shares, zeros, how)
         saved = _write_rest(members[0], partial, Path(out).name, info)
-    return SavedModel(Path(out), saved, writer.total_bytes, writer.total_bytes)
+    return SavedModel(Path(out), saved, writer.total_bytes, writer.total_bytes, packed=False)
 
 
 @dataclass(frozen=True)

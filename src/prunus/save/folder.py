@@ -104,31 +104,32 @@ RUNTIME = {
 }
 
 
-def size_note(weight_bytes: int, dense_bytes: int) -> str:
+def size_note(weight_bytes: int, dense_bytes: int, packed: bool) -> str:
     """What the size of weight files means for who reads it, packed or not.
 
-    >>> size_note(47, 100)[:36]
-    'The weight files have 47.0 % of the '
+    >>> size_note(47, 100, packed=True)[:35]
+    'The weight files have 47.0% of the '
     """
-    if weight_bytes >= dense_bytes:  # by their headers
+    if not packed:
         return SIZE_NOTE
     return f"The weight files have {weight_bytes / dense_bytes:.1%} of the dense model's bytes. {PACKED_NOTE}"
 
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A finished folder: its file names, the bytes of its weights, what they take as ordinary tensors, and the sentence
-    on its size to show the user."""
+    """A finished folder: its file names, the bytes of its weights, what they take as ordinary tensors, whether they are
+    packed, and the sentence on its size to show the user."""
 
     folder: Path
     files: tuple[str, ...]
     weight_bytes: int
     dense_bytes: int
+    packed: bool
 
     @property
     def note(self) -> str:
         """What its size means."""
-        return size_note(self.weight_bytes, self.dense_bytes)
+        return size_note(self.weight_bytes, self.dense_bytes, self.packed)
 
 
 def save_model(
@@ -394,11 +395,11 @@ def _finish(
     return saved
 
 
-def _size(folder: Path) -> dict[str, int]:
-    """The bytes of a folder's weight files, and those that its tensors take when they are not packed."""
+def _size(folder: Path) -> dict[str, Any]:
+    """The bytes of a folder's weight files, those that its tensors take when they are not packed, and whether so."""
     found = read_checkpoint(folder)
     dense = sum(each.numel * each.dtype.itemsize for each in found.tensors.values())
-    return {"weight_bytes": found.bytes, "dense_bytes": dense}
+    return {"weight_bytes": found.bytes, "dense_bytes": dense, "packed": found.is_packed}
 
 
 def copy_small_files(source: Path, partial: Path, globs: Sequence[str] = _COPIED) -> None:
@@ -536,9 +537,11 @@ def _summary(info: Mapping[str, Any], sparsity: Mapping[str, Any]) -> str:
     pattern = f" ({info['pattern']})" if info.get("pattern") else ""
     share = sparsity.get("pruned")
     what = f"{100 * share:.2f} % of the weights of its pruned layers are zero{pattern}. " if share is not None else ""
+    packed = info.get("size", {}).get("packed", False)
+    loads = "an ordinary dense checkpoint and loads with `transformers.AutoModelForCausalLM.from_pretrained`"
     return (
         f"A sparse version{base}, made with Prunus {info.get('versions', {}).get('prunus', '')}. {what}"
-        "It is an ordinary dense checkpoint and loads with `transformers.AutoModelForCausalLM.from_pretrained`."
+        f"It is {'packed and loads with `prunus.load_model`' if packed else loads}."
     )
 
 

@@ -288,7 +288,7 @@ def _prepare(holder: nn.Module, own: Masks, unit: _Unit, fit: Fit, seed: int) ->
         groups = [{**group, "params": [p for p in group["params"] if id(p) in free]} for group in groups]
     groups, cuda = [group for group in groups if group["params"]], _device(holder).type == "cuda"
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, capturable=cuda, fused=cuda or None)
-    return adaptation, Trained(holder, optimizer, own if "full" in fit.train else None)
+    return adaptation, Trained(holder, optimizer, adaptation.held)
 
 
 class _Holder(nn.Module):

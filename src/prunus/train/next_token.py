@@ -178,8 +178,7 @@ class _Tail:
             return []
         hidden = _first(self.output)
         assert hidden is not None
-        reached = _leaves(self.logits(hidden.detach()[0, :1]))
-        return [each for each in wanted if id(each) in reached]
+        return _reached(self.logits(hidden.detach()[0, :1]), wanted)
 
     def loss(self, rows: Tensor, aim: Aim) -> Tensor:
         """The mean loss, without gradients."""
@@ -272,20 +271,21 @@ def _cross_entropy(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return value, dz.to(z.dtype)
 
 
-def _leaves(output: Tensor) -> set[int]:
-    """The ids of the leaves that get gradients from `output`."""
-    found: set[int] = set()
+def _reached(output: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
+    """Those that get gradients from `output`: leaves, or weights that a method made of some (`During.weights`)."""
+    found: set[Any] = set()
     seen: set[Any] = set()
-    ahead: list[Any] = [output.grad_fn]
+    ahead: list[Any] = [(output.grad_fn, 0)]
     while ahead:
-        node = ahead.pop()
+        node, place = ahead.pop()
+        found.add((node, place))
         if node is None or node in seen:
             continue
         seen.add(node)
         if (leaf := getattr(node, "variable", None)) is not None:
             found.add(id(leaf))
-        ahead += [before for before, _ in node.next_functions]
-    return found
+        ahead += node.next_functions
+    return [each for each in wanted if (id(each) if each.is_leaf else (each.grad_fn, each.output_nr)) in found]
 
 
 def _trunks(model: PreTrainedModel) -> list[nn.Module]:

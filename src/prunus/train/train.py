@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -292,10 +292,11 @@ class _Run:
         device = next(self.model.parameters()).device
         total = torch.zeros((), device=device)
         for part, batch in enumerate(parts, 1):
-            with self._sending(last=part == len(parts)):
+            with self._sending(last=part == len(parts)), ExitStack() as backward_too:
                 # Around the model's own: a teacher runs in here, too.
                 with nullcontext() if self.precision == "fp32" else autocast(device, self.precision):
-                    value = self.loss(self._substituted(), batch)
+                    backward_too.enter_context(_substituted(self.model, self._weights()))
+                    value = self.loss(self.wrapped, batch)
                 total += value.detach()
                 for method in self.during:
                     penalty = method.penalty()
@@ -339,15 +340,12 @@ class _Run:
         for method in self.during:
             method.gradients()
 
-    def _substituted(self) -> nn.Module:
-        """The wrapped model, with the weights that methods put in place of its own for this forward pass."""
+    def _weights(self) -> dict[str, Tensor]:
+        """What methods put in place of the model's own weights for this forward pass and the backward pass after it."""
         weights: dict[str, Tensor] = {}
         for method in self.during:
             weights |= method.weights()
-        if not weights:
-            return self.wrapped
-        prefix = "" if self.wrapped is self.model else "module."  # of DistributedDataParallel
-        return Substituted(self.wrapped, {prefix + name: weight for name, weight in weights.items()})
+        return weights
 
 
 class Substituted(nn.Module):
@@ -363,7 +361,26 @@ class Substituted(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output."""
-        return torch.func.functional_call(self.model, self.weights, args, kwargs)
+        with _substituted(self.model, self.weights):
+            return self.model(*args, **kwargs)
+
+
+@contextmanager
+def _substituted(model: nn.Module, weights: Mapping[str, Tensor]) -> Generator[None]:
+    """Context in which a model has other weights (parameter name -> weight), also where a parameter is tied.
+
+    In training it is around the backward pass as well, in which blocks that recompute themselves read weights again.
+    """
+    by = {id(model.get_parameter(name)): weight for name, weight in weights.items()}
+    modules = model.modules() if by else ()
+    places = [(module, key, each) for module in modules for key, each in module._parameters.items() if id(each) in by]
+    try:
+        for module, key, each in places:
+            module._parameters[key] = by[id(each)]  # pyright: ignore[reportArgumentType]
+        yield
+    finally:
+        for module, key, each in places:
+            module._parameters[key] = each
 
 
 class _Log:

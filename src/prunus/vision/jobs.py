@@ -242,9 +242,10 @@ def forks_after(setting: Setting) -> int:
 
 
 def _method(recipe: ClassifierRecipe) -> tuple[str, Any]:
-    """The name of the method that prunes while training, and itself, with the run's seed if it takes one."""
+    """The name of the method that prunes while training, and itself, with the run's seed and pattern if it has one."""
     name, options = next(iter((recipe.during or {}).items()))
-    return name, methods.make({name: dict(options)}, given(recipe.prune).sparsity, seed=recipe.seed)
+    asked = given(recipe.prune)
+    return name, methods.make({name: dict(options)}, asked.sparsity, seed=recipe.seed, pattern=asked.pattern)
 
 
 def _train_dense(recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str, Any]:
@@ -339,8 +340,9 @@ def _train(asked: Training, base: Job, job: Job, store: Store) -> dict[str, Any]
         steps=steps,
         part=asked.phase + 1,
         lr=peak,
-        masks=masks if adaptation is None else None,
+        masks=masks if adaptation is None else adaptation.held,
         during=[swa] if swa is not None else [],
+        views=() if adaptation is not None else None,  # adapters hide layers, and no method that goes on asks for any
         loss=_taught(asked, base, store),
         checkpoint=store.checkpoint(job),
     )

@@ -31,7 +31,7 @@ from prunus.data import (
     read_sentences,
     sentence_batches,
 )
-from prunus.jobs import check_pruning, check_rank, device_name, device_of
+from prunus.jobs import check_adapting, check_pruning, device_name, device_of
 from prunus.machine import Precision
 from prunus.measure import CORRUPTIONS, corrupted_sets
 from prunus.recipe import Augmentation, ClassifierRecipe, Corruptions, EncoderRecipe, ImageSource, member_of
@@ -192,7 +192,7 @@ class Setting:
         if recipe.prune is not None:
             views = check_pruning(model, recipe.prune)
             if recipe.retrain is not None:
-                check_rank("retrain", recipe.retrain, views)
+                check_adapting("retrain", recipe.retrain, model, views)
         _fits.add(asked)
 
     def _check_trainings(self) -> None:
