@@ -434,6 +434,13 @@ def test_a_subset_is_retrained_by_distillation_and_the_rest_stays(tmp_path: Path
         assert all(bool((after[name][before[name] == 0] == 0).all()) for name in weights)
 
 
+def test_operations_are_those_of_the_networks_arguments(tmp_path: Path, few: str) -> None:
+    small = {"image_size": 8, "patch_size": 4, "num_attention_heads": 2, "num_hidden_layers": 1}
+    for width in (8, 16):
+        asked = checked(tmp_path, images=few, model="transformers:vit", arguments=small | {"hidden_size": width})
+        assert stages.operations(Setting.of(asked))["classifier"] == 2 * width * 10
+
+
 def test_a_vision_transformer_is_trained_by_adamw_and_saved_as_transformers_reads_it(tmp_path: Path, few: str) -> None:
     small = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
     train = {"epochs": 1, "batch_size": 64, "lr": 1e-3, "warmup": 0, "optimizer": "adamw", "augment": {"cutmix": 1.0}}
