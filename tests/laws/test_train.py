@@ -490,6 +490,18 @@ def test_a_slow_disk_is_written_to_seldom(monkeypatch):
     assert clock.is_due(3)
 
 
+def test_generators_are_as_before_when_the_last_thread_has_left():
+    before, device = torch.get_rng_state(), torch.device("cpu")
+    first, second = seeded(0, device), seeded(1, device)
+    first.__enter__()
+    second.__enter__()
+    drawn = torch.get_rng_state()
+    first.__exit__(None, None, None)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    second.__exit__(None, None, None)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_seed_is_given_back():
     torch.manual_seed(3)
     before = torch.get_rng_state()

@@ -5,19 +5,26 @@ Everything else in Prunus draws from generators of its own.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
+from torch import Tensor
 
+from prunus.machine import put_back
 from prunus.train.capture import unrecorded
+
+_CPU = torch.device("cpu")
+_inside: defaultdict[torch.device, list[list[Tensor]]] = defaultdict(list)
 
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Generator[None]:
     """Context in which torch's generators, of the CPU and of a device, begin at a seed; they are as before afterwards.
 
-    They are the process's: threads that draw at once disturb each other.
+    They are the process's: threads that draw at once disturb each other, and the last one that leaves puts them back.
 
     >>> with seeded(0, torch.device("cpu")):
     ...     first = torch.rand(1)
@@ -25,16 +32,24 @@ def seeded(seed: int, device: torch.device) -> Generator[None]:
     ...     bool(torch.rand(1) == first)
     True
     """
-    cuda = device.type == "cuda"
-    with unrecorded():
-        before = torch.get_rng_state(), torch.cuda.get_rng_state(device) if cuda else None
-        torch.default_generator.manual_seed(seed % 2**64)
-        with torch.cuda.device(device) if cuda else nullcontext():
-            torch.cuda.manual_seed(seed % 2**64) if cuda else None
-    try:
-        yield
-    finally:
+    with ExitStack() as before:
         with unrecorded():
-            torch.set_rng_state(before[0])
-            if before[1] is not None:
-                torch.cuda.set_rng_state(before[1], device)
+            for each in {_CPU: None, device: None}:
+                before.enter_context(put_back(_inside[each], partial(_state, each), partial(_put_, each)))
+            torch.default_generator.manual_seed(seed % 2**64)
+            if device.type == "cuda":
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed % 2**64)
+        try:
+            yield
+        finally:
+            with unrecorded():
+                before.close()
+
+
+def _state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _put_(device: torch.device, state: Tensor) -> None:
+    torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
