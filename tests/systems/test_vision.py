@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
 from dataclasses import asdict
 from functools import cache
@@ -432,6 +433,23 @@ def test_a_subset_is_retrained_by_distillation_and_the_rest_stays(tmp_path: Path
         assert moved & weights == (weights if train == ["mask_lora"] else set())
         assert moved - weights  # BatchNorm counts on
         assert all(bool((after[name][before[name] == 0] == 0).all()) for name in weights)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_network_begins_alike_whatever_other_threads_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(name: str, *, classes: int, channels: int) -> nn.Module:
+        first = nn.Linear(2, 2)
+        other = threading.Thread(target=torch.rand, args=(3,))
+        other.start()
+        other.join()
+        return nn.Sequential(first, nn.Linear(2, 2))
+
+    setting = Setting.of(checked(tmp_path, seed=3))
+    monkeypatch.setattr(settings, "build_model", build)
+    torch.manual_seed(setting.recipe.seed)
+    expected, after = [nn.Linear(2, 2).weight for _ in range(2)], torch.get_rng_state()
+    assert all(torch.equal(x.weight, y) for x, y in zip(setting.new_model().children(), expected, strict=True))
+    assert not torch.equal(torch.get_rng_state(), after)  # what the other thread drew is drawn
 
 
 def test_operations_are_those_of_the_networks_arguments(tmp_path: Path, few: str) -> None:

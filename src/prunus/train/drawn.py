@@ -1,5 +1,8 @@
 """Torch's own generators, by which dropout draws, at a seed: what is drawn does not hang on what ran before.
 
+    seeded(seed, device)       the process's generators, for all that is drawn: of one thread at a time
+    drawn_from(generator)      another one for what this thread draws on the CPU, such as fresh weights
+
 Everything else in Prunus draws from generators of its own.
 """
 
@@ -8,10 +11,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunus.machine import put_back
 from prunus.train.capture import unrecorded
@@ -45,6 +50,48 @@ def seeded(seed: int, device: torch.device) -> Generator[None]:
         finally:
             with unrecorded():
                 before.close()
+
+
+@contextmanager
+def drawn_from(generator: torch.Generator) -> Generator[None]:
+    """Context in which this thread draws on the CPU from a generator, where torch would take the process's.
+
+    The bits are those of the process's at the same state; what other threads draw meanwhile changes nothing.
+
+    >>> with drawn_from(torch.Generator().manual_seed(0)):
+    ...     layer = torch.nn.Linear(3, 2)
+    """
+    with _DrawnFrom(generator):
+        yield
+
+
+class _DrawnFrom(TorchDispatchMode):
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        taking = _taking(func)
+        if taking is None or kwargs.get("generator") is not None or _device(args, kwargs) != _CPU:
+            return func(*args, **kwargs)
+        return taking(*args, **kwargs | {"generator": self.generator})
+
+
+@cache
+def _taking(func: Any) -> Any:
+    """The overload of an operation that is told its generator; None for one that draws nothing."""
+    if any(argument.name == "generator" for argument in func._schema.arguments):
+        return func
+    name = {"default": "generator", "low": "low_generator"}.get(func._overloadname, "")
+    return getattr(func.overloadpacket, name) if name in func.overloadpacket.overloads() else None
+
+
+def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
+    given = next((each.device for each in args if isinstance(each, Tensor)), None)
+    return torch.device(kwargs.get("device") or given or _CPU)
 
 
 def _state(device: torch.device) -> Tensor:

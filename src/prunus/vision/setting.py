@@ -35,6 +35,7 @@ from prunus.jobs import check_pruning, check_rank, device_name, device_of
 from prunus.machine import Precision
 from prunus.measure import CORRUPTIONS, corrupted_sets
 from prunus.recipe import Augmentation, ClassifierRecipe, Corruptions, EncoderRecipe, ImageSource, member_of
+from prunus.train import drawn_from
 
 __all__ = ["Examples", "ImageSets", "Setting"]
 
@@ -45,7 +46,7 @@ SPLIT_SEED = 0
 _EVALUATED = 1000  # images at a time
 _EVALUATED_TEXTS = 64
 _SETTLING = 1009  # the part of `Setting.batches` that BatchNorm statistics are counted on: no phase has its number
-_lock = threading.RLock()  # reading, and the global generator, are one thread's at a time
+_lock = threading.RLock()  # reading is one thread's at a time
 _read: dict[tuple[Any, ...], Images] = {}
 _sets: dict[tuple[Any, ...], ImageSets] = {}
 _fits: set[tuple[Any, ...]] = set()  # networks, images and pruning that go together
@@ -146,8 +147,7 @@ class Setting:
 
         Raises ValueError for a name that is none, ImportError for one whose package is not installed.
         """
-        with _lock, torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.recipe.seed)  # a GPU's may be in use by another thread
+        with drawn_from(torch.Generator().manual_seed(self.recipe.seed)):  # another thread may use torch's own
             model = self._built()
         if self.recipe.weights is not None:
             load_weights_(model, Path(self.recipe.weights).expanduser(), other_head=True)
