@@ -199,7 +199,7 @@ class Adaptation:
         try:
             found._fill_(stored.tensors, folder, keep=keep)
         except ValueError:
-            found._take_out_()
+            found.abandon_()
             raise
         return found
 
@@ -214,13 +214,18 @@ class Adaptation:
         lost = next((plain.key for plain in self._plain if plain.before is None), None)
         if lost is not None:
             raise ValueError(f"'{lost}' was trained in place, and what it was is gone; use Adaptation.load(keep=True)")
-        self._take_out_()
+        self.abandon_()
         for plain in self._plain:
             assert plain.before is not None
             plain.parameter.copy_(plain.before)
 
-    def _take_out_(self) -> None:
-        """The model is as it was, but for the values of what is trained in place."""
+    @torch.no_grad()
+    def abandon_(self) -> None:
+        """Takes everything out again after a training that failed; what it trained in place keeps its values.
+
+        Raises: ValueError for an adaptation that is merged.
+        """
+        self._check_alive()
         self._merged = True
         for plain in self._plain:
             _restore(plain)
