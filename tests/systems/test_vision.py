@@ -452,6 +452,17 @@ def test_a_network_begins_alike_whatever_other_threads_draw(tmp_path: Path, monk
     assert not torch.equal(torch.get_rng_state(), after)  # what the other thread drew is drawn
 
 
+def test_images_that_were_changed_are_read_again_by_the_next_call(tmp_path: Path, few: str) -> None:
+    state, path = load_file(few), tmp_path / "images.safetensors"
+    seen: list[float] = []
+    for pixels in (state["pixels"], 255 - state["pixels"]):
+        save_file({"pixels": pixels, "labels": state["labels"]}, path)
+        setting = Setting.anew(checked(tmp_path / "run", images=str(path)))
+        assert Setting.of(setting.recipe).sets is setting.sets
+        seen.append(float(setting.sets.mean))
+    assert seen[1] == pytest.approx(1 - seen[0])
+
+
 def test_operations_are_those_of_the_networks_arguments(tmp_path: Path, few: str) -> None:
     small = {"image_size": 8, "patch_size": 4, "num_attention_heads": 2, "num_hidden_layers": 1}
     for width in (8, 16):

@@ -70,7 +70,7 @@ class _Classifiers:
         """Read the images and count the operations of each network."""
         networks = {(str(each.data), each.model, repr(each.arguments), each.device): each for each in recipes}
         for recipe in networks.values():
-            operations(Setting.of(recipe))
+            operations(Setting.anew(recipe))
         yield
 
     def run(self, recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str, Any]:

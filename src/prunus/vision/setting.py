@@ -31,7 +31,7 @@ from prunus.data import (
     read_sentences,
     sentence_batches,
 )
-from prunus.jobs import check_pruning, check_rank, device_name, device_of
+from prunus.jobs import check_pruning, check_rank, contents_of, device_name, device_of
 from prunus.machine import Precision
 from prunus.measure import CORRUPTIONS, corrupted_sets
 from prunus.recipe import Augmentation, ClassifierRecipe, Corruptions, EncoderRecipe, ImageSource, member_of
@@ -49,6 +49,7 @@ _SETTLING = 1009  # the part of `Setting.batches` that BatchNorm statistics are 
 _lock = threading.RLock()  # reading is one thread's at a time
 _read: dict[tuple[Any, ...], Images] = {}
 _sets: dict[tuple[Any, ...], ImageSets] = {}
+_contents: dict[str, str | None] = {}  # of sources, as the last call found them
 _fits: set[tuple[Any, ...]] = set()  # networks, images and pruning that go together
 
 
@@ -109,6 +110,19 @@ class Setting:
         if recipe.corruptions is not None:
             found.corrupted(recipe.corruptions)
         return found
+
+    @classmethod
+    def anew(cls, recipe: ClassifierRecipe) -> Setting:
+        """As `of`, where a call begins: a source that was changed since the last one is read again."""
+        source = recipe.data.source
+        found = contents_of(source)
+        with _lock:
+            if _contents.setdefault(source, found) != found:
+                _contents[source] = found
+                for known in (_read, _sets):
+                    for key in [key for key in known if key[0] == source]:
+                        del known[key]
+        return cls.of(recipe)
 
     @property
     def name(self) -> str:
@@ -262,7 +276,8 @@ class Setting:
 
 
 def _sets_of(recipe: ClassifierRecipe, device: torch.device) -> ImageSets:
-    key = (recipe.data.model_dump_json(), recipe.model if isinstance(recipe, EncoderRecipe) else "", str(device))
+    data, named = recipe.data, recipe.data.source
+    key = (named, data.model_dump_json(), recipe.model if isinstance(recipe, EncoderRecipe) else "", str(device))
     with _lock:
         if key not in _sets:
             if isinstance(recipe, EncoderRecipe):
