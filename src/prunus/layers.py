@@ -419,20 +419,30 @@ def _is_transposed(root: nn.Module, path: str, name: str) -> bool | None:
     declared = getattr(module, "is_transposed", None)
     if isinstance(declared, bool):
         return declared
-    key = type(module), name
+    key = name, module.get_parameter(name).shape, *map(_kind, _around(root, path))
     if key not in _PROBED:
         _PROBED[key] = _probed(root, path, name)
     return _PROBED[key]
 
 
-_PROBED: dict[tuple[type, str], bool | None] = {}  # a class multiplies in one way
+_PROBED: dict[tuple[Any, ...], bool | None] = {}  # modules of one class, shape and flags multiply in one way
+
+
+def _kind(module: nn.Module) -> tuple[Any, ...]:
+    flags = {key: each for key, each in vars(module).items() if isinstance(each, (bool, str)) and key != "training"}
+    return type(module), *sorted(flags.items())
+
+
+def _around(root: nn.Module, path: str) -> list[nn.Module]:
+    """The module at `path` and up to two around it, one of which multiplies."""
+    parts = path.split(".") if path else []
+    return [root.get_submodule(".".join(parts[: len(parts) - above])) for above in range(min(3, len(parts)) or 1)]
 
 
 def _probed(root: nn.Module, path: str, name: str) -> bool | None:
     """How the stack is multiplied when its module, or one of two around it, runs on a few tokens; None if none does."""
     parts = path.split(".") if path else []
-    for above in range(min(3, len(parts)) or 1):
-        around = root.get_submodule(".".join(parts[: len(parts) - above]))
+    for above, around in enumerate(_around(root, path)):
         if any(each.is_meta for each in around.parameters()):
             around = _of_zeros(around)
         below = ".".join([*parts[len(parts) - above :], name])

@@ -46,6 +46,33 @@ def test_a_folder_is_complete_or_as_it_was(tmp_path):
     assert list(folder.parent.iterdir()) == [folder]
 
 
+def test_a_folder_that_another_process_writes_meanwhile_is_replaced_too(tmp_path, monkeypatch):
+    folder, move, moved = tmp_path / "model", os.replace, []
+    folder.mkdir()
+
+    def replace(source, target):
+        move(source, target)
+        if source == folder and not moved:  # between the two moves
+            moved.append(source)
+            with atomic_folder(folder) as other:
+                write_text(other / "theirs", "theirs")
+
+    monkeypatch.setattr(os, "replace", replace)
+    with atomic_folder(folder) as partial:
+        write_text(partial / "ours", "ours")
+    assert [path.name for path in folder.iterdir()] == ["ours"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_folder_whose_new_contents_are_gone_is_as_it_was(tmp_path):
+    folder = tmp_path / "model"
+    write_text(folder / "old", "old")
+    with pytest.raises(FileNotFoundError), atomic_folder(folder) as partial:
+        partial.rmdir()
+    assert [path.name for path in folder.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 def die_between(folder, moves):
     """Write a folder, and be killed before one of its moves."""
     done, replace = [], os.replace

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from contextlib import ExitStack
+from types import MethodType
 
 import pytest
 import torch
@@ -108,6 +109,16 @@ def test_fused_programs_differ_by_rounding() -> None:
     with torch._inductor.config.patch(here):
         assert run(subsets, "inductor", dtype=torch.float32)[0] == pytest.approx(plain, abs=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_forwards_of_another_library_are_there_again() -> None:
+    model = tiny_llama()
+    block = model.model.layers[0]
+    block.forward = own = MethodType(type(block).forward, block)
+    with compiled_forward(model, backend="aot_eager"):
+        assert block.forward is not own
+    assert vars(block)["forward"] is own
+    assert "forward" not in vars(model.model.layers[1])
 
 
 def test_what_has_no_blocks_is_refused() -> None:

@@ -178,6 +178,24 @@ def test_gates_of_one_value_a_head_stay_dense_unless_named() -> None:
     assert names(model, include=["gate"]) == ["model.layers.0.self_attn.gate"]
 
 
+@pytest.mark.parametrize("out", [4, 6])
+def test_experts_of_one_class_may_be_stored_either_way(out: int) -> None:
+    class Either(nn.Module):
+        def __init__(self, flipped: bool) -> None:
+            super().__init__()
+            self.flipped = flipped
+            self.up = nn.Parameter(torch.randn(3, 4, out) if flipped else torch.randn(3, out, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([x @ (each if self.flipped else each.T) for each in self.up]).sum(0)
+
+    for flipped in (True, False, True):
+        found = find_layers(nn.Sequential(nn.Linear(4, 4), Either(flipped)))
+        assert [(each.transposed, each.shape) for each in found[1:]] == [(flipped, (out, 4))] * 3
+        told = find_layers(nn.ModuleDict({"moe": Told("in, out" if flipped else "out, in", 6)}))
+        assert {each.transposed for each in told} == {flipped}
+
+
 def test_position_embeddings_are_no_stack() -> None:
     model = nn.ModuleDict({"fc": nn.Linear(4, 4)})
     model.register_parameter("position", nn.Parameter(torch.zeros(1, 7, 4)))

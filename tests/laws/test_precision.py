@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging as said
 
 from prunus.adapt.adapt import adapt
 from prunus.layers import find_layers
-from prunus.machine import Precision, autocast, full_products, of_training
+from prunus.machine import Precision, autocast, full_products, of_training, quiet, without_bars
 from prunus.train.next_token import next_token_loss
 from tests.conftest import VOCABULARY, tiny_llama
 
@@ -53,3 +56,19 @@ def test_products_are_full_until_the_last_thread_has_left() -> None:
         assert products.fp32_precision == "tf32"
     finally:
         products.fp32_precision = before
+
+
+def test_messages_and_bars_are_as_before_when_the_last_thread_has_left() -> None:
+    before = said.get_verbosity(), said.is_progress_bar_enabled()
+    first, second = quiet(logging.ERROR), quiet(logging.CRITICAL)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert (said.get_verbosity(), said.is_progress_bar_enabled()) == (logging.CRITICAL, False)
+    second.__exit__(None, None, None)
+    assert (said.get_verbosity(), said.is_progress_bar_enabled()) == before
+    with quiet(logging.CRITICAL):
+        with pytest.raises(ZeroDivisionError), quiet(logging.ERROR), without_bars():
+            raise ZeroDivisionError
+        assert said.get_verbosity() == logging.CRITICAL
+    assert (said.get_verbosity(), said.is_progress_bar_enabled()) == before

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunus.adapt.adapt import adapt
 from prunus.blocks import recompute
-from prunus.blocks.recompute import kept_blocks, recomputed
+from prunus.blocks.recompute import kept_blocks, recomputed, recomputing
 from prunus.during import CS, DNW, DPF, DST, STR, MaskLLM
 from prunus.layers import find_layers
 from prunus.train.next_token import next_token_loss
@@ -42,6 +42,29 @@ def step(model: nn.Module) -> tuple[int, dict[str, Tensor]]:
     return products.count, {key: each.grad.clone() for key, each in model.named_parameters() if each.grad is not None}
 
 
+def test_blocks_recompute_afterwards_as_before() -> None:
+    model = tiny_llama()
+    blocks = recomputing(model)
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    blocks[1].gradient_checkpointing, own = False, blocks[0]._gradient_checkpointing_func
+    with recomputed(model):
+        with recomputed(model, spare=1 << 40):
+            step(model)
+        assert kept_blocks(model) == 0
+        assert blocks[0]._gradient_checkpointing_func is not own
+    assert [each.gradient_checkpointing for each in blocks] == [True, False]
+    assert blocks[0]._gradient_checkpointing_func is own
+    assert model._require_grads_hook is not None
+
+
+def test_nothing_measures_a_block_after_a_pass_that_ended_before_it() -> None:
+    model = tiny_llama().train()
+    with pytest.raises(IndexError), recomputed(model, spare=1 << 40):
+        model(torch.tensor([[VOCABULARY]]))
+    assert not any("forward" in vars(each) for each in model.modules())
+
+
 @pytest.mark.parametrize("subset", ["norms", "mask_lora", "full"])
 def test_gradients_are_the_same_bits_and_products_fewer(subset: str) -> None:
     model = tiny_llama()
@@ -65,8 +88,8 @@ def test_as_many_blocks_are_kept_as_bytes_were_allowed(monkeypatch: pytest.Monke
     sizes: list[int] = []
     own = recompute._measure_once
 
-    def measure(block: nn.Module, then: Any) -> None:
-        own(block, lambda size: (sizes.append(size), then(size)))
+    def measure(block: nn.Module, then: Any) -> Any:
+        return own(block, lambda size: (sizes.append(size), then(size)))
 
     monkeypatch.setattr(recompute, "_measure_once", measure)
     with recomputed(model, spare=1):

@@ -183,6 +183,14 @@ def test_taylor_scores_are_what_the_loss_loses_to_first_order():
         filter_taylor(model, channels, [], loss)
 
 
+def test_taylor_scores_change_no_statistics():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).train()
+    before = copy.deepcopy(model.state_dict())
+    channels = find_channels(model, torch.ones(1, 3))
+    filter_taylor(model, channels, [torch.arange(6.0).view(2, 3)], lambda network, x: network(x).square().mean())
+    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
+
+
 def random_choice(model, x, sparsity, seed=0):
     channels = find_channels(model, x[:1])
     generator = torch.Generator().manual_seed(seed)

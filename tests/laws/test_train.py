@@ -15,7 +15,7 @@ from prunus.during import GMP, RigL
 from prunus.machine import ranks
 from prunus.masks import Masks
 from prunus.train.checkpoint import Clock
-from prunus.train.drawn import seeded
+from prunus.train.drawn import drawn_from, seeded
 from prunus.train.hooks import During
 from prunus.train.lr import linear_warmup_decay
 from prunus.train.train import classification_loss, train
@@ -488,6 +488,45 @@ def test_a_slow_disk_is_written_to_seldom(monkeypatch):
     assert not clock.is_due(2)
     time.now += 1
     assert clock.is_due(3)
+
+
+def test_generators_are_as_before_when_the_last_thread_has_left():
+    before, device = torch.get_rng_state(), torch.device("cpu")
+    first, second = seeded(0, device), seeded(1, device)
+    first.__enter__()
+    second.__enter__()
+    drawn = torch.get_rng_state()
+    first.__exit__(None, None, None)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    second.__exit__(None, None, None)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: nn.Linear(3, 2).weight,
+        lambda: nn.init.trunc_normal_(torch.empty(5)),
+        lambda: torch.rand(4),
+        lambda: torch.randn(4, dtype=torch.float64),
+        lambda: torch.randint(9, (4,)),
+        lambda: torch.randint(2, 9, (4,)),
+        lambda: torch.randperm(9),
+        lambda: torch.randn_like(torch.ones(4)),
+        lambda: torch.bernoulli(torch.full((9,), 0.5)),
+        lambda: nn.functional.dropout(torch.ones(9)),
+    ],
+)
+def test_a_thread_draws_from_a_generator_of_its_own(draw):
+    with seeded(7, torch.device("cpu")):
+        expected = draw()
+    before = torch.get_rng_state()
+    with drawn_from(torch.Generator().manual_seed(7)):
+        assert torch.equal(draw(), expected)
+        own = torch.randn(2, generator=torch.Generator().manual_seed(3))
+        assert torch.empty(2, device="meta").normal_().is_meta
+    assert torch.equal(own, torch.randn(2, generator=torch.Generator().manual_seed(3)))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_seed_is_given_back():

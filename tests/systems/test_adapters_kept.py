@@ -102,6 +102,19 @@ def test_adapters_take_turns_on_one_base(tmp_path: Path) -> None:
         Adaptation.load(tmp_path / "a", model).remove_()
 
 
+def test_a_model_that_an_adapter_does_not_fit_is_as_it_was(tmp_path: Path) -> None:
+    layers = [nn.Linear(4, 4), nn.LayerNorm(4), nn.LayerNorm(4, bias=False)]
+    one, other = nn.Sequential(*layers[:2]).bfloat16(), nn.Sequential(layers[0], layers[2]).bfloat16()
+    adaptation = adapt(one, ["norms", "mask_lora"], masks=None, views=find_layers(one), rank=2)
+    adaptation.save(tmp_path / "adapter")
+    adaptation.merge_()
+    before = {name: (each.dtype, each.requires_grad, each) for name, each in other.named_parameters()}
+    with pytest.raises(ValueError, match=r"'1\.bias' is \(4,\); this model has None there"):
+        Adaptation.load(tmp_path / "adapter", other)
+    assert [type(each) for each in other] == [nn.Linear, nn.LayerNorm]
+    assert {name: (each.dtype, each.requires_grad, each) for name, each in other.named_parameters()} == before
+
+
 @pytest.mark.parametrize("family", ["opt", "gpt2"])
 @pytest.mark.parametrize("train", [["lora"], ["norms", "lora"]], ids=["alone", "with norms"])
 def test_peft_opens_ours(family: str, train: list[str], tmp_path: Path) -> None:

@@ -178,6 +178,19 @@ def test_a_failing_member_takes_no_other_with_it(tiny_folder: Path, text_file: P
 
 
 @pytest.mark.slow
+def test_a_call_that_ends_early_keeps_no_model_for_the_next_one(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        assert language._read
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(language.stages, "evaluate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        compare(checked(tiny_folder, text_file, tmp_path))
+    assert not language._read
+
+
 def test_two_workers_share_a_grid(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     axes = grid(tiny_folder, text_file, tmp_path)["axes"]
     small = {"criterion": axes["criterion"], "method": {"norms": axes["method"]["norms"]}}

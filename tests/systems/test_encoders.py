@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from prunus.adapt import adapt
-from prunus.data import pooling_of, read_sentences
+from prunus.data import build_encoder, pooling_of, read_sentences
 from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.measure import accuracy, spearman, target_perplexity
@@ -384,6 +384,19 @@ def test_a_classifier_of_texts_is_trained_and_pruned_by_a_recipe(encoder: Path) 
     found = train_run(recipe_of(Path("run"), Path("again"), again, retrain=distilled))
     assert found["stages"]["dense"]["top1"] == 1
     assert found["steps"] == 2
+
+
+def test_an_encoder_in_16_bits_changes_no_default_of_other_threads(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    BertModel.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    set_to: list[torch.dtype] = []
+    monkeypatch.setattr(torch, "set_default_dtype", set_to.append)
+    with torch.device("meta"):
+        empty = build_encoder(str(tmp_path), labels=["no", "yes"])
+    whole = build_encoder(str(tmp_path), labels=["no", "yes"])
+    assert {each.dtype for model in (empty, whole) for each in model.parameters()} == {torch.float32}
+    assert set(set_to) <= {torch.float32}
 
 
 def test_values_of_pairs_of_texts_are_ranked(encoder: Path) -> None:

@@ -28,6 +28,7 @@ from prunus.stream.reconstruct import Fit
 from prunus.stream.sources import Memory, Shards
 from prunus.stream.stream import stream, survey
 from prunus.stream.work import Work
+from prunus.train import StandIns
 from tests.conftest import VOCABULARY, tiny_llama
 
 TOKENS = torch.randint(VOCABULARY, (12, 16), generator=torch.Generator().manual_seed(1))
@@ -251,6 +252,23 @@ def test_the_steps_of_a_fit_run_in_its_precision(window: Any) -> None:
     layer.register_forward_hook(lambda _module, _args, output: with_gradients(output))
     stream(model, WANDA, NM(2, 4), 0.5, tokens=TOKENS, fit=Fit(window=window, steps=1, precision="bf16"))
     assert seen == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("train", ["mask_lora", "norms", "full"])
+def test_a_fit_that_fails_leaves_a_model_without_adapters(train: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama().bfloat16()
+    how = [(type(each), each.training) for each in model.modules()]
+    parameters = {name: (id(each), each.dtype, each.requires_grad) for name, each in model.named_parameters()}
+
+    def fail(*_: Any) -> None:
+        raise FloatingPointError("the loss is NaN")
+
+    monkeypatch.setattr(StandIns, "train_", fail)
+    with pytest.raises(FloatingPointError):
+        stream(model, wanda, NM(2, 4), tokens=TOKENS, fit=Fit(steps=1, train=(train,)))  # type: ignore[arg-type]
+    assert [(type(each), each.training) for each in model.modules()] == how
+    found = {name: (id(each), each.dtype, each.requires_grad) for name, each in model.named_parameters()}
+    assert found == parameters
 
 
 def test_a_fit_that_would_hurt_is_put_back() -> None:

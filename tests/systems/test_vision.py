@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
 from dataclasses import asdict
 from functools import cache
@@ -439,6 +440,41 @@ def test_a_running_mean_of_a_subset_does_not_look_for_layers(tmp_path: Path, cap
     retrain = {"rank": 2, "steps": 2, "schedule": "llr", "lr": 1e-2, "train": ["norms", "mask_lora"]}
     train_run(checked(tmp_path, train=TRAIN | {"ema": 0.9}, prune={"sparsity": 0.7}, retrain=retrain))
     assert "stay dense" not in caplog.text
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_network_begins_alike_whatever_other_threads_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(name: str, *, classes: int, channels: int) -> nn.Module:
+        first = nn.Linear(2, 2)
+        other = threading.Thread(target=torch.rand, args=(3,))
+        other.start()
+        other.join()
+        return nn.Sequential(first, nn.Linear(2, 2))
+
+    setting = Setting.of(checked(tmp_path, seed=3))
+    monkeypatch.setattr(settings, "build_model", build)
+    torch.manual_seed(setting.recipe.seed)
+    expected, after = [nn.Linear(2, 2).weight for _ in range(2)], torch.get_rng_state()
+    assert all(torch.equal(x.weight, y) for x, y in zip(setting.new_model().children(), expected, strict=True))
+    assert not torch.equal(torch.get_rng_state(), after)  # what the other thread drew is drawn
+
+
+def test_images_that_were_changed_are_read_again_by_the_next_call(tmp_path: Path, few: str) -> None:
+    state, path = load_file(few), tmp_path / "images.safetensors"
+    seen: list[float] = []
+    for pixels in (state["pixels"], 255 - state["pixels"]):
+        save_file({"pixels": pixels, "labels": state["labels"]}, path)
+        setting = Setting.anew(checked(tmp_path / "run", images=str(path)))
+        assert Setting.of(setting.recipe).sets is setting.sets
+        seen.append(float(setting.sets.mean))
+    assert seen[1] == pytest.approx(1 - seen[0])
+
+
+def test_operations_are_those_of_the_networks_arguments(tmp_path: Path, few: str) -> None:
+    small = {"image_size": 8, "patch_size": 4, "num_attention_heads": 2, "num_hidden_layers": 1}
+    for width in (8, 16):
+        asked = checked(tmp_path, images=few, model="transformers:vit", arguments=small | {"hidden_size": width})
+        assert stages.operations(Setting.of(asked))["classifier"] == 2 * width * 10
 
 
 def test_a_vision_transformer_is_trained_by_adamw_and_saved_as_transformers_reads_it(tmp_path: Path, few: str) -> None:

@@ -202,7 +202,11 @@ class Adaptation:
             masks.apply_(model)
         train = stored.train or ("lora" if masks is None else "mask_lora",)
         found = adapt(model, train, masks=masks, views=views, rank=stored.rank, alpha=stored.alpha)
-        found._fill_(stored.tensors, folder, keep=keep)
+        try:
+            found._fill_(stored.tensors, folder, keep=keep)
+        except ValueError:
+            found.abandon_()
+            raise
         return found
 
     @torch.no_grad()
@@ -216,11 +220,21 @@ class Adaptation:
         lost = next((plain.key for plain in self._plain if plain.before is None), None)
         if lost is not None:
             raise ValueError(f"'{lost}' was trained in place, and what it was is gone; use Adaptation.load(keep=True)")
+        self.abandon_()
+        for plain in self._plain:
+            assert plain.before is not None
+            plain.parameter.copy_(plain.before)
+
+    @torch.no_grad()
+    def abandon_(self) -> None:
+        """Takes everything out again after a training that failed; what it trained in place keeps its values.
+
+        Raises: ValueError for an adaptation that is merged.
+        """
+        self._check_alive()
         self._merged = True
         for plain in self._plain:
             _restore(plain)
-            assert plain.before is not None
-            plain.parameter.copy_(plain.before)
         for site in self._sites:
             site.restore()
         self._freeze_as_before()

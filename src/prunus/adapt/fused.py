@@ -42,14 +42,17 @@ def compiled_forward(model: nn.Module, *, backend: str = "inductor") -> Generato
         )
     allow_programs()
     programs = {kind: torch.compile(kind.forward, backend=backend, dynamic=False) for kind in map(type, blocks)}
+    before = {block: vars(block).get("forward") for block in blocks}
     for block in blocks:
         block.forward = MethodType(_through(programs[type(block)]), block)  # bound to its copy when it is copied
     try:
         with _one_class(blocks):
             yield len(blocks)
     finally:
-        for block in blocks:
+        for block, own in before.items():
             vars(block).pop("forward", None)
+            if own is not None:  # of another library
+                block.forward = own
 
 
 @contextmanager

@@ -11,14 +11,13 @@ frees them first. What a block holds is measured, in the first forward pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.hooks import RemovableHandle
 
 from prunus.blocks.chain import find_recomputing
 from prunus.machine import local_part
@@ -33,28 +32,38 @@ def recomputed(model: Any, *, spare: int | Literal["free"] = 0) -> Generator[Non
 
     spare: bytes that may be spent on blocks which keep all they computed and do not run again, at any batch of the
         first one's shape; or "free": what the device has left after the first forward and backward pass.
-    Gradients are the same.
+    Gradients are the same. Afterwards, also by an exception, blocks recompute themselves or not as before.
 
     >>> with recomputed(model):
     ...     train(model, batches, optimizer, lr, steps=100)
     """
     options = {"use_reentrant": False}
+    before = {each: _how(each) for each in model.modules() if hasattr(each, "gradient_checkpointing")}
+    entering = getattr(model, "_require_grads_hook", None) is not None
     if hasattr(model, "activation_checkpointing_enable"):  # transformers 5.2x; the older name warns there
         model.activation_checkpointing_enable(options)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     if getattr(model, "_require_grads_hook", None) is not None:
         model.disable_input_require_grads()  # only reentrant recomputation needs gradients of what enters a block
-    handle = _watch(model, spare) if spare else None
-    try:
-        yield
-    finally:
-        if handle is not None:
-            handle.remove()
-        if hasattr(model, "activation_checkpointing_disable"):
-            model.activation_checkpointing_disable()
-        else:
-            model.gradient_checkpointing_disable()
+    with _watched(model, spare) if spare else nullcontext():
+        try:
+            yield
+        finally:
+            if hasattr(model, "activation_checkpointing_disable"):
+                model.activation_checkpointing_disable()
+            else:
+                model.gradient_checkpointing_disable()
+            for module, how in before.items():
+                vars(module).update(how)
+            if entering:
+                model.enable_input_require_grads()
+
+
+def _how(module: Any) -> dict[str, Any]:
+    """Whether and how a module recomputes itself."""
+    own = {"gradient_checkpointing": module.gradient_checkpointing}
+    return own | {key: each for key, each in vars(module).items() if key == "_gradient_checkpointing_func"}
 
 
 def kept_blocks(model: nn.Module) -> int:
@@ -62,9 +71,14 @@ def kept_blocks(model: nn.Module) -> int:
     return sum(not block.gradient_checkpointing for block in recomputing(model))
 
 
-def _watch(model: nn.Module, spare: int | Literal["free"]) -> RemovableHandle:
-    """A hook on the model that measures a block in the first pass and then decides. It outlives copies of the model."""
+@contextmanager
+def _watched(model: nn.Module, spare: int | Literal["free"]) -> Generator[None]:
+    """Context with a hook on the model that measures a block in the first pass and then decides.
+
+    It outlives copies of the model.
+    """
     measured: list[int] = []
+    undo: list[Callable[[], None]] = []
     state = {"passes": 0}
 
     def before(module: nn.Module, *_: Any) -> None:
@@ -74,7 +88,7 @@ def _watch(model: nn.Module, spare: int | Literal["free"]) -> RemovableHandle:
         blocks = recomputing(module) if state["passes"] <= 2 else []
         if state["passes"] == 1 and blocks:
             blocks[0].gradient_checkpointing = False
-            _measure_once(blocks[0], lambda size: decide(blocks, size))
+            undo.append(_measure_once(blocks[0], lambda size: decide(blocks, size)))
         elif state["passes"] == 2 and measured and spare == "free":
             _keep_last_(blocks, _left(module) // measured[0])
 
@@ -82,18 +96,28 @@ def _watch(model: nn.Module, spare: int | Literal["free"]) -> RemovableHandle:
         measured.append(max(1, size))
         _keep_last_(blocks, 0 if spare == "free" else int(spare) // measured[0])
 
-    return model.register_forward_pre_hook(before)
+    handle = model.register_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for each in undo:
+            each()
 
 
-def _measure_once(block: nn.Module, then: Callable[[int], None]) -> None:
-    """Calls `then` with the bytes that the block's next forward pass keeps for backward."""
+def _measure_once(block: nn.Module, then: Callable[[int], None]) -> Callable[[], None]:
+    """Calls `then` with the bytes that the block's next forward pass keeps for backward; what it returns undoes it."""
     own = block.forward
     had = vars(block).get("forward")
 
+    def leave() -> None:
+        if vars(block).get("forward") is forward:
+            del block.forward
+            if had is not None:
+                block.forward = had
+
     def forward(*args: Any, **kwargs: Any) -> Any:
-        del block.forward
-        if had is not None:
-            block.forward = had
+        leave()
         sizes: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
@@ -108,6 +132,7 @@ def _measure_once(block: nn.Module, then: Callable[[int], None]) -> None:
         return output
 
     block.forward = forward
+    return leave
 
 
 def _keep_last_(blocks: list[Any], count: int) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -47,6 +48,7 @@ _FORMS = (
 )
 _PACKAGES = "timm:NAME, torchvision:NAME, transformers:KIND (such as vit) and folders of transformers' classifiers"
 _VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)  # 0: 2x2 maximum
+_making = threading.Lock()  # transformers changes functions of torch and of its own meanwhile, for all threads
 _MADE: set[tuple[str, str]] = set()  # what was found to make a model: grids ask for one of them in every recipe
 
 
@@ -405,7 +407,8 @@ def _pretrained(name: str, kind: str, classes: int, arguments: Mapping[str, Any]
         if config.num_labels != classes:
             config.num_labels = classes
         if folder is None:
-            return AutoModelForImageClassification.from_config(config)
+            with _making:
+                return AutoModelForImageClassification.from_config(config)
         model, missing = _loaded(AutoModelForImageClassification, folder.parent, config)
         return _complete(model, missing)
 
@@ -418,11 +421,15 @@ def _encoder(auto: Any, folder: Path, config: Any) -> nn.Module:
 
 
 def _loaded(auto: Any, folder: Path, config: Any, **options: Any) -> tuple[Any, Sequence[str]]:
-    """A model of transformers and what its files lack; on the meta device without weights, and nothing is missing."""
+    """A model of transformers and what its files lack; on the meta device without weights, and nothing is missing.
+
+    In float32 there, too: for another dtype transformers changes the default of all threads meanwhile.
+    """
     if torch.get_default_device().type == "meta":
-        return auto.from_config(config, **options), ()
+        with _making:
+            return auto.from_config(config, dtype=torch.float32, **options), ()
     options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
-    with quiet(logging.ERROR):
+    with _making, quiet(logging.ERROR):
         model, loaded = auto.from_pretrained(folder, config=config, **options)
     return model, sorted(loaded["missing_keys"])
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from prunus.machine import read_json, write_json
 from prunus.save import source_folder
 
-__all__ = ["check_inputs", "inputs_of"]
+__all__ = ["check_inputs", "contents_of", "inputs_of"]
 
 _WHOLE = 1 << 26  # bytes of the largest file that is read whole
 _HEAD = 1 << 20
@@ -36,7 +36,7 @@ def check_inputs(out: Path, recipes: Sequence[BaseModel]) -> None:
     path = out / "inputs.json"
     known: dict[str, str] = read_json(path) if path.exists() else {}
     names = {name for recipe in recipes for name in inputs_of(recipe)}
-    found = {name: contents for name in sorted(names) if (contents := _contents(name)) is not None}
+    found = {name: contents for name in sorted(names) if (contents := contents_of(name)) is not None}
     changed = [name for name, contents in found.items() if known.get(name, contents) != contents]
     if changed:
         raise ValueError(
@@ -47,19 +47,11 @@ def check_inputs(out: Path, recipes: Sequence[BaseModel]) -> None:
         write_json(path, known | found)
 
 
-def _named(value: Any, key: str = "") -> Iterator[str]:
-    if isinstance(value, str) and key in _NAMED:
-        yield value
-    elif isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from _named(item, key if key == "tasks" else str(name))
-    elif isinstance(value, list):
-        for item in value:
-            yield from _named(item, key)
+def contents_of(name: str) -> str | None:
+    """Hash of what a name in a recipe means, of a large file and of images by size and time; None for what is not here.
 
-
-def _contents(name: str) -> str | None:
-    """Hash of what a name means; None for what is not on this machine."""
+    >>> contents_of("digits")
+    """
     path = source_folder(name) or Path(name).expanduser()
     if path.is_file():
         return _file(path)
@@ -71,6 +63,17 @@ def _contents(name: str) -> str | None:
         if each.is_file() and (each.suffix in _OF_MODELS or not model):
             whole.update(f"{each.relative_to(path)} {_file(each) if model else _stamp(each)}\n".encode())
     return whole.hexdigest()
+
+
+def _named(value: Any, key: str = "") -> Iterator[str]:
+    if isinstance(value, str) and key in _NAMED:
+        yield value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _named(item, key if key == "tasks" else str(name))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _named(item, key)
 
 
 def _file(path: Path) -> str:

@@ -234,8 +234,10 @@ class _Language:
 
     @contextmanager
     def prepared(self, recipes: Sequence[LanguageRecipe]) -> Generator[None]:
-        yield
-        _read.clear()
+        try:
+            yield
+        finally:  # the next call's model may lie in the same folder
+            _read.clear()
 
     def run(self, recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
         started, last = time.perf_counter(), phases_of(recipe)[-1]

@@ -30,6 +30,7 @@ from .running import local_part as local_part
 from .running import no_autocast as no_autocast
 from .running import of_training as of_training
 from .running import product_dtype as product_dtype
+from .running import put_back as put_back
 from .running import quiet as quiet
 from .running import random_state as random_state
 from .running import set_random_state as set_random_state

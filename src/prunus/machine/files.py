@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
@@ -111,9 +112,24 @@ def atomic_folder(folder: str | os.PathLike[str]) -> Generator[Path]:
         yield partial
         for path in partial.rglob("*.safetensors"):
             path.chmod(partial.stat().st_mode & 0o666)  # safetensors 0.8 makes files that their owner alone reads
-        if folder.exists():
-            os.replace(folder, partial.with_suffix(".old"))
-        os.replace(partial, folder)
+        _move_(partial, folder)
+
+
+def _move_(partial: Path, folder: Path) -> None:
+    """Move a folder to its place, and what lies there, or another process puts there meanwhile, out of it."""
+    old = partial.with_suffix(".old")
+    while True:
+        with suppress(FileNotFoundError):  # nothing is there, or another process has just taken it away
+            os.replace(folder, old)
+        try:
+            os.replace(partial, folder)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                with suppress(OSError):  # what was there is there again
+                    os.replace(old, folder)
+                raise
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def check_replaceable(folder: str | os.PathLike[str], ours: Sequence[str]) -> None:

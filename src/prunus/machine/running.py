@@ -9,8 +9,9 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Precision = Literal["fp32", "bf16", "fp16"]
+T = TypeVar("T")
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
@@ -62,8 +64,41 @@ def of_training(model: nn.Module, precision: Precision) -> Precision:
     return "fp32" if precision == "bf16" and stored == {torch.bfloat16} else precision
 
 
-_holding = threading.Lock()
-_outside: list[str | bool] = []  # what the process has set, once for each thread that is inside of `full_products`
+_changing = threading.Lock()
+
+
+@contextmanager
+def put_back(inside: list[list[T]], now: Callable[[], T], put: Callable[[T], object]) -> Generator[None]:
+    """Context in which a thread may change what the whole process has set, such as a level of messages.
+
+    What was set before is back when the last thread leaves, in whatever order they came. now: reads it; put: sets it;
+    inside: what each of those that are inside puts back, an empty list at first, one for each thing that is set.
+
+    >>> inside, level = list[list[int]](), [3]
+    >>> with put_back(inside, lambda: level[0], lambda before: level.__setitem__(0, before)):
+    ...     level[0] = 5
+    >>> level
+    [3]
+    """
+    with _changing:
+        mine = [now()]
+        inside.append(mine)
+    try:
+        yield
+    finally:
+        with _changing:
+            place = next(place for place, each in enumerate(inside) if each is mine)
+            later = inside[place + 1 : place + 2]  # who came next has what is set now, and goes on with it
+            del inside[place]
+            for each in later:
+                each[:] = mine
+            if not later:
+                put(mine[0])
+
+
+_products: list[list[str]] = []
+_levels: list[list[int]] = []
+_bars: list[list[bool]] = []
 
 
 @contextmanager
@@ -76,17 +111,10 @@ def full_products() -> Generator[None]:
     ...     print(torch.backends.cuda.matmul.fp32_precision)
     ieee
     """
-    products = torch.backends.cuda.matmul
-    with _holding:
-        _outside.append(_outside[0] if _outside else products.fp32_precision)
+    products: Any = torch.backends.cuda.matmul
+    with put_back(_products, lambda: products.fp32_precision, partial(setattr, products, "fp32_precision")):
         products.fp32_precision = "ieee"
-    try:
         yield
-    finally:
-        with _holding:
-            before = _outside.pop()
-            if not _outside:
-                products.fp32_precision = before
 
 
 def product_dtype(weight: Tensor) -> torch.dtype:
@@ -218,13 +246,9 @@ def quiet(level: int) -> Generator[None]:
     """
     from transformers.utils import logging
 
-    shown = logging.get_verbosity()
-    logging.set_verbosity(level)
-    try:
-        with without_bars():
-            yield
-    finally:
-        logging.set_verbosity(shown)
+    with put_back(_levels, logging.get_verbosity, logging.set_verbosity), without_bars():
+        logging.set_verbosity(level)
+        yield
 
 
 @contextmanager
@@ -236,10 +260,9 @@ def without_bars() -> Generator[None]:
     """
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    def put(shown: bool) -> None:
+        logging.enable_progress_bar() if shown else logging.disable_progress_bar()
+
+    with put_back(_bars, logging.is_progress_bar_enabled, put):
+        logging.disable_progress_bar()
         yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
-from prunus.machine import import_extra, in_mode, random_state, set_random_state
+from prunus.machine import import_extra, in_mode, put_back, random_state, set_random_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _FORMS = Path(__file__).parent / "tasks"
 _LABELS = ("entailment", "not_entailment")
 _TSV = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "keep_default_na": False}
+_levels: list[list[int]] = []  # of lm-eval's messages, which the whole process has
 _BARE = ("samples", "config", "configs", "pretty_env_info")  # of lm-eval's report: long, or of the machine
 
 Tasks = Mapping[str, "str | Path | None"]
@@ -180,12 +181,9 @@ def _lm_eval(module: str) -> Any:
 def _quiet() -> Generator[None]:
     """lm-eval warns of every model that is not named by a string, and says at length what it does."""
     talk = logging.getLogger("lm_eval")
-    level = talk.level
-    talk.setLevel(logging.ERROR)
-    try:
+    with put_back(_levels, lambda: talk.level, talk.setLevel):
+        talk.setLevel(logging.ERROR)
         yield
-    finally:
-        talk.setLevel(level)
 
 
 def _row(report: Mapping[str, Any], name: str) -> dict[str, float]:

@@ -123,8 +123,8 @@ def filter_taylor(
 
         mean over batches of |sum over the channel's filters and biases of w dL/dw|    (Molchanov et al. 2019, Eq. 8)
 
-    They square what is in bars. loss: (model, batch) -> scalar, in whatever mode the model is; its gradients are not
-    touched. Raises ValueError where there is no batch.
+    They square what is in bars. loss: (model, batch) -> scalar, in whatever mode the model is; its gradients and
+    BatchNorm's statistics stay what they were. Raises ValueError where there is no batch.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     >>> filter_taylor(model, [Channels("0", ("0",), 2)], [torch.ones(1, 2)], lambda m, x: m(x).sum())["0"].shape
@@ -138,9 +138,13 @@ def filter_taylor(
         for part, parameter in modules[layer].named_parameters(recurse=False)
     }  # fmt: skip
     found = {each.name: torch.zeros(each.size) for each in channels if each.kept is None}
-    count = 0
+    count, buffers = 0, [(each, each.clone()) for each in model.buffers()]
     for batch in batches:
-        grads = dict(zip(named, torch.autograd.grad(loss(model, batch), list(named.values())), strict=True))
+        try:
+            grads = dict(zip(named, torch.autograd.grad(loss(model, batch), list(named.values())), strict=True))
+        finally:
+            for buffer, before in buffers:
+                buffer.copy_(before)
         with torch.no_grad():
             rows = {key: (grads[key] * each).reshape(len(each), -1).sum(1) for key, each in named.items()}
             for each in channels:

@@ -265,8 +265,12 @@ def _train_(
         how = local.free, tuple(local.views)
         stand_in = stand_ins.find(holder, how, examples[0], lambda: copied(*copy.deepcopy((holder, own)))[1])
     adaptation, trained = _prepare(holder, own, local, fit, seed)
-    with seeded(seed, device):  # as if no block had been fitted before
-        stand_ins.train_(stand_in, trained, loss, run, examples[0])
+    try:
+        with seeded(seed, device):  # as if no block had been fitted before
+            stand_ins.train_(stand_in, trained, loss, run, examples[0])
+    except BaseException:
+        adaptation.abandon_()
+        raise
     adaptation.merge_()
 
 

@@ -13,6 +13,7 @@ from .distill import distilled_next_token as distilled_next_token
 from .distill import distilled_regression as distilled_regression
 from .distill import embeddings as embeddings
 from .distill import lighten_ as lighten_
+from .drawn import drawn_from as drawn_from
 from .drawn import seeded as seeded
 from .hooks import During as During
 from .hooks import Plan as Plan

@@ -68,8 +68,9 @@ class _Classifiers:
     @contextmanager
     def prepared(self, recipes: Sequence[ClassifierRecipe]) -> Generator[None]:
         """Read the images and count the operations of each network."""
-        for recipe in {(str(each.data), each.model, each.device): each for each in recipes}.values():
-            operations(Setting.of(recipe))
+        networks = {(str(each.data), each.model, repr(each.arguments), each.device): each for each in recipes}
+        for recipe in networks.values():
+            operations(Setting.anew(recipe))
         yield
 
     def run(self, recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str, Any]:

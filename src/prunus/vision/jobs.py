@@ -73,7 +73,7 @@ class ClassifierJobs:
     @contextmanager
     def prepared(self) -> Generator[None]:
         """Read the images and count the network's operations before any thread trains."""
-        stages.operations(Setting.of(self.recipe))
+        stages.operations(Setting.anew(self.recipe))
         yield
 
 

@@ -31,10 +31,11 @@ from prunus.data import (
     read_sentences,
     sentence_batches,
 )
-from prunus.jobs import check_adapting, check_pruning, device_name, device_of
+from prunus.jobs import check_adapting, check_pruning, contents_of, device_name, device_of
 from prunus.machine import Precision
 from prunus.measure import CORRUPTIONS, corrupted_sets
 from prunus.recipe import Augmentation, ClassifierRecipe, Corruptions, EncoderRecipe, ImageSource, member_of
+from prunus.train import drawn_from
 
 __all__ = ["Examples", "ImageSets", "Setting"]
 
@@ -45,9 +46,10 @@ SPLIT_SEED = 0
 _EVALUATED = 1000  # images at a time
 _EVALUATED_TEXTS = 64
 _SETTLING = 1009  # the part of `Setting.batches` that BatchNorm statistics are counted on: no phase has its number
-_lock = threading.RLock()  # reading, and the global generator, are one thread's at a time
+_lock = threading.RLock()  # reading is one thread's at a time
 _read: dict[tuple[Any, ...], Images] = {}
 _sets: dict[tuple[Any, ...], ImageSets] = {}
+_contents: dict[str, str | None] = {}  # of sources, as the last call found them
 _fits: set[tuple[Any, ...]] = set()  # networks, images and pruning that go together
 
 
@@ -109,6 +111,19 @@ class Setting:
             found.corrupted(recipe.corruptions)
         return found
 
+    @classmethod
+    def anew(cls, recipe: ClassifierRecipe) -> Setting:
+        """As `of`, where a call begins: a source that was changed since the last one is read again."""
+        source = recipe.data.source
+        found = contents_of(source)
+        with _lock:
+            if _contents.setdefault(source, found) != found:
+                _contents[source] = found
+                for known in (_read, _sets):
+                    for key in [key for key in known if key[0] == source]:
+                        del known[key]
+        return cls.of(recipe)
+
     @property
     def name(self) -> str:
         """The device in words."""
@@ -146,8 +161,7 @@ class Setting:
 
         Raises ValueError for a name that is none, ImportError for one whose package is not installed.
         """
-        with _lock, torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.recipe.seed)  # a GPU's may be in use by another thread
+        with drawn_from(torch.Generator().manual_seed(self.recipe.seed)):  # another thread may use torch's own
             model = self._built()
         if self.recipe.weights is not None:
             load_weights_(model, Path(self.recipe.weights).expanduser(), other_head=True)
@@ -262,7 +276,8 @@ class Setting:
 
 
 def _sets_of(recipe: ClassifierRecipe, device: torch.device) -> ImageSets:
-    key = (recipe.data.model_dump_json(), recipe.model if isinstance(recipe, EncoderRecipe) else "", str(device))
+    data, named = recipe.data, recipe.data.source
+    key = (named, data.model_dump_json(), recipe.model if isinstance(recipe, EncoderRecipe) else "", str(device))
     with _lock:
         if key not in _sets:
             if isinstance(recipe, EncoderRecipe):

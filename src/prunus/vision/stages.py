@@ -229,7 +229,8 @@ def operations(setting: Setting) -> dict[str, int]:
     """
     example = setting.example()
     shapes = tuple(tuple(each.shape) for each in (example.values() if isinstance(example, dict) else [example]))
-    key = (setting.recipe.model, setting.sets.train.classes, shapes)
+    recipe = setting.recipe
+    key = (recipe.model, repr(recipe.arguments), recipe.aim, setting.sets.train.classes, shapes)
     if key not in _operations:
         model = setting.new_model().to("cpu")
         _operations[key] = own_flops(model, example)

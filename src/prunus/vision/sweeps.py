@@ -145,7 +145,7 @@ def sweep(asked: Sweep, workers: Workers = Workers()) -> dict[str, Any]:  # noqa
     Raises ValueError for images or devices that are not there, and for a dense folder of another training; Unfinished
     at the end when a point failed.
     """
-    setting = Setting.of(asked.points[0])
+    setting = Setting.anew(asked.points[0])
     mark(asked.out, "sweep")
     check_inputs(asked.out, asked.points)
     dense = setting.recipe.model_copy(update={"prune": None, "retrain": None})

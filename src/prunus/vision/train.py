@@ -114,7 +114,7 @@ def planned(recipe: ClassifierRecipe) -> Outline:
 
 def _begin(recipe: ClassifierRecipe, key: str) -> Setting:
     """The setting of a run whose folder is begun: what cannot be run is refused before anything is written."""
-    setting = Setting.of(recipe)
+    setting = Setting.anew(recipe)
     setting.new_model()
     forks_after(setting)
     begin(Path(recipe.out), recipe)
