@@ -199,8 +199,8 @@ def carried(tensor: Tensor, device: torch.device) -> Tensor:
 def ahead(source: _Source, names: Sequence[str], device: torch.device) -> Generator[Ahead]:
     """A source that brings the blocks `names`, asked for in this order, before they are needed, and frees them later.
 
-    On leaving, whatever was begun is finished and every block is released; an error of the background is raised then,
-    unless another one is under way.
+    On leaving, whatever was begun is finished and every block is released, but for the one at which an error ended the
+    work; an error of the background is raised then, unless another one is under way.
 
     >>> with ahead(Memory(model), names, device) as source:
     ...     block = source.load(names[0], device)
