@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from prunus.adapt.adapters import EffectiveLinear
 from prunus.blocks import allow_programs, recomputing
-from prunus.machine import product_dtype
+from prunus.machine import product_dtype, with_forwards
 
 
 @contextmanager
@@ -42,17 +42,10 @@ def compiled_forward(model: nn.Module, *, backend: str = "inductor") -> Generato
         )
     allow_programs()
     programs = {kind: torch.compile(kind.forward, backend=backend, dynamic=False) for kind in map(type, blocks)}
-    before = {block: vars(block).get("forward") for block in blocks}
-    for block in blocks:
-        block.forward = MethodType(_through(programs[type(block)]), block)  # bound to its copy when it is copied
-    try:
-        with _one_class(blocks):
-            yield len(blocks)
-    finally:
-        for block, own in before.items():
-            vars(block).pop("forward", None)
-            if own is not None:  # of another library
-                block.forward = own
+    # Methods, which are bound to the copy of a block when it is copied.
+    forwards = {block: MethodType(_through(programs[type(block)]), block) for block in blocks}
+    with with_forwards(forwards), _one_class(blocks):
+        yield len(blocks)
 
 
 @contextmanager

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Generator, MutableMapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, MutableMapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import register_pytree_node, tree_flatten, tree_leaves, tree_map_only
 
 from prunus.layers import scan
-from prunus.machine import is_pretrained
+from prunus.machine import is_pretrained, with_forwards
 
 log = logging.getLogger(__name__)
 
@@ -333,19 +333,8 @@ class _Chain:
     left: dict[int, Passed] = field(default_factory=dict)  # by id of a container that was empty
     output: Any = None
 
-    @contextmanager
-    def recording(self, model: nn.Module) -> Generator[None]:
-        blocks = {name: model.get_submodule(name) for name in self.names}
-        before = {name: vars(block)["forward"] for name, block in blocks.items() if "forward" in vars(block)}
-        try:
-            for name, block in blocks.items():
-                block.forward = self._recorder(name)
-            yield
-        finally:
-            for name, block in blocks.items():
-                del block.forward
-                if name in before:  # another library had put its own forward on this block
-                    block.forward = before[name]
+    def recording(self, model: nn.Module) -> AbstractContextManager[None]:
+        return with_forwards({model.get_submodule(name): self._recorder(name) for name in self.names})
 
     def _recorder(self, name: str) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:

@@ -11,7 +11,7 @@ frees them first. What a block holds is measured, in the first forward pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import psutil
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from prunus.blocks.chain import find_recomputing
-from prunus.machine import local_part
+from prunus.machine import local_part, with_forwards
 
 _MARGIN = 0.9  # of the memory there is: the allocator cannot use the last bits of it
 _STATE = 16  # bytes a trainable: gradient, two moments, and what the optimizer's step forms on the way
@@ -107,17 +107,10 @@ def _watched(model: nn.Module, spare: int | Literal["free"]) -> Generator[None]:
 
 def _measure_once(block: nn.Module, then: Callable[[int], None]) -> Callable[[], None]:
     """Calls `then` with the bytes that the block's next forward pass keeps for backward; what it returns undoes it."""
-    own = block.forward
-    had = vars(block).get("forward")
-
-    def leave() -> None:
-        if vars(block).get("forward") is forward:
-            del block.forward
-            if had is not None:
-                block.forward = had
+    own, until_then = block.forward, ExitStack()
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        leave()
+        until_then.close()
         sizes: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
@@ -131,8 +124,8 @@ def _measure_once(block: nn.Module, then: Callable[[int], None]) -> Callable[[],
         then(sum(size for place, size in sizes.items() if place not in lives))
         return output
 
-    block.forward = forward
-    return leave
+    until_then.enter_context(with_forwards({block: forward}))
+    return until_then.close
 
 
 def _keep_last_(blocks: list[Any], count: int) -> None:

@@ -34,4 +34,5 @@ from .running import put_back as put_back
 from .running import quiet as quiet
 from .running import random_state as random_state
 from .running import set_random_state as set_random_state
+from .running import with_forwards as with_forwards
 from .running import without_bars as without_bars

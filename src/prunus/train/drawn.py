@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache, partial
 from typing import Any
 
@@ -52,8 +52,7 @@ def seeded(seed: int, device: torch.device) -> Generator[None]:
                 before.close()
 
 
-@contextmanager
-def drawn_from(generator: torch.Generator) -> Generator[None]:
+def drawn_from(generator: torch.Generator) -> AbstractContextManager[Any]:
     """Context in which this thread draws on the CPU from a generator, where torch would take the process's.
 
     The bits are those of the process's at the same state; what other threads draw meanwhile changes nothing.
@@ -61,8 +60,7 @@ def drawn_from(generator: torch.Generator) -> Generator[None]:
     >>> with drawn_from(torch.Generator().manual_seed(0)):
     ...     layer = torch.nn.Linear(3, 2)
     """
-    with _DrawnFrom(generator):
-        yield
+    return _DrawnFrom(generator)
 
 
 class _DrawnFrom(TorchDispatchMode):

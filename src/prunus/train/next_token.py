@@ -13,8 +13,7 @@ What the rows' logits are held against is an `Aim`: the next tokens here, a teac
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from prunus.blocks import check_length
 from prunus.data import IGNORED
 from prunus.kernels import uses_kernels
-from prunus.machine import is_pretrained
+from prunus.machine import is_pretrained, with_forwards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,15 +84,10 @@ def aimed_loss(model: nn.Module, aim: Aim) -> Tensor:
     trunks = _trunks(inner)
     if not trunks or _is_compiled(model, inner) or _is_sharded_apart(inner, trunks):
         return _whole(model, aim)
-    before = vars(inner).get("forward")
     forward: Callable[..., Any] = inner.forward
-    try:  # the wrapper's hooks run around it, as they do around the model's own forward
-        inner.forward = lambda _ids: _chunked(inner, forward, trunks, aim)  # type: ignore[assignment]
+    # The wrapper's hooks run around it, as they do around the model's own forward.
+    with with_forwards({inner: lambda _ids: _chunked(inner, forward, trunks, aim)}):
         return model(aim.ids)
-    finally:
-        del inner.forward
-        if before is not None:
-            inner.forward = before
 
 
 def inner_model(model: nn.Module) -> PreTrainedModel | None:
@@ -158,7 +152,7 @@ class _Tail:
 
     def enter(self) -> Tensor | None:
         """The hidden states (batch, length, d) that reach the head, from one run of the blocks; None if not found."""
-        with _forwards({trunk: self._recorder(trunk) for trunk in self.trunks}):
+        with with_forwards({trunk: self._recorder(trunk) for trunk in self.trunks}):
             logits = self.forward(input_ids=self.ids, use_cache=False).logits
         hidden = _first(self.output)
         if hidden is None or logits.shape[:-1] != (len(self.ids), 1):
@@ -168,7 +162,7 @@ class _Tail:
     def logits(self, rows: Tensor) -> Tensor:
         """(n, d) -> (n, words), in the dtype in which the model returns them."""
         assert self.trunk is not None
-        with _forwards({self.trunk: lambda *_, **__: _replaced(self.output, rows[None])}):
+        with with_forwards({self.trunk: lambda *_, **__: _replaced(self.output, rows[None])}):
             return self.forward(input_ids=self.ids, use_cache=False).logits[0]
 
     def trained(self) -> list[Tensor]:
@@ -319,21 +313,6 @@ def _is_sharded_apart(model: PreTrainedModel, trunks: list[nn.Module]) -> bool:
         isinstance(each, FullyShardedDataParallel) or (isinstance(each, FSDPModule) and id(each) not in inside)
         for each in model.modules()
     )
-
-
-@contextmanager
-def _forwards(forwards: dict[nn.Module, Callable[..., Any]]) -> Generator[None]:
-    """The modules with other forwards meanwhile; their hooks stay."""
-    before = {module: vars(module).get("forward") for module in forwards}
-    try:
-        for module, forward in forwards.items():
-            module.forward = forward
-        yield
-    finally:
-        for module, own in before.items():
-            del module.forward
-            if own is not None:
-                module.forward = own
 
 
 def _first(output: Any) -> Tensor | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from accelerate.utils import convert_to_fp32
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from prunus.machine import Precision, autocast, in_mode, ranks
+from prunus.machine import Precision, autocast, in_mode, ranks, with_forwards
 from prunus.train.sharded import asked, sharded
 
 if TYPE_CHECKING:
@@ -57,21 +57,12 @@ def prepared(
         yield inner, wrapped
 
 
-@contextmanager
-def _in_precision(model: nn.Module, precision: Precision) -> Generator[None]:
-    """The model runs in autocast, whoever calls it, and what it returns is float32; "fp32" changes nothing."""
+def _in_precision(model: nn.Module, precision: Precision) -> AbstractContextManager[None]:
+    """Context in which the model runs in autocast, whoever calls it, and returns float32; "fp32" changes nothing."""
     if precision == "fp32":
-        yield
-        return
-    own = model.__dict__.get("forward")
+        return nullcontext()
     # As a method: copies of the model that are made meanwhile run themselves.
-    model.forward = MethodType(_cast(model.forward, next(model.parameters()).device, precision), model)
-    try:
-        yield
-    finally:
-        del model.forward
-        if own is not None:
-            model.forward = own
+    return with_forwards({model: MethodType(_cast(model.forward, next(model.parameters()).device, precision), model)})
 
 
 def _cast(forward: Callable[..., Any], device: torch.device, precision: Precision) -> Callable[..., Any]:
