@@ -13,7 +13,8 @@ from tokenizers import processors
 
 from prunus.data import IGNORED, PackedTokens, TextSource, labels, read_chats, windows
 from prunus.measure import perplexity
-from prunus.train import next_token, next_token_loss
+from prunus.train import distilled_next_token, next_token, next_token_loss, train
+from prunus.train.next_token import answered
 from tests.conftest import byte_tokenizer, tiny_llama
 
 TEMPLATE = (
@@ -167,3 +168,39 @@ def test_the_loss_is_the_mean_over_the_answers(tmp_path: Path, monkeypatch: pyte
     torch.testing.assert_close(loss, by_hand)
     torch.testing.assert_close(torch.autograd.grad(loss, words)[0], gradient)
     assert perplexity(model, found, window=7) == pytest.approx(math.exp(by_hand.item()), rel=1e-5)
+
+
+@pytest.mark.parametrize("entries", [1 << 25, 600], ids=["whole", "in chunks"])
+@pytest.mark.parametrize("taught", [False, True], ids=["plain", "distilled"])
+def test_answers_count_alike_in_whatever_micro_batch_they_stand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taught: bool, entries: Any
+):
+    monkeypatch.setattr(next_token, "_ENTRIES", entries)
+    monkeypatch.setattr(next_token, "_TILE", 2)
+    loss = distilled_next_token(tiny_llama(seed=1), 0.5, 2.0) if taught else next_token_loss
+    found, _ = pairs(tmp_path, ("abcdef", "g"), ("a", "bcdefgh"), ("abcd", "ef"), ("a", "bcdef"))
+    packed = PackedTokens(found, 8)
+    counts = {int(answered(packed.batch(place, batch=1, seed=0)) or 0) for place in range(4)}
+    assert len(counts) > 1
+    trained = {}
+    for parts in (1, 2, 4):
+        model = tiny_llama().double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        trace = train(
+            model, lambda place, b=4 // parts: packed.batch(place, batch=b, seed=0), optimizer, lambda _: 1.0, steps=2,
+            loss=loss, accumulate=parts,
+        )  # fmt: skip
+        trained[parts] = (trace.losses, torch.cat([each.detach().flatten() for each in model.parameters()]))
+    for parts in (2, 4):
+        assert trained[parts][0] == pytest.approx(trained[1][0], rel=1e-5)
+        torch.testing.assert_close(trained[parts][1], trained[1][1], rtol=1e-5, atol=1e-7)
+
+
+def test_labels_that_all_count_change_no_bit():
+    ids = torch.randint(60, (4, 8), generator=torch.Generator().manual_seed(0))
+    found = []
+    for batch in (ids, (ids, ids)):
+        model = tiny_llama()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        found.append(train(model, lambda _, b=batch: b, optimizer, lambda _: 1.0, steps=2, accumulate=3).losses)
+    assert found[0] == found[1]

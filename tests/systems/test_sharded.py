@@ -24,6 +24,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from prunus.adapt.adapt import adapt
 from prunus.blocks.recompute import recomputed
+from prunus.data import IGNORED
 from prunus.layers import Layer, find_layers
 from prunus.machine import ranks
 from prunus.masks import Masks
@@ -41,6 +42,7 @@ from tests.processes import run_ranks
 
 STEPS, KILLED = 4, 2
 KINDS = {"vectors": ["biases", "norms"], "mask_lora": ["mask_lora"], "full": ["full"], "head": ["head", "mask_lora"]}
+KINDS["answers"] = ["biases", "norms"]
 ENTRIES = 64 * 10  # of 8 x 64 x 16 logits, or half of them
 
 
@@ -58,6 +60,12 @@ def build(tied: bool = True, dtype: torch.dtype = torch.float32) -> Any:
 
 def ids(step: int) -> Tensor:
     return torch.randint(64, (8, 16), generator=torch.Generator().manual_seed(step))
+
+
+def answers(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Windows with their labels: the later the row, the fewer, so that the ranks have unequally many."""
+    left_out = torch.arange(16) < torch.arange(3, 15)[: len(rows), None] + rows[0, 0] % 4
+    return rows, rows.masked_fill(left_out, IGNORED)
 
 
 def retrain(
@@ -83,15 +91,15 @@ def retrain(
         adaptation.param_groups(1e-2), weight_decay=0.0, eps=1e-4, fused=cuda or None, capturable=cuda
     )
 
-    def loss(wrapped: nn.Module, batch: Tensor) -> Tensor:
+    def loss(wrapped: nn.Module, batch: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         if seen is not None:
             seen.append((wrapped, [each for each in wrapped.parameters() if isinstance(each, DTensor)]))
         return next_token_loss(wrapped, batch)
 
-    def batches(step: int) -> Tensor:
+    def batches(step: int) -> Tensor | tuple[Tensor, Tensor]:
         if killed is not None and step == 2 * killed:
             raise KeyboardInterrupt
-        return ids(step)
+        return answers(ids(step)) if kind == "answers" else ids(step)
 
     with recomputed(model):
         train(

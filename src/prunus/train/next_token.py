@@ -52,6 +52,22 @@ def next_token_loss(model: nn.Module, batch: Tensor | Sequence[Tensor]) -> Tenso
     return aimed_loss(model, Aim(batch))
 
 
+def answered(batch: Any) -> Tensor | None:
+    """Over how many tokens (scalar int64, on the batch's device) the loss of windows (ids, labels) is the mean.
+
+    None for what are no such windows, two integer tensors (batch, length).
+
+    >>> answered((torch.tensor([[4, 5, 6]]), torch.tensor([[4, IGNORED, 6]])))
+    tensor(1)
+    """
+    match batch:
+        case (Tensor() as ids, Tensor() as labels) if ids.ndim == 2 and ids.shape == labels.shape:
+            integers = not (ids.is_floating_point() or labels.is_floating_point())
+            return (labels[:, 1:] != IGNORED).sum() if integers else None
+        case _:
+            return None
+
+
 class Aim:
     """What the logits of packed rows are held against: the tokens that come next. batch: as in `next_token_loss`."""
 

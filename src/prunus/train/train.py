@@ -29,7 +29,7 @@ from prunus.machine import Precision, autocast, class_logits, in_mode, ranks
 from prunus.train.capture import Capture, CapturedStep, Kept, captures, set_rates_, settled
 from prunus.train.checkpoint import Checkpoint, Clock, held, resumable
 from prunus.train.hooks import During, Plan
-from prunus.train.next_token import next_token_loss
+from prunus.train.next_token import answered, next_token_loss
 from prunus.train.prepared import prepared
 from prunus.train.sharded import asked, unsent
 from prunus.train.watch import Watch, Watched
@@ -114,8 +114,10 @@ def train(
     """Train the parameters that require gradients, in place, and return the trace of the run.
 
     batches: micro step -> batch (tensor, or tuple, list or dict of tensors), a pure function; under several processes
-    the whole batch, of which each rank trains its slice. loss: (model, batch) -> scalar mean. lr: step -> multiplier of
-    each parameter group's own learning rate. accumulate: micro batches per step. clip: largest gradient norm.
+    the whole batch, of which each rank trains its slice. loss: (model, batch) -> scalar mean; of a step it is the mean
+    over micro batches and ranks, or, where batches are (ids, labels) as `next_token_loss` takes them, over all tokens
+    that have a label. lr: step -> multiplier of each parameter group's own learning rate. accumulate: micro batches per
+    step. clip: largest gradient norm.
     masks: pruned entries that stay zero. during: methods that take part; they are told `epoch_steps` (default: all
     steps) and the prunable `views` (default: `find_layers(model)`); the caller calls their `finish()` afterwards.
     capture: record the step as a CUDA graph and replay it, which helps where launches cost more than arithmetic
@@ -291,12 +293,14 @@ class _Run:
         """One optimizer step; returns its mean loss (scalar on the device, over all ranks), without penalties."""
         device = next(self.model.parameters()).device
         total = torch.zeros((), device=device)
+        shares = self._shares(parts)
         for part, batch in enumerate(parts, 1):
             with self._sending(last=part == len(parts)), ExitStack() as backward_too:
                 # Around the model's own: a teacher runs in here, too.
                 with nullcontext() if self.precision == "fp32" else autocast(device, self.precision):
                     backward_too.enter_context(_substituted(self.model, self._weights()))
                     value = self.loss(self.wrapped, batch)
+                value = value if shares is None else value * shares[part - 1]
                 total += value.detach()
                 for method in self.during:
                     penalty = method.penalty()
@@ -317,6 +321,18 @@ class _Run:
             ranks.sum_(mean)
             mean /= ranks.count()
         return mean
+
+    def _shares(self, parts: list[Any]) -> Tensor | None:
+        """What the loss of each micro batch counts for, (accumulate,), so that all answers of the step, over all ranks,
+        count alike: the mean is 1, and so is each share where as many are answered everywhere. None: they are alike."""
+        counts = [count for part in parts if (count := answered(part)) is not None]
+        if len(counts) < len(parts) or (len(parts) == 1 and not self.shared):
+            return None
+        each = torch.stack(counts)
+        every = each.sum()
+        if self.shared:
+            ranks.sum_(every)
+        return each * (len(parts) * (ranks.count() if self.shared else 1)) / every
 
     def forget(self) -> None:
         """Drop what a step left that was begun and not done: its gradients."""
