@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
+from prunus.frankwolfe import GroupLasso, ProximalSGD
 from prunus.jobs.pool import Workers
 from prunus.masks import Masks
 from prunus.measure.accuracy import accuracy
@@ -579,6 +580,25 @@ def test_one_forked_member_of_the_recipe_s_seed_keeps_the_rates_of_the_training(
     whole = [0.1 * stages.schedule(setting)[0](step) for step in range(setting.steps(4))]
     assert trunk + first == trunk + second == whole
     assert longer[::2] == longer[1::2] == first
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("pull", [{"penalty": {"groups": 1e-4}}, {"optimizer": {"prox": {"groups": 1e-4}}}])
+@pytest.mark.parametrize("retrain", [None, {"schedule": "llr", "epochs": 1}])
+def test_forked_members_keep_the_pulls_of_the_training_and_retrainings_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pull: dict[str, Any], retrain: dict[str, Any] | None
+) -> None:
+    pulled: list[bool] = []
+    train = stages.train
+
+    def watched(model: Any, batches: Any, optimizer: Any, *rest: Any, during: Any, **options: Any) -> Any:
+        pulled.append(any(isinstance(each, GroupLasso | ProximalSGD) for each in (optimizer, *during)))
+        return train(model, batches, optimizer, *rest, during=during, **options)
+
+    monkeypatch.setattr(stages, "train", watched)
+    changes = DURING | {"train": DURING["train"] | {"epochs": 2} | pull, "retrain": retrain}
+    train_run(asked(tmp_path, {"members": 2}, **changes, during={"gmp": {"stop": 0.5, "every": 0.5}}))
+    assert pulled == [True, *2 * [retrain is None]]
 
 
 @pytest.mark.usefixtures("tiny")

@@ -87,11 +87,12 @@ def fit(
     loss: that of the recipe's labels if left out.
 
     Retraining (part > 0) stays in the feasible sets of Frank-Wolfe, but is without proximal steps and penalty: what
-    they were to bring about is there. A network that has become smaller (no masks) no longer fits those sets.
+    they were to bring about is there. A network that has become smaller (no masks) no longer fits those sets. Members
+    that do the rest of a training (part > 0, and the recipe retrains nothing) keep all of it.
     """
-    asked = setting.recipe.train
-    chosen = asked.chosen if part == 0 else asked.chosen.retraining(smaller=masks is None)
-    penalty = [asked.penalty.penalty(model)] if part == 0 and asked.penalty is not None else []
+    asked, trains = setting.recipe.train, part == 0 or setting.recipe.retrain is None
+    chosen = asked.chosen if trains else asked.chosen.retraining(smaller=masks is None)
+    penalty = [asked.penalty.penalty(model)] if trains and asked.penalty is not None else []
     methods = [*during, *penalty, *chosen.beside(model, masks)]
     optimizer = chosen.made(
         model, Given(lr or asked.lr, asked.momentum, asked.nesterov, asked.weight_decay, setting.new_model)
