@@ -125,6 +125,28 @@ def test_the_plan_of_a_method_names_no_criterion(raw: dict[str, Any]) -> None:
         assert {row["zeros"] for row in plan.layers} == {zeros}
 
 
+@pytest.mark.parametrize(
+    ("during", "why"),
+    [
+        ({"rigl": {"delta": 100}}, "RigL with delta=100 changes nothing before"),
+        ({"set": {"delta": 200}}, "SET changes"),
+    ],
+)
+def test_a_method_that_so_few_steps_leave_nothing_is_refused_before_work(
+    raw: dict[str, Any], during: dict[str, Any], why: str
+) -> None:
+    text = raw["retrain"].pop("data")
+    changes = {"prune.sparsity": 0.5, "during": during, "train": {"data": text, "steps": 100, "length": 16}}
+    with pytest.raises(ValueError, match=why):
+        parse(merge(raw | {"retrain": None}, changes), Recipe, "recipe")
+    parse(merge(raw | {"retrain": None}, changes | {"train.steps": 201}), Recipe, "recipe")
+    images = {"images": "digits", "model": "resnet8", "prune": {"sparsity": 0.5}, "out": "run", "during": during}
+    train = {"warmup": 0, "batch_size": 128}  # 10 steps an epoch
+    with pytest.raises(ValueError, match=why):
+        classifiers.planned(parse(images | {"train": train | {"epochs": 10}}, Recipe, "recipe"))
+    classifiers.planned(parse(images | {"train": train | {"epochs": 30}}, Recipe, "recipe"))
+
+
 def test_a_dry_run_makes_the_empty_model_once(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
     empty = stages.empty_model

@@ -29,7 +29,7 @@ class RigL(During):
     paper's "uniform" leaves the first layer dense, this one does not; clipping counts the gradient at pruned weights.
     A connection that is dropped and grown at once keeps its weight, as in the authors' code.
     Raises ValueError for a sparsity outside [0, 1), alpha or stop outside (0, 1], delta < 1, a topology that looks at
-    inputs, or (in `attach`) when training is too short for one exchange.
+    inputs, or (in `check`) when training is too short for one exchange.
 
     >>> rigl = RigL(0.9, delta=5)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -54,13 +54,16 @@ class RigL(During):
         self.sparsity, self.topology, self.seed = sparsity, without_inputs(topology), seed
         self.alpha, self.delta, self.stop = alpha, delta, stop
 
+    def check(self, steps: int, epoch_steps: int) -> None:
+        """Raises ValueError for steps that are too few for one exchange."""
+        end = self.stop * steps
+        if self.delta >= end:
+            raise ValueError(f"RigL with delta={self.delta} changes nothing before step {end:g}: make delta smaller")
+
     def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
         """Choose the random topology; the weights are masked before the first step."""
+        self.check(plan.steps, plan.epoch_steps)
         self.views, self.end = plan.views, self.stop * plan.steps
-        if self.delta >= self.end:
-            raise ValueError(
-                f"RigL with delta={self.delta} changes nothing before step {self.end:g}: make delta smaller"
-            )
         self.hold_masks(model, optimizer, plan.views)
         self.set_masks_(random_topology(model, plan.views, self.sparsity, self.topology, self.seed))
         self.seen = (

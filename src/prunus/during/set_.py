@@ -25,7 +25,7 @@ class SET(During):
     Deviations: new weights start at 0 as in RigL, where the paper draws them; dropped are the smallest |w|, where the
     paper takes a share of the positive and of the negative ones; chance may grow again what was just dropped.
     Raises ValueError for a sparsity outside [0, 1), zeta outside (0, 1], delta < 1, a topology that looks at inputs, or
-    (in `attach`) when training is too short for one exchange.
+    (in `check`) when training is too short for one exchange.
 
     >>> method = SET(0.9, delta=5)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -49,14 +49,19 @@ class SET(During):
         self.sparsity, self.zeta, self.delta, self.seed = sparsity, zeta, delta, seed
         self.topology = without_inputs(topology)
 
-    def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
-        """Choose the random topology; the weights are masked before the first step."""
-        self.views, self.steps, self.every = plan.views, plan.steps, self.delta or plan.epoch_steps
-        if self.every >= plan.steps:
+    def check(self, steps: int, epoch_steps: int) -> None:
+        """Raises ValueError for steps that are too few for one exchange."""
+        every = self.delta or epoch_steps
+        if every >= steps:
             raise ValueError(
-                f"SET changes connections every {self.every} steps, and training has {plan.steps}: make delta smaller, "
+                f"SET changes connections every {every} steps, and training has {steps}: make delta smaller, "
                 "or say how long an epoch is (epoch_steps)"
             )
+
+    def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
+        """Choose the random topology; the weights are masked before the first step."""
+        self.check(plan.steps, plan.epoch_steps)
+        self.views, self.steps, self.every = plan.views, plan.steps, self.delta or plan.epoch_steps
         self.hold_masks(model, optimizer, plan.views)
         self.set_masks_(random_topology(model, plan.views, self.sparsity, self.topology, self.seed))
 

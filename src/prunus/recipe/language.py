@@ -119,6 +119,7 @@ class LanguageRecipe(Recipe):
         strange = [key for key in ("streaming", "reconstruct") if getattr(self, key)]
         own = ["phases", "allocation", "scope", *([] if self.begins_masked else ["criterion"])]
         check_during(self.during, self.prune, own, strange)
+        self.method().check(self.train.steps, self.train.steps)
         self._check_low_rank(self.during, self.train)
 
     def _check_low_rank(self, during: Mapping[str, Mapping[str, Any]], train: LanguageTraining) -> None:

@@ -48,6 +48,10 @@ class During(nn.Module):
     ...         return 1e-4 * sum(each.square().sum() for each in self.watched)
     """
 
+    def check(self, steps: int, epoch_steps: int) -> None:
+        """Raises ValueError for options with which so many steps leave nothing to do; asked before any work, and by
+        `attach`."""
+
     def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
         """Called once, before the first step and before a resumed run loads the buffers."""
 

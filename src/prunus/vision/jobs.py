@@ -225,12 +225,16 @@ def network(recipe: ClassifierRecipe, store: Store, job: Job, base: Job) -> nn.M
 def forks_after(setting: Setting) -> int:
     """Steps of the training that members branch off: all, or those after which a method's mask has its last sparsity.
 
-    DPF, which would go on choosing, is stopped there. Raises ValueError for a mask that is final only at the end.
+    DPF, which would go on choosing, is stopped there. Raises ValueError for a mask that is final only at the end, and
+    for a training that is too short for a method.
     """
     recipe, whole = setting.recipe, setting.steps(setting.recipe.train.epochs)
-    if recipe.during is None or not _forks(recipe):
+    if recipe.during is None:
         return whole
     name, method = _method(recipe)
+    method.check(whole, setting.epoch_steps)
+    if not _forks(recipe):
+        return whole
     sparsity = given(recipe.prune).sparsity
     last = max(cubic(sparsity, whole, every=method.every, start=method.start, stop=method.stop))
     if last >= whole:
