@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from prunus.during import MaskLLM
 from prunus.layers import find_layers
 from prunus.masks import Masks
-from prunus.train import Plan, train
+from prunus.train import During, Plan, train
 
 CHOICES = torch.tensor([[float(i in kept) for i in range(4)] for kept in itertools.combinations(range(4), 2)])
 
@@ -47,6 +47,36 @@ def test_the_best_of_all_masks_is_learnt_and_weights_stay():
     assert torch.equal(model[0].weight.detach(), torch.where(best, w, 0.0))
     assert torch.equal(model[0].bias.detach(), bias)
     assert all(each.requires_grad for each in model.parameters())
+
+
+class Failing(During):
+    """Fails when it is attached, or when the first step is done."""
+
+    def __init__(self, hook: str) -> None:
+        super().__init__()
+        self.hook = hook
+
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan) -> None:
+        self._fail("attach")
+
+    def after_step(self, step: int) -> None:
+        self._fail("after_step")
+
+    def _fail(self, hook: str) -> None:
+        if hook == self.hook:
+            raise RuntimeError("on purpose")
+
+
+@pytest.mark.parametrize("hook", ["attach", "after_step"])
+def test_a_training_that_fails_leaves_nothing_frozen(hook: str):
+    model = nn.Linear(4, 1)
+    model.bias.requires_grad_(False)
+    optimizer, x = torch.optim.Adam(model.parameters(), lr=0.1), torch.ones(2, 4)
+    loss = lambda model, batch: model(batch).square().mean()  # noqa: E731
+    with pytest.raises(RuntimeError, match="on purpose"):
+        train(model, lambda _: x, optimizer, lambda _: 1.0, steps=2, loss=loss, during=[MaskLLM(0.5), Failing(hook)])
+    assert model.weight.requires_grad
+    assert not model.bias.requires_grad
 
 
 def test_weights_of_double_precision_are_masked_too():

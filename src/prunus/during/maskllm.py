@@ -88,9 +88,7 @@ class MaskLLM(During):
         self.noise = [torch.empty_like(each) for each in self.logits]  # a function of the step: nothing to save
         squares = sum(float(weight.detach().float().square().sum()) for weight in self.pruned_parameters.values())
         self.pull = self.keep / max(squares, torch.finfo(torch.float32).tiny)
-        self.frozen = [each for each in model.parameters() if each.requires_grad]
-        for each in self.frozen:
-            each.requires_grad_(False)
+        model.requires_grad_(False)  # `train` takes it back
         train_with_(optimizer, self.logits, lr=None, weight_decay=0.0)
 
     def before_step(self, step: int) -> None:
@@ -119,8 +117,6 @@ class MaskLLM(During):
         chosen = {view.name: self.choices[z.argmax(1)].view(view.shape).bool() for view, z in pairs}
         self.set_masks_(Masks.of(self.views, chosen, self._shapes()))
         self.enforce_()
-        for each in self.frozen:
-            each.requires_grad_(True)
         return self.masks()
 
     def _first(self) -> dict[str, Tensor]:

@@ -164,17 +164,16 @@ def train(
         raise ValueError("Methods that take part in training need whole weights: launch without --use_fsdp.")
     if during:
         _check_during(precision, watch)
-        plan = Plan(steps, epoch_steps or steps, tuple(find_layers(model) if views is None else views))
-        for method in during:
-            method.attach(model, optimizer, plan)
-        _check_own_parameters(during, shared)
-    _check_trained(model, optimizer, during)
     if watch is not None and shared and asked():
         raise ValueError("A model is not measured while its weights are sharded: leave out watch, or --use_fsdp.")
-    started = time.perf_counter()
-    rates = [float(group["lr"]) for group in optimizer.param_groups]
-    wrap = prepared(model, optimizer, masks, precision, shared=shared, recorded=recorded)
-    with wrap as (inner, wrapped), settled(device if recorded else None):
+    prunable = find_layers(model) if during and views is None else views or ()
+    plan, started = Plan(steps, epoch_steps or steps, tuple(prunable)), time.perf_counter()
+    with (
+        _taking_part(during, model, optimizer, plan, shared=shared),
+        prepared(model, optimizer, masks, precision, shared=shared, recorded=recorded) as (inner, wrapped),
+        settled(device if recorded else None),
+    ):
+        rates = [float(group["lr"]) for group in optimizer.param_groups]
         watched = Watched(watch, lambda: resumable(inner))
         key = {"steps": steps, "accumulate": accumulate, "base_lrs": rates, "precision": precision, "clip": clip}
         key |= watched.plan | ({} if checkpoint is None else held(optimizer, masks))
@@ -227,6 +226,23 @@ def train(
                 break
         watched.finish_()
         return replace(trace.read(), watched=watched.seen)
+
+
+@contextmanager
+def _taking_part(
+    during: Sequence[During], model: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan, *, shared: bool
+) -> Generator[None]:
+    """Context in which methods take part; afterwards, also by an exception, what they froze is trained again."""
+    trained = [each for each in model.parameters() if each.requires_grad]
+    try:
+        for method in during:
+            method.attach(model, optimizer, plan)
+        _check_own_parameters(during, shared)
+        _check_trained(model, optimizer, during)
+        yield
+    finally:
+        for each in trained:
+            each.requires_grad_(True)
 
 
 def _check_trained(model: nn.Module, optimizer: torch.optim.Optimizer, during: Sequence[During]) -> None:
