@@ -17,6 +17,7 @@ from prunus.machine import (
     random_state,
     read_json,
     read_tensors,
+    remove_partials,
     set_random_state,
     write_json,
     write_tensors,
@@ -103,6 +104,31 @@ def test_what_a_killed_process_left_goes_and_nothing_else(tmp_path, moves):
         assert other.is_dir()
         assert [path.name for path in folder.iterdir()] == ["old"]
     assert sorted(tmp_path.iterdir()) == sorted([folder, *mine])
+
+
+def die_within(path):
+    """Begin to write a file, and be killed."""
+    with atomic(path) as partial:
+        partial.write_text("half a picture")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("again", ["the file is written", "the folder is swept"])
+def test_a_half_written_file_goes_the_next_time_and_no_living_writer_s(tmp_path, again):
+    path = tmp_path / "deep" / "report.png"
+    with atomic(path) as living:
+        living.write_text("whole")
+        process = start(die_within, path)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert len(list(path.parent.glob(".*.partial"))) == 2
+        if again == "the file is written":
+            write_text(path, "another")
+        else:
+            remove_partials(tmp_path)
+        assert list(path.parent.glob(".*.partial")) == [living]
+    assert path.read_text() == "whole"
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_json_writes_what_it_does_not_know_as_text(tmp_path):

@@ -141,7 +141,7 @@ def ran_on(work: Path, name: str, needs: Iterable[Mapping[str, Any]] = ()) -> di
 
 def _check_ours(out: Path, kind: str) -> None:
     found = out.iterdir() if out.is_dir() else []
-    names = sorted(each.name for each in found if not each.match(f".{_MARKER}.*.partial"))  # of one killed as it began
+    names = sorted(each.name for each in found if not each.match(f".{_MARKER}.*"))  # of one that was killed as it began
     if names and _MARKER not in names and not (kind == "grid" and "members.jsonl" in names):  # which only grids leave
         raise ValueError(
             f"out: {out} is no {kind} folder and has other files ({names[0]!r}, ...); give another --out, or make an "

@@ -1,7 +1,7 @@
 """Files and folders that are complete or absent: written beside their place, under hidden names, then moved into it.
 
-.NAME.TOKEN.partial    what is being written      .NAME.TOKEN.old    what it replaces, until it is there
-.NAME.TOKEN.lock       of a folder: held by the process that writes it; whoever finds it free deletes the three
+.NAME.TOKEN.partial    what is being written    .NAME.TOKEN.old    the folder that it replaces, until it is there
+.NAME.TOKEN.lock       held by the process that writes it; whoever finds it free deletes the three
 """
 
 from __future__ import annotations
@@ -36,20 +36,16 @@ _NUMBERS = {text: float(text) for text in ("nan", "inf", "-inf")}
 def atomic(path: str | os.PathLike[str]) -> Generator[Path]:
     """A path beside `path` to write to, moved there in one step at the end, or deleted after an error.
 
-    Makes the folder if need be. Several threads and processes may write the same file: the last one's stays.
+    Makes the folder if need be. Several threads and processes may write the same file: the last one's stays. What
+    killed ones left of it is gone, too.
 
     >>> with atomic(Path("out/state.pt")) as partial:
     ...     torch.save(model.state_dict(), partial)
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-    try:
-        with naming(path):
-            yield partial
-            os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with _beside(path) as partial, naming(path):
+        yield partial
+        os.replace(partial, path)
 
 
 def cache(kind: str) -> Path:
@@ -85,15 +81,21 @@ def hidden_folder(near: str | os.PathLike[str]) -> Generator[Path]:
     ...     (folder / "draft.txt").write_text("gone soon")
     9
     """
-    near = Path(near)
-    near.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(near)
-    lock = FileLock(near.with_name(f".{near.name}.{secrets.token_hex(8)}.lock"))
-    with lock:
-        partial = Path(lock.lock_file).with_suffix(".partial")
+    with _beside(Path(near)) as partial:
         partial.mkdir()
+        yield partial
+
+
+@contextmanager
+def _beside(path: Path) -> Generator[Path]:
+    """A hidden path beside a file or folder, which is deleted at the end, as killed processes' are now."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for name in glob.glob(f".{glob.escape(path.name)}.*.lock", root_dir=path.parent):
+        _sweep(path.with_name(name))
+    lock = FileLock(path.with_name(f".{path.name}.{secrets.token_hex(8)}.lock"))
+    with lock:
         try:
-            yield partial
+            yield Path(lock.lock_file).with_suffix(".partial")
         finally:
             _delete(Path(lock.lock_file))
 
@@ -159,30 +161,29 @@ def locked(path: str | os.PathLike[str]) -> FileLock | None:
 
 
 def remove_partials(folder: Path) -> None:
-    """Delete, anywhere in a folder that nobody else writes to, files that killed processes left half written."""
-    for path in folder.rglob(".*.partial"):
-        if path.is_file() and _is_token(path.stem.rpartition(".")[2]):
-            path.unlink()
+    """Delete, anywhere in a folder, what killed processes left half written, those of earlier versions without a lock
+    included."""
+    left = {path.with_suffix(".lock") for ending in ("lock", "partial") for path in folder.rglob(f".*.{ending}")}
+    for lock in sorted(left, key=lambda path: -len(path.parts)):  # before the hidden folder in which it lies
+        _sweep(lock)
 
 
-def _is_token(text: str) -> bool:
-    return re.fullmatch(r"[0-9a-f]{16}", text) is not None
-
-
-def _sweep(folder: Path) -> None:
-    """Delete what killed processes left beside a folder; one that was killed between two moves gets the old back."""
-    for name in glob.glob(f".{glob.escape(folder.name)}.*.lock", root_dir=folder.parent):
-        if _is_token(name.removesuffix(".lock").rpartition(".")[2]):
-            lock = FileLock(folder.with_name(name))
-            with suppress(Timeout), lock.acquire(blocking=False):
-                old = Path(lock.lock_file).with_suffix(".old")
-                if old.exists() and not folder.exists():
-                    os.replace(old, folder)
-                _delete(Path(lock.lock_file))
+def _sweep(lock: Path) -> None:
+    """Delete what a killed process left beside its lock; a folder that it had moved out of its place is there again."""
+    name, _, token = lock.stem.rpartition(".")
+    if not re.fullmatch(r"[0-9a-f]{16}", token):
+        return
+    with suppress(Timeout), FileLock(lock).acquire(blocking=False):
+        old, place = lock.with_suffix(".old"), lock.with_name(name[1:])
+        if old.exists() and not place.exists():
+            os.replace(old, place)
+        _delete(lock)
 
 
 def _delete(lock: Path) -> None:
     for ending in (".partial", ".old"):
+        with suppress(OSError):  # of a folder, or nothing
+            lock.with_suffix(ending).unlink()
         shutil.rmtree(lock.with_suffix(ending), ignore_errors=True)
     lock.unlink(missing_ok=True)
 
