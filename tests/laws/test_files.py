@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -206,6 +207,27 @@ def is_found(path, whole, bit, tensors) -> bool:
     assert said.items() >= {"kind": "test"}.items()
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
     return False
+
+
+def test_the_random_state_of_a_model_is_that_of_the_gpu_on_which_it_is(monkeypatch):
+    """Not of the current one, which nothing here sets."""
+    states = {"cuda": torch.tensor([0]), "cuda:1": torch.tensor([1])}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[str(device)].clone())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states[str(device)].copy_(state))
+
+    class Placed(torch.nn.Module):
+        def parameters(self, recurse=True):
+            return iter([SimpleNamespace(device=torch.device("cuda:1"))])
+
+    for model, name in ((Placed(), "cuda:1"), (torch.nn.Linear(1, 1), "cuda"), (None, "cuda")):
+        before = random_state(model)
+        expected = states[name].clone()
+        states[name].add_(5)
+        set_random_state(before, model)
+        assert torch.equal(states[name], expected)
+        assert torch.equal(before["cuda"], expected)
 
 
 def test_random_state_goes_back():

@@ -21,6 +21,7 @@ from .running import autocast as autocast
 from .running import called as called
 from .running import class_logits as class_logits
 from .running import full_products as full_products
+from .running import generator_state as generator_state
 from .running import hooked as hooked
 from .running import import_extra as import_extra
 from .running import imported as imported
@@ -33,6 +34,7 @@ from .running import product_dtype as product_dtype
 from .running import put_back as put_back
 from .running import quiet as quiet
 from .running import random_state as random_state
+from .running import set_generator_state as set_generator_state
 from .running import set_random_state as set_random_state
 from .running import with_forwards as with_forwards
 from .running import without_bars as without_bars

@@ -246,17 +246,32 @@ def class_logits(model: nn.Module, inputs: Any) -> Tensor:
     return out if isinstance(out, Tensor) else out.logits
 
 
-def random_state() -> dict[str, Tensor]:
-    """The states of the CPU's generator and, where CUDA is in use, of the current device's."""
-    states = {"cpu": torch.get_rng_state()}
-    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
+def generator_state(device: torch.device) -> Tensor:
+    """The state of torch's own generator of a device, by which dropout draws there."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def set_random_state(states: Mapping[str, Tensor]) -> None:
+def set_generator_state(device: torch.device, state: Tensor) -> None:
+    """Put torch's own generator of a device to a state."""
+    torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
+
+
+def random_state(model: nn.Module | None = None) -> dict[str, Tensor]:
+    """The states of the CPU's generator and, where CUDA is in use, of a GPU's: the model's, or else the current one."""
+    states = {"cpu": generator_state(torch.device("cpu"))}
+    return states | ({"cuda": generator_state(_gpu(model))} if torch.cuda.is_initialized() else {})
+
+
+def set_random_state(states: Mapping[str, Tensor], model: nn.Module | None = None) -> None:
     """Put the generators back to what `random_state` returned; CUDA's is left out where there is none."""
-    torch.set_rng_state(states["cpu"])
+    set_generator_state(torch.device("cpu"), states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+        set_generator_state(_gpu(model), states["cuda"])
+
+
+def _gpu(model: nn.Module | None) -> torch.device:
+    own = None if model is None else next((each.device for each in model.parameters()), None)
+    return own if own is not None and own.type == "cuda" else torch.device("cuda")
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def zero_shot(
     if chat and not getattr(tokenizer, "chat_template", None):
         raise ValueError("chat: the tokenizer has no chat template; leave it out, or give an instruction-tuned model")
     evaluator = _lm_eval("evaluator")
-    before = random_state()
+    before = random_state(model)
     try:
         with _manager(tasks) as manager, _quiet(), in_mode(model, training=False):
             wrapped = _lm_eval("models.huggingface").HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
@@ -82,7 +82,7 @@ def zero_shot(
             how |= {"tasks": list(tasks), "task_manager": manager, "log_samples": False}
             found = evaluator.simple_evaluate(wrapped, **how)
     finally:
-        set_random_state(before)
+        set_random_state(before, model)
     report = {key: value for key, value in found.items() if key not in _BARE}
     return Scores({name: _row(report, name) for name in tasks}, report)
 

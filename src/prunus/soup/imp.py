@@ -234,7 +234,7 @@ class _Store:
         if ranks.is_main():
             tensors = {f"state:{name}": tensor.detach() for name, tensor in model.state_dict().items()}
             tensors |= {f"mask:{name}": mask for name, mask in masks.items()}
-            tensors |= {f"random:{kind}": state for kind, state in random_state().items()}
+            tensors |= {f"random:{kind}": state for kind, state in random_state(model).items()}
             write_tensors(self.path, tensors, {"job": json.dumps(self.job), "done": str(done)})
         ranks.wait()
 
@@ -258,7 +258,7 @@ class _Store:
                 f"one {self.job} and {len(shapes)}. Delete it to start anew, or give this job a folder of its own."
             )
         model.load_state_dict(parts["state"])
-        set_random_state(parts["random"])
+        set_random_state(parts["random"], model)
         _logger.info("Going on from %s after phase %s.", self.path, metadata["done"])
         return int(metadata["done"]), Masks(parts["mask"])
 

@@ -77,7 +77,7 @@ class Checkpoint:
         self.optimizer.load_state_dict(_placed(state["optimizer"], self.optimizer))
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
-        set_random_state(state["random"][ranks.index() if self.shared else 0])
+        set_random_state(state["random"][ranks.index() if self.shared else 0], self.model)
         _logger.info("Resuming from %s after step %d.", self.path, state["step"])
         return state["step"], state["trace"]
 
@@ -85,7 +85,8 @@ class Checkpoint:
         """Write the state after `step` steps beside its place and move it there: a kill leaves the old or the new."""
         if self.path is None:
             return
-        random = gather_object([random_state()]) if self.shared else [random_state()]
+        mine = [random_state(self.model)]
+        random = gather_object(mine) if self.shared else mine
         tensors = {name: self._on_host(tensor.detach()) for name, tensor in resumable(self.model).items()}
         stepped = tree_map_only(Tensor, self._on_host, self.optimizer.state_dict())
         if ranks.is_main():

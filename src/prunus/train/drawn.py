@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prunus.machine import put_back
+from prunus.machine import generator_state, put_back, set_generator_state
 from prunus.train.capture import unrecorded
 
 _CPU = torch.device("cpu")
@@ -40,7 +40,8 @@ def seeded(seed: int, device: torch.device) -> Generator[None]:
     with ExitStack() as before:
         with unrecorded():
             for each in {_CPU: None, device: None}:
-                before.enter_context(put_back(_inside[each], partial(_state, each), partial(_put_, each)))
+                now, put = partial(generator_state, each), partial(set_generator_state, each)
+                before.enter_context(put_back(_inside[each], now, put))
             torch.default_generator.manual_seed(seed % 2**64)
             if device.type == "cuda":
                 with torch.cuda.device(device):
@@ -90,11 +91,3 @@ def _taking(func: Any) -> Any:
 def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
     given = next((each.device for each in args if isinstance(each, Tensor)), None)
     return torch.device(kwargs.get("device") or given or _CPU)
-
-
-def _state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _put_(device: torch.device, state: Tensor) -> None:
-    torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)

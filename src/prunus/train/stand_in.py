@@ -141,7 +141,7 @@ class StandIns:
             run(other, "auto")
         else:
             kept = stand_in.kept
-            kept.batch, kept.again = example, partial(_begin_again, stand_in, other, random_state())
+            kept.batch, kept.again = example, partial(_begin_again, stand_in, other, random_state(other.model))
             try:
                 run(stand_in.own, kept)
             finally:
@@ -162,10 +162,10 @@ class StandIns:
 def _begin_again(stand_in: StandIn, other: Trained, states: Mapping[str, Tensor]) -> None:
     """As if nothing had been run since the stand-in took the other model, and the random states were these."""
     stand_in.take_(other)
-    now = random_state()
+    now = random_state(other.model)
     if any(not torch.equal(state, now[key]) for key, state in states.items()):
         with unrecorded():
-            set_random_state(states)
+            set_random_state(states, other.model)
 
 
 def _is_crowded(device: torch.device) -> bool:
