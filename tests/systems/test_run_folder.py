@@ -62,6 +62,31 @@ def test_a_run_that_was_killed_while_it_took_its_folder_begins_anew(tmp_path: Pa
         assert sorted(path.name for path in tmp_path.iterdir()) == [".prunus-run", ".prunus-run.lock"]
 
 
+def test_a_run_that_takes_its_marker_back_takes_nobody_else_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, unlink, refused = tmp_path / "run", Path.unlink, list[str]()
+
+    def meanwhile(path: Path, missing_ok: bool = False) -> None:
+        if path == out / ".prunus-run":
+            with pytest.raises(ValueError, match=r"is in use") as told, held(out):  # another run begins now
+                pass
+            refused.append(str(told.value))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", meanwhile)
+    with held(out):
+        pass
+    assert len(refused) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_holder_that_leaves_meanwhile_is_not_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with held(tmp_path):
+        (tmp_path / ".prunus-run").unlink()
+        monkeypatch.setattr(run_folder, "mark", lambda *_: None)  # it looked before
+        with pytest.raises(ValueError, match=r"is in use; wait for it"), held(tmp_path):
+            pass
+
+
 def test_a_folder_is_of_one_kind(tmp_path: Path) -> None:
     mark(tmp_path / "out", "grid")
     mark(tmp_path / "out", "grid")

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from prunus.language.single import compress
 from prunus.recipe import LanguageRecipe, parse
 from prunus.report import named_log, read_metrics, tracked
+from prunus.report.trackers import _state
 from prunus.train import Watch, linear, train
 from tests.systems import test_compress
 
@@ -102,6 +103,17 @@ def test_trackers_start_with_the_first_number_and_end(tmp_path: Path, monkeypatc
     assert not PartialState._shared_state  # its device is the training's to choose
     with tracked([], tmp_path, {}) as log:
         log({"loss": 1.0}, None)
+
+
+def test_a_thread_that_logs_leaves_another_what_it_logs_by() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    first, second = _state(), _state()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    get_logger(__name__).debug("as wandb's does")
+    second.__exit__(None, None, None)
+    assert not PartialState._shared_state
 
 
 def test_what_is_missing_or_unknown_is_refused_before_any_work(

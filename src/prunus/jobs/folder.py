@@ -88,9 +88,7 @@ def held(out: Path) -> Generator[None]:
         yield
     finally:
         if lock is not None:
-            Path(lock.lock_file).unlink(missing_ok=True)  # who finds it free now finds what this one left
-            lock.release()
-            _remove_empty(out, new)
+            _leave(out, lock, new)
 
 
 @contextmanager
@@ -147,7 +145,7 @@ def _check_ours(out: Path, kind: str) -> None:
             f"out: {out} is no {kind} folder and has other files ({names[0]!r}, ...); give another --out, or make an "
             f"empty file {_MARKER} in it if Prunus may overwrite and delete them"
         )
-    said = (out / _MARKER).read_text(encoding="utf-8").split() if _MARKER in names else []
+    said = _said(out).split()
     if len(said) > 1 and said[1] != kind:
         raise ValueError(f"out: {out} is the folder of a {said[1]}, not of a {kind}; give another --out")
 
@@ -165,19 +163,30 @@ def _locked(out: Path) -> FileLock | None:
     return lock
 
 
-def _remove_empty(out: Path, new: Sequence[Path]) -> None:
-    """Take back the folders that were made for a run which wrote nothing."""
-    if new and [path.name for path in out.iterdir()] == [_MARKER]:
-        (out / _MARKER).unlink()
-        with suppress(OSError):
-            for folder in new:
-                folder.rmdir()
+def _leave(out: Path, lock: FileLock, new: Sequence[Path]) -> None:
+    """Let others have a folder; of a run which wrote nothing, take back the folders that were made for it."""
+    left = {path.name for path in out.iterdir()} if new and out.is_dir() else set[str]()
+    empty = left == {_MARKER, f"{_MARKER}.lock"}
+    if empty:
+        (out / _MARKER).unlink()  # while nobody else can have the folder, and need it
+    Path(lock.lock_file).unlink(missing_ok=True)  # who finds it free now finds what this one left
+    lock.release()
+    with suppress(OSError):  # of another run, which came since
+        for folder in new if empty else ():
+            folder.rmdir()
 
 
 def _holder(out: Path) -> str:
     """Who said last that the folder is its own."""
-    said = (out / _MARKER).read_text(encoding="utf-8").splitlines()[1:]
+    said = _said(out).splitlines()[1:]
     return f" {said[0]}" if said else ""
+
+
+def _said(out: Path) -> str:
+    """What a folder's marker says; nothing where there is none, or its run has just taken it back."""
+    with suppress(FileNotFoundError):
+        return (out / _MARKER).read_text(encoding="utf-8")
+    return ""
 
 
 def device_of(recipe: Placed) -> torch.device:

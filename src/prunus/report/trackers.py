@@ -12,12 +12,13 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from prunus.machine import import_extra
+from prunus.machine import import_extra, put_back
 
 __all__ = ["TRACKERS", "Log", "check_trackers", "named_log", "tracked"]
 
 Log = Callable[[Mapping[str, float], "int | None"], None]
 TRACKERS = ("tensorboard", "wandb", "mlflow")
+_inside: list[list[bool]] = []
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -67,16 +68,19 @@ def named_log(log: Log, name: str) -> Log:
 
 @contextmanager
 def _state() -> Generator[None]:
-    """accelerate's state of processes, without which its trackers may not log; not kept, for it has a device."""
+    """accelerate's state of processes, without which its trackers may not log; not kept, for it has a device.
+
+    It is the process's: of threads that log at once the last one takes it away.
+    """
     from accelerate import PartialState
 
-    alone = not PartialState._shared_state
-    PartialState()
-    try:
+    def made() -> bool:
+        was_there = bool(PartialState._shared_state)
+        PartialState()
+        return was_there
+
+    with put_back(_inside, made, lambda was_there: None if was_there else PartialState._reset_state()):
         yield
-    finally:
-        if alone:
-            PartialState._reset_state()
 
 
 def _started(name: str, folder: Path, said: Mapping[str, Any]) -> Any:
