@@ -14,3 +14,5 @@ from .stages import prune as prune
 from .stages import summary as summary
 from .stages import zero_shot as zero_shot
 from .texts import head_in_words as head_in_words
+from .write import prolonged as prolonged
+from .write import write as write

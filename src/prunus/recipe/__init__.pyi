@@ -53,6 +53,7 @@ from .texts import Data as Data
 from .texts import Evaluate as Evaluate
 from .texts import Pace as Pace
 from .texts import Shrink as Shrink
+from .texts import Writing as Writing
 from .training import OptimizerChoice as OptimizerChoice
 from .training import Training as Training
 from .values import Device as Device

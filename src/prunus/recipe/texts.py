@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from prunus.recipe.plain import Strict
 from prunus.recipe.values import Count, Part, Positive, Seed, Share, Whole, check_there, looks_local
 
-__all__ = ["TEST_TEXT", "TRAIN_TEXT", "Calibrate", "Data", "Evaluate", "Pace", "Shrink"]
+__all__ = ["TEST_TEXT", "TRAIN_TEXT", "Calibrate", "Data", "Evaluate", "Pace", "Shrink", "Writing"]
 
 
 class Data(Strict):
@@ -70,6 +70,37 @@ class Calibrate(Strict):
     length: Annotated[int, Field(ge=2)] = 2048
     batch_size: Count = 8
     seed: Seed = 0
+
+
+class Writing(Strict):
+    """What a model writes itself, in rows that each begin with some tokens of one's own text; data: that text."""
+
+    model: str = "embedded"
+    device: str = "auto"
+    """auto, cpu, cuda or one GPU such as cuda:1."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights in memory."""
+    data: Data = TRAIN_TEXT
+    tokens: Count = 1_000_000
+    """How many there will be, about, with those of the prompts."""
+    length: Annotated[int, Field(ge=2)] = 512
+    """Tokens of a row."""
+    prompt: Count = 16
+    """Tokens that each row begins with, from anywhere in the text."""
+    batch_size: Count = 64
+    """Rows that are written at once."""
+    temperature: Positive = 1.0
+    """Below 1 the likely words come oftener than the model says, above 1 rarer."""
+    seed: Seed = 0
+    """Of prompts and draws."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Writing:
+        if looks_local(self.model):
+            check_there(self.model, "give a path that exists", key="model: ")
+        if self.prompt >= self.length:
+            raise ValueError(f"prompt {self.prompt} leaves nothing of length {self.length} to write; give fewer")
+        return self
 
 
 class Shrink(Strict):

@@ -59,6 +59,14 @@ def evaluate_flags() -> list[Flag]:
     return [flag for flag in flags_of([LanguageRecipe], ["evaluate"]) if flag.key in measured or "." in flag.key]
 
 
+@cache
+def write_flags() -> list[Flag]:
+    """The flags of `prunus write`."""
+    from prunus.recipe import Writing
+
+    return flags_of([Writing], [])
+
+
 @with_flags(app, run_flags)
 def run(
     recipe: Annotated[
@@ -224,6 +232,33 @@ def measure(
     show_speed({row["model"]: row for row in found})
     if out is not None:
         write_json(out, found)
+
+
+@with_flags(app, write_flags)
+def write(
+    model: Annotated[str, typer.Argument(help="Language model, the dense one: name, folder, .gguf file, 'embedded'.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the texts, which recipes then name as data.")],
+    data: Annotated[
+        str | None, typer.Option(help="Your text, from which prompts are drawn; the embedded one if left out.")
+    ] = None,
+    assign: Annotated[
+        list[str] | None, typer.Option("--set", help="Keys of that text: --set data.column=body (repeatable).")
+    ] = None,
+    **flags: str | None,
+) -> None:
+    """Let a dense model go on with beginnings of your text: more text of that kind, to retrain its pruned copy on.
+
+    A killed one goes on.
+
+    $ prunus write ./model ./written --data notes.txt --tokens 1000000
+    """
+    from prunus.language import write as written
+    from prunus.recipe import Writing, merge, parse
+    from prunus.report import print_table
+
+    _check_single("write")
+    asked = {"model": model} | ({} if data is None else {"data": {"source": data}})
+    print_table([written(parse(merge(asked, overrides(write_flags(), flags, assign)), Writing, "flags"), out)])
 
 
 @app.command()
@@ -477,7 +512,7 @@ _SMALLER = (
     "make batch_size smaller (of calibrate, retrain, evaluate or train), or set retrain.checkpointing: true or "
     "streaming: true; what is finished is kept"
 )
-_STOPPED = {"run": _KEPT, "grid": _KEPT}
+_STOPPED = {"run": _KEPT, "grid": _KEPT, "write": _KEPT}
 
 
 def _of_system(error: OSError) -> str:
