@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
@@ -173,6 +176,29 @@ def test_a_mixture_has_the_shares_that_are_asked_for():
     assert both.tolist() == [True, False, False, True] + 4 * [True]
     with pytest.raises(ValueError, match="above 0"):
         mixed([few, many], [1, 0])
+
+
+def test_a_mixture_takes_from_all_over_a_text(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tokens_module, "_PIECE", 10)
+    answers = torch.arange(1000) % 3 == 0
+    mix = mixed([Tokens(torch.arange(1000), answers=answers), Tokens(torch.arange(40))], [0.75, 0.25], total=133)
+    taken, rest = mix.ids[:100], mix.ids[100:]
+    assert taken.tolist() == [place * 110 + each for place in range(10) for each in range(10)]
+    assert rest.tolist() == [*range(11), *range(14, 25), *range(29, 40)]
+    assert mix.answers is not None
+    assert torch.equal(mix.answers[:100], answers[taken])
+
+
+@given(st.integers(1, 10**12), st.data())
+def test_pieces_of_a_mixture_do_not_overlap_and_lie_from_end_to_end(available: int, data: st.DataObject):
+    count = data.draw(st.integers(0, min(available - 1, 50 * tokens_module._PIECE)))
+    cuts = tokens_module._cuts(available, count)
+    assert sum(cut.stop - cut.start for cut in cuts) == count
+    assert all(one.stop <= other.start for one, other in pairwise(cuts))
+    assert cuts[0].start == 0
+    assert cuts[-1].stop == (available if len(cuts) > 1 else count)
+    sizes = [cut.stop - cut.start for cut in cuts]
+    assert max(sizes) - min(sizes) <= 1
 
 
 @pytest.mark.parametrize(("count", "batch"), [(10, 4), (3, 5), (8, 8), (7, 1)])

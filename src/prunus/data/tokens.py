@@ -46,6 +46,7 @@ _OVERLAP = 1 << 10  # of two chunks of a text, so that they can be joined where 
 _AGREE = 8  # tokens that must be the same on both sides of a join
 _BATCH = 1 << 20  # characters that are tokenised side by side: 50 MB for a tokenizer
 _HELD = 1 << 20  # tokens of a stream that stays in memory
+_PIECE = 1 << 14  # tokens that a mixture takes from one place, where a text is longer than its share
 _SMALL = 1 << 22  # bytes of text whose tokens are not worth a file
 
 Blocks = Iterator[Sequence[int]]
@@ -148,8 +149,9 @@ def end_of(tokenizer: Any) -> int:
 def mixed(streams: Sequence[Tokens], weights: Sequence[float], total: int | None = None) -> Tokens:
     """One stream in which each of `streams` has a share of the tokens as `weights` say, one after another.
 
-    total: how many tokens there are in all; a stream that is too short for its share is repeated. None: as many as
-    there can be without repeating any. Raises ValueError for weights that are not positive.
+    A stream that is longer than its share gives pieces from all over it: what lies sorted, by author or by kind, is
+    all seen. total: how many tokens there are in all; a stream that is too short for its share is repeated. None: as
+    many as there can be without repeating any. Raises ValueError for weights that are not positive.
 
     >>> mixed([Tokens(torch.arange(4)), Tokens(torch.arange(90, 96))], [1, 3]).ids
     tensor([ 0,  1, 90, 91, 92, 93, 94, 95])
@@ -158,7 +160,7 @@ def mixed(streams: Sequence[Tokens], weights: Sequence[float], total: int | None
         raise ValueError(f"Weights of texts are above 0; got {list(weights)}.")
     shares = [weight / sum(weights) for weight in weights]
     whole = min(len(each) / share for each, share in zip(streams, shares, strict=True)) if total is None else total
-    parts = [_repeated(each, round(share * whole)) for each, share in zip(streams, shares, strict=True)]
+    parts = [_of_length(each, round(share * whole)) for each, share in zip(streams, shares, strict=True)]
     answered = any(each.answers is not None for each in parts)
     answers = [torch.ones(len(each), dtype=torch.bool) if each.answers is None else each.answers for each in parts]
     return Tokens(torch.cat([each.ids for each in parts]), parts[0].head, torch.cat(answers) if answered else None)
@@ -321,11 +323,23 @@ def _permutation(count: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(count, generator=generator_of(seed, epoch)).tolist()
 
 
-def _repeated(stream: Tokens, count: int) -> Tokens:
-    """The first `count` tokens of the stream said again and again."""
+def _of_length(stream: Tokens, count: int) -> Tokens:
+    """`count` tokens: pieces at equal distances of a longer stream, a shorter one said again and again."""
+    if count < len(stream):
+        cuts = _cuts(len(stream), count)
+        answers = None if stream.answers is None else torch.cat([stream.answers[cut] for cut in cuts])
+        return Tokens(torch.cat([stream.ids[cut] for cut in cuts]), stream.head, answers)
     times = -(-count // max(1, len(stream)))
     answers = None if stream.answers is None else stream.answers.repeat(times)[:count]
     return Tokens(stream.ids.repeat(times)[:count], stream.head, answers)
+
+
+def _cuts(available: int, count: int) -> list[slice]:
+    """Where the pieces lie: the first at the beginning, the last at the end, alike within a token."""
+    pieces = max(1, count // _PIECE)
+    between = [(available - count) * place // max(1, pieces - 1) for place in range(pieces)]  # left out before each
+    ends = [count * place // pieces for place in range(pieces + 1)]
+    return [slice(ends[place] + between[place], ends[place + 1] + between[place]) for place in range(pieces)]
 
 
 # Tokenising.
