@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from prunus.data import read_texts
 from prunus.language import prolonged, write
@@ -33,8 +33,11 @@ def parts(out: Path) -> dict[str, bytes]:
 
 
 def test_nearly_without_temperature_the_likeliest_words_are_written() -> None:
-    """As by whole forward passes, without a cache."""
-    model = tiny_llama().train()
+    """As by whole forward passes, without a cache and without dropout; each word depends on all before it."""
+    config = tiny_llama().config
+    config.update({"tie_word_embeddings": False, "initializer_range": 0.5, "attention_dropout": 0.5})
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).train()
     rows = torch.randint(VOCABULARY, (3, 5), generator=torch.Generator().manual_seed(0))
     found = prolonged(model, rows, 20, temperature=1e-4, generator=torch.Generator().manual_seed(1))
     assert model.training
@@ -42,6 +45,7 @@ def test_nearly_without_temperature_the_likeliest_words_are_written() -> None:
         for _ in range(15):
             rows = torch.cat([rows, model.eval()(rows, use_cache=False).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(found, rows)
+    assert min(len(set(row)) for row in rows[:, 5:].tolist()) > 5
 
 
 class Fixed(nn.Module):
@@ -120,12 +124,13 @@ def killed(tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pyte
 def test_a_killed_call_goes_on_with_the_same_bits(
     killed: Path, tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    first = parts(killed)
+    first, file = parts(killed), (killed / "part-00000.jsonl").stat().st_ino
     assert list(first) == ["inputs.json", "part-00000.jsonl", "written.json"]
     assert "tokens" not in json.loads(first["written.json"])
     write(of(tiny_folder, text_file), killed)
     write(of(tiny_folder, text_file), tmp_path / "whole")
     assert parts(killed) == parts(tmp_path / "whole")
+    assert (killed / "part-00000.jsonl").stat().st_ino == file
     assert len(set(parts(killed).values())) == 5
 
 
