@@ -78,6 +78,7 @@ def test_models_that_cannot_write_are_refused() -> None:
         prolonged(mamba, begun, 4)
     with pytest.raises(FloatingPointError, match="not finite; give --dtype bfloat16 or float32"):
         prolonged(Fixed(torch.tensor([0.0, float("inf")])), begun, 4)
+    assert not prolonged(Fixed(torch.tensor([0.0, -float("inf")])), begun, 4).any()  # a word that is never said
 
 
 def test_rows_are_cut_where_texts_end() -> None:

@@ -76,7 +76,7 @@ def mark(out: Path, kind: str) -> None:
 
 @contextmanager
 def held(out: Path, kind: str = "run") -> Generator[None]:
-    """Context in which the folder of a run, or of another kind, is this process's, and its launched companions'.
+    """Context in which a folder of a kind is this process's, and that of the processes launched together with it.
 
     Raises ValueError that says who has it, and as `mark` does.
     """

@@ -62,7 +62,7 @@ def prolonged(
             if kept is None:
                 raise ValueError(f"{type(model).__name__} keeps no keys and values; writing needs a model that does")
             logits = found.logits[:, -1].float()  # (rows, words)
-            if place == prompts.shape[1] and not logits.isfinite().all():  # once: a GPU is waited for
+            if place == prompts.shape[1] and not logits.amax(-1).isfinite().all():  # once: a GPU is waited for
                 raise FloatingPointError("the model's logits are not finite; give --dtype bfloat16 or float32")
             asked = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
             rows.append(asked)
