@@ -30,6 +30,7 @@ OPTIONS = {
     "inspect": "path --all --out",
     "measure": "models --set --device --prompt --tokens --batch-size --seconds --out",
     "unpack": "packed out",
+    "write": "model out --data --set " + " ".join(f"--{flag.name}" for flag in cli.write_flags()),
     "report": "folders --out",
     "average": "checkpoints --out --weights --greedy --how --base --set --device",
     "merge": "base adapter out --device",
@@ -92,6 +93,7 @@ def test_recipes_are_read_from_standard_input_and_pipes(
     assert "sparsity: 0.625" in out
 
 
+WRITE = ["write", "{tiny}", "out", "--device", "cpu", "--tokens", "128", "--length", "32", "--data"]
 MISTAKES = [
     (["run", "nowhere.yaml"], "no recipe 'nowhere.yaml'", "see recipes/"),
     (["run", "{f}/unknown.yaml"], "unknown key 'prune.sparsty'", "did you mean 'sparsity'"),
@@ -184,6 +186,26 @@ MISTAKES = [
     (["measure", "{tiny}", "--out", "{tiny}/model.safetensors"], "is there already", "give another file"),
     (["report", "{f}/foreign", "--out", "{f}/digits.yaml"], "digits.yaml is there already", "give another file"),
     (["report", "{f}/foreign", "{f}/foreign", "--out", "{f}/page.html"], "page.png", "give another file"),
+    (["write", "{tiny}"], "Missing argument 'out'", "--help"),
+    (["write", "./no-model", "out"], "no file or folder './no-model'", "give a path that exists"),
+    (["write", "{f}", "out"], "has no config that opens", "config.json"),
+    (["write", "{tiny}", "out", "--data", "{f}/missing.txt"], "missing.txt", "give an existing path"),
+    (["write", "{tiny}", "out", "--set", "data.colum=body"], "unknown key 'data.colum'", "did you mean 'column'"),
+    (["write", "{tiny}", "out", "--set", "data.column=body"], "data: give a source", "source"),
+    (["write", "{tiny}", "out", "--set", "prune.sparsity=0.5"], "unknown key 'prune'", "known keys: batch_size, data"),
+    (["write", "{tiny}", "out", "--set", "data"], "'data'", "key=value"),
+    (["write", "{tiny}", "out", "--device", "cudda"], "'cudda'", "a device is auto, cpu, cuda"),
+    (["write", "{tiny}", "out", "--dtype", "int8"], "dtype", "'float32', 'bfloat16' or 'float16'"),
+    (["write", "{tiny}", "out", "--tokens", "many"], "tokens", "many"),
+    (["write", "{tiny}", "out", "--length", "1"], "length", "greater than or equal to 2"),
+    (["write", "{tiny}", "out", "--length", "65"], "length: 65 tokens", "at most 64; give fewer"),
+    (["write", "{tiny}", "out", "--length", "16"], "prompt 16 leaves nothing of length 16", "give fewer"),
+    (["write", "{tiny}", "out", "--prompt", "0"], "prompt", "greater than or equal to 1"),
+    (["write", "{tiny}", "out", "--batch-size", "0"], "batch_size", "greater than or equal to 1"),
+    (["write", "{tiny}", "out", "--temperature", "0"], "temperature", "greater than 0"),
+    (["write", "{tiny}", "out", "--seed", "1.5"], "seed", "integer"),
+    ([*WRITE, "{f}/short.txt"], "4 prompts of 16 tokens begin at 4 places, and 7 tokens of text have 0", "more text"),
+    ([*WRITE, "{f}/short.txt", "--prompt", "6"], "7 tokens of text have 2", "fewer tokens or a shorter prompt"),
 ]
 
 
@@ -251,6 +273,21 @@ def test_a_mistake_is_one_line_and_status_2(
     assert value in line
     assert mend in line
     assert list(tmp_path.iterdir()) == []  # refused before any work
+
+
+def test_a_model_writes_by_the_command_and_the_same_again(
+    call: Any, tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "short", "body": text_file.read_text()}))
+    asked = [tiny_folder, tmp_path / "out", "--data", tmp_path / "rows.jsonl", "--set", "data.column=body"]
+    asked += ["--tokens", 128, "--length", 32, "--batch-size", 3, "--device", "cpu"]
+    status, out, err = call("write", *asked)
+    assert status == 0, err
+    assert [word in out for word in ("rows", "128", "tokens/s")] == [True] * 3
+    left = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    status, out, err = call("write", *asked)
+    assert (status, "128" in out, "tokens/s" in out) == (0, True, False)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == left
 
 
 def test_what_the_hub_says_is_put_in_one_line(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:

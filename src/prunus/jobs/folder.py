@@ -65,7 +65,7 @@ def finished(recipe: BaseModel, out: Path, key: str, left: Sequence[str] = ()) -
 
 
 def mark(out: Path, kind: str) -> None:
-    """Make a folder that of a run, a grid or a sweep.
+    """Make a folder that of a run, a grid, a sweep or a text.
 
     Raises ValueError for a folder of another kind, or with files that Prunus did not leave.
     """
@@ -75,13 +75,13 @@ def mark(out: Path, kind: str) -> None:
 
 
 @contextmanager
-def held(out: Path) -> Generator[None]:
-    """Context in which a run's folder is this process's, and that of the processes launched together with it.
+def held(out: Path, kind: str = "run") -> Generator[None]:
+    """Context in which a folder of a kind is this process's, and that of the processes launched together with it.
 
-    Raises ValueError that says who has it.
+    Raises ValueError that says who has it, and as `mark` does.
     """
     new = [folder for folder in (out, *out.parents) if not folder.exists()]
-    lock = _locked(out) if ranks.is_main() else None
+    lock = _locked(out, kind) if ranks.is_main() else None
     if ranks.agree(lock is None):
         raise ValueError(f"out: {out} is in use{_holder(out)}; wait for it, or give another folder with --out")
     try:
@@ -150,16 +150,16 @@ def _check_ours(out: Path, kind: str) -> None:
         raise ValueError(f"out: {out} is the folder of a {said[1]}, not of a {kind}; give another --out")
 
 
-def _locked(out: Path) -> FileLock | None:
+def _locked(out: Path, kind: str) -> FileLock | None:
     """The lock of a folder, which now says who has it."""
-    mark(out, "run")
+    mark(out, kind)
     lock = locked(out / f"{_MARKER}.lock")
     if lock is None:
         return None
     remove_partials(out)
     since = time.strftime("%Y-%m-%d %H:%M:%S")
-    ours = f"A run of Prunus; it may overwrite and delete what has its names here.\nby process {os.getpid()}"
-    write_text(out / _MARKER, f"{ours} on {socket.gethostname()}, since {since}\n")
+    ours = f"A {kind} of Prunus; it may overwrite and delete what has its names here."
+    write_text(out / _MARKER, f"{ours}\nby process {os.getpid()} on {socket.gethostname()}, since {since}\n")
     return lock
 
 

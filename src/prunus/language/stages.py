@@ -141,7 +141,7 @@ def fitted(recipe: LanguageRecipe, device: torch.device) -> LanguageRecipe:
     if window is not None:
         _check_length("evaluate.window", window, limit, recipe.model)
     if recipe.dtype == "auto" and device.type == "cpu" and getattr(config, "dtype", None) == torch.float16:
-        _say_once("float16 products are slow on a CPU: computing in float32; the model is saved in float16")
+        _say_once("float16 products are slow on a CPU: computing in float32; what is saved is float16 all the same")
         changes["dtype"] = "float32"
     return recipe.model_copy(update=changes)
 

@@ -2,6 +2,8 @@
 
 calibrate ─▶ random windows; no more is read than they need      evaluate ─▶ streams, rows joined by a text
 retrain   ─▶ a stream of documents, with the end-of-text token between two
+
+And prompts, drawn as calibration's windows are.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from prunus.data import (
     read_chats,
     read_tokens,
 )
-from prunus.recipe import Calibrate, Data, LanguageRecipe, LanguageRetrain
+from prunus.recipe import Calibrate, Data, LanguageRecipe, LanguageRetrain, Writing
 
 __all__ = [
     "calibration_windows",
@@ -35,6 +37,7 @@ __all__ = [
     "evaluation_texts",
     "head_in_words",
     "ids_of",
+    "prompts",
     "training_windows",
     "window_of",
 ]
@@ -46,9 +49,26 @@ _ENOUGH = 1 << 20  # tokens that calibration draws from, or four times what it t
 
 def calibration_windows(asked: Calibrate, tokenizer: Any) -> Tensor:
     """(samples, length) int64, drawn from the beginning of the text. Raises ValueError if it is too short."""
-    most = max(_ENOUGH, 4 * asked.samples * asked.length)
     with _named("calibrate.data"):
-        return calibration(_tokens(asked.data, tokenizer, most=most), asked.samples, asked.length, asked.seed)
+        text = _tokens(asked.data, tokenizer, most=_enough(asked.samples, asked.length))
+        return calibration(text, asked.samples, asked.length, asked.seed)
+
+
+def prompts(asked: Writing, tokenizer: Any) -> Tensor:
+    """(rows, prompt) int64, drawn from the beginning of the text. Raises ValueError if it is too short."""
+    rows, length = asked.rows, asked.prompt
+    with _named("data"):
+        text = _tokens(asked.data, tokenizer, most=_enough(rows, length))
+    inside = length - len(text.head)
+    if inside < 1:
+        raise ValueError(f"prompt: {length} is no more than the start tokens; give at least {len(text.head) + 1}")
+    places = max(0, len(text) - inside + 1)
+    if places < rows:
+        raise ValueError(
+            f"data: {rows} prompts of {length} tokens begin at {rows} places, and {len(text)} tokens of text have "
+            f"{places}; give more text, fewer tokens or a shorter prompt"
+        )
+    return calibration(text, rows, length, asked.seed)
 
 
 def ids_of(data: Data, tokenizer: Any) -> Tensor:
@@ -97,6 +117,11 @@ def window_of(recipe: LanguageRecipe, model: Any) -> int:
 def head_in_words(recipe: LanguageRecipe, tokenizer: Any) -> str:
     """What stands at the head of each window that is measured, as text; "" for nothing."""
     return tokenizer.decode(head_of(tokenizer)) if any(data.head for data in recipe.evaluate.data.values()) else ""
+
+
+def _enough(rows: int, length: int) -> int:
+    """How many tokens of a text are read to draw so many windows from."""
+    return max(_ENOUGH, 4 * rows * length)
 
 
 def _tokens(

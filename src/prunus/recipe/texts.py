@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from prunus.recipe.plain import Strict
-from prunus.recipe.values import Count, Part, Positive, Seed, Share, Whole, check_there, looks_local
+from prunus.recipe.values import Count, Device, Part, Positive, Seed, Share, Whole, check_there, looks_local
 
 __all__ = ["TEST_TEXT", "TRAIN_TEXT", "Calibrate", "Data", "Evaluate", "Pace", "Shrink", "Writing"]
 
@@ -76,7 +76,7 @@ class Writing(Strict):
     """What a model writes itself, in rows that each begin with some tokens of one's own text; data: that text."""
 
     model: str = "embedded"
-    device: str = "auto"
+    device: Device = "auto"
     """auto, cpu, cuda or one GPU such as cuda:1."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights in memory."""
@@ -101,6 +101,11 @@ class Writing(Strict):
         if self.prompt >= self.length:
             raise ValueError(f"prompt {self.prompt} leaves nothing of length {self.length} to write; give fewer")
         return self
+
+    @property
+    def rows(self) -> int:
+        """How many are written."""
+        return -(-self.tokens // self.length)
 
 
 class Shrink(Strict):
