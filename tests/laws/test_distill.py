@@ -167,7 +167,7 @@ def test_classifiers_have_the_formula_too(weight: float, temperature: float):
     x, labels = torch.randn(7, 6), torch.randint(5, (7,))
     value = distilled_classification(teacher, weight, temperature)(model, (x, labels))
     expected = written_out(model(x), teacher(x), labels, weight, temperature)
-    torch.testing.assert_close(value.double(), expected)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0)  # float32: exp and log differ by processor
     own, other = (torch.autograd.grad(each, model.weight)[0] for each in (value, expected))
     torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
     smoothed = distilled_classification(teacher, weight, temperature, smoothing=0.2)(model, (x, labels))
