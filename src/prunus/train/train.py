@@ -167,7 +167,7 @@ def train(
     if watch is not None and shared and asked():
         raise ValueError("A model is not measured while its weights are sharded: leave out watch, or --use_fsdp.")
     prunable = find_layers(model) if during and views is None else views or ()
-    plan, started = Plan(steps, epoch_steps or steps, tuple(prunable)), time.perf_counter()
+    plan, started = Plan(steps, epoch_steps or steps, tuple(prunable), accumulate), time.perf_counter()
     with (
         _taking_part(during, model, optimizer, plan, shared=shared),
         prepared(model, optimizer, masks, precision, shared=shared, recorded=recorded) as (inner, wrapped),
