@@ -321,6 +321,30 @@ def test_the_reported_error_is_that_of_the_block() -> None:
     assert report.error_before == pytest.approx(float((one - other).square().sum() / other.square().sum()), rel=1e-4)
 
 
+@pytest.mark.parametrize("found", [0, 1])
+def test_a_block_is_fitted_to_its_dense_outputs_where_it_shares_weights(found: int, tmp_path: Path) -> None:
+    def shared() -> LlamaForCausalLM:
+        model = tiny_llama()
+        model.model.layers[1].mlp = model.model.layers[0].mlp
+        return model
+
+    def leaving(model: LlamaForCausalLM) -> torch.Tensor:
+        seen: list[torch.Tensor] = []
+        hook = model.model.layers[1].register_forward_hook(lambda _module, _args, y: seen.append(y))
+        with torch.no_grad():
+            model(TOKENS)
+        hook.remove()
+        return seen[0]
+
+    fit = Fit(inputs="dense", steps=1, lr=1e-12)
+    for _ in range(1 + found):  # the second time the first block is found
+        model, work = shared(), Work(tmp_path, "one").open()
+        report = stream(model, WANDA, Unstructured("row"), 0.5, tokens=TOKENS, fit=fit, work=work).reports[1]
+        (tmp_path / "model.layers.1.safetensors").unlink()
+    one, other = leaving(model), leaving(shared())
+    assert report.error_before == pytest.approx(float((one - other).square().sum() / other.square().sum()), rel=1e-4)
+
+
 def test_norms_of_a_half_are_refused_as_empty() -> None:
     with pytest.raises(ValueError, match="norms"):
         run(tiny_llama(), fit=Fit(window="half", train=("norms",)))

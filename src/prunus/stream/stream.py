@@ -414,6 +414,7 @@ class _Flow:
     dense: tuple[list[Tensor], Mapping[str, list[Arguments]]] | None
     tied: Mapping[str, Inputs] = field(default_factory=dict)  # of views whose weights several blocks have
     solved: dict[str, Tensor] = field(default_factory=dict)  # parameters of several blocks, as the first one left them
+    unpruned: dict[str, Tensor] = field(default_factory=dict)  # and as they were, on the host
     masks: dict[str, Tensor] = field(default_factory=dict)
     stand_ins: StandIns = field(default_factory=StandIns)
 
@@ -428,8 +429,8 @@ class _Step:
 
     def solve_(self, task: _Task, fit: Fit | None, flow: _Flow) -> BlockReport:
         """Prune the block from what reaches it, fit it, and replace `flow.hidden` by what leaves it."""
+        before = self._dense(flow) if fit is not None else None
         self._take_tied_(flow)
-        before = copy.deepcopy(self.block) if fit is not None else None
         inputs, leaving = self._observe(task, flow, keep=fit is not None and flow.dense is None)
         inputs |= {view.name: flow.tied[view.name] for view in self.views if view.name in flow.tied}
         parameters = dict(self.block.named_parameters(prefix=self.name))
@@ -449,12 +450,26 @@ class _Step:
 
     def replay_(self, work: Work, flow: _Flow) -> BlockReport:
         """Take the finished block from the work folder and only run it."""
+        dense = self._dense(flow) if self.place.common[self.name] else self.block
         if flow.dense is not None:
-            self._advance_(self.block, *flow.dense)
+            self._advance_(dense, *flow.dense)
+        del dense
         report = work.restore_(self.name, self.block, flow.masks)
         self._leave_tied_(flow)
         self._advance_(self.block, flow.hidden, flow.arguments)
         return report
+
+    @torch.no_grad()
+    def _dense(self, flow: _Flow) -> nn.Module:
+        """A copy of the block, before it is pruned, with dense weights where it shares some with one before."""
+        twin = copy.deepcopy(self.block)
+        for key, first in self.place.common[self.name].items():
+            weight = twin.get_parameter(key)
+            if key in self._earlier:
+                weight.copy_(flow.unpruned[first])
+            else:
+                flow.unpruned[first] = weight.to("cpu", copy=True)
+        return twin
 
     @torch.no_grad()
     def _take_tied_(self, flow: _Flow) -> None:
