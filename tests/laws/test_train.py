@@ -16,7 +16,7 @@ from prunus.machine import ranks
 from prunus.masks import Masks
 from prunus.train.checkpoint import Clock
 from prunus.train.drawn import drawn_from, seeded
-from prunus.train.hooks import During
+from prunus.train.hooks import During, Plan
 from prunus.train.lr import linear_warmup_decay
 from prunus.train.train import classification_loss, train
 from prunus.train.watch import Watch
@@ -109,6 +109,28 @@ def test_a_watch_measures_every_few_steps_and_at_the_end():
     assert calls == [False] * 3
     model.eval()
     assert trace.watched[-1][1] == measure()
+
+
+class Halved(During):
+    """Runs the model with half of its weights."""
+
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan) -> None:
+        self.own = dict(model.named_parameters())
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: each / 2 for name, each in self.own.items()}
+
+
+def test_a_watch_measures_the_weights_that_a_method_trains():
+    model, seen = Net(), []
+
+    def measure() -> float:
+        seen.append([each.detach().clone() for each in model.parameters()])
+        return 0.0
+
+    run(model, watch=Watch(measure, every=12), during=[Halved()])
+    assert all(torch.equal(one * 2, other) for one, other in zip(seen[-1], model.parameters(), strict=True))
+    assert all(isinstance(each, nn.Parameter) for each in model.parameters())
 
 
 @pytest.mark.parametrize("killed_at", [3, 7, 9])
