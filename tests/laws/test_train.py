@@ -184,6 +184,28 @@ def test_the_best_weights_are_those_of_their_step():
         run(Net(), watch=Watch(measure, every=4, patience=1), during=[During()])
 
 
+def test_a_process_that_trains_its_own_model_asks_no_other(tmp_path, monkeypatch):
+    """The second of two: its checkpoint is written, and what it measures counts."""
+
+    def ask(*_: object) -> None:
+        pytest.fail("the other process trains another model, and does not answer")
+
+    alone = Net()
+    torch.manual_seed(1)
+    run(alone, watch=Watch(held_out(alone)[0], every=4, keep_best=True))
+    for name, value in {"count": lambda: 2, "index": lambda: 1, "join": lambda device: device}.items():
+        monkeypatch.setattr(ranks, name, value)
+    for name in ("agree", "wait", "sum_", "mean_"):
+        monkeypatch.setattr(ranks, name, ask)
+    model, again = Net(), Net(seed=3)
+    torch.manual_seed(1)
+    run(model, watch=Watch(held_out(model)[0], every=4, keep_best=True), shared=False, checkpoint=tmp_path / "c.pt")
+    assert equal(model, alone)
+    watch = Watch(lambda: pytest.fail("nothing is measured again"), every=4, keep_best=True)
+    run(again, lambda step: pytest.fail("no batch is needed"), watch=watch, shared=False, checkpoint=tmp_path / "c.pt")
+    assert equal(again, alone)
+
+
 def test_a_finished_run_is_not_repeated(tmp_path):
     model = Net()
     first, _ = run(model, checkpoint=tmp_path / "c.pt")

@@ -175,7 +175,7 @@ def train(
         settled(device if recorded else None),
     ):
         rates = [float(group["lr"]) for group in optimizer.param_groups]
-        watched = Watched(watch, lambda: resumable(inner))
+        watched = Watched(watch, lambda: resumable(inner), shared)
         key = {"steps": steps, "accumulate": accumulate, "base_lrs": rates, "precision": precision, "clip": clip}
         key |= watched.plan | ({} if checkpoint is None else held(optimizer, masks))
         path = None if checkpoint is None else Path(checkpoint)
