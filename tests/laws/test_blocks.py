@@ -135,6 +135,14 @@ def test_what_blocks_pass_on_beside_the_hidden_state_is_each_batch_s_own(ids: Te
     torch.testing.assert_close(model.norm(torch.cat(hidden)), model(ids))
 
 
+@pytest.mark.parametrize("again", [0, 2])
+def test_one_block_in_two_places_is_refused(again: int) -> None:
+    model = Model()
+    model.layers[again] = model.layers[1]
+    with pytest.raises(ValueError, match="'layers' has one block in several places"):
+        find_blocks(model)
+
+
 def test_capture_leaves_no_trace(ids: Tensor) -> None:
     model = Model()
     own = model.layers[1].forward

@@ -34,6 +34,12 @@ def test_a_small_network_by_hand():
     assert found.nonzero == parameters - 54 - 288
 
 
+def test_a_weight_that_two_modules_have_saves_in_both():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    assert cost(model, torch.zeros(1, 4), Masks({"0.weight": keep((4, 4), 8)})) == Cost(64, 32, 2.0, 24, 16)
+
+
 @pytest.mark.parametrize("name", ["resnet8", "resnet18", "wrn10_1"])
 def test_operations_are_counted_on_shapes_alone_as_on_values(name):
     model, x = build_model(name, classes=10), torch.zeros(2, 3, 8, 8)

@@ -423,6 +423,34 @@ def test_exchanges_end():
     assert [step + 1 for step in range(1, STEPS) if seen[step] != seen[step - 1]] == [4, 8]
 
 
+class Routed(nn.Module):
+    """Two layers of which every batch goes through one, as experts that are modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each = nn.ModuleList(nn.Linear(6, 4) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.each[int(x[0, 0] > 0)](x)
+
+
+def test_a_layer_without_a_gradient_exchanges_nothing():
+    """What it had steps before is not in a checkpoint, so a resumed run would grow others."""
+
+    def served(step: int):
+        x, labels = torch.randn(8, 6, generator=torch.Generator().manual_seed(step)), batches(step)[1]
+        x[:, 0] = -1.0 if step == 4 else 1.0
+        return x, labels
+
+    model, method, seen = Routed(), make_method("RigL", 0.5, delta=5, topology=uniform), []
+    after_step = method.after_step
+    method.after_step = lambda step: (after_step(step), seen.append(method.masks()))
+    run(model, method, steps=12, served=served)
+    unused, used = (f"each.{place}.weight" for place in (1, 0))
+    assert torch.equal(seen[4][unused], seen[3][unused])
+    assert not torch.equal(seen[4][used], seen[3][used])
+
+
 def test_an_exchange_does_not_take_pruned_weights_for_small_ones():
     """Connections that were grown a moment ago are zero too."""
     views = [View("a", "a", None, False, (1, 4))]

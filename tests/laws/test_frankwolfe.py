@@ -296,13 +296,15 @@ def test_the_rate_may_be_a_tensor(ball):
     assert all(torch.allclose(one, other, atol=1e-7) for one, other in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("ball", [k_support(0.3), spectral_k_support(2)])
-def test_a_state_dict_goes_on_with_the_same_bits(ball):
-    whole, split = [[p for p in tensors() if p.ndim > 1] for _ in range(2)]
+def test_a_state_dict_goes_on_with_the_same_bits(ball, dtype):
+    whole, split = [[p for p in tensors(dtype=dtype) if p.ndim > 1] for _ in range(2)]
     optimizer = SFW(whole, 0.1, constraint=ball)
     for step in range(6):
         gradients_(whole, step)
         optimizer.step()
+    left = optimizer.left()
     optimizer = SFW(split, 0.1, constraint=ball)
     for step in range(3):
         gradients_(split, step)
@@ -317,6 +319,7 @@ def test_a_state_dict_goes_on_with_the_same_bits(ball):
         gradients_(split, step)
         optimizer.step()
     assert all(torch.equal(one, other) for one, other in zip(whole, split, strict=True))
+    assert optimizer.left() == left
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

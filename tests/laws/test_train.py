@@ -16,7 +16,7 @@ from prunus.machine import ranks
 from prunus.masks import Masks
 from prunus.train.checkpoint import Clock
 from prunus.train.drawn import drawn_from, seeded
-from prunus.train.hooks import During
+from prunus.train.hooks import During, Plan
 from prunus.train.lr import linear_warmup_decay
 from prunus.train.train import classification_loss, train
 from prunus.train.watch import Watch
@@ -111,6 +111,28 @@ def test_a_watch_measures_every_few_steps_and_at_the_end():
     assert trace.watched[-1][1] == measure()
 
 
+class Halved(During):
+    """Runs the model with half of its weights."""
+
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan) -> None:
+        self.own = dict(model.named_parameters())
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: each / 2 for name, each in self.own.items()}
+
+
+def test_a_watch_measures_the_weights_that_a_method_trains():
+    model, seen = Net(), []
+
+    def measure() -> float:
+        seen.append([each.detach().clone() for each in model.parameters()])
+        return 0.0
+
+    run(model, watch=Watch(measure, every=12), during=[Halved()])
+    assert all(torch.equal(one * 2, other) for one, other in zip(seen[-1], model.parameters(), strict=True))
+    assert all(isinstance(each, nn.Parameter) for each in model.parameters())
+
+
 @pytest.mark.parametrize("killed_at", [3, 7, 9])
 def test_a_watched_run_goes_on_with_the_bits_of_the_unbroken_one(tmp_path, killed_at):
     """Whatever was measured before the kill: the best weights, when it ends, what was seen."""
@@ -160,6 +182,28 @@ def test_the_best_weights_are_those_of_their_step():
             Watch(measure, **wrong)
     with pytest.raises(ValueError, match="leave out the watch's keep_best and patience"):
         run(Net(), watch=Watch(measure, every=4, patience=1), during=[During()])
+
+
+def test_a_process_that_trains_its_own_model_asks_no_other(tmp_path, monkeypatch):
+    """The second of two: its checkpoint is written, and what it measures counts."""
+
+    def ask(*_: object) -> None:
+        pytest.fail("the other process trains another model, and does not answer")
+
+    alone = Net()
+    torch.manual_seed(1)
+    run(alone, watch=Watch(held_out(alone)[0], every=4, keep_best=True))
+    for name, value in {"count": lambda: 2, "index": lambda: 1, "join": lambda device: device}.items():
+        monkeypatch.setattr(ranks, name, value)
+    for name in ("agree", "wait", "sum_", "mean_"):
+        monkeypatch.setattr(ranks, name, ask)
+    model, again = Net(), Net(seed=3)
+    torch.manual_seed(1)
+    run(model, watch=Watch(held_out(model)[0], every=4, keep_best=True), shared=False, checkpoint=tmp_path / "c.pt")
+    assert equal(model, alone)
+    watch = Watch(lambda: pytest.fail("nothing is measured again"), every=4, keep_best=True)
+    run(again, lambda step: pytest.fail("no batch is needed"), watch=watch, shared=False, checkpoint=tmp_path / "c.pt")
+    assert equal(again, alone)
 
 
 def test_a_finished_run_is_not_repeated(tmp_path):

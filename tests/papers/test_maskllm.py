@@ -125,6 +125,19 @@ def test_gradients_are_those_of_the_loss_and_what_is_held_on_to(layer: nn.Module
         assert float(grad[place]) == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-5, abs=1e-8)
 
 
+def test_micro_batches_hold_on_to_weights_once_a_step():
+    ends: list[Tensor] = []
+    for parts in (1, 4):
+        layer, learned, x = nn.Linear(8, 3, bias=False), MaskLLM(0.5, keep=5.0), torch.ones(2, 8)
+        nn.init.constant_(layer.weight, 0.5)
+        layer.weight.data[:, ::2] = 1.0
+        made = torch.optim.SGD(layer.parameters(), lr=1.0)
+        loss = lambda layer, x: layer(x).square().mean()  # noqa: E731
+        train(layer, lambda _, x=x: x, made, lambda _: 1.0, steps=3, loss=loss, during=[learned], accumulate=parts)
+        ends.append(learned.logits[0].detach().clone())
+    assert torch.allclose(*ends, atol=1e-6)
+
+
 def test_draws_have_the_gradient_of_the_expectation():
     # 30,000 groups alike: the mean over their draws against the sum over all six masks
     w, a = torch.tensor([1.0, -2.0, 0.5, 3.0]), torch.tensor([0.3, 0.7, -1.0, 0.2])

@@ -244,6 +244,36 @@ def test_a_fit_lowers_the_error_and_keeps_every_zero(window: str, inputs: str, t
     assert int((weight.unflatten(1, (-1, 4)) != 0).sum(-1).max()) == 2
 
 
+@pytest.mark.parametrize("train", ["full", "mask_lora", "norms"])
+def test_a_block_that_stays_dense_is_not_fitted(train: str) -> None:
+    model, dense = tiny_llama(), tiny_llama().state_dict()
+    fit = Fit(inputs="dense", train=(train,), steps=2)
+    stream(model, WANDA, NM(2, 4), tokens=TOKENS, exclude=["layers.1.*"], fit=fit)
+    block = model.model.layers[1].state_dict()
+    assert_equal(block, {name: dense[f"model.layers.1.{name}"] for name in block})
+
+
+@pytest.mark.parametrize("window", ["block", "half"])
+def test_a_weight_in_two_blocks_is_fitted_in_the_first(window: Any, tmp_path: Path) -> None:
+    ends: list[dict[str, torch.Tensor]] = []
+    for folder in (None, tmp_path, tmp_path):  # without one, with one, and with the first block found in it
+        model, fitted = tiny_llama(), list[dict[str, torch.Tensor]]()
+        first, second = model.model.layers
+        second.mlp, second.input_layernorm = first.mlp, first.input_layernorm
+
+        def keep(_: object, first: Any = first, fitted: list[dict[str, torch.Tensor]] = fitted) -> None:
+            fitted.append({name: value.clone() for name, value in first.state_dict().items()})
+
+        work = None if folder is None else Work(folder, "one").open()
+        fit = Fit(window=window, steps=4, lr=1e-3)
+        stream(model, WANDA, NM(2, 4), tokens=TOKENS, fit=fit, work=work, on_block=keep).masks.check(model)
+        assert_equal(*fitted)
+        ends.append(model.state_dict())
+        (tmp_path / "model.layers.1.safetensors").unlink(missing_ok=True)
+    assert_equal(ends[0], ends[1])
+    assert_equal(ends[0], ends[2])
+
+
 @pytest.mark.parametrize("window", ["block", "half", "matrix"])
 def test_the_steps_of_a_fit_run_in_its_precision(window: Any) -> None:
     model, seen = tiny_llama(), set[torch.dtype]()
@@ -288,6 +318,30 @@ def test_the_reported_error_is_that_of_the_block() -> None:
     with torch.no_grad():
         one = pruned(TOKENS, output_hidden_states=True).hidden_states[1]
         other = dense(TOKENS, output_hidden_states=True).hidden_states[1]
+    assert report.error_before == pytest.approx(float((one - other).square().sum() / other.square().sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("found", [0, 1])
+def test_a_block_is_fitted_to_its_dense_outputs_where_it_shares_weights(found: int, tmp_path: Path) -> None:
+    def shared() -> LlamaForCausalLM:
+        model = tiny_llama()
+        model.model.layers[1].mlp = model.model.layers[0].mlp
+        return model
+
+    def leaving(model: LlamaForCausalLM) -> torch.Tensor:
+        seen: list[torch.Tensor] = []
+        hook = model.model.layers[1].register_forward_hook(lambda _module, _args, y: seen.append(y))
+        with torch.no_grad():
+            model(TOKENS)
+        hook.remove()
+        return seen[0]
+
+    fit = Fit(inputs="dense", steps=1, lr=1e-12)
+    for _ in range(1 + found):  # the second time the first block is found
+        model, work = shared(), Work(tmp_path, "one").open()
+        report = stream(model, WANDA, Unstructured("row"), 0.5, tokens=TOKENS, fit=fit, work=work).reports[1]
+        (tmp_path / "model.layers.1.safetensors").unlink()
+    one, other = leaving(model), leaving(shared())
     assert report.error_before == pytest.approx(float((one - other).square().sum() / other.square().sum()), rel=1e-4)
 
 

@@ -88,8 +88,8 @@ def find_blocks(model: nn.Module) -> list[str]:
     base class of their own (hybrids of attention and state-space blocks).
 
     Raises: ValueError, with what was looked for and found, if no list holds more than half of the prunable weights,
-    if its classes are unrelated, or if another list apart from it holds more than a tenth (an encoder-decoder, several
-    towers).
+    if its classes are unrelated, if a block stands in it twice, or if another list apart from it holds more than a
+    tenth (an encoder-decoder, several towers).
 
     >>> find_blocks(model)[0]
     'model.decoder.layers.0'
@@ -99,6 +99,8 @@ def find_blocks(model: nn.Module) -> list[str]:
     if not sizes or sizes[best] * 2 <= total:
         raise ValueError(_refusal(model, "none holds more than half", sizes, total))
     blocks = model.get_submodule(best)
+    if len(set(blocks.children())) < len(blocks._modules):
+        raise ValueError(_refusal(model, f"'{best}' has one block in several places", sizes, total))
     if not _related({type(block) for block in blocks.children()}):
         classes = sorted({type(block).__qualname__ for block in blocks.children()})
         raise ValueError(_refusal(model, f"'{best}' mixes {', '.join(classes)}", sizes, total))

@@ -87,7 +87,8 @@ class MaskLLM(During):
         self.logits = nn.ParameterList(self.trust * start for start in starts)
         self.noise = [torch.empty_like(each) for each in self.logits]  # a function of the step: nothing to save
         squares = sum(float(weight.detach().float().square().sum()) for weight in self.pruned_parameters.values())
-        self.pull = self.keep / max(squares, torch.finfo(torch.float32).tiny)
+        # Every backward pass of a step adds it.
+        self.pull = self.keep / max(squares, torch.finfo(torch.float32).tiny) / plan.accumulate
         model.requires_grad_(False)  # `train` takes it back
         train_with_(optimizer, self.logits, lr=None, weight_decay=0.0)
 

@@ -26,7 +26,8 @@ class RigL(During):
     topology: how the zeros are shared out at the start and so ever after: `erk` (Erdos-Renyi-Kernel), `uniform`.
     The gradient at pruned weights comes from the ordinary backward pass (they are in the forward pass, as zeros).
     Deviations: the step at which connections change is an ordinary training step too, where the paper omits it; the
-    paper's "uniform" leaves the first layer dense, this one does not; clipping counts the gradient at pruned weights.
+    paper's "uniform" leaves the first layer dense, this one does not; clipping counts the gradient at pruned weights; a
+    layer that the step did not reach (an expert) exchanges nothing.
     A connection that is dropped and grown at once keeps its weight, as in the authors' code.
     Raises ValueError for a sparsity outside [0, 1), alpha or stop outside (0, 1], delta < 1, a topology that looks at
     inputs, or (in `check`) when training is too short for one exchange.
@@ -66,9 +67,8 @@ class RigL(During):
         self.views, self.end = plan.views, self.stop * plan.steps
         self.hold_masks(model, optimizer, plan.views)
         self.set_masks_(random_topology(model, plan.views, self.sparsity, self.topology, self.seed))
-        self.seen = (
-            nn.Module()
-        )  # the last gradients: written in every step before they are read, so no part of the state
+        # The step's gradients, and whose they are: written before they are read, so no part of the state.
+        self.seen, self.fresh = nn.Module(), frozenset[str]()
         for place, parameter in enumerate(self.pruned_parameters.values()):
             self.seen.register_buffer(f"gradient{place}", torch.zeros_like(parameter), persistent=False)
 
@@ -84,6 +84,7 @@ class RigL(During):
         torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
             [stored[name] for name in pairs], [grad for _, grad in pairs.values()]
         )
+        self.fresh = frozenset(pairs)
 
     def follow(self) -> None:
         """Hold pruned weights at zero."""
@@ -92,12 +93,12 @@ class RigL(During):
     def after_step(self, step: int) -> None:
         """Exchange connections, when it is time."""
         done = step + 1
-        if done % self.delta or done >= self.end:
+        if done % self.delta or done >= self.end or not self.fresh:
             return
         fraction = self.alpha / 2 * (1 + math.cos(math.pi * done / self.end))
-        stored = self._stored()
-        growth = {view.name: view.matrix(stored[view.parameter]).abs() for view in self.views}
-        self.set_masks_(exchange(self.views, self.pruned_parameters, self.held(), growth, fraction))
+        stored, views = self._stored(), [view for view in self.views if view.parameter in self.fresh]
+        growth = {view.name: view.matrix(stored[view.parameter]).abs() for view in views}
+        self.set_masks_(exchange(views, self.pruned_parameters, self.held(), growth, fraction))
         self.enforce_()
 
     def finish(self) -> Masks:

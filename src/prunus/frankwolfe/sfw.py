@@ -188,8 +188,12 @@ class SFW(Optimizer):
             raise ValueError(f"This optimizer has {len(own)} groups, the state dict {len(saved)}: it is another's")
         groups = [{**group, "constraint": constraint} for group, constraint in zip(saved, own, strict=True)]
         super().load_state_dict({**state_dict, "param_groups": groups})
-        for group, constraint in zip(self.param_groups, own, strict=True):
+        for group, constraint, was in zip(self.param_groups, own, saved, strict=True):
             group["constraint"] = constraint  # not the copy that torch made
+            for parameter, number in zip(group["params"], was["params"], strict=True):
+                stored = state_dict["state"].get(number, {})
+                for key in stored.keys() & {"basis", "left"}:  # torch cast them to the weight's dtype
+                    self.state[parameter][key] = stored[key].to(parameter.device, copy=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -59,9 +59,11 @@ def cost(model: nn.Module, x: Tensor, masks: Masks | None = None) -> Cost:
             raise ValueError(f"the model has no parameter '{name}'; give the model that the masks are of, not compiled")
     dense = own_flops(model, x)
     tables = masks.table()
+    counted = {id(parameters[name]): counts for name, counts in tables.items()}  # a weight may have several names
     sparse = 0.0
     for module, flops in dense.items():
-        inside = [counts for name, counts in tables.items() if name.rpartition(".")[0] == module]
+        own = model.get_submodule(module).parameters(recurse=False)
+        inside = [counted[id(parameter)] for parameter in own if id(parameter) in counted]
         kept, entries = sum(kept for kept, _ in inside), sum(entries for _, entries in inside)
         sparse += flops * kept / entries if entries else flops
     total, whole = sum(dense.values()), sum(parameter.numel() for parameter in model.parameters())

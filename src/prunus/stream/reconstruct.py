@@ -62,11 +62,13 @@ class Fit:
 
 @dataclass(frozen=True)
 class _Unit:
-    """A module that is fitted at once: its path below the block ("" is the block) and the children that may change."""
+    """A module that is fitted at once: its path below the block ("" is the block), the children that may change (None:
+    all) and the parameters, by their names in it, that may not."""
 
     path: str
     views: list[View]
     free: tuple[str, ...] | None = None
+    fixed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,11 +94,13 @@ def reconstruct(
     views: Sequence[View],
     masks: Masks,
     prefix: str,
+    fixed: Sequence[str] = (),
     stand_ins: StandIns | None = None,
 ) -> tuple[float, float]:
     """The block's relative squared output error before and after it was fitted in place.
 
-    block, dense: the pruned block and its dense twin on one device; prefix: the block's name in the model.
+    block, dense: the pruned block and its dense twin on one device; prefix: the block's name in the model. views: its
+    pruned layers; a block without one stays as it is. fixed: parameters, by their names in the block, that stay.
     stand_ins: of the blocks before, through which this one is fitted where it is like them; by default their steps are
     recorded anew. A window whose fit ends worse than it began is put back.
 
@@ -108,7 +112,8 @@ def reconstruct(
         {"target": target, "args": (x, call), "kwargs": {}}
         for x, call, target in zip(passing.hidden, passing.arguments, passing.targets, strict=True)
     ]
-    units = _units(block, views, fit.window, prefix)
+    units = [_fixing(unit, fixed) for unit in _units(block, views, fit.window, prefix)]
+    units = [unit for unit in units if _is_trained(block, unit, fit.train)]
     if len(units) == 1 and units[0].path == "":
         return _fit_(block, units[0], whole, stand_ins, masks=masks, fit=fit, prefix=prefix)
     holder = _Holder(block)
@@ -134,7 +139,7 @@ def check_fit(model: nn.Module, views: Sequence[View], train: Sequence[str], win
 
 def _units(block: nn.Module, views: Sequence[View], window: str, prefix: str) -> list[_Unit]:
     if window == "block":
-        return [_Unit("", list(views))]
+        return [_Unit("", list(views))] if views else []
     groups: dict[str, list[View]] = {}
     for view in views:
         path = _owner(view, prefix)
@@ -147,6 +152,18 @@ def _units(block: nn.Module, views: Sequence[View], window: str, prefix: str) ->
         free = tuple(name for name, _ in block.named_children() if name in loose or name not in groups)
         units.append(_Unit("", [view for path in loose for view in groups[path]], free))
     return units
+
+
+def _fixing(unit: _Unit, fixed: Sequence[str]) -> _Unit:
+    """The unit with those of a block's fixed parameters that it has."""
+    inside = f"{unit.path}." if unit.path else ""
+    return replace(unit, fixed=tuple(name.removeprefix(inside) for name in fixed if name.startswith(inside)))
+
+
+def _is_trained(block: nn.Module, unit: _Unit, train: Sequence[str]) -> bool:
+    """Whether anything of a unit may change."""
+    module, fixed = block.get_submodule(unit.path), set(unit.fixed)
+    return any(name in ADAPTERS or not find_subset(module, name).keys() <= fixed for name in train)
 
 
 def _owner(view: View, prefix: str) -> str:
@@ -262,7 +279,7 @@ def _train_(
     stand_in = None
     if not unrecordable(device, scaled=fit.precision == "fp16"):
         copied = partial(_prepare, unit=local, fit=fit, seed=seed)
-        how = local.free, tuple(local.views)
+        how = local.free, local.fixed, tuple(local.views)
         stand_in = stand_ins.find(holder, how, examples[0], lambda: copied(*copy.deepcopy((holder, own)))[1])
     adaptation, trained = _prepare(holder, own, local, fit, seed)
     try:
@@ -287,9 +304,10 @@ def _prepare(holder: nn.Module, own: Masks, unit: _Unit, fit: Fit, seed: int) ->
         generator=torch.Generator().manual_seed(seed),
     )
     groups = adaptation.param_groups(fit.lr)
-    if unit.free is not None:
-        free = {id(p) for child in unit.free for p in holder.get_submodule(f"unit.{child}").parameters()}
-        groups = [{**group, "params": [p for p in group["params"] if id(p) in free]} for group in groups]
+    parts = ["unit"] if unit.free is None else [f"unit.{child}" for child in unit.free]
+    free = {id(p) for part in parts for p in holder.get_submodule(part).parameters()}
+    free -= {id(holder.get_parameter(f"unit.{name}")) for name in unit.fixed}
+    groups = [{**group, "params": [p for p in group["params"] if id(p) in free]} for group in groups]
     groups, cuda = [group for group in groups if group["params"]], _device(holder).type == "cuda"
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, capturable=cuda, fused=cuda or None)
     return adaptation, Trained(holder, optimizer, adaptation.held)

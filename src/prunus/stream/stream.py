@@ -205,6 +205,7 @@ class _Place:
     views: dict[str, list[View]]
     outer: list[View]
     tied: dict[str, dict[str, View]]  # name of a view whose weight several blocks have -> block -> the view there
+    common: dict[str, dict[str, str]]  # block -> its parameters that several have -> their name in the first of those
 
     @property
     def inner(self) -> list[View]:
@@ -232,8 +233,8 @@ def _placed(
     names = find_blocks(model)
     found = find_layers(model, include=include, exclude=exclude)
     views, outer = _views_by_block(observable(model, found, include) if observed else found, names, include, exclude)
-    tied = _tied_views(model, views)
-    return _Place(model, source or Memory(model), device, precision, names, views, outer, tied)
+    tied, common = _tied_views(model, views), _common_parameters(model, names)
+    return _Place(model, source or Memory(model), device, precision, names, views, outer, tied, common)
 
 
 @torch.no_grad()
@@ -412,7 +413,8 @@ class _Flow:
     arguments: Mapping[str, list[Arguments]]
     dense: tuple[list[Tensor], Mapping[str, list[Arguments]]] | None
     tied: Mapping[str, Inputs] = field(default_factory=dict)  # of views whose weights several blocks have
-    solved: dict[str, Tensor] = field(default_factory=dict)  # those weights, by name of the view's parameter
+    solved: dict[str, Tensor] = field(default_factory=dict)  # parameters of several blocks, as the first one left them
+    unpruned: dict[str, Tensor] = field(default_factory=dict)  # and as they were, on the host
     masks: dict[str, Tensor] = field(default_factory=dict)
     stand_ins: StandIns = field(default_factory=StandIns)
 
@@ -427,8 +429,8 @@ class _Step:
 
     def solve_(self, task: _Task, fit: Fit | None, flow: _Flow) -> BlockReport:
         """Prune the block from what reaches it, fit it, and replace `flow.hidden` by what leaves it."""
+        before = self._dense(flow) if fit is not None else None
         self._take_tied_(flow)
-        before = copy.deepcopy(self.block) if fit is not None else None
         inputs, leaving = self._observe(task, flow, keep=fit is not None and flow.dense is None)
         inputs |= {view.name: flow.tied[view.name] for view in self.views if view.name in flow.tied}
         parameters = dict(self.block.named_parameters(prefix=self.name))
@@ -448,27 +450,42 @@ class _Step:
 
     def replay_(self, work: Work, flow: _Flow) -> BlockReport:
         """Take the finished block from the work folder and only run it."""
+        dense = self._dense(flow) if self.place.common[self.name] else self.block
         if flow.dense is not None:
-            self._advance_(self.block, *flow.dense)
+            self._advance_(dense, *flow.dense)
+        del dense
         report = work.restore_(self.name, self.block, flow.masks)
         self._leave_tied_(flow)
         self._advance_(self.block, flow.hidden, flow.arguments)
         return report
 
     @torch.no_grad()
+    def _dense(self, flow: _Flow) -> nn.Module:
+        """A copy of the block, before it is pruned, with dense weights where it shares some with one before."""
+        twin = copy.deepcopy(self.block)
+        for key, first in self.place.common[self.name].items():
+            weight = twin.get_parameter(key)
+            if key in self._earlier:
+                weight.copy_(flow.unpruned[first])
+            else:
+                flow.unpruned[first] = weight.to("cpu", copy=True)
+        return twin
+
+    @torch.no_grad()
     def _take_tied_(self, flow: _Flow) -> None:
-        """Give the block the weights that it shares with one solved before; its source may have read dense ones."""
-        for places in self.place.tied.values():
-            parameter = places[next(iter(places))].parameter
-            if parameter in flow.solved and self.name in places:
-                key = places[self.name].parameter.removeprefix(f"{self.name}.")
-                self.block.get_parameter(key).copy_(flow.solved[parameter])
+        """Give the block what it shares with one before, as that left it; its source may have read dense weights."""
+        for key in self._earlier:
+            self.block.get_parameter(key).copy_(flow.solved[self.place.common[self.name][key]])
 
     def _leave_tied_(self, flow: _Flow) -> None:
-        for view in self.views:
-            if view.name in self.place.tied:
-                weight = self.block.get_parameter(view.parameter.removeprefix(f"{self.name}."))
-                flow.solved[view.parameter] = weight.detach().clone()
+        for key, first in self.place.common[self.name].items():
+            if key not in self._earlier:
+                flow.solved[first] = self.block.get_parameter(key).detach().clone()
+
+    @property
+    def _earlier(self) -> list[str]:
+        """The block's parameters that one before it has, too."""
+        return [key for key, first in self.place.common[self.name].items() if first != f"{self.name}.{key}"]
 
     @torch.no_grad()
     def _observe(self, task: _Task, flow: _Flow, *, keep: bool) -> tuple[dict[str, Inputs], list[Tensor]]:
@@ -497,7 +514,8 @@ class _Step:
             entering, targets = list(zip(hidden, arguments[self.name], strict=True)), hidden
             self._advance_(before, hidden, arguments)
         passing = Passing(flow.hidden, flow.arguments[self.name], targets, entering)
-        how: dict[str, Any] = {"masks": masks, "prefix": self.name, "stand_ins": flow.stand_ins}
+        how: dict[str, Any] = {"masks": masks, "prefix": self.name, "fixed": self._earlier}
+        how["stand_ins"] = flow.stand_ins
         return reconstruct(self.block, before, fit, passing, views=self.views, **how)
 
     def _advance_(self, block: nn.Module, hidden: list[Tensor], arguments: Mapping[str, list[Arguments]]) -> None:
@@ -588,13 +606,29 @@ def _own_share(tokens: Tensor, fit: Fit | None) -> Tensor:
     return tokens[ranks.share(len(tokens))]
 
 
-def _tied_views(model: nn.Module, views: Mapping[str, Sequence[View]]) -> dict[str, dict[str, View]]:
-    """Name of each view whose parameter is in several blocks -> block -> the view with its names there."""
-    places: dict[int, list[tuple[str, str]]] = {}  # id of a parameter -> its names, each with its block
+def _places(model: nn.Module, names: Sequence[str]) -> dict[int, list[tuple[str, str]]]:
+    """Id of each parameter of the blocks -> its names, each with its block."""
+    places: dict[int, list[tuple[str, str]]] = {}
     for key, parameter in model.named_parameters(remove_duplicate=False):
-        block = next((name for name in views if key.startswith(f"{name}.")), None)
+        block = next((name for name in names if key.startswith(f"{name}.")), None)
         if block is not None:
             places.setdefault(id(parameter), []).append((block, key))
+    return places
+
+
+def _common_parameters(model: nn.Module, names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Block -> its parameters, by their names in it, that several blocks have -> their name in the first of those."""
+    found: dict[str, dict[str, str]] = {name: {} for name in names}
+    for (owner, first), *others in _places(model, names).values():
+        later = [(block, key) for block, key in others if block != owner]
+        for block, key in [(owner, first), *later] if later else []:
+            found[block][key.removeprefix(f"{block}.")] = first
+    return found
+
+
+def _tied_views(model: nn.Module, views: Mapping[str, Sequence[View]]) -> dict[str, dict[str, View]]:
+    """Name of each view whose parameter is in several blocks -> block -> the view with its names there."""
+    places = _places(model, list(views))
     found: dict[str, dict[str, View]] = {}
     for view in (view for each in views.values() for view in each):
         named = dict(places[id(model.get_parameter(view.parameter))])

@@ -89,7 +89,7 @@ class Checkpoint:
         random = gather_object(mine) if self.shared else mine
         tensors = {name: self._on_host(tensor.detach()) for name, tensor in resumable(self.model).items()}
         stepped = tree_map_only(Tensor, self._on_host, self.optimizer.state_dict())
-        if ranks.is_main():
+        if self._writes:
             state = {
                 "plan": self.plan,
                 "by": self._by,
@@ -107,7 +107,12 @@ class Checkpoint:
                     torch.save(state, partial)
                 except RuntimeError as error:  # torch's own, where the system refuses to write
                     raise OSError(f"{self.path} cannot be written ({error}): is the disk full?") from error
-        ranks.wait()
+        if self.shared:
+            ranks.wait()
+
+    @property
+    def _writes(self) -> bool:
+        return ranks.is_main() or not self.shared
 
     @property
     def _stateful(self) -> list[nn.Module]:
@@ -121,7 +126,7 @@ class Checkpoint:
     def _on_host(self, tensor: Tensor) -> Tensor:
         """Gathered from all ranks, and kept by the one that writes: no device ever holds more than one in full."""
         gathered = whole(tensor)
-        return gathered.cpu() if ranks.is_main() else torch.empty(0)
+        return gathered.cpu() if self._writes else torch.empty(0)
 
 
 def held(optimizer: torch.optim.Optimizer, masks: Masks | None) -> dict[str, Any]:

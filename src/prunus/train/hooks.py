@@ -25,7 +25,7 @@ from prunus.patterns import keep_largest_of_all, kept_of
 
 @dataclass(frozen=True)
 class Plan:
-    """What a method may know of the run: its steps, the steps of an epoch, and which layers are prunable.
+    """What a method may know of the run: its steps, those of an epoch, the prunable layers, a step's micro batches.
 
     Epochs need no hook of their own: `before_step(step)` begins one where step % epoch_steps == 0.
     """
@@ -33,6 +33,7 @@ class Plan:
     steps: int
     epoch_steps: int
     views: tuple[View, ...]
+    accumulate: int = 1
 
 
 class During(nn.Module):

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from prunus.layers import View, find_layers
 from prunus.machine import Precision, autocast, class_logits, in_mode, ranks
-from prunus.train.capture import Capture, CapturedStep, Kept, captures, set_rates_, settled
+from prunus.train.capture import Capture, CapturedStep, Kept, captures, set_rates_, settled, unrecorded
 from prunus.train.checkpoint import Checkpoint, Clock, held, resumable
 from prunus.train.hooks import During, Plan
 from prunus.train.next_token import answered, next_token_loss
@@ -125,7 +125,8 @@ def train(
     where it can be done and, of several processes, where gradients are at most 1 GiB, and logs why where it does not;
     a `Kept` does so in one process, and keeps the recorded step for the next run of this model and optimizer (without a
     checkpoint).
-    watch: what is measured meanwhile, and whether it keeps the best weights or ends the run early.
+    watch: what is measured meanwhile, with the weights that methods give the model, and whether it keeps the best
+    weights or ends the run early.
     checkpoint: a file, written when `save_seconds` have passed and at the end, from which an interrupted call resumes.
     on_step(steps done, mean loss since the last call) is called every `report_every` steps, or once a second where that
     is left out, and at the end: reading a loss makes the host wait for the device, so it is done no more often.
@@ -167,14 +168,14 @@ def train(
     if watch is not None and shared and asked():
         raise ValueError("A model is not measured while its weights are sharded: leave out watch, or --use_fsdp.")
     prunable = find_layers(model) if during and views is None else views or ()
-    plan, started = Plan(steps, epoch_steps or steps, tuple(prunable)), time.perf_counter()
+    plan, started = Plan(steps, epoch_steps or steps, tuple(prunable), accumulate), time.perf_counter()
     with (
         _taking_part(during, model, optimizer, plan, shared=shared),
         prepared(model, optimizer, masks, precision, shared=shared, recorded=recorded) as (inner, wrapped),
         settled(device if recorded else None),
     ):
         rates = [float(group["lr"]) for group in optimizer.param_groups]
-        watched = Watched(watch, lambda: resumable(inner))
+        watched = Watched(watch, lambda: resumable(inner), shared)
         key = {"steps": steps, "accumulate": accumulate, "base_lrs": rates, "precision": precision, "clip": clip}
         key |= watched.plan | ({} if checkpoint is None else held(optimizer, masks))
         path = None if checkpoint is None else Path(checkpoint)
@@ -214,7 +215,7 @@ def train(
                 method.after_step(step)
             trace.add(value, rates[0] * multiplier, seen)
             if watched.is_due(step + 1, steps):
-                with in_mode(inner, training=False):
+                with in_mode(inner, training=False), _substituted(inner, run.effective()):
                     watched.look(step + 1)
                 trace.note({"watched": watched.seen[-1][1]}, step + 1)
             last = step + 1 == steps or watched.ended
@@ -371,6 +372,12 @@ class _Run:
             nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], self.clip)
         for method in self.during:
             method.gradients()
+
+    @torch.no_grad()
+    def effective(self) -> dict[str, Tensor]:
+        """What methods put in place of the model's own weights, to be measured."""
+        with unrecorded():
+            return self._weights()
 
     def _weights(self) -> dict[str, Tensor]:
         """What methods put in place of the model's own weights for this forward pass and the backward pass after it."""

@@ -47,10 +47,14 @@ class Watch:
 
 @dataclass
 class Watched:
-    """A watch under way: (step, value) of each measurement, and the weights of the best."""
+    """A watch under way: (step, value) of each measurement, and the weights of the best.
+
+    shared: whether several processes train one model, of which the main one's measurement counts.
+    """
 
     watch: Watch | None
     tensors: Callable[[], dict[str, Tensor]]
+    shared: bool
     seen: list[tuple[int, float]] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
 
@@ -74,7 +78,8 @@ class Watched:
         """Measure after `done` steps."""
         assert self.watch is not None
         with unrecorded():
-            value = float(ranks.agree(self.watch.measure()))
+            value = self.watch.measure()
+            value = float(ranks.agree(value) if self.shared else value)
         self.seen.append((done, value))
         if self.watch.keep_best and self._best_place() == len(self.seen) - 1:
             self.best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.tensors().items()}
