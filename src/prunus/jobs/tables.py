@@ -8,6 +8,7 @@ A folder that holds only members.jsonl is enough to make the tables again and to
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -120,8 +121,10 @@ def read_results(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def mean_and_std(values: Sequence[float]) -> dict[str, float | None]:
-    """The mean and the sample deviation, which a single value has not."""
-    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+    """The mean and the sample deviation, which a single value has not, and which is NaN beside one that went astray."""
+    known = all(map(math.isfinite, values))  # statistics.stdev ends in an AttributeError else
+    deviation = None if len(values) < 2 else statistics.stdev(values) if known else math.nan
+    return {"mean": statistics.fmean(values), "std": deviation}
 
 
 def spread(found: Mapping[str, Any]) -> str:
@@ -202,7 +205,8 @@ def _plot_perplexity(layout: Layout, rows: Sequence[Row], across: str, text: str
         for drawn, found in [(own, row[text]), *(([*line, name], found) for name, found in beside.items())]:
             table.setdefault(", ".join(drawn), {})[str(row[across])] = found
     for picture, table in pictures.items():
-        if sum(map(len, table.values())) == 1:
+        values = [found["mean"] for points in table.values() for found in points.values()]
+        if len(values) == 1 or not any(map(math.isfinite, values)):
             continue  # a point says no more than its number
         path = layout.picture(picture) if picture else layout.out / "grid.png"
         means, deviations = (
