@@ -56,6 +56,16 @@ def recipe(*args: Any, **changes: Any) -> LanguageRecipe:
     return parse(raw(*args, **changes), LanguageRecipe, "test")
 
 
+def test_paths_may_begin_at_home(tiny_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tiny_folder.parent))
+    model = f"~/{tiny_folder.name}"
+    asked = recipe(Path(model), text_file, Path("~/run"))
+    assert asked.out == str(tiny_folder.parent / "run")
+    assert stages.load(asked).folder == tiny_folder
+    with pytest.raises(ValueError, match="lie in each other"):
+        compress(recipe(Path(model), text_file, Path(model, "run")))
+
+
 def test_the_job_prunes_retrains_merges_and_saves(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     result = compress(recipe(tiny_folder, text_file, out))

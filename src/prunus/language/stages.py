@@ -189,7 +189,7 @@ def load(recipe: LanguageRecipe, home: torch.device | None = None) -> Loaded:
     """
     path, trust = model_path(recipe.model), recipe.trust_remote_code
     straight: dict[str, Any] = {} if home is None or home.type == "cpu" else {"device_map": {"": home}}
-    if not Path(recipe.model).exists() and recipe.model != "embedded":
+    if not Path(recipe.model).expanduser().exists() and recipe.model != "embedded":
         path = download_weights(recipe.model)
     config, checkpoint = read_config(path, trust_remote_code=trust), read_checkpoint(path)
     check_direction(config, f"model: {recipe.model!r}")

@@ -333,8 +333,8 @@ def new_folder(folder: str | Path, source: str | Path | None = None) -> Generato
 
 def check_apart(folder: Path, source: str | Path | None) -> None:
     """Raises ValueError for a folder that is the one which is read, or lies in it, or has it inside."""
-    if source is not None and Path(source).exists():
-        one, other = Path(folder).resolve(), Path(source).resolve()
+    if source is not None and Path(source).expanduser().exists():
+        one, other = Path(folder).resolve(), Path(source).expanduser().resolve()
         if one.is_relative_to(other) or other.is_relative_to(one):
             raise ValueError(
                 f"out: {folder} and {source}, which is read, lie in each other; give another output folder"
