@@ -23,6 +23,7 @@ from prunus.language.single import compress
 from prunus.language.stages import home
 from prunus.language.texts import training_windows
 from prunus.layers import Layer
+from prunus.machine import write_json
 from prunus.masks import Masks
 from prunus.prune import prune
 from prunus.recipe import DenseRates, LanguageRecipe, LanguageRetrain, load_recipe, optimizer_of, parse
@@ -54,6 +55,25 @@ def raw(folder: Path, text: Path, out: Path, **changes: Any) -> dict[str, Any]:
 
 def recipe(*args: Any, **changes: Any) -> LanguageRecipe:
     return parse(raw(*args, **changes), LanguageRecipe, "test")
+
+
+def test_zeros_that_training_would_fill_are_said(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    write_json(model / "prunus.json", {"format": 1, "sparsity": {"pruned": 0.6, "layers": {}}})
+    asked = recipe(model, text_file, tmp_path / "run")
+    for quiet in (
+        asked.model_copy(update={"prune": asked.prune.model_copy(update={"sparsity": 0.6})}),
+        asked.model_copy(update={"retrain": None}),
+    ):
+        stages.fitted(quiet, CPU)
+    assert not caplog.messages
+    stages.fitted(asked, CPU)
+    assert caplog.messages == [
+        f"model: '{model}' has 60.00% zeros already, of which training fills those above prune.sparsity: set it to 0.6 "
+        "at least, or take the dense model"
+    ]
 
 
 def test_paths_may_begin_at_home(tiny_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
