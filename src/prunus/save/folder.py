@@ -547,7 +547,7 @@ def _summary(info: Mapping[str, Any], sparsity: Mapping[str, Any]) -> str:
 
 def _metric_table(metrics: Mapping[str, Any]) -> list[str]:
     rows = list(_flat(metrics))
-    return ["| measured | value |", "|---|---|", *(f"| {name} | {_number(value)} |" for name, value in rows)]
+    return ["| measured | value |", "|---|---|", *(f"| {_number(name)} | {_number(value)} |" for name, value in rows)]
 
 
 def _flat(metrics: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
