@@ -438,6 +438,15 @@ WRONG = [
     ({"calibrate": {"data": {"source": "embedded", "part": [0.9, 0.1]}}}, "is empty"),
     ({"model": "./no-model"}, "no file or folder"),
     ({"retrain": {"train": ["lora"]}}, "would fill pruned weights"),
+    ({"reconstruct": {"train": ["norms", "lora"]}}, "reconstruct.train: merging 'lora' would fill pruned weights"),
+    (
+        {
+            "retrain": {"steps": 4, "evaluate_every": 2, "keep_best": True, "watch": "b"},
+            "soup": {"average": "greedy"},
+            "evaluate": {"data": {"a": "embedded", "b": {"source": "embedded", "split": "test"}}},
+        },
+        "soup, retrain.watch: what chooses is not what is reported: give evaluate.data a third text",
+    ),
     ({"retrain": {"warmup": 1.0}}, "retrain.warmup"),
     ({"retrain": {"train": ["norms"], "lrs": {"norms": -1}}}, "retrain.lrs.norms"),
     ({"evaluate": {"tasks": {"arc": "./nowhere.jsonl"}}}, "nowhere.jsonl"),

@@ -48,7 +48,7 @@ from prunus.save import INFO_NAME, load_info, loaded_model
 from prunus.shrink import trim_vocabulary
 from prunus.soup import distance, finish
 from prunus.stream import BlockReport, Fit, Shards, Streamed, Work, stream
-from prunus.train import During, Watch, distilled_next_token, lighten_, next_token_loss, seeded, train
+from prunus.train import During, Watch, distilled_next_token, lighten_, next_token_loss, seeded, train, unrecordable
 
 __all__ = [
     "Loaded",
@@ -125,9 +125,11 @@ def fitted(recipe: LanguageRecipe, device: torch.device) -> LanguageRecipe:
     """The recipe with the lengths it does not set cut to what its model takes, and the dtype chosen for `device`.
 
     Raises ValueError for a model that is not there, a length or window that the model does not take, and a precision
-    that the device does not have.
+    or recorded steps that the device does not have.
     """
-    precision_of(recipe, device)
+    scaled = precision_of(recipe, device) == "fp16"
+    if recipe.capture is True and (recipe.train or recipe.retrain) and (why := unrecordable(device, scaled=scaled)):
+        raise ValueError(f"capture: {why}; leave it out")
     path = model_path(recipe.model)
     config = read_config(path, trust_remote_code=recipe.trust_remote_code)
     _tell_of_zeros(recipe, path)

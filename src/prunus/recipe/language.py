@@ -84,11 +84,12 @@ class LanguageRecipe(Recipe):
     def _check(self) -> LanguageRecipe:
         if looks_local(self.model):
             check_there(self.model, "give a path that exists", key="model: ")
-        if self.retrain is not None and "lora" in self.retrain.train and self.prune.sparsity > 0:
-            raise ValueError(
-                "retrain.train: merging 'lora' would fill pruned weights; train 'mask_lora' or 'scale_lora', which "
-                "keep them zero, or 'lora_prune', which drops that part"
-            )
+        for key, adapting in (("reconstruct", self.reconstruct), ("retrain", self.retrain)):
+            if adapting is not None and "lora" in adapting.train and self.prune.sparsity > 0:
+                raise ValueError(
+                    f"{key}.train: merging 'lora' would fill pruned weights; train 'mask_lora' or 'scale_lora', which "
+                    "keep them zero, or 'lora_prune', which drops that part"
+                )
         if self.soup is not None:
             self._check_soup(self.soup)
         if self.prune.phases > 1:
@@ -187,6 +188,11 @@ class LanguageRecipe(Recipe):
         if soup.choosing and len(self.evaluate.data) < 2:
             raise ValueError(
                 "soup: greedy averages are chosen by the first text of evaluate.data: give a second one to report"
+            )
+        watching = soup.choosing and (self.retrain.keep_best or self.retrain.patience)
+        if watching and len({*list(self.evaluate.data)[:1], self.retrain.watch} - {None}) == len(self.evaluate.data):
+            raise ValueError(
+                "soup, retrain.watch: what chooses is not what is reported: give evaluate.data a third text"
             )
         vary = {"vary.epochs": soup.vary.epochs, "vary.weight_decay": soup.vary.weight_decay}
         vary |= {"vary.augment": soup.vary.augment, "vary.seed": soup.vary.seed == "order"}
