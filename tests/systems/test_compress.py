@@ -438,6 +438,8 @@ WRONG = [
     ({"calibrate": {"data": {"source": "embedded", "part": [0.9, 0.1]}}}, "is empty"),
     ({"model": "./no-model"}, "no file or folder"),
     ({"retrain": {"train": ["lora"]}}, "would fill pruned weights"),
+    ({"soup": {}, "retrain": {}, "evaluate": {"data": {}}}, "soup: members are compared by the first text"),
+    ({"retrain": {"evaluate_every": 2}, "evaluate": {"data": {}}}, "retrain.evaluate_every: evaluate.data has no text"),
     ({"reconstruct": {"train": ["norms", "lora"]}}, "reconstruct.train: merging 'lora' would fill pruned weights"),
     (
         {

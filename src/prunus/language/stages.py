@@ -155,7 +155,10 @@ def _tell_of_zeros(recipe: LanguageRecipe, path: Path) -> None:
     """Warn where training would fill zeros of a model that Prunus pruned."""
     if not (recipe.train or recipe.retrain or recipe.reconstruct) or not (path / INFO_NAME).is_file():
         return
-    zeros = load_info(path).get("sparsity", {}).get("pruned") or 0.0
+    try:
+        zeros = load_info(path).get("sparsity", {}).get("pruned") or 0.0
+    except ValueError:  # of a newer Prunus, or somebody else's
+        return
     if zeros > recipe.prune.sparsity + _ROUNDED:
         _say_once(
             f"model: {recipe.model!r} has {zeros:.2%} zeros already, of which training fills those above "

@@ -147,6 +147,8 @@ class LanguageRecipe(Recipe):
 
     def _check_retrain(self, retrain: LanguageRetrain) -> None:
         texts = list(self.evaluate.data)
+        if retrain.evaluate_every and not texts:
+            raise ValueError("retrain.evaluate_every: evaluate.data has no text to measure meanwhile: give one")
         if retrain.watch is not None and retrain.watch not in texts:
             raise ValueError(f"retrain.watch: evaluate.data has no text {retrain.watch!r}, only {', '.join(texts)}")
         if (retrain.keep_best or retrain.patience) and len(texts) < 2:
@@ -183,6 +185,8 @@ class LanguageRecipe(Recipe):
     def _check_soup(self, soup: Soup) -> None:
         if self.retrain is None:
             raise ValueError("soup: its members are retrained as `retrain` says; give a section retrain")
+        if not self.evaluate.data:
+            raise ValueError("soup: members are compared by the first text of evaluate.data: give one")
         if strange := [name for name in soup.choosing if name != "greedy"]:
             raise ValueError(f"soup: {strange[0]} averages are made of classifiers; take uniform, greedy or weights")
         if soup.choosing and len(self.evaluate.data) < 2:

@@ -135,7 +135,8 @@ class GridJobs:
         seeds = {seed: place for place, seed in enumerate(dict.fromkeys(each.seed for each in todo.values()))}
         ordered = sorted(todo.values(), key=lambda each: (seeds[each.seed], *task.order(each.recipe)))
         begun = ordered or [each for each in members if self.store.finished(each.job)]  # not only packed
-        return [*task.beside([each.recipe for each in begun]), *(each.job for each in ordered)]
+        beside = task.beside([each.recipe for each in self._likely]) if begun else ()  # of every cell, begun or not
+        return [*beside, *(each.job for each in ordered)]
 
     def _has_ended(self, member: Member) -> bool:
         return member.key in self._known or self.store.finished(member.job) or self.store.failed(member.job)
