@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.blocks import compile_blocks_, longest
+from prunus.checkpoint import read_tokenizer
 from prunus.data import (
     Augment,
     ImageBatches,
@@ -310,10 +311,10 @@ def _parts(asked: ImageSource) -> tuple[Images, Images, Images | None]:
 
 def _text_parts(recipe: EncoderRecipe) -> tuple[Sentences, Sentences, Sentences | None]:
     """The texts that are trained on, measured on, held out, as the folder's own tokenizer reads them."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     asked, folder = recipe.texts, Path(recipe.model).expanduser()
-    tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+    tokenizer, config = read_tokenizer(folder), AutoConfig.from_pretrained(folder)
     most = min(tokenizer.model_max_length, longest(config) or asked.length)
 
     def read(split: str | None, names: Sequence[str]) -> Sentences:
