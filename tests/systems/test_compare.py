@@ -261,6 +261,23 @@ def test_a_grid_compares_with_a_dense_model_that_all_its_cells_have(
     assert "(dense" not in (tmp_path / "grid" / "table.md").read_text()
 
 
+def test_a_grid_lies_in_nothing_that_is_read_and_names_a_damaged_line(
+    tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    base, axes = raw(tiny_folder, text_file, tmp_path, retrain=None), {"zeros": {"50 %": {}}}
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    shutil.copy(text_file, texts)
+    inside = Grid(base=merge(base, {"calibrate.data": str(texts)}), axes=axes, out=str(texts / "grid"))
+    with pytest.raises(ValueError, match="lie in each other"):
+        compare(inside)
+    assert not Path(inside.out).exists()
+    (tmp_path / "members.jsonl").write_text('{"key": "a"}\n{"key": "b", "perp')
+    (tmp_path / ".prunus-run").touch()
+    with pytest.raises(ValueError, match=r"members\.jsonl, line 2 is not JSON"):
+        compare(Grid(base=base, axes=axes, out=str(tmp_path)), workers=0)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [

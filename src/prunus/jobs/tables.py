@@ -18,10 +18,10 @@ from typing import Any
 
 from pydantic import Field
 
-from prunus.machine import json_value, read_json, write_text
+from prunus.machine import read_json, write_text
 from prunus.measure import CORRUPTIONS, HEADLINES, MEASURES, headline
 from prunus.recipe import Strict
-from prunus.report import Point, markdown_table, plot_accuracy, plot_grid
+from prunus.report import Point, markdown_table, plot_accuracy, plot_grid, read_metrics
 
 __all__ = [
     "BEST",
@@ -115,7 +115,7 @@ class Layout:
 def read_results(out: Path) -> dict[str, dict[str, Any]]:
     """Member key -> its result, from the packed file and from single files."""
     packed = out / "members.jsonl"
-    rows = [json_value(line) for line in packed.read_text(encoding="utf-8").splitlines()] if packed.exists() else []
+    rows = read_metrics(packed) if packed.exists() else []
     found: dict[str, dict[str, Any]] = {row.pop("key"): row for row in rows}
     return found | {path.stem: read_json(path) for path in sorted((out / "members").glob("*.json"))}
 

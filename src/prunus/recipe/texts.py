@@ -87,7 +87,7 @@ class Data(Strict):
 
 def _inside(one: Data, other: Data) -> bool:
     """Whether one source is the other, or lies in it, and what is used of the two overlaps."""
-    place, whole = Path(str(one.source)), Path(str(other.source))
+    place, whole = (Path(str(each.source)).expanduser().resolve() for each in (one, other))
     alike = one.column == other.column and (one.split == other.split or (other.source, other.split) == _ALL)
     apart = place == whole and (one.part[1] <= other.part[0] or other.part[1] <= one.part[0])
     return alike and not apart and place.is_relative_to(whole)
