@@ -37,7 +37,7 @@ def tokenizer(template: str | None = TEMPLATE, start: bool = False) -> Any:
     return made
 
 
-def turns(*contents: str) -> list[dict[str, str]]:
+def turns(*contents: Any) -> list[dict[str, Any]]:
     return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(contents)]
 
 
@@ -77,6 +77,13 @@ def test_pairs_of_turns_go_through_the_template(tmp_path: Path):
     assert shown(read_chats(source, made), made) == "<u>q|\n<a>A|\n</s>"
 
 
+def test_contents_that_the_template_understands_are_taken(tmp_path: Path):
+    parts = "{% if turn.content is string %}{{ turn.content }}{% else %}{{ (turn.content or [''])[0] }}{% endif %}"
+    made = tokenizer(TEMPLATE.replace("{{ turn.content | trim }}", parts))
+    found = read_chats(written(tmp_path / "c.jsonl", {"m": turns(["None"], "b", None, "c")}), made, messages="m")
+    assert shown(found, made) == "<u>None|\n<a>B|\n<u>|\n<a>C|\n</s>"
+
+
 def test_a_start_token_of_the_template_is_not_there_twice(tmp_path: Path):
     made = tokenizer("</s>" + TEMPLATE, start=True)
     source = written(tmp_path / "c.jsonl", {"m": turns("q", "a")})
@@ -107,6 +114,8 @@ def test_a_token_with_a_part_of_the_answer_belongs_to_it(tmp_path: Path):
         ({"m": turns("only asked")}, "line 2 holds no turn of the role 'assistant'"),
         ({"m": [*turns("q", "a"), {"role": "system", "content": "s"}]}, "line 2: .*refuses.*system goes first"),
         ({"n": 1}, "line 2 has no column 'm'"),
+        ({"m": turns("q", "\ud83d")}, "line 2, column 'm': half a character"),
+        ({"m": turns([{"type": "text"}], "a")}, "line 2: .*writes the content of turn 1 as it stands in Python, "),
     ],
 )
 def test_rows_that_are_no_chats_are_refused_with_their_place(tmp_path: Path, row: Any, message: Any):

@@ -163,6 +163,22 @@ def test_a_long_stream_is_tokenised_once_for_each_content(
     assert words.decode(other.ids) == "another text " * 90
 
 
+def test_texts_that_are_cut_elsewhere_are_others(
+    words: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("PRUNUS_CACHE", str(tmp_path / "kept"))
+    for name in ("_SMALL", "_HELD"):
+        monkeypatch.setattr(tokens_module, name, 100)
+    found = []
+    for cut in (900, 909):  # a line goes from the head of one file to the end of the other
+        folder, text = tmp_path / str(cut), "one plum\n" * 200
+        folder.mkdir()
+        (folder / "a.txt").write_text(text[:cut])
+        (folder / "b.txt").write_text(text[cut:])
+        found.append(words.decode(read_tokens(TextSource(str(folder)), words, join="|").ids).index("|"))
+    assert found == [900, 909]
+
+
 def test_a_mixture_has_the_shares_that_are_asked_for():
     few, many = Tokens(torch.arange(10), head=(7,)), Tokens(torch.arange(100, 200))
     mix = mixed([few, many], [1, 3])
@@ -176,6 +192,8 @@ def test_a_mixture_has_the_shares_that_are_asked_for():
     assert both.tolist() == [True, False, False, True] + 4 * [True]
     with pytest.raises(ValueError, match="above 0"):
         mixed([few, many], [1, 0])
+    with pytest.raises(ValueError, match="text 2 of the mixture holds no token"):
+        mixed([few, many.part(0.0, 0.001)], [1, 1], total=24)
 
 
 def test_a_mixture_takes_from_all_over_a_text(monkeypatch: pytest.MonkeyPatch):
@@ -305,6 +323,7 @@ def test_a_text_file_is_one_text_with_its_own_line_ends(tmp_path: Path):
         ("a.csv", "n,text\n1,x\n\n2,y,z\n", "line 4 has 3 fields, the first line 2"),
         ("a.csv", 'n,text\n1,"x', "line 2 is no row"),
         ("a.csv", "", "no column 'text'"),
+        ("a.csv", "text,n,text\nx,1,y\n", "2 columns 'text'"),
         ("a.txt.gz", b"plain", "no whole gzip file"),
         ("a.jsonl.gz", gzip.compress(rows_of(["x"] * 999).encode())[:-20], "no whole gzip file"),
         ("a.parquet", b"version https://git-lfs", "no whole parquet file"),
@@ -326,6 +345,12 @@ def test_what_is_no_text_is_refused_with_its_place(tmp_path: Path, name: Any, co
 def test_rows_of_parquet_that_are_no_texts_are_refused(tmp_path: Path, values: Any, message: Any):
     pq.write_table(pa.table({"text": values}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=message):
+        read_texts(tmp_path / "a.parquet")
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path):
+    pq.write_table(pa.table([["x"], ["y"]], names=["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet has 2 columns 'text'"):
         read_texts(tmp_path / "a.parquet")
 
 
@@ -384,13 +409,24 @@ def test_a_folder_is_read_by_split(tmp_path: Path):
         read_texts(tmp_path / "test.txt", split="test")
 
 
+def test_folders_of_splits_are_splits(tmp_path: Path):
+    for name in ("train/a.txt", "train/b/c.txt", "test/d.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert read_texts(tmp_path, split="train") == ["train/a.txt", "train/b/c.txt"]
+    with pytest.raises(ValueError, match=r"has splits .test.*say which"):
+        read_texts(tmp_path)
+    assert read_texts(tmp_path / "train") == ["train/a.txt", "train/b/c.txt"]
+
+
 def test_a_folder_without_splits_is_all_its_texts_in_order(tmp_path: Path):
     (tmp_path / "b").mkdir()
     (tmp_path / ".git").mkdir()
-    for name in ("a.txt", "b/one.txt", "c.txt", ".git/x.txt", "picture.png"):
+    (tmp_path / "test").mkdir()  # of a project, perhaps: there is no train
+    for name in ("a.txt", "b/one.txt", "c.txt", ".git/x.txt", "picture.png", "test/d.txt"):
         (tmp_path / name).write_text(name)
     (tmp_path / "b" / "two.jsonl").write_text(rows_of(["in rows"]))
-    assert read_texts(tmp_path) == ["a.txt", "b/one.txt", "in rows", "c.txt"]
+    assert read_texts(tmp_path) == ["a.txt", "b/one.txt", "in rows", "c.txt", "test/d.txt"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no text"):
         read_texts(tmp_path / "empty")

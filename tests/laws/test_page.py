@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from prunus.jobs import Layout, Show, perplexity_row, perplexity_tables
+from prunus.machine import write_json
 from prunus.report import Card, Page, Part, by_block, plot_losses, write_page
 from prunus.run import page as module
 from prunus.run.page import compare_runs, write_report
@@ -216,3 +218,21 @@ def test_empty_parts_are_left_out(tmp_path):
 def test_no_loss_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no loss"):
         plot_losses({"retrain": []}, tmp_path / "loss.png")
+
+
+def test_a_seed_that_went_astray_is_said_and_is_the_best_nowhere(tmp_path):
+    found = {"wanda": [float("nan"), 9.0], "magnitude": [8.0, 10.0]}
+    rows = [
+        {"criterion": name, "pattern": "50 %", "seeds": [0, 1], "tuned": {}}
+        | perplexity_row([{"perplexity": {"text": value}} for value in values])
+        for name, values in found.items()
+    ]
+    layout = Layout({"criterion": list(found), "pattern": ["50 %"]}, Show(), tmp_path)
+    perplexity_tables(layout, rows)
+    assert "| wanda | nan ± nan |" in (tmp_path / "table.md").read_text("utf-8")
+    write_json(tmp_path / "table.json", [{**row, "criterion": "one"} for row in rows])
+    assert "best perplexity, text 9.00 ± 1.41" in text_of(write_report(tmp_path))
+    for path in tmp_path.glob("grid*.png"):
+        path.unlink()
+    perplexity_tables(layout, [{**rows[0], "criterion": name} for name in found])  # of which nothing can be drawn
+    assert not list(tmp_path.glob("grid*.png"))

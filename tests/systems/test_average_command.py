@@ -144,12 +144,14 @@ def test_a_greedy_soup_of_language_models_goes_by_perplexity(call: Any, tmp_path
         (["--weights", "0.9,0.9"], "add up to 1"),
         (["--greedy", "nope.yaml"], "no recipe 'nope.yaml'"),
         (["--greedy", "score.yaml", "--weights", "0.5,0.5"], "contradict each other"),
+        (["--greedy", "none.yaml"], "evaluate.data has no text to score by"),
     ],
 )
 def test_mistakes_end_in_one_line(
     members: Any, call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: Any, said: Any
 ):
     monkeypatch.chdir(members)
+    (members / "none.yaml").write_text("evaluate: {data: {}}\n")
     status, heard = call("m0", "m1", "--out", tmp_path / "x", *extra)
     assert status == 2
     assert said in heard.err

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils import prune
 
-from prunus.checkpoint import check_finite, read_checkpoint, read_config, read_state, wrapper_of
+from prunus.checkpoint import check_finite, read_checkpoint, read_config, read_state, read_tokenizer, wrapper_of
 from prunus.data import ASSETS, windows
 from prunus.language import stages
 from prunus.language.texts import evaluation_texts
@@ -422,3 +422,11 @@ def test_of_a_hub_model_only_the_weights_that_count_are_fetched(
     cpu = torch.device("cpu")
     assert stages.evaluate(stages.load(recipe), recipe, cpu) == stages.evaluate(stages.load(asked(llama)), recipe, cpu)
     assert {path.name for path in hub.iterdir()} - {path.name for path in cache.iterdir()} == {"extra.safetensors"}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "gemma3_text", "gpt_neox", "bert"])
+def test_the_blank_tokenizer_of_a_model_without_one_is_refused(tmp_path: Path, kind: str) -> None:
+    """Transformers makes one of the kind's special tokens alone, to which each text is nothing, or unknown words."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(ValueError, match=r"has no tokenizer that opens \(it has special tokens alone\); copy"):
+        read_tokenizer(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,54 @@ def test_wrong_grids_are_refused(tiny_folder: Path, text_file: Path, tmp_path: P
         path.write_text(yaml.safe_dump(raw | {"base": merge(raw["base"], {key: True})}))
         with pytest.raises(ValueError, match=f"{key} is for single runs, and a grid would not do it"):
             load_grid(path)
+
+
+def test_a_grid_compares_with_a_dense_model_that_all_its_cells_have(
+    tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    base = raw(tiny_folder, text_file, tmp_path, retrain=None)
+    other = str(shutil.copytree(tiny_folder, tmp_path / "other"))
+    axes = {"model": {"a": {"model": other}, "b": {}}, "zeros": {"50 %": {"prune.sparsity": 0.5}}}
+    asked = Grid(base=base, axes=axes, out=str(tmp_path / "grid"))
+    compare(asked)
+    member = next((tmp_path / "grid" / "members").glob("*.json"))
+    member.unlink()  # as if the call had been killed
+    (tmp_path / "grid" / "members.jsonl").unlink()
+    compare(asked)
+    assert not (tmp_path / "grid" / "dense.json").exists()
+    assert "(dense" not in (tmp_path / "grid" / "table.md").read_text()
+
+
+def test_a_grid_lies_in_nothing_that_is_read_and_names_a_damaged_line(
+    tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    base, axes = raw(tiny_folder, text_file, tmp_path, retrain=None), {"zeros": {"50 %": {}}}
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    shutil.copy(text_file, texts)
+    inside = Grid(base=merge(base, {"calibrate.data": str(texts)}), axes=axes, out=str(texts / "grid"))
+    with pytest.raises(ValueError, match="lie in each other"):
+        compare(inside)
+    assert not Path(inside.out).exists()
+    (tmp_path / "members.jsonl").write_text('{"key": "a"}\n{"key": "b", "perp')
+    (tmp_path / ".prunus-run").touch()
+    with pytest.raises(ValueError, match=r"members\.jsonl, line 2 is not JSON"):
+        compare(Grid(base=base, axes=axes, out=str(tmp_path)), workers=0)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("evaluate.data", {}, "evaluate.data: a grid compares perplexities: give it a text"),
+        ("evaluate.data", {"new": "embedded"}, "evaluate.data: cells are compared on the same texts"),
+    ],
+)
+def test_grids_that_cannot_be_compared_are_refused(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, key: str, value: Any, message: str
+) -> None:
+    base = raw(tiny_folder, text_file, tmp_path, retrain=None)
+    with pytest.raises(ValueError, match=message):
+        Grid(base=base, axes={"zeros": {"50 %": {key: value}, "60 %": {"prune.sparsity": 0.6}}}, out="x")
 
 
 def test_tables_are_made_of_what_is_finished_and_from_the_packed_results_alone(

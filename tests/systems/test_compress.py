@@ -23,6 +23,7 @@ from prunus.language.single import compress
 from prunus.language.stages import home
 from prunus.language.texts import training_windows
 from prunus.layers import Layer
+from prunus.machine import write_json
 from prunus.masks import Masks
 from prunus.prune import prune
 from prunus.recipe import DenseRates, LanguageRecipe, LanguageRetrain, load_recipe, optimizer_of, parse
@@ -54,6 +55,35 @@ def raw(folder: Path, text: Path, out: Path, **changes: Any) -> dict[str, Any]:
 
 def recipe(*args: Any, **changes: Any) -> LanguageRecipe:
     return parse(raw(*args, **changes), LanguageRecipe, "test")
+
+
+def test_zeros_that_training_would_fill_are_said(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    write_json(model / "prunus.json", {"format": 1, "sparsity": {"pruned": 0.6, "layers": {}}})
+    asked = recipe(model, text_file, tmp_path / "run")
+    for quiet in (
+        asked.model_copy(update={"prune": asked.prune.model_copy(update={"sparsity": 0.6})}),
+        asked.model_copy(update={"retrain": None}),
+    ):
+        stages.fitted(quiet, CPU)
+    assert not caplog.messages
+    stages.fitted(asked, CPU)
+    assert caplog.messages == [
+        f"model: '{model}' has 60.00% zeros already, of which training fills those above prune.sparsity: set it to 0.6 "
+        "at least, or take the dense model"
+    ]
+
+
+def test_paths_may_begin_at_home(tiny_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tiny_folder.parent))
+    model = f"~/{tiny_folder.name}"
+    asked = recipe(Path(model), text_file, Path("~/run"))
+    assert asked.out == str(tiny_folder.parent / "run")
+    assert stages.load(asked).folder == tiny_folder
+    with pytest.raises(ValueError, match="lie in each other"):
+        compress(recipe(Path(model), text_file, Path(model, "run")))
 
 
 def test_the_job_prunes_retrains_merges_and_saves(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
@@ -408,6 +438,17 @@ WRONG = [
     ({"calibrate": {"data": {"source": "embedded", "part": [0.9, 0.1]}}}, "is empty"),
     ({"model": "./no-model"}, "no file or folder"),
     ({"retrain": {"train": ["lora"]}}, "would fill pruned weights"),
+    ({"soup": {}, "retrain": {}, "evaluate": {"data": {}}}, "soup: members are compared by the first text"),
+    ({"retrain": {"evaluate_every": 2}, "evaluate": {"data": {}}}, "retrain.evaluate_every: evaluate.data has no text"),
+    ({"reconstruct": {"train": ["norms", "lora"]}}, "reconstruct.train: merging 'lora' would fill pruned weights"),
+    (
+        {
+            "retrain": {"steps": 4, "evaluate_every": 2, "keep_best": True, "watch": "b"},
+            "soup": {"average": "greedy"},
+            "evaluate": {"data": {"a": "embedded", "b": {"source": "embedded", "split": "test"}}},
+        },
+        "soup, retrain.watch: what chooses is not what is reported: give evaluate.data a third text",
+    ),
     ({"retrain": {"warmup": 1.0}}, "retrain.warmup"),
     ({"retrain": {"train": ["norms"], "lrs": {"norms": -1}}}, "retrain.lrs.norms"),
     ({"evaluate": {"tasks": {"arc": "./nowhere.jsonl"}}}, "nowhere.jsonl"),

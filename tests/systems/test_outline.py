@@ -36,6 +36,7 @@ LATE: list[tuple[dict[str, Any], str]] = [  # what an empty model, the tokenizer
     ({"shrink.blocks": 2}, "shrink.blocks: 2 of 2 blocks cannot go; give at most 1"),
     ({"shrink.heads": 0.1}, "shrink.heads: of 2 groups .* a share of 0.1 removes none"),
     ({"shrink.experts": 0.5}, "shrink.experts: LlamaForCausalLM has no stacked experts"),
+    ({"capture": True, "device": "cpu"}, "capture: capture=True records a CUDA graph, and the model is on cpu"),
     ({"precision": "fp16", "device": "cpu"}, "precision: fp16 needs a GPU; use fp32 or bf16 on a CPU"),
     ({"evaluate.tasks": {"t": "task.jsonl"}}, "task.jsonl, line 1: needs query"),
     ({"out": "model/run"}, "lie in each other"),

@@ -73,6 +73,7 @@ def test_tables_refuse_what_is_not_there():
 
 def test_markdown_table_is_markdown():
     lines = markdown_table([{"a|b": "x|y", "n": 2.0}]).splitlines()
+    assert lines[0] == "| a\\|b | n |"
     assert lines[1] == "| --- | ---: |"
     assert lines[2] == "| x\\|y | 2.000 |"
 

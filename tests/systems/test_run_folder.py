@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from prunus.jobs import folder as run_folder
 from prunus.jobs.folder import held, mark
-from prunus.jobs.inputs import check_inputs
+from prunus.jobs.inputs import check_inputs, inputs_of
 from prunus.language import stages
 from prunus.language.single import compress
 from prunus.recipe import ClassifierRecipe, LanguageRecipe, parse
@@ -193,6 +193,23 @@ def test_a_teacher_is_read_too(tiny_folder: Path, text_file: Path, tmp_path: Pat
     asked["retrain"]["distill"] = {"teacher": str(shutil.copytree(tiny_folder, tmp_path / "teacher"))}
     with pytest.raises(ValueError, match="lie in each other"):
         compress(parse(asked, LanguageRecipe, ""))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "modeling_own.py"])
+def test_pickled_weights_and_code_are_read_too(tiny_folder: Path, tmp_path: Path, name: str) -> None:
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    (model / name).write_bytes(b"one")
+    asked = parse({"model": str(model)}, LanguageRecipe, "")
+    check_inputs(tmp_path, [asked])
+    (model / name).write_bytes(b"two")
+    with pytest.raises(ValueError, match="model' was changed"):
+        check_inputs(tmp_path, [asked])
+
+
+def test_corrupted_images_are_read_too(tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    raw = {"images": "digits", "model": "resnet8", "corruptions": {"folder": str(tmp_path / "c")}}
+    assert str(tmp_path / "c") in inputs_of(parse(raw, ClassifierRecipe, ""))
 
 
 def test_large_files_are_told_apart_by_size_time_and_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from prunus.language.single import compress
 from prunus.language.texts import calibration_windows, training_windows
-from prunus.recipe import LanguageRecipe, given, parse
+from prunus.recipe import Data, LanguageRecipe, given, parse
 from prunus.run.evaluate import evaluate_model
 from tests.conftest import byte_tokenizer, tiny_llama
 
@@ -74,6 +74,11 @@ def test_sources_are_mixed_by_their_weights(tmp_path: Path):
         ([{"weight": 1}], "mix.0: give a source"),
         ([{"source": "embedded", "weight": 0}], "greater than 0"),
         ([[{"source": "embedded"}]], "not of mixtures"),
+        ({"mix": ["embedded"], "column": "body"}, "column: of each text of a mixture: say it in the list"),
+        ({"mix": ["embedded"], "messages": "m"}, "messages: of each text of a mixture: say it in the list"),
+        ([{"source": "embedded", "head": False}, "embedded"], "head: of a whole mixture: say it beside mix"),
+        ({"source": "embedded", "messages": "m", "column": "body"}, "column: not of chats: leave it out"),
+        ({"source": "embedded", "prompt": "p", "answer": "a", "end": False}, "end: not of chats: leave it out"),
         ({"source": "embedded", "prompt": "q"}, "prompt and answer"),
         ({"source": "embedded", "prompt": "q", "answer": "a", "messages": "m"}, "prompt and answer"),
         ("absent.csv", "no file or folder 'absent.csv'"),
@@ -129,6 +134,25 @@ def test_a_text_that_is_trained_on_is_said_to_be(
     with caplog.at_level(logging.WARNING):
         compress(recipe(tiny_folder, str(text_file), tmp_path / "out", save=False))
     assert "evaluate.data.text is the text that is trained on" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("trained", "measured", "shared"),
+    [
+        ("embedded", {"source": "embedded", "split": "test"}, True),  # all splits
+        ({"source": "embedded", "split": "train"}, {"source": "embedded", "split": "test"}, False),
+        (["{folder}/a.jsonl", "embedded"], "{folder}/./a.jsonl", True),
+        ("{folder}", "{folder}/a.jsonl", True),
+        ({"source": "{folder}/a.jsonl", "part": [0, 0.6]}, {"source": "{folder}/a.jsonl", "part": [0.5, 1]}, True),
+        ({"source": "{folder}/a.jsonl", "part": [0, 0.5]}, {"source": "{folder}/a.jsonl", "part": [0.5, 1]}, False),
+        ("{folder}/a.jsonl", {"source": "{folder}/a.jsonl", "column": "body"}, False),
+    ],
+)
+def test_texts_that_share_what_is_trained_on_are_found(tmp_path: Path, trained: Any, measured: Any, shared: bool):
+    (tmp_path / "a.jsonl").touch()
+    one, other = (json.loads(json.dumps(each).replace("{folder}", str(tmp_path))) for each in (trained, measured))
+    one, other = Data.model_validate(one), Data.model_validate(other)
+    assert one.meets(other) == other.meets(one) == shared
 
 
 def test_answers_alone_are_learnt(tiny_folder: Path, tmp_path: Path):

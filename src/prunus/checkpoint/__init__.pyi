@@ -23,6 +23,7 @@ from .packed import nonzero as nonzero
 from .packed import pack_tensor as pack_tensor
 from .states import read_state as read_state
 from .stored import DTYPES as DTYPES
+from .stored import PICKLES as PICKLES
 from .stored import Stored as Stored
 from .stored import read_header as read_header
 from .stored import read_pickle as read_pickle

@@ -66,11 +66,17 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def read_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of the model in a folder. Raises ValueError where there is none that opens."""
+    """The tokenizer of the model in a folder. Raises ValueError where there is none that opens.
+
+    For a folder without one transformers may make a blank one, to which each text is nothing, or unknown words.
+    """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        found = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        if len(found) <= len(set(found.all_special_ids)):
+            raise ValueError("it has special tokens alone")
+        return found
     except Exception as error:  # the tokenizers library raises Exception itself
         if isinstance(error, ImportError):
             raise

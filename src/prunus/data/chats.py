@@ -85,19 +85,24 @@ def _chats(source: TextSource, tokenizer: Any, messages: str | None, pair: tuple
                 raise ValueError(f"{place}, column {pair[1]!r}: the answer is empty; leave the row out.")
             yield _Chat(before + after, ((len(before), len(before) + len(after)),), ends=True)
         else:
-            turns = [_turns(each, place) for each in values]
+            columns = pair if messages is None else [messages]
+            turns = [_turns(each, place, column) for each, column in zip(values, columns, strict=True)]
             yield _rendered([turn for each in turns for turn in each], tokenizer, place)
 
 
-def _turns(value: Any, place: str) -> list[dict[str, Any]]:
+def _turns(value: Any, place: str, column: str) -> list[dict[str, Any]]:
     turns = value if isinstance(value, list) else None
     if not turns or not all(isinstance(turn, dict) and "role" in turn and "content" in turn for turn in turns):
         raise ValueError(f'{place} is no chat; one is a list of turns, [{{"role": "user", "content": "..."}}, ...].')
+    for turn in turns:
+        if isinstance(turn["content"], str):
+            checked_text(turn["content"], place, column)
     return turns
 
 
 def _rendered(turns: list[dict[str, Any]], tokenizer: Any, place: str) -> _Chat:
     whole = _templated(turns, tokenizer, place)
+    _check_contents(turns, whole, tokenizer, place)
     answers: list[tuple[int, int]] = []
     for number, turn in enumerate(turns):
         if turn["role"] == "assistant":
@@ -112,6 +117,19 @@ def _rendered(turns: list[dict[str, Any]], tokenizer: Any, place: str) -> _Chat:
     if not answers:
         raise ValueError(f"{place} holds no turn of the role 'assistant', so there is nothing to learn; leave it out.")
     return _Chat(whole, tuple(answers), ends=False)
+
+
+def _check_contents(turns: list[dict[str, Any]], whole: str, tokenizer: Any, place: str) -> None:
+    """Raise ValueError for parts of a message, or numbers, which a template that takes texts writes as Python does."""
+    for number, turn in enumerate(turns):
+        said = str(turn["content"])
+        if isinstance(turn["content"], str) or said not in whole:
+            continue
+        if whole == _templated([*turns[:number], {**turn, "content": said}, *turns[number + 1 :]], tokenizer, place):
+            raise ValueError(
+                f"{place}: the chat template writes the content of turn {number + 1} as it stands in Python, "
+                f"{said[:60]!r}; give a text there, or leave the row out."
+            )
 
 
 def _templated(turns: list[dict[str, Any]], tokenizer: Any, place: str, *, asking: bool = False) -> str:

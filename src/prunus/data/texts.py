@@ -47,7 +47,8 @@ def read_texts(
     """The texts of a file, a folder, the embedded excerpts, or a Hugging Face data set, in their order.
 
     source: `.txt` (one text), `.jsonl`, `.csv`, `.tsv` (each also with `.gz`) or `.parquet` (one text a row, from
-    `column`); a folder of such files, or with one for each split (`test.parquet`, `train-00000-of-00002.parquet`);
+    `column`); a folder of such files, or with some for each split (`test.parquet`, `train-00000-of-00002.parquet`,
+    `train/a.txt`);
     "embedded" (excerpts of novels that the embedded model never saw); or a data set "name" or "owner/name", with
     ":config" or ":config:split" behind it and a `revision`, which needs `pip install prunus[datasets]`.
     most: the first texts only; of a data set no more is then fetched than is read.
@@ -150,18 +151,22 @@ def _embedded(split: str | None) -> list[Path]:
 
 
 def _files_of(folder: Path, split: str | None) -> list[Path]:
-    """The files of a split, or all of a folder without splits, at any depth."""
+    """The files of a split, by their names or in its folder, or all of a folder without splits, at any depth."""
     found = sorted(
         file
         for file in folder.rglob("*")
         if file.name.endswith(ENDINGS) and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     )
     if split is None:
-        parted = next((file for file in found if re.match(rf"({'|'.join(SPLITS)})[-.]", file.name)), None)
+        tops = {file: file.relative_to(folder).parts[0] for file in found}
+        apart = {"train"} < set(SPLITS).intersection(tops.values())  # one alone may be of anything, such as tests
+        named = (tops[file] if apart and tops[file] in SPLITS else file.name for file in found)
+        parted = next((name for name in named if re.match(rf"({'|'.join(SPLITS)})([-.]|$)", name)), None)
         if parted is not None:
-            raise ValueError(f"{folder} has splits ({parted.name}): say which to read, for example split='test'.")
+            raise ValueError(f"{folder} has splits ({parted}): say which to read, for example split='test'.")
     else:
-        found = [file for file in found if re.match(rf"{re.escape(split)}[-.]", file.name)]
+        inside, named = folder / split, re.compile(rf"{re.escape(split)}[-.]")
+        found = [file for file in found if named.match(file.name) or inside in file.parents]
     if not found:
         what = "text" if split is None else f"file of split {split!r}"
         raise FileNotFoundError(f"{folder} holds no {what} (looked for {split or ''}*{'|'.join(ENDINGS)}).")
@@ -280,3 +285,6 @@ def _check_columns(place: str, columns: Sequence[str], names: Collection[str]) -
     for column in columns:
         if column not in names:
             raise ValueError(f"{place} has no column {column!r}, only {list(names)}; name one of them with column=.")
+        count = sum(name == column for name in names)
+        if count > 1:
+            raise ValueError(f"{place} has {count} columns {column!r}; rename all but one.")

@@ -151,13 +151,16 @@ def mixed(streams: Sequence[Tokens], weights: Sequence[float], total: int | None
 
     A stream that is longer than its share gives pieces from all over it: what lies sorted, by author or by kind, is
     all seen. total: how many tokens there are in all; a stream that is too short for its share is repeated. None: as
-    many as there can be without repeating any. Raises ValueError for weights that are not positive.
+    many as there can be without repeating any. Raises ValueError for weights that are not positive, empty streams.
 
     >>> mixed([Tokens(torch.arange(4)), Tokens(torch.arange(90, 96))], [1, 3]).ids
     tensor([ 0,  1, 90, 91, 92, 93, 94, 95])
     """
     if min(weights) <= 0:
         raise ValueError(f"Weights of texts are above 0; got {list(weights)}.")
+    empty = next((place for place, each in enumerate(streams, 1) if not len(each)), None)
+    if empty is not None:
+        raise ValueError(f"text {empty} of the mixture holds no token; give more text, or a larger part of it.")
     shares = [weight / sum(weights) for weight in weights]
     whole = min(len(each) / share for each, share in zip(streams, shares, strict=True)) if total is None else total
     parts = [_of_length(each, round(share * whole)) for each, share in zip(streams, shares, strict=True)]
@@ -329,7 +332,7 @@ def _of_length(stream: Tokens, count: int) -> Tokens:
         cuts = _cuts(len(stream), count)
         answers = None if stream.answers is None else torch.cat([stream.answers[cut] for cut in cuts])
         return Tokens(torch.cat([stream.ids[cut] for cut in cuts]), stream.head, answers)
-    times = -(-count // max(1, len(stream)))
+    times = -(-count // len(stream))
     answers = None if stream.answers is None else stream.answers.repeat(times)[:count]
     return Tokens(stream.ids.repeat(times)[:count], stream.head, answers)
 
@@ -472,9 +475,9 @@ def _place(source: TextSource, tokenizer: Any, join: str | None) -> Path | None:
     files = source.files()
     if not getattr(tokenizer, "is_fast", False) or sum(path.stat().st_size for path in files) < _SMALL:
         return None
-    made = blake2b(f"1 {join!r} {tokenizer.eos_token_id} ".encode(), digest_size=20)
+    made = blake2b(f"2 {join!r} {tokenizer.eos_token_id} ".encode(), digest_size=20)
     made.update(tokenizer.backend_tokenizer.to_str().encode())
-    made.update(repr((source.column, [path.suffixes for path in files])).encode())
+    made.update(repr((source.column, [(path.suffixes, path.stat().st_size) for path in files])).encode())
     for path in files:
         with path.open("rb") as file:
             while piece := file.read(1 << 20):

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from prunus.checkpoint import PICKLES
 from prunus.machine import read_json, write_json
 from prunus.save import source_folder
 
@@ -19,8 +20,8 @@ __all__ = ["check_inputs", "contents_of", "inputs_of"]
 
 _WHOLE = 1 << 26  # bytes of the largest file that is read whole
 _HEAD = 1 << 20
-_NAMED = ("model", "teacher", "weights", "source", "tasks", "start")  # keys of recipes that name what is read
-_OF_MODELS = (".safetensors", ".json", ".gguf", ".model", ".jinja", ".txt")
+_NAMED = ("model", "teacher", "weights", "source", "tasks", "start", "folder")  # keys of recipes that name what is read
+_OF_MODELS = (".safetensors", *PICKLES, ".json", ".gguf", ".model", ".jinja", ".txt", ".py")
 
 
 def inputs_of(recipe: BaseModel) -> set[str]:

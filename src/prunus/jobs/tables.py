@@ -8,6 +8,7 @@ A folder that holds only members.jsonl is enough to make the tables again and to
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -17,10 +18,10 @@ from typing import Any
 
 from pydantic import Field
 
-from prunus.machine import json_value, read_json, write_text
+from prunus.machine import read_json, write_text
 from prunus.measure import CORRUPTIONS, HEADLINES, MEASURES, headline
 from prunus.recipe import Strict
-from prunus.report import Point, markdown_table, plot_accuracy, plot_grid
+from prunus.report import Point, markdown_table, plot_accuracy, plot_grid, read_metrics
 
 __all__ = [
     "BEST",
@@ -114,14 +115,16 @@ class Layout:
 def read_results(out: Path) -> dict[str, dict[str, Any]]:
     """Member key -> its result, from the packed file and from single files."""
     packed = out / "members.jsonl"
-    rows = [json_value(line) for line in packed.read_text(encoding="utf-8").splitlines()] if packed.exists() else []
+    rows = read_metrics(packed) if packed.exists() else []
     found: dict[str, dict[str, Any]] = {row.pop("key"): row for row in rows}
     return found | {path.stem: read_json(path) for path in sorted((out / "members").glob("*.json"))}
 
 
 def mean_and_std(values: Sequence[float]) -> dict[str, float | None]:
-    """The mean and the sample deviation, which a single value has not."""
-    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+    """The mean and the sample deviation, which a single value has not, and which is NaN beside one that went astray."""
+    known = all(map(math.isfinite, values))  # statistics.stdev ends in an AttributeError else
+    deviation = None if len(values) < 2 else statistics.stdev(values) if known else math.nan
+    return {"mean": statistics.fmean(values), "std": deviation}
 
 
 def spread(found: Mapping[str, Any]) -> str:
@@ -202,7 +205,8 @@ def _plot_perplexity(layout: Layout, rows: Sequence[Row], across: str, text: str
         for drawn, found in [(own, row[text]), *(([*line, name], found) for name, found in beside.items())]:
             table.setdefault(", ".join(drawn), {})[str(row[across])] = found
     for picture, table in pictures.items():
-        if sum(map(len, table.values())) == 1:
+        values = [found["mean"] for points in table.values() for found in points.values()]
+        if len(values) == 1 or not any(map(math.isfinite, values)):
             continue  # a point says no more than its number
         path = layout.picture(picture) if picture else layout.out / "grid.png"
         means, deviations = (

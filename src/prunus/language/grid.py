@@ -195,6 +195,10 @@ class _Language:
             for key in (key for key, asked in {**alone, "retrain.keep_adapter": kept}.items() if asked):
                 raise ValueError(f"{key} is for single runs, and a grid would not do it: leave it out")
             data = recipe.evaluate.data
+            if not data:
+                raise ValueError("evaluate.data: a grid compares perplexities: give it a text")
+            if data.keys() != recipes[0].evaluate.data.keys():
+                raise ValueError("evaluate.data: cells are compared on the same texts: name them alike in all")
             if tune is not None and tune["text"] not in data:
                 raise ValueError(f"tune.text: {tune['text']!r} is not in evaluate.data, which has {', '.join(data)}")
         if show.columns:
@@ -221,7 +225,10 @@ class _Language:
         return jobs_of(recipe)
 
     def beside(self, recipes: Sequence[LanguageRecipe]) -> tuple[Job, ...]:
-        return tuple(Job(".", "dense", partial(_measure_dense, recipe)) for recipe in recipes[:1])
+        """The dense model, if it is one and measured alike."""
+        measured: dict[str, Any] = {"model": ..., "dtype": ..., "precision": ..., "evaluate": {"data", "window"}}
+        alike = len({digest(said(recipe, only=measured)) for recipe in recipes}) == 1
+        return (Job(".", "dense", partial(_measure_dense, recipes[0])),) if alike else ()
 
     def order(self, recipe: LanguageRecipe) -> tuple[Any, ...]:
         """As the grid says them, dearer fits last."""

@@ -44,11 +44,11 @@ from prunus.masks import Masks
 from prunus.measure import Scores, perplexity, speed, streamed_perplexity
 from prunus.recipe import LanguageRecipe, LanguageRetrain, given, optimizer_of
 from prunus.report import Log, named_log, progress
-from prunus.save import loaded_model
+from prunus.save import INFO_NAME, load_info, loaded_model
 from prunus.shrink import trim_vocabulary
 from prunus.soup import distance, finish
 from prunus.stream import BlockReport, Fit, Shards, Streamed, Work, stream
-from prunus.train import During, Watch, distilled_next_token, lighten_, next_token_loss, seeded, train
+from prunus.train import During, Watch, distilled_next_token, lighten_, next_token_loss, seeded, train, unrecordable
 
 __all__ = [
     "Loaded",
@@ -66,6 +66,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 OnStep = Callable[[int, float], None]
+_ROUNDED = 1e-3  # by which a share of zeros may be above the one that was asked for, in small layers
 _RESIDENT = 0.75  # largest share of a GPU's free memory that weights take which stay there
 _APART = 1_000_003  # between the seeds of two processes that share a training
 _RESIDENT_GRAM = 0.4  # criteria that read Gram matrices need several matrices of (in, in) beside them
@@ -124,10 +125,14 @@ def fitted(recipe: LanguageRecipe, device: torch.device) -> LanguageRecipe:
     """The recipe with the lengths it does not set cut to what its model takes, and the dtype chosen for `device`.
 
     Raises ValueError for a model that is not there, a length or window that the model does not take, and a precision
-    that the device does not have.
+    or recorded steps that the device does not have.
     """
-    precision_of(recipe, device)
-    config = read_config(model_path(recipe.model), trust_remote_code=recipe.trust_remote_code)
+    scaled = precision_of(recipe, device) == "fp16"
+    if recipe.capture is True and (recipe.train or recipe.retrain) and (why := unrecordable(device, scaled=scaled)):
+        raise ValueError(f"capture: {why}; leave it out")
+    path = model_path(recipe.model)
+    config = read_config(path, trust_remote_code=recipe.trust_remote_code)
+    _tell_of_zeros(recipe, path)
     limit = longest(config) or 2**31
     changes: dict[str, Any] = {}
     for section in ("calibrate", "train", "retrain"):
@@ -144,6 +149,21 @@ def fitted(recipe: LanguageRecipe, device: torch.device) -> LanguageRecipe:
         _say_once("float16 products are slow on a CPU: computing in float32; what is saved is float16 all the same")
         changes["dtype"] = "float32"
     return recipe.model_copy(update=changes)
+
+
+def _tell_of_zeros(recipe: LanguageRecipe, path: Path) -> None:
+    """Warn where training would fill zeros of a model that Prunus pruned."""
+    if not (recipe.train or recipe.retrain or recipe.reconstruct) or not (path / INFO_NAME).is_file():
+        return
+    try:
+        zeros = load_info(path).get("sparsity", {}).get("pruned") or 0.0
+    except ValueError:  # of a newer Prunus, or somebody else's
+        return
+    if zeros > recipe.prune.sparsity + _ROUNDED:
+        _say_once(
+            f"model: {recipe.model!r} has {zeros:.2%} zeros already, of which training fills those above "
+            f"prune.sparsity: set it to {zeros:.4g} at least, or take the dense model"
+        )
 
 
 @cache
@@ -189,7 +209,7 @@ def load(recipe: LanguageRecipe, home: torch.device | None = None) -> Loaded:
     """
     path, trust = model_path(recipe.model), recipe.trust_remote_code
     straight: dict[str, Any] = {} if home is None or home.type == "cpu" else {"device_map": {"": home}}
-    if not Path(recipe.model).exists() and recipe.model != "embedded":
+    if not Path(recipe.model).expanduser().exists() and recipe.model != "embedded":
         path = download_weights(recipe.model)
     config, checkpoint = read_config(path, trust_remote_code=trust), read_checkpoint(path)
     check_direction(config, f"model: {recipe.model!r}")

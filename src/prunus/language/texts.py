@@ -103,9 +103,9 @@ def check_texts(recipe: LanguageRecipe, model: Any, tokenizer: Any) -> None:
         if asked is None:
             continue
         training_windows(asked, tokenizer, section)
-        name = next((name for name, data in recipe.evaluate.data.items() if data == asked.data), None)
-        if name is not None:
-            log.warning("evaluate.data.%s is the text that is trained on: its perplexity is one of training", name)
+        for name in (name for name, data in recipe.evaluate.data.items() if data.meets(asked.data)):
+            said = "is the text that is trained on, or has some of it: its perplexity is one of training"
+            log.warning("evaluate.data.%s %s", name, said)
     evaluation_texts(recipe, model, tokenizer)
 
 

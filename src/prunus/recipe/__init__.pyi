@@ -57,5 +57,6 @@ from .texts import Writing as Writing
 from .training import OptimizerChoice as OptimizerChoice
 from .training import Training as Training
 from .values import Device as Device
+from .values import Folder as Folder
 from .values import Seed as Seed
 from .values import looks_local as looks_local

@@ -84,11 +84,12 @@ class LanguageRecipe(Recipe):
     def _check(self) -> LanguageRecipe:
         if looks_local(self.model):
             check_there(self.model, "give a path that exists", key="model: ")
-        if self.retrain is not None and "lora" in self.retrain.train and self.prune.sparsity > 0:
-            raise ValueError(
-                "retrain.train: merging 'lora' would fill pruned weights; train 'mask_lora' or 'scale_lora', which "
-                "keep them zero, or 'lora_prune', which drops that part"
-            )
+        for key, adapting in (("reconstruct", self.reconstruct), ("retrain", self.retrain)):
+            if adapting is not None and "lora" in adapting.train and self.prune.sparsity > 0:
+                raise ValueError(
+                    f"{key}.train: merging 'lora' would fill pruned weights; train 'mask_lora' or 'scale_lora', which "
+                    "keep them zero, or 'lora_prune', which drops that part"
+                )
         if self.soup is not None:
             self._check_soup(self.soup)
         if self.prune.phases > 1:
@@ -146,6 +147,8 @@ class LanguageRecipe(Recipe):
 
     def _check_retrain(self, retrain: LanguageRetrain) -> None:
         texts = list(self.evaluate.data)
+        if retrain.evaluate_every and not texts:
+            raise ValueError("retrain.evaluate_every: evaluate.data has no text to measure meanwhile: give one")
         if retrain.watch is not None and retrain.watch not in texts:
             raise ValueError(f"retrain.watch: evaluate.data has no text {retrain.watch!r}, only {', '.join(texts)}")
         if (retrain.keep_best or retrain.patience) and len(texts) < 2:
@@ -182,11 +185,18 @@ class LanguageRecipe(Recipe):
     def _check_soup(self, soup: Soup) -> None:
         if self.retrain is None:
             raise ValueError("soup: its members are retrained as `retrain` says; give a section retrain")
+        if not self.evaluate.data:
+            raise ValueError("soup: members are compared by the first text of evaluate.data: give one")
         if strange := [name for name in soup.choosing if name != "greedy"]:
             raise ValueError(f"soup: {strange[0]} averages are made of classifiers; take uniform, greedy or weights")
         if soup.choosing and len(self.evaluate.data) < 2:
             raise ValueError(
                 "soup: greedy averages are chosen by the first text of evaluate.data: give a second one to report"
+            )
+        watching = soup.choosing and (self.retrain.keep_best or self.retrain.patience)
+        if watching and len({*list(self.evaluate.data)[:1], self.retrain.watch} - {None}) == len(self.evaluate.data):
+            raise ValueError(
+                "soup, retrain.watch: what chooses is not what is reported: give evaluate.data a third text"
             )
         vary = {"vary.epochs": soup.vary.epochs, "vary.weight_decay": soup.vary.weight_decay}
         vary |= {"vary.augment": soup.vary.augment, "vary.seed": soup.vary.seed == "order"}

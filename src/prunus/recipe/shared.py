@@ -11,7 +11,7 @@ from prunus.recipe.plain import Strict
 from prunus.recipe.pruning import Prune
 from prunus.recipe.retraining import Retrain
 from prunus.recipe.soups import Soup
-from prunus.recipe.values import Device
+from prunus.recipe.values import Device, Folder
 
 __all__ = ["Recipe", "Save", "check_members", "member_of", "order_of"]
 
@@ -44,7 +44,7 @@ class Recipe(Strict):
     prune: Prune | None = None
     retrain: Retrain | None = None
     soup: Soup | None = None
-    out: str = "runs/run"
+    out: Folder = "runs/run"
     """Run folder."""
     save: bool | Save = True
     """Whether the model is written."""

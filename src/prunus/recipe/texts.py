@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -12,6 +13,10 @@ from prunus.recipe.plain import Strict
 from prunus.recipe.values import Count, Device, Part, Positive, Seed, Share, Whole, check_there, looks_local
 
 __all__ = ["TEST_TEXT", "TRAIN_TEXT", "Calibrate", "Data", "Evaluate", "Pace", "Shrink", "Writing"]
+
+
+_OF_A_SOURCE = ("column", "split", "revision", "streamed", "messages", "prompt", "answer", "join", "end")
+_ALL = ("embedded", None)  # without a split it is all of them
 
 
 class Data(Strict):
@@ -54,9 +59,38 @@ class Data(Strict):
             raise ValueError("a mixture is one of sources, not of mixtures; list all sources in one")
         if (self.prompt is None) != (self.answer is None) or (self.prompt is not None and self.messages is not None):
             raise ValueError("chats are in one column, messages, or in two, prompt and answer: give one or two")
+        self._check_together()
         if self.source is not None and looks_local(self.source):
             check_there(self.source, "give an existing path or a data set 'owner/name'")
         return self
+
+    def _check_together(self) -> None:
+        """Refuse what would be read nowhere."""
+        chats = self.messages is not None or self.prompt is not None
+        unread = _OF_A_SOURCE if self.mix else ("column", "join", "end") if chats else ()
+        strange = next((key for key in unread if getattr(self, key) != type(self).model_fields[key].default), None)
+        if strange is not None:
+            mend = "of each text of a mixture: say it in the list" if self.mix else "not of chats: leave it out"
+            raise ValueError(f"{strange}: {mend}")
+        if len({each.head for each in self.mix}) > 1:
+            raise ValueError("head: of a whole mixture: say it beside mix")
+
+    def meets(self, other: Data) -> bool:
+        """Whether two texts, or some of two mixtures, have tokens in common, as far as recipes say.
+
+        >>> Data(source="embedded").meets(Data(source="embedded", split="test"))
+        True
+        """
+        pairs = product(self.mix or (self,), other.mix or (other,))
+        return any(_inside(one, each) or _inside(each, one) for one, each in pairs)
+
+
+def _inside(one: Data, other: Data) -> bool:
+    """Whether one source is the other, or lies in it, and what is used of the two overlaps."""
+    place, whole = (Path(str(each.source)).expanduser().resolve() for each in (one, other))
+    alike = one.column == other.column and (one.split == other.split or (other.source, other.split) == _ALL)
+    apart = place == whole and (one.part[1] <= other.part[0] or other.part[1] <= one.part[0])
+    return alike and not apart and place.is_relative_to(whole)
 
 
 TRAIN_TEXT, TEST_TEXT = Data(source="embedded", split="train"), Data(source="embedded", split="test")

@@ -14,6 +14,7 @@ from prunus.adapt import subsets
 __all__ = [
     "Count",
     "Device",
+    "Folder",
     "Globs",
     "Part",
     "Positive",
@@ -32,6 +33,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # what torch's generators take
 Part = Annotated[float, Field(ge=0, lt=1)]  # a share that is not all
 Globs = tuple[str, ...]
+Folder = Annotated[str, AfterValidator(os.path.expanduser)]  # that is written
 
 
 def looks_local(text: str) -> bool:

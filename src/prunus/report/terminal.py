@@ -78,9 +78,9 @@ def _shortened(names: Sequence[str], width: int) -> list[str]:
 def markdown_table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:
     """The same table as GitHub Markdown."""
     columns = _columns(rows, columns)
-    lines = [columns, ["---:" if is_numeric(rows, column) else "---" for column in columns]]
-    lines += [[format_value(row.get(c)).replace("|", "\\|") for c in columns] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    aligned = ["---:" if is_numeric(rows, column) else "---" for column in columns]
+    lines = [columns, aligned, *([format_value(row.get(c)) for c in columns] for row in rows)]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
 def is_numeric(rows: Sequence[Row], column: str) -> bool:

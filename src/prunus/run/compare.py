@@ -10,10 +10,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from prunus.jobs import Job, Workers, check_inputs, mark, read_results, run
+from prunus.jobs import Job, Workers, check_inputs, inputs_of, mark, read_results, run
 from prunus.machine import json_line, write_json, write_text
 from prunus.recipe import Unfinished
 from prunus.run.grid import Grid, Member, final_members, likely_members, load_grid, tuning_members
+from prunus.save import check_apart
 
 __all__ = ["GridJobs", "compare", "compare_all", "load_grid", "load_grids", "tabulate"]
 
@@ -47,8 +48,10 @@ def compare_all(
     if shared is not None:
         raise ValueError(f"two grids would be written to {shared}: give each an `out` of its own")
     for grid, out in zip(grids, folders, strict=True):
-        mark(out, "grid")
         recipes = [grid.recipe(labels, 0, {}) for labels in grid.cells()]
+        for name in {name for recipe in recipes for name in inputs_of(recipe)}:
+            check_apart(out, name)
+        mark(out, "grid")
         for place in {out, Path(grid.dense or out)}:
             check_inputs(place, recipes)
         if workers:
@@ -135,7 +138,8 @@ class GridJobs:
         seeds = {seed: place for place, seed in enumerate(dict.fromkeys(each.seed for each in todo.values()))}
         ordered = sorted(todo.values(), key=lambda each: (seeds[each.seed], *task.order(each.recipe)))
         begun = ordered or [each for each in members if self.store.finished(each.job)]  # not only packed
-        return [*task.beside([each.recipe for each in begun]), *(each.job for each in ordered)]
+        beside = task.beside([each.recipe for each in self._likely]) if begun else ()  # of every cell, begun or not
+        return [*beside, *(each.job for each in ordered)]
 
     def _has_ended(self, member: Member) -> bool:
         return member.key in self._known or self.store.finished(member.job) or self.store.failed(member.job)

@@ -49,7 +49,8 @@ def scorer(path: Path, changes: Mapping[str, Any] | None = None) -> Scorer:
     raw = merge(read_yaml(path), changes or {})
     if data_key(raw):
         return _of_classifiers(path, raw)
-    parse(raw, LanguageRecipe, str(path))  # mistakes show before anything is averaged
+    if not parse(raw, LanguageRecipe, str(path)).evaluate.data:  # mistakes show before anything is averaged
+        raise ValueError(f"{path}: evaluate.data has no text to score by: give one")
 
     def score(checkpoint: Path) -> float:
         from prunus.language import evaluate

@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from prunus.jobs import Job, Layout, Show, Store, device_name, device_of, ran_on
-from prunus.recipe import Seed, Strict, digest, merge, parse, read_yaml, said
+from prunus.recipe import Folder, Seed, Strict, digest, merge, parse, read_yaml, said
 from prunus.run.tasks import Task, task_of
 
 __all__ = ["Grid", "Member", "final_members", "likely_members", "load_grid", "tuning_members"]
@@ -84,8 +84,8 @@ class Grid(Strict):
     more_seeds: MoreSeeds | None = None
     skip: list[dict[str, list[Label]]] = Field(default_factory=list)
     show: Show = Show()
-    out: str = "runs/compare"
-    dense: str | None = None
+    out: Folder = "runs/compare"
+    dense: Folder | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Grid:

@@ -5,6 +5,7 @@ result.json ─▶ a language model, a classifier, a soup        table.json ─�
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -222,8 +223,9 @@ def _best(rows: Sequence[Result]) -> list[Card]:
     """The best cell under each label of the first axis, if these are few; of one axis the best of all."""
     axes = [key for key, value in rows[0].items() if isinstance(value, str)]
     by = next(key for key, value in rows[0].items() if isinstance(value, Mapping) and "mean" in value)
+    known = [row for row in rows if not math.isnan(row[by]["mean"])]  # which min and max would take, if first
     under: dict[str, list[Result]] = {}
-    for row in rows:
+    for row in known or rows:
         under.setdefault(row[axes[0]] if len(axes) > 1 else "", []).append(row)
     share = by in HEADLINES  # else a text's perplexity
     choose = max if share else min

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.blocks import compile_blocks_, longest
+from prunus.checkpoint import read_tokenizer
 from prunus.data import (
     Augment,
     ImageBatches,
@@ -35,7 +36,7 @@ from prunus.jobs import check_adapting, check_pruning, contents_of, device_name,
 from prunus.machine import Precision
 from prunus.measure import CORRUPTIONS, corrupted_sets
 from prunus.recipe import Augmentation, ClassifierRecipe, Corruptions, EncoderRecipe, ImageSource, member_of
-from prunus.train import drawn_from
+from prunus.train import drawn_from, unrecordable
 
 __all__ = ["Examples", "ImageSets", "Setting"]
 
@@ -84,8 +85,8 @@ class Setting:
         """The setting of a recipe; "auto" is the first GPU with bf16, CUDA graphs and channels-last, else the CPU.
 
         Raises ValueError for a GPU that is not there, for pruning that the network does not take, for images that
-        cannot be read or are fewer than a batch, for corrupted ones that are not there; ImportError for a package that
-        is missing.
+        cannot be read or are fewer than a batch, for corrupted ones that are not there, for steps to record on a CPU;
+        ImportError for a package that is missing.
         """
         device = device_of(recipe)
         cuda = device.type == "cuda"
@@ -103,6 +104,8 @@ class Setting:
         precision: Precision = ("bf16" if cuda else "fp32") if recipe.precision == "auto" else recipe.precision
         images = recipe.keyed == "images"  # texts are of many lengths, which no recording has
         capture = cuda and images if recipe.capture == "auto" else recipe.capture
+        if capture and (why := unrecordable(device, scaled=False)):
+            raise ValueError(f"capture: {why}; leave it out")
         channels_last = cuda and images if recipe.channels_last == "auto" else recipe.channels_last
         found = cls(recipe, device, precision, capture, channels_last, sets)
         found._check_model()
@@ -308,10 +311,10 @@ def _parts(asked: ImageSource) -> tuple[Images, Images, Images | None]:
 
 def _text_parts(recipe: EncoderRecipe) -> tuple[Sentences, Sentences, Sentences | None]:
     """The texts that are trained on, measured on, held out, as the folder's own tokenizer reads them."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     asked, folder = recipe.texts, Path(recipe.model).expanduser()
-    tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+    tokenizer, config = read_tokenizer(folder), AutoConfig.from_pretrained(folder)
     most = min(tokenizer.model_max_length, longest(config) or asked.length)
 
     def read(split: str | None, names: Sequence[str]) -> Sentences:

@@ -25,7 +25,7 @@ from torch import nn
 from prunus.jobs import Job, Store, Workers, check_inputs, mark, run
 from prunus.machine import read_json, write_json, write_text
 from prunus.measure import latency
-from prunus.recipe import ClassifierRecipe, Kind, Strict, Unfinished, digest, merge, parse, read_yaml, said
+from prunus.recipe import ClassifierRecipe, Folder, Kind, Strict, Unfinished, digest, merge, parse, read_yaml, said
 from prunus.report import markdown_table, plot_sweep
 from prunus.vision import stages
 from prunus.vision.dense import adopt, dense_key, dense_of
@@ -62,7 +62,7 @@ class Swept(Strict):
     timed.
     """
 
-    start: str
+    start: Folder
     kinds: tuple[Kind, ...] = get_args(Kind)
     rates: tuple[float, ...] = RATES
     timed: int = Field(default=128, ge=1)
@@ -73,7 +73,7 @@ class SweepFile(Strict):
 
     sweep: Swept
     base: dict[str, Any] = Field(default_factory=dict)
-    out: str | None = None
+    out: Folder | None = None
 
 
 def load_sweep(path: Path, out: Path | None = None) -> Sweep:
