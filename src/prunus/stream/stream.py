@@ -233,7 +233,8 @@ def _placed(
     names = find_blocks(model)
     found = find_layers(model, include=include, exclude=exclude)
     views, outer = _views_by_block(observable(model, found, include) if observed else found, names, include, exclude)
-    tied, common = _tied_views(model, views), _common_parameters(model, names)
+    places = _places(model, names)
+    tied, common = _tied_views(model, views, places), _common_parameters(names, places)
     return _Place(model, source or Memory(model), device, precision, names, views, outer, tied, common)
 
 
@@ -462,10 +463,10 @@ class _Step:
     @torch.no_grad()
     def _dense(self, flow: _Flow) -> nn.Module:
         """A copy of the block, before it is pruned, with dense weights where it shares some with one before."""
-        twin = copy.deepcopy(self.block)
+        twin, earlier = copy.deepcopy(self.block), self._earlier
         for key, first in self.place.common[self.name].items():
             weight = twin.get_parameter(key)
-            if key in self._earlier:
+            if key in earlier:
                 weight.copy_(flow.unpruned[first])
             else:
                 flow.unpruned[first] = weight.to("cpu", copy=True)
@@ -474,18 +475,20 @@ class _Step:
     @torch.no_grad()
     def _take_tied_(self, flow: _Flow) -> None:
         """Give the block what it shares with one before, as that left it; its source may have read dense weights."""
-        for key in self._earlier:
-            self.block.get_parameter(key).copy_(flow.solved[self.place.common[self.name][key]])
+        for key, first in self._earlier.items():
+            self.block.get_parameter(key).copy_(flow.solved[first])
 
     def _leave_tied_(self, flow: _Flow) -> None:
+        earlier = self._earlier
         for key, first in self.place.common[self.name].items():
-            if key not in self._earlier:
+            if key not in earlier:
                 flow.solved[first] = self.block.get_parameter(key).detach().clone()
 
     @property
-    def _earlier(self) -> list[str]:
-        """The block's parameters that one before it has, too."""
-        return [key for key, first in self.place.common[self.name].items() if first != f"{self.name}.{key}"]
+    def _earlier(self) -> dict[str, str]:
+        """The block's parameters that one before it has, too -> their name there."""
+        common = self.place.common[self.name]
+        return {key: first for key, first in common.items() if first != f"{self.name}.{key}"}
 
     @torch.no_grad()
     def _observe(self, task: _Task, flow: _Flow, *, keep: bool) -> tuple[dict[str, Inputs], list[Tensor]]:
@@ -514,7 +517,7 @@ class _Step:
             entering, targets = list(zip(hidden, arguments[self.name], strict=True)), hidden
             self._advance_(before, hidden, arguments)
         passing = Passing(flow.hidden, flow.arguments[self.name], targets, entering)
-        how: dict[str, Any] = {"masks": masks, "prefix": self.name, "fixed": self._earlier}
+        how: dict[str, Any] = {"masks": masks, "prefix": self.name, "fixed": tuple(self._earlier)}
         how["stand_ins"] = flow.stand_ins
         return reconstruct(self.block, before, fit, passing, views=self.views, **how)
 
@@ -616,19 +619,20 @@ def _places(model: nn.Module, names: Sequence[str]) -> dict[int, list[tuple[str,
     return places
 
 
-def _common_parameters(model: nn.Module, names: Sequence[str]) -> dict[str, dict[str, str]]:
+def _common_parameters(names: Sequence[str], places: Mapping[int, list[tuple[str, str]]]) -> dict[str, dict[str, str]]:
     """Block -> its parameters, by their names in it, that several blocks have -> their name in the first of those."""
     found: dict[str, dict[str, str]] = {name: {} for name in names}
-    for (owner, first), *others in _places(model, names).values():
+    for (owner, first), *others in places.values():
         later = [(block, key) for block, key in others if block != owner]
         for block, key in [(owner, first), *later] if later else []:
             found[block][key.removeprefix(f"{block}.")] = first
     return found
 
 
-def _tied_views(model: nn.Module, views: Mapping[str, Sequence[View]]) -> dict[str, dict[str, View]]:
+def _tied_views(
+    model: nn.Module, views: Mapping[str, Sequence[View]], places: Mapping[int, list[tuple[str, str]]]
+) -> dict[str, dict[str, View]]:
     """Name of each view whose parameter is in several blocks -> block -> the view with its names there."""
-    places = _places(model, list(views))
     found: dict[str, dict[str, View]] = {}
     for view in (view for each in views.values() for view in each):
         named = dict(places[id(model.get_parameter(view.parameter))])
