@@ -11,8 +11,8 @@ from .folder import held as held
 from .folder import mark as mark
 from .folder import ran_on as ran_on
 from .inputs import check_inputs as check_inputs
+from .inputs import check_outside as check_outside
 from .inputs import contents_of as contents_of
-from .inputs import inputs_of as inputs_of
 from .outline import Outline as Outline
 from .outline import check_adapting as check_adapting
 from .outline import check_language as check_language

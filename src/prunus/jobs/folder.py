@@ -24,9 +24,8 @@ import yaml
 from filelock import FileLock
 from pydantic import BaseModel
 
-from prunus.jobs.inputs import check_inputs, inputs_of
+from prunus.jobs.inputs import check_inputs, check_outside
 from prunus.machine import locked, ranks, read_json, remove_partials, write_json, write_text
-from prunus.save import check_apart
 
 __all__ = ["begin", "device_name", "device_of", "entered", "finished", "held", "mark", "ran_on"]
 
@@ -49,8 +48,7 @@ def finished(recipe: BaseModel, out: Path, key: str, left: Sequence[str] = ()) -
     one without the files that it left, and a folder that is read, or has files that no run of Prunus left: a run
     overwrites and deletes what has its names.
     """
-    for name in inputs_of(recipe):
-        check_apart(out, name)
+    check_outside(out, [recipe])
     _check_ours(out, "run")
     path = out / "result.json"
     if not path.exists():
@@ -71,7 +69,7 @@ def mark(out: Path, kind: str) -> None:
     """
     _check_ours(out, kind)
     if not (out / _MARKER).exists():
-        write_text(out / _MARKER, f"A {kind} of Prunus; it may overwrite and delete what has its names here.\n")
+        write_text(out / _MARKER, _ours(kind))
 
 
 @contextmanager
@@ -158,8 +156,7 @@ def _locked(out: Path, kind: str) -> FileLock | None:
         return None
     remove_partials(out)
     since = time.strftime("%Y-%m-%d %H:%M:%S")
-    ours = f"A {kind} of Prunus; it may overwrite and delete what has its names here."
-    write_text(out / _MARKER, f"{ours}\nby process {os.getpid()} on {socket.gethostname()}, since {since}\n")
+    write_text(out / _MARKER, f"{_ours(kind)}by process {os.getpid()} on {socket.gethostname()}, since {since}\n")
     return lock
 
 
@@ -180,6 +177,11 @@ def _holder(out: Path) -> str:
     """Who said last that the folder is its own."""
     said = _said(out).splitlines()[1:]
     return f" {said[0]}" if said else ""
+
+
+def _ours(kind: str) -> str:
+    """The first line of a marker, whose second word `_check_ours` reads."""
+    return f"A {kind} of Prunus; it may overwrite and delete what has its names here.\n"
 
 
 def _said(out: Path) -> str:

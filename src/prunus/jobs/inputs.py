@@ -14,9 +14,9 @@ from pydantic import BaseModel
 
 from prunus.checkpoint import PICKLES
 from prunus.machine import read_json, write_json
-from prunus.save import source_folder
+from prunus.save import check_apart, source_folder
 
-__all__ = ["check_inputs", "contents_of", "inputs_of"]
+__all__ = ["check_inputs", "check_outside", "contents_of", "inputs_of"]
 
 _WHOLE = 1 << 26  # bytes of the largest file that is read whole
 _HEAD = 1 << 20
@@ -27,6 +27,12 @@ _OF_MODELS = (".safetensors", *PICKLES, ".json", ".gguf", ".model", ".jinja", ".
 def inputs_of(recipe: BaseModel) -> set[str]:
     """The models, texts and images that a recipe names."""
     return set(_named(recipe.model_dump(mode="json")))
+
+
+def check_outside(out: Path, recipes: Sequence[BaseModel]) -> None:
+    """Raises ValueError for a folder that recipes read, or that lies in what they read, or has it inside."""
+    for name in sorted({name for recipe in recipes for name in inputs_of(recipe)}):
+        check_apart(out, name)
 
 
 def check_inputs(out: Path, recipes: Sequence[BaseModel]) -> None:

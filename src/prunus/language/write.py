@@ -24,13 +24,12 @@ import torch
 from torch import Tensor
 
 from prunus.blocks import longest
-from prunus.jobs import check_inputs, device_name, device_of, held, inputs_of
+from prunus.jobs import check_inputs, check_outside, device_name, device_of, held
 from prunus.language.stages import check_weights, empty, fitted, load
 from prunus.language.texts import prompts
 from prunus.machine import in_mode, json_line, read_json, write_json, write_text
 from prunus.recipe import LanguageRecipe, Writing, digest, said
 from prunus.report import progress
-from prunus.save import check_apart
 
 __all__ = ["prolonged", "write"]
 
@@ -80,8 +79,7 @@ def write(asked: Writing, out: Path) -> dict[str, Any]:
     >>> write(Writing(data="notes.txt", tokens=100_000), Path("written"))  # doctest: +SKIP
     {'folder': 'written', 'rows': 196, 'tokens': 100352, 'tokens/s': 1660.2}
     """
-    for name in inputs_of(asked):
-        check_apart(out, name)
+    check_outside(out, [asked])
     begun = _begun(asked, out)
     if "tokens" in begun and all(part.exists() for part in _parts(asked, out)):
         log.warning("%s is finished: nothing is repeated", out)

@@ -10,11 +10,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from prunus.jobs import Job, Workers, check_inputs, inputs_of, mark, read_results, run
+from prunus.jobs import Job, Workers, check_inputs, check_outside, mark, read_results, run
 from prunus.machine import json_line, write_json, write_text
 from prunus.recipe import Unfinished
 from prunus.run.grid import Grid, Member, final_members, likely_members, load_grid, tuning_members
-from prunus.save import check_apart
 
 __all__ = ["GridJobs", "compare", "compare_all", "load_grid", "load_grids", "tabulate"]
 
@@ -49,8 +48,7 @@ def compare_all(
         raise ValueError(f"two grids would be written to {shared}: give each an `out` of its own")
     for grid, out in zip(grids, folders, strict=True):
         recipes = [grid.recipe(labels, 0, {}) for labels in grid.cells()]
-        for name in {name for recipe in recipes for name in inputs_of(recipe)}:
-            check_apart(out, name)
+        check_outside(out, recipes)
         mark(out, "grid")
         for place in {out, Path(grid.dense or out)}:
             check_inputs(place, recipes)

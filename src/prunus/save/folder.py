@@ -333,8 +333,8 @@ def new_folder(folder: str | Path, source: str | Path | None = None) -> Generato
 
 def check_apart(folder: Path, source: str | Path | None) -> None:
     """Raises ValueError for a folder that is the one which is read, or lies in it, or has it inside."""
-    if source is not None and Path(source).expanduser().exists():
-        one, other = Path(folder).resolve(), Path(source).expanduser().resolve()
+    if source is not None and (read := Path(source).expanduser()).exists():
+        one, other = Path(folder).resolve(), read.resolve()
         if one.is_relative_to(other) or other.is_relative_to(one):
             raise ValueError(
                 f"out: {folder} and {source}, which is read, lie in each other; give another output folder"
@@ -547,7 +547,7 @@ def _summary(info: Mapping[str, Any], sparsity: Mapping[str, Any]) -> str:
 
 def _metric_table(metrics: Mapping[str, Any]) -> list[str]:
     rows = list(_flat(metrics))
-    return ["| measured | value |", "|---|---|", *(f"| {_number(name)} | {_number(value)} |" for name, value in rows)]
+    return ["| measured | value |", "|---|---|", *(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows)]
 
 
 def _flat(metrics: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -558,7 +558,7 @@ def _flat(metrics: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]
     return rows
 
 
-def _number(value: Any) -> str:
+def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
 
 
