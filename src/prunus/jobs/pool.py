@@ -9,6 +9,7 @@ died or when it raised what another try may not meet; what waits on a failed one
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import math
@@ -311,6 +312,13 @@ def _fulfil(done: Future[Result], work: Callable[[], Result]) -> None:
         done.set_exception(error)
 
 
+def _give_back_memory() -> None:
+    """What torch keeps of a GPU for later goes back: another process of ours may want it while this one waits."""
+    if torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 # The loop, in this process and in others.
 
 
@@ -390,12 +398,17 @@ class _Loop:
         self.running: dict[Future[Result], _Running] = {}
 
     def run(self) -> None:
+        idle = False
         try:
             while True:
                 waiting = self._look()
                 if self.running:
                     self._collect()
+                    idle = False
                 elif waiting:
+                    if not idle:
+                        _give_back_memory()
+                    idle = True
                     time.sleep(_WAIT)
                 else:
                     return

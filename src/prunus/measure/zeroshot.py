@@ -55,32 +55,34 @@ def zero_shot(
 
     tasks: name -> file (see `check_task`), or name -> None for lm-eval's task of that name, whose data it downloads.
     shots: examples before each question; None: the task's own number, mostly none. chat: through the tokenizer's chat
-    template. limit: only the first so many examples. batch_size: requests at a time, or "auto". Prompts longer than the
-    model's window lose their beginning. Random states are as before.
+    template. limit: only the first so many examples. batch_size: requests at a time, fewer where these do not fit
+    beside what else the GPU holds, or "auto". Prompts longer than the model's window lose their beginning. Random
+    states are as before.
 
     Raises ImportError when lm-eval is not installed; ValueError for no task, one that lm-eval does not know, an
     unreadable file, and a chat template that is not there.
 
     >>> zero_shot(model, tokenizer, {"arc_easy": "arc_easy.jsonl"}, limit=100).rows  # doctest: +SKIP
     """
+    from accelerate.utils import find_executable_batch_size
+
     if not tasks:
         raise ValueError("no zero-shot task was given; give at least one name")
     check_tasks(tasks)
     if chat and not getattr(tokenizer, "chat_template", None):
         raise ValueError("chat: the tokenizer has no chat template; leave it out, or give an instruction-tuned model")
+    how: dict[str, Any] = {"num_fewshot": shots, "limit": limit, "apply_chat_template": chat}
+    how |= {"fewshot_as_multiturn": chat, "tasks": list(tasks), "log_samples": False}
     evaluator = _lm_eval("evaluator")
+
+    def score(size: int | Literal["auto"]) -> dict[str, Any]:
+        wrapped = _lm_eval("models.huggingface").HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size)
+        return evaluator.simple_evaluate(wrapped, task_manager=manager, **how)
+
     before = random_state(model)
     try:
         with _manager(tasks) as manager, _quiet(), in_mode(model, training=False):
-            wrapped = _lm_eval("models.huggingface").HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-            how: dict[str, Any] = {
-                "num_fewshot": shots,
-                "limit": limit,
-                "apply_chat_template": chat,
-                "fewshot_as_multiturn": chat,
-            }
-            how |= {"tasks": list(tasks), "task_manager": manager, "log_samples": False}
-            found = evaluator.simple_evaluate(wrapped, **how)
+            found = score(batch_size) if batch_size == "auto" else find_executable_batch_size(score, batch_size)()
     finally:
         set_random_state(before, model)
     report = {key: value for key, value in found.items() if key not in _BARE}
