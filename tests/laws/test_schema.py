@@ -88,3 +88,7 @@ def test_percents_are_shares(text, value):
 
 def test_percents_that_are_keys_stay_labels():
     assert yaml_value("{60%: {prune.sparsity: 60%}}", "here") == {"60%": {"prune.sparsity": 0.6}}
+
+
+def test_keys_that_are_numbers_are_labels_in_files_and_behind_set_alike():
+    assert yaml_value("{1e-3: {2: 3}, true: 4}", "here") == {"0.001": {"2": 3}, "true": 4}

@@ -212,6 +212,18 @@ def test_percents_name_labels_quoted_or_not(tiny_folder: Path, text_file: Path, 
     assert cells == {("50%", "pruned"), ("50%", "again"), ("99.9%", "pruned")}
 
 
+def test_numbers_name_labels_however_they_are_written(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    axes = {"lr": {"0.0005": {}, "1e-3": {"prune.sparsity": 0.3}, "3": {"prune.sparsity": 0.2}}, "n": {"[a": {}}}
+    raw = grid(tiny_folder, text_file, tmp_path, axes=axes, tune=None)
+    del raw["more_seeds"]
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump(raw) + "skip: [{lr: [5e-4, 3]}]\n")
+    assert [each["lr"] for each in load_grid(path).cells()] == ["0.001"]
+    path.write_text(yaml.safe_dump(raw) + "skip: [{lr: [0.002]}]\n")
+    with pytest.raises(ValueError, match=r"'0.002' is not a label of lr; there are 0.0005, 0.001, 3"):
+        load_grid(path)
+
+
 def test_what_labels_share_by_an_alias_is_changed_in_one_alone(
     tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:

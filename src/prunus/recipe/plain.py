@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import sys
@@ -86,7 +87,7 @@ _MOST = 100_000  # values of one text, those that aliases stand for counted as o
 class _Yaml(yaml.SafeLoader):
     """Plain values as in YAML 1.2: in 1.1 the pattern 2:4 is the number 124 (base 60), 1e-3 is text, no is false.
 
-    60% is 0.6, but for keys, which are labels.
+    60% is 0.6, but for keys, which are labels; keys that are numbers are so as JSON has them.
     A key that stands twice is a mistake; aliases of aliases, which fill memory from a few bytes, are counted.
     """
 
@@ -106,7 +107,8 @@ class _Yaml(yaml.SafeLoader):
             if not seen.isdisjoint({key.value, meant}):  # 1 and 1.0 are one key of a dictionary, too
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
             seen |= {key.value, meant}
-        return super().construct_mapping(node, deep)
+        found = super().construct_mapping(node, deep)
+        return {key if isinstance(key, str) else json.dumps(key): value for key, value in found.items()}
 
 
 def _size(node: Any, known: dict[int, float]) -> float:

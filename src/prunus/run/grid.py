@@ -14,6 +14,7 @@ Tuned values are chosen by the perplexity on `text`, or by the accuracy on valid
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,14 +25,20 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from prunus.jobs import Job, Layout, Show, Store, device_name, device_of, ran_on
-from prunus.recipe import Folder, Seed, Strict, digest, merge, parse, read_yaml, said
+from prunus.recipe import Folder, Seed, Strict, digest, merge, parse, read_yaml, said, yaml_value
 from prunus.run.tasks import Task, task_of
 
 __all__ = ["Grid", "Member", "final_members", "likely_members", "load_grid", "tuning_members"]
 
 Labels = dict[str, str]
-# 60%, which elsewhere in YAML is 0.6, is itself where it names a label.
-Label = Annotated[str, BeforeValidator(lambda value: f"{100 * value:.12g}%" if isinstance(value, float) else value)]
+
+
+def _plain(label: Any) -> Any:
+    """A number as JSON writes it; YAML has read 60% as 0.6, and 1e-3 as 0.001, where they name no key."""
+    return json.dumps(label) if isinstance(label, int | float) else label
+
+
+Label = Annotated[str, BeforeValidator(_plain)]  # of an axis, which `Grid._label` finds
 
 
 class Tried(Strict):
@@ -96,7 +103,7 @@ class Grid(Strict):
         strange = [axis for axis in named if axis not in self.axes]
         if strange:
             raise ValueError(f"{strange[0]!r} is not an axis; there are {', '.join(self.axes)}")
-        self._check_labels()
+        self._check_labels_()
         self._check_anchors()
         self._check_seeds()
         recipes = [self.recipe(labels, self.seeds[0], {}) for labels in self.cells()]
@@ -115,14 +122,20 @@ class Grid(Strict):
         if twice:
             raise ValueError(f"seeds: {twice[0]} stands twice, and a mean would count it twice; give each once")
 
-    def _check_labels(self) -> None:
-        named = [(axis, label) for where in self._wheres() for axis, labels in where.items() for label in labels]
+    def _check_labels_(self) -> None:
+        """Labels that YAML reads as numbers are then what their axis calls them."""
+        for where in self._wheres():
+            where.update({axis: [self._label(axis, each) for each in labels] for axis, labels in where.items()})
         if self.tune is not None:
-            named += [(self.tune.axis, label) for label in self.tune.cells]
-            named += [pair for tried in self.tune.cells.values() for pair in tried.at.items()]
-        for axis, label in named:
-            if label not in self.axes[axis]:
-                raise ValueError(f"{label!r} is not a label of {axis}; there are {', '.join(self.axes[axis])}")
+            for name, tried in self.tune.cells.items():
+                self._label(self.tune.axis, name)
+                tried.at.update({axis: self._label(axis, each) for axis, each in tried.at.items()})
+
+    def _label(self, axis: str, label: str) -> str:
+        names = {**{_plain(_read(name)): name for name in self.axes[axis]}, **{name: name for name in self.axes[axis]}}
+        if label not in names:
+            raise ValueError(f"{label!r} is not a label of {axis}; there are {', '.join(self.axes[axis])}")
+        return names[label]
 
     def _check_anchors(self) -> None:
         cells = list(self.cells())
@@ -178,6 +191,15 @@ class Grid(Strict):
         if more is not None and _named(labels, more.where):
             return [*self.seeds, *more.seeds]
         return self.seeds
+
+
+def _read(name: str) -> Any:
+    """What YAML makes of a label where it names no key: a number, or itself."""
+    try:
+        value = yaml_value(name, name)
+    except ValueError:
+        return name
+    return value if isinstance(value, int | float) else name
 
 
 def _named(labels: Mapping[str, str], where: Mapping[str, list[str]]) -> bool:
