@@ -220,6 +220,18 @@ def test_no_loss_is_refused(tmp_path):
         plot_losses({"retrain": []}, tmp_path / "loss.png")
 
 
+def test_tasks_have_a_table_with_their_mean_over_seeds(tmp_path):
+    def result(acc, bleu):
+        tasks = {"arc": {"acc": acc, "stderr": 0.1, "n": 9}, "wmt": {"bleu": bleu, "n": 9}}
+        return {"perplexity": {"text": 8.0}, "zero_shot": tasks}
+
+    rows = [{"criterion": "wanda"} | perplexity_row([result(0.25, 20.0), result(0.75, 22.0)])]
+    perplexity_tables(Layout({"criterion": ["wanda"]}, Show(), tmp_path), rows)
+    written = (tmp_path / "table.md").read_text("utf-8")
+    assert "### Zero-shot, accuracies in %" in written
+    assert "| wanda | 50.00 ± 35.36 | 21.00 ± 1.41 |" in written
+
+
 def test_a_seed_that_went_astray_is_said_and_is_the_best_nowhere(tmp_path):
     found = {"wanda": [float("nan"), 9.0], "magnitude": [8.0, 10.0]}
     rows = [

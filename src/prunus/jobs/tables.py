@@ -148,14 +148,25 @@ def perplexity_row(results: Sequence[Result]) -> dict[str, Any]:
         names = [x for x in results[0]["soup"]["perplexity"] if x in _BESIDE or x.startswith(f"{SOUP}, ")]
         each = {name: over_seeds(lambda r, text, name=name: r["soup"]["perplexity"][name][text]) for name in names}
         row["beside"] = {text: {name: found[text] for name, found in each.items()} for text in results[0]["perplexity"]}
+    if all("zero_shot" in result for result in results):
+        row["tasks"] = {
+            task: mean_and_std([_score(each["zero_shot"][task]) for each in results])
+            for task in results[0]["zero_shot"]
+        }
     for part in PARTS:
         if part in results[0]:
             row[part] = {k: v for k, v in results[0][part].items() if k not in ("losses", "merge")}
     return row
 
 
+def _score(found: Mapping[str, float]) -> float:
+    """The first metric of a task, of which `stderr` is; accuracies in percent."""
+    metric, value = next(iter(found.items()))
+    return 100 * value if metric.startswith("acc") else value
+
+
 def perplexity_tables(layout: Layout, rows: Sequence[Row]) -> None:
-    """Write table.md, one table a text, and pictures of perplexity against sparsity."""
+    """Write table.md, one table a text and one of all tasks, and pictures of perplexity against sparsity."""
     path, parts = layout.out / "dense.json", list[str]()
     dense: dict[str, float] = read_json(path) if path.exists() else {}
     texts = [key for key, value in rows[0].items() if isinstance(value, dict) and "mean" in value] if rows else []
@@ -165,6 +176,8 @@ def perplexity_tables(layout: Layout, rows: Sequence[Row]) -> None:
         parts.append(f"### Perplexity, {text}{reference}\n\n{table}")
         if any("beside" in row for row in rows):
             parts.append(f"### Soups, {text}\n\n{markdown_table(_soups(layout, rows, text))}")
+    if tasks := [_cell(layout, row, row["tasks"]) for row in rows if "tasks" in row]:
+        parts.append(f"### Zero-shot, accuracies in %\n\n{markdown_table(tasks)}")
     sized = [{**row, "size": mean_and_std([row["shrink"]["parameters"][0] / 1e6])} for row in rows if "shrink" in row]
     if sized:
         parts.append(f"### Parameters, millions\n\n{layout.pivot(sized, 'size', layout.rates, 'parameters')}")
@@ -177,14 +190,15 @@ def perplexity_tables(layout: Layout, rows: Sequence[Row]) -> None:
 def _soups(layout: Layout, rows: Sequence[Row], text: str) -> list[dict[str, Any]]:
     """A line a soup: its cell, the soup, its members' mean and best, and the run as long as all of them."""
     return [
-        {
-            **{axis: row[axis] for axis in layout.axes},
-            "the soup": spread(row[text]),  # an axis may well be called soup
-            **{name: spread(value) for name, value in row["beside"][text].items()},
-        }
+        _cell(layout, row, {"the soup": row[text], **row["beside"][text]})  # an axis may well be called soup
         for row in rows
         if "beside" in row
     ]
+
+
+def _cell(layout: Layout, row: Row, numbers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A line of a table: the labels of a cell, and numbers with their deviations."""
+    return {**{axis: row[axis] for axis in layout.axes}, **{name: spread(found) for name, found in numbers.items()}}
 
 
 def _plot_perplexity(layout: Layout, rows: Sequence[Row], across: str, text: str, dense: float | None) -> None:

@@ -205,7 +205,7 @@ class _Language:
             raise ValueError("show.columns is for grids of classifiers; leave it out")
 
     def columns(self, recipes: Sequence[LanguageRecipe]) -> set[str]:
-        return {"beside", *PARTS, *(text for recipe in recipes for text in recipe.evaluate.data)}
+        return {"beside", "tasks", *PARTS, *(text for recipe in recipes for text in recipe.evaluate.data)}
 
     def recipe(self, raw: Mapping[str, Any], seed: int, *, tuning: bool, where: str) -> LanguageRecipe:
         raw = merge(dict(raw), {"save": False, "log_with": []})
