@@ -10,6 +10,7 @@ from .folder import finished as finished
 from .folder import held as held
 from .folder import mark as mark
 from .folder import ran_on as ran_on
+from .folder import where as where
 from .inputs import check_inputs as check_inputs
 from .inputs import check_outside as check_outside
 from .inputs import contents_of as contents_of

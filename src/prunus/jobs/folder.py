@@ -27,7 +27,7 @@ from pydantic import BaseModel
 from prunus.jobs.inputs import check_inputs, check_outside
 from prunus.machine import locked, ranks, read_json, remove_partials, write_json, write_text
 
-__all__ = ["begin", "device_name", "device_of", "entered", "finished", "held", "mark", "ran_on"]
+__all__ = ["begin", "device_name", "device_of", "entered", "finished", "held", "mark", "ran_on", "where"]
 
 log = logging.getLogger(__name__)
 
@@ -131,8 +131,18 @@ def ran_on(work: Path, name: str, needs: Iterable[Mapping[str, Any]] = ()) -> di
     names = list(dict.fromkeys([*(read_json(path) if path.exists() else []), name]))
     if ranks.is_main():
         write_json(path, names)
-    others = list(dict.fromkeys([*names[1:], *(name for need in needs for name in need.get("resumed_on", ()))]))
-    return {"device": names[0]} | ({"resumed_on": others} if others else {})
+    return where(names, [name for need in needs for name in need.get("resumed_on", ())])
+
+
+def where(names: Sequence[str], others: Sequence[str] = ()) -> dict[str, Any]:
+    """How a file says on which devices its work was done: the first one, and the rest and others, if there are any.
+
+    >>> where(["CPU, 1 threads", "CPU, 1 threads"])
+    {'device': 'CPU, 1 threads'}
+    """
+    first, *rest = dict.fromkeys(names)
+    later = list(dict.fromkeys([*rest, *others]))
+    return {"device": first} | ({"resumed_on": later} if later else {})
 
 
 def _check_ours(out: Path, kind: str) -> None:

@@ -140,11 +140,11 @@ def fitted(recipe: LanguageRecipe, device: torch.device) -> LanguageRecipe:
         if asked is None:
             continue
         if "length" in asked.model_fields_set:
-            _check_length(f"{section}.length", asked.length, limit, recipe.model)
+            check_length(f"{section}.length", asked.length, config, recipe.model)
         changes[section] = asked.model_copy(update={"length": min(asked.length, limit)})
     window = recipe.evaluate.window
     if window is not None:
-        _check_length("evaluate.window", window, limit, recipe.model)
+        check_length("evaluate.window", window, config, recipe.model)
     if recipe.dtype == "auto" and device.type == "cpu" and getattr(config, "dtype", None) == torch.float16:
         _say_once("float16 products are slow on a CPU: computing in float32; what is saved is float16 all the same")
         changes["dtype"] = "float32"
@@ -195,8 +195,10 @@ def model_path(model: str) -> Path:
     return plain(path) if path.exists() else hub_folder(model)
 
 
-def _check_length(key: str, value: int, limit: int, model: str) -> None:
-    if value > limit:
+def check_length(key: str, value: int, config: Any, model: str) -> None:
+    """Raise ValueError for more tokens at once than a model was made for, naming the key that asks for them."""
+    limit = longest(config)
+    if limit is not None and value > limit:
         raise ValueError(f"{key}: {value} tokens, but {model!r} was made for at most {limit}; set {key} to {limit}")
 
 
