@@ -182,6 +182,11 @@ def test_a_folder_says_on_which_devices_it_was_written(
         (killed / "part-00001.jsonl").unlink()
 
 
+def test_a_temperature_that_float32_does_not_divide_by_is_refused(tiny_folder: Path, text_file: Path) -> None:
+    with pytest.raises(ValueError, match="temperature"):
+        of(tiny_folder, text_file, temperature=1e-45)
+
+
 def test_a_length_beyond_the_model_is_refused(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^length: 4096 tokens, but '.*' was made for at most \d+; set length to \d+"):
         write(of(tiny_folder, text_file, tokens=8192, length=4096), tmp_path / "out")

@@ -66,6 +66,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+_KINDS = {"files": list, **dict.fromkeys(("adapter", "average", "checksums", "shrink", "size", "sparsity"), dict)}
 INFO_NAME, MASKS_NAME, CARD_NAME = "prunus.json", "masks.safetensors", "README.md"
 SIZE_NOTE = (
     "The weight files are as large as those of the dense model: pruned weights are stored as zeros in ordinary dense "
@@ -256,7 +257,18 @@ def load_info(folder: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} has format {found!r}; this Prunus reads format {FORMAT}. Use the release that wrote it"
         )
+    _check_kinds(info, path)
     return info
+
+
+def _check_kinds(info: Mapping[str, Any], path: Path) -> None:
+    """Raise ValueError for a prunus.json whose entries are not of the kinds that are read of it."""
+    said = {key: info[key] for key in _KINDS if key in info}
+    wrong = {key: value for key, value in said.items() if not isinstance(value, _KINDS[key])}
+    if not wrong and not isinstance(said.get("sparsity", {}).get("pruned"), int | float | None):
+        wrong = {"sparsity": said["sparsity"]}
+    for key, value in wrong.items():
+        raise ValueError(f"{path} says {key}: {str(value)[:40]}; it was damaged or edited: get it again")
 
 
 def check_whole(folder: str | Path) -> None:
