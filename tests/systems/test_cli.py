@@ -198,7 +198,7 @@ MISTAKES = [
     (["write", "{tiny}", "out", "--dtype", "int8"], "dtype", "'float32', 'bfloat16' or 'float16'"),
     (["write", "{tiny}", "out", "--tokens", "many"], "tokens", "many"),
     (["write", "{tiny}", "out", "--length", "1"], "length", "greater than or equal to 2"),
-    (["write", "{tiny}", "out", "--length", "65"], "length: 65 tokens", "at most 64; give fewer"),
+    (["write", "{tiny}", "out", "--length", "65"], "length: 65 tokens", "at most 64; set length to 64"),
     (["write", "{tiny}", "out", "--length", "16"], "prompt 16 leaves nothing of length 16", "give fewer"),
     (["write", "{tiny}", "out", "--prompt", "0"], "prompt", "greater than or equal to 1"),
     (["write", "{tiny}", "out", "--batch-size", "0"], "batch_size", "greater than or equal to 1"),
