@@ -26,8 +26,20 @@ from pydantic import BaseModel
 
 from prunus.jobs.inputs import check_inputs, check_outside
 from prunus.machine import locked, ranks, read_json, remove_partials, write_json, write_text
+from prunus.train import unrecordable
 
-__all__ = ["begin", "device_name", "device_of", "entered", "finished", "held", "mark", "ran_on", "where"]
+__all__ = [
+    "begin",
+    "check_recordable",
+    "device_name",
+    "device_of",
+    "entered",
+    "finished",
+    "held",
+    "mark",
+    "ran_on",
+    "where",
+]
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +140,7 @@ def ran_on(work: Path, name: str, needs: Iterable[Mapping[str, Any]] = ()) -> di
     or thread counts differ in their last bits.
     """
     path = work / "devices.json"
-    names = list(dict.fromkeys([*(read_json(path) if path.exists() else []), name]))
+    names: list[str] = list(dict.fromkeys([*(read_json(path) if path.exists() else []), name]))
     if ranks.is_main():
         write_json(path, names)
     return where(names, [name for need in needs for name in need.get("resumed_on", ())])
@@ -212,6 +224,15 @@ def device_of(recipe: Placed) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: {recipe.device!r} asked for, but torch sees no GPU; use device: auto or cpu")
     return device
+
+
+def check_recordable(device: torch.device, *, scaled: bool) -> None:
+    """Raises ValueError where a recipe's steps are to be recorded, `capture: true`, and the device cannot.
+
+    scaled: whether the precision is fp16.
+    """
+    if why := unrecordable(device, scaled=scaled):
+        raise ValueError(f"capture: {why}; leave it out")
 
 
 def device_name(device: torch.device) -> str:

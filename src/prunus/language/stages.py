@@ -37,6 +37,7 @@ from prunus.checkpoint import (
     weight_files,
 )
 from prunus.data import ASSETS
+from prunus.jobs import check_recordable
 from prunus.language.texts import calibration_windows, evaluation_texts, training_windows, window_of
 from prunus.layers import View, find_layers
 from prunus.machine import Precision, autocast, of_training, ranks
@@ -48,7 +49,7 @@ from prunus.save import INFO_NAME, load_info, loaded_model
 from prunus.shrink import trim_vocabulary
 from prunus.soup import distance, finish
 from prunus.stream import BlockReport, Fit, Shards, Streamed, Work, stream
-from prunus.train import During, Watch, distilled_next_token, lighten_, next_token_loss, seeded, train, unrecordable
+from prunus.train import During, Watch, distilled_next_token, lighten_, next_token_loss, seeded, train
 
 __all__ = [
     "Loaded",
@@ -128,8 +129,8 @@ def fitted(recipe: LanguageRecipe, device: torch.device) -> LanguageRecipe:
     or recorded steps that the device does not have.
     """
     scaled = precision_of(recipe, device) == "fp16"
-    if recipe.capture is True and (recipe.train or recipe.retrain) and (why := unrecordable(device, scaled=scaled)):
-        raise ValueError(f"capture: {why}; leave it out")
+    if recipe.capture is True and (recipe.train or recipe.retrain):
+        check_recordable(device, scaled=scaled)
     path = model_path(recipe.model)
     config = read_config(path, trust_remote_code=recipe.trust_remote_code)
     _tell_of_zeros(recipe, path)
