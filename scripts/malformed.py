@@ -47,7 +47,7 @@ MENDS = (
     "give|set |use|did you mean|known|should|leave |check |number |take it out|there (is|are)|see |needs|at least"
     "|at most|delete|make |install|write|save it|stands twice|takes|is auto|lies in|in \\[0|as in|line \\d|put "
     "|get it|fetch|get the |pass |goes by|must|without|convert|rename|more|by: |not allowed|download"
-    "|belong to another"
+    "|belong to another|copy "
 )
 
 
@@ -321,6 +321,11 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "no weights": lambda model: (model / "model.safetensors").unlink(),
     "pointer": lambda model: (model / "model.safetensors").write_text(POINTER),
     "cut config": _cut("config.json", 0.5),
+    "a list for a config": lambda model: (model / "config.json").write_text("[1, 2]"),
+    "an index of numbers": lambda model: (
+        (model / "model.safetensors").unlink(),
+        (model / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": 3}}'),
+    ),
     "no config": lambda model: (model / "config.json").unlink(),
     "cut tokenizer": _cut("tokenizer.json", 0.5),
     "no tokenizer": lambda model: [path.unlink() for path in model.glob("tokenizer*")],

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from prunus.blocks.chain import Arguments, capture, embed, find_blocks, run_block
+from prunus.blocks.chain import Arguments, capture, embed, find_blocks, finish, run_block
 from prunus.layers import Inputs, find_layers
 from prunus.score import observable, observe
 from prunus.stream.sources import Memory
@@ -189,6 +189,33 @@ def test_blocks_out_of_order_or_never_called_are_refused(ids: Tensor) -> None:
     model.spare = Block()
     with pytest.raises(ValueError, match=r"Model never called block 'spare'"):
         capture(model, [*find_blocks(model), "spare"], ids)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 0, 1, 2), (0, 1, 2, 2)])
+def test_blocks_that_run_again_after_the_last_one_are_refused(ids: Tensor, order: tuple[int, ...]) -> None:
+    """Depth by the same weights several times: what was observed and fitted would be the first pass alone."""
+    model = Model()
+
+    def forward(ids: Tensor) -> Tensor:
+        hidden = model.embed(ids)
+        for number in order:
+            hidden = model.layers[number](hidden, torch.zeros(D))
+        return model.norm(hidden)
+
+    model.forward = forward
+    how: dict[str, Any] = {"source": Memory(model), "device": torch.device("cpu"), "batch_size": 1}
+    again = rf"Model runs block 'layers.{order[3]}' again after the last one, 'layers.2'.* `prunus.prune`"
+    with pytest.raises(ValueError, match=again):
+        embed(model, find_blocks(model), ids, **how)
+    with pytest.raises(ValueError, match=again):
+        finish(model, find_blocks(model), ids, model.embed(ids))
+
+
+def test_what_follows_the_blocks_may_fail_where_it_is_not_needed(ids: Tensor) -> None:
+    model = Model()
+    model.norm = nn.LayerNorm(D + 1)
+    how: dict[str, Any] = {"source": Memory(model), "device": torch.device("cpu"), "batch_size": 1}
+    assert len(embed(model, find_blocks(model), ids, **how)[0]) == len(ids)
 
 
 def test_an_error_before_the_first_block_passes_through() -> None:

@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,33 @@ def test_a_model_attends_while_it_is_recorded_as_it_does_otherwise(
     assert run(recording=True, masked=True, **other), "batches that may bring masks are not trusted"
     assert run(recording=False, **other)
     assert run(recording=True, **other)
+
+
+def test_what_one_thread_notes_and_answers_is_of_its_own_model(monkeypatch: pytest.MonkeyPatch):
+    """Members run in threads: the models of others ask the same functions, for the same sizes, with other masks."""
+    asked: list[Any] = []
+    monkeypatch.setattr("transformers.masking_utils._ignore_causal_mask_sdpa", lambda *sizes: bool(asked.append(sizes)))
+    masking: Any = sys.modules["transformers.masking_utils"]
+
+    def ask() -> bool:
+        return masking._ignore_causal_mask_sdpa(None, 16, 16, 0, 0)
+
+    def ask_elsewhere() -> bool:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(ask).result()
+
+    key = ("_ignore_causal_mask_sdpa", None, 16, 16, 0, 0)
+    told = {key: {True}}
+    with _attending(told, recording=True, masked=False):
+        assert ask()
+        assert not asked
+        assert not ask_elsewhere()
+        assert len(asked) == 1
+    with _attending(told, recording=False, masked=False):
+        assert not ask_elsewhere()
+        assert told == {key: {True}}
+        assert not ask()
+        assert told == {key: {True, False}}
 
 
 def test_a_batch_takes_the_recorded_ones_place_only_where_it_fits():

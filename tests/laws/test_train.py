@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from prunus.during import GMP, RigL
+from prunus.during import DST, GMP, Part, RigL
 from prunus.machine import ranks
 from prunus.masks import Masks
+from prunus.train.averaged import Ema
 from prunus.train.checkpoint import Clock
 from prunus.train.drawn import drawn_from, seeded
 from prunus.train.hooks import During, Plan
@@ -274,6 +275,37 @@ def test_a_checkpoint_of_another_optimizer_or_method_is_refused(tmp_path, other)
     }
     with pytest.raises(ValueError, match=r"c belongs to another run: it was trained by SGD, GMP, this run is by"):
         go(**changed[other])
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "said"),
+    [
+        (
+            lambda: GMP(0.5, every=0.5),
+            lambda: GMP(0.5, every=0.25),
+            r"\{'GMP.every': \[0.5\]\} .* \{'GMP.every': \[0.25\]\}",
+        ),
+        (lambda: Part(DST(0.5, penalty=1e-6), 8), lambda: Part(DST(0.5, penalty=1e-5), 8), "DST.strength"),
+        (lambda: Part(GMP(0.5), 8), lambda: Part(GMP(0.5), 9), "Part.steps"),
+        (lambda: Ema(0.5), lambda: Ema(0.75), "Ema.decay"),
+    ],
+)
+def test_a_checkpoint_of_a_method_with_other_options_is_refused(tmp_path, one, other, said):
+    def go(method):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        how = {"steps": 4, "loss": classification_loss(), "during": [method], "checkpoint": tmp_path / "c"}
+        return train(model, lambda _: (torch.ones(2, 4), torch.tensor([0, 1])), optimizer, lambda _: 1.0, **how)
+
+    first, used = go(one()), one()
+    with pytest.raises(ValueError, match=rf"c belongs to another run: it has .*{said}"):
+        go(other())
+    for _ in range(2):  # what attaching leaves in a method is no option
+        assert go(used).losses == first.losses
+    (tmp_path / "c").unlink()
+    go(used)
+    assert go(one()).losses == first.losses
 
 
 @pytest.mark.parametrize("wrong", [{"clip": 0.0}, {"clip": -1.0}, {"clip": float("nan")}, {"report_every": 0}])

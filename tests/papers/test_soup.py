@@ -266,6 +266,19 @@ def test_ties_keeps_one_entry_of_what_moved_at_least():
     assert averages.ties([{"w": torch.ones(0)}], {"w": torch.ones(0)})[0]["w"].shape == (0,)
 
 
+@pytest.mark.parametrize("how", [averages.dare, averages.dare_ties])
+def test_tied_weights_stay_tied(how):
+    """A state has one tensor under two names; whichever a model reads, by whichever name it is kept, is the same."""
+    base, member = torch.zeros(2, 1000, dtype=torch.bfloat16), torch.randn(2, 1000).bfloat16()
+    for one, other in (("embed", "head"), ("head", "embed")):
+        state, _ = how([{one: member, other: member.clone()}], {one: base, other: base})
+        assert torch.equal(state["head"], state["embed"])
+        alone, _ = how([{"renamed": member}], {"renamed": base})
+        assert torch.equal(state["head"], alone["renamed"])
+    apart, _ = how([{"a": member, "b": member + 1}], {"a": base, "b": base})
+    assert not torch.equal(apart["a"] != 0, apart["b"] != 0)
+
+
 def test_dare_ties_elects_among_what_was_drawn():
     members, base = [of(3.0, 1.0), of(-1.0, 2.0)], of(0.0, 0.0)
     assert averages.dare_ties(members, base, density=1.0)[0]["w"].tolist() == [3.0, 1.5]

@@ -340,6 +340,30 @@ def test_members_of_a_mean_share_their_tokenizer_and_are_finite(llama: Path, tmp
     assert not (tmp_path / "mean").exists()
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("sparsity", [1]), ("sparsity", None), ("sparsity", {"pruned": "half"}), ("checksums", [1]), ("files", {"a": 1})],
+)
+def test_an_edited_prunus_json_is_named(tmp_path: Path, key: str, value: object) -> None:
+    (tmp_path / "prunus.json").write_text(json.dumps({"format": 1, key: value}))
+    with pytest.raises(ValueError, match=rf"prunus\.json says {key}: .*; it was damaged or edited: get it again"):
+        load_info(tmp_path)
+
+
+@pytest.mark.parametrize("said", [[1, 2], "a"])
+def test_a_config_is_an_object(llama: Path, tmp_path: Path, said: object) -> None:
+    source = variant(llama, tmp_path / "m", None)
+    (source / "config.json").write_text(json.dumps(said))
+    with pytest.raises(ValueError, match=r"m/config\.json is no object: it was damaged or edited: get it again"):
+        average_folders([llama, source], tmp_path / "mean")
+    assert not (tmp_path / "mean").exists()
+
+
+@pytest.mark.parametrize("said", [7, [], [7], None])
+def test_architectures_that_say_nothing_are_none(llama: Path, tmp_path: Path, said: object) -> None:
+    assert stages.load(asked(variant(llama, tmp_path / "m", None, architectures=said)))
+
+
 def test_what_is_saved_says_what_it_left_out(llama: Path, tmp_path: Path) -> None:
     def more(tensors: Tensors) -> Tensors:
         old = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}

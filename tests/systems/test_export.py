@@ -23,6 +23,7 @@ from prunus.layers import find_layers
 from prunus.masks import Masks
 from prunus.prune import prune
 from prunus.save import ShardWriter, load_info, load_model, save_model, save_tensors
+from prunus.save.folder import model_card
 
 SMALL = {
     "hidden_size": 16,
@@ -184,7 +185,8 @@ def test_info_says_what_was_done(tmp_path):
     assert found["versions"]["torch"].startswith(torch.__version__.split("+")[0])
     card = (tmp_path / "out" / "README.md").read_text()
     assert "as large as those of the dense model" in card
-    assert "| perplexity, dense | 12.5 |" in card
+    assert "| perplexity, dense | 12.50 |" in card
+    assert "## Results" not in model_card("model", {"metrics": {"perplexity": {}}})
     assert "as large" in saved.note
     weights = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert saved.weight_bytes == weights  # masks are not weights

@@ -129,6 +129,13 @@ def test_totals_of_a_foreign_sharded_model(tmp_path):
     assert inspect_model(folder).info == {"format": 1, "pattern": "2:4"}
 
 
+@pytest.mark.parametrize("shards", [{"a": 3}, {"a": ["x"]}, {"a": None}])
+def test_an_index_of_other_things_than_file_names_is_none(tmp_path, shards):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(ValueError, match=r"index\.json is no index of shards: .*download it again"):
+        inspect_model(tmp_path)
+
+
 def test_damage_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere is not there"):
         inspect_model(tmp_path / "nowhere")

@@ -148,6 +148,20 @@ def test_a_method_that_so_few_steps_leave_nothing_is_refused_before_work(
     classifiers.planned(parse(images | {"train": train | {"epochs": 30}}, Recipe, "recipe"))
 
 
+@pytest.mark.parametrize(("options", "decay"), [({}, 1e-4), ({"mu": 1e-3}, 0)])
+def test_lc_without_a_penalty_is_refused_before_work(
+    raw: dict[str, Any], options: dict[str, Any], decay: float
+) -> None:
+    text = raw["retrain"].pop("data")
+    train = {"data": text, "steps": 20, "length": 16}
+    changes = raw | {"prune": {"sparsity": 0.5}, "retrain": None}
+    images = {"images": "digits", "model": "resnet8", "prune": {"sparsity": 0.5}, "out": "run"}
+    for base, given in ((changes, train), (images, {"warmup": 0})):
+        with pytest.raises(ValueError, match=r"during\.lc: .*train\.weight_decay is 0: give it, or during\.lc\.mu"):
+            parse(merge(base, {"during": "lc", "train": given | {"weight_decay": 0}}), Recipe, "recipe")
+        parse(merge(base, {"during": {"lc": options}, "train": given | {"weight_decay": decay}}), Recipe, "recipe")
+
+
 def test_a_dry_run_makes_the_empty_model_once(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
     empty = stages.empty_model

@@ -19,6 +19,7 @@ from prunus.report import (
     plot_compression,
     plot_grid,
     plot_run,
+    plot_speeds,
     print_table,
     progress,
     read_metrics,
@@ -216,6 +217,18 @@ def test_grid_picture_is_drawn(tmp_path):
     table = {"wanda": {"50 %": 20.0, "60 %": 40.0, "2:4": 30.0}, "magnitude": {"50 %": 25.0, "2:4": math.nan}}
     plot_grid(table, tmp_path / "grid.png", dense=15.0, title="grid")
     assert imread(tmp_path / "grid.png").std() > 0.02
+
+
+def test_dollars_are_dollars(tmp_path):
+    """Labels are values of recipes and paths of models, none of them a formula, let alone a broken one."""
+    name = r"a$\frac{1$"
+    plot_grid({name: {"50 %": 20.0, "2:4": 30.0}}, tmp_path / "grid.png", dense=15.0, title=name, xlabel=name)
+    lines = {name: [(name, 94.0, 0.1), ("95 %", 92.0, None)]}
+    plot_accuracy({name: lines, "b": lines}, tmp_path / "accuracy.png", xlabel=name, dense=95.0, title=name)
+    point = {"model": name, "kind": name, "perplexity": 20.0, "speed": 90.0, "bytes": 1e6}
+    plot_speeds([point, point | {"kind": "b"}], tmp_path / "speed.png", device=name)
+    plot_run([2.0, 1.0], {name: 95.0}, tmp_path / "run.png", title=name)
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_accuracy_picture_is_drawn(tmp_path):

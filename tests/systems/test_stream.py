@@ -463,7 +463,7 @@ def test_the_criterion_says_what_is_measured() -> None:
     """Norms for Wanda, Gram matrices for SparseGPT, nothing for magnitude, whose blocks run once: to hand on."""
     for criterion, needs, runs in ((WANDA, "norms", 2), (sparsegpt(), "gram", 2), (magnitude, "", 1)):
         model, seen, calls = tiny_llama(), set[str](), []
-        model.model.layers[1].register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        model.model.layers[1].mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
 
         def solve(
             layer: Layer, pattern: Any, kept: int, seen: set[str] = seen, criterion: Criterion = criterion

@@ -271,6 +271,21 @@ def test_wrong_grids_of_classifiers_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def _methods(out: Path, **options: Any) -> Grid:
+    axes = {"method": {"dense": {"prune": None}, "RigL": {"during": {"rigl": options}}}}
+    return grid(out, **SMALL | {"axes": axes, "seeds": [0]})
+
+
+def test_a_method_that_a_member_leaves_too_few_steps_is_refused_before_any_training(tmp_path: Path, tiny: None) -> None:
+    """By what members are run with: where a value is tried for all, that of the cell itself is not."""
+    with pytest.raises(ValueError, match="RigL with delta=1000 changes nothing before"):
+        compare(_methods(tmp_path / "wrong", delta=1000))
+    assert not list((tmp_path / "wrong").glob("*/*"))
+    asked = _methods(tmp_path / "tuned", delta=1000).model_dump()
+    tried = {"by": "accuracy", "axis": "method", "cells": {"RigL": {"key": "during.rigl.delta", "values": [1, 2]}}}
+    assert len(compare(parse(asked | {"tune": tried}, Grid, "grid.yaml"))) == 2
+
+
 def test_a_grid_killed_for_good_repeats_nothing_finished(tmp_path: Path, few: str) -> None:
     def asked(out: Path) -> dict[str, Any]:
         made = grid(out, **SMALL).model_dump(mode="json")

@@ -101,7 +101,9 @@ def test_a_folder_is_a_text_of_recipes(tiny_folder: Path, text_file: Path, tmp_p
     begun = "\n".join(text_file.read_text().splitlines())
     assert sum(text[:4] in begun for text in texts) >= 6
     kept = json.loads((tmp_path / "out" / "written.json").read_text())
-    assert (kept["rows"], kept["tokens"], kept["asked"]["length"], len(kept["devices"])) == (6, 96, 16, 1)
+    assert (kept["rows"], kept["tokens"], kept["asked"]["length"]) == (6, 96, 16)
+    assert kept["device"].startswith("CPU, ")
+    assert "resumed_on" not in kept
 
 
 @pytest.fixture
@@ -154,6 +156,41 @@ def test_a_finished_folder_says_so_and_is_left_alone(
     (out / "part-00001.jsonl").unlink()
     assert write(asked, out)["tokens"] == 96
     assert parts(out) == {path.name: found for path, found in before.items() if path.suffix in (".jsonl", ".json")}
+
+
+def test_an_unfinished_folder_is_no_text(killed: Path, tiny_folder: Path, text_file: Path) -> None:
+    """Neither by itself nor in a folder of several; somebody else's written.json says nothing about it."""
+    for folder in (killed, killed.parent):
+        with pytest.raises(ValueError, match=r"killed is not all written yet; give its `prunus write` again first"):
+            read_texts(folder)
+    with pytest.raises(ValueError, match=r"data: .*killed is not all written yet"):
+        write(of(tiny_folder, killed), killed.parent / "other")
+    write(of(tiny_folder, text_file), killed)
+    assert read_texts(killed)
+    (killed / "written.json").write_text('["by", "hand"]')
+    assert read_texts(killed)
+
+
+def test_a_folder_says_on_which_devices_it_was_written(
+    killed: Path, tiny_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "device_name", lambda _: "another")
+    for _ in range(2):
+        write(of(tiny_folder, text_file), killed)
+        kept = json.loads((killed / "written.json").read_text())
+        assert (kept["device"][:5], kept["resumed_on"]) == ("CPU, ", ["another"])
+        (killed / "part-00001.jsonl").unlink()
+
+
+def test_a_temperature_that_float32_does_not_divide_by_is_refused(tiny_folder: Path, text_file: Path) -> None:
+    with pytest.raises(ValueError, match="temperature"):
+        of(tiny_folder, text_file, temperature=1e-45)
+
+
+def test_a_length_beyond_the_model_is_refused(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^length: 4096 tokens, but '.*' was made for at most \d+; set length to \d+"):
+        write(of(tiny_folder, text_file, tokens=8192, length=4096), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"length": 8}, {"temperature": 2.0}, {"batch_size": 3}])

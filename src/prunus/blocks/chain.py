@@ -25,6 +25,7 @@ from prunus.machine import is_pretrained, with_forwards
 
 log = logging.getLogger(__name__)
 
+_FEW = 2  # tokens that show which blocks a model runs
 _REST = 0.1  # largest share of the prunable weights that another list of modules may hold
 
 
@@ -134,7 +135,8 @@ def capture(model: nn.Module, names: Sequence[str], input_ids: Tensor) -> tuple[
     No block runs: each is replaced by a recorder that hands the hidden state on, so block parameters (and whatever
     comes after the last block) may be on the meta device. The key-value cache is off.
 
-    Raises: ValueError if the model does not call the blocks once each, in this order, on one hidden state.
+    Raises: ValueError if the model does not call the blocks in this order, on one hidden state; `embed` sees, too,
+    whether it calls them again.
     """
     return _record(model, names, input_ids, None).result(model)
 
@@ -148,7 +150,8 @@ def embed(
     size: such arguments are kept once. Those that depend on the tokens are kept for their own batch. Hidden states that
     would take more than half of the device's free memory wait on the host.
 
-    Raises: ValueError for tokens that are no windows, or of another vocabulary, and as `capture`.
+    Raises: ValueError for tokens that are no windows, or of another vocabulary, for a model that calls blocks again
+    after the last one, and as `capture`.
     """
     if tokens.ndim != 2 or not len(tokens):
         raise ValueError(
@@ -160,6 +163,7 @@ def embed(
     arguments: dict[str, list[Arguments]] = {name: [] for name in names}
     by_size: dict[int, dict[str, Arguments]] = {}
     with source.outside(device):
+        _check_once(model, names, tokens[:1, :_FEW].to(device))
         for ids in tokens.split(batch_size):
             entering, captured = capture(model, names, ids.to(device))
             home = _home_of(entering, -(-len(tokens) // batch_size)) if not hidden else hidden[0].device
@@ -168,6 +172,17 @@ def embed(
             for name in names:
                 arguments[name].append(first[name] if _same(first[name], captured[name]) else captured[name])
     return hidden, arguments
+
+
+def _check_once(model: nn.Module, names: Sequence[str], ids: Tensor) -> None:
+    """Raise ValueError for a model that goes through its blocks again; what else fails after them is not needed."""
+    entering, _ = capture(model, names, ids)
+    try:
+        finish(model, names, ids, entering)
+    except _Again:
+        raise
+    except Exception as error:
+        log.debug("what follows the blocks does not run: %s", error)
 
 
 def longest(config: Any) -> int | None:
@@ -258,7 +273,7 @@ def _record(model: nn.Module, names: Sequence[str], input_ids: Tensor, leaving: 
     """The chain of one recording forward, which ends at the last block unless that is to return `leaving`."""
     failures: list[tuple[int, Exception]] = []
     for wrap in _WAYS:  # which of them the model expects shows at the second block
-        chain = _Chain(list(names), wrap, leaving=leaving)
+        chain = _Chain(type(model).__name__, list(names), wrap, leaving=leaving)
         try:
             with chain.recording(model), suppress(_LastBlock):
                 chain.output = model(input_ids, **_without_cache(model))
@@ -310,6 +325,10 @@ class _NoChain(ValueError):
     """The model does not call its blocks as a chain."""
 
 
+class _Again(_NoChain):
+    """The model calls a block after the last one."""
+
+
 _WAYS: tuple[Callable[..., Any], ...] = (  # what blocks return: the hidden state, and what no block has made yet
     lambda hidden: hidden,
     lambda hidden: (hidden,),
@@ -324,9 +343,10 @@ _WAYS: tuple[Callable[..., Any], ...] = (  # what blocks return: the hidden stat
 class _Chain:
     """One recording forward: the blocks still expected, and what was captured so far.
 
-    leaving: what the last block is to return; without it the forward ends there.
+    model: its class. leaving: what the last block is to return; without it the forward ends there.
     """
 
+    model: str
     names: list[str]
     wrap: Callable[[Tensor | None], Any]
     hidden: Tensor | None = None
@@ -340,6 +360,11 @@ class _Chain:
 
     def _recorder(self, name: str) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if len(self.calls) == len(self.names):
+                raise _Again(
+                    f"{self.model} runs block '{name}' again after the last one, '{self.names[-1]}'; a chain that runs "
+                    "once was looked for: `prunus.prune` prunes such a model, in memory"
+                )
             expected = self.names[len(self.calls)]
             if name != expected:
                 raise _NoChain(f"the model called block '{name}' where '{expected}' was expected")

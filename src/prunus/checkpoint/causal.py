@@ -310,9 +310,9 @@ def _because(checkpoint: Checkpoint, model: PreTrainedModel, missing: Sequence[s
     numbers = {int(found[1]) for name in checkpoint.tensors if (found := re.search(r"\.(\d+)\.", f".{name}"))}
     if layers and numbers and max(numbers) + 1 < layers:
         return f" (config.json asks for {layers} layers, the weights have {max(numbers) + 1})"
-    said = checkpoint.config().get("architectures") or [type(model).__name__]
-    if said[0] != type(model).__name__:
-        return f" (config.json says {said[0]})"
+    said = _named(checkpoint.config())
+    if said not in ("", type(model).__name__):
+        return f" (config.json says {said})"
     head = model.get_output_embeddings()
     if head is not None and {f"{name}.weight" for name, each in model.named_modules() if each is head} == set(missing):
         return " (if it shares the weights of the embedding, set tie_word_embeddings: true in config.json)"
@@ -320,7 +320,7 @@ def _because(checkpoint: Checkpoint, model: PreTrainedModel, missing: Sequence[s
 
 
 def _check_left_over(checkpoint: Checkpoint, model: PreTrainedModel, layout: Layout, unexpected: set[str]) -> None:
-    kind, said = type(model).__name__, (checkpoint.config().get("architectures") or [""])[0]
+    kind, said = type(model).__name__, _named(checkpoint.config())
     if unexpected:
         left = [name for name in layout.dropped if name in unexpected] or sorted(unexpected)
         raise ValueError(
@@ -368,7 +368,13 @@ def _ordered(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
 
 
 def _kind(config: Any) -> str:
-    return (getattr(config, "architectures", None) or [type(config).__name__])[0]
+    return _named(vars(config)) or type(config).__name__
+
+
+def _named(config: Mapping[str, Any]) -> str:
+    """The first of a config's architectures; empty where it says none."""
+    said = config.get("architectures")
+    return said[0] if isinstance(said, list) and said and isinstance(said[0], str) else ""
 
 
 def _line(error: BaseException) -> str:

@@ -53,9 +53,12 @@ class Checkpoint:
         return getattr(config, "dtype", None) or next(floating, torch.float32)
 
     def config(self) -> dict[str, Any]:
-        """What config.json says; empty without one."""
+        """What config.json says; empty without one. Raises ValueError for one that is no object."""
         path = self.folder / "config.json"
-        return read_json(path) if path.is_file() else {}
+        found = read_json(path) if path.is_file() else {}
+        if not isinstance(found, dict):
+            raise ValueError(f"{path} is no object: it was damaged or edited: get it again")
+        return found
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -110,9 +113,10 @@ def weight_files(path: Path) -> list[Path]:
 def _indexed(index: Path) -> list[Path]:
     """The shards that an index lists."""
     listed = read_json(index)
-    if not isinstance(listed, dict) or not isinstance(listed.get("weight_map"), dict):
-        raise ValueError(f"{index} is no index of shards: it has no weight_map; download it again")
-    files = [index.parent / name for name in dict.fromkeys(listed["weight_map"].values())]
+    shards = listed.get("weight_map") if isinstance(listed, dict) else None
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise ValueError(f"{index} is no index of shards: it has no weight_map of file names; download it again")
+    files = [index.parent / name for name in dict.fromkeys(shards.values())]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise FileNotFoundError(f"{index.parent} lacks {', '.join(missing)}, named in {index.name}; download it again")

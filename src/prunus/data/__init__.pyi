@@ -20,6 +20,7 @@ from .sentences import sentence_batches as sentence_batches
 from .texts import ASSETS as ASSETS
 from .texts import ENDINGS as ENDINGS
 from .texts import SPLITS as SPLITS
+from .texts import WRITTEN as WRITTEN
 from .texts import TextSource as TextSource
 from .texts import read_texts as read_texts
 from .tokens import IGNORED as IGNORED

@@ -22,12 +22,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from prunus.machine import import_extra
+from prunus.machine import import_extra, read_json
 
-__all__ = ["ASSETS", "ENDINGS", "SPLITS", "TextSource", "read_texts"]
+__all__ = ["ASSETS", "ENDINGS", "SPLITS", "WRITTEN", "TextSource", "read_texts"]
 
 ASSETS = Path(__file__).parent / "assets"
 SPLITS = ("train", "validation", "test")
+WRITTEN = "written.json"  # beside texts that a model writes: what was asked for, and `tokens` once all are there
 ENDINGS = (*(kind + gz for kind in (".txt", ".jsonl", ".csv", ".tsv") for gz in ("", ".gz")), ".parquet")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+){0,2}")
 _PIECE = 1 << 20  # characters of a long text at once
@@ -53,8 +54,9 @@ def read_texts(
     ":config" or ":config:split" behind it and a `revision`, which needs `pip install prunus[datasets]`.
     most: the first texts only; of a data set no more is then fetched than is read.
 
-    Raises: FileNotFoundError for a missing file or split; ValueError for an unknown ending, column or split, a damaged
-    file, and a row that is no text, with file, row and column; ImportError without the data sets package.
+    Raises: FileNotFoundError for a missing file or split; ValueError for an unknown ending, column or split, a folder
+    that a model has not written to the end, a damaged file, and a row that is no text, with file, row and column;
+    ImportError without the data sets package.
 
     >>> len(read_texts("embedded", split="test"))
     1
@@ -170,7 +172,16 @@ def _files_of(folder: Path, split: str | None) -> list[Path]:
     if not found:
         what = "text" if split is None else f"file of split {split!r}"
         raise FileNotFoundError(f"{folder} holds no {what} (looked for {split or ''}*{'|'.join(ENDINGS)}).")
+    for place in sorted({file.parent for file in found}):
+        _check_written(place)
     return found
+
+
+def _check_written(folder: Path) -> None:
+    path = folder / WRITTEN
+    said = read_json(path) if path.is_file() else None
+    if isinstance(said, dict) and {"key", "asked"} <= said.keys() and "tokens" not in said:
+        raise ValueError(f"{folder} is not all written yet; give its `prunus write` again first.")
 
 
 @contextmanager

@@ -3,6 +3,7 @@ from .average import average_greedily as average_greedily
 from .average import choose_greedily as choose_greedily
 from .average import joined_by as joined_by
 from .folder import begin as begin
+from .folder import check_recordable as check_recordable
 from .folder import device_name as device_name
 from .folder import device_of as device_of
 from .folder import entered as entered
@@ -10,6 +11,7 @@ from .folder import finished as finished
 from .folder import held as held
 from .folder import mark as mark
 from .folder import ran_on as ran_on
+from .folder import where as where
 from .inputs import check_inputs as check_inputs
 from .inputs import check_outside as check_outside
 from .inputs import contents_of as contents_of

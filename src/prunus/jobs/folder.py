@@ -26,8 +26,20 @@ from pydantic import BaseModel
 
 from prunus.jobs.inputs import check_inputs, check_outside
 from prunus.machine import locked, ranks, read_json, remove_partials, write_json, write_text
+from prunus.train import unrecordable
 
-__all__ = ["begin", "device_name", "device_of", "entered", "finished", "held", "mark", "ran_on"]
+__all__ = [
+    "begin",
+    "check_recordable",
+    "device_name",
+    "device_of",
+    "entered",
+    "finished",
+    "held",
+    "mark",
+    "ran_on",
+    "where",
+]
 
 log = logging.getLogger(__name__)
 
@@ -128,14 +140,26 @@ def ran_on(work: Path, name: str, needs: Iterable[Mapping[str, Any]] = ()) -> di
     or thread counts differ in their last bits.
     """
     path = work / "devices.json"
-    names = list(dict.fromkeys([*(read_json(path) if path.exists() else []), name]))
+    names: list[str] = list(dict.fromkeys([*(read_json(path) if path.exists() else []), name]))
     if ranks.is_main():
         write_json(path, names)
-    others = list(dict.fromkeys([*names[1:], *(name for need in needs for name in need.get("resumed_on", ()))]))
-    return {"device": names[0]} | ({"resumed_on": others} if others else {})
+    return where(names, [name for need in needs for name in need.get("resumed_on", ())])
+
+
+def where(names: Sequence[str], others: Sequence[str] = ()) -> dict[str, Any]:
+    """How a file says on which devices its work was done: the first one, and the rest and others, if there are any.
+
+    >>> where(["CPU, 1 threads", "CPU, 1 threads"])
+    {'device': 'CPU, 1 threads'}
+    """
+    first, *rest = dict.fromkeys(names)
+    later = list(dict.fromkeys([*rest, *others]))
+    return {"device": first} | ({"resumed_on": later} if later else {})
 
 
 def _check_ours(out: Path, kind: str) -> None:
+    if file := next((each for each in (out, *out.parents) if each.is_file()), None):
+        raise ValueError(f"out: {str(file)!r} is a file; give a folder")
     found = out.iterdir() if out.is_dir() else []
     names = sorted(each.name for each in found if not each.match(f".{_MARKER}.*"))  # of one that was killed as it began
     if names and _MARKER not in names and not (kind == "grid" and "members.jsonl" in names):  # which only grids leave
@@ -202,6 +226,15 @@ def device_of(recipe: Placed) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: {recipe.device!r} asked for, but torch sees no GPU; use device: auto or cpu")
     return device
+
+
+def check_recordable(device: torch.device, *, scaled: bool) -> None:
+    """Raises ValueError where a recipe's steps are to be recorded, `capture: true`, and the device cannot.
+
+    scaled: whether the precision is fp16.
+    """
+    if why := unrecordable(device, scaled=scaled):
+        raise ValueError(f"capture: {why}; leave it out")
 
 
 def device_name(device: torch.device) -> str:

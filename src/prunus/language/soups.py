@@ -9,7 +9,6 @@ complete or absent, and is not trained again. In a grid members are jobs.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from prunus.recipe import Choice, LanguageRecipe, LanguageRetrain, averages, dig
 from prunus.report import Log, named_log, progress
 from prunus.save import average_folders, is_whole, save_model
 from prunus.soup import check_weights
+from prunus.train import lowest
 
 __all__ = [
     "Member",
@@ -227,8 +227,7 @@ def averaged(
 
 def _best(perplexities: Sequence[Mapping[str, float]]) -> int:
     first = next(iter(perplexities[0]))
-    values = [math.inf if math.isnan(each[first]) else each[first] for each in perplexities]
-    return min(range(len(values)), key=values.__getitem__)
+    return lowest([each[first] for each in perplexities])
 
 
 def _kept(pruned: Pruned, name: str, asked: LanguageRetrain, path: Path) -> Numbers:

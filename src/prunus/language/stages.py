@@ -37,6 +37,7 @@ from prunus.checkpoint import (
     weight_files,
 )
 from prunus.data import ASSETS
+from prunus.jobs import check_recordable
 from prunus.language.texts import calibration_windows, evaluation_texts, training_windows, window_of
 from prunus.layers import View, find_layers
 from prunus.machine import Precision, autocast, of_training, ranks
@@ -48,7 +49,7 @@ from prunus.save import INFO_NAME, load_info, loaded_model
 from prunus.shrink import trim_vocabulary
 from prunus.soup import distance, finish
 from prunus.stream import BlockReport, Fit, Shards, Streamed, Work, stream
-from prunus.train import During, Watch, distilled_next_token, lighten_, next_token_loss, seeded, train, unrecordable
+from prunus.train import During, Watch, distilled_next_token, lighten_, next_token_loss, seeded, train
 
 __all__ = [
     "Loaded",
@@ -128,8 +129,8 @@ def fitted(recipe: LanguageRecipe, device: torch.device) -> LanguageRecipe:
     or recorded steps that the device does not have.
     """
     scaled = precision_of(recipe, device) == "fp16"
-    if recipe.capture is True and (recipe.train or recipe.retrain) and (why := unrecordable(device, scaled=scaled)):
-        raise ValueError(f"capture: {why}; leave it out")
+    if recipe.capture is True and (recipe.train or recipe.retrain):
+        check_recordable(device, scaled=scaled)
     path = model_path(recipe.model)
     config = read_config(path, trust_remote_code=recipe.trust_remote_code)
     _tell_of_zeros(recipe, path)
@@ -140,11 +141,11 @@ def fitted(recipe: LanguageRecipe, device: torch.device) -> LanguageRecipe:
         if asked is None:
             continue
         if "length" in asked.model_fields_set:
-            _check_length(f"{section}.length", asked.length, limit, recipe.model)
+            check_length(f"{section}.length", asked.length, config, recipe.model)
         changes[section] = asked.model_copy(update={"length": min(asked.length, limit)})
     window = recipe.evaluate.window
     if window is not None:
-        _check_length("evaluate.window", window, limit, recipe.model)
+        check_length("evaluate.window", window, config, recipe.model)
     if recipe.dtype == "auto" and device.type == "cpu" and getattr(config, "dtype", None) == torch.float16:
         _say_once("float16 products are slow on a CPU: computing in float32; what is saved is float16 all the same")
         changes["dtype"] = "float32"
@@ -195,8 +196,10 @@ def model_path(model: str) -> Path:
     return plain(path) if path.exists() else hub_folder(model)
 
 
-def _check_length(key: str, value: int, limit: int, model: str) -> None:
-    if value > limit:
+def check_length(key: str, value: int, config: Any, model: str) -> None:
+    """Raise ValueError for more tokens at once than a model was made for, naming the key that asks for them."""
+    limit = longest(config)
+    if limit is not None and value > limit:
         raise ValueError(f"{key}: {value} tokens, but {model!r} was made for at most {limit}; set {key} to {limit}")
 
 

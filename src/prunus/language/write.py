@@ -3,7 +3,8 @@
     text ─ windows ─▶ prompts (rows, prompt) ─ a batch at a time, drawn token by token ─▶ part-00000.jsonl, ...
 
     out/part-*.jsonl     a batch each, complete or absent          out/inputs.json     what was read, by contents
-    out/written.json     what was asked for and on which devices; with `rows` and `tokens` when all parts are there
+    out/written.json     what was asked for and on which devices; with `rows` and `tokens` when all parts are there,
+                         without which the folder is no text
 
 A dense model that writes what its pruned copy is retrained on teaches it in its own words: the text is of all kinds
 that the prompts are of, as long as one likes, and drawn from just the distribution that distillation compares with (Liu
@@ -23,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.blocks import longest
-from prunus.jobs import check_inputs, check_outside, device_name, device_of, held
-from prunus.language.stages import check_weights, empty, fitted, load
+from prunus.data import WRITTEN
+from prunus.jobs import check_inputs, check_outside, device_name, device_of, held, where
+from prunus.language.stages import check_length, check_weights, empty, fitted, load
 from prunus.language.texts import prompts
 from prunus.machine import in_mode, json_line, read_json, write_json, write_text
 from prunus.recipe import LanguageRecipe, Writing, digest, said
@@ -89,17 +90,17 @@ def write(asked: Writing, out: Path) -> dict[str, Any]:
     with held(out, "text"):
         begun = _begun(asked, out)  # who had it until now may have begun it
         blank = empty(recipe)
-        _check_length(asked.length, longest(blank.model.config))
+        check_length("length", asked.length, blank.model.config, asked.model)
         check_weights(recipe, blank.model)
         begins = prompts(asked, blank.tokenizer)
         loaded = load(recipe, device)
         check_inputs(out, [asked])
-        devices = list(dict.fromkeys([*begun.get("devices", ()), device_name(device)]))
-        begun = {"key": _key(asked), "devices": devices, "asked": asked.model_dump(mode="json")}
-        write_json(out / "written.json", begun)
+        devices = [*([begun["device"]] if "device" in begun else []), *begun.get("resumed_on", ()), device_name(device)]
+        begun = {"key": _key(asked), **where(devices), "asked": asked.model_dump(mode="json")}
+        write_json(out / WRITTEN, begun)
         pace = _write_parts(asked, out, loaded.model, loaded.tokenizer, begins.to(device))
         numbers = _numbers(asked, out)
-        write_json(out / "written.json", begun | {key: numbers[key] for key in ("rows", "tokens")})
+        write_json(out / WRITTEN, begun | {key: numbers[key] for key in ("rows", "tokens")})
     return numbers | pace
 
 
@@ -134,16 +135,11 @@ def _key(asked: Writing) -> str:
 
 def _begun(asked: Writing, out: Path) -> Mapping[str, Any]:
     """What an earlier call said of the folder; nothing where there was none."""
-    path = out / "written.json"
+    path = out / WRITTEN
     found = read_json(path) if path.exists() else {"key": _key(asked)}
     if not isinstance(found, dict) or found.get("key") != _key(asked):
         raise ValueError(f"out: {out} was begun with another model, text or setting; give another folder, or delete it")
     return found
-
-
-def _check_length(length: int, limit: int | None) -> None:
-    if limit is not None and length > limit:
-        raise ValueError(f"length: {length} tokens, but the model was made for at most {limit}; give fewer")
 
 
 def _texts(rows: Tensor, tokenizer: Any) -> Iterator[str]:

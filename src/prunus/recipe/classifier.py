@@ -126,7 +126,8 @@ class ClassifierRecipe(Recipe):
         if self.retrain is not None and self.retrain.distill is not None:
             raise ValueError("retrain.distill: beside during there is no dense network to teach; leave out one")
         fixed = prune.where().sparsity is not None  # by a pattern, beside which an allocation is refused anyway
-        check_during(during, prune, ("kind", "phases", "criterion", "scope", *([] if fixed else ["allocation"])))
+        own = ("kind", "phases", "criterion", "scope", *([] if fixed else ["allocation"]))
+        check_during(during, prune, own, decay=self.train.weight_decay)
 
     def _check_soup(self, soup: Soup) -> None:
         if self.prune is None:

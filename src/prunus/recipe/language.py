@@ -119,7 +119,7 @@ class LanguageRecipe(Recipe):
             raise ValueError(f"during says what prunes, and train how long it trains: give {missing} as well")
         strange = [key for key in ("streaming", "reconstruct") if getattr(self, key)]
         own = ["phases", "allocation", "scope", *([] if self.begins_masked else ["criterion"])]
-        check_during(self.during, self.prune, own, strange)
+        check_during(self.during, self.prune, own, strange, decay=self.train.weight_decay)
         self.method().check(self.train.steps, self.train.steps)
         self._check_low_rank(self.during, self.train)
 

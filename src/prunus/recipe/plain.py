@@ -154,7 +154,7 @@ def yaml_value(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Yaml)
     except RecursionError:
-        raise ValueError(f"{where} is nested too deeply; a recipe has a few levels") from None
+        raise ValueError(f"{where} is nested too deeply; write it flatter: a recipe has a few levels") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
     except (ValueError, KeyError) as error:  # !!float abc, !!bool maybe

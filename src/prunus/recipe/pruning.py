@@ -161,10 +161,15 @@ def _is_set(section: BaseModel, key: str) -> bool:
 
 
 def check_during(
-    during: Mapping[str, Mapping[str, Any]], prune: Prune, own: Sequence[str], others: Sequence[str] = ()
+    during: Mapping[str, Mapping[str, Any]],
+    prune: Prune,
+    own: Sequence[str],
+    others: Sequence[str] = (),
+    *,
+    decay: float,
 ) -> None:
-    """Refuse what a method chooses itself, the keys `own` of prune and others; a pattern, where it knows none; and what
-    it does not take, by making it."""
+    """Refuse what a method chooses itself, the keys `own` of prune and others; a pattern, where it knows none; what it
+    does not take, by making it; and a penalty that stands for a weight decay of 0."""
     found = [*others, *(f"prune.{key}" for key in own if _is_set(prune, key))]
     if found:
         raise ValueError(f"{found[0]}: a method that prunes during training chooses itself; leave it out")
@@ -174,6 +179,10 @@ def check_during(
     knows = methods.knows(name, "pattern")
     if _is_set(prune, "pattern") and not (knows and isinstance(prune.pattern, str)):
         raise ValueError(f"prune.pattern: {name} prunes single entries; leave it out")
+    if not decay and methods.knows(name, "mu") and options.get("mu") is None:
+        raise ValueError(
+            f"during.{name}: its penalty is the weight decay, and train.weight_decay is 0: give it, or during.{name}.mu"
+        )
     try:
         methods.make({name: dict(options)}, prune.sparsity, pattern=prune.pattern)
     except TypeError as error:

@@ -123,7 +123,7 @@ class Writing(Strict):
     """Tokens that each row begins with, from anywhere in the text."""
     batch_size: Count = 64
     """Rows that are written at once."""
-    temperature: Positive = 1.0
+    temperature: Annotated[float, Field(gt=1e-6, allow_inf_nan=False)] = 1.0
     """Below 1 the likely words come oftener than the model says, above 1 rarer."""
     seed: Seed = 0
     """Of prompts and draws."""

@@ -136,7 +136,7 @@ def _name_points(axis: Axes, points: Sequence[Mapping[str, Any]]) -> None:
     for row in sorted(points, key=lambda row: row["perplexity"]):
         said, at = f"{row['model']}, {row['bytes'] / 1e6:.3g} MB", (row["speed"], row["perplexity"])
         for up in range(-3, 57, 4):
-            name = axis.annotate(said, at, xytext=(9, up), textcoords="offset points", fontsize=7)
+            name = axis.annotate(said, at, xytext=(9, up), textcoords="offset points", fontsize=7, parse_math=False)
             if not any(name.get_window_extent().overlaps(other) for other in written) or up >= 53:
                 written.append(name.get_window_extent())
                 break
@@ -295,6 +295,11 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _save(figure: Figure, path: str | Path) -> None:
+    """Write a figure, in which a dollar is a dollar: no label is a formula, and a broken one would end the run."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # pyright: ignore[reportAttributeAccessIssue] - of texts, which it looks for
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", linewidth=0.4, alpha=0.5)

@@ -52,9 +52,10 @@ def compare_all(
         mark(out, "grid")
         for place in {out, Path(grid.dense or out)}:
             check_inputs(place, recipes)
-        if workers:
-            grid.task.look(recipes)
-    wrong = run([GridJobs(grid) for grid in grids], asked) if workers else []
+    jobs = [GridJobs(grid) for grid in grids] if workers else []
+    for each in jobs:
+        each.look()
+    wrong = run(jobs, asked) if jobs else []
     rows = [tabulate(grid) for grid in grids]
     if wrong:
         raise Unfinished(wrong[0])
@@ -115,6 +116,11 @@ class GridJobs:
         """Every member that there will be; those of undecided cells with the first value that is tried for them."""
         self._look()
         return self._expected
+
+    def look(self) -> None:
+        """Raises ValueError for what its task sees in members before any work."""
+        self._look()
+        self.grid.task.look([member.recipe for member in self._likely])
 
     def prepared(self) -> AbstractContextManager[Any]:
         """What its task needs around the members."""

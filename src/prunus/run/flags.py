@@ -103,7 +103,7 @@ def numbers(text: str | None, flag: str) -> list[float] | None:
 def assignments(items: list[str] | None) -> dict[str, Any]:
     """Dotted keys and their values, as `--set key=value` gives them. Raises ValueError for another form."""
     found = [item.partition("=") for item in items or []]
-    wrong = next(("".join(parts) for parts in found if not parts[1]), None)
+    wrong = next(("".join(parts) for parts in found if not parts[0] or not parts[1]), None)
     if wrong is not None:
         raise ValueError(f"--set {wrong!r} is not key=value")
     return {key: yaml_value(value, f"--set {key}={value}") for key, _, value in found}

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +26,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from prunus.jobs import Job, Layout, Show, Store, device_name, device_of, ran_on
 from prunus.recipe import Folder, Seed, Strict, digest, merge, parse, read_yaml, said, yaml_value
 from prunus.run.tasks import Task, task_of
+from prunus.train import lowest
 
 __all__ = ["Grid", "Member", "final_members", "likely_members", "load_grid", "tuning_members"]
 
@@ -296,9 +296,9 @@ def _chosen(
     """The best of the tried values, nothing for a cell that is not tuned, None when no try is finished."""
     if not tries or grid.tune is None:
         return {}
-    losses = {i: grid.task.loss(results[key], grid.tune.text) for i, (key, _) in enumerate(tries) if key in results}
-    losses = {i: math.inf if math.isnan(loss) else loss for i, loss in losses.items()}  # which min would take, if first
-    return tries[min(losses, key=lambda i: losses[i])][1] if losses else None
+    ended = [(key, overrides) for key, overrides in tries if key in results]
+    losses = [grid.task.loss(results[key], grid.tune.text) for key, _ in ended]
+    return ended[lowest(losses)][1] if losses else None
 
 
 def _random(grid: Grid, labels: Labels) -> bool:

@@ -39,6 +39,7 @@ from prunus.machine import (
     write_text,
 )
 from prunus.masks import Masks, own_name, unwrapped
+from prunus.report import markdown_table
 from prunus.save.account import account
 from prunus.save.packed import Packing, pack_, unpack_
 from prunus.save.shards import ShardWriter
@@ -66,6 +67,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+_KINDS = {"files": list, **dict.fromkeys(("adapter", "average", "checksums", "shrink", "size", "sparsity"), dict)}
 INFO_NAME, MASKS_NAME, CARD_NAME = "prunus.json", "masks.safetensors", "README.md"
 SIZE_NOTE = (
     "The weight files are as large as those of the dense model: pruned weights are stored as zeros in ordinary dense "
@@ -256,7 +258,18 @@ def load_info(folder: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} has format {found!r}; this Prunus reads format {FORMAT}. Use the release that wrote it"
         )
+    _check_kinds(info, path)
     return info
+
+
+def _check_kinds(info: Mapping[str, Any], path: Path) -> None:
+    """Raise ValueError for a prunus.json whose entries are not of the kinds that are read of it."""
+    said = {key: info[key] for key in _KINDS if key in info}
+    wrong = {key: value for key, value in said.items() if not isinstance(value, _KINDS[key])}
+    if not wrong and not isinstance(said.get("sparsity", {}).get("pruned"), int | float | None):
+        wrong = {"sparsity": said["sparsity"]}
+    for key, value in wrong.items():
+        raise ValueError(f"{path} says {key}: {str(value)[:40]}; it was damaged or edited: get it again")
 
 
 def check_whole(folder: str | Path) -> None:
@@ -502,9 +515,9 @@ def model_card(name: str, info: Mapping[str, Any]) -> str:
     size = info.get("size")
     note = SIZE_NOTE if size is None else size_note(**size)
     lines = [*_front(info), f"# {name}", "", _summary(info, sparsity), "", "## Size", "", note, ""]
-    metrics = info.get("metrics") or {key: info[key] for key in ("perplexity", "zero_shot") if key in info}
-    if metrics:
-        lines += ["## Results", "", *_metric_table(metrics), ""]
+    measured = _metrics(info.get("metrics") or {key: info[key] for key in ("perplexity", "zero_shot") if key in info})
+    if measured:
+        lines += ["## Results", "", markdown_table(measured)]
     recipe = info.get("recipe")
     if recipe:
         lines += [
@@ -517,8 +530,8 @@ def model_card(name: str, info: Mapping[str, Any]) -> str:
         ]
     layers: Mapping[str, float] = sparsity.get("layers", {})
     if layers:
-        lines += ["## Sparsity by layer", "", "| layer | zeros |", "|---|---|"]
-        lines += [f"| `{layer}` | {100 * share:.2f} % |" for layer, share in layers.items()] + [""]
+        rows = [{"layer": f"`{layer}`", "zeros": f"{100 * share:.2f} %"} for layer, share in layers.items()]
+        lines += ["## Sparsity by layer", "", markdown_table(rows)]
     lines += ["## Files", "", *_files(info), ""]
     return "\n".join(lines)
 
@@ -545,21 +558,12 @@ def _summary(info: Mapping[str, Any], sparsity: Mapping[str, Any]) -> str:
     )
 
 
-def _metric_table(metrics: Mapping[str, Any]) -> list[str]:
-    rows = list(_flat(metrics))
-    return ["| measured | value |", "|---|---|", *(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows)]
-
-
-def _flat(metrics: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
+def _metrics(metrics: Mapping[str, Any], prefix: str = "") -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
     for key, value in metrics.items():
         name = f"{prefix}{key}"
-        rows += _flat(value, f"{name}, ") if isinstance(value, Mapping) else [(name, value)]
+        rows += _metrics(value, f"{name}, ") if isinstance(value, Mapping) else [{"measured": name, "value": value}]
     return rows
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
 
 
 def _files(info: Mapping[str, Any]) -> list[str]:

@@ -76,31 +76,31 @@ def learned(states: Sequence[State], held: Held, steps: int = 50, lr: float = 0.
 def ties(states: Sequence[State], base: State, density: float = 0.2) -> Averaged:
     """TIES: the largest of each task vector, as many as `density` says, joined by the signs that most of them have."""
     _check_density(density)
-    return _joined(states, base, lambda _, each, start: vectors.ties(each, start, density))
+    return _joined(states, base, lambda each, start: vectors.ties(each, start, density))
 
 
 def dare(states: Sequence[State], base: State, density: float = 0.5, seed: int = 0) -> Averaged:
     """DARE: each entry of a task vector stays with probability `density`, scaled up; then the mean."""
     _check_density(density)
-    return _joined(states, base, lambda name, each, start: vectors.dare(each, start, density, _drawn(name, seed)))
+    return _joined(states, base, lambda each, start: vectors.dare(each, start, density, _drawn(each, seed)))
 
 
 def dare_ties(states: Sequence[State], base: State, density: float = 0.5, seed: int = 0) -> Averaged:
     """DARE, joined by signs as TIES does."""
     _check_density(density)
-    return _joined(states, base, lambda name, each, start: vectors.dare_ties(each, start, density, _drawn(name, seed)))
+    return _joined(states, base, lambda each, start: vectors.dare_ties(each, start, density, _drawn(each, seed)))
 
 
 def slerp(states: Sequence[State], t: float = 0.5) -> Averaged:
     """Two members, tensor by tensor on the sphere; t: the share of the second."""
     if len(states) != 2 or not 0 <= t <= 1:
         raise ValueError(f"slerp is of 2 members, with t in [0, 1]; got {len(states)} and {t}. Take uniform for more")
-    state, _ = _joined(states, states[0], lambda _, each, __: vectors.slerp(each, t))
+    state, _ = _joined(states, states[0], lambda each, _: vectors.slerp(each, t))
     return state, (1 - t, t)
 
 
 @torch.no_grad()
-def _joined(states: Sequence[State], base: State, join: Callable[[str, Sequence[Tensor], Tensor], Tensor]) -> Averaged:
+def _joined(states: Sequence[State], base: State, join: Callable[[Sequence[Tensor], Tensor], Tensor]) -> Averaged:
     """The state of which `join` made each floating tensor; statistics have a plain mean, integers must agree."""
     check_alike([base, *states])
     shares = check_weights(None, len(states))
@@ -110,7 +110,7 @@ def _joined(states: Sequence[State], base: State, join: Callable[[str, Sequence[
         if not start.is_floating_point() or name.endswith(_STATISTICS):
             found[name] = mean_tensor(name, each, shares)
         else:
-            found[name] = (join(name, each, start) + 0.0).to(start.dtype)  # -0.0 + 0.0 is +0.0
+            found[name] = (join(each, start) + 0.0).to(start.dtype)  # -0.0 + 0.0 is +0.0
     return found, shares
 
 
@@ -119,6 +119,9 @@ def _check_density(density: float) -> None:
         raise ValueError(f"density is the share of a task vector that is kept, in (0, 1]; got {density}")
 
 
-def _drawn(name: str, seed: int) -> torch.Generator:
-    """The same for a tensor of this name, whatever is averaged before it."""
-    return torch.Generator().manual_seed(crc32(f"{seed} {name}".encode()))  # a CPU's generator reads 32 bits
+def _drawn(tensors: Sequence[Tensor], seed: int) -> torch.Generator:
+    """The same for the same tensors under any name, whatever is averaged before them: tied weights stay tied."""
+    found = crc32(str(seed).encode())
+    for each in tensors:
+        found = crc32(each.detach().cpu().reshape(-1).view(torch.uint8).numpy().data, found)
+    return torch.Generator().manual_seed(found)  # of which a CPU's generator reads 32 bits

@@ -46,3 +46,4 @@ from .train import next_token_loss as next_token_loss
 from .train import regression_loss as regression_loss
 from .train import train as train
 from .watch import Watch as Watch
+from .watch import lowest as lowest

@@ -34,7 +34,7 @@ class Ema(During):
         super().__init__()
         if not 0 < decay < 1:
             raise ValueError(f"Ema's decay lies in (0, 1); got {decay}. 0.999 averages about 1,000 steps.")
-        self.move_ = get_ema_multi_avg_fn(decay)
+        self.decay, self.move_ = decay, get_ema_multi_avg_fn(decay)
 
     def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
         """Start the mean at the model as it is."""

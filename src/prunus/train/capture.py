@@ -270,10 +270,15 @@ def _attending(told: dict[Any, set[bool]], *, recording: bool, masked: bool) -> 
 def _remembering(
     name: str, ask: Callable[..., Any], told: dict[Any, set[bool]], *, recording: bool, masked: bool
 ) -> Callable[..., Any]:
-    """`ask(tensor, sizes...)`, whose answers are noted, or, in a recording, are those of before."""
-    plain = _ASKED[name]
+    """`ask(tensor, sizes...)`, whose answers are noted, or, in a recording, are those of before.
+
+    Of this thread alone: the models of others ask, too.
+    """
+    plain, mine = _ASKED[name], threading.get_ident()
 
     def answer(*given: Any, **named: Any) -> Any:
+        if threading.get_ident() != mine:
+            return ask(*given, **named)
         each = (*given, *(named[key] for key in sorted(named)))
         key = (name, *(size for size in each if not isinstance(size, Tensor)))
         if not recording:

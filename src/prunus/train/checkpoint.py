@@ -10,7 +10,7 @@ import pickle
 import time
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 from prunus.machine import atomic, random_state, ranks, set_random_state
 from prunus.masks import Masks, pack
+from prunus.train.hooks import During
 from prunus.train.sharded import like, whole
 from prunus.train.watch import Watched
 
@@ -34,7 +35,7 @@ _APART = ("params", "lr", "fused", "foreach", "capturable", "differentiable")  #
 class Checkpoint:
     """The file of one run; `plan` is what must agree between the run that wrote it and the one that reads it.
 
-    methods: modules (`During`) whose buffers and parameters belong to the run's state.
+    methods: modules (`During`) whose buffers and parameters belong to the run's state. options: of `options_of`.
     """
 
     path: Path | None
@@ -43,6 +44,7 @@ class Checkpoint:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None
     methods: Sequence[nn.Module]
+    options: Mapping[str, Any]
     watched: Watched
     shared: bool
 
@@ -62,8 +64,10 @@ class Checkpoint:
                 f"{', '.join(self._by)}. Delete it to start anew, or restore the run's settings."
             )
         other = {key: value for key, value in state["plan"].items() if value != self.plan.get(key)}
+        options = state.get("options", {}).items()
+        other |= {key: value for key, value in options if value != self.options.get(key, value)}
         if other or found != {name: tuple(t.shape) for name, t in tensors.items()}:
-            own = {key: self.plan.get(key) for key in other}
+            own = {key: {**self.plan, **self.options}.get(key) for key in other}
             raise ValueError(
                 f"{self.path} belongs to another run: it has {other} and {len(found)} tensors, this run {own} and "
                 f"{len(tensors)}. Delete it to start anew, or restore the run's settings."
@@ -92,6 +96,7 @@ class Checkpoint:
         if self._writes:
             state = {
                 "plan": self.plan,
+                "options": dict(self.options),
                 "by": self._by,
                 "step": step,
                 "trace": trace,
@@ -143,10 +148,27 @@ def held(optimizer: torch.optim.Optimizer, masks: Masks | None) -> dict[str, Any
     return {"optimizer": settings, "masks": f"{zlib.crc32(repr(sorted(bits.items())).encode()):08x}"}
 
 
+def options_of(methods: Sequence[nn.Module]) -> dict[str, list[Any]]:
+    """Type and name of each plain option -> its values in methods that are not attached yet, and in those inside them.
+
+    What attaching to an earlier training left in one is among them, so only what two runs both have is compared.
+
+    >>> options_of([Ema(0.99)])
+    {'Ema.decay': [0.99]}
+    """
+    found: dict[str, list[Any]] = {}
+    for each in (part for method in methods for part in method.modules() if isinstance(part, During)):
+        for name, value in vars(each).items():
+            if not name.startswith("_") and name != "training" and _is_plain(value):
+                found.setdefault(f"{type(each).__name__}.{name}", []).append(value)
+    return found
+
+
 def _is_plain(value: Any) -> bool:
+    """Whether a checkpoint may hold it: torch reads no numbers of numpy back."""
     if isinstance(value, tuple):
         return all(map(_is_plain, cast(tuple[Any, ...], value)))
-    return value is None or isinstance(value, (bool, int, float, str))
+    return type(value) in (bool, int, float, str, type(None))
 
 
 class Clock:

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from prunus.layers import View, find_layers
 from prunus.machine import Precision, autocast, class_logits, in_mode, ranks
 from prunus.train.capture import Capture, CapturedStep, Kept, captures, set_rates_, settled, unrecorded
-from prunus.train.checkpoint import Checkpoint, Clock, held, resumable
+from prunus.train.checkpoint import Checkpoint, Clock, held, options_of, resumable
 from prunus.train.hooks import During, Plan
 from prunus.train.next_token import answered, next_token_loss
 from prunus.train.prepared import prepared
@@ -137,8 +137,8 @@ def train(
     mode (train or eval) in which it came; masks hold after every step.
     Raises: ValueError for a number of steps below 1, a clip that is not positive, a model without trainable parameters,
     an optimizer of none of them, fp16 without an accelerator, a batch that the ranks cannot share, a step that cannot
-    be captured, a checkpoint of another run (steps, rates, masks and optimizer settings are compared);
-    FloatingPointError for a loss that is not finite.
+    be captured, a checkpoint of another run (steps, rates, masks, settings of the optimizer and options of methods are
+    compared); FloatingPointError for a loss that is not finite.
 
     >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     >>> train(model, batches, optimizer, linear_warmup_decay(100), steps=100).losses[-1]
@@ -169,6 +169,7 @@ def train(
         raise ValueError("A model is not measured while its weights are sharded: leave out watch, or --use_fsdp.")
     prunable = find_layers(model) if during and views is None else views or ()
     plan, started = Plan(steps, epoch_steps or steps, tuple(prunable), accumulate), time.perf_counter()
+    options = options_of(during)
     with (
         _taking_part(during, model, optimizer, plan, shared=shared),
         prepared(model, optimizer, masks, precision, shared=shared, recorded=recorded) as (inner, wrapped),
@@ -179,7 +180,7 @@ def train(
         key = {"steps": steps, "accumulate": accumulate, "base_lrs": rates, "precision": precision, "clip": clip}
         key |= watched.plan | ({} if checkpoint is None else held(optimizer, masks))
         path = None if checkpoint is None else Path(checkpoint)
-        saved = Checkpoint(path, key, inner, optimizer, scaler, during, watched, shared)
+        saved = Checkpoint(path, key, inner, optimizer, scaler, during, options, watched, shared)
         first, past = saved.load()
         run = _Run(
             inner, wrapped, optimizer, scaler, loss, precision, clip, accumulate, tuple(during), shared, recorded

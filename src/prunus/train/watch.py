@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,5 +103,13 @@ class Watched:
 
     def _best_place(self) -> int:
         """The first of the lowest; NaN is the highest."""
-        values = [math.inf if math.isnan(value) else value for _, value in self.seen]
-        return min(range(len(values)), key=values.__getitem__) if values else -1
+        return lowest([value for _, value in self.seen]) if self.seen else -1
+
+
+def lowest(losses: Sequence[float]) -> int:
+    """Place of the first of the lowest losses. NaN is the highest; `min` would take it where it comes first.
+
+    >>> lowest([math.nan, 2.0, 1.0, 1.0])
+    2
+    """
+    return min(range(len(losses)), key=lambda place: math.inf if math.isnan(losses[place]) else losses[place])

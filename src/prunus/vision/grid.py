@@ -12,7 +12,8 @@ from typing import Any, cast
 
 from prunus.jobs import METRICS, Job, Show, Store, accuracy_row, accuracy_tables
 from prunus.measure import HEADLINES, headline
-from prunus.recipe import ClassifierRecipe, Recipe, data_changes, meant, merge, parse
+from prunus.recipe import ClassifierRecipe, Recipe, data_changes, digest, meant, merge, parse, said
+from prunus.vision.jobs import forks_after
 from prunus.vision.outcome import outcome
 from prunus.vision.plan import Plan
 from prunus.vision.setting import Setting
@@ -63,7 +64,13 @@ class _Classifiers:
         return recipe.data.measure_on != "validation", -_epochs(recipe)
 
     def look(self, recipes: Sequence[ClassifierRecipe]) -> None:
-        """Images are read where they are needed."""
+        """Methods that prune while training have the steps they need; on the CPU: processes take their GPUs later."""
+        asked = {digest(said(each, but={"seed"})): each for each in recipes if each.during is not None}
+        sources = set[str]()
+        for each in asked.values():
+            look = Setting.of if each.data.source in sources else Setting.anew
+            forks_after(look(each.model_copy(update={"device": "cpu", "capture": "auto"})))
+            sources.add(each.data.source)
 
     @contextmanager
     def prepared(self, recipes: Sequence[ClassifierRecipe]) -> Generator[None]:

@@ -32,11 +32,11 @@ from prunus.data import (
     read_sentences,
     sentence_batches,
 )
-from prunus.jobs import check_adapting, check_pruning, contents_of, device_name, device_of
+from prunus.jobs import check_adapting, check_pruning, check_recordable, contents_of, device_name, device_of
 from prunus.machine import Precision
 from prunus.measure import CORRUPTIONS, corrupted_sets
 from prunus.recipe import Augmentation, ClassifierRecipe, Corruptions, EncoderRecipe, ImageSource, member_of
-from prunus.train import drawn_from, unrecordable
+from prunus.train import drawn_from
 
 __all__ = ["Examples", "ImageSets", "Setting"]
 
@@ -104,8 +104,8 @@ class Setting:
         precision: Precision = ("bf16" if cuda else "fp32") if recipe.precision == "auto" else recipe.precision
         images = recipe.keyed == "images"  # texts are of many lengths, which no recording has
         capture = cuda and images if recipe.capture == "auto" else recipe.capture
-        if capture and (why := unrecordable(device, scaled=False)):
-            raise ValueError(f"capture: {why}; leave it out")
+        if capture:
+            check_recordable(device, scaled=False)
         channels_last = cuda and images if recipe.channels_last == "auto" else recipe.channels_last
         found = cls(recipe, device, precision, capture, channels_last, sets)
         found._check_model()
