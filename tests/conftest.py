@@ -43,6 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish() -> None:
     gc.freeze()  # so that no later collection looks at it
+    gc.set_threshold(20_000)  # what a run makes lives on, and to look at it every 700 objects is a fiftieth of all time
     gc.enable()
 
 
@@ -96,9 +97,15 @@ def unwaited() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
+@pytest.fixture(scope="session")
+def drawn() -> dict[Any, bytes]:
+    """The first picture of each kind: of a size, with panels of the same axes."""
+    return {}
+
+
 @pytest.fixture(autouse=True, scope="module")
-def drawn_once(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A file of tests draws its first picture of a size and a number of panels; others of that kind are copies of it.
+def drawn_once(request: pytest.FixtureRequest, drawn: dict[Any, bytes]) -> Iterator[None]:
+    """The first picture of each kind is drawn; others of that kind are copies of it.
 
     A picture takes a fifth of a second, a run makes several, and most tests ask no more than that it is there. Files
     that look at pictures are marked so.
@@ -106,10 +113,10 @@ def drawn_once(request: pytest.FixtureRequest) -> Iterator[None]:
     from matplotlib.figure import Figure
 
     own: Any = Figure.savefig
-    drawn: dict[tuple[float, ...], bytes] = {}
 
     def savefig(figure: Figure, path: Path, **how: Any) -> None:
-        kind = (*figure.get_size_inches(), len(figure.axes))
+        panels = [(each.get_xlabel(), each.get_ylabel(), each.get_xscale(), each.get_yscale()) for each in figure.axes]
+        kind = (*figure.get_size_inches(), *panels)
         if kind in drawn:
             path.write_bytes(drawn[kind])
         else:

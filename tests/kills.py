@@ -38,7 +38,7 @@ def language(folder: Path, **changes: Any) -> dict[str, Any]:
         "model": str(folder / "model"), "device": "cpu", "prune": {"criterion": "sparsegpt", "sparsity": 0.5},
         "calibrate": {"data": text, "samples": 8, "length": 32, "batch_size": 4},
         "retrain": {"data": text, "steps": 60, "batch_size": 4, "length": 32, "lr": 1e-2, "rank": 4},
-        "evaluate": {"data": {"text": text}, "window": 32, "batch_size": 16},
+        "evaluate": {"data": {"text": text}, "window": 32, "batch_size": 128},
     } | changes  # fmt: skip
 
 

@@ -132,7 +132,7 @@ def job(folder: Path, text: Path, out: Path, **changes: Any) -> LanguageRecipe:
         "device": "cpu",
         "calibrate": {"data": str(text), "samples": 4, "length": 32},
         "retrain": {"data": str(text), "steps": 4, "batch_size": 4, "length": 32, "lr": 1e-2, "rank": 4},
-        "evaluate": {"data": {"text": str(text)}, "window": 32, "batch_size": 32},
+        "evaluate": {"data": {"text": str(text)}, "window": 32, "batch_size": 128},
         "out": str(out),
     }
     return parse(raw | changes, LanguageRecipe, "test")

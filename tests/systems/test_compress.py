@@ -46,9 +46,9 @@ def raw(folder: Path, text: Path, out: Path, **changes: Any) -> dict[str, Any]:
         "prune": {"criterion": "wanda", "sparsity": 0.5},
         "calibrate": {"data": str(text), "samples": 8, "length": 32, "batch_size": 4},
         "retrain": {
-            "data": str(text), "train": ["mask_lora"], "steps": 12, "batch_size": 4, "length": 32, "lr": 1e-2, "rank": 4
+            "data": str(text), "train": ["mask_lora"], "steps": 8, "batch_size": 4, "length": 32, "lr": 1e-2, "rank": 4
         },
-        "evaluate": {"data": {"text": str(text)}, "window": 32, "batch_size": 16},
+        "evaluate": {"data": {"text": str(text)}, "window": 32, "batch_size": 128},
         "out": str(out),
     } | changes  # fmt: skip
 
@@ -274,7 +274,7 @@ def test_masks_are_learnt_from_those_of_a_criterion_and_weights_stay(
     for trust in (3.0, 1e6):  # so sure of the criterion that nothing else is learnt
         changes = {"during": {"maskllm": {"trust": trust, "keep": 0.0}}, "prune": prune, "retrain": None}
         asked = during(tiny_folder, text_file, tmp_path / str(trust), **changes)
-        asked["train"]["lr"] = 0.3
+        asked["train"] |= {"lr": 0.3, "steps": 12}
         compress(parse(asked, LanguageRecipe, "test"))
     alone = {"during": None, "train": None, "prune": prune, "retrain": None}
     compress(parse(during(tiny_folder, text_file, tmp_path / "alone", **alone), LanguageRecipe, "test"))
@@ -716,6 +716,7 @@ def test_a_run_is_watched_keeps_the_best_and_ends_early(
     base = raw(tiny_folder, text_file, tmp_path)
     texts = {"choosing": {"source": str(text_file), "part": [0.5, 1.0]}, "text": str(text_file)}
     how = {"schedule": {"wsd": 0.5}, "weight_decay": 0.1, "evaluate_every": 2, "keep_best": True, "patience": 2}
+    how["steps"] = 12
     asked = recipe(
         tiny_folder, text_file, tmp_path, retrain=base["retrain"] | how, evaluate=base["evaluate"] | {"data": texts}
     )

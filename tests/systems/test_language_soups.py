@@ -29,7 +29,7 @@ from tests.systems import test_compress
 
 def raw(folder: Path, text: Path, out: Path, **changes: Any) -> dict[str, Any]:
     """Measured on a tenth of the text: soups are measured often."""
-    some = {"data": {"text": {"source": str(text), "part": [0.0, 0.1]}}, "window": 32, "batch_size": 16}
+    some = {"data": {"text": {"source": str(text), "part": [0.0, 0.1]}}, "window": 32, "batch_size": 128}
     return test_compress.raw(folder, text, out, **{"evaluate": some, **changes})
 
 
@@ -85,7 +85,7 @@ def test_the_first_member_is_the_plain_run_and_the_longer_one_has_all_steps(
     assert soup["perplexity"]["member 1"] == plain["perplexity"]["merged"]
     asked = raw(tiny_folder, text_file, tmp_path / "longer", save=False)
     asked["retrain"]["steps"] = soup["soup"]["steps"]
-    assert asked["retrain"]["steps"] == 24
+    assert asked["retrain"]["steps"] == 16
     longer = compress(parse(asked, LanguageRecipe, "test"))
     assert soup["perplexity"][LONGER] == longer["perplexity"]["merged"]
 
@@ -302,7 +302,7 @@ def test_a_greedy_soup_is_chosen_by_the_first_text(tiny_folder: Path, text_file:
     texts = {
         name: {"source": str(text_file), "part": part} for name, part in (("chosen", [0, 0.1]), ("told", [0.1, 0.2]))
     }
-    changes: dict[str, Any] = {"evaluate": {"data": texts, "window": 32, "batch_size": 16}}
+    changes: dict[str, Any] = {"evaluate": {"data": texts, "window": 32, "batch_size": 128}}
     vary = {"lr": [1e-2, 2e-2, 0.3]}
     changes["soup"] = {"members": 3, "vary": vary, "average": "greedy", "also": ["uniform"], "baselines": []}
     found = compress(recipe(tiny_folder, text_file, tmp_path / "run", **changes))

@@ -82,14 +82,14 @@ def test_the_command_measures_models_beside_one_another(tiny_folder: Path, tmp_p
 
 
 def test_a_run_measures_before_and_after(tiny_folder: Path, text_file: Path, tmp_path: Path):
-    evaluate = {"data": {"text": str(text_file)}, "window": 32, "batch_size": 16, "speed": ASKED}
+    evaluate = {"data": {"text": str(text_file)}, "window": 32, "batch_size": 128, "speed": ASKED}
     result = compress(recipe(tiny_folder, text_file, tmp_path / "run", retrain=None, evaluate=evaluate))
     assert set(result["speed"]) == {"dense", "now"}
     assert "Measured speed" in write_report(tmp_path / "run").read_text()
 
 
 def test_a_streamed_model_is_measured_when_it_is_in_memory(tiny_folder: Path, text_file: Path, tmp_path: Path):
-    evaluate = {"data": {"text": str(text_file)}, "window": 32, "batch_size": 16, "speed": ASKED}
+    evaluate = {"data": {"text": str(text_file)}, "window": 32, "batch_size": 128, "speed": ASKED}
     result = compress(recipe(tiny_folder, text_file, tmp_path / "run", streaming=True, evaluate=evaluate))
     assert set(result["speed"]) == {"now"}
     show_result(result, tmp_path / "run")

@@ -53,7 +53,7 @@ def raw(tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.
         "model": "./model",
         "calibrate": {"data": str(text_file), "samples": 4, "length": 16},
         "retrain": {"data": str(text_file), "steps": 3, "batch_size": 2, "length": 16, "rank": 2},
-        "evaluate": {"data": {"text": str(text_file)}, "window": 32},
+        "evaluate": {"data": {"text": str(text_file)}, "window": 32, "batch_size": 128},
         "out": "run",
     }
 

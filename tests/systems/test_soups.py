@@ -40,9 +40,9 @@ from prunus.vision.jobs import Training, base_job, pruned_job, trained_job
 from prunus.vision.setting import Setting
 from prunus.vision.train import planned, train_run
 from tests.processes import start_command
-from tests.systems.test_vision import Tiny, few, make_tiny, raw, tiny
+from tests.systems.test_vision import Tiny, few, learning, make_tiny, raw, tiny
 
-__all__ = ["few", "tiny"]
+__all__ = ["few", "learning", "tiny"]
 
 PRUNED: dict[str, Any] = {"prune": {"sparsity": 0.9, "phases": 2}, "retrain": {"schedule": "allr", "epochs": 1}}
 
@@ -537,7 +537,7 @@ def test_what_decides_a_training_decides_its_key(tmp_path: Path) -> None:
     assert pruned_job(same[1], base, 0, None).key == start.key
 
 
-@pytest.mark.usefixtures("tiny")
+@pytest.mark.usefixtures("learning")
 @pytest.mark.parametrize("during", [{"gmp": {"stop": 0.5, "every": 0.1}}, {"dpf": {"stop": 0.5, "refresh": 4}}])
 def test_members_fork_when_a_method_s_mask_is_final(tmp_path: Path, during: dict[str, Any]) -> None:
     recipe = asked(tmp_path, {"baselines": ["imp", "longer", "reprune", "dense", "swa"]}, **DURING, during=during)

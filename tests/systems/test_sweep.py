@@ -20,13 +20,13 @@ from prunus.vision.setting import Setting
 from prunus.vision.sweeps import rows_of, sweep, sweep_of
 from prunus.vision.train import train_run
 from tests.systems.test_cli import call
-from tests.systems.test_vision import Tiny, checked, raw, tiny
+from tests.systems.test_vision import Tiny, checked, learning, raw, tiny
 
-__all__ = ["call", "tiny"]
+__all__ = ["call", "learning", "tiny"]
 
 
 @pytest.fixture
-def run(tmp_path: Path, tiny: None) -> Path:
+def run(tmp_path: Path, learning: None) -> Path:
     """A finished run of the tiny network."""
     train_run(checked(tmp_path / "run"))
     return tmp_path / "run"

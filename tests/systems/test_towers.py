@@ -45,7 +45,7 @@ def test_what_text_does_not_pass_keeps_its_bytes_in_memory_and_streamed(text_fil
         given = {
             "model": str(source), "device": "cpu", "prune": {"criterion": "wanda", "sparsity": 0.5},
             "calibrate": {"data": str(text_file), "samples": 4, "length": 32, "batch_size": 2},
-            "evaluate": {"data": {"text": str(text_file)}, "window": 32, "batch_size": 16},
+            "evaluate": {"data": {"text": str(text_file)}, "window": 32, "batch_size": 128},
             "streaming": streaming, "out": str(out),
             "retrain": {"data": str(text_file), "train": ["mask_lora"], "steps": 2, "batch_size": 2, "length": 32},
         }  # fmt: skip

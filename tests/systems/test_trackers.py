@@ -22,7 +22,7 @@ from tests.systems import test_compress
 
 def test_tensorboard_shows_what_a_run_measured(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     raw = test_compress.raw(tiny_folder, text_file, tmp_path, log_with=["tensorboard"], save=False)
-    raw["retrain"] |= {"evaluate_every": 6}
+    raw["retrain"] |= {"steps": 12, "evaluate_every": 6}
     result = compress(parse(raw, LanguageRecipe, "test"))
     found = EventAccumulator(str(tmp_path / "logs")).Reload()
     curve = {name: [(each.step, each.value) for each in found.Scalars(name)] for name in found.Tags()["scalars"]}

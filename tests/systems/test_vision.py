@@ -50,21 +50,27 @@ class Tiny(nn.Sequential):
 
 
 @cache
-def some_digits() -> dict[tuple[str, str], Images]:
-    """The first 800 digits, train and test, as the settings keep what they have read."""
-    first = read_images("digits", None).take(torch.arange(800))
+def some_digits(count: int) -> dict[tuple[str, str], Images]:
+    """The first digits, train and test, as the settings keep what they have read."""
+    first = read_images("digits", None).take(torch.arange(count))
     train, test = first.split(0.2, seed=0)
     return {("digits", "train"): train, ("digits", "test"): test}
 
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recipes build the tiny network, whatever they name, and train it on fewer digits."""
+    """Recipes build the tiny network, whatever they name, and train it on few digits, in ten steps an epoch."""
     make_tiny(monkeypatch)
 
 
-def make_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "_read", dict(some_digits()))
+@pytest.fixture
+def learning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `tiny`, with so many digits that two epochs teach it some: twenty steps each."""
+    make_tiny(monkeypatch, digits=800)
+
+
+def make_tiny(monkeypatch: pytest.MonkeyPatch, *, digits: int = 400) -> None:
+    monkeypatch.setattr(settings, "_read", dict(some_digits(digits)))
     monkeypatch.setattr(settings, "_sets", {})
     monkeypatch.setattr(settings, "_fits", set())
     monkeypatch.setattr(settings, "build_model", lambda name, *, classes, channels: Tiny())
@@ -174,7 +180,7 @@ def test_what_decides_the_dense_training_is_in_its_key(tmp_path: Path) -> None:
     assert len({plain, *(dense_key(checked(tmp_path, **changes)) for changes in other)}) == 4
 
 
-@pytest.mark.usefixtures("tiny")
+@pytest.mark.usefixtures("learning")
 def test_a_run_leaves_what_it_says(tmp_path: Path) -> None:
     recipe = checked(tmp_path, **PRUNED, train={**TRAIN, "evaluate_every": 1})
     result = train_run(recipe)
@@ -293,7 +299,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytes
     assert not (tmp_path / "killed" / "work").exists()
 
 
-@pytest.mark.usefixtures("tiny")
+@pytest.mark.usefixtures("learning")
 @pytest.mark.parametrize("method", ["gmp", "str", "rigl"])
 def test_a_method_killed_in_training_ends_with_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
@@ -353,7 +359,7 @@ def test_a_method_during_training_is_retrained_under_its_masks(tmp_path: Path) -
         pruning_of(tmp_path, {"prune.sparsity": 0.5})
 
 
-@pytest.mark.usefixtures("tiny")
+@pytest.mark.usefixtures("learning")
 @pytest.mark.parametrize("row", ["dense", "retrained", "during"])
 def test_every_row_ends_with_the_statistics_of_augmented_batches(tmp_path: Path, row: str) -> None:
     """Batches of the training's size: on plain images, in batches of another size, the numbers are others."""

@@ -22,9 +22,9 @@ from prunus.vision import stages
 from prunus.vision.setting import Setting
 from prunus.vision.train import train_run
 from tests.processes import start_command
-from tests.systems.test_vision import few, raw, tiny
+from tests.systems.test_vision import few, learning, raw, tiny
 
-__all__ = ["few", "tiny"]
+__all__ = ["few", "learning", "tiny"]
 
 
 def grid(out: Path, **changes: Any) -> Grid:
@@ -78,7 +78,7 @@ def test_members_that_choose_values_never_see_the_test_images(tmp_path: Path) ->
     assert chosen["GMP"] == {"train.lr": 0.1, "during.gmp.every": 0.2}
 
 
-@pytest.mark.usefixtures("tiny")
+@pytest.mark.usefixtures("learning")
 def test_a_grid_trains_each_dense_network_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts: list[tuple[int, int, bool]] = []
     fit = stages.fit

@@ -22,9 +22,9 @@ from prunus.vision import stages
 from prunus.vision.dense import dense_key
 from prunus.vision.setting import Setting
 from prunus.vision.train import train_run
-from tests.systems.test_vision import TRAIN, Killed, Tiny, checked, raw, same_bits, tiny
+from tests.systems.test_vision import TRAIN, Killed, Tiny, checked, learning, raw, same_bits, tiny
 
-__all__ = ["tiny"]
+__all__ = ["learning", "tiny"]
 
 SMALL: dict[str, Any] = {"sfw": {"size": {"initial": 3.0}, "k": 0.2}}
 PULLED: dict[str, Any] = {"prox": {"groups": 3.0, "exclude": ["8"]}}
@@ -127,7 +127,7 @@ def feasible(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> bool:
     return all(float(ball.norm(parameter.detach())) <= ball.radius * (1 + 1e-4) for parameter, ball in pairs)
 
 
-@pytest.mark.usefixtures("tiny")
+@pytest.mark.usefixtures("learning")
 def test_frank_wolfe_trains_prunes_and_retrains_inside_its_sets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

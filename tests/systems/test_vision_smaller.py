@@ -23,9 +23,9 @@ from prunus.vision.smaller import smaller
 from prunus.vision.sweeps import sweep, sweep_of
 from prunus.vision.train import pruning_of, train_run
 from tests.laws.test_shrink import masked_filters
-from tests.systems.test_vision import TRAIN, Killed, Tiny, checked, raw, same_bits, tiny
+from tests.systems.test_vision import TRAIN, Killed, Tiny, checked, learning, raw, same_bits, tiny
 
-__all__ = ["tiny"]
+__all__ = ["learning", "tiny"]
 
 WRONG = [
     ({"kind": "filter"}, "prune.kind"),
@@ -131,7 +131,7 @@ def test_low_rank_is_the_nearest_of_that_rank(tmp_path: Path, allocation: str) -
     assert accuracy(loaded, setting.measured()).top1 == result["accuracy"]
 
 
-@pytest.mark.usefixtures("tiny")
+@pytest.mark.usefixtures("learning")
 def test_a_killed_retraining_of_a_smaller_network_ends_with_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,7 +72,7 @@ def job(model: Path, text: Path, out: Path, **changes: Any) -> Recipe:
         "device": "cpu",
         "calibrate": {"data": str(text), "samples": 4, "length": 32, "batch_size": 2},
         "retrain": retrain | changes.pop("retrain", {}) if "retrain" not in changes or changes["retrain"] else None,
-        "evaluate": {"data": {"text": str(text)}, "window": 32, "batch_size": 32},
+        "evaluate": {"data": {"text": str(text)}, "window": 32, "batch_size": 128},
         "out": str(out),
     }
     return parse(raw | changes, Recipe, "test")

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from prunus.checkpoint.folder import ADAPTER, Checkpoint
 from prunus.checkpoint.stored import DTYPES
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 _PIECE = 1 << 24  # entries of two tensors that are compared together
+_FILLS = {name for name in dir(nn.init) if name.endswith("_") and not name.startswith("_")} | {"fill_", "zero_"}
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def empty_model(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = Fa
 
     named = _named_class(config)
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), _Unfilled():
             model: Any = (
                 AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
                 if named is None
@@ -142,6 +144,16 @@ def empty_model(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = Fa
         ) from None
     model.tie_weights()
     return model.eval()
+
+
+class _Unfilled(TorchFunctionMode):
+    """While active in a thread, first values of meta tensors are not computed: torch does it in Python, for nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        first = args[0] if args else (kwargs or {}).get("tensor")
+        if getattr(func, "__name__", "") in _FILLS and isinstance(first, Tensor) and first.is_meta:
+            return first
+        return func(*args, **(kwargs or {}))
 
 
 def _named_class(config: Any) -> Any:

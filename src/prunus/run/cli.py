@@ -488,7 +488,7 @@ def main() -> None:
     """Entry point: wrong input is one line and exit status 2."""
     bound_threads()
     try:
-        status = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
+        status = _command()(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except _USAGE as error:
         status = _refused(error.format_message(), "; see `prunus --help`")
     except Unfinished as error:
@@ -505,6 +505,12 @@ def main() -> None:
     if status == 130:
         _refused(_STOPPED.get(next(iter(sys.argv[1:]), ""), "stopped; nothing was written"))
     sys.exit(status or 0)
+
+
+@cache
+def _command() -> Any:
+    """All commands with what they take, which are read off their functions once."""
+    return typer.main.get_command(app)
 
 
 _KEPT = "stopped; what is finished is kept in its folder, checkpoints too, and the same command goes on from there"
