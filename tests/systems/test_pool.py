@@ -205,21 +205,16 @@ def test_a_second_call_leaves_alone_what_a_living_one_has_and_shares_the_rest(tm
     assert sorted(ran(tmp_path)) == ["a", "b", "c", "slow"]
 
 
-def test_who_waits_for_another_keeps_no_memory_of_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given_back: list[float] = []
+@pytest.mark.parametrize("threads", [1, 2])
+def test_no_memory_of_a_gpu_is_kept_for_later_when_nothing_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    ended: list[list[str]] = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(time.monotonic()))
-    slow = Sum("slow", (), ("wait",))
-    calls = [
-        threading.Thread(target=run, args=([Wanted(Store(tmp_path), jobs)], Workers())) for jobs in [(slow,), (slow, A)]
-    ]
-    for call in calls:
-        call.start()
-        time.sleep(0.1)
-    for call in calls:
-        call.join()
-    assert len(given_back) == 1  # once, not at each look
-    assert sorted(ran(tmp_path)) == ["a", "slow"]
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: ended.append(sorted(ran(tmp_path))))
+    assert run([Wanted(Store(tmp_path), (A, Sum("slow", (), ("wait",))))], Workers(threads=threads)) == []
+    assert ended[-1] == ["a", "slow"]
+    assert len(ended) == (2 if threads == 1 else 1)  # another thread may be recording
 
 
 def test_what_a_dead_process_had_is_taken_over_at_once(tmp_path: Path) -> None:

@@ -313,7 +313,7 @@ def _fulfil(done: Future[Result], work: Callable[[], Result]) -> None:
 
 
 def _give_back_memory() -> None:
-    """What torch keeps of a GPU for later goes back: another process of ours may want it while this one waits."""
+    """What torch keeps of a GPU for later goes back: others of our processes want it. Not while a thread records."""
     if torch.cuda.is_initialized():
         gc.collect()
         torch.cuda.empty_cache()
@@ -398,17 +398,12 @@ class _Loop:
         self.running: dict[Future[Result], _Running] = {}
 
     def run(self) -> None:
-        idle = False
         try:
             while True:
                 waiting = self._look()
                 if self.running:
                     self._collect()
-                    idle = False
                 elif waiting:
-                    if not idle:
-                        _give_back_memory()
-                    idle = True
                     time.sleep(_WAIT)
                 else:
                     return
@@ -471,6 +466,8 @@ class _Loop:
             finally:
                 each.store.release(each.job, each.lock)
             self.on_end()
+        if done and not self.running:
+            _give_back_memory()
 
     def _failed(self, each: _Running, error: BaseException) -> None:
         text = "".join(traceback.format_exception(error))
