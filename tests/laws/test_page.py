@@ -226,10 +226,15 @@ def test_tasks_have_a_table_with_their_mean_over_seeds(tmp_path):
         return {"perplexity": {"text": 8.0}, "zero_shot": tasks}
 
     rows = [{"criterion": "wanda"} | perplexity_row([result(0.25, 20.0), result(0.75, 22.0)])]
-    perplexity_tables(Layout({"criterion": ["wanda"]}, Show(), tmp_path), rows)
+    layout = Layout({"criterion": ["wanda"]}, Show(), tmp_path)
+    perplexity_tables(layout, rows)
     written = (tmp_path / "table.md").read_text("utf-8")
     assert "### Zero-shot, accuracies in %" in written
     assert "| wanda | 50.00 ± 35.36 | 21.00 ± 1.41 |" in written
+    assert "dense" not in written
+    write_json(tmp_path / "dense.json", {"text": 7.0, **result(0.8, 30.0)})
+    perplexity_tables(layout, rows)
+    assert "| dense | 80.00 | 30.00 |\n| wanda |" in (tmp_path / "table.md").read_text("utf-8")
 
 
 def test_a_seed_that_went_astray_is_said_and_is_the_best_nowhere(tmp_path):

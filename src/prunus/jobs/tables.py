@@ -168,7 +168,7 @@ def _score(found: Mapping[str, float]) -> float:
 def perplexity_tables(layout: Layout, rows: Sequence[Row]) -> None:
     """Write table.md, one table a text and one of all tasks, and pictures of perplexity against sparsity."""
     path, parts = layout.out / "dense.json", list[str]()
-    dense: dict[str, float] = read_json(path) if path.exists() else {}
+    dense: dict[str, Any] = read_json(path) if path.exists() else {}
     texts = [key for key, value in rows[0].items() if isinstance(value, dict) and "mean" in value] if rows else []
     for text in texts:
         reference = f" (dense: {dense[text]:.2f})" if text in dense else ""
@@ -176,8 +176,8 @@ def perplexity_tables(layout: Layout, rows: Sequence[Row]) -> None:
         parts.append(f"### Perplexity, {text}{reference}\n\n{table}")
         if any("beside" in row for row in rows):
             parts.append(f"### Soups, {text}\n\n{markdown_table(_soups(layout, rows, text))}")
-    if tasks := [_cell(layout, row, row["tasks"]) for row in rows if "tasks" in row]:
-        parts.append(f"### Zero-shot, accuracies in %\n\n{markdown_table(tasks)}")
+    if any("tasks" in row for row in rows):
+        parts.append(f"### Zero-shot, accuracies in %\n\n{_tasks(layout, rows, dense.get('zero_shot', {}))}")
     sized = [{**row, "size": mean_and_std([row["shrink"]["parameters"][0] / 1e6])} for row in rows if "shrink" in row]
     if sized:
         parts.append(f"### Parameters, millions\n\n{layout.pivot(sized, 'size', layout.rates, 'parameters')}")
@@ -185,6 +185,13 @@ def perplexity_tables(layout: Layout, rows: Sequence[Row]) -> None:
     if rows and layout.rates is not None and layout.is_rate(layout.rates):
         text = texts[min(1, len(texts) - 1)]
         _plot_perplexity(layout, rows, layout.rates, text, dense.get(text))
+
+
+def _tasks(layout: Layout, rows: Sequence[Row], dense: Mapping[str, Mapping[str, float]]) -> str:
+    """A Markdown table of zero-shot tasks: a line for the dense model, if it was measured, and one for each cell."""
+    cells = [_cell(layout, row, row["tasks"]) for row in rows if "tasks" in row]
+    known = {task: spread(mean_and_std([_score(found)])) for task, found in dense.items()}
+    return markdown_table([*([{next(iter(layout.axes)): "dense", **known}] if known else []), *cells], list(cells[0]))
 
 
 def _soups(layout: Layout, rows: Sequence[Row], text: str) -> list[dict[str, Any]]:

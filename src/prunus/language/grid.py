@@ -1,6 +1,6 @@
 """Grids of language-model recipes: what members share, and the numbers of one.
 
-    out/dense.json    perplexities of the unpruned model      out/starts/KEY/    a pruned model that members retrain
+    out/dense.json    what the unpruned model measures        out/starts/KEY/    a pruned model that members retrain
     out/smaller/KEY/  a smaller model, while members need it
     out/soups/KEY/    a member of soups, or what a phase leaves to the next, until they are measured
 
@@ -47,6 +47,7 @@ __all__ = ["LANGUAGE"]
 
 Result = Mapping[str, Any]
 _SMALLER = {"model", "dtype", "device", "precision", "calibrate", "shrink"}  # what decides the smaller model
+_MEASURED = {"data", "window", "tasks", "shots", "chat", "limit"}  # by which the dense model has the same numbers
 _DECIDES = _SMALLER | {"prune", "reconstruct", "train", "during"}
 _read: dict[str, stages.Loaded] = {}  # the dense or smaller model that was used last, by its key
 
@@ -177,7 +178,9 @@ def _members(jobs: Sequence[Job], store: Store) -> list[Member]:
 
 def _measure_dense(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
     device = device_of(recipe)
-    return stages.evaluate(_kept(recipe, device), recipe, device)
+    loaded = _kept(recipe, device)
+    scores = stages.zero_shot(loaded.model, loaded.tokenizer, recipe, device)
+    return stages.evaluate(loaded, recipe, device) | ({} if scores is None else {"zero_shot": scores.rows})
 
 
 class _Language:
@@ -226,7 +229,7 @@ class _Language:
 
     def beside(self, recipes: Sequence[LanguageRecipe]) -> tuple[Job, ...]:
         """The dense model, if it is one and measured alike."""
-        measured: dict[str, Any] = {"model": ..., "dtype": ..., "precision": ..., "evaluate": {"data", "window"}}
+        measured: dict[str, Any] = {"model": ..., "dtype": ..., "precision": ..., "evaluate": _MEASURED}
         alike = len({digest(said(recipe, only=measured)) for recipe in recipes}) == 1
         return (Job(".", "dense", partial(_measure_dense, recipes[0])),) if alike else ()
 
