@@ -152,16 +152,19 @@ def test_requests_that_do_not_fit_are_asked_fewer_at_a_time(tmp_path):
     pytest.importorskip("lm_eval")
     model, tokenizer, tasks = tiny_model(), character_tokenizer(), {"mine": file_of(tmp_path, *random_rows(6))}
     fits = zero_shot(model, tokenizer, tasks, batch_size=3).rows
-    sizes = []
+    sizes, most = [], 3
 
     def run_out(_, args):
         sizes.append(len(args[0]))
-        if sizes[-1] > 3:
+        if sizes[-1] > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 30.26 GiB.")
 
     model.register_forward_pre_hook(run_out)
-    assert zero_shot(model, tokenizer, tasks, batch_size=5).rows == fits
-    assert sizes[0] == 5
+    assert zero_shot(model, tokenizer, tasks, batch_size=6).rows == fits
+    assert sizes[0] == 6
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        zero_shot(model, tokenizer, tasks, batch_size=6)
 
 
 def test_limit_and_order_of_tasks(tmp_path):

@@ -9,7 +9,6 @@ died or when it raised what another try may not meet; what waits on a failed one
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import logging
 import math
@@ -33,7 +32,7 @@ import torch
 from filelock import FileLock
 
 from prunus.jobs.store import Job, Store, closure
-from prunus.machine import import_extra
+from prunus.machine import give_back_memory, import_extra
 from prunus.recipe import is_full
 from prunus.report import progress
 
@@ -312,13 +311,6 @@ def _fulfil(done: Future[Result], work: Callable[[], Result]) -> None:
         done.set_exception(error)
 
 
-def _give_back_memory() -> None:
-    """What torch keeps of a GPU for later goes back: others of our processes want it. Not while a thread records."""
-    if torch.cuda.is_initialized():
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
 # The loop, in this process and in others.
 
 
@@ -466,8 +458,8 @@ class _Loop:
             finally:
                 each.store.release(each.job, each.lock)
             self.on_end()
-        if done and not self.running:
-            _give_back_memory()
+        if done and not self.running:  # other processes of ours want it; nothing may go back while a thread records
+            give_back_memory()
 
     def _failed(self, each: _Running, error: BaseException) -> None:
         text = "".join(traceback.format_exception(error))

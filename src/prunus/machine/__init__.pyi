@@ -22,6 +22,7 @@ from .running import called as called
 from .running import class_logits as class_logits
 from .running import full_products as full_products
 from .running import generator_state as generator_state
+from .running import give_back_memory as give_back_memory
 from .running import hooked as hooked
 from .running import import_extra as import_extra
 from .running import imported as imported

@@ -5,6 +5,7 @@ One word for the precision of matrix products serves training, calibration and e
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Mapping
@@ -187,6 +188,16 @@ def local_part(tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor  # slow to import, and loaded where there is one
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def give_back_memory() -> None:
+    """Let go of what torch keeps of a GPU for later, so that others can have it; without a GPU it does nothing.
+
+    >>> give_back_memory()
+    """
+    if torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def import_extra(module: str, extra: str, needed: str) -> Any:

@@ -12,14 +12,16 @@ from __future__ import annotations
 import csv
 import json
 import logging
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
-from prunus.machine import import_extra, in_mode, put_back, random_state, set_random_state
+import torch
+
+from prunus.machine import give_back_memory, import_extra, in_mode, put_back, random_state, set_random_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,8 +66,6 @@ def zero_shot(
 
     >>> zero_shot(model, tokenizer, {"arc_easy": "arc_easy.jsonl"}, limit=100).rows  # doctest: +SKIP
     """
-    from accelerate.utils import find_executable_batch_size
-
     if not tasks:
         raise ValueError("no zero-shot task was given; give at least one name")
     check_tasks(tasks)
@@ -82,11 +82,20 @@ def zero_shot(
     before = random_state(model)
     try:
         with _manager(tasks) as manager, _quiet(), in_mode(model, training=False):
-            found = score(batch_size) if batch_size == "auto" else find_executable_batch_size(score, batch_size)()
+            found = score(batch_size) if batch_size == "auto" else _fitting(score, batch_size)
     finally:
         set_random_state(before, model)
     report = {key: value for key, value in found.items() if key not in _BARE}
     return Scores({name: _row(report, name) for name in tasks}, report)
+
+
+def _fitting(score: Callable[[int], dict[str, Any]], size: int) -> dict[str, Any]:
+    """What `score(size)` says; of half as many requests at a time, and again, while memory runs out."""
+    while True:
+        with suppress(torch.OutOfMemoryError) if size > 1 else nullcontext():
+            return score(size)
+        size //= 2
+        give_back_memory()
 
 
 def check_tasks(tasks: Tasks) -> None:
