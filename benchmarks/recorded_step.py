@@ -35,13 +35,14 @@ from prunus.prune import prune
 from prunus.train import distilled_next_token, linear_warmup_decay, next_token_loss, train
 
 STEPS, LONG = 24, 200  # of a run; the first third is not timed
+BATCHES = (4, 16)
 SUBSETS = {"norms": ("norms",), "MaskLoRA": ("mask_lora",), "everything": ("full",)}
 TAUGHT = "everything, the dense model as teacher"
 
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:
     """Each subset at both batches."""
-    for batch in (4, 16):
+    for batch in BATCHES:
         for name, subset in SUBSETS.items():
             yield _row(args, name, subset, batch)
 

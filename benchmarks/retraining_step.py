@@ -48,7 +48,7 @@ from prunus.masks import Masks
 from prunus.patterns import NM
 from prunus.train.train import train
 
-STEPS, RANK, ALPHA = 8, 16, 32.0
+BLOCKS, STEPS, RANK, ALPHA = 8, 8, 16, 32.0
 Room = Literal["none", "textbook", "free"]  # for blocks that are not recomputed
 
 
@@ -328,7 +328,7 @@ def _row(setting: Setting, case: Case, ours: Cost, textbook: dict[str, Cost], ke
 def _config(args: argparse.Namespace) -> OPTConfig:
     hidden = sized(4096, args)
     return OPTConfig(
-        hidden_size=hidden, word_embed_proj_dim=hidden, ffn_dim=4 * hidden, num_hidden_layers=8,
+        hidden_size=hidden, word_embed_proj_dim=hidden, ffn_dim=4 * hidden, num_hidden_layers=BLOCKS,
         num_attention_heads=hidden // min(128, hidden), vocab_size=sized(50272, args, 32), dropout=0.0,
         max_position_embeddings=2048, use_cache=False,
     )  # fmt: skip

@@ -25,10 +25,10 @@ def measures(path: Path) -> bool:
 SCRIPTS = [path.stem for path in sorted(BENCHMARKS.glob("*.py")) if measures(path)]
 
 SMALL = {  # two or three of what there is more of say as much
-    "retraining_step": {"STEPS": 2},
-    "recorded_step": {"STEPS": 12},  # of which a CPU does the fourth part
+    "retraining_step": {"BLOCKS": 2, "STEPS": 2},
+    "recorded_step": {"BATCHES": (1, 2), "STEPS": 12},  # of which a CPU does the fourth part
     "reconstruction": {"BLOCKS": 2, "EXAMPLES": 2},
-    "growth": {"SIZES": {"parameters": (1, 2, 4), "tokens": (1, 2, 4), "length": (1, 2, 4)}},
+    "growth": {"SIZES": {"parameters": (1, 2), "tokens": (1, 2), "length": (1, 2)}},
 }
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -440,7 +441,10 @@ def _sparsity(masks: Masks | None) -> dict[str, Any]:
 def _versions() -> dict[str, str]:
     # Not version("prunus"): a source folder on the path has no metadata.
     found = {"python": platform.python_version(), "prunus": __version__}
-    return found | {name: version(name) for name in ("torch", "transformers", "safetensors")}
+    return found | {name: _version(name) for name in ("torch", "transformers", "safetensors")}
+
+
+_version = cache(version)  # reads a package's whole description for one line
 
 
 # config.json: the source's own bytes, or its text with the few keys that had to change
