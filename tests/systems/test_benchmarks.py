@@ -28,7 +28,7 @@ SMALL = {  # two or three of what there is more of say as much
     "retraining_step": {"BLOCKS": 2, "STEPS": 2},
     "recorded_step": {"BATCHES": (1, 2), "STEPS": 12},  # of which a CPU does the fourth part
     "reconstruction": {"BLOCKS": 2, "EXAMPLES": 2},
-    "growth": {"SIZES": {"parameters": (1, 2), "tokens": (1, 2), "length": (1, 2)}},
+    "growth": {"SIZES": {"parameters": (1, 2, 4), "tokens": (1, 2, 4), "length": (1, 2, 4)}},
 }
 
 
