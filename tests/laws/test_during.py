@@ -451,6 +451,20 @@ def test_a_layer_without_a_gradient_exchanges_nothing():
     assert not torch.equal(seen[4][used], seen[3][used])
 
 
+def test_a_layer_without_a_gradient_competes_for_what_stays():
+    """LC pulls on what is outside the best of all layers, also of those that a step does not reach."""
+    model, method = Routed(), make_method("LC", 0.5, mu=1.0)
+    with torch.no_grad():
+        model.each[0].weight.fill_(1.0)
+        model.each[1].weight.fill_(2.0)  # which alone is half of all weights, and larger
+    made = torch.optim.SGD(model.parameters(), lr=0.5)
+    method.attach(model, made, Plan(STEPS, STEPS, tuple(find_layers(model))))
+    model.each[0].weight.grad = torch.zeros_like(model.each[0].weight)
+    method.gradients()
+    assert model.each[0].weight.grad.eq(1.0).all()
+    assert model.each[1].weight.grad is None
+
+
 def test_an_exchange_does_not_take_pruned_weights_for_small_ones():
     """Connections that were grown a moment ago are zero too."""
     views = [View("a", "a", None, False, (1, 4))]
