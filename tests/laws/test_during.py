@@ -465,6 +465,16 @@ def test_a_layer_without_a_gradient_competes_for_what_stays():
     assert model.each[1].weight.grad is None
 
 
+def test_gates_learn_from_steps_that_16_bits_would_lose():
+    model = nn.Sequential(nn.Linear(4, 4)).bfloat16()
+    method, made = make_method("CS", 0.5, init=1.0, penalty=1.0), torch.optim.SGD(model.parameters(), lr=1e-3)
+    x = torch.ones(2, 4, dtype=torch.bfloat16)
+    train(model, lambda step: x, made, lambda step: 1.0, steps=4, loss=lambda m, x: 0 * m(x).sum(), during=[method])
+    assert all(bool((gate < 0.9999).all()) for gate in method.gates)
+    assert method.finish().sparsity == 0.5
+    assert model[0].weight.dtype == torch.bfloat16
+
+
 def test_an_exchange_does_not_take_pruned_weights_for_small_ones():
     """Connections that were grown a moment ago are zero too."""
     views = [View("a", "a", None, False, (1, 4))]
