@@ -475,6 +475,16 @@ def test_gates_learn_from_steps_that_16_bits_would_lose():
     assert model[0].weight.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("name", ["STR", "CS"])
+def test_a_beginning_may_be_a_whole_number(name):
+    ends = []
+    for init in (-3, -3.0):
+        method = make_method(name, 0.75, init=init)
+        run(make_model(), method)
+        ends.append(method.finish())
+    assert ends[0] == ends[1]
+
+
 def test_an_exchange_does_not_take_pruned_weights_for_small_ones():
     """Connections that were grown a moment ago are zero too."""
     views = [View("a", "a", None, False, (1, 4))]
