@@ -226,3 +226,9 @@ def test_sets_are_read_as_published_and_those_of_the_first_images_too(tmp_path):
     for others in (images.take(torch.arange(5, -1, -1)), smooth(6, 1), smooth(7)):
         with pytest.raises(ValueError, match="in another order: name another folder"):
             corrupted_sets(others, tmp_path, ["fog"], [2])
+    for wrong in (0, 6):
+        with pytest.raises(ValueError, match=f"severities go from 1 to 5; got {wrong}"):
+            corrupted_sets(images, tmp_path, ["fog"], [2, wrong])
+    np.save(tmp_path / "labels.npy", np.zeros(29))
+    with pytest.raises(ValueError, match="in another order: name another folder"):
+        corrupted_sets(images, tmp_path, ["fog"], [2])

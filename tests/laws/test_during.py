@@ -451,6 +451,40 @@ def test_a_layer_without_a_gradient_exchanges_nothing():
     assert not torch.equal(seen[4][used], seen[3][used])
 
 
+def test_a_layer_without_a_gradient_competes_for_what_stays():
+    """LC pulls on what is outside the best of all layers, also of those that a step does not reach."""
+    model, method = Routed(), make_method("LC", 0.5, mu=1.0)
+    with torch.no_grad():
+        model.each[0].weight.fill_(1.0)
+        model.each[1].weight.fill_(2.0)  # which alone is half of all weights, and larger
+    made = torch.optim.SGD(model.parameters(), lr=0.5)
+    method.attach(model, made, Plan(STEPS, STEPS, tuple(find_layers(model))))
+    model.each[0].weight.grad = torch.zeros_like(model.each[0].weight)
+    method.gradients()
+    assert model.each[0].weight.grad.eq(1.0).all()
+    assert model.each[1].weight.grad is None
+
+
+def test_gates_learn_from_steps_that_16_bits_would_lose():
+    model = nn.Sequential(nn.Linear(4, 4)).bfloat16()
+    method, made = make_method("CS", 0.5, init=1.0, penalty=1.0), torch.optim.SGD(model.parameters(), lr=1e-3)
+    x = torch.ones(2, 4, dtype=torch.bfloat16)
+    train(model, lambda step: x, made, lambda step: 1.0, steps=4, loss=lambda m, x: 0 * m(x).sum(), during=[method])
+    assert all(bool((gate < 0.9999).all()) for gate in method.gates)
+    assert method.finish().sparsity == 0.5
+    assert model[0].weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["STR", "CS"])
+def test_a_beginning_may_be_a_whole_number(name):
+    ends = []
+    for init in (-3, -3.0):
+        method = make_method(name, 0.75, init=init)
+        run(make_model(), method)
+        ends.append(method.finish())
+    assert ends[0] == ends[1]
+
+
 def test_an_exchange_does_not_take_pruned_weights_for_small_ones():
     """Connections that were grown a moment ago are zero too."""
     views = [View("a", "a", None, False, (1, 4))]

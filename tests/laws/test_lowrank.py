@@ -168,6 +168,22 @@ def test_a_budget_is_kept_and_nearly_exhausted(sparsity):
         assert ranks == {}
 
 
+@pytest.mark.parametrize("tie", ["two layers", "an embedding"])
+def test_a_budget_counts_tied_weights_once_and_whole(tie):
+    """They stay as they are, so others must pay for them."""
+    model = nn.Sequential(*(seeded(lambda: nn.Linear(40, 40)) for _ in range(4)), nn.Embedding(40, 40))
+    (model[1] if tie == "two layers" else model[4]).weight = model[0].weight
+    layers = {id(each.weight): each.weight.numel() for each in model[:4]}
+    ranks = ranks_by_budget(model, 0.5)
+    assert "0" not in ranks
+    small, reports = decompose(model, ranks)
+    assert all(report.kept is None for report in reports)
+    left = sum(each.numel() for name, each in small.named_parameters() if each.ndim > 1 and not name.startswith("4"))
+    assert left <= 0.5 * sum(layers.values())
+    with pytest.raises(ValueError, match="than rank 1"):
+        ranks_by_budget(model, 0.9)
+
+
 def test_a_budget_is_spent_about_as_well_as_by_trying_everything():
     layers = {"0": seeded(lambda: nn.Linear(12, 12)), "1": seeded(lambda: nn.Linear(12, 20))}
     with torch.no_grad():

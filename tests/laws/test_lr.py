@@ -148,3 +148,11 @@ def test_scheduler_is_pytorch_s_and_resumes():
         optimizer.step()
         schedule.step()
     assert seen == [[1.0, 2.0], [0.75, 1.5], [0.5, 1.0], [0.25, 0.5]]
+
+
+def test_a_second_scheduler_begins_at_the_rate_as_it_is():
+    weight = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scheduler(optimizer, linear(4))
+    optimizer.param_groups[0]["lr"] = 0.25
+    assert scheduler(optimizer, linear(4)).get_last_lr() == [0.25]

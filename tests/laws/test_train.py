@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from prunus.during import DST, GMP, Part, RigL
+from prunus.during import DST, ELSA, GMP, Part, RigL
+from prunus.frankwolfe import SFW, k_support, lp
 from prunus.machine import ranks
 from prunus.masks import Masks
+from prunus.score import uniform
 from prunus.train.averaged import Ema
 from prunus.train.checkpoint import Clock
 from prunus.train.drawn import drawn_from, seeded
@@ -288,6 +290,8 @@ def test_a_checkpoint_of_another_optimizer_or_method_is_refused(tmp_path, other)
         (lambda: Part(DST(0.5, penalty=1e-6), 8), lambda: Part(DST(0.5, penalty=1e-5), 8), "DST.strength"),
         (lambda: Part(GMP(0.5), 8), lambda: Part(GMP(0.5), 9), "Part.steps"),
         (lambda: Ema(0.5), lambda: Ema(0.75), "Ema.decay"),
+        (lambda: ELSA(0.5), lambda: ELSA(0.5, pattern="2:4"), "Unstructured.*NM"),
+        (lambda: RigL(0.5, delta=1), lambda: RigL(0.5, delta=1, topology=uniform), "erk.*uniform"),
     ],
 )
 def test_a_checkpoint_of_a_method_with_other_options_is_refused(tmp_path, one, other, said):
@@ -306,6 +310,29 @@ def test_a_checkpoint_of_a_method_with_other_options_is_refused(tmp_path, one, o
     (tmp_path / "c").unlink()
     go(used)
     assert go(one()).losses == first.losses
+
+
+@pytest.mark.parametrize("other", [lp(2), k_support(1, radius=2.0)])
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_checkpoint_under_another_constraint_is_refused(tmp_path, other, listed):
+    def go(ball):
+        model = nn.Linear(4, 2)
+        optimizer = SFW(model.parameters(), lr=0.1, constraint=[ball, ball] if listed else ball)
+        batch = torch.ones(2, 4), torch.tensor([0, 1])
+        return train(
+            model,
+            lambda _: batch,
+            optimizer,
+            lambda _: 1.0,
+            steps=2,
+            loss=classification_loss(),
+            checkpoint=tmp_path / "c",
+        )
+
+    first = go(k_support(1))
+    assert go(k_support(1)).losses == first.losses
+    with pytest.raises(ValueError, match="c belongs to another run"):
+        go(other)
 
 
 @pytest.mark.parametrize("wrong", [{"clip": 0.0}, {"clip": -1.0}, {"clip": float("nan")}, {"report_every": 0}])

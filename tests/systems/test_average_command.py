@@ -19,7 +19,7 @@ from prunus.measure.perplexity import perplexity
 from prunus.recipe import ClassifierRecipe, parse
 from prunus.run import cli
 from prunus.run.evaluate import scorer
-from prunus.save import save_model
+from prunus.save import check_whole, save_model
 from prunus.vision.setting import Setting
 from prunus.vision.train import train_run
 from tests.conftest import byte_tokenizer, tiny_llama
@@ -103,6 +103,7 @@ def test_a_greedy_soup_of_classifiers_leaves_out_what_harms_and_works_as_it_is_s
     alone = scorer(members / "score.yaml").score(members / "m0")
     assert accuracy(model, setting.measured()).top1 >= alone > 0.5  # a soup that is worse would not be taken
     assert [path.name for path in tmp_path.iterdir()] == ["soup"]
+    check_whole(tmp_path / "soup")  # its checksums are those of the weights with statistics counted anew
 
 
 def test_statistics_are_counted_anew_before_scoring_and_in_what_is_written(members: Any, tmp_path: Path):

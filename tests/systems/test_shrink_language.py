@@ -328,6 +328,18 @@ def test_blocks_go_and_the_config_follows(family: str, tokens: torch.Tensor, tmp
     assert cached.shape == (1, 24)
 
 
+def test_blocks_that_go_by_their_number_are_refused():
+    """Moved up, they would divide by another number: not the model that was measured without the block."""
+    sizes = {"vocab_size": 60, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 64}
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(**sizes, scale_attn_by_inverse_layer_idx=True, bos_token_id=0, eos_token_id=1))
+    for parameter in model.parameters():
+        parameter.data.mul_(10)
+    with pytest.raises(ValueError, match=r"shrink\.blocks: .* GPT2LMHeadModel .* another place"):
+        remove_blocks(model, [0])
+    assert remove_blocks(model, [2]).config.num_hidden_layers == 2
+
+
 def test_counts_that_leave_nothing_are_refused(tokens: torch.Tensor):
     with pytest.raises(ValueError, match="at most 2"):
         choose_blocks(made("llama"), tokens, 3)

@@ -55,6 +55,18 @@ def test_trainer_keeps_the_zeros_and_logs_them(tmp_path: Path) -> None:
     assert said == pytest.approx([masks.sparsity] * 2, abs=1e-3)
 
 
+def test_the_sparsity_is_that_of_tied_and_wrapped_weights_too(tmp_path: Path) -> None:
+    model, masks = _pruned()
+    model.config.tie_word_embeddings = True
+    model.lm_head.weight = model.model.embed_tokens.weight
+    head = Masks({"lm_head.weight": torch.arange(model.lm_head.weight.numel()).view_as(model.lm_head.weight) % 4 == 0})
+    head.apply_(model)
+    for each, whole in ((head, model), (masks, torch.nn.DataParallel(model))):
+        logs: dict[str, Any] = {}
+        HoldMasks(each).on_log(None, SimpleNamespace(log_history=[]), None, logs, model=whole)
+        assert logs["sparsity"] == pytest.approx(each.sparsity, abs=1e-3)
+
+
 def test_without_it_the_zeros_are_lost(tmp_path: Path) -> None:
     model, masks = _pruned()
     _trainer(model, tmp_path).train()

@@ -24,6 +24,7 @@ from prunus.masks import Masks
 from prunus.measure import corrupted_sets
 from prunus.measure.accuracy import accuracy
 from prunus.measure.cost import cost
+from prunus.prune import prune
 from prunus.recipe import ClassifierRecipe, ClassifierRetrain, merge, parse
 from prunus.report import read_metrics
 from prunus.run.show import show_run
@@ -336,6 +337,25 @@ def _counting(steps: Counter[int], call: Any) -> Any:
         return call(self, step)
 
     return counted
+
+
+class Tied(nn.Sequential):
+    """Two layers with one weight, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 10))
+        self[3].weight = self[1].weight
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_cost_of_a_run_is_what_cost_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for network in (Tiny, Tied):
+        monkeypatch.setattr(settings, "build_model", lambda name, *, classes, channels, of=network: of())
+        monkeypatch.setattr(stages, "_operations", {})
+        setting = Setting.of(checked(tmp_path, prune={"sparsity": 0.5}))
+        model = network()
+        masks = prune(model, sparsity=0.5)
+        assert stages.cost_of(model, masks, setting) == asdict(cost(model, setting.example(), masks))
 
 
 @pytest.mark.usefixtures("tiny")

@@ -60,7 +60,8 @@ class CS(During):
         self.hold_masks(model, optimizer, plan.views)
         self.last = max(1, plan.steps - 1)
         weights = self.pruned_parameters.values()
-        self.gates = nn.ParameterList(torch.full_like(weight, self.init) for weight in weights)
+        wide = ((weight, torch.promote_types(weight.dtype, torch.float32)) for weight in weights)  # steps are small
+        self.gates = nn.ParameterList(torch.full_like(weight, self.init, dtype=dtype) for weight, dtype in wide)
         self.scale = 1 + math.exp(-self.init)  # 1 / sigmoid(init)
         self.register_buffer("beta_now", torch.ones((), device=next(iter(weights)).device))
         self.register_buffer("reached", torch.tensor(torch.nan))
@@ -73,7 +74,8 @@ class CS(During):
     def weights(self) -> dict[str, Tensor]:
         """The gated weights."""
         pairs = zip(self.pruned_parameters.items(), self.gates, strict=True)
-        return {name: weight * (self.beta_now * gate).sigmoid() * self.scale for (name, weight), gate in pairs}
+        gated = ((name, weight, (self.beta_now * gate).sigmoid()) for (name, weight), gate in pairs)
+        return {name: (weight * gate * self.scale).to(weight.dtype) for name, weight, gate in gated}
 
     def penalty(self) -> Tensor:
         """The sum of all gates, times the penalty's strength."""

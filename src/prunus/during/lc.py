@@ -72,8 +72,8 @@ class LC(During):
         """Add the penalty's gradient at the weights outside P(w), and take weight decay away."""
         pairs = self.gradients_of()
         weights, grads = [weight for weight, _ in pairs.values()], [grad for _, grad in pairs.values()]
-        best = keep_global(magnitudes({name: weight for name, (weight, _) in pairs.items()}), self.kept_weights)
-        outside = torch._foreach_mul(weights, [~mask for mask in best.values()])  # pyright: ignore[reportPrivateImportUsage]
+        best = keep_global(magnitudes(self.pruned_parameters), self.kept_weights)  # also of what no step reached
+        outside = torch._foreach_mul(weights, [~best[name] for name in pairs])  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_mul_(outside, [self.pulls[name] for name in pairs])  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_mul_(outside, self.factor)  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_add_(grads, outside)  # pyright: ignore[reportPrivateImportUsage]

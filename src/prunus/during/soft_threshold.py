@@ -57,7 +57,7 @@ class STR(During):
         self.hold_masks(model, optimizer, plan.views)
         device = next(iter(self.pruned_parameters.values())).device
         count = len(self.pruned_parameters) if self.per == "layer" else 1
-        self.s = nn.Parameter(torch.full((count,), self.init, device=device))
+        self.s = nn.Parameter(torch.full((count,), float(self.init), device=device))
         self.register_buffer("reached", torch.tensor(torch.nan))
         train_with_(optimizer, [self.s], lr=self.lr, weight_decay=self.weight_decay)
 

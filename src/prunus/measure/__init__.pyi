@@ -16,6 +16,7 @@ from .corruptions import corrupted_sets as corrupted_sets
 from .cost import Cost as Cost
 from .cost import Energy as Energy
 from .cost import cost as cost
+from .cost import cost_under as cost_under
 from .cost import flops_of as flops_of
 from .cost import own_flops as own_flops
 from .cost import weight_change as weight_change

@@ -24,6 +24,7 @@ CORRUPTIONS = (
     *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
     *("snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression"),
 )
+_PARTS = 5  # of a file, by severity
 MEASURES = ("top1", "loss", "calibration_error", "maximum_calibration_error", "worst_class")
 
 
@@ -86,13 +87,17 @@ def corrupted_sets(
 
     folder: <name>.npy, (5 N, H, W, C) uint8, sorted by severity, and labels.npy, (5 N,), of N images of which `images`
     are the first ones. They come on the device of `images`.
-    Raises ValueError, before the first set is read, for a file that is missing or of other images.
+    Raises ValueError, before the first set is read, for a severity that there is not, and for a file that is missing or
+    of other images.
 
     >>> [len(images) for _, _, images in corrupted_sets(test, Path("CIFAR-10-C"), ["fog"], [1, 5])]
     [10000, 10000]
     """
     if not names or not severities:
         raise ValueError("nothing is corrupted: name at least one corruption and one severity")
+    strange = [severity for severity in severities if not 1 <= severity <= _PARTS]
+    if strange:
+        raise ValueError(f"severities go from 1 to {_PARTS}; got {strange[0]}")
     opened = {name: _opened(images, folder, name) for name in names}
 
     def read(name: str, severity: int) -> Images:
@@ -114,11 +119,13 @@ def _opened(images: Images, folder: Path, name: str) -> np.ndarray[Any, np.dtype
     whole, labels = np.load(path, mmap_mode="r"), np.load(beside)
     (channels, *size), count = images.pixels.shape[1:], len(images)
     expected = images.labels.cpu().numpy()
-    if whole.shape != (len(labels), *size, channels) or any(
-        not np.array_equal(each[:count], expected) for each in np.split(labels, 5)
+    if (
+        len(labels) % _PARTS
+        or whole.shape != (len(labels), *size, channels)
+        or any(not np.array_equal(each[:count], expected) for each in np.split(labels, _PARTS))
     ):
         raise ValueError(
             f"corrupted images: {path} holds {whole.shape} and labels other than those of these {count} images of "
             f"{channels} x {size[0]} x {size[1]}, or in another order: name another folder"
         )
-    return whole.reshape(5, -1, *whole.shape[1:])
+    return whole.reshape(_PARTS, -1, *whole.shape[1:])

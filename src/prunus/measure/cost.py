@@ -53,12 +53,21 @@ def cost(model: nn.Module, x: Tensor, masks: Masks | None = None) -> Cost:
     Cost(dense_flops=8, sparse_flops=2, speedup=4.0, parameters=6, nonzero=3)
     """
     masks = Masks({}) if masks is None else masks
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return cost_under(own_flops(model, x), model, masks)
+
+
+def cost_under(dense: Mapping[str, int], model: nn.Module, masks: Masks) -> Cost:
+    """What `cost` gives, of operations that were counted before. dense: module name -> its own, as by `own_flops`.
+
+    Raises as `cost`.
+
+    >>> cost_under({"": 8}, nn.Linear(2, 2), Masks({"weight": torch.tensor([[True, False], [False, False]])})).speedup
+    4.0
+    """
+    parameters, tables = dict(model.named_parameters(remove_duplicate=False)), masks.table()
     for name in masks:
         if name not in parameters:
             raise ValueError(f"the model has no parameter '{name}'; give the model that the masks are of, not compiled")
-    dense = own_flops(model, x)
-    tables = masks.table()
     counted = {id(parameters[name]): counts for name, counts in tables.items()}  # a weight may have several names
     sparse = 0.0
     for module, flops in dense.items():

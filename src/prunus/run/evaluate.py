@@ -109,6 +109,7 @@ def _of_classifiers(path: Path, raw: Mapping[str, Any]) -> Scorer:
 
     from prunus.checkpoint import read_state
     from prunus.machine import write_tensors
+    from prunus.save import INFO_NAME, load_info, write_info
     from prunus.vision import Setting, measure, settle
 
     held = merge(raw, data_changes(raw, measure_on="validation"))
@@ -125,6 +126,8 @@ def _of_classifiers(path: Path, raw: Mapping[str, Any]) -> Scorer:
         with safe_open(file, framework="pt") as stored:
             metadata = stored.metadata()
         write_tensors(file, settled(checkpoint).state_dict(), metadata)
+        if (file.parent / INFO_NAME).is_file():  # which has the checksum of the weights
+            write_info(file.parent, load_info(file.parent))
 
     with torch.no_grad():
         return Scorer(lambda checkpoint: headline(measure(settled(checkpoint), setting))[1], settle_file)

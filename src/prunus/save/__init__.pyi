@@ -16,6 +16,7 @@ from .folder import save_tensors as save_tensors
 from .folder import size_note as size_note
 from .folder import source_folder as source_folder
 from .folder import unpack as unpack
+from .folder import write_info as write_info
 from .hub import push_to_hub as push_to_hub
 from .packed import load_model as load_model
 from .packed import loaded_model as loaded_model

@@ -63,6 +63,7 @@ __all__ = [
     "size_note",
     "unpack",
     "write_config",
+    "write_info",
 ]
 
 log = logging.getLogger(__name__)
@@ -372,6 +373,8 @@ def write_info(folder: Path, info: Mapping[str, Any], card: str | None = None) -
     """Write prunus.json, the last of a saved folder's files but for the card; the names of all.
 
     It has the checksums of the weight files. Masks carry one of their own, and their header has no fixed order.
+
+    >>> files = write_info(Path("out/model"), load_info("out/model"))  # after its weights were changed
     """
     if card is not None:
         write_text(folder / CARD_NAME, card)

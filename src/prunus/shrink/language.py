@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunus.blocks import Arguments, embed, find_blocks, finish, run_block
+from prunus.blocks import Arguments, embed, find_blocks, finish, longest, run_block
 from prunus.checkpoint import empty_model
 from prunus.layers import Inputs
 from prunus.machine import Precision, autocast, hooked, imported, in_mode
@@ -239,7 +239,7 @@ def choose_blocks(
 def remove_blocks(model: Any, gone: Sequence[int]) -> Any:
     """The model without these blocks; the others move up, and lists of the config that say something of each block too.
 
-    Raises ValueError for a block that is not there.
+    Raises ValueError for a block that is not there, and for blocks that compute something else at another place.
 
     >>> remove_blocks(model, []).config.num_hidden_layers
     1
@@ -261,7 +261,26 @@ def remove_blocks(model: Any, gone: Sequence[int]) -> Any:
     for key, value in model.config.to_dict().items():
         if "layer" in key and isinstance(value, list) and len(value) == len(names):
             changes[key] = [value[index] for index in stay]
-    return rebuilt(model, _changed(model.config, changes), state)
+    small = rebuilt(model, _changed(model.config, changes), state)
+    apart = _apart(_logits_through(model, [names[index] for index in stay]), _logits_through(small, find_blocks(small)))
+    if not apart <= _limit(model):
+        raise ValueError(
+            f"shrink.blocks: blocks of {type(model).__name__} compute something else at another place (by {apart:.2g} "
+            "of the largest logit): leave it out"
+        )
+    return small
+
+
+def _logits_through(model: Any, left: Sequence[str]) -> Tensor:
+    """The logits (1, L, words) of some tokens that go through these blocks alone."""
+    names, place, source = find_blocks(model), next(model.parameters()).device, Memory(model)
+    count = min(_LOOK, longest(model.config) or _LOOK)
+    ids = torch.arange(count, device=place)[None] % model.config.get_text_config().vocab_size
+    with in_mode(model, training=False):
+        (leaving,), arguments = embed(model, names, ids, source=source, device=place, batch_size=1)
+        for name in left:
+            leaving = run_block(model.get_submodule(name), leaving, arguments[name][0])
+        return finish(model, names, ids, leaving).logits.float()
 
 
 @dataclass(frozen=True)
@@ -485,12 +504,21 @@ def _check_same(model: Any, small: Any, tokens: Tensor) -> None:
     ids = tokens[:1, :_LOOK].to(next(model.parameters()).device)
     with in_mode(model, training=False):
         masked, found = (each(input_ids=ids, use_cache=False).logits.float() for each in (model, small))
-    apart = float((masked - found).abs().max() / masked.abs().max().clamp_min(1e-30))
-    if not apart <= (_EXACT if model.dtype.itemsize >= 4 else _ROUNDED):
+    apart = _apart(masked, found)
+    if not apart <= _limit(model):
         raise ValueError(
             f"shrink: the smaller {type(model).__name__} differs from the one with zeros by {apart:.2g} of the largest "
             "logit: its channels are mixed elsewhere. Leave out heads and neurons"
         )
+
+
+def _apart(expected: Tensor, found: Tensor) -> float:
+    """The largest difference, as a share of the largest logit."""
+    return float((expected - found).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+def _limit(model: Any) -> float:
+    return _EXACT if model.dtype.itemsize >= 4 else _ROUNDED
 
 
 def rebuilt(model: Any, config: Any, state: Mapping[str, Tensor]) -> Any:

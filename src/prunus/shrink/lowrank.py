@@ -107,16 +107,16 @@ def ranks_by_budget(
     Every layer begins at rank 1; then the singular value goes in that keeps the largest share of its layer's energy
     sigma^2 / ||W||^2 per weight that it costs, as long as the budget lasts. A layer whose next rank would reach its
     break-even is bought whole instead, and left out of the result. Shares of the layer's own energy, because the scale
-    of a layer means little under normalisation.
+    of a layer means little under normalisation. A weight that is tied to another module's is bought whole, and once.
     sparsity: share of weights saved, in [0, 1). Raises ValueError when not even rank 1 fits.
 
     >>> ranks_by_budget(nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40)), 0.5)["0"] < 20
     True
     """
     _check_share(sparsity)
-    layers = _chosen(model, include, exclude)
+    layers, tied = _once(_chosen(model, include, exclude)), _tied(model)
     left = math.floor((1 - sparsity) * sum(layer.weight.numel() for layer in layers.values()) + 1e-9)
-    ladders = {name: _ladder(layer) for name, layer in layers.items()}
+    ladders = {name: [_whole(layer)] if layer.weight in tied else _ladder(layer) for name, layer in layers.items()}
     left -= sum(ladder[0].cost for ladder in ladders.values())
     if left < 0:
         raise ValueError(
@@ -156,9 +156,13 @@ def _ladder(layer: _Layer) -> list[_Rung]:
     rungs = [_Rung(rank, unit, shares[rank - 1] / unit) for rank in ranks]
     rest = size - len(rungs) * unit
     if not rungs:  # even rank 1 does not save anything
-        return [_Rung(None, size, math.inf)]
+        return [_whole(layer)]
     last = sum(shares[len(rungs) :]) / rest
     return [*rungs, _Rung(None, rest, min(last, rungs[-1].worth))]
+
+
+def _whole(layer: _Layer) -> _Rung:
+    return _Rung(None, layer.weight.numel(), math.inf)
 
 
 def _check_share(sparsity: float) -> None:
@@ -185,6 +189,12 @@ def _chosen(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) ->
     if not found:
         raise ValueError("The model has no Linear or convolution layer to decompose; check include and exclude")
     return found
+
+
+def _once(layers: Mapping[str, _Layer]) -> dict[str, _Layer]:
+    """Of layers with one weight the first."""
+    first = dict[Tensor, str]()
+    return {name: layer for name, layer in layers.items() if first.setdefault(layer.weight, name) == name}
 
 
 def _tied(model: nn.Module) -> set[Tensor]:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from prunus.machine import local_part
-from prunus.masks import Hold, Masks
+from prunus.masks import Hold, Masks, own_name, unwrapped
 
 
 class HoldMasks(TrainerCallback):
@@ -49,6 +49,7 @@ class HoldMasks(TrainerCallback):
 @torch.no_grad()
 def _sparsity(model: nn.Module, masks: Masks) -> float:
     """Share of zeros in the masked parameters, of this process's part of them."""
-    weights = [local_part(each) for name, each in model.named_parameters() if name in masks]
+    named, known = unwrapped(model).named_parameters(remove_duplicate=False), {own_name(name) for name in masks}
+    weights = [local_part(each) for name, each in named if own_name(name) in known]
     zeros = sum(each.numel() - int(each.count_nonzero()) for each in weights)
     return zeros / max(1, sum(each.numel() for each in weights))

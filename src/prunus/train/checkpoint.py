@@ -10,8 +10,8 @@ import pickle
 import time
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -141,7 +141,7 @@ def held(optimizer: torch.optim.Optimizer, masks: Masks | None) -> dict[str, Any
     0
     """
     settings = [
-        {key: value for key, value in group.items() if key not in _APART and _is_plain(value)}
+        {key: said for key, value in group.items() if key not in _APART for said in _said(value)}
         for group in optimizer.param_groups
     ]
     bits = {name: zlib.crc32(pack(mask.flatten()).cpu().numpy().data) for name, mask in (masks or {}).items()}
@@ -149,7 +149,7 @@ def held(optimizer: torch.optim.Optimizer, masks: Masks | None) -> dict[str, Any
 
 
 def options_of(methods: Sequence[nn.Module]) -> dict[str, list[Any]]:
-    """Type and name of each plain option -> its values in methods that are not attached yet, and in those inside them.
+    """Type and name of each option -> its values in methods that are not attached yet, and in those inside them.
 
     What attaching to an earlier training left in one is among them, so only what two runs both have is compared.
 
@@ -159,16 +159,29 @@ def options_of(methods: Sequence[nn.Module]) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
     for each in (part for method in methods for part in method.modules() if isinstance(part, During)):
         for name, value in vars(each).items():
-            if not name.startswith("_") and name != "training" and _is_plain(value):
-                found.setdefault(f"{type(each).__name__}.{name}", []).append(value)
+            for said in _said(value) if not name.startswith("_") and name != "training" else ():
+                found.setdefault(f"{type(each).__name__}.{name}", []).append(said)
     return found
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether a checkpoint may hold it: torch reads no numbers of numpy back."""
-    if isinstance(value, tuple):
-        return all(map(_is_plain, cast(tuple[Any, ...], value)))
-    return type(value) in (bool, int, float, str, type(None))
+def _said(value: Any) -> Iterator[Any]:
+    """An option as a checkpoint may hold it, a pattern or a set in words; nothing of tensors, functions and modules."""
+    if type(value) in (bool, int, float, str, type(None)):  # torch reads no numbers of numpy back
+        yield value
+    elif isinstance(value, tuple | list):
+        parts = cast("Sequence[Any]", value)
+        found = tuple(said for each in parts for said in _said(each))
+        if len(found) == len(parts):
+            yield found
+    elif is_dataclass(value) and not isinstance(value, type):
+        own = {each.name: getattr(value, each.name) for each in fields(value)}
+        told = (f"{name}={_rounded(said)}" for name, each in own.items() for said in _said(each))
+        yield f"{type(value).__name__}({', '.join(told)})"
+
+
+def _rounded(said: Any) -> str:
+    """A radius may be a norm, of which devices differ in the last digits."""
+    return f"{said:.6g}" if isinstance(said, float) else repr(said)
 
 
 class Clock:

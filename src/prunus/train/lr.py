@@ -337,6 +337,8 @@ def scheduler(optimizer: Optimizer, multiplier: Multiplier) -> LambdaLR:
     >>> scheduler(optimizer, linear(4)).get_last_lr()
     [0.1]
     """
+    for group in optimizer.param_groups:
+        group.pop("initial_lr", None)  # what an earlier scheduler began at, which torch would take
     return LambdaLR(optimizer, multiplier)
 
 

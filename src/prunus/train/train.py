@@ -117,7 +117,8 @@ def train(
     the whole batch, of which each rank trains its slice. loss: (model, batch) -> scalar mean; of a step it is the mean
     over micro batches and ranks, or, where batches are (ids, labels) as `next_token_loss` takes them, over all tokens
     that have a label. lr: step -> multiplier of each parameter group's own learning rate. accumulate: micro batches per
-    step. clip: largest gradient norm.
+    step. clip: largest norm of the model's gradients; those of what methods train besides (gates, thresholds, logits)
+    are not clipped.
     masks: pruned entries that stay zero. during: methods that take part; they are told `epoch_steps` (default: all
     steps) and the prunable `views` (default: `find_layers(model)`); the caller calls their `finish()` afterwards.
     capture: record the step as a CUDA graph and replay it, which helps where launches cost more than arithmetic

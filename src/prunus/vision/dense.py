@@ -186,7 +186,7 @@ class _Watch(During):
     def __init__(self, model: nn.Module, method: During | None, setting: Setting, log: Path) -> None:
         super().__init__()
         self.seen = (model, method)  # a tuple, so that they do not become parts of this module
-        self.setting, self.log = setting, log
+        self._setting, self.log = setting, log  # what it runs on may be another when it goes on
         self.done = {row["epoch"] for row in read_metrics(log) if "epoch" in row} if log.exists() else set[int]()
         self.every = setting.recipe.train.evaluate_every * setting.epoch_steps
 
@@ -195,11 +195,11 @@ class _Watch(During):
 
     def after_step(self, step: int) -> None:
         """Measure after the last step of every `evaluate_every`-th epoch."""
-        epoch = (step + 1) // self.setting.epoch_steps
+        epoch = (step + 1) // self._setting.epoch_steps
         if (step + 1) % self.every or epoch in self.done:
             return
         model, method = self.seen
         with torch.no_grad():
             weights = {} if method is None else method.weights()
-            found = stages.measure(Substituted(model, weights) if weights else model, self.setting)
+            found = stages.measure(Substituted(model, weights) if weights else model, self._setting)
         append_metrics(self.log, {"stage": "train", "epoch": epoch, **found})

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from prunus.data import pooling_of
 from prunus.layers import View, find_layers
 from prunus.masks import Masks
-from prunus.measure import Accuracy, Corrupted, Cost, accuracy, agreement, fidelity, own_flops
+from prunus.measure import Accuracy, Corrupted, accuracy, agreement, cost_under, fidelity, own_flops
 from prunus.prune import prune
 from prunus.recipe import ClassifierPrune, Corruptions, Distill, Given, given, schedules
 from prunus.report import progress
@@ -239,15 +239,8 @@ def operations(setting: Setting) -> dict[str, int]:
 
 
 def cost_of(model: nn.Module, masks: Masks, setting: Setting) -> dict[str, Any]:
-    """What `evaluate.cost.cost` says of one image, from the operations counted before."""
-    dense = operations(setting)
-    sparse = float(sum(dense.values()))
-    for name, (kept, total) in masks.table().items():
-        sparse -= dense.get(name.rpartition(".")[0], 0) * (1 - kept / total)
-    whole = sum(parameter.numel() for parameter in model.parameters())
-    pruned = sum(total - kept for kept, total in masks.table().values())
-    found = Cost(sum(dense.values()), round(sparse), sum(dense.values()) / max(sparse, 1.0), whole, whole - pruned)
-    return asdict(found)
+    """What `measure.cost` says of one image, from the operations counted before."""
+    return asdict(cost_under(operations(setting), model, masks))
 
 
 def views_of(model: nn.Module, asked: ClassifierPrune) -> list[View]:
