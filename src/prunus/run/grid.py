@@ -132,10 +132,12 @@ class Grid(Strict):
                 tried.at.update({axis: self._label(axis, each) for axis, each in tried.at.items()})
 
     def _label(self, axis: str, label: str) -> str:
-        names = {**{_plain(_read(name)): name for name in self.axes[axis]}, **{name: name for name in self.axes[axis]}}
-        if label not in names:
+        if label in self.axes[axis]:
+            return label
+        found = next((name for name in self.axes[axis] if _plain(_read(name)) == label), None)
+        if found is None:
             raise ValueError(f"{label!r} is not a label of {axis}; there are {', '.join(self.axes[axis])}")
-        return names[label]
+        return found
 
     def _check_anchors(self) -> None:
         cells = list(self.cells())
