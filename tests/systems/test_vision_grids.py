@@ -18,6 +18,7 @@ from prunus.recipe import ClassifierRecipe, parse
 from prunus.run import digits as showing
 from prunus.run.compare import GridJobs, compare, compare_all, load_grids
 from prunus.run.grid import Grid, final_members, load_grid, tuning_members
+from prunus.run.show import grid_rows
 from prunus.vision import stages
 from prunus.vision.setting import Setting
 from prunus.vision.train import train_run
@@ -100,6 +101,7 @@ def test_a_grid_trains_each_dense_network_once(tmp_path: Path, monkeypatch: pyte
     assert found["90 %", "LLR"]["seeds"] == [0, 1]
     assert found["90 %", "LLR"]["tuned"] == {"retrain.lr": 0.1}
     assert found["80 %", "GMP"]["tuned"] == {"train.lr": 0.1, "during.gmp.every": 0.2}
+    assert "train.lr=0.1, during.gmp.every=0.2" in {row["chosen"] for row in grid_rows(rows)}
     assert found["80 %", "LLR"]["accuracy"]["mean"] > found["80 %", "pruned"]["pruned"]["mean"]
     assert not [*tmp_path.glob("members/*.safetensors"), *tmp_path.glob("starts"), *tmp_path.glob("trainings")]
     table = (tmp_path / "table.md").read_text()
