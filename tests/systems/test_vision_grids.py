@@ -17,7 +17,7 @@ from prunus.jobs.store import closure
 from prunus.recipe import ClassifierRecipe, parse
 from prunus.run import digits as showing
 from prunus.run.compare import GridJobs, compare, compare_all, load_grids
-from prunus.run.grid import Grid, final_members, load_grid, tuning_members
+from prunus.run.grid import Grid, final_members, likely_members, load_grid, tuning_members
 from prunus.vision import stages
 from prunus.vision.setting import Setting
 from prunus.vision.train import train_run
@@ -54,6 +54,18 @@ def grid(out: Path, **changes: Any) -> Grid:
         "out": str(out),
     }
     return parse(asked | changes, Grid, "grid.yaml")
+
+
+def test_a_cell_is_judged_with_the_values_that_are_tried_for_it(tmp_path: Path) -> None:
+    def asked(*values: dict[str, Any]) -> Grid:
+        axes: dict[str, Any] = {"method": {"LC": {"during": "lc", "train.weight_decay": 0}}}
+        tune = {"by": "accuracy", "axis": "method", "cells": {"LC": {"values": list(values)}}}
+        return grid(tmp_path, axes=axes, tune=tune, more_seeds=None)
+
+    found = asked({"during.lc.mu": 1e-3}, {"during.lc.mu": 2e-3})  # without any, LC has no penalty
+    assert [each.recipe.during for each in likely_members(found, {})] == [{"lc": {"mu": 1e-3}}]
+    with pytest.raises(ValueError, match=r"LC: .*its penalty is the weight decay"):
+        asked({"during.lc.mu": 1e-3}, {"train.lr": 0.1})
 
 
 SMALL: dict[str, Any] = {

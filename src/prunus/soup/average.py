@@ -155,8 +155,9 @@ def learn_weights(
     so a step costs one backward pass at the average, and no stack of the members is built. batches, loss: as `train`
     takes them. model: gives the architecture and, by its mode, whether BatchNorm uses each batch's statistics (train)
     or the members' averaged ones (eval, whose own slope is left out); it is not changed. seed: of torch's generators,
-    by which dropout draws; they are as before afterwards. Members without a tensor weigh alike. Raises ValueError for members that do not fit together, for less than a step and a rate that is not
-    above 0, FloatingPointError for a loss that is not finite.
+    by which dropout draws; they are as before afterwards. Members without a tensor weigh alike. Raises ValueError for
+    members that do not fit together, for less than a step and a rate that is not above 0, FloatingPointError for a
+    loss that is not finite.
 
     >>> layer, states = nn.Linear(2, 2), [nn.Linear(2, 2).state_dict() for _ in range(3)]
     >>> batch = torch.ones(4, 2), torch.zeros(4, dtype=torch.long)
