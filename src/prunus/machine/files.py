@@ -113,8 +113,13 @@ def atomic_folder(folder: str | os.PathLike[str]) -> Generator[Path]:
     with hidden_folder(folder) as partial:
         yield partial
         for path in partial.rglob("*.safetensors"):
-            path.chmod(partial.stat().st_mode & 0o666)  # safetensors 0.8 makes files that their owner alone reads
+            _share_(path, partial.stat().st_mode)
         _move_(partial, folder)
+
+
+def _share_(file: Path, made: int) -> None:
+    """Give a file the mode of what was made plainly; safetensors 0.8 makes files that only their owner reads."""
+    file.chmod(made & 0o666)
 
 
 def _move_(partial: Path, folder: Path) -> None:
@@ -250,12 +255,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     said[_CHECKSUM] = checksum(plain, said)
     with atomic(path) as partial:
         partial.touch()
-        mode = partial.stat().st_mode  # as the umask says, which safetensors 0.8 does not ask
+        mode = partial.stat().st_mode
         try:
             save_file(plain, partial, metadata=said)
         except SafetensorError as error:
             raise OSError(f"{path} cannot be written: {error}") from error
-        partial.chmod(mode)
+        _share_(partial, mode)
 
 
 def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
