@@ -68,6 +68,19 @@ def test_a_cell_is_judged_with_the_values_that_are_tried_for_it(tmp_path: Path) 
         asked({"during.lc.mu": 1e-3}, {"train.lr": 0.1})
 
 
+def test_methods_have_their_steps_counted_before_any_image_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(delta: int) -> Grid:
+        axes: dict[str, Any] = {"method": {"RigL": {"during": {"rigl": {"delta": delta}}}}}
+        return grid(tmp_path, axes=axes, tune=None, more_seeds=None)
+
+    monkeypatch.delattr("prunus.vision.setting.read_images")
+    GridJobs(asked(1)).look()
+    with pytest.raises(ValueError, match="delta"):
+        GridJobs(asked(10_000)).look()
+
+
 SMALL: dict[str, Any] = {
     "axes": {"method": {"dense": {"prune": None}, "LLR": {"retrain": {"schedule": "llr", "epochs": 1}}}},
     "tune": None,
