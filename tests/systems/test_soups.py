@@ -536,6 +536,7 @@ def test_no_two_members_of_any_seeds_draw_alike() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_finished_members_are_averaged_where_the_model_is(tmp_path: Path) -> None:
     from prunus.prune import prune
 
