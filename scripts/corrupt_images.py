@@ -90,8 +90,7 @@ def recipes(raw: dict[str, Any], name: str) -> Iterator[ClassifierRecipe]:
         yield parse(raw, ClassifierRecipe, name)
         return
     grid = parse(raw, Grid, name)
-    for labels in grid.cells():
-        yield grid.recipe(labels, grid.seeds[0], {})
+    yield from grid.recipes(grid.seeds[0])
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import save_file
 
-from prunus.data import Augment, ImageBatches, Images, read_images
+from prunus.data import Augment, ImageBatches, Images, count_images, read_images
 from prunus.data.images import matched
 
 RANDOM = np.random.default_rng(0)
@@ -89,6 +89,21 @@ def test_texts_are_classes_over_all_files_of_a_split(tmp_path: Path):
     found = read_images(tmp_path, "train")
     assert found.names == ("crow", "owl", "wren")
     assert found.labels.tolist() == [2, 0, 1]
+
+
+def test_images_are_counted_without_decoding_them(tmp_path: Path):
+    for number in range(10):
+        picture(tmp_path / "classes" / "ab"[number % 2] / f"{number}.jpg", pixels())
+    for place, split in enumerate(("train-0", "train-1", "test")):
+        table(tmp_path / "splits" / f"{split}.parquet", [png(pixels())] * (3 + place), ["b"] * (3 + place))
+    np.savez(tmp_path / "splits" / "train-2.npz", pixels=np.zeros((2, 6, 6, 3), np.uint8), labels=np.zeros(2, int))
+    sources = [tmp_path / "classes", tmp_path / "splits", tmp_path / "splits" / "test.parquet", "digits"]
+    asked = [(source, split) for source in sources for split in ("train", "test")]
+    counts = [len(read_images(source, split)) for source, split in asked]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr("prunus.data.images.read._decode")
+        assert [count_images(source, split) for source, split in asked] == counts
+    assert counts[:6] == [8, 2, 9, 5, 4, 1]
 
 
 @pytest.mark.parametrize("ending", ["npz", "safetensors"])

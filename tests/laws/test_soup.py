@@ -287,6 +287,21 @@ def test_learned_weights_find_the_good_member():
         learn_weights([good.state_dict()], good, taught, classification_loss(), steps=0)
 
 
+def test_learned_weights_draw_from_a_seed_of_their_own():
+    states = [make_model(seed).state_dict() for seed in range(3)]
+    model = make_model(0)
+    model[2] = nn.Dropout()
+    before = torch.get_rng_state()
+
+    def learned(seed):
+        return learn_weights(states, model, batches, classification_loss(), steps=2, seed=seed)
+
+    first = learned(0)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(1)  # what was drawn before changes nothing
+    assert learned(0) == first != learned(1)
+
+
 def test_mixing_extrapolates():
     a, b = torch.tensor([1.0, 0.0, 4.0]), torch.tensor([3.0, 0.0, 4.0])
     assert mix([a, b], [2.0, -1.0]).tolist() == [-1.0, 0.0, 4.0]

@@ -15,9 +15,9 @@ from prunus.during import DST, ELSA, GMP, Part, RigL
 from prunus.frankwolfe import SFW, k_support, lp
 from prunus.machine import ranks
 from prunus.masks import Masks
-from prunus.score import uniform
+from prunus.score import uniform, uniform_plus
 from prunus.train.averaged import Ema
-from prunus.train.checkpoint import Clock
+from prunus.train.checkpoint import Clock, options_of
 from prunus.train.drawn import drawn_from, seeded
 from prunus.train.hooks import During, Plan
 from prunus.train.lr import linear_warmup_decay
@@ -310,6 +310,11 @@ def test_a_checkpoint_of_a_method_with_other_options_is_refused(tmp_path, one, o
     (tmp_path / "c").unlink()
     go(used)
     assert go(one()).losses == first.losses
+
+
+def test_allocations_made_with_other_options_are_told_apart():
+    said = [options_of([RigL(0.5, topology=uniform_plus(most=most))])["RigL.topology"] for most in (0.8, 0.8, 0.7)]
+    assert said[0] == said[1] != said[2]
 
 
 @pytest.mark.parametrize("other", [lp(2), k_support(1, radius=2.0)])

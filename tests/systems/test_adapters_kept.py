@@ -236,8 +236,14 @@ def test_what_is_refused_with_the_mend(tmp_path: Path) -> None:
     info.write_text(json.dumps(json.loads(info.read_text()) | {"format": 9}))
     with pytest.raises(ValueError, match="format 9"):
         Adaptation.load(tmp_path / "adapter", model)
-    for text, said in (("[]", "has format None"), ('{"format": 1, "rank": 2}', "says no 'alpha'; it was edited")):
-        info.write_text(text)
+    right = json.loads(info.read_text()) | {"format": 1}
+    odd = {"rank": "2", "alpha": None, "views": "fc1", "train": [1], "base": {"path": "x"}, "files": {}}
+    for found, said in (
+        ([], "has format None"),
+        ({"format": 1, "rank": 2}, "says no 'alpha'; it was edited"),
+        *((right | {key: value}, f"says {key}: .*it was edited") for key, value in odd.items()),
+    ):
+        info.write_text(json.dumps(found))
         with pytest.raises(ValueError, match=said):
             Adaptation.load(tmp_path / "adapter", model)
     whole = adapt(model, ["full"], masks=masks, views=find_layers(model))

@@ -284,6 +284,10 @@ def test_other_averages_on_disk_are_those_in_memory(folders, tmp_path, how):
     assert said["zeros"] >= min(each["zeros"] for each in said["members"])
     with pytest.raises(ValueError, match="holds another model"):
         average_checkpoints(members, tmp_path / "out")
+    average_checkpoints(members, tmp_path / "out", how=how, base=base)  # the same again
+    if "slerp" not in how:
+        with pytest.raises(ValueError, match="holds another model"):
+            average_checkpoints(members, tmp_path / "out", how=how, base=folders[1])
 
 
 @pytest.mark.parametrize(

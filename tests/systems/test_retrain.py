@@ -138,6 +138,22 @@ def test_a_folder_of_another_job_is_refused(tmp_path: Path):
             imp(other, sparsity=sparsity, phases=1, select=select, retrain=lambda phase: Trace(), folder=tmp_path)
 
 
+def test_a_folder_of_other_weights_is_refused(tmp_path: Path):
+    early = state(network())
+    later = {name: value + 1 for name, value in early.items()}
+
+    def go(start: dict[str, torch.Tensor], rewind: dict[str, torch.Tensor] | None) -> None:
+        model = network_with(start)
+        how = {"sparsity": 0.8, "phases": 1, "select": select, "folder": tmp_path, "rewind": rewind}
+        imp(model, retrain=lambda phase: Trace(), **how)
+
+    go(early, early)
+    go(early, early)
+    for start, rewind in ((later, early), (early, later), (early, None)):
+        with pytest.raises(ValueError, match=r"belongs to another job or model: it has .*'weights'"):
+            go(start, rewind)
+
+
 def test_rewinding_sets_surviving_weights_back_before_each_phase():
     model = network()
     early = state(model)

@@ -28,6 +28,7 @@ from prunus.recipe import ClassifierRecipe, member_of, order_of, parse
 from prunus.run.cli import app
 from prunus.run.compare import compare
 from prunus.run.grid import Grid
+from prunus.score.criteria import magnitude, random
 from prunus.soup import sms_
 from prunus.soup.average import average
 from prunus.soup.imp import Phase, imp
@@ -497,6 +498,64 @@ def test_members_of_another_soup_are_not_taken(tmp_path: Path) -> None:
     for changed in ({"seed": 1}, {"sparsity": 0.25}, {"phases": 2}, {"members": 3}):
         with pytest.raises(ValueError, match=r"phase-1-member-1\.safetensors is a member of another soup"):
             go(**changed)
+
+
+@pytest.mark.parametrize("other", ["weights", "criterion"])
+def test_members_of_other_weights_and_masks_are_not_taken(tmp_path: Path, other: str) -> None:
+    from prunus.prune import prune
+
+    def go(value: float, criterion: Any) -> None:
+        layer = nn.Linear(4, 2, bias=False)
+        with torch.no_grad():
+            layer.weight.copy_(torch.arange(8.0).view(2, 4) + value)
+        select = lambda network, s, within: prune(network, criterion, sparsity=s, within=within)  # noqa: E731
+        how: Any = {"sparsity": 0.5, "phases": 1, "members": 1, "folder": tmp_path, "select": select}
+        sms_(layer, retrain=lambda copy, phase, place: None, **how)
+
+    go(1.0, magnitude)
+    go(1.0, magnitude)
+    with pytest.raises(ValueError, match=r"member-1\.safetensors is a member of another soup"):
+        go(2.0, magnitude) if other == "weights" else go(1.0, random(0))
+
+
+def test_no_two_members_of_any_seeds_draw_alike() -> None:
+    from prunus.prune import prune
+
+    drawn: list[float] = []
+    for seed in range(3):
+        sms_(
+            nn.Linear(4, 2),
+            sparsity=0.5,
+            phases=2,
+            members=2,
+            select=lambda network, s, within: prune(network, sparsity=s, within=within),
+            retrain=lambda copy, phase, place: drawn.append(float(torch.rand(1))),
+            seed=seed,
+        )
+    assert len(set(drawn)) == len(drawn) == 12
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_finished_members_are_averaged_where_the_model_is(tmp_path: Path) -> None:
+    from prunus.prune import prune
+
+    def go() -> list[str]:
+        torch.manual_seed(0)
+        where: list[str] = []
+        sms_(
+            nn.Linear(4, 2).cuda(),
+            sparsity=0.5,
+            phases=1,
+            members=2,
+            select=lambda network, s, within: prune(network, sparsity=s, within=within),
+            retrain=lambda copy, phase, place: None,
+            mix=lambda states, masks: where.extend(each["weight"].device.type for each in states) or dict(states[0]),
+            folder=tmp_path,
+        )
+        return where
+
+    assert go() == go() == ["cuda", "cuda"]
 
 
 def test_a_member_that_moved_pruned_weights_is_refused() -> None:

@@ -17,7 +17,7 @@ from prunus.jobs.store import closure
 from prunus.recipe import ClassifierRecipe, parse
 from prunus.run import digits as showing
 from prunus.run.compare import GridJobs, compare, compare_all, load_grids
-from prunus.run.grid import Grid, final_members, load_grid, tuning_members
+from prunus.run.grid import Grid, final_members, likely_members, load_grid, tuning_members
 from prunus.run.show import grid_rows
 from prunus.vision import stages
 from prunus.vision.setting import Setting
@@ -55,6 +55,31 @@ def grid(out: Path, **changes: Any) -> Grid:
         "out": str(out),
     }
     return parse(asked | changes, Grid, "grid.yaml")
+
+
+def test_a_cell_is_judged_with_the_values_that_are_tried_for_it(tmp_path: Path) -> None:
+    def asked(*values: dict[str, Any]) -> Grid:
+        axes: dict[str, Any] = {"method": {"LC": {"during": "lc", "train.weight_decay": 0}}}
+        tune = {"by": "accuracy", "axis": "method", "cells": {"LC": {"values": list(values)}}}
+        return grid(tmp_path, axes=axes, tune=tune, more_seeds=None)
+
+    found = asked({"during.lc.mu": 1e-3}, {"during.lc.mu": 2e-3})  # without any, LC has no penalty
+    assert [each.recipe.during for each in likely_members(found, {})] == [{"lc": {"mu": 1e-3}}]
+    with pytest.raises(ValueError, match=r"LC: .*its penalty is the weight decay"):
+        asked({"during.lc.mu": 1e-3}, {"train.lr": 0.1})
+
+
+def test_methods_have_their_steps_counted_before_any_image_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(delta: int) -> Grid:
+        axes: dict[str, Any] = {"method": {"RigL": {"during": {"rigl": {"delta": delta}}}}}
+        return grid(tmp_path, axes=axes, tune=None, more_seeds=None)
+
+    monkeypatch.delattr("prunus.vision.setting.read_images")
+    GridJobs(asked(1)).look()
+    with pytest.raises(ValueError, match="delta"):
+        GridJobs(asked(10_000)).look()
 
 
 SMALL: dict[str, Any] = {

@@ -11,10 +11,10 @@ in `adapt`; this file only reads and writes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ def check_adapter_folder(folder: str | Path) -> None:
     >>> check_adapter_folder("runs/new")
     """
     info = Path(folder) / INFO
-    check_replaceable(folder, read_json(info).get("files", []) if info.is_file() else [])
+    check_replaceable(folder, _told(info)["files"] if info.is_file() else [])
 
 
 def read_adapter(folder: str | Path) -> StoredAdapter:
@@ -90,13 +90,8 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
     found = {_own(name): each for name, each in read_tensors(folder / TENSORS)[0].items()}
     if not (folder / INFO).is_file():
         return _of_peft(folder, found)
-    said = read_json(folder / INFO)
-    version = said.get("format") if isinstance(said, dict) else None
-    if version != _FORMAT:
-        raise ValueError(f"{folder / INFO} has format {version!r}; this Prunus reads {_FORMAT}: upgrade it")
-    if lacking := [key for key in ("rank", "alpha", "views", "train", "base") if key not in said]:
-        raise ValueError(f"{folder / INFO} says no {lacking[0]!r}; it was edited: get the adapter again")
-    if MASKS in said.get("files", []) and not (folder / MASKS).is_file():
+    said = _told(folder / INFO)
+    if MASKS in said["files"] and not (folder / MASKS).is_file():
         raise ValueError(f"{folder} lacks {MASKS}, without which merging would fill pruned weights: get it again")
     masks = Masks.load(folder / MASKS) if (folder / MASKS).is_file() else None
     base = said["base"]
@@ -110,6 +105,37 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
         base["path"],
         base["fingerprints"],
     )
+
+
+def _told(path: Path) -> dict[str, Any]:
+    """What a prunus_adapter.json says. Raises ValueError for one of another version, and for one that was edited."""
+    said = read_json(path)
+    version = said.get("format") if isinstance(said, dict) else None
+    if version != _FORMAT:
+        raise ValueError(f"{path} has format {version!r}; this Prunus reads {_FORMAT}: upgrade it")
+    if wrong := next((key for key, fits in _FITS.items() if key not in said or not fits(said[key])), None):
+        found = f"{wrong}: {str(said[wrong])[:40]}" if wrong in said else f"no {wrong!r}"
+        raise ValueError(f"{path} says {found}; it was edited: get the adapter again")
+    return said
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in cast("list[Any]", value))
+
+
+def _is_base(value: Any) -> bool:
+    prints = value.get("fingerprints") if isinstance(value, dict) else None
+    return isinstance(prints, dict) and _are_texts([value.get("path"), *cast("dict[str, Any]", prints).values()])
+
+
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "rank": lambda value: type(value) is int,
+    "alpha": lambda value: type(value) in (int, float),
+    "views": _are_texts,
+    "train": _are_texts,
+    "base": _is_base,
+    "files": _are_texts,
+}
 
 
 def peft_config(layers: list[str], whole: list[str], rank: int, alpha: float, how: Mapping[str, Any]) -> dict[str, Any]:

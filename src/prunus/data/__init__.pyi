@@ -3,9 +3,11 @@ from .images import Augment as Augment
 from .images import ImageBatches as ImageBatches
 from .images import Images as Images
 from .images import LoaderBatches as LoaderBatches
+from .images import count_images as count_images
 from .images import matched as matched
 from .images import plain_batches as plain_batches
 from .images import read_images as read_images
+from .images import split_places as split_places
 from .models import build_encoder as build_encoder
 from .models import build_model as build_model
 from .models import check_model as check_model

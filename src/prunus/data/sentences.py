@@ -16,8 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from prunus.data.images import generator_of, split_places
+from prunus.data.images import split_places
 from prunus.data.texts import TextSource, checked_text
+from prunus.machine import generator_of
 
 __all__ = ["Aim", "SentenceBatches", "Sentences", "read_sentences", "sentence_batches"]
 

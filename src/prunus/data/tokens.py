@@ -21,9 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.data.images import generator_of
 from prunus.data.texts import TextSource
-from prunus.machine import atomic, cache
+from prunus.machine import atomic, cache, generator_of
 
 __all__ = [
     "IGNORED",

@@ -46,16 +46,17 @@ def average_checkpoints(
     if how is None:
         saved = average_folders(checkpoints, out, weights)
     else:
-        saved = average_folders(checkpoints, out, how=joined_by(how, len(checkpoints)), base=base)
+        noted = str(base) if averages.knows(how, "base") else None
+        saved = average_folders(checkpoints, out, how=joined_by(how, len(checkpoints), noted), base=base)
     said = load_info(saved.folder)["average"]["members"]
     return _rows(saved, [{"weight": member["weight"]} for member in said])
 
 
-def joined_by(how: Choice, members: int) -> Join:
-    """What joins so many members tensor by tensor, as the average of this name does."""
+def joined_by(how: Choice, members: int, noted: str | None = None) -> Join:
+    """What joins so many members tensor by tensor, as the average of this name does; noted: of their base."""
     name, empty = how if isinstance(how, str) else json.dumps(how), dict[str, Tensor]()
     weights = averages.make(how, [empty] * members, base=empty)[1]
-    return Join(name, lambda states, base: averages.make(how, states, base=base)[0], weights)
+    return Join(name, lambda states, base: averages.make(how, states, base=base)[0], weights, noted)
 
 
 def _check_how(how: Choice | None, weights: Sequence[float] | None, base: str | Path | None) -> None:

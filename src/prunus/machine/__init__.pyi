@@ -4,6 +4,7 @@ from .files import atomic as atomic
 from .files import atomic_folder as atomic_folder
 from .files import cache as cache
 from .files import check_replaceable as check_replaceable
+from .files import checksum as checksum
 from .files import checksums as checksums
 from .files import hidden_folder as hidden_folder
 from .files import json_line as json_line
@@ -21,6 +22,7 @@ from .running import autocast as autocast
 from .running import called as called
 from .running import class_logits as class_logits
 from .running import full_products as full_products
+from .running import generator_of as generator_of
 from .running import generator_state as generator_state
 from .running import give_back_memory as give_back_memory
 from .running import hooked as hooked
@@ -35,6 +37,7 @@ from .running import product_dtype as product_dtype
 from .running import put_back as put_back
 from .running import quiet as quiet
 from .running import random_state as random_state
+from .running import seed_of as seed_of
 from .running import set_generator_state as set_generator_state
 from .running import set_random_state as set_random_state
 from .running import with_forwards as with_forwards

@@ -113,8 +113,13 @@ def atomic_folder(folder: str | os.PathLike[str]) -> Generator[Path]:
     with hidden_folder(folder) as partial:
         yield partial
         for path in partial.rglob("*.safetensors"):
-            path.chmod(partial.stat().st_mode & 0o666)  # safetensors 0.8 makes files that their owner alone reads
+            _share_(path, partial.stat().st_mode)
         _move_(partial, folder)
+
+
+def _share_(file: Path, made: int) -> None:
+    """Give a file the mode of what was made plainly; safetensors 0.8 makes files that only their owner reads."""
+    file.chmod(made & 0o666)
 
 
 def _move_(partial: Path, folder: Path) -> None:
@@ -247,15 +252,29 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         plain[name] = own.clone() if storage in seen else own
         seen.add(storage)
     said = dict(metadata or {})
-    said[_CHECKSUM] = _checksum(plain, said)
+    said[_CHECKSUM] = checksum(plain, said)
     with atomic(path) as partial:
         partial.touch()
-        mode = partial.stat().st_mode  # as the umask says, which safetensors 0.8 does not ask
+        mode = partial.stat().st_mode
         try:
             save_file(plain, partial, metadata=said)
         except SafetensorError as error:
             raise OSError(f"{path} cannot be written: {error}") from error
-        partial.chmod(mode)
+        _share_(partial, mode)
+
+
+def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """CRC-32 of tensors of any device and layout, and of what is said of them, in 8 hexadecimal digits.
+
+    >>> checksum({"weight": torch.zeros(2)})
+    '71c99bb7'
+    """
+    found = zlib.crc32(json.dumps({**(metadata or {}), _CHECKSUM: ""}, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        own = tensor.detach().cpu().contiguous()
+        found = zlib.crc32(f"{name} {own.dtype} {list(own.shape)}".encode(), found)
+        found = zlib.crc32(own.reshape(-1).view(torch.uint8).numpy().data, found) if own.numel() else found
+    return f"{found:08x}"
 
 
 def checksums(files: Sequence[Path]) -> dict[str, str]:
@@ -285,7 +304,7 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
             found: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}); delete it to make it anew") from None
-    if said.pop(_CHECKSUM, None) not in (None, _checksum(found, said)):
+    if said.pop(_CHECKSUM, None) not in (None, checksum(found, said)):
         raise ValueError(f"{path} is damaged (its checksum is another); delete it to make it anew")
     return found, said
 
@@ -295,15 +314,6 @@ def _file_checksum(path: Path) -> str:
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(room):
             found = zlib.crc32(memoryview(room)[:count], found)
-    return f"{found:08x}"
-
-
-def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """CRC-32 of all that a file says, in 8 hexadecimal digits."""
-    found = zlib.crc32(json.dumps({**metadata, _CHECKSUM: ""}, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        found = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), found)
-        found = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, found) if tensor.numel() else found
     return f"{found:08x}"
 
 

@@ -47,7 +47,7 @@ def compare_all(
     if shared is not None:
         raise ValueError(f"two grids would be written to {shared}: give each an `out` of its own")
     for grid, out in zip(grids, folders, strict=True):
-        recipes = [grid.recipe(labels, 0, {}) for labels in grid.cells()]
+        recipes = grid.recipes(0)
         check_outside(out, recipes)
         mark(out, "grid")
         for place in {out, Path(grid.dense or out)}:

@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from prunus.jobs import Job, Layout, Show, Store, device_name, device_of, ran_on
 from prunus.recipe import Folder, Seed, Strict, digest, merge, parse, read_yaml, said, yaml_value
@@ -38,7 +38,7 @@ def _plain(label: Any) -> Any:
     return json.dumps(label) if isinstance(label, int | float) else label
 
 
-Label = Annotated[str, BeforeValidator(_plain)]  # of an axis, which `Grid._label` finds
+Label = Annotated[str, BeforeValidator(_plain)]  # of an axis, which `_found` finds
 
 
 class Tried(Strict):
@@ -94,6 +94,26 @@ class Grid(Strict):
     out: Folder = "runs/compare"
     dense: Folder | None = None
 
+    @field_validator("tune")
+    @classmethod
+    def _of_tune(cls, tune: Tune | None, known: ValidationInfo) -> Tune | None:
+        cells = {} if tune is None else tune.cells
+        at = {
+            name: {axis: _found(each, axis, known) for axis, each in tried.at.items()} for name, tried in cells.items()
+        }
+        named = {name: tried.model_copy(update={"at": at[name]}) for name, tried in cells.items()}
+        return tune and tune.model_copy(update={"cells": named})
+
+    @field_validator("more_seeds")
+    @classmethod
+    def _of_seeds(cls, more: MoreSeeds | None, known: ValidationInfo) -> MoreSeeds | None:
+        return more and more.model_copy(update={"where": _all_found(more.where, known)})
+
+    @field_validator("skip")
+    @classmethod
+    def _of_skip(cls, skip: list[dict[str, list[str]]], known: ValidationInfo) -> list[dict[str, list[str]]]:
+        return [_all_found(where, known) for where in skip]
+
     @model_validator(mode="after")
     def _check(self) -> Grid:
         named = [axis for where in self._wheres() for axis in where]
@@ -103,10 +123,10 @@ class Grid(Strict):
         strange = [axis for axis in named if axis not in self.axes]
         if strange:
             raise ValueError(f"{strange[0]!r} is not an axis; there are {', '.join(self.axes)}")
-        self._check_labels_()
+        self._check_labels()
         self._check_anchors()
         self._check_seeds()
-        recipes = [self.recipe(labels, self.seeds[0], {}) for labels in self.cells()]
+        recipes = self.recipes(self.seeds[0])
         if not recipes:
             raise ValueError("skip leaves no cell, so nothing would be run: leave out an entry")
         self.task.check(None if self.tune is None else {"text": self.tune.text, "by": self.tune.by}, self.show, recipes)
@@ -122,22 +142,14 @@ class Grid(Strict):
         if twice:
             raise ValueError(f"seeds: {twice[0]} stands twice, and a mean would count it twice; give each once")
 
-    def _check_labels_(self) -> None:
-        """Labels that YAML reads as numbers are then what their axis calls them."""
-        for where in self._wheres():
-            where.update({axis: [self._label(axis, each) for each in labels] for axis, labels in where.items()})
+    def _check_labels(self) -> None:
+        named = [(axis, each) for where in self._wheres() for axis, labels in where.items() for each in labels]
         if self.tune is not None:
-            for name, tried in self.tune.cells.items():
-                self._label(self.tune.axis, name)
-                tried.at.update({axis: self._label(axis, each) for axis, each in tried.at.items()})
-
-    def _label(self, axis: str, label: str) -> str:
-        if label in self.axes[axis]:
-            return label
-        found = next((name for name in self.axes[axis] if _plain(_read(name)) == label), None)
-        if found is None:
-            raise ValueError(f"{label!r} is not a label of {axis}; there are {', '.join(self.axes[axis])}")
-        return found
+            named += [(self.tune.axis, name) for name in self.tune.cells]
+            named += [pair for tried in self.tune.cells.values() for pair in tried.at.items()]
+        for axis, label in named:
+            if label not in self.axes[axis]:
+                raise ValueError(f"{label!r} is not a label of {axis}; there are {', '.join(self.axes[axis])}")
 
     def _check_anchors(self) -> None:
         cells = list(self.cells())
@@ -183,6 +195,15 @@ class Grid(Strict):
             raw = merge(raw, self.axes[axis][label])
         return self.task.recipe(merge(raw, dict(tuned)), seed, tuning=tuning, where=" / ".join(labels.values()))
 
+    def recipes(self, seed: int) -> list[Any]:
+        """Those of all cells, of a tuned one with each value that may be chosen: without any it is not run."""
+        return [self.recipe(labels, seed, each) for labels in self.cells() for each in self.choices(labels)]
+
+    def choices(self, labels: Mapping[str, str]) -> list[dict[str, Any]]:
+        """What may be set in a cell: dotted keys and their values; nothing, where nothing is tuned."""
+        tried = self.tuned(labels)
+        return [{}] if tried is None else tried.overrides()
+
     def tuned(self, labels: Mapping[str, str]) -> Tried | None:
         """What is tried for a cell, or None when nothing is tuned there."""
         return self.tune.cells.get(labels[self.tune.axis]) if self.tune is not None else None
@@ -193,6 +214,16 @@ class Grid(Strict):
         if more is not None and _named(labels, more.where):
             return [*self.seeds, *more.seeds]
         return self.seeds
+
+
+def _found(label: str, axis: str, known: ValidationInfo) -> str:
+    """What an axis of the grid calls a label that YAML may have read as a number; a strange one as it is."""
+    names = known.data.get("axes", {}).get(axis, {})  # none where they are wrong themselves
+    return label if label in names else next((name for name in names if _plain(_read(name)) == label), label)
+
+
+def _all_found(where: Mapping[str, list[str]], known: ValidationInfo) -> dict[str, list[str]]:
+    return {axis: [_found(each, axis, known) for each in labels] for axis, labels in where.items()}
 
 
 def _read(name: str) -> Any:
@@ -305,7 +336,7 @@ def _chosen(
 
 def _random(grid: Grid, labels: Labels) -> bool:
     """Whether a cell's result depends on the seed: pruning alone does not."""
-    return grid.task.seeded(grid.recipe(labels, 0, {}))
+    return grid.task.seeded(grid.recipe(labels, 0, grid.choices(labels)[0]))
 
 
 def _member(grid: Grid, labels: Labels, seed: int, tuned: dict[str, Any]) -> Member:

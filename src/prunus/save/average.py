@@ -62,12 +62,13 @@ Mix = Callable[[str, Sequence[Tensor]], Tensor]  # (name, the same entries of ea
 class Join:
     """An average that is no mean. name: as recipes say it. make: (members' states, that of their base) -> a state.
 
-    weights: what each member counts in it.
+    weights: what each member counts in it; base: what of that model is noted, where the average goes by it.
     """
 
     name: str
     make: Callable[[Sequence[State], State], State]
     weights: Sequence[float]
+    base: str | None = None
 
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
@@ -103,7 +104,7 @@ def average_folders(
     for path, member in zip((*checkpoints, base or checkpoints[0]), (*members, start), strict=True):
         check_apart(Path(out), path)
         _check_member(member, members[0])
-    own = ([(str(member.path), share) for member, share in zip(members, shares, strict=True)], how and how.name)
+    own = [(str(member.path), share) for member, share in zip(members, shares, strict=True)], _said(how)
     check_new(out, "average", lambda known: _made_of(known) == own)
     with new_folder(out) as partial:
         zeros = [0] * (len(members) + 1)
@@ -143,10 +144,17 @@ class _Member:
         return cls(folder or path, dict(checkpoint.tensors), masks, json.loads(metadata.get("shapes", "{}")), config)
 
 
-def _made_of(info: Mapping[str, Any]) -> tuple[list[tuple[str, float]], str | None]:
+def _said(how: Join | None) -> dict[str, str]:
+    """What prunus.json says of an average that is no mean."""
+    said = {} if how is None else {"how": how.name, "base": how.base}
+    return {key: value for key, value in said.items() if value is not None}
+
+
+def _made_of(info: Mapping[str, Any]) -> tuple[list[tuple[str, float]], dict[str, str]]:
     """The members and weights of an average, and what it is if no mean, by its prunus.json."""
     found = info.get("average", {})
-    return [(each["path"], each["weight"]) for each in found.get("members", [])], found.get("how")
+    members = [(each["path"], each["weight"]) for each in found.get("members", [])]
+    return members, {key: found[key] for key in ("how", "base") if key in found}
 
 
 def _check_member(member: _Member, first: _Member) -> None:
@@ -300,7 +308,7 @@ def _info(
     return {
         "format": FORMAT,
         **{key: value for key, value in known[0].items() if key not in _OF_ONE_MODEL},
-        "average": {"members": average, "zeros": zeros[-1]} | ({} if how is None else {"how": how.name}),
+        "average": {"members": average, "zeros": zeros[-1], **_said(how)},
         "masks": MASKS_NAME if first.masks else None,
         "sparsity": {"pruned": pruned, "layers": {name: 1 - kept[name] / totals[name] for name in kept}},
         "versions": _versions(),

@@ -22,7 +22,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -52,6 +52,7 @@ class Allocation:
 
     reads: what it must be given of the layers: "" (each by itself), their "shapes", their "scores", their "inputs",
     what they receive, or the "loss" of the model at given counts. A plain function is an allocation that reads scores.
+    options: names and values of what it was made with, by which a checkpoint knows it from another of its name.
 
     >>> Allocation(lambda scores, sparsity: {name: 1 for name in scores}, "shapes")({"a": torch.ones(2, 2)}, 0.75)
     {'a': 1}
@@ -60,14 +61,15 @@ class Allocation:
     count: Count
     reads: Reads = "scores"
     name: str = "allocation"
+    options: tuple[tuple[str, Any], ...] = ()
 
     def __call__(self, scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
         """Layer name -> entries to keep."""
         return self.count(scores, sparsity)
 
 
-def allocation(*, reads: Reads) -> Callable[[Count], Allocation]:
-    """Makes an allocation of a function, saying what it reads.
+def allocation(*, reads: Reads, **options: Any) -> Callable[[Count], Allocation]:
+    """Makes an allocation of a function, saying what it reads, and what the function takes from around it.
 
     >>> @allocation(reads="shapes")
     ... def halves(scores, sparsity):
@@ -78,7 +80,7 @@ def allocation(*, reads: Reads) -> Callable[[Count], Allocation]:
 
     def make(count: Count) -> Allocation:
         name = getattr(count, "__name__", "allocation")
-        made = Allocation(count, reads, name)
+        made = Allocation(count, reads, name, tuple(options.items()))
         vars(made).update(__doc__=count.__doc__, __name__=name, __module__=count.__module__)
         return made
 
@@ -248,7 +250,7 @@ def uniform_plus(first: str | None = None, last: str | None = None, *, most: flo
     if not 0 <= most <= 1:
         raise ValueError(f"most is the share that the last layer loses at most, in [0, 1]; got {most}")
 
-    @allocation(reads="shapes")
+    @allocation(reads="shapes", first=first, last=last, most=most)
     def uniform_plus(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
         sizes = _sizes_of(scores)
         whole, spared = _ends(scores, first, last)
@@ -306,7 +308,7 @@ def owl(c: float = 5.0, lam: float = 0.08) -> Allocation:
     if not c > 0 or not lam >= 0:
         raise ValueError(f"owl needs c > 0 and lam >= 0; got c={c}, lam={lam}")
 
-    @allocation(reads="inputs")
+    @allocation(reads="inputs", c=c, lam=lam)
     def owl(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
         kept_of(0, sparsity)
         if not (lam <= sparsity and sparsity + lam < 1):
@@ -348,7 +350,7 @@ def evopress(
             f"{offspring}, {levels} and {step}"
         )
 
-    @allocation(reads="loss")
+    @allocation(reads="loss", generations=generations, offspring=offspring, step=step, levels=levels, seed=seed)
     def evopress(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
         kept_of(0, sparsity)
         loss = scores.loss if isinstance(scores, Scores) else None

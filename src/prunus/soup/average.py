@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.masks import Masks
-from prunus.train import masks_by_magnitude
+from prunus.train import masks_by_magnitude, seeded
 
 State = Mapping[str, Tensor]
 
@@ -146,6 +146,7 @@ def learn_weights(
     *,
     steps: int = 50,
     lr: float = 0.1,
+    seed: int = 0,
 ) -> list[float]:
     """Weights for `average` that gradient descent finds on held-out batches: softmax(a), a (members,) from zeros, Adam.
 
@@ -153,9 +154,10 @@ def learn_weights(
 
     so a step costs one backward pass at the average, and no stack of the members is built. batches, loss: as `train`
     takes them. model: gives the architecture and, by its mode, whether BatchNorm uses each batch's statistics (train)
-    or the members' averaged ones (eval, whose own slope is left out); it is not changed. Members without a tensor
-    weigh alike. Raises ValueError for members that do not fit together, for less than a step and a rate that is not
-    above 0, FloatingPointError for a loss that is not finite.
+    or the members' averaged ones (eval, whose own slope is left out); it is not changed. seed: of torch's generators,
+    by which dropout draws; they are as before afterwards. Members without a tensor weigh alike. Raises ValueError for
+    members that do not fit together, for less than a step and a rate that is not above 0, FloatingPointError for a
+    loss that is not finite.
 
     >>> layer, states = nn.Linear(2, 2), [nn.Linear(2, 2).state_dict() for _ in range(3)]
     >>> batch = torch.ones(4, 2), torch.zeros(4, dtype=torch.long)
@@ -174,17 +176,18 @@ def learn_weights(
     device = next(iter(parameters.values())).device
     logits = torch.zeros(len(states), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([logits], lr=lr)
-    for step in range(steps):
-        shares = logits.softmax(0)
-        mixed.load_state_dict(average(states, _exact(shares)))
-        mixed.zero_grad()
-        value = loss(mixed, _to(batches(step), device))
-        value.backward()  # pyright: ignore[reportUnknownMemberType]
-        if not math.isfinite(value.item()):
-            raise FloatingPointError(f"the loss of the average is {value.item()} in step {step}: lower lr")
-        optimizer.zero_grad()
-        shares.backward(torch.tensor([_slope(parameters, state) for state in states], dtype=torch.float64))
-        optimizer.step()
+    with seeded(seed, device):
+        for step in range(steps):
+            shares = logits.softmax(0)
+            mixed.load_state_dict(average(states, _exact(shares)))
+            mixed.zero_grad()
+            value = loss(mixed, _to(batches(step), device))
+            value.backward()  # pyright: ignore[reportUnknownMemberType]
+            if not math.isfinite(value.item()):
+                raise FloatingPointError(f"the loss of the average is {value.item()} in step {step}: lower lr")
+            optimizer.zero_grad()
+            shares.backward(torch.tensor([_slope(parameters, state) for state in states], dtype=torch.float64))
+            optimizer.step()
     return _exact(logits.softmax(0))
 
 

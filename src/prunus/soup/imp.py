@@ -15,12 +15,12 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from prunus.machine import random_state, ranks, read_tensors, set_random_state, write_tensors
+from prunus.machine import checksum, random_state, ranks, read_tensors, set_random_state, write_tensors
 from prunus.masks import Masks, own_name, unwrapped
 from prunus.patterns import kept_of
 
@@ -187,8 +187,8 @@ def imp(
         weights to zero, before each retraining (weight rewinding, Frankle et al. 2019).
     on_phase: called after each retraining; in a resumed run again for a phase that was killed while it ran.
     folder: keeps the state after the last finished phase, with torch's random state. A killed call that is repeated
-        goes on from there, and ends as the unbroken one if select and retrain depend on model, phase and torch's
-        generators alone.
+        with the same weights goes on from there, and ends as the unbroken one if select and retrain, which are not
+        compared, depend on model, phase and torch's generators alone.
 
     Source: Han et al. 2015; the sparsities of Zimmer et al. 2023.
     Raises ValueError for a sparsity outside [0, 1), phases < 1, a rewind that does not fit the model, a folder of
@@ -201,7 +201,7 @@ def imp(
     """
     targets = phase_sparsities(sparsity, phases)
     _check_rewind(model, rewind or {})
-    store = None if folder is None else _Store(folder, {"sparsity": sparsity, "phases": phases})
+    store = None if folder is None else _Store.of(folder, model, rewind, sparsity=sparsity, phases=phases)
     done, masks = store.restore_(model) if store is not None else (0, None)
     for index in range(done, phases):
         before = {name: parameter.detach().clone() for name, parameter in unwrapped(model).named_parameters()}
@@ -226,8 +226,14 @@ def imp(
 class _Store:
     """The model and its masks after the last finished phase, in one file that is complete or absent."""
 
-    def __init__(self, folder: Path, job: Mapping[str, float]) -> None:
-        self.path, self.job = Path(folder) / "phases.safetensors", dict(job)
+    def __init__(self, path: Path, job: Mapping[str, Any]) -> None:
+        self.path, self.job = path, dict(job)
+
+    @classmethod
+    def of(cls, folder: Path, model: nn.Module, rewind: Mapping[str, Tensor] | None, **asked: float) -> _Store:
+        """The file of the job that begins with these weights; of several processes, with those of the main one."""
+        weights = {"weights": checksum(model.state_dict()), "rewind": None if rewind is None else checksum(rewind)}
+        return cls(Path(folder) / "phases.safetensors", asked | ranks.agree(weights))
 
     def save(self, model: nn.Module, masks: Masks, done: int) -> None:
         """Write the state after phase `done`; under several processes one writes, and all wait for it."""

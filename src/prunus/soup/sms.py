@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
-from prunus.machine import read_tensors, write_tensors
+from prunus.machine import checksum, read_tensors, seed_of, write_tensors
 from prunus.masks import Masks, unwrapped
 from prunus.soup.average import average
 from prunus.soup.imp import Phase, check_nested, distance, phase_sparsities
@@ -110,9 +110,10 @@ def sms_(
     select: as `imp` takes it. retrain: (a copy of the pruned model, phase, member from 0) trains the copy in place
     under `phase.masks`. mix: (states, masks) -> state, such as `uniform`, or `greedy` with a score. settle: mends the
     averaged model in place, as `recalibrate_` does where there is BatchNorm. on_soup: is shown every phase's members
-    when their average is in the model. seed: of torch's generators while a member is retrained; they are as before
-    afterwards. folder: keeps finished members; a killed call that is repeated trains only the others, and ends as the
-    unbroken one. map: as in `sms`; generators are the process's, so members in threads must draw from their own.
+    when their average is in the model. seed: of torch's generators while a member is retrained, which begin at another
+    place for each; they are as before afterwards. folder: keeps finished members; a killed call that is repeated with
+    the same weights trains only the others, and ends as the unbroken one. map: as in `sms`; generators are the
+    process's, so members in threads must draw from their own.
 
     Raises ValueError for members or phases < 1, a sparsity outside [0, 1), masks that give pruned weights back, members
     that are not zero under their mask, and a folder of another soup.
@@ -123,7 +124,8 @@ def sms_(
     Masks(1 parameters, sparsity 0.7500)
     """
     targets = phase_sparsities(sparsity, phases)
-    job = json.dumps({"sparsity": sparsity, "phases": phases, "members": members, "seed": seed})
+    asked = {"sparsity": sparsity, "phases": phases, "members": members, "seed": seed}
+    start = {} if folder is None else {"weights": checksum(model.state_dict())}
 
     def pruned(_: nn.Module, index: int, before: Phase | None) -> Phase:
         weights = {name: parameter.detach().clone() for name, parameter in unwrapped(model).named_parameters()}
@@ -135,13 +137,11 @@ def sms_(
 
     def member(phase: Phase, index: int, place: int) -> State:
         path = None if folder is None else Path(folder) / f"phase-{index + 1}-member-{place + 1}.safetensors"
+        job = "" if path is None else json.dumps({**asked, **start, "masks": checksum(phase.masks)})
         if path is not None and path.exists():
-            state, said = read_tensors(path)
-            if said.get("job", job) != job:
-                raise ValueError(f"{path} is a member of another soup, {said['job']}; this one is {job}: delete it")
-            return state
+            return _finished(path, job, model)
         own = copy.deepcopy(model)
-        with seeded(seed + members * index + place, next(own.parameters()).device):
+        with seeded(seed_of(seed, members * index + place), next(own.parameters()).device):
             retrain(own, phase, place)
         phase.masks.check(own)
         state = {name: value.detach() for name, value in own.state_dict().items()}
@@ -160,3 +160,11 @@ def sms_(
 
     done = sms(model, phases=phases, members=members, prune=pruned, retrain=member, average=averaged, map=map)
     return done[-1].pruned.masks
+
+
+def _finished(path: Path, job: str, model: nn.Module) -> State:
+    """A finished member, where the model is: an average made elsewhere has other last bits."""
+    state, said = read_tensors(path)
+    if (found := said.get("job")) != job:
+        raise ValueError(f"{path} is a member of another soup, {found}; this one is {job}: delete it")
+    return {name: state[name].to(value.device) for name, value in model.state_dict().items()}

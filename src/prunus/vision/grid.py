@@ -16,7 +16,7 @@ from prunus.recipe import ClassifierRecipe, Recipe, data_changes, digest, meant,
 from prunus.vision.jobs import forks_after
 from prunus.vision.outcome import outcome
 from prunus.vision.plan import Plan
-from prunus.vision.setting import Setting
+from prunus.vision.setting import Setting, count_training
 from prunus.vision.stages import operations
 
 __all__ = ["CLASSIFIERS"]
@@ -64,13 +64,13 @@ class _Classifiers:
         return recipe.data.measure_on != "validation", -_epochs(recipe)
 
     def look(self, recipes: Sequence[ClassifierRecipe]) -> None:
-        """Methods that prune while training have the steps they need; on the CPU: processes take their GPUs later."""
+        """Methods that prune while training have the steps they need; images are read by who trains on them."""
         asked = {digest(said(each, but={"seed"})): each for each in recipes if each.during is not None}
-        sources = set[str]()
+        counts = dict[str, int]()
         for each in asked.values():
-            look = Setting.of if each.data.source in sources else Setting.anew
-            forks_after(look(each.model_copy(update={"device": "cpu", "capture": "auto"})))
-            sources.add(each.data.source)
+            key = repr(each.data)
+            counts[key] = counts.get(key) or count_training(each)
+            forks_after(each, counts[key])
 
     @contextmanager
     def prepared(self, recipes: Sequence[ClassifierRecipe]) -> Generator[None]:

@@ -29,7 +29,7 @@ from prunus.soup import average, average_and_reprune, distance, finish, phase_sp
 from prunus.train import During, Multiplier, Original, Swa
 from prunus.vision import stages
 from prunus.vision.dense import dense_key, losses_by_epoch, read_dense, train_dense, watchers
-from prunus.vision.setting import Setting
+from prunus.vision.setting import Setting, steps_of
 from prunus.vision.smaller import smaller
 from prunus.vision.soups.averaging import Average, Meter, averaged
 
@@ -222,17 +222,17 @@ def network(recipe: ClassifierRecipe, store: Store, job: Job, base: Job) -> nn.M
     return model
 
 
-def forks_after(setting: Setting) -> int:
+def forks_after(recipe: ClassifierRecipe, images: int) -> int:
     """Steps of the training that members branch off: all, or those after which a method's mask has its last sparsity.
 
-    DPF, which would go on choosing, is stopped there. Raises ValueError for a mask that is final only at the end, and
-    for a training that is too short for a method.
+    DPF, which would go on choosing, is stopped there. images: how many are trained on. Raises ValueError for a mask
+    that is final only at the end, and for a training that is too short for a method.
     """
-    recipe, whole = setting.recipe, setting.steps(setting.recipe.train.epochs)
+    whole = steps_of(recipe, images, recipe.train.epochs)
     if recipe.during is None:
         return whole
     name, method = _method(recipe)
-    method.check(whole, setting.epoch_steps)
+    method.check(whole, steps_of(recipe, images))
     if not _forks(recipe):
         return whole
     sparsity = given(recipe.prune).sparsity
@@ -265,7 +265,7 @@ def _train_method(recipe: ClassifierRecipe, job: Job, store: Store) -> dict[str,
     setting = Setting.of(recipe)
     where = ran_on(store.work(job), setting.name)
     method = _method(recipe)[1]
-    whole, steps = setting.steps(recipe.train.epochs), forks_after(setting)
+    whole, steps = setting.steps(recipe.train.epochs), forks_after(recipe, len(setting.sets.train))
     taking: During = method if steps == whole else Part(method, whole)
     multiplier, warmup = stages.schedule(setting)
     model = setting.new_model()

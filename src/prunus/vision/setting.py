@@ -25,12 +25,14 @@ from prunus.data import (
     build_encoder,
     build_model,
     config_of,
+    count_images,
     load_weights_,
     matched,
     plain_batches,
     read_images,
     read_sentences,
     sentence_batches,
+    split_places,
 )
 from prunus.jobs import check_adapting, check_pruning, check_recordable, contents_of, device_name, device_of
 from prunus.machine import Precision
@@ -38,7 +40,7 @@ from prunus.measure import CORRUPTIONS, corrupted_sets
 from prunus.recipe import Augmentation, ClassifierRecipe, Corruptions, EncoderRecipe, ImageSource, member_of
 from prunus.train import drawn_from
 
-__all__ = ["Examples", "ImageSets", "Setting"]
+__all__ = ["Examples", "ImageSets", "Setting", "count_training", "steps_of"]
 
 Examples = Images | Sentences
 Batches = Callable[[int], tuple[Any, Tensor]]
@@ -93,10 +95,7 @@ class Setting:
         if cuda:
             torch.backends.cudnn.benchmark = True
         sets, keyed = _sets_of(recipe, device), recipe.keyed
-        if len(sets.train) < recipe.train.batch_size:
-            raise ValueError(
-                f"train.batch_size: {recipe.train.batch_size} is more than the {len(sets.train)} training {keyed}"
-            )
+        steps_of(recipe, len(sets.train))
         if recipe.aim == "classes" and sets.train.classes < 2:
             raise ValueError(
                 f"{keyed}.source {recipe.data.source!r}: all are of 1 class; a classifier needs 2 at least"
@@ -153,11 +152,11 @@ class Setting:
     @property
     def epoch_steps(self) -> int:
         """Steps of an epoch: the ragged rest of the images is left out."""
-        return len(self.sets.train) // self.recipe.train.batch_size
+        return steps_of(self.recipe, len(self.sets.train))
 
     def steps(self, epochs: float) -> int:
         """How many steps that many epochs are, at least one."""
-        return max(1, round(epochs * self.epoch_steps))
+        return steps_of(self.recipe, len(self.sets.train), epochs)
 
     def new_model(self) -> nn.Module:
         """The untrained network of the recipe's seed, on the device.
@@ -276,6 +275,27 @@ class Setting:
             std=self.sets.std,
             channels_last=self.channels_last,
         )
+
+
+def count_training(recipe: ClassifierRecipe) -> int:
+    """How many images or texts a recipe trains on; images are not decoded for it. Raises as reading them does."""
+    if isinstance(recipe, EncoderRecipe):
+        return len(Setting.anew(recipe.model_copy(update={"device": "cpu", "capture": "auto"})).sets.train)
+    asked, whole = recipe.images, count_images(recipe.images.source)
+    return whole if asked.measure_on == "test" else len(split_places(whole, asked.validation, SPLIT_SEED)[0])
+
+
+def steps_of(recipe: ClassifierRecipe, images: int, epochs: float = 1) -> int:
+    """How many steps that many epochs are, at least one; the ragged rest of the images is left out of each.
+
+    Raises ValueError for images that are fewer than a batch.
+    """
+    each = images // recipe.train.batch_size
+    if not each:
+        raise ValueError(
+            f"train.batch_size: {recipe.train.batch_size} is more than the {images} training {recipe.keyed}"
+        )
+    return max(1, round(epochs * each))
 
 
 def _sets_of(recipe: ClassifierRecipe, device: torch.device) -> ImageSets:

@@ -106,7 +106,7 @@ def planned(recipe: ClassifierRecipe) -> Outline:
     """What a run would do, checked as far as can be without training. Raises as `train_run`."""
     finished(recipe, Path(recipe.out), digest(said(recipe, but={"out"})))
     setting, phases = Setting.of(recipe), 1 if recipe.prune is None else recipe.prune.phases
-    forks_after(setting)
+    forks_after(recipe, len(setting.sets.train))
     dense, asked = setting.steps(recipe.train.epochs), recipe.retrain
     steps = [] if asked is None else asked.budgets(phases, dense, setting.epoch_steps)
     return outline_classifier(recipe, setting, sum(steps))
@@ -116,7 +116,7 @@ def _begin(recipe: ClassifierRecipe, key: str) -> Setting:
     """The setting of a run whose folder is begun: what cannot be run is refused before anything is written."""
     setting = Setting.anew(recipe)
     setting.new_model()
-    forks_after(setting)
+    forks_after(recipe, len(setting.sets.train))
     begin(Path(recipe.out), recipe)
     write_text(Path(recipe.out) / "work" / "key", key)
     return setting

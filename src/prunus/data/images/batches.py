@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from prunus.data.images.sets import Images, generator_of, mixed
+from prunus.data.images.sets import Images
+from prunus.machine import generator_of, seed_of
 
 __all__ = ["Augment", "ImageBatches", "LoaderBatches", "plain_batches"]
 
@@ -240,7 +241,7 @@ class LoaderBatches:
 
     def _start(self, epoch: int) -> Iterator[Any]:
         if self.loader.generator is not None:
-            self.loader.generator.manual_seed(mixed(self.seed, epoch))
+            self.loader.generator.manual_seed(seed_of(self.seed, epoch))
         if isinstance(self.loader.sampler, DistributedSampler):
             self.loader.sampler.set_epoch(epoch)
         return iter(self.loader)

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from prunus.data.images.sets import Images
+from prunus.data.images.sets import Images, split_places
 from prunus.machine import import_extra
 
-__all__ = ["read_images"]
+__all__ = ["count_images", "read_images"]
 
 _PIXELS, _LABELS = ("img", "image"), ("label", "labels", "fine_label")
 _ENDINGS = (".parquet", ".npz", ".safetensors")
@@ -51,22 +51,35 @@ def read_images(
     >>> read_images("digits", "test").pixels.shape
     torch.Size([359, 1, 8, 8])
     """
-    path = Path(source).expanduser()
-    if path.is_dir() and (whole := _split_folder(path, split, size)) is not None:
-        return whole
-    if not path.is_dir() and str(source) != "digits" and not path.suffix:
-        return _decoded(_hub_rows(str(source), split), size)
-    if str(source) == "digits":
-        images = _read_digits()
-    else:
-        images = _decoded(_class_rows(path), size) if path.is_dir() else _read_files([path], size)
-    if split is None or (split == "train" and test_share == 0):
+    parts, own = _found(source, split)
+    images = _joined([part if isinstance(part, Images) else _decoded(part, size) for part in parts])
+    if own or _is_whole(source, split, test_share, len(images)):
         return images
+    return images.split(test_share, seed=0)[split == "test"]
+
+
+def count_images(source: str | Path, split: str | None = "train", *, test_share: float = 0.2) -> int:
+    """How many images `read_images` would read; none is decoded. Raises as it does for what is seen without that.
+
+    >>> count_images("digits", "test")
+    359
+    """
+    parts, own = _found(source, split)
+    count = sum(len(part) for part in parts)
+    if own or _is_whole(source, split, test_share, count):
+        return count
+    return len(split_places(count, test_share, seed=0)[split == "test"])
+
+
+def _is_whole(source: str | Path, split: str | None, test_share: float, count: int) -> bool:
+    """Whether all images of a source without splits are asked for. Raises ValueError for a share that it has not."""
+    if split is None or (split == "train" and test_share == 0):
+        return True
     if split not in ("train", "test"):
         raise ValueError(f"'{source}' has no splits of its own: ask for 'train', 'test' or None, not {split!r}")
-    if not 0 < round(test_share * len(images)) < len(images):
-        raise ValueError(f"'{source}' has {len(images)} images, too few for a share of {test_share}; give more")
-    return images.split(test_share, seed=0)[split == "test"]
+    if not 0 < round(test_share * count) < count:
+        raise ValueError(f"'{source}' has {count} images, too few for a share of {test_share}; give more")
+    return False
 
 
 @dataclass(frozen=True)
@@ -83,16 +96,33 @@ class _Rows:
     rows: Sequence[_Row]
     names: tuple[str, ...] = ()  # of the numbers that are labels
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def _found(source: str | Path, split: str | None) -> tuple[Sequence[_Rows | Images], bool]:
+    """The parts of a source, pictures as they lie there, and whether they are a split of its own."""
+    path = Path(source).expanduser()
+    if path.is_dir() and (parts := _split_folder(path, split)) is not None:
+        return parts, True
+    if str(source) == "digits":
+        return [_read_digits()], False
+    if path.is_dir():
+        return [_class_rows(path)], False
+    if path.suffix:
+        return _read_files([path]), False
+    return [_hub_rows(str(source), split)], True
+
 
 # Folders.
 
 
-def _split_folder(folder: Path, split: str | None, size: int | None) -> Images | None:
-    """The images of a split of a folder; None if it has classes in place of splits."""
+def _split_folder(folder: Path, split: str | None) -> Sequence[_Rows | Images] | None:
+    """The parts of a split of a folder; None if it has classes in place of splits."""
     inside = {each.name for each in folder.iterdir() if each.is_dir()}
     own = next((name for name in _OTHER_NAMES.get(split or "", (split,)) if name in inside), None)
     if own is not None and any(each.is_dir() for each in (folder / own).iterdir()) and _has_pictures(folder / own):
-        return _decoded(_class_rows(folder / own), size)
+        return [_class_rows(folder / own)]
     files = [file for file in folder.rglob(f"{split or ''}*") if file.suffix in _ENDINGS]
     files = [file for file in files if split is None or not file.name[len(split)].isalnum()]  # not "training"
     if not files and _has_pictures(folder) and not any(name in inside for name in ("train", "test")):
@@ -104,7 +134,7 @@ def _split_folder(folder: Path, split: str | None, size: int | None) -> Images |
             f"{folder} holds no {split}*.parquet, .npz or .safetensors, at any depth, and no pictures in {split}/CLASS/"
             "; put them there, or name another folder"
         )
-    return _read_files(sorted(files, key=lambda file: (file.name, file)), size)
+    return _read_files(sorted(files, key=lambda file: (file.name, file)))
 
 
 def _has_pictures(folder: Path) -> bool:
@@ -130,23 +160,25 @@ def _class_rows(folder: Path) -> _Rows:
 # Files.
 
 
-def _read_files(files: Sequence[Path], size: int | None) -> Images:
+def _read_files(files: Sequence[Path]) -> Sequence[_Rows | Images]:
     for path in files:
         if not path.is_file():
             raise FileNotFoundError(f"no file, folder or known data set '{path}' (relative to {Path.cwd()})")
         if path.suffix not in _ENDINGS:
             raise ValueError(f"{path} ends in none of {', '.join(_ENDINGS)}; convert it")
     tables = [_parquet_rows(path) for path in files if path.suffix == ".parquet"]
-    parts = [_read_arrays(path) for path in files if path.suffix != ".parquet"]
+    parts: list[_Rows | Images] = [_read_arrays(path) for path in files if path.suffix != ".parquet"]
     if tables:
         rows = _Rows([row for table in tables for row in table.rows], max((table.names for table in tables), key=len))
         if not rows.rows:
             raise ValueError(f"{files[0]} holds no image; give a file that does")
-        parts.append(_decoded(rows, size))
-    return parts[0] if len(parts) == 1 else _joined(parts)
+        parts.append(rows)
+    return parts
 
 
 def _joined(parts: Sequence[Images]) -> Images:
+    if len(parts) == 1:
+        return parts[0]
     shapes = {tuple(part.pixels.shape[1:]) for part in parts}
     if len(shapes) > 1:
         raise ValueError(f"the files of one split hold images of different shapes {sorted(shapes)}; make them equal")

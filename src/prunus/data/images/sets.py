@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Images", "generator_of", "matched", "mixed", "split_places"]
+from prunus.machine import generator_of
+
+__all__ = ["Images", "matched", "split_places"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,17 +107,3 @@ def matched(test: Images, train: Images) -> Images:
         name = f" ({train.names[alone[0]]!r})" if alone[0] < len(train.names) else ""
         raise ValueError(f"class {alone[0]}{name} is only among the test images; leave it out, or train on it, too")
     return Images(test.pixels, labels, train.classes, train.names)
-
-
-def mixed(seed: int, epoch: int) -> int:
-    """One seed of two numbers; (seed, epoch) and (seed + 1, epoch - 1) do not coincide.
-
-    >>> mixed(0, 3)
-    3
-    """
-    return (seed * 0x9E3779B97F4A7C15 + epoch) % 2**63
-
-
-def generator_of(seed: int, epoch: int) -> torch.Generator:
-    """The CPU generator from which an epoch of a seed is drawn."""
-    return torch.Generator().manual_seed(mixed(seed, epoch))
