@@ -22,7 +22,7 @@ from prunus.run.flags import Flag, assignments, flags_of, numbers, overrides, wi
 
 app = typer.Typer(
     name="prunus",
-    help="Make neural networks sparse and keep them good: prune, retrain a sliver, merge, ship.\n\n"
+    help="Make neural networks sparse and keep them good: prune, retrain a small part, merge, ship.\n\n"
     "$ prunus demo\n$ prunus run recipe.yaml\n$ prunus report runs/run",
     pretty_exceptions_enable=False,
 )
