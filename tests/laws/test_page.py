@@ -104,6 +104,8 @@ def test_runs_stand_beside_one_another(tmp_path):
     assert said.index("41.75") < said.index("91.25 %") < said.index("30.50")
     with pytest.raises(FileNotFoundError, match="holds nothing finished"):
         compare_runs([*folders, tmp_path], tmp_path / "three.html")
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        compare_runs([*folders, tmp_path / "nowhere"], tmp_path / "three.html")
     (tmp_path / "table.json").write_text("[]", encoding="utf-8")
     with pytest.raises(ValueError, match="is no single run"):
         compare_runs([*folders, tmp_path], tmp_path / "three.html")

@@ -1,6 +1,6 @@
 """The stages of a compression run as functions of a recipe: load, prune, retrain, evaluate.
 
-`compress.py` strings them together for one model in place, `language.py` as the jobs of grids; neither knows what is in
+`single.py` strings them together for one model in place, `grid.py` as the jobs of grids; neither knows what is in
 them.
 """
 

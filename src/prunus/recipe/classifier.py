@@ -43,14 +43,14 @@ class ClassifierRecipe(Recipe):
     arguments: dict[str, Any] = Field(default_factory=dict)
     weights: str | None = None
     seed: Seed = 0
-    """Seed of weights, order and augmentation."""
+    """Of classifiers: seed of weights, order and augmentation."""
     train: Training = Training()
     during: MethodName = None
     prune: ClassifierPrune | None = None
     retrain: ClassifierRetrain | None = None
     soup: ClassifierSoup | None = None
     recalibrate: Share = 1.0
-    """Share of the images that count BatchNorm anew."""
+    """Of classifiers: share of the images that count BatchNorm anew."""
     corruptions: Corruptions | None = None
     channels_last: Literal["auto"] | bool = "auto"
 

@@ -114,7 +114,7 @@ class ClassifierPrune(Prune):
     sparsity: float = 0.9
     allocation: AllocationName = "global"
     kind: Kind = "zeros"
-    """What becomes of the network: zeros, or a smaller one."""
+    """Of classifiers: what becomes of the network, zeros or a smaller one."""
     ranking: Literal["norms", "taylor"] = "norms"
     """Of filters: by norms of their scores, or by what the loss would change by without them."""
 

@@ -66,12 +66,12 @@ class ClassifierRetrain(Retrain):
 
     schedule: RetrainingName = "allr"
     epochs: Positive | None = None
-    """How long, in epochs of the training images."""
+    """Of classifiers: how long, in epochs of the training images."""
     share: Positive | None = None
-    """How long, as a share of the dense training."""
+    """Of classifiers: how long, as a share of the dense training."""
     steps: Count | None = None
     rewind: Whole | None = None
-    """Epoch whose weights the surviving ones take again."""
+    """Of classifiers: epoch whose weights the surviving ones take again."""
     lr: Positive | None = None
     train: Subsets = ("full",)
     """What is trained: biases,norms or mask_lora or full ..."""

@@ -116,15 +116,15 @@ class Writing(Strict):
     """Type of the weights in memory."""
     data: Data = TRAIN_TEXT
     tokens: Count = 1_000_000
-    """How many there will be, about, with those of the prompts."""
+    """How many there will be, about, with those of the prompts; 1,000,000."""
     length: Annotated[int, Field(ge=2)] = 512
-    """Tokens of a row."""
+    """Tokens of a row; 512."""
     prompt: Count = 16
-    """Tokens that each row begins with, from anywhere in the text."""
+    """Tokens that each row begins with, from anywhere in the text; 16."""
     batch_size: Count = 64
-    """Rows that are written at once."""
+    """Rows that are written at once; 64."""
     temperature: Annotated[float, Field(gt=1e-6, allow_inf_nan=False)] = 1.0
-    """Below 1 the likely words come oftener than the model says, above 1 rarer."""
+    """Below 1 likely words come oftener than the model says, above 1 more rarely; 1."""
     seed: Seed = 0
     """Of prompts and draws."""
 

@@ -22,7 +22,7 @@ from prunus.run.flags import Flag, assignments, flags_of, numbers, overrides, wi
 
 app = typer.Typer(
     name="prunus",
-    help="Make neural networks sparse and keep them good: prune, retrain a sliver, merge, ship.\n\n"
+    help="Make neural networks sparse and keep them good: prune, retrain a small part, merge, ship.\n\n"
     "$ prunus demo\n$ prunus run recipe.yaml\n$ prunus report runs/run",
     pretty_exceptions_enable=False,
 )
@@ -90,7 +90,8 @@ def run(
 ) -> None:
     """Do what a recipe says: train, prune, retrain, average, measure, save. A killed run goes on.
 
-    The recipe decides: with the key `images` it is of an image classifier, else of a language model.
+    The recipe decides: with the key `images` it is of an image classifier, with `texts` of an encoder, else of a
+    language model. `prunus show` prints the default of every key that is left out.
 
     $ prunus run recipe.yaml
     $ prunus run recipe.yaml --pattern 2:4 --set retrain.steps=400 --out runs/24

@@ -99,6 +99,8 @@ def _kind(folder: Path) -> tuple[str, Callable[[Path, Any], Page]]:
     for name, draw in kinds.items():
         if (folder / name).exists():
             return name, draw
+    if not folder.exists():
+        raise FileNotFoundError(f"there is no folder {str(folder)!r} (seen from {Path.cwd()}); give that of a run")
     raise FileNotFoundError(f"{folder} holds nothing finished: there is none of {', '.join(kinds)}")
 
 

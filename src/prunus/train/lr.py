@@ -292,7 +292,7 @@ def allr(original: Original, steps: int, *, distance: float, share: float, warmu
 
         a = M * min(1, max(d1, d2)),   m(t) = a / M * (1 - u / R)
 
-    distance: d1, what pruning took away (`retrain.distance`). share: d2, this phase's steps by those of the dense run.
+    distance: d1, what pruning took away (`soup.distance`). share: d2, this phase's steps by those of the dense run.
     Both are at least 0; what exceeds 1 counts as 1. Raises ValueError for a negative or missing (NaN) signal.
 
     >>> [allr(Original.of([0.1]), 4, distance=0.5, share=0.1, warmup=0)(t) for t in range(4)]
