@@ -127,7 +127,7 @@ def _averaged_job(recipe: LanguageRecipe, start: Job, members: Sequence[Job]) ->
 def _prune(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
     device, within, checkpoint = device_of(recipe), None, store.checkpoint(job)
     recipe, where = stages.fitted(recipe, device), ran_on(store.work(job), device_name(device))
-    loaded, earlier = _start(recipe, device, store), _earlier(job)
+    loaded, earlier = _start(recipe, device, job, store), _earlier(job)
     if earlier:
         state, before = earlier
         check_whole(store.path(state))
@@ -282,9 +282,12 @@ def _merge_summary(merge: dict[str, dict[str, float]]) -> dict[str, float]:
     return found | ({"mean_lost": statistics.fmean(merge["lost"].values())} if merge["lost"] else {})
 
 
-def _start(recipe: LanguageRecipe, device: torch.device, store: Store) -> stages.Loaded:
-    """What is pruned first: the dense model, or the smaller one."""
-    return _kept(recipe, device, next((store.path(job) for job in _smaller_job(recipe)), None))
+def _start(recipe: LanguageRecipe, device: torch.device, job: Job, store: Store) -> stages.Loaded:
+    """What a job of pruning prunes: the dense model, or the smaller one, which it needs.
+
+    The fitted recipe would be asked in vain: another dtype or length is another key.
+    """
+    return _kept(recipe, device, next((store.path(need) for need in job.needs if need.room == "smaller"), None))
 
 
 def _kept(recipe: LanguageRecipe, device: torch.device, smaller: Path | None = None) -> stages.Loaded:
@@ -307,6 +310,6 @@ def _pruned(recipe: LanguageRecipe, job: Job, store: Store) -> Pruned:
     device, masks = device_of(recipe), store.masks(job)
     recipe = stages.fitted(recipe, device)
     assert masks is not None
-    loaded = replace(_start(recipe, device, store).copied(), distance=store.result(job)["distance"])
+    loaded = replace(_start(recipe, device, job, store).copied(), distance=store.result(job)["distance"])
     loaded.model.load_state_dict(store.state(job), strict=False)
     return Pruned(loaded, masks, recipe, device)
