@@ -36,6 +36,8 @@ LATE: list[tuple[dict[str, Any], str]] = [  # what an empty model, the tokenizer
     ({"shrink.blocks": 2}, "shrink.blocks: 2 of 2 blocks cannot go; give at most 1"),
     ({"shrink.heads": 0.1}, "shrink.heads: of 2 groups .* a share of 0.1 removes none"),
     ({"shrink.experts": 0.5}, "shrink.experts: LlamaForCausalLM has no stacked experts"),
+    ({"shrink.neurons": 0.3, "prune.pattern": "2:4"}, "2:4 needs columns divisible by 4; .*down_proj' has 34"),
+    ({"shrink.width": 0.5, "retrain.rank": 17}, r"retrain.rank: 17 is above min\(out, in\) of every layer"),
     ({"shrink.width": 0.3}, "shrink.width: 22 of 32 would be left, .* a share of 0.25 leaves 24"),
     ({"evaluate.speed": True}, "evaluate.speed: prompt 512 and 32 tokens are more than the model's 64"),
     ({"capture": True, "device": "cpu"}, "capture: capture=True records a CUDA graph, and the model is on cpu"),

@@ -106,11 +106,15 @@ def check_language(recipe: LanguageRecipe, model: Any) -> list[View]:
     for a missing package.
     """
     from prunus.adapt import add_biases  # which imports transformers: a classifier's plan does without
-    from prunus.shrink import check_shares
+    from prunus.shrink import check_shares, narrowed
     from prunus.stream import check_fit
 
     find_blocks(model)
     views = check_pruning(model, recipe.prune)
+    if (gone := recipe.shrink) is not None:
+        check_shares(model, blocks=gone.blocks, experts=gone.experts, heads=gone.heads, width=gone.width)
+        left = narrowed(model, heads=gone.heads, neurons=gone.neurons, width=gone.width)
+        views = check_pruning(left, recipe.prune)
     if recipe.retrain is not None and recipe.retrain.add_biases:
         with keyed("retrain.add_biases"):
             add_biases(model)
@@ -120,8 +124,6 @@ def check_language(recipe: LanguageRecipe, model: Any) -> list[View]:
     if recipe.reconstruct is not None:
         with keyed("reconstruct.train"):
             check_fit(model, views, recipe.reconstruct.train, recipe.reconstruct.window)
-    if (gone := recipe.shrink) is not None:
-        check_shares(model, blocks=gone.blocks, experts=gone.experts, heads=gone.heads, width=gone.width)
     for trained in (recipe.train, recipe.retrain):
         if trained is not None:
             optimizer_of(trained.optimizer)

@@ -12,7 +12,7 @@ from prunus.patterns import kept_of
 from prunus.shrink.experts import experts_left
 from prunus.shrink.language import blocks_without, changed, heads_of, pairs_left, with_pairs
 
-__all__ = ["check_shares"]
+__all__ = ["check_shares", "narrowed"]
 
 
 def check_shares(model: Any, *, blocks: int = 0, experts: float = 0.0, heads: float = 0.0, width: float = 0.0) -> None:
@@ -38,6 +38,20 @@ def check_shares(model: Any, *, blocks: int = 0, experts: float = 0.0, heads: fl
         if size == config.get_text_config().hidden_size:  # else embeddings are of another width
             stay, few = max(1, kept_of(size, width)), config
             _check_said("width", size, stay, lambda count: changed(few, {"hidden_size": count}))
+
+
+def narrowed(model: Any, *, heads: float = 0.0, neurons: float = 0.0, width: float = 0.0) -> Any:
+    """An empty model of the sizes that these shares leave, as far as names in the config say them; checked before.
+
+    >>> narrowed(model, neurons=0.25).config.ffn_dim
+    6
+    """
+    config = with_pairs(model.config, pairs_left(model.config, heads)) if heads else model.config
+    said = config.get_text_config().to_dict()
+    sizes = {"hidden_size": (config.get_text_config().hidden_size, width)}
+    sizes |= {key: (said[key], neurons) for key in ("intermediate_size", "ffn_dim") if isinstance(said.get(key), int)}
+    changes = {key: max(1, kept_of(size, share)) for key, (size, share) in sizes.items() if share}
+    return empty_model(changed(config, changes), model.dtype)
 
 
 def _check_heads(model: Any, config: Any) -> None:
