@@ -11,6 +11,7 @@ The loop over phases is `prunus.soup.sms` over jobs, as that of classifiers is.
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Generator, Mapping, Sequence
@@ -29,6 +30,7 @@ from prunus.jobs import (
     Job,
     Show,
     Store,
+    check_language,
     device_name,
     device_of,
     perplexity_row,
@@ -238,9 +240,13 @@ class _Language:
         return (recipe.reconstruct is not None,)
 
     def look(self, recipes: Sequence[LanguageRecipe]) -> None:
-        """Each checkpoint is that of its config.json."""
-        for recipe in {(each.model, each.dtype): each for each in recipes}.values():
-            stages.check_weights(recipe, stages.empty(recipe).model)
+        """Each checkpoint is that of its config.json, and each cell asks for what its model has."""
+        blanks: dict[tuple[str, str], Any] = {}
+        for recipe in {digest(_unseeded(each)): each for each in recipes}.values():
+            if (recipe.model, recipe.dtype) not in blanks:
+                blanks[recipe.model, recipe.dtype] = stages.empty(recipe).model
+                stages.check_weights(recipe, blanks[recipe.model, recipe.dtype])
+            check_language(recipe, copy.deepcopy(blanks[recipe.model, recipe.dtype]))  # which may be given biases
 
     @contextmanager
     def prepared(self, recipes: Sequence[LanguageRecipe]) -> Generator[None]:
@@ -274,6 +280,13 @@ class _Language:
 
 
 LANGUAGE = _Language()
+
+
+def _unseeded(recipe: LanguageRecipe) -> LanguageRecipe:
+    """The recipe of all seeds."""
+    sections = {key: getattr(recipe, key) for key in ("train", "retrain", "reconstruct")}
+    alike = {key: each.model_copy(update={"seed": 0}) for key, each in sections.items() if each is not None}
+    return recipe.model_copy(update=alike)
 
 
 def _merge_summary(merge: dict[str, dict[str, float]]) -> dict[str, float]:
