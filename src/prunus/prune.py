@@ -40,6 +40,7 @@ from prunus.score import (
     needed,
     observable,
     observe,
+    rows_of,
     staying,
     uniform,
 )
@@ -225,10 +226,7 @@ def _tried(
     served = list(batches)
 
     def outputs(batch: int) -> Tensor:
-        out = _run(model, served[batch])
-        if isinstance(out, Mapping):  # transformers' own
-            out = out["logits"] if "logits" in out else out["last_hidden_state"]
-        return out.flatten(0, -2)
+        return rows_of(_run(model, served[batch]))
 
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     with in_mode(model, training=False):

@@ -135,6 +135,7 @@ def test_members_that_shrink_share_the_smaller_model(
     from prunus.language.single import compress
 
     raw = grid(tiny_folder, text_file, tmp_path / "grid", tune=None, more_seeds=None)
+    del raw["base"]["calibrate"]["length"]  # whose default is longer than the model takes
     norms = raw["axes"]["method"]["norms"]
     raw["axes"] = {
         "smaller": {"dense": {}, "25% of neurons": {"shrink.neurons": 0.25}, "1 block": {"shrink.blocks": 1}},
@@ -171,11 +172,29 @@ def test_members_that_shrink_share_the_smaller_model(
 
 def test_a_failing_member_takes_no_other_with_it(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     axes = grid(tiny_folder, text_file, tmp_path)["axes"]
-    axes["method"] = {"empty": {"retrain": {"train": ["biases"], "data": str(text_file), "steps": 1}}, "pruned": {}}
+    axes["method"] = {"wild": {**axes["method"]["norms"], "retrain.lr": 1e38}, "pruned": {}}
     asked = checked(tiny_folder, text_file, tmp_path, axes=axes, tune=None, more_seeds=None)
     with pytest.raises(RuntimeError, match="4 jobs failed"):
         compare(asked)
     assert len(json.loads((tmp_path / "table.json").read_text())) == 4
+
+
+@pytest.mark.parametrize(
+    ("cell", "said"),
+    [
+        ({"retrain.train": ["biases"]}, "retrain.train: Subset 'biases' is empty in LlamaForCausalLM"),
+        ({"retrain.rank": 33, "retrain.train": ["mask_lora"]}, "retrain.rank: 33 is above"),
+        ({"prune.exclude": ["layers.7.*"]}, "'layers.7.*' matches none"),
+    ],
+)
+def test_a_cell_that_the_model_cannot_be_ends_a_grid_before_its_work(
+    cell: dict[str, Any], said: str, tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    axes = grid(tiny_folder, text_file, tmp_path)["axes"]
+    axes["method"] = {"pruned": {}, "other": axes["method"]["norms"] | cell}
+    with pytest.raises(ValueError, match=said):
+        compare(checked(tiny_folder, text_file, tmp_path, axes=axes, tune=None, more_seeds=None))
+    assert not (tmp_path / "starts").exists()
 
 
 @pytest.mark.slow

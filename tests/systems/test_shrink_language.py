@@ -13,6 +13,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GptOssConfig,
@@ -41,6 +43,7 @@ from prunus.patterns import Unstructured
 from prunus.recipe import LanguageRecipe, parse
 from prunus.save import save_model
 from prunus.shrink import (
+    check_shares,
     choose_blocks,
     columns,
     expert_saliency,
@@ -131,6 +134,24 @@ def test_a_share_by_which_no_group_of_heads_goes_is_refused(tokens: torch.Tensor
     with pytest.raises(ValueError, match=r"of 1 groups .* removes none; leave it out"):
         remove_heads(remove_heads(model, tokens, 0.5), tokens, 0.5)
     assert remove_heads(model, tokens, 0.0) is model
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2"])
+def test_heads_that_change_no_size_are_refused_by_the_config_alone(family: str) -> None:
+    with pytest.raises(ValueError, match=r"shrink\.heads: .* has matrices of one size"):
+        check_shares(made(family), heads=0.5)
+
+
+def test_sizes_that_a_config_refuses_are_refused_before_anything_runs() -> None:
+    """LlamaConfig wants a hidden size that is a multiple of its heads, those that are left."""
+    model = LlamaForCausalLM(LlamaConfig(**{**GATED, "num_key_value_heads": 4}))
+    with pytest.raises(ValueError, match=r"shrink.heads: 3 of 4 would be left, .*\(3\)\); a share of 0.5 leaves 2"):
+        check_shares(model, heads=0.25)
+    with pytest.raises(
+        ValueError, match=r"shrink.width: 26 of 32 would be left, .*\(3\)\); a share of 0.1562 leaves 27"
+    ):
+        check_shares(model, heads=0.25, width=0.2)
+    check_shares(model, heads=0.25, width=0.25)
 
 
 @pytest.mark.parametrize("family", ["opt", "gpt2", "phi3"])
@@ -245,6 +266,13 @@ def test_entries_of_hidden_states_that_do_nothing_go_without_a_trace(tokens: tor
         model.get_input_embeddings().weight[:, idle] = 0
     expected = logits(model, tokens)
     assert torch.allclose(logits(remove_width(model, tokens, 0.25), tokens), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_hidden_states_that_are_counted_elsewhere_stay(tokens: torch.Tensor) -> None:
+    """Gemma multiplies embeddings by the root of the hidden size; what is to be left out is the width."""
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**GATED, head_dim=8, sliding_window=16))
+    with pytest.raises(ValueError, match=r"shrink.width: .* counted, elsewhere. Leave it out"):
+        remove_width(model, tokens, 0.25)
 
 
 @pytest.mark.parametrize("family", ["opt", "gpt2", "phi3"])

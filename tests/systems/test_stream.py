@@ -96,6 +96,11 @@ def test_a_search_by_the_models_loss_keeps_the_budget(asked: Criterion) -> None:
     assert found["evopress"] < found["uniform"]
 
 
+def test_a_search_goes_by_the_hidden_states_of_a_model_without_a_head() -> None:
+    model = tiny_llama().model
+    assert stream(model, wanda, sparsity=0.5, tokens=TOKENS, allocation=evopress(1)).masks.sparsity == 0.5
+
+
 def test_a_search_needs_the_model_in_memory(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path)
     with init_empty_weights():

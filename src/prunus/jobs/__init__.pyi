@@ -19,6 +19,7 @@ from .outline import Outline as Outline
 from .outline import check_adapting as check_adapting
 from .outline import check_language as check_language
 from .outline import check_pruning as check_pruning
+from .outline import keyed as keyed
 from .outline import kind_of as kind_of
 from .outline import outline_classifier as outline_classifier
 from .outline import outline_language as outline_language

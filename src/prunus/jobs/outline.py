@@ -9,7 +9,8 @@ Memory and bytes are estimates of what is counted here: weights, statistics, sta
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import nn
 from prunus.blocks import find_blocks
 from prunus.layers import View, find_layers, parameter_shapes
 from prunus.machine import import_extra
-from prunus.measure import check_tasks
+from prunus.measure import check_pace, check_tasks
 from prunus.recipe import (
     Adapting,
     ClassifierRecipe,
@@ -38,6 +39,7 @@ __all__ = [
     "check_adapting",
     "check_language",
     "check_pruning",
+    "keyed",
     "kind_of",
     "outline_classifier",
     "outline_language",
@@ -45,6 +47,19 @@ __all__ = [
 ]
 
 _STATE = 16  # bytes of a trained parameter: itself, its gradient and two moments, in float32
+
+
+@contextmanager
+def keyed(key: str) -> Generator[None]:
+    """Say at which key of the recipe stands what is refused.
+
+    >>> with keyed("retrain.data"):
+    ...     pass
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -91,24 +106,31 @@ def check_language(recipe: LanguageRecipe, model: Any) -> list[View]:
     for a missing package.
     """
     from prunus.adapt import add_biases  # which imports transformers: a classifier's plan does without
-    from prunus.shrink import check_shares
+    from prunus.shrink import check_shares, narrowed
     from prunus.stream import check_fit
 
     find_blocks(model)
     views = check_pruning(model, recipe.prune)
+    if (gone := recipe.shrink) is not None:
+        check_shares(model, blocks=gone.blocks, experts=gone.experts, heads=gone.heads, width=gone.width)
+        left = narrowed(model, heads=gone.heads, neurons=gone.neurons, width=gone.width)
+        views = check_pruning(left, recipe.prune)
     if recipe.retrain is not None and recipe.retrain.add_biases:
-        add_biases(model)
+        with keyed("retrain.add_biases"):
+            add_biases(model)
     for key, asked in (("reconstruct", recipe.reconstruct), ("train", recipe.train), ("retrain", recipe.retrain)):
         if asked is not None:
             check_adapting(key, asked, model, views, whole=key != "reconstruct")
     if recipe.reconstruct is not None:
-        check_fit(model, views, recipe.reconstruct.train, recipe.reconstruct.window)
-    if recipe.shrink is not None:
-        check_shares(model, blocks=recipe.shrink.blocks, experts=recipe.shrink.experts, heads=recipe.shrink.heads)
+        with keyed("reconstruct.train"):
+            check_fit(model, views, recipe.reconstruct.train, recipe.reconstruct.window)
     for trained in (recipe.train, recipe.retrain):
         if trained is not None:
             optimizer_of(trained.optimizer)
     check_tasks(recipe.evaluate.tasks)
+    if (pace := recipe.evaluate.speed) is not None:
+        with keyed("evaluate.speed"):
+            check_pace(model, pace.prompt, pace.tokens, pace.batch_size)
     check_trackers(recipe.log_with)
     return views
 
@@ -125,7 +147,9 @@ def check_adapting(
 
     adapted = {view.parameter: view.name for view in views} if set(asked.train) & set(ADAPTERS) else {}
     for name in (each for each in asked.train if whole and each not in ADAPTERS):
-        twice = next((adapted[each] for each in find_subset(model, name) if each in adapted), None)
+        with keyed(f"{key}.train"):
+            found = find_subset(model, name)
+        twice = next((adapted[each] for each in found if each in adapted), None)
         if twice is not None:
             raise ValueError(
                 f"{key}.train: {twice!r} would be trained by {name!r} and by its adapter: leave out one of the two, or "

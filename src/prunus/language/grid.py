@@ -11,6 +11,7 @@ The loop over phases is `prunus.soup.sms` over jobs, as that of classifiers is.
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Generator, Mapping, Sequence
@@ -29,6 +30,7 @@ from prunus.jobs import (
     Job,
     Show,
     Store,
+    check_language,
     device_name,
     device_of,
     perplexity_row,
@@ -127,7 +129,7 @@ def _averaged_job(recipe: LanguageRecipe, start: Job, members: Sequence[Job]) ->
 def _prune(recipe: LanguageRecipe, job: Job, store: Store) -> dict[str, Any]:
     device, within, checkpoint = device_of(recipe), None, store.checkpoint(job)
     recipe, where = stages.fitted(recipe, device), ran_on(store.work(job), device_name(device))
-    loaded, earlier = _start(recipe, device, store), _earlier(job)
+    loaded, earlier = _start(recipe, device, job, store), _earlier(job)
     if earlier:
         state, before = earlier
         check_whole(store.path(state))
@@ -238,9 +240,13 @@ class _Language:
         return (recipe.reconstruct is not None,)
 
     def look(self, recipes: Sequence[LanguageRecipe]) -> None:
-        """Each checkpoint is that of its config.json."""
-        for recipe in {(each.model, each.dtype): each for each in recipes}.values():
-            stages.check_weights(recipe, stages.empty(recipe).model)
+        """Each checkpoint is that of its config.json, and each cell asks for what its model has."""
+        blanks: dict[tuple[str, str], Any] = {}
+        for recipe in {digest(_unseeded(each)): each for each in recipes}.values():
+            if (recipe.model, recipe.dtype) not in blanks:
+                blanks[recipe.model, recipe.dtype] = stages.empty(recipe).model
+                stages.check_weights(recipe, blanks[recipe.model, recipe.dtype])
+            check_language(recipe, copy.deepcopy(blanks[recipe.model, recipe.dtype]))  # which may be given biases
 
     @contextmanager
     def prepared(self, recipes: Sequence[LanguageRecipe]) -> Generator[None]:
@@ -276,15 +282,25 @@ class _Language:
 LANGUAGE = _Language()
 
 
+def _unseeded(recipe: LanguageRecipe) -> LanguageRecipe:
+    """The recipe of all seeds."""
+    sections = {key: getattr(recipe, key) for key in ("train", "retrain", "reconstruct")}
+    alike = {key: each.model_copy(update={"seed": 0}) for key, each in sections.items() if each is not None}
+    return recipe.model_copy(update=alike)
+
+
 def _merge_summary(merge: dict[str, dict[str, float]]) -> dict[str, float]:
     """The largest difference that merging made in any layer, and the mean share of the update that it lost."""
     found = {"largest_difference": max(merge["difference"].values(), default=0.0)}
     return found | ({"mean_lost": statistics.fmean(merge["lost"].values())} if merge["lost"] else {})
 
 
-def _start(recipe: LanguageRecipe, device: torch.device, store: Store) -> stages.Loaded:
-    """What is pruned first: the dense model, or the smaller one."""
-    return _kept(recipe, device, next((store.path(job) for job in _smaller_job(recipe)), None))
+def _start(recipe: LanguageRecipe, device: torch.device, job: Job, store: Store) -> stages.Loaded:
+    """What a job of pruning prunes: the dense model, or the smaller one, which it needs.
+
+    The fitted recipe would be asked in vain: another dtype or length is another key.
+    """
+    return _kept(recipe, device, next((store.path(need) for need in job.needs if need.room == "smaller"), None))
 
 
 def _kept(recipe: LanguageRecipe, device: torch.device, smaller: Path | None = None) -> stages.Loaded:
@@ -307,6 +323,6 @@ def _pruned(recipe: LanguageRecipe, job: Job, store: Store) -> Pruned:
     device, masks = device_of(recipe), store.masks(job)
     recipe = stages.fitted(recipe, device)
     assert masks is not None
-    loaded = replace(_start(recipe, device, store).copied(), distance=store.result(job)["distance"])
+    loaded = replace(_start(recipe, device, job, store).copied(), distance=store.result(job)["distance"])
     loaded.model.load_state_dict(store.state(job), strict=False)
     return Pruned(loaded, masks, recipe, device)

@@ -9,8 +9,6 @@ And prompts, drawn as calibration's windows are.
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -29,6 +27,7 @@ from prunus.data import (
     read_chats,
     read_tokens,
 )
+from prunus.jobs import keyed
 from prunus.recipe import Calibrate, Data, LanguageRecipe, LanguageRetrain, Writing
 
 __all__ = [
@@ -49,7 +48,7 @@ _ENOUGH = 1 << 20  # tokens that calibration draws from, or four times what it t
 
 def calibration_windows(asked: Calibrate, tokenizer: Any) -> Tensor:
     """(samples, length) int64, drawn from the beginning of the text. Raises ValueError if it is too short."""
-    with _named("calibrate.data"):
+    with keyed("calibrate.data"):
         text = _tokens(asked.data, tokenizer, most=_enough(asked.samples, asked.length))
         return calibration(text, asked.samples, asked.length, asked.seed)
 
@@ -57,7 +56,7 @@ def calibration_windows(asked: Calibrate, tokenizer: Any) -> Tensor:
 def prompts(asked: Writing, tokenizer: Any) -> Tensor:
     """(rows, prompt) int64, drawn from the beginning of the text. Raises ValueError if it is too short."""
     rows, length = asked.rows, asked.prompt
-    with _named("data"):
+    with keyed("data"):
         text = _tokens(asked.data, tokenizer, most=_enough(rows, length))
     inside = length - len(text.head)
     if inside < 1:
@@ -73,13 +72,13 @@ def prompts(asked: Writing, tokenizer: Any) -> Tensor:
 
 def ids_of(data: Data, tokenizer: Any) -> Tensor:
     """The tokens of a whole text, (N,). Raises ValueError for one that does not open."""
-    with _named("shrink.vocabulary"):
+    with keyed("shrink.vocabulary"):
         return _tokens(data, tokenizer).ids
 
 
 def training_windows(asked: LanguageRetrain, tokenizer: Any, section: str = "retrain") -> PackedTokens:
     """What is retrained on, as a section of the recipe says. Raises ValueError for a text without a window."""
-    with _named(f"{section}.data"):
+    with keyed(f"{section}.data"):
         total = asked.steps * asked.step_tokens
         packed = PackedTokens(_tokens(asked.data, tokenizer, documents=True, total=total), asked.length)
         packed.at(0, batch=1, seed=0)
@@ -90,7 +89,7 @@ def evaluation_texts(recipe: LanguageRecipe, model: Any, tokenizer: Any) -> dict
     """Text name -> its tokens. Raises ValueError for one without a window of what the model is measured in."""
     found: dict[str, Tokens] = {}
     for name, data in recipe.evaluate.data.items():
-        with _named(f"evaluate.data.{name}"):
+        with keyed(f"evaluate.data.{name}"):
             found[name] = _tokens(data, tokenizer)
             labels(found[name], window_of(recipe, model))
     return found
@@ -153,12 +152,3 @@ def _read(
     if prompt is not None and answer is not None:
         return read_chats(source, tokenizer, prompt=prompt, answer=answer, most=most)
     return read_tokens(source, tokenizer, join=join, most=most)
-
-
-@contextmanager
-def _named(key: str) -> Generator[None]:
-    """Say in which part of the recipe a text stands."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None

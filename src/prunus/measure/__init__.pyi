@@ -25,6 +25,7 @@ from .ensemble import ensemble_accuracy as ensemble_accuracy
 from .perplexity import perplexity as perplexity
 from .perplexity import target_perplexity as target_perplexity
 from .speed import Speed as Speed
+from .speed import check_pace as check_pace
 from .speed import latency as latency
 from .speed import speed as speed
 from .streamed import streamed_perplexity as streamed_perplexity

@@ -64,7 +64,7 @@ def speed(
     >>> speed(model, prompt=4, tokens=2, seconds=0.01).decode > 0
     True
     """
-    _check(model, prompt, tokens, batch_size)
+    check_pace(model, prompt, tokens, batch_size)
     device = next(model.parameters()).device
     words = model.get_input_embeddings().num_embeddings
     ids = torch.randint(words, (batch_size, prompt), generator=torch.Generator().manual_seed(0)).to(device)
@@ -112,13 +112,17 @@ def latency(model: nn.Module, x: Tensor, *, precision: Precision = "fp32", repea
     return statistics.median(found[_WARM:])
 
 
-def _check(model: Any, prompt: int, tokens: int, batch_size: int) -> None:
+def check_pace(model: Any, prompt: int, tokens: int, batch_size: int) -> None:
+    """Raise ValueError for what `speed` would; the model may be empty.
+
+    >>> check_pace(model, 4, 2, 1)
+    """
     for name, value in {"prompt": prompt, "tokens": tokens, "batch_size": batch_size}.items():
         if value < 1:
-            raise ValueError(f"speed: {name} is {value}; give at least 1")
+            raise ValueError(f"{name} is {value}; give at least 1")
     most = longest(model.config) or math.inf
     if prompt + tokens > most:
-        raise ValueError(f"speed: prompt {prompt} and {tokens} tokens are more than the model's {most}; give fewer")
+        raise ValueError(f"prompt {prompt} and {tokens} tokens are more than the model's {most}; give fewer")
 
 
 def _timed(timer: Timer, seconds: float) -> list[float]:

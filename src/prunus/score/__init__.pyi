@@ -36,6 +36,7 @@ from .criteria import warn_unseen as warn_unseen
 from .observe import observable as observable
 from .observe import observe as observe
 from .tried import Tried as Tried
+from .tried import rows_of as rows_of
 from .within import check_known as check_known
 from .within import check_within as check_within
 from .within import limited as limited

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,6 +91,17 @@ class Tried:
     def _write_(self, name: str, matrix: Tensor) -> None:
         parameter = self.parameters[self.views[name].parameter]
         self.views[name].write_(parameter, matrix.to(parameter.device))
+
+
+def rows_of(out: Any) -> Tensor:
+    """What a model's outputs are compared by, (n, classes): its logits, or without a head its last hidden state.
+
+    >>> rows_of({"logits": torch.zeros(2, 3, 5)}).shape
+    torch.Size([6, 5])
+    """
+    if isinstance(out, Mapping):  # transformers' own
+        out = out["logits"] if "logits" in out else out["last_hidden_state"]
+    return out.flatten(0, -2)
 
 
 def _divergence(dense: Tensor, pruned: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from .lowrank import decompose as decompose
 from .lowrank import ranks_by_budget as ranks_by_budget
 from .lowrank import ranks_by_share as ranks_by_share
 from .shares import check_shares as check_shares
+from .shares import narrowed as narrowed
 from .vocabulary import needed_words as needed_words
 from .vocabulary import trim_tokenizer as trim_tokenizer
 from .vocabulary import trim_vocabulary as trim_vocabulary

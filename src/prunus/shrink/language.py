@@ -35,7 +35,9 @@ from prunus.stream import Memory, stream
 
 __all__ = [
     "blocks_without",
+    "changed",
     "choose_blocks",
+    "heads_of",
     "pairs_left",
     "rebuilt",
     "remove_blocks",
@@ -44,6 +46,7 @@ __all__ = [
     "remove_width",
     "resized_config",
     "run_hooked",
+    "with_pairs",
 ]
 
 _LOOK = 32  # tokens on which the smaller model is compared with the masked one
@@ -85,7 +88,7 @@ def remove_neurons(
     parts = [part for part in _parts(model, tokens) if _is_mlp(model, part)]
     sizes = {_width(model, part.reader) for part in parts}
     if len(sizes) > 1:  # query, key and value in one matrix may be twice as many as the heads are wide
-        sizes -= {math.prod(_heads(model.config)[::2])}
+        sizes -= {math.prod(heads_of(model.config)[::2])}
         parts = [part for part in parts if _width(model, part.reader) in sizes]
     if len(sizes) != 1:
         raise ValueError(
@@ -102,7 +105,7 @@ def remove_neurons(
         both = torch.cat([kept, kept + size])  # of gate and up in one matrix
         rows = {maker: kept if _height(model, maker) == size else both for maker in part.makers}
         cuts |= {part.reader: _Cut(columns=kept)} | {maker: _Cut(rows=each) for maker, each in rows.items()}
-    return _cut(model, tokens, cuts, lambda state: resized_config(model, size, stay, state, "neurons"))
+    return _cut(model, tokens, cuts, lambda state: resized_config(model, size, stay, state, "neurons"), "neurons")
 
 
 @torch.no_grad()
@@ -122,7 +125,7 @@ def remove_heads(
     for a share by which no group goes.
     """
     config, stay = model.config, pairs_left(model.config, share)
-    heads, pairs, size = _heads(config)
+    heads, pairs, size = heads_of(config)
     parts = [part for part in _parts(model, tokens) if len(part.makers) == 3]
     found = {(*sorted(_height(model, maker) for maker in part.makers), _width(model, part.reader)) for part in parts}
     if found != {(pairs * size, pairs * size, heads * size, heads * size)}:
@@ -140,8 +143,7 @@ def remove_heads(
         few = (own[:, None] * size + torch.arange(size)).flatten()
         cuts |= {maker: _Cut(rows=kept if _height(model, maker) == heads * size else few) for maker in part.makers}
         cuts[part.reader] = _Cut(columns=kept)
-    told = {"num_attention_heads": stay * group, "num_key_value_heads": stay, "head_dim": size}
-    return _cut(model, tokens, cuts, lambda _: _changed(config, told))
+    return _cut(model, tokens, cuts, lambda _: with_pairs(config, stay), "heads")
 
 
 @torch.no_grad()
@@ -190,7 +192,7 @@ def remove_width(
     if getattr(config, "rms_norm_eps", None) is not None:
         config.rms_norm_eps *= size / stay
     small = rebuilt(model, config, state)
-    _check_same(_without_entries(model, kept, [*norms, *(part.reader for part in parts)]), small, tokens)
+    _check_same(_without_entries(model, kept, [*norms, *(part.reader for part in parts)]), small, tokens, "width")
     by_block = {name: [each for each in reading if each[0].startswith(f"{name}.")] for name in find_blocks(model)}
     with in_mode(model, training=False):
         fit_readers_(small, model, by_block, kept, tokens, place=place, batch_size=batch_size, precision=precision)
@@ -261,7 +263,7 @@ def remove_blocks(model: Any, gone: Sequence[int]) -> Any:
     for key, value in model.config.to_dict().items():
         if "layer" in key and isinstance(value, list) and len(value) == len(names):
             changes[key] = [value[index] for index in stay]
-    small = rebuilt(model, _changed(model.config, changes), state)
+    small = rebuilt(model, changed(model.config, changes), state)
     apart = _apart(_logits_through(model, [names[index] for index in stay]), _logits_through(small, find_blocks(small)))
     if not apart <= _limit(model):
         raise ValueError(
@@ -357,7 +359,7 @@ def pairs_left(config: Any, share: float) -> int:
     """How many keys and values stay without a share of the groups of heads that have one in common."""
     if getattr(config, "num_attention_heads", None) is None:
         raise ValueError(f"shrink.heads: {type(config).__name__} says no number of heads; leave it out")
-    pairs = _heads(config)[1]
+    pairs = heads_of(config)[1]
     stay = max(1, kept_of(pairs, share))
     if share and stay == pairs:
         raise ValueError(
@@ -367,7 +369,14 @@ def pairs_left(config: Any, share: float) -> int:
     return stay
 
 
-def _heads(config: Any) -> tuple[int, int, int]:
+def with_pairs(config: Any, stay: int) -> Any:
+    """The config of a model in which so many keys and values stay, each with its heads."""
+    heads, pairs, size = heads_of(config)
+    told = {"num_attention_heads": stay * (heads // pairs), "num_key_value_heads": stay, "head_dim": size}
+    return changed(config, told)
+
+
+def heads_of(config: Any) -> tuple[int, int, int]:
     """How many heads, how many keys and values, and the size of each."""
     heads = int(config.num_attention_heads)
     pairs = getattr(config, "num_key_value_heads", None) or heads
@@ -423,11 +432,13 @@ def _fitted(
         yield part, stays.nonzero()[:, 0].cpu()
 
 
-def _cut(model: Any, tokens: Tensor, cuts: Mapping[str, _Cut], config_of: Callable[[dict[str, Tensor]], Any]) -> Any:
+def _cut(
+    model: Any, tokens: Tensor, cuts: Mapping[str, _Cut], config_of: Callable[[dict[str, Tensor]], Any], what: str
+) -> Any:
     """The model with less of these modules. Raises ValueError where its outputs are not those of the masked one."""
     state = _sliced(model, cuts)
     small = rebuilt(model, config_of(state), state)
-    _check_same(model, small, tokens)
+    _check_same(model, small, tokens, what)
     return small
 
 
@@ -500,15 +511,15 @@ def _is_norm(module: nn.Module, size: int) -> bool:
     return set(own) <= {"weight", "bias"} and "weight" in own and own["weight"].shape == (size,)
 
 
-def _check_same(model: Any, small: Any, tokens: Tensor) -> None:
+def _check_same(model: Any, small: Any, tokens: Tensor, what: str) -> None:
     ids = tokens[:1, :_LOOK].to(next(model.parameters()).device)
     with in_mode(model, training=False):
         masked, found = (each(input_ids=ids, use_cache=False).logits.float() for each in (model, small))
     apart = _apart(masked, found)
     if not apart <= _limit(model):
         raise ValueError(
-            f"shrink: the smaller {type(model).__name__} differs from the one with zeros by {apart:.2g} of the largest "
-            "logit: its channels are mixed elsewhere. Leave out heads and neurons"
+            f"shrink.{what}: the smaller {type(model).__name__} differs from the one with zeros by {apart:.2g} of the "
+            "largest logit: what went is mixed with the rest, or counted, elsewhere. Leave it out"
         )
 
 
@@ -540,7 +551,8 @@ def _other_sizes(small: Any, state: Mapping[str, Tensor]) -> str | None:
     return f"'{wrong[0]}' is {own.get(wrong[0])} there and {left.get(wrong[0])} here" if wrong else None
 
 
-def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
+def changed(config: Any, changes: Mapping[str, Any]) -> Any:
+    """The config in which these entries say something else."""
     config = copy.deepcopy(config)
     for key, value in changes.items():
         setattr(config, key, value)
@@ -557,7 +569,7 @@ def resized_config(model: Any, old: int, new: int, state: Mapping[str, Tensor], 
     keys += [key for key, value in said.items() if value is None and any(word in key for word in _SIZES)]
     for count in range(1, len(keys) + 1):
         for some in combinations(keys, count):
-            config = _changed(model.config, dict.fromkeys(some, new))
+            config = changed(model.config, dict.fromkeys(some, new))
             if _other_sizes(empty_model(config, model.dtype), state) is None:
                 return config
     raise ValueError(f"shrink.{what}: no number in the config of {type(model).__name__} says that there are {old}")

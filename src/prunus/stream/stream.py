@@ -56,6 +56,7 @@ from prunus.score import (
     needed,
     observable,
     observe,
+    rows_of,
     staying,
     uniform,
 )
@@ -282,7 +283,7 @@ def _tried(
 
     def logits(windows: Tensor) -> Tensor:
         with autocast(place.device, place.precision):
-            return model(input_ids=windows.to(place.device), use_cache=False).logits.flatten(0, 1)
+            return rows_of(model(input_ids=windows.to(place.device), use_cache=False))
 
     try:
         model.to(place.device)
