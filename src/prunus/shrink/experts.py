@@ -3,8 +3,8 @@
     S_j = mean over the tokens x routed to expert j of  g_j(x) ||f_j(x)||_2         g: the gate, f: the expert's output
 
 What has a row for each expert goes with it, in the module that holds stack and router: rows of the router, its biases,
-what corrects them. Nothing is fitted afterwards: the tokens of an expert that is gone go to those that are next. Where a
-router first chooses groups of experts (DeepSeek-V3), as many go of each group, and those that stay keep theirs.
+what corrects them. Nothing is fitted afterwards: the tokens of an expert that is gone go to those that are next. Where
+a router first chooses groups of experts (DeepSeek-V3), as many go of each group, and those that stay keep theirs.
 """
 
 from __future__ import annotations
