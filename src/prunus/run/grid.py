@@ -157,7 +157,7 @@ class Grid(Strict):
                 raise ValueError(f"axes: {axis}: {label!r} would be read as a number in tables; call it otherwise")
 
     def _check_sections(self) -> None:
-        """A section given whole must not drop what was set in it before it: cells would differ in their labels alone."""
+        """A section given whole must not drop what was set in it before: cells would differ in labels alone."""
         for labels in self.cells():
             said = [(axis, key) for axis, label in labels.items() for key in self.axes[axis][label]]
             for (before, key), (axis, section) in itertools.combinations(said, 2):
