@@ -151,6 +151,9 @@ MISTAKES = [
     (["grid", "{f}/skipped.yaml"], "skip leaves no cell", "nothing would be run"),
     (["grid", "{f}/same.yaml"], "'a' and 'b' are one text", "report another"),
     (["grid", "{f}/value.yaml"], "key '1.0' stands twice", "line 1"),
+    (["grid", "{f}/number.yaml"], "axes: a: 'inf' would be read as a number", "call it otherwise"),
+    (["grid", "{f}/dropped.yaml"], "method: x: 'retrain' leaves out 'retrain.lr', which 'a' of lr", "come first"),
+    (["grid", "{f}/dropped.yaml", "--set", "axes.method.x.retrain.lr=1"], "unknown key 'b'", "known keys"),
     (["grid", "{f}/text.yaml"], "axes: 'held-out' is a column", "give the axis another name"),
     (["grid", "{f}/column.yaml"], "axes: 'accuracy' is a column", "give the axis another name"),
     (["grid", "{f}/strange.yaml"], "tune.text: 'c' is not in evaluate.data", "which has a, b"),
@@ -236,6 +239,8 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "seeds.yaml": "base: {}\naxes: {a: {b: {}}}\nseeds: [3, 4]\nmore_seeds: {seeds: [3], where: {a: [b]}}\n",
         "skipped.yaml": "base: {}\naxes: {a: {b: {}}}\nskip: [{a: [b]}]\n",
         "value.yaml": "axes: {a: {1: {}, 1.0: {}}}\nbase: {}\n",
+        "number.yaml": "base: {}\naxes: {a: {inf: {}}}\n",
+        "dropped.yaml": "base: {b: 1}\naxes: {lr: {a: {retrain.lr: 0.1}}, method: {x: {retrain: {steps: 5}}}}\n",
         "text.yaml": "base: {}\naxes: {held-out: {b: {}}}\n",
         "column.yaml": "base: {images: digits, model: resnet8}\naxes: {accuracy: {b: {}}}\n",
         "same.yaml": grid + "tune: {text: a, axis: a, cells: {}}\n",
@@ -348,14 +353,15 @@ def test_flags_win_over_set_and_set_over_the_recipe(
     assert info["versions"]["prunus"] == __version__
 
     base = {key: value for key, value in asked.items() if key != "out"}
-    grid = {"base": base, "axes": {"share": {"a half": {"prune.sparsity": 0.5}}}, "out": str(tmp_path / "grid")}
+    grid = {"base": base, "axes": {"share": {"two fifths": {"prune.sparsity": 0.4}}}, "out": str(tmp_path / "grid")}
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
-    changes = ["--set", "axes.share.a half.prune.criterion=magnitude", "--set", "base.calibrate.samples=4"]
+    changes = ["--set", "axes.share.two fifths.prune.criterion=magnitude", "--set", "base.calibrate.samples=4"]
     status, out, err = call("grid", tmp_path / "grid.yaml", *changes)
     assert status == 0, err
     (member,) = (tmp_path / "grid" / "members").glob("*.json")
     used = json.loads(member.read_text())["recipe"]
     assert (used["prune"]["criterion"], used["calibrate"]["samples"]) == ("magnitude", 4)
+    assert used["prune"]["sparsity"] == 0.4  # what the label says beside it
     status, out, err = call("grid", tmp_path / "grid.yaml", "--set", "base.prune.sparsety=0.5")
     assert (status, "did you mean 'sparsity'?" in err) == (2, True)
 

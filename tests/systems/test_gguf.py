@@ -10,6 +10,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import transformers as tf
+from safetensors import SafetensorError
 
 from prunus.checkpoint import plain, read_checkpoint
 from prunus.language import stages
@@ -166,6 +167,16 @@ def test_two_files_with_one_head_are_two_models(file: Path, monkeypatch: pytest.
     os.utime(file, ns=(place.st_atime_ns, place.st_mtime_ns))
     assert plain(file) != folder
     assert opened.call_count == 2
+
+
+def test_a_cache_that_cannot_be_written_is_named(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Mock(save_pretrained=Mock(side_effect=SafetensorError("I/O error: No space left on device (os error 28)")))
+    monkeypatch.setattr("prunus.checkpoint.gguf._opened", Mock(return_value=(model, byte_tokenizer())))
+    with pytest.raises(OSError, match=r"kept/models/\w+ cannot be written: .*No space left.*; PRUNUS_CACHE names"):
+        plain(file)
+    monkeypatch.setenv("PRUNUS_CACHE", str(file))
+    with pytest.raises(OSError, match=r"m\.gguf/models'; PRUNUS_CACHE names"):
+        plain(file)
 
 
 @pytest.mark.parametrize("content", [b"", b"plums" * 99, None])

@@ -15,6 +15,8 @@ from transformers import (
     AutoTokenizer,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GptOssConfig,
@@ -23,6 +25,8 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Phi3Config,
@@ -66,6 +70,7 @@ SMALL = {
 }
 GATED = {"intermediate_size": 48, "num_key_value_heads": 2, **SMALL}
 OPT = {"ffn_dim": 48, "word_embed_proj_dim": 32, **SMALL}
+GROUPS = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 MAKERS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**GATED, tie_word_embeddings=True)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**GATED, head_dim=16, layer_types=["full_attention"] * 3)),
@@ -76,6 +81,8 @@ MAKERS = {
     "qwen3_moe": lambda: Qwen3MoeForCausalLM(
         Qwen3MoeConfig(**GATED, head_dim=8, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=48)
     ),
+    "glm4_moe": lambda: Glm4MoeForCausalLM(Glm4MoeConfig(**GATED, head_dim=8, **GROUPS)),
+    "olmoe": lambda: OlmoeForCausalLM(OlmoeConfig(**GATED, num_experts=6, num_experts_per_tok=2, pad_token_id=0)),
     "gpt_oss": lambda: GptOssForCausalLM(GptOssConfig(**GATED, head_dim=8, num_local_experts=6, num_experts_per_tok=2)),
 }  # fmt: skip
 
@@ -154,7 +161,7 @@ def test_sizes_that_a_config_refuses_are_refused_before_anything_runs() -> None:
     check_shares(model, heads=0.25, width=0.25)
 
 
-@pytest.mark.parametrize("family", ["opt", "gpt2", "phi3"])
+@pytest.mark.parametrize("family", ["opt", "gpt2", "phi3", "olmoe"])
 def test_heads_that_a_config_cannot_say_are_refused(family: str, tokens: torch.Tensor):
     with pytest.raises(ValueError, match=r"shrink"):
         remove_heads(made(family), tokens, 0.5)
@@ -217,6 +224,21 @@ def test_experts_go_and_the_model_is_the_one_whose_router_never_chooses_them(fam
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tokens), logits(small, tokens))
     with pytest.raises(ValueError, match="1 of 6 experts would be left, and a token goes to 2"):
         remove_experts(model, tokens, 0.8)
+
+
+def test_as_many_experts_go_of_every_group_of_a_router(tokens: torch.Tensor):
+    model = made("glm4_moe")
+    routers: dict[int, list[int]] = {}
+    for name, saliency in expert_saliency(model, tokens).items():
+        router = model.get_submodule(name.replace("experts", "gate")).get_parameter("weight")
+        routers[id(router)] = [4 * group + int(saliency[4 * group :][:4].argmin()) for group in range(2)]
+    small = remove_experts(model, tokens, 0.25)
+    with Never(routers):
+        expected = logits(model, tokens)
+    assert torch.allclose(logits(small, tokens), expected, atol=1e-4, rtol=1e-4)
+    for share, left in ((0.375, 5), (0.75, 2)):  # neither alike nor two of each
+        with pytest.raises(ValueError, match=rf"{left} of 8 experts .* 1 of 2 groups .* multiple of 2, 4 at least"):
+            check_shares(model, experts=share)
 
 
 def test_models_without_experts_lose_none(tokens: torch.Tensor):

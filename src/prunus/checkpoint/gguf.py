@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from filelock import FileLock
 
-from prunus.machine import atomic_folder, cache, import_extra, without_bars
+from prunus.machine import atomic_folder, cache, import_extra, naming, without_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,7 +27,7 @@ def plain(path: Path) -> Path:
 
     It is made once, by the file's size, time and ends, while memory holds the whole model; it may be deleted at any
     time. Raises ImportError without the package gguf; ValueError for a file that does not open or is no such model, and
-    for tensors that are missing or still quantised.
+    for tensors that are missing or still quantised; OSError where the folder cannot be written.
 
     >>> plain(Path("out/model"))
     PosixPath('out/model')
@@ -41,14 +41,21 @@ def plain(path: Path) -> Path:
         opened.seek(max(0, found.st_size - _ENDS))  # the head of a tuned model, its words, is that of the other
         said.update(opened.read())
     folder = cache("models") / said.hexdigest()
+    try:
+        _make(folder, path)
+    except OSError as error:
+        raise OSError(f"{error}; PRUNUS_CACHE names another folder for what is made of GGUF files") from error
+    return folder
+
+
+def _make(folder: Path, file: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
-            model, tokenizer = _opened(path)
-            with atomic_folder(folder) as partial, without_bars():
+            model, tokenizer = _opened(file)
+            with atomic_folder(folder) as partial, naming(folder), without_bars():
                 model.save_pretrained(partial)
                 tokenizer.save_pretrained(partial)
-    return folder
 
 
 def _opened(file: Path) -> tuple[PreTrainedModel, Any]:

@@ -62,6 +62,8 @@ def cache(kind: str) -> Path:
 def naming(path: str | os.PathLike[str]) -> Generator[None]:
     """Context in which an error of the system names `path`, if it names no file: a full disk, for example.
 
+    Those that safetensors and tokenizers raise as their own become OSErrors.
+
     >>> with naming("out/model"):
     ...     file.write(data)
     """
@@ -70,6 +72,10 @@ def naming(path: str | os.PathLike[str]) -> Generator[None]:
     except OSError as error:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
+        raise
+    except Exception as error:
+        if "(os error " in str(error):
+            raise OSError(f"{path} cannot be written: {error}") from error
         raise
 
 

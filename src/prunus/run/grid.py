@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from prunus.jobs import Job, Layout, Show, Store, device_name, device_of, ran_on
+from prunus.machine import json_line, json_value
 from prunus.recipe import Folder, Seed, Strict, digest, merge, parse, read_yaml, said, yaml_value
 from prunus.run.tasks import Task, task_of
 from prunus.train import lowest
@@ -124,6 +125,7 @@ class Grid(Strict):
         if strange:
             raise ValueError(f"{strange[0]!r} is not an axis; there are {', '.join(self.axes)}")
         self._check_labels()
+        self._check_sections()
         self._check_anchors()
         self._check_seeds()
         recipes = self.recipes(self.seeds[0])
@@ -150,6 +152,21 @@ class Grid(Strict):
         for axis, label in named:
             if label not in self.axes[axis]:
                 raise ValueError(f"{label!r} is not a label of {axis}; there are {', '.join(self.axes[axis])}")
+        for axis, label in ((axis, label) for axis, labels in self.axes.items() for label in labels):
+            if json_value(json_line(label)) != label:
+                raise ValueError(f"axes: {axis}: {label!r} would be read as a number in tables; call it otherwise")
+
+    def _check_sections(self) -> None:
+        """A section given whole must not drop what was set in it before: cells would differ in labels alone."""
+        for labels in self.cells():
+            said = [(axis, key) for axis, label in labels.items() for key in self.axes[axis][label]]
+            for (before, key), (axis, section) in itertools.combinations(said, 2):
+                own = self.axes[axis][labels[axis]]
+                if key.startswith(f"{section}.") and isinstance(own[section], dict) and not _has(merge({}, own), key):
+                    raise ValueError(
+                        f"axes: {axis}: {labels[axis]}: {section!r} leaves out {key!r}, which {labels[before]!r} of "
+                        f"{before} sets before it; let the section come first, or give dotted keys ({section}.KEY)"
+                    )
 
     def _check_anchors(self) -> None:
         cells = list(self.cells())
@@ -220,6 +237,15 @@ def _found(label: str, axis: str, known: ValidationInfo) -> str:
     """What an axis of the grid calls a label that YAML may have read as a number; a strange one as it is."""
     names = known.data.get("axes", {}).get(axis, {})  # none where they are wrong themselves
     return label if label in names else next((name for name in names if _plain(_read(name)) == label), label)
+
+
+def _has(said: Any, dotted: str) -> bool:
+    """Whether nested mappings say something of a dotted key."""
+    for part in dotted.split("."):
+        if not isinstance(said, dict) or part not in said:
+            return False
+        said = said[part]
+    return True
 
 
 def _all_found(where: Mapping[str, list[str]], known: ValidationInfo) -> dict[str, list[str]]:
@@ -355,5 +381,19 @@ def load_grid(
 
     Raises ValueError naming the cell and the key of the first recipe that is wrong.
     """
-    raw = merge(read_yaml(path), changes or {})
+    raw = _changed(read_yaml(path), changes or {})
     return parse(({"dense": str(dense)} if dense else {}) | raw | ({"out": str(out)} if out else {}), Grid, str(path))
+
+
+def _changed(raw: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The grid with dotted keys set; those of a label stay dotted, or a new section would replace what it says."""
+    for dotted, value in changes.items():
+        path = dotted.split(".", 3)
+        if len(path) < 4 or path[0] != "axes":
+            raw = merge(raw, {dotted: value})
+            continue
+        said: Any = raw
+        for part in path[:3]:
+            said = said.get(part) if isinstance(said, dict) else None
+        raw = merge(raw, {".".join(path[:3]): {**(said if isinstance(said, dict) else {}), path[3]: value}})
+    return raw

@@ -336,14 +336,8 @@ def new_folder(folder: str | Path, source: str | Path | None = None) -> Generato
     folder = Path(folder)
     check_new(folder)
     check_apart(folder, source)
-    with atomic_folder(folder) as partial:
-        try:
-            with naming(folder):
-                yield partial
-        except Exception as error:
-            if isinstance(error, OSError) or "(os error " not in str(error):
-                raise
-            raise OSError(f"{folder} cannot be written: {error}") from error  # safetensors' and tokenizers' own errors
+    with atomic_folder(folder) as partial, naming(folder):
+        yield partial
 
 
 def check_apart(folder: Path, source: str | Path | None) -> None:

@@ -3,11 +3,13 @@
     S_j = mean over the tokens x routed to expert j of  g_j(x) ||f_j(x)||_2         g: the gate, f: the expert's output
 
 What has a row for each expert goes with it, in the module that holds stack and router: rows of the router, its biases,
-what corrects them. Nothing is fitted afterwards: the tokens of an expert that is gone go to those that are next.
+what corrects them. Nothing is fitted afterwards: the tokens of an expert that is gone go to those that are next. Where
+a router first chooses groups of experts (DeepSeek-V3), as many go of each group, and those that stay keep theirs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,14 +57,16 @@ def remove_experts(
 ) -> Any:
     """A smaller model without that share of the experts of every block, those of least S; as many stay in each.
 
-    Raises ValueError as `expert_saliency`, where fewer would be left than a token goes to, and where the config does
-    not say how many there are.
+    Raises ValueError as `expert_saliency`, where fewer would be left than a token goes to, where groups of a router
+    would not be left alike, and where the config does not say how many there are.
     """
     stay, size = experts_left(model, share)
+    groups, _ = _groups(model)
     found = expert_saliency(model, tokens, device=device, batch_size=batch_size, precision=precision)
     state: dict[str, Tensor] = dict(model.state_dict())
     for name, score in found.items():
-        kept = keep_largest(score.float()[None], stay)[0].nonzero()[:, 0]
+        own = [keep_largest(each[None], stay // groups)[0] for each in score.float().view(groups, -1)]
+        kept = torch.cat(own).nonzero()[:, 0]
         for key, axis in _rows(model, name, size):
             state[key] = state[key].index_select(axis, kept.to(state[key].device))
     return rebuilt(model, resized_config(model, size, stay, state, "experts"), state)
@@ -108,6 +112,13 @@ def experts_left(model: Any, share: float) -> tuple[int, int]:
     stay, chosen = kept_of(size, share), _chosen_at_once(model)
     if stay < chosen:
         raise ValueError(f"shrink.experts: {stay} of {size} experts would be left, and a token goes to {chosen}")
+    groups, opened = _groups(model)
+    least = groups * max(2, math.ceil(chosen / opened))  # a group is worth its two best
+    if groups > 1 and (stay % groups or stay < least):
+        raise ValueError(
+            f"shrink.experts: {stay} of {size} experts would be left, and the router takes them from {opened} of "
+            f"{groups} groups of one size; give a share that leaves a multiple of {groups}, {least} at least"
+        )
     return stay, size
 
 
@@ -124,6 +135,13 @@ def _chosen_at_once(model: Any) -> int:
     said = model.config.get_text_config().to_dict()
     keys: Sequence[str] = ("num_experts_per_tok", "moe_topk", "top_k_experts", "num_experts_per_token", "moe_k")
     return next((int(said[key]) for key in keys if isinstance(said.get(key), int)), 1)
+
+
+def _groups(model: Any) -> tuple[int, int]:
+    """How many groups of experts, one after another, a router chooses among, and how many it opens for a token."""
+    said = model.config.get_text_config().to_dict()
+    groups = said.get("n_group") or 1
+    return groups, said.get("topk_group") or groups
 
 
 def _rows(model: Any, stack: str, size: int) -> list[tuple[str, int]]:
