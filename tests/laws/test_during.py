@@ -5,6 +5,7 @@ Exact sparsity, clean zeros, bits that survive a kill, steps that can be recorde
 
 from __future__ import annotations
 
+import copy
 import doctest
 from itertools import pairwise
 from typing import Any
@@ -150,6 +151,38 @@ def test_a_finished_run_can_be_finished_again(name, tmp_path):
     assert later.finish() == masks
     for key, value in prunable(model).items():
         assert torch.equal(value, prunable(again)[key]), key
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_second_finish_changes_nothing(name):
+    model, method = make_model(), make_method(name)
+    run(model, method)
+    masks, weights = method.finish(), copy.deepcopy(model.state_dict())
+    assert method.finish() == masks
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_optimizer_goes_on_where_its_run_was_stopped(name, tmp_path):
+    """The cell of a notebook, stopped and run again: the optimizer has the groups and parameters that it came with."""
+
+    def broken(step: int):
+        if step == 13:
+            raise KeyboardInterrupt
+        return batches(step)
+
+    whole, model = make_model(), make_model()
+    run(whole, make_method(name))
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    groups = [list(group["params"]) for group in optimizer.param_groups]
+    told: dict[str, Any] = {"steps": STEPS, "epoch_steps": 6, "loss": loss, "checkpoint": tmp_path / "c.pt"}
+    rate = lambda step: 1 - step / STEPS  # noqa: E731
+    with pytest.raises(KeyboardInterrupt):
+        train(model, broken, optimizer, rate, during=[make_method(name)], save_seconds=0, **told)
+    train(model, batches, optimizer, rate, during=[make_method(name)], **told)
+    assert [list(map(id, group["params"])) for group in optimizer.param_groups] == [list(map(id, g)) for g in groups]
+    assert optimizer.state.keys() <= set(model.parameters())
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in whole.state_dict().items())
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import send_to_device, slice_tensors
@@ -79,12 +79,21 @@ def classification_loss(smoothing: float = 0.0) -> Callable[[nn.Module, tuple[An
 
 
 def regression_loss() -> Callable[[nn.Module, tuple[Any, Tensor]], Tensor]:
-    """A loss of (model, (inputs, values (batch,))): the mean squared error in float32 of logits (batch, 1).
+    """A loss of (model, (inputs, values)): the mean squared error in float32 of logits (batch, 1).
+
+    values: (batch,) or (batch, 1). The loss raises ValueError for another number of them.
 
     >>> regression_loss()(nn.Linear(4, 1), (torch.zeros(2, 4), torch.zeros(2))).shape
     torch.Size([])
     """
-    return lambda model, batch: nn.functional.mse_loss(class_logits(model, batch[0]).float().flatten(), batch[1])
+
+    def loss(model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
+        found, values = class_logits(model, batch[0]).float().flatten(), batch[1].flatten()
+        if found.shape != values.shape:  # torch would compare each with each
+            raise ValueError(f"{len(found)} logits for {len(values)} values: give each sample one value, and one logit")
+        return nn.functional.mse_loss(found, values)
+
+    return loss
 
 
 def train(
@@ -151,6 +160,11 @@ def train(
     if (clip is not None and not clip > 0) or (report_every is not None and report_every < 1):
         raise ValueError(
             f"Training clips gradients to a norm > 0, reports every >= 1 steps; got {clip=}, {report_every=}."
+        )
+    if not callable(batches) or not callable(lr):
+        raise ValueError(
+            "batches and lr are functions of the step: batches=lambda step: parts[step % len(parts)] of a list or "
+            f"loader, lr=lambda step: 1.0; got a {type(batches).__name__} and a {type(lr).__name__}."
         )
     if isinstance(capture, Kept) and checkpoint is not None:
         raise ValueError(f"A run whose recorded step is kept begins anew: leave out checkpoint={str(checkpoint)!r}.")
@@ -235,8 +249,10 @@ def train(
 def _taking_part(
     during: Sequence[During], model: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan, *, shared: bool
 ) -> Generator[None]:
-    """Context in which methods take part; afterwards, also by an exception, what they froze is trained again."""
+    """Context in which methods take part; afterwards, also by an exception, what they froze is trained again, and the
+    optimizer has the groups that it came with."""
     trained = [each for each in model.parameters() if each.requires_grad]
+    groups = len(optimizer.param_groups)
     try:
         for method in during:
             method.attach(model, optimizer, plan)
@@ -246,6 +262,10 @@ def _taking_part(
     finally:
         for each in trained:
             each.requires_grad_(True)
+        for group in optimizer.param_groups[groups:]:
+            for each in group["params"]:
+                optimizer.state.pop(each, None)
+        del optimizer.param_groups[groups:]
 
 
 def _check_trained(model: nn.Module, optimizer: torch.optim.Optimizer, during: Sequence[During]) -> None:
@@ -503,6 +523,18 @@ def _tokens(batch: Any) -> int:
 
 
 def _first_tensor(batch: Any) -> Tensor:
+    found = next(_tensors(batch), None)
+    if found is None or not found.numel():
+        said = "without a tensor" if found is None else f"whose first tensor is empty, {tuple(found.shape)}"
+        raise ValueError(f"a batch is a tensor, or a tuple, list or dict of some; got a {type(batch).__name__} {said}")
+    return found
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    """The tensors of a batch, in order; a tokenizer's are in a mapping that is no dict."""
     if isinstance(batch, Tensor):
-        return batch
-    return _first_tensor(next(iter(batch.values() if isinstance(batch, dict) else batch)))
+        yield batch
+    elif isinstance(batch, Mapping | list | tuple):
+        parts = cast("Iterable[Any]", batch.values() if isinstance(batch, Mapping) else batch)
+        for each in parts:
+            yield from _tensors(each)
