@@ -330,7 +330,15 @@ def _problems_of(group: dict[str, Any], places: Iterable[int]) -> list[Problems]
     return separate_problems([constraint[place] for place in chosen], tensors)
 
 
+def check_rates(group: dict[str, Any], *names: str) -> None:
+    """Raise ValueError for one of these options of a group that is below 0, or NaN."""
+    for name in names:
+        if not float(group[name]) >= 0:
+            raise ValueError(f"{name} is at least 0; got {float(group[name])}")
+
+
 def _check_group(group: dict[str, Any]) -> None:
+    check_rates(group, "lr", "weight_decay", "decoupled_decay")
     if group["rescale"] not in get_args(Rescale):
         raise ValueError(f"rescale is one of {', '.join(get_args(Rescale))}; got {group['rescale']!r}")
     if not (0 <= group["momentum"] < 1 and 0 <= group["dampening"] <= 1):
