@@ -185,6 +185,22 @@ def test_an_optimizer_goes_on_where_its_run_was_stopped(name, tmp_path):
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in whole.state_dict().items())
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at that of substituted weights
+@pytest.mark.parametrize("views", [None, find_layers])
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_masks_of_a_wrapped_model_bear_the_ordinary_names(wrap, views):
+    for name in ("GMP", "DPF", "RigL"):
+        plain, inner = make_model(), make_model()
+        masks = []
+        for model in (plain, wrap(inner)):
+            method = make_method(name)
+            run(model, method, views=None if views is None else views(model))
+            masks.append(method.finish())
+        assert masks[0] == masks[1]
+        masks[1].check(inner)
+        run(wrap(inner), make_method(name), views=find_layers(inner), steps=STEPS)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_the_same_run_twice_is_the_same(name):
     models = [make_model(), make_model()]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device, slice_tensors
@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from prunus.layers import View, find_layers
 from prunus.machine import Precision, autocast, class_logits, in_mode, ranks
+from prunus.masks import Masks, unwrapped
 from prunus.train.capture import Capture, CapturedStep, Kept, captures, set_rates_, settled, unrecorded
 from prunus.train.checkpoint import Checkpoint, Clock, held, options_of, resumable
 from prunus.train.hooks import During, Plan
@@ -33,9 +34,6 @@ from prunus.train.next_token import answered, next_token_loss
 from prunus.train.prepared import prepared
 from prunus.train.sharded import asked, unsent
 from prunus.train.watch import Watch, Watched
-
-if TYPE_CHECKING:
-    from prunus.masks import Masks
 
 _EVERY = 1.0  # seconds between two reports
 
@@ -129,7 +127,8 @@ def train(
     step. clip: largest norm of the model's gradients; those of what methods train besides (gates, thresholds, logits)
     are not clipped.
     masks: pruned entries that stay zero. during: methods that take part; they are told `epoch_steps` (default: all
-    steps) and the prunable `views` (default: `find_layers(model)`); the caller calls their `finish()` afterwards.
+    steps) and the prunable `views` (default: `find_layers(model)`); the caller calls their `finish()` afterwards. Of a
+    model that is compiled or in DataParallel they see the ordinary one, so their masks bear its names.
     capture: record the step as a CUDA graph and replay it, which helps where launches cost more than arithmetic
     (batches of one shape only), also of several processes, which then average their gradients in it; "auto" does so
     where it can be done and, of several processes, where gradients are at most 1 GiB, and logs why where it does not;
@@ -182,11 +181,11 @@ def train(
         _check_during(precision, watch)
     if watch is not None and shared and asked():
         raise ValueError("A model is not measured while its weights are sharded: leave out watch, or --use_fsdp.")
-    prunable = find_layers(model) if during and views is None else views or ()
+    prunable = find_layers(unwrapped(model)) if during and views is None else _own_views(model, views or ())
     plan, started = Plan(steps, epoch_steps or steps, tuple(prunable), accumulate), time.perf_counter()
     options = options_of(during)
     with (
-        _taking_part(during, model, optimizer, plan, shared=shared),
+        _taking_part(during, unwrapped(model), optimizer, plan, shared=shared),
         prepared(model, optimizer, masks, precision, shared=shared, recorded=recorded) as (inner, wrapped),
         settled(device if recorded else None),
     ):
@@ -243,6 +242,13 @@ def train(
                 break
         watched.finish_()
         return replace(trace.read(), watched=watched.seen)
+
+
+def _own_views(model: nn.Module, views: Sequence[View]) -> list[View]:
+    """The views by the names that parameters have in the ordinary model, where they were found in one around it."""
+    own = {id(each): name for name, each in unwrapped(model).named_parameters()}
+    names = {name: own.get(id(each), name) for name, each in model.named_parameters()}
+    return [replace(view, parameter=names.get(view.parameter, view.parameter)) for view in views]
 
 
 @contextmanager
@@ -432,7 +438,7 @@ def _substituted(model: nn.Module, weights: Mapping[str, Tensor]) -> Generator[N
 
     In training it is around the backward pass as well, in which blocks that recompute themselves read weights again.
     """
-    by = {id(model.get_parameter(name)): weight for name, weight in weights.items()}
+    by = {id(unwrapped(model).get_parameter(name)): weight for name, weight in weights.items()}
     modules = model.modules() if by else ()
     places = [(module, key, each) for module in modules for key, each in module._parameters.items() if id(each) in by]
     try:
