@@ -514,6 +514,21 @@ def test_a_layer_without_a_gradient_competes_for_what_stays():
     assert model.each[1].weight.grad is None
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_frozen_layers_are_no_trouble(name):
+    """Where no prunable weight is trained, none is but by the method: what stays of it is what it was."""
+    model, method = make_model(), make_method(name)
+    for weight in (model[0].weight, model[5].weight, model[6].weight):
+        weight.requires_grad_(False)
+    before = prunable(copy.deepcopy(model))
+    run(model, method)
+    masks = method.finish()
+    masks.check(model)
+    if name not in ("CS", "STR"):  # which train what weights are multiplied with, or shortened by
+        for key, weight in prunable(model).items():
+            assert torch.equal(weight, before[key] * masks[key]), key
+
+
 def test_gates_learn_from_steps_that_16_bits_would_lose():
     model = nn.Sequential(nn.Linear(4, 4)).bfloat16()
     method, made = make_method("CS", 0.5, init=1.0, penalty=1.0), torch.optim.SGD(model.parameters(), lr=1e-3)
