@@ -206,7 +206,7 @@ def _check_views(views: Sequence[View], parameters: Mapping[str, Tensor]) -> Non
         if found is None or view.matrix(torch.empty(found.shape, device="meta")).shape != view.shape:
             said = "has none of that name" if found is None else f"has {tuple(found.shape)} there"
             raise ValueError(
-                f"views name '{view.parameter}', with a matrix {view.shape}; the model {said}: take those of find_layers"
+                f"views name '{view.parameter}', with a matrix {view.shape}; the model {said}: use find_layers(model)"
             )
 
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from prunus.during import DST, ELSA, GMP, Part, RigL
+from prunus.during import DST, ELSA, GMP, SET, Part, RigL
 from prunus.frankwolfe import SFW, k_support, lp
+from prunus.layers import find_layers
 from prunus.machine import ranks
 from prunus.masks import Masks
 from prunus.score import uniform, uniform_plus
@@ -313,6 +314,19 @@ def test_a_checkpoint_of_a_method_with_other_options_is_refused(tmp_path, one, o
     assert go(one()).losses == first.losses
 
 
+@pytest.mark.parametrize(("told", "said"), [({"epoch_steps": 3}, "'epoch_steps': 2"), ({"views": 1}, "'views': '2, ")])
+def test_a_checkpoint_of_a_method_that_was_told_else_is_refused(tmp_path, told, said):
+    def go(epoch_steps=2, views=2):
+        model = Net()
+        found = find_layers(model)[:views]
+        run(model, during=[SET(0.5)], views=found, epoch_steps=epoch_steps, checkpoint=tmp_path / "c")
+
+    go()
+    go()
+    with pytest.raises(ValueError, match=rf"c belongs to another run: it has .*{said}"):
+        go(**told)
+
+
 def test_allocations_made_with_other_options_are_told_apart():
     said = [options_of([RigL(0.5, topology=uniform_plus(most=most))])["RigL.topology"] for most in (0.8, 0.8, 0.7)]
     assert said[0] == said[1] != said[2]
@@ -528,7 +542,7 @@ def test_what_cannot_be_trained_is_refused():
     with pytest.raises(FloatingPointError, match="loss of step 2 is nan"):
         run(model, lambda step: (batches(step)[0] * (torch.nan if step == 2 else 1), batches(step)[1]))
     for wrong in ([batches(0)], torch.utils.data.DataLoader([batches(0)])):
-        with pytest.raises(ValueError, match=f"functions of the step: .*; got a {type(wrong).__name__}"):
+        with pytest.raises(ValueError, match=f"functions of the step, .*; got a {type(wrong).__name__}"):
             run(model, wrong)
     with pytest.raises(ValueError, match="got a function and a float"):
         train(model, batches, torch.optim.SGD(model.parameters()), 0.1, steps=1, loss=loss)

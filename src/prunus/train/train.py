@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
+from zlib import crc32
 
 import torch
 from accelerate.utils import send_to_device, slice_tensors
@@ -146,8 +147,8 @@ def train(
     mode (train or eval) in which it came; masks hold after every step.
     Raises: ValueError for a number of steps below 1, a clip that is not positive, a model without trainable parameters,
     an optimizer of none of them, fp16 without an accelerator, a batch that the ranks cannot share, a step that cannot
-    be captured, a checkpoint of another run (steps, rates, masks, settings of the optimizer and options of methods are
-    compared); FloatingPointError for a loss that is not finite.
+    be captured, a checkpoint of another run (steps, rates, masks, settings of the optimizer, options of methods and
+    what these are told are compared); FloatingPointError for a loss that is not finite.
 
     >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     >>> train(model, batches, optimizer, linear_warmup_decay(100), steps=100).losses[-1]
@@ -162,8 +163,8 @@ def train(
         )
     if not callable(batches) or not callable(lr):
         raise ValueError(
-            "batches and lr are functions of the step: batches=lambda step: parts[step % len(parts)] of a list or "
-            f"loader, lr=lambda step: 1.0; got a {type(batches).__name__} and a {type(lr).__name__}."
+            "batches and lr are functions of the step, such as lambda step: parts[step % len(parts)] of "
+            f"parts = list(loader), and lambda step: 1.0; got a {type(batches).__name__} and a {type(lr).__name__}."
         )
     if isinstance(capture, Kept) and checkpoint is not None:
         raise ValueError(f"A run whose recorded step is kept begins anew: leave out checkpoint={str(checkpoint)!r}.")
@@ -192,7 +193,7 @@ def train(
         rates = [float(group["lr"]) for group in optimizer.param_groups]
         watched = Watched(watch, lambda: resumable(inner), shared)
         key = {"steps": steps, "accumulate": accumulate, "base_lrs": rates, "precision": precision, "clip": clip}
-        key |= watched.plan | ({} if checkpoint is None else held(optimizer, masks))
+        key |= watched.plan | ({} if checkpoint is None else held(optimizer, masks)) | (_told(plan) if during else {})
         path = None if checkpoint is None else Path(checkpoint)
         saved = Checkpoint(path, key, inner, optimizer, scaler, during, options, watched, shared)
         first, past = saved.load()
@@ -242,6 +243,12 @@ def train(
                 break
         watched.finish_()
         return replace(trace.read(), watched=watched.seen)
+
+
+def _told(plan: Plan) -> dict[str, Any]:
+    """What methods were told besides the steps, as a checkpoint keeps it."""
+    names = [(view.parameter, view.index) for view in plan.views]
+    return {"epoch_steps": plan.epoch_steps, "views": f"{len(names)}, {crc32(repr(names).encode()):08x}"}
 
 
 def _own_views(model: nn.Module, views: Sequence[View]) -> list[View]:
