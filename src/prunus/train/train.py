@@ -85,14 +85,21 @@ def regression_loss() -> Callable[[nn.Module, tuple[Any, Tensor]], Tensor]:
     >>> regression_loss()(nn.Linear(4, 1), (torch.zeros(2, 4), torch.zeros(2))).shape
     torch.Size([])
     """
+    return lambda model, batch: squared_error(class_logits(model, batch[0]), batch[1])
 
-    def loss(model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
-        found, values = class_logits(model, batch[0]).float().flatten(), batch[1].flatten()
-        if found.shape != values.shape:  # torch would compare each with each
-            raise ValueError(f"{len(found)} logits for {len(values)} values: give each sample one value, and one logit")
-        return nn.functional.mse_loss(found, values)
 
-    return loss
+def squared_error(logits: Tensor, values: Tensor) -> Tensor:
+    """The mean squared error of logits (batch, 1) in float32, of values (batch,) or (batch, 1).
+
+    Raises ValueError for another number of values: torch would compare each with each.
+
+    >>> squared_error(torch.ones(2, 1), torch.zeros(2, 1))
+    tensor(1.)
+    """
+    found, wanted = logits.float().flatten(), values.flatten()
+    if found.shape != wanted.shape:
+        raise ValueError(f"{len(found)} logits for {len(wanted)} values: give each sample one value, and one logit")
+    return nn.functional.mse_loss(found, wanted)
 
 
 def train(
