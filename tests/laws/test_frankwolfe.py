@@ -157,6 +157,18 @@ def test_minimising_a_quadratic_reaches_the_best_feasible_point():
         assert 0 <= float(gap) < 0.1
 
 
+def test_gaps_are_known_when_gradients_are_gone():
+    """As after `train`, which sets them to None."""
+    optimizer = SFW([x := nn.Parameter(torch.arange(6.0))], lr=0.1, constraint=k_support(2))
+    assert optimizer.gaps() == []
+    optimizer.start_()
+    x.grad = torch.arange(6.0).cos()
+    optimizer.step()
+    before = optimizer.gaps()
+    optimizer.zero_grad()
+    assert optimizer.gaps() == before != []
+
+
 # Groups, gradients, states.
 
 
