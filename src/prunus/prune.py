@@ -77,9 +77,9 @@ def prune(
     A model may be compiled or in DataParallel; names are those of the ordinary one, unless `views` say others.
 
     Raises ValueError for a model without prunable weights, a sparsity outside [0, 1) or below that of `within`, a
-    pattern that does not fit a layer or `within`, `within` of another model, scores with NaN, a criterion or allocation
-    that needs inputs when there are no batches, or none in them, a model that is adapted, sharded or on meta, and one
-    that cannot do what is asked of it (compare layers without scores; stay `within` masks).
+    pattern that does not fit a layer or `within`, `within` or `views` of another model, scores with NaN, a criterion or
+    allocation that needs inputs when there are no batches, or none in them, a model that is adapted, sharded or on
+    meta, and one that cannot do what is asked of it (compare layers without scores; stay `within` masks).
 
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
     >>> prune(model, sparsity=0.75)
@@ -100,6 +100,7 @@ def prune(
         )
     check_comparable(asked, shared)
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    _check_views(views, parameters)
     if within is not None:
         check_known(within, parameters)
         asked = staying(asked, views, within)
@@ -144,7 +145,7 @@ def prune_in_turn(
     pattern: Pattern | None = None,
     sparsity: float | None = None,
     *,
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     views: Sequence[View] | None = None,
 ) -> Masks:
     """Masks as `prune` chooses and applies them, a block after the other, each with what the pruned ones before make.
@@ -164,7 +165,8 @@ def prune_in_turn(
         model = unwrapped(model)
         check_unwrapped(model)
         views = observable(model, find_layers(model)) if asked.needs else find_layers(model)
-    where = Unstructured(compared(asked, uniform)) if pattern is None else pattern
+    where, batches = Unstructured(compared(asked, uniform)) if pattern is None else pattern, list(batches)
+    _check_views(views, dict(model.named_parameters()))
     for view in views:
         where.counts(view.shape, sparsity, name=view.name)
     masks: dict[str, Tensor] = {}
@@ -184,7 +186,7 @@ def _turns(model: nn.Module, views: Sequence[View], batches: Sequence[Any]) -> l
         for name in dict.fromkeys(block_of.values())
         if name in modules
     )
-    if not len(batches):
+    if not batches:
         raise ValueError("there is no calibration batch, which shows the order of the blocks")
     with in_mode(model, training=False), hooked(hooks):
         _run(model, batches[0])
@@ -197,6 +199,16 @@ def _block_of(view: str, lists: set[str]) -> str:
     parts = view.partition("[")[0].split(".")
     inside = (".".join(parts[: end + 1]) for end in range(1, len(parts)) if ".".join(parts[:end]) in lists)
     return next(inside, ".".join(parts))
+
+
+def _check_views(views: Sequence[View], parameters: Mapping[str, Tensor]) -> None:
+    for view in views:
+        found = parameters.get(view.parameter)
+        if found is None or view.matrix(torch.empty(found.shape, device="meta")).shape != view.shape:
+            said = "has none of that name" if found is None else f"has {tuple(found.shape)} there"
+            raise ValueError(
+                f"views name '{view.parameter}', with a matrix {view.shape}; the model {said}: use find_layers(model)"
+            )
 
 
 def _default(criterion: Criterion, pattern: Pattern | None) -> Allocation:

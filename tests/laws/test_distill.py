@@ -242,6 +242,16 @@ def test_a_light_teacher_of_a_model_of_which_all_is_trained_is_a_copy():
     assert beside(lighten_(dense, model), model) == size + rotary(dense)
 
 
+def test_values_are_compared_one_by_one():
+    model, teacher, x = nn.Linear(4, 1), nn.Linear(4, 1), torch.randn(8, 4)
+    loss, values = distilled_regression(teacher, 0.25), x[:, :1] ** 2
+    expected = 0.25 * (model(x) - teacher(x)).square().mean() + 0.75 * (model(x) - values).square().mean()
+    assert torch.allclose(loss(model, (x, values)), expected)
+    assert torch.allclose(loss(model, (x, values[:, 0])), expected)
+    with pytest.raises(ValueError, match="8 logits for 7 values"):
+        loss(model, (x, values[1:]))
+
+
 @pytest.mark.parametrize("weight", [-1.0, 0.0, 1.5, float("nan")])
 def test_a_weight_that_would_drive_a_network_from_its_labels_is_refused(weight: float):
     with pytest.raises(ValueError, match=r"a weight in \(0, 1\]"):

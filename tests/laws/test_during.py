@@ -5,6 +5,7 @@ Exact sparsity, clean zeros, bits that survive a kill, steps that can be recorde
 
 from __future__ import annotations
 
+import copy
 import doctest
 from itertools import pairwise
 from typing import Any
@@ -150,6 +151,54 @@ def test_a_finished_run_can_be_finished_again(name, tmp_path):
     assert later.finish() == masks
     for key, value in prunable(model).items():
         assert torch.equal(value, prunable(again)[key]), key
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_second_finish_changes_nothing(name):
+    model, method = make_model(), make_method(name)
+    run(model, method)
+    masks, weights = method.finish(), copy.deepcopy(model.state_dict())
+    assert method.finish() == masks
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_optimizer_goes_on_where_its_run_was_stopped(name, tmp_path):
+    """The cell of a notebook, stopped and run again: the optimizer has the groups and parameters that it came with."""
+
+    def broken(step: int):
+        if step == 13:
+            raise KeyboardInterrupt
+        return batches(step)
+
+    whole, model = make_model(), make_model()
+    run(whole, make_method(name))
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    groups = [list(group["params"]) for group in optimizer.param_groups]
+    told: dict[str, Any] = {"steps": STEPS, "epoch_steps": 6, "loss": loss, "checkpoint": tmp_path / "c.pt"}
+    rate = lambda step: 1 - step / STEPS  # noqa: E731
+    with pytest.raises(KeyboardInterrupt):
+        train(model, broken, optimizer, rate, during=[make_method(name)], save_seconds=0, **told)
+    train(model, batches, optimizer, rate, during=[make_method(name)], **told)
+    assert [list(map(id, group["params"])) for group in optimizer.param_groups] == [list(map(id, g)) for g in groups]
+    assert optimizer.state.keys() <= set(model.parameters())
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in whole.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at that of substituted weights
+@pytest.mark.parametrize("views", [None, find_layers])
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_masks_of_a_wrapped_model_bear_the_ordinary_names(wrap, views):
+    for name in ("GMP", "DPF", "RigL"):
+        plain, inner = make_model(), make_model()
+        masks = []
+        for model in (plain, wrap(inner)):
+            method = make_method(name)
+            run(model, method, views=None if views is None else views(model))
+            masks.append(method.finish())
+        assert masks[0] == masks[1]
+        masks[1].check(inner)
+        run(wrap(inner), make_method(name), views=find_layers(inner), steps=STEPS)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -463,6 +512,21 @@ def test_a_layer_without_a_gradient_competes_for_what_stays():
     method.gradients()
     assert model.each[0].weight.grad.eq(1.0).all()
     assert model.each[1].weight.grad is None
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_frozen_layers_are_no_trouble(name):
+    """Where no prunable weight is trained, none is but by the method: what stays of it is what it was."""
+    model, method = make_model(), make_method(name)
+    for weight in (model[0].weight, model[5].weight, model[6].weight):
+        weight.requires_grad_(False)
+    before = prunable(copy.deepcopy(model))
+    run(model, method)
+    masks = method.finish()
+    masks.check(model)
+    if name not in ("CS", "STR"):  # which train what weights are multiplied with, or shortened by
+        for key, weight in prunable(model).items():
+            assert torch.equal(weight, before[key] * masks[key]), key
 
 
 def test_gates_learn_from_steps_that_16_bits_would_lose():

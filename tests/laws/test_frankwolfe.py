@@ -157,6 +157,18 @@ def test_minimising_a_quadratic_reaches_the_best_feasible_point():
         assert 0 <= float(gap) < 0.1
 
 
+def test_gaps_are_known_when_gradients_are_gone():
+    """As after `train`, which sets them to None."""
+    optimizer = SFW([x := nn.Parameter(torch.arange(6.0))], lr=0.1, constraint=k_support(2))
+    assert optimizer.gaps() == []
+    optimizer.start_()
+    x.grad = torch.arange(6.0).cos()
+    optimizer.step()
+    before = optimizer.gaps()
+    optimizer.zero_grad()
+    assert optimizer.gaps() == before != []
+
+
 # Groups, gradients, states.
 
 
@@ -351,6 +363,8 @@ def test_other_dtypes(dtype):
     ("options", "message"),
     [
         ({"rescale": "speed"}, "rescale is one of none, diameter"),
+        ({"lr": -0.1}, "lr is at least 0; got -0.1"),
+        ({"weight_decay": torch.nan}, "weight_decay is at least 0; got nan"),
         ({"momentum": 1.0}, r"momentum lies in \[0, 1\)"),
         ({"constraint": k_support(2), "weight_decay": 0.1}, "takes no weight decay"),
         ({"constraint": [k_support(2)], "joint": True}, "joint=True needs one Ball"),
@@ -361,7 +375,7 @@ def test_other_dtypes(dtype):
 )
 def test_what_does_not_fit_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        SFW(tensors(), 0.1, **options)
+        SFW(tensors(), **{"lr": 0.1, **options})
 
 
 # With the training loop.
@@ -416,6 +430,8 @@ def test_groups_of_the_papers():
     assert [p.ndim for p in first["params"]] == [4, 2, 2]
     assert second["constraint"] is None
     assert [p.ndim for p in second["params"]] == [1] * 5
+    with pytest.raises(ValueError, match=r"no parameter '4\.wieght', which `only` names"):
+        constrained_groups(model, nuclear(), Radius(2.0), only=["0.weight", "4.wieght"])
     measured = constrained_groups(model, k_support(0.3), Initial(3.0), norms="measured")[0]["constraint"][0]
     assert measured.radius == pytest.approx(3 * float(model[0].weight.detach().norm()))
 
@@ -435,6 +451,9 @@ def test_masks_hold_and_nothing_is_spent_on_what_is_pruned(ball):
     kept.attach(model, optimizer, None)
     kept.gradients()
     assert torch.equal(weight.grad, masks["4.weight"] * torch.tensor(1e-3))
+    tied = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    tied["b"].weight = tied["a"].weight
+    KeptGradients(Masks({"b.weight": torch.ones(2, 2, dtype=torch.bool)})).attach(tied, optimizer, None)
     with pytest.raises(ValueError, match="no parameter 'x'"):
         run(model, optimizer, during=[KeptGradients(Masks({"x": torch.ones(1, dtype=torch.bool)}))])
 

@@ -60,6 +60,15 @@ def test_a_step_is_that_of_sgd_and_then_the_proximal_one(kind):
         assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("shrink", [shrink_singular_values, shrink_groups])
+def test_float64_is_not_rounded(shrink):
+    x = random(5, 7).double()
+    p, u = shrink(x, 0.5), torch.linalg.svd(x, full_matrices=False)
+    rows = x * (1 - 0.5 / x.norm(dim=1, keepdim=True)).clamp_min(0)
+    expected = rows if shrink is shrink_groups else u[0] * (u[1] - 0.5).clamp_min(0) @ u[2]
+    assert torch.allclose(p, expected, rtol=0, atol=1e-13)
+
+
 def test_the_rate_may_be_a_tensor_and_gradients_may_be_missing():
     ours, theirs = ([nn.Parameter(random(4, 3)), nn.Parameter(random(3))] for _ in range(2))
     for parameters, lr in ((ours, 0.1), (theirs, torch.tensor(0.1))):
@@ -210,6 +219,20 @@ def test_nuclear_steps_beside_sgd_are_proximal_sgd(layout, every):
         assert torch.allclose(one, other, atol=1e-4)
 
 
+def test_nuclear_steps_take_the_rate_of_each_group_and_leave_what_is_not_trained():
+    ours, theirs = make_model(), make_model()
+    for model in (ours, theirs):
+        model[0].requires_grad_(False)
+    groups = [
+        [{"params": each[3].parameters()}, {"params": each[5].parameters(), "lr": 0.3}] for each in (ours, theirs)
+    ]
+    run(ours, torch.optim.SGD(groups[0], lr=0.1), during=[NuclearSteps(0.05)], steps=4)
+    run(theirs, ProximalSGD(groups[1], 0.1, proximal="nuclear", strength=0.05, momentum=0.0), steps=4)
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+    assert torch.equal(ours[0].weight, theirs[0].weight)
+
+
 def test_nuclear_steps_leave_zeros_where_masks_hold_them():
     model, x = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)), random(8, 6)
     masks = Masks({name: random(*model.get_parameter(name).shape) > 0 for name in ("0.weight", "1.weight")})
@@ -231,6 +254,11 @@ def test_what_is_out_of_range_is_refused():
         ProximalSGD([nn.Parameter(torch.ones(1))], 0.1, proximal="l1", strength=1.0)
     with pytest.raises(ValueError, match="strength is at least 0"):
         ProximalSGD([nn.Parameter(torch.ones(1))], 0.1, proximal="groups", strength=-1.0)
+    for name in ("lr", "weight_decay"):
+        with pytest.raises(ValueError, match=f"{name} is at least 0; got nan"):
+            ProximalSGD(
+                [nn.Parameter(torch.ones(1))], **{"lr": 1.0, "proximal": "groups", "strength": 1.0, name: torch.nan}
+            )
     with pytest.raises(ValueError, match="cannot be captured"):
         ProximalSGD([nn.Parameter(torch.ones(1))], 0.1, proximal="nuclear", strength=1.0, capturable=True)
     with pytest.raises(ValueError, match="strength is at least 0; got -1"):

@@ -50,6 +50,10 @@ def network(seed: int = 0) -> nn.Sequential:
         )
 
 
+def other() -> nn.Module:
+    return nn.ModuleDict({"5": nn.Linear(8, 16)})
+
+
 def copy_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -233,6 +237,14 @@ def test_a_plain_score_of_inputs_is_compared_within_rows_as_wanda_is():
         (partial(prune, sparsity=0.5, allocation=owl), "owl is no allocation; it makes one: call it"),
         (partial(prune, sparsity=0.5, allocation=owl()), "pass calibration batches"),
         (partial(prune, sparsity=0.5, views=[]), "nothing to prune"),
+        (
+            partial(prune, sparsity=0.5, views=find_layers(nn.Linear(3, 2))),
+            "'weight'.*; the model has none of that name",
+        ),
+        (
+            partial(prune_in_turn, criterion=wanda, sparsity=0.5, batches=[], views=find_layers(other())),
+            r"views name '5\.weight', with a matrix \(16, 8\); the model has \(16, 32\) there",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused_and_changes_nothing(call, message: str):
@@ -241,6 +253,14 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(call, message: str):
     with pytest.raises(ValueError, match=message):
         call(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_blocks_in_turn_take_a_loader():
+    batches = [torch.randn(4, 2, 5, 5, generator=torch.Generator().manual_seed(step)) for step in range(3)]
+    one, other = network(), network()
+    assert prune_in_turn(one, wanda, sparsity=0.5, batches=iter(batches)) == prune_in_turn(
+        other, wanda, sparsity=0.5, batches=batches
+    )
 
 
 def test_earlier_masks_that_the_pattern_cannot_keep_within_are_refused():

@@ -335,6 +335,8 @@ def test_convolutions_are_matrices_of_filters():
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="radius above 0"):
         sets.k_support(2, radius=0.0)
+    with pytest.raises(ValueError, match=r"K is a count .*; got nan"):
+        sets.k_support(float("nan"))
     with pytest.raises(ValueError, match=r"p in \[1, inf\]"):
         Lp(0.5)
     with pytest.raises(ValueError, match="which groups of 3 do not divide"):

@@ -5,14 +5,16 @@ import itertools
 import os
 import sys
 import time
+from collections import UserDict
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 
-from prunus.during import DST, ELSA, GMP, Part, RigL
+from prunus.during import DST, ELSA, GMP, SET, Part, RigL
 from prunus.frankwolfe import SFW, k_support, lp
+from prunus.layers import find_layers
 from prunus.machine import ranks
 from prunus.masks import Masks
 from prunus.score import uniform, uniform_plus
@@ -21,7 +23,7 @@ from prunus.train.checkpoint import Clock, options_of
 from prunus.train.drawn import drawn_from, seeded
 from prunus.train.hooks import During, Plan
 from prunus.train.lr import linear_warmup_decay
-from prunus.train.train import classification_loss, train
+from prunus.train.train import classification_loss, regression_loss, train
 from prunus.train.watch import Watch
 
 
@@ -312,6 +314,19 @@ def test_a_checkpoint_of_a_method_with_other_options_is_refused(tmp_path, one, o
     assert go(one()).losses == first.losses
 
 
+@pytest.mark.parametrize(("told", "said"), [({"epoch_steps": 3}, "'epoch_steps': 2"), ({"views": 1}, "'views': '2, ")])
+def test_a_checkpoint_of_a_method_that_was_told_else_is_refused(tmp_path, told, said):
+    def go(epoch_steps=2, views=2):
+        model = Net()
+        found = find_layers(model)[:views]
+        run(model, during=[SET(0.5)], views=found, epoch_steps=epoch_steps, checkpoint=tmp_path / "c")
+
+    go()
+    go()
+    with pytest.raises(ValueError, match=rf"c belongs to another run: it has .*{said}"):
+        go(**told)
+
+
 def test_allocations_made_with_other_options_are_told_apart():
     said = [options_of([RigL(0.5, topology=uniform_plus(most=most))])["RigL.topology"] for most in (0.8, 0.8, 0.7)]
     assert said[0] == said[1] != said[2]
@@ -526,8 +541,39 @@ def test_what_cannot_be_trained_is_refused():
         run(model, precision="int8")
     with pytest.raises(FloatingPointError, match="loss of step 2 is nan"):
         run(model, lambda step: (batches(step)[0] * (torch.nan if step == 2 else 1), batches(step)[1]))
+    for wrong in ([batches(0)], torch.utils.data.DataLoader([batches(0)])):
+        with pytest.raises(ValueError, match=f"functions of the step, .*; got a {type(wrong).__name__}"):
+            run(model, wrong)
+    with pytest.raises(ValueError, match="got a function and a float"):
+        train(model, batches, torch.optim.SGD(model.parameters()), 0.1, steps=1, loss=loss)
+    with pytest.raises(ValueError, match=r"first tensor is empty, \(0, 6\)"):
+        run(model, lambda step: (batches(0)[0][:0], batches(0)[1][:0]))
+    with pytest.raises(ValueError, match="got a dict without a tensor"):
+        run(model, lambda step: {"text": ["a"]})
     with pytest.raises(ValueError, match="nothing would be trained"):
         run(model.requires_grad_(False))
+
+
+def test_batches_hold_tensors_wherever_they_are():
+    """A tokenizer's keywords are a mapping that is no dict; names of samples stand beside their tensors."""
+    x, labels = batches(0)
+    optimizer = torch.optim.SGD((model := Net(dropout=0)).parameters(), lr=0.1)
+    traces = [
+        train(model, lambda step: (UserDict(x=x), labels), optimizer, float, steps=2, loss=classification_loss()),
+        train(model, lambda step: {"n": ["a"], "x": x}, optimizer, float, steps=2, loss=lambda m, b: m(b["x"]).sum()),
+    ]
+    assert [trace.tokens for trace in traces] == [16, 16]
+
+
+def test_values_are_compared_one_by_one():
+    """torch compares each of (batch,) with each of (batch, 1), and only warns."""
+    x, model = batches(0)[0], nn.Linear(6, 1)
+    values = x[:, :1] ** 2
+    expected = (model(x) - values).square().mean()
+    assert torch.equal(regression_loss()(model, (x, values)), expected)
+    assert torch.equal(regression_loss()(model, (x, values[:, 0])), expected)
+    with pytest.raises(ValueError, match="16 logits for 8 values"):
+        regression_loss()(nn.Linear(6, 2), (x, values))
 
 
 @pytest.mark.parametrize("where", [0.1, 0.5, 0.9])

@@ -154,6 +154,16 @@ def test_draws_have_the_gradient_of_the_expectation():
     assert exact.abs().max() > 0.1
 
 
+@pytest.mark.parametrize(("shape", "said"), [(None, "has none"), ((4, 4), r"has one of \(4, 4\)")])
+def test_a_prior_of_another_model_is_refused(shape, said: str):
+    model = nn.Linear(8, 4)
+    prior = Masks({} if shape is None else {"weight": torch.ones(shape, dtype=torch.bool)})
+    with pytest.raises(ValueError, match=rf"a mask of 'weight' \(4, 8\), and its prior {said}"):
+        MaskLLM(0.5, prior=prior).attach(
+            model, torch.optim.SGD(model.parameters()), Plan(2, 2, tuple(find_layers(model)))
+        )
+
+
 def test_what_cannot_be_learnt_is_refused():
     for options, message in [
         ({"pattern": "unstructured"}, "take 2:4, say"),

@@ -208,6 +208,40 @@ def test_merging_notices_a_layer_that_changed_meanwhile() -> None:
         adaptation.merge_()
 
 
+def test_no_adapter_stays_where_merging_fails() -> None:
+    """A sum that float16 cannot hold: the layers are those from before, and the model can be adapted anew."""
+    model = nn.Sequential(nn.Conv1d(3, 2, 1), nn.Flatten(), nn.Linear(4, 4), nn.Linear(4, 2)).half()
+    modules, last = list(model.modules()), model[3].weight.clone()
+    adaptation = adapt(model, ["lora"], masks=None, views=find_layers(model))
+    with torch.no_grad():
+        for factor in adaptation.groups["lora"][2:]:
+            factor.fill_(1e4)
+    with pytest.raises(RuntimeError, match=r"'2' does not fit into torch\.float16 when merged"):
+        adaptation.merge_()
+    assert all(now is then for now, then in zip(model.modules(), modules, strict=True))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(model[3].weight, last)
+    adapt(model, ["lora"], masks=None, views=find_layers(model)).merge_()
+
+
+@pytest.mark.parametrize("kind", ["lora", "mask_lora", "scale_lora"])
+def test_float64_is_not_rounded(kind: str) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 5, bias=False)).double(), torch.randn(7, 6, dtype=torch.float64)
+    torch.nn.init.normal_(model[0].weight)
+    mask = torch.rand(5, 6) > 0.5 if kind == "mask_lora" else torch.ones(5, 6, dtype=torch.bool)
+    masks = Masks({"0.weight": mask})
+    masks.apply_(model)
+    weight = model[0].weight.detach().clone()
+    adapt(model, [kind], masks=masks, views=find_layers(model)).merge_()
+    assert torch.allclose(model[0].weight, weight, rtol=1e-6 if kind == "scale_lora" else 0, atol=0)
+    adaptation = adapt(model, [kind], masks=masks, views=find_layers(model))
+    torch.nn.init.normal_(adaptation.groups[kind][1])
+    trained = model(x)
+    adaptation.merge_()
+    assert torch.allclose(model(x), trained, rtol=1e-12)
+
+
 def test_full_trains_everything_under_held_masks() -> None:
     model = _model("llama", torch.bfloat16)
     masks = _pruned(model)

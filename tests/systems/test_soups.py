@@ -24,6 +24,7 @@ from prunus.jobs.pool import Workers
 from prunus.masks import Masks
 from prunus.measure.accuracy import accuracy
 from prunus.measure.ensemble import ensemble_accuracy
+from prunus.prune import prune
 from prunus.recipe import ClassifierRecipe, member_of, order_of, parse
 from prunus.run.cli import app
 from prunus.run.compare import compare
@@ -556,6 +557,24 @@ def test_finished_members_are_averaged_where_the_model_is(tmp_path: Path) -> Non
         return where
 
     assert go() == go() == ["cuda", "cuda"]
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_a_wrapped_model_is_souped_as_the_plain_one(tmp_path: Path, wrap: Any) -> None:
+    models = []
+    for place, around in enumerate((lambda model: model, wrap)):
+        models.append(nn.Linear(8, 4, bias=False))
+        how: dict[str, Any] = {"sparsity": 0.5, "phases": 2, "members": 2, "folder": tmp_path / str(place)}
+        for _ in range(2):  # the second time by finished members
+            with torch.no_grad():
+                models[-1].weight.copy_(torch.arange(32.0).view(4, 8))
+            sms_(
+                around(models[-1]),
+                select=lambda model, sparsity, within: prune(model, sparsity=sparsity, within=within),
+                retrain=lambda copy, phase, member: [p.data.mul_(1 + member) for p in copy.parameters()],
+                **how,
+            )
+    assert torch.equal(models[0].weight, models[1].weight)
 
 
 def test_a_member_that_moved_pruned_weights_is_refused() -> None:

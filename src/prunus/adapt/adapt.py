@@ -135,7 +135,8 @@ class Adaptation:
             ValueError, before anything is changed: merged already; "lora" on a layer whose mask has zeros; a trained
                 value that is NaN, infinite or beyond the dtype it goes back to; a weight trained by "full" that is
                 not zero where it is pruned.
-            RuntimeError: a merged layer is not finite or does not compute what its adapter computed.
+            RuntimeError: a merged layer is not finite or does not compute what its adapter computed. Layers before it
+                are merged then, later ones as they were before `adapt`, and no adapter is left in the model.
         """
         self._check()
         self._merged = True
@@ -143,13 +144,17 @@ class Adaptation:
             _restore(plain)
         difference: dict[str, float] = {}
         lost: dict[str, float] = {}
-        for site in self._sites:
-            if self._kind == "lora_prune":
-                lost[site.name] = site.lost()
-            difference[site.name] = site.merge_(exact=self._kind != "lora_prune")
-        for _, parameter, mask in self._held:
-            parameter.masked_fill_(~mask.to(parameter.device), 0)  # -0.0 becomes +0.0
-        self._freeze_as_before()
+        try:
+            for site in self._sites:
+                if self._kind == "lora_prune":
+                    lost[site.name] = site.lost()
+                difference[site.name] = site.merge_(exact=self._kind != "lora_prune")
+            for _, parameter, mask in self._held:
+                parameter.masked_fill_(~mask.to(parameter.device), 0)  # -0.0 becomes +0.0
+        finally:
+            for site in self._sites:
+                site.restore()
+            self._freeze_as_before()
         return MergeReport(difference, lost)
 
     @torch.no_grad()

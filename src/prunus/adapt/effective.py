@@ -49,7 +49,8 @@ class Terms(NamedTuple):
 
 
 def effective_weight(terms: Terms, dtype: torch.dtype | None = None) -> Tensor:
-    """W_eff, formed by tiles in A's dtype (float32), rounded to W's dtype, then cast to `dtype` (default: W's).
+    """W_eff, formed by tiles in A's dtype (float32), or float64 for such a W, rounded to W's dtype, then cast to
+    `dtype` (default: W's).
 
     >>> effective_weight(Terms(torch.ones(1, 2), torch.ones(1, 2), torch.ones(1, 1), None, 0.5))
     tensor([[1.5000, 1.5000]])
@@ -61,8 +62,10 @@ def effective_weight(terms: Terms, dtype: torch.dtype | None = None) -> Tensor:
 
         build_(out, weight, A, B, mask, scale=1.0 if scale is None else scale, product=scale is None)
         return out
+    wide = torch.promote_types(weight.dtype, A.dtype)
     for rows in tiles(weight):
-        update = (B[rows] if scale is None else B[rows] * scale) @ (A[rows] if A.ndim == 3 else A)
+        left = (B[rows] if scale is None else B[rows] * scale).to(wide)  # as LoRA's own path rounds it
+        update = left @ (A[rows] if A.ndim == 3 else A).to(wide)
         if scale is None:
             update.mul_(weight[rows])
         elif mask is None:

@@ -112,9 +112,10 @@ class Site:
                 self.undo.append(owner.module.register_forward_hook(self.adapter.close_, always_call=True))
 
     def restore(self) -> None:
-        """Takes the adapter out again."""
+        """Takes the adapter out again, if it is there."""
         for item in self.undo:
             item.remove()
+        self.undo.clear()
         if isinstance(self.adapter, LINEAR):
             for parent, child in self.owners[0].slots:
                 setattr(parent, child, self.owners[0].module)

@@ -44,6 +44,8 @@ class GSM(During):
     def gradients(self) -> None:
         """Zero the gradient of all prunable weights but the Q with the largest |w * dL/dw|."""
         pairs = self.gradients_of()
+        if not pairs:
+            return
         grads = [grad for _, grad in pairs.values()]
         scores = torch._foreach_mul([weight for weight, _ in pairs.values()], grads)  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_abs_(scores)  # pyright: ignore[reportPrivateImportUsage]

@@ -71,6 +71,8 @@ class LC(During):
     def gradients(self) -> None:
         """Add the penalty's gradient at the weights outside P(w), and take weight decay away."""
         pairs = self.gradients_of()
+        if not pairs:
+            return
         weights, grads = [weight for weight, _ in pairs.values()], [grad for _, grad in pairs.values()]
         best = keep_global(magnitudes(self.pruned_parameters), self.kept_weights)  # also of what no step reached
         outside = torch._foreach_mul(weights, [~best[name] for name in pairs])  # pyright: ignore[reportPrivateImportUsage]

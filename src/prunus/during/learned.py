@@ -51,8 +51,12 @@ def finish_learned_(
     """Write the effective weights into the model under the final masks, which are returned.
 
     scores: positive where the method itself keeps a weight. sparsity: keep the largest scores of all layers, exactly so
-    many; None keeps what the method keeps. The share that the method itself prunes goes to its buffer `reached`.
+    many; None keeps what the method keeps. The share that the method itself prunes goes to its buffer `reached`; where
+    that is known, the end was made before: gates and thresholds are in the weights, and the masks are those.
     """
+    if not method.get_buffer("reached").isnan():
+        method.enforce_()
+        return method.masks()
     learned = {name: score > 0 for name, score in scores.items()}
     total = sum(score.numel() for score in scores.values())
     reached = 1 - sum(int(mask.sum()) for mask in learned.values()) / total

@@ -37,7 +37,7 @@ class MaskLLM(During):
     Source: Fang et al., "MaskLLM: Learnable Semi-Structured Sparsity for Large Language Models" (NeurIPS 2024).
     Deviations: logits are counted in units of the first scale; `keep` is of the kept share, not of the sum.
     Raises ValueError for a pattern that is not N:M, a sparsity beside its own, temperatures or scales that are not
-    positive, keep < 0, and (in `attach`) layers that the pattern does not fit.
+    positive, keep < 0, and (in `attach`) layers that the pattern does not fit, and a prior of other ones.
 
     >>> learned, optimizer = MaskLLM(0.5), torch.optim.Adam(model.parameters(), lr=0.1)
     >>> trace = train(model, batches, optimizer, lambda step: 1.0, steps=20, during=[learned])
@@ -123,6 +123,10 @@ class MaskLLM(During):
     def _first(self) -> dict[str, Tensor]:
         """Layer name -> the mask that the choice begins with."""
         if self.prior is not None:
+            for name, shape in self._shapes().items():
+                if name not in self.prior or self.prior[name].shape != shape:
+                    found = f"has one of {tuple(self.prior[name].shape)}" if name in self.prior else "has none"
+                    raise ValueError(f"MaskLLM begins with a mask of '{name}' {tuple(shape)}, and its prior {found}")
             return {view.name: view.matrix(self.prior[view.parameter]).to(self.heat.device) for view in self.views}
         sizes = magnitudes(self.pruned_parameters)
         return keep_allocated(

@@ -81,9 +81,10 @@ class RigL(During):
     def gradients(self) -> None:
         """Remember the gradients, those at pruned weights too."""
         stored, pairs = self._stored(), self.gradients_of()
-        torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
-            [stored[name] for name in pairs], [grad for _, grad in pairs.values()]
-        )
+        if pairs:
+            torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
+                [stored[name] for name in pairs], [grad for _, grad in pairs.values()]
+            )
         self.fresh = frozenset(pairs)
 
     def follow(self) -> None:

@@ -23,7 +23,8 @@ class SET(During):
     zeta = 0.3). topology: how the zeros are shared out: `erk` (the paper's Erdos-Renyi, for convolutions too) or
     `uniform`.
     Deviations: new weights start at 0 as in RigL, where the paper draws them; dropped are the smallest |w|, where the
-    paper takes a share of the positive and of the negative ones; chance may grow again what was just dropped.
+    paper takes a share of the positive and of the negative ones; chance may grow again what was just dropped; a frozen
+    layer exchanges nothing, because what it grew would stay at 0.
     Raises ValueError for a sparsity outside [0, 1), zeta outside (0, 1], delta < 1, a topology that looks at inputs, or
     (in `check`) when training is too short for one exchange.
 
@@ -77,9 +78,10 @@ class SET(During):
     def after_step(self, step: int) -> None:
         """Exchange connections, when it is time."""
         done = step + 1
-        if done % self.every == 0 and done < self.steps:
+        views = [view for view in self.views if self.pruned_parameters[view.parameter].requires_grad]
+        if done % self.every == 0 and done < self.steps and views:
             growth = random_scores(self.views, [self.seed, done])
-            self.set_masks_(exchange(self.views, self.pruned_parameters, self.held(), growth, self.zeta))
+            self.set_masks_(exchange(views, self.pruned_parameters, self.held(), growth, self.zeta))
             self.enforce_()
 
     def finish(self) -> Masks:

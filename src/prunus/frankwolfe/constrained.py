@@ -39,12 +39,16 @@ def constrained_groups(
     group without constraint. size: `Radius`, `Diameter` or `Initial`; joint: one set over all. norms:
     "expected", what torch's own initialisation of each layer makes on average, whatever this model's was; or
     "measured", the norms now. only: names of the parameters that are in the set, in place of that rule.
-    Raises ValueError for an expected norm without closed form, and when nothing would be in the set.
+    Raises ValueError for an expected norm without closed form, names in `only` that the model has not, and when nothing
+    would be in the set.
 
     >>> groups = constrained_groups(nn.Linear(8, 4), group_k_support(0.5), Initial(3.0))
     >>> [(len(group["params"]), round(group["constraint"][0].radius, 3)) for group in groups]
     [(1, 3.464), (1, 1.225)]
     """
+    strange = set(only or ()) - {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if strange:
+        raise ValueError(f"the model has no parameter {min(strange)!r}, which `only` names")
     chosen: list[tuple[Tensor, float]] = []
     others: list[tuple[Tensor, float]] = []
     structured = _structured(model)
@@ -106,7 +110,7 @@ class KeptGradients(During):
 
     def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
         """Find the parameters; raises ValueError for a mask without one."""
-        parameters = dict(model.named_parameters())
+        parameters = dict(model.named_parameters(remove_duplicate=False))
         missing = [name for name in self.given if name not in parameters]
         if missing:
             raise ValueError(f"the model has no parameter '{missing[0]}', which the masks name")

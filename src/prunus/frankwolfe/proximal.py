@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prunus.frankwolfe.sets.protocol import matrix_of
+from prunus.frankwolfe.sfw import check_rates
 from prunus.layers import View
 from prunus.train import During, Plan, unrecorded
 
@@ -31,13 +32,13 @@ _TINY = 1e-30
 def shrink_singular_values(matrix: Tensor, threshold: float | Tensor) -> Tensor:
     """The matrix (..., out, in) with its singular values s replaced by max(s - threshold, 0).
 
-    This is argmin over X of ||X - W||_F^2 / 2 + threshold ||X||_*. Computed in float32; a full decomposition, for which
-    the host waits for a GPU.
+    This is argmin over X of ||X - W||_F^2 / 2 + threshold ||X||_*. Computed in float32, or float64 for float64; a full
+    decomposition, for which the host waits for a GPU.
 
     >>> shrink_singular_values(torch.diag(torch.tensor([3.0, 1.0])), 2.0).diagonal()
     tensor([1., 0.])
     """
-    u, s, vt = torch.linalg.svd(matrix.float(), full_matrices=False)
+    u, s, vt = torch.linalg.svd(_wide(matrix), full_matrices=False)
     return ((u * (s - threshold).clamp_min(0)[..., None, :]) @ vt).to(matrix.dtype)
 
 
@@ -45,15 +46,17 @@ def shrink_singular_values(matrix: Tensor, threshold: float | Tensor) -> Tensor:
 def shrink_groups(matrix: Tensor, threshold: float | Tensor) -> Tensor:
     """The matrix (..., out, in) with every row shortened by the threshold, or zero where it was no longer than that.
 
-    This is argmin over X of ||X - W||_F^2 / 2 + threshold * (sum of row norms). Computed in float32.
+    This is argmin over X of ||X - W||_F^2 / 2 + threshold * (sum of row norms). Computed in float32, or float64 for
+    float64.
 
     >>> shrink_groups(torch.tensor([[3.0, 4.0], [0.6, 0.8]]), 2.0)
     tensor([[1.8000, 2.4000],
             [0.0000, 0.0000]])
     """
-    norms = torch.linalg.vector_norm(matrix.float(), dim=-1, keepdim=True)
+    wide = _wide(matrix)
+    norms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     factor = torch.where(norms > threshold, 1 - threshold / norms.clamp_min(1e-30), torch.zeros_like(norms))
-    return (matrix.float() * factor).to(matrix.dtype)
+    return (wide * factor).to(matrix.dtype)
 
 
 class ProximalSGD(Optimizer):
@@ -96,10 +99,9 @@ class ProximalSGD(Optimizer):
         group = {**self.defaults, **param_group}
         if group["proximal"] not in ("nuclear", "groups"):
             raise ValueError(f"proximal is nuclear or groups; got {group['proximal']!r}")
-        if group["strength"] < 0 or not 0 <= group["momentum"] < 1:
-            raise ValueError(
-                f"strength is at least 0 and momentum in [0, 1); got {group['strength']} and {group['momentum']}"
-            )
+        check_rates(group, "lr", "strength", "weight_decay")
+        if not 0 <= group["momentum"] < 1:
+            raise ValueError(f"momentum lies in [0, 1); got {group['momentum']}")
         if group["capturable"] and group["proximal"] == "nuclear" and group["strength"]:
             raise ValueError(
                 "The nuclear proximal step decomposes matrices, which cannot be captured: capturable=False"
@@ -146,7 +148,7 @@ class _Pull(During):
 
     def __init__(self, strength: float, views: Sequence[View] | None = None) -> None:
         super().__init__()
-        if strength < 0:
+        if not strength >= 0:
             raise ValueError(f"{type(self).__name__}'s strength is at least 0; got {strength}")
         self.strength, self.views = strength, views
 
@@ -220,6 +222,7 @@ class NuclearNorm(_NuclearPull):
 class NuclearSteps(_NuclearPull):
     """Proximal steps of the nuclear norm beside any optimizer: that of every * lr * strength, after `every` steps each.
 
+    lr: of the weight's group; a weight that the optimizer does not train stays as it is.
     With every=1 and SGD it is `ProximalSGD`, which is what the paper compares with; a larger `every` saves time.
     Decompositions are outside the step, which can therefore be captured, and are those of the smaller Gram matrix in
     float64. Entries that are exactly zero stay so: masks hold within the step, and nothing would zero them again.
@@ -232,12 +235,22 @@ class NuclearSteps(_NuclearPull):
         """Shrink the singular values when it is time."""
         if (step + 1) % self.every:
             return
-        threshold = self.every * self.strength * self.optimizer.param_groups[0]["lr"]
+        groups = self.optimizer.param_groups
+        rates = {id(each): group["lr"] for group in groups for each in group["params"] if each.requires_grad}
         with unrecorded():
             for view, weight in self.weighed:
-                matrix = view.matrix(weight)
-                found = _rescaled(matrix, lambda s: (1 - threshold / s.clamp_min(_TINY)).clamp_min(0))
-                view.write_(weight, found.masked_fill(matrix == 0, 0.0))
+                if id(weight) in rates:
+                    _shorten_(view, weight, self.every * self.strength * rates[id(weight)])
+
+
+def _shorten_(view: View, weight: Tensor, threshold: float | Tensor) -> None:
+    matrix = view.matrix(weight)
+    found = _rescaled(matrix, lambda s: (1 - threshold / s.clamp_min(_TINY)).clamp_min(0))
+    view.write_(weight, found.masked_fill(matrix == 0, 0.0))
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
 
 
 def _rescaled(matrix: Tensor, factor: Callable[[Tensor], Tensor]) -> Tensor:

@@ -143,12 +143,13 @@ class SFW(Optimizer):
     def gaps(self) -> list[Tensor]:
         """The Frank-Wolfe gap <m, x - v> of each constrained group, with exact v: scalars, on the groups' devices.
 
-        m: the momentum as the last step left it. At least 0 for feasible x, and 0 where x is stationary. For reports:
-        v is computed anew, for spectral sets by full singular value decompositions.
+        m: the momentum as the last step left it, also when gradients are gone; a group without either is left out. At
+        least 0 for feasible x, and 0 where x is stationary. For reports: v is computed anew, for spectral sets by full
+        singular value decompositions.
         """
         found: list[Tensor] = []
         for number, group in enumerate(self.param_groups):
-            places = _with_gradients(group)
+            places = _with_gradients(group) or self._with_momentum(group)
             if group["constraint"] is None or not places:
                 continue
             present = [group["params"][place] for place in places]
@@ -219,6 +220,10 @@ class SFW(Optimizer):
                 if "momentum_buffer" not in self.state[parameter]:
                     self.state[parameter]["momentum_buffer"] = gradient.clone()
         return [self.state[parameter]["momentum_buffer"] for parameter in present]
+
+    def _with_momentum(self, group: dict[str, Any]) -> tuple[int, ...]:
+        pairs = enumerate(group["params"])
+        return tuple(place for place, each in pairs if "momentum_buffer" in self.state.get(each, {}))
 
     def _problems(self, number: int, places: tuple[int, ...]) -> list[Problems]:
         """How a group's parameters are put together; kept until others have gradients or the constraint is another."""
@@ -330,7 +335,15 @@ def _problems_of(group: dict[str, Any], places: Iterable[int]) -> list[Problems]
     return separate_problems([constraint[place] for place in chosen], tensors)
 
 
+def check_rates(group: dict[str, Any], *names: str) -> None:
+    """Raise ValueError for one of these options of a group that is below 0, or NaN."""
+    for name in names:
+        if not float(group[name]) >= 0:
+            raise ValueError(f"{name} is at least 0; got {float(group[name])}")
+
+
 def _check_group(group: dict[str, Any]) -> None:
+    check_rates(group, "lr", "weight_decay", "decoupled_decay")
     if group["rescale"] not in get_args(Rescale):
         raise ValueError(f"rescale is one of {', '.join(get_args(Rescale))}; got {group['rescale']!r}")
     if not (0 <= group["momentum"] < 1 and 0 <= group["dampening"] <= 1):

@@ -125,10 +125,11 @@ def sms_(
     """
     targets = phase_sparsities(sparsity, phases)
     asked = {"sparsity": sparsity, "phases": phases, "members": members, "seed": seed}
-    start = {} if folder is None else {"weights": checksum(model.state_dict())}
+    inner = unwrapped(model)  # whose names states and masks bear
+    start = {} if folder is None else {"weights": checksum(inner.state_dict())}
 
     def pruned(_: nn.Module, index: int, before: Phase | None) -> Phase:
-        weights = {name: parameter.detach().clone() for name, parameter in unwrapped(model).named_parameters()}
+        weights = {name: parameter.detach().clone() for name, parameter in inner.named_parameters()}
         within = None if before is None else before.masks
         masks = select(model, targets[index], within)
         check_nested(masks, within)
@@ -139,18 +140,18 @@ def sms_(
         path = None if folder is None else Path(folder) / f"phase-{index + 1}-member-{place + 1}.safetensors"
         job = "" if path is None else json.dumps({**asked, **start, "masks": checksum(phase.masks)})
         if path is not None and path.exists():
-            return _finished(path, job, model)
+            return _finished(path, job, inner)
         own = copy.deepcopy(model)
         with seeded(seed_of(seed, members * index + place), next(own.parameters()).device):
             retrain(own, phase, place)
         phase.masks.check(own)
-        state = {name: value.detach() for name, value in own.state_dict().items()}
+        state = {name: value.detach() for name, value in unwrapped(own).state_dict().items()}
         if path is not None:
             write_tensors(path, state, {"job": job})
         return state
 
     def averaged(phase: Phase, states: tuple[State, ...]) -> nn.Module:
-        model.load_state_dict(mix(states, phase.masks))
+        inner.load_state_dict(mix(states, phase.masks))
         phase.masks.check(model)
         if settle is not None:
             settle(model)

@@ -23,7 +23,8 @@ class Ema(During):
     """The exponential moving average of all parameters and floating buffers; `finish` writes it into the model.
 
     decay: share of the old mean that stays in each step, in (0, 1). It starts at the weights after the first step.
-    Entries that a mask holds at zero from the start are zero in the mean. Raises ValueError for another decay.
+    Entries that a mask holds at zero from the start are zero in the mean; beside a method that prunes meanwhile, call
+    `finish` before that one's, which zeroes what the mean has there. Raises ValueError for another decay.
 
     >>> ema, optimizer = Ema(0.999), torch.optim.SGD(model.parameters(), lr=0.1)
     >>> trace = train(model, batches, optimizer, linear_warmup_decay(100), steps=100, during=[ema])

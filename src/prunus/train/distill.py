@@ -28,6 +28,7 @@ from torch.nn.utils import parametrize
 from prunus.machine import class_logits
 from prunus.masks import own_name, pack, unpack
 from prunus.train.next_token import Aim, aimed_loss, row_logits, takes_logits
+from prunus.train.train import squared_error
 
 Pooling = Literal["mean", "first"]
 
@@ -125,19 +126,20 @@ def distilled_next_token(
 
 
 def distilled_regression(teacher: nn.Module, weight: float = 0.5) -> Callable[[nn.Module, tuple[Any, Tensor]], Tensor]:
-    """The loss of (model, (inputs, values (batch,))): weight (z_S - z_T)^2 + (1 - weight) (z_S - value)^2, the mean.
+    """The loss of (model, (inputs, values)): weight (z_S - z_T)^2 + (1 - weight) (z_S - value)^2, the mean.
 
-    Models return logits (batch, 1), or an object that has them. Raises ValueError for a weight outside (0, 1].
+    Models return logits (batch, 1), or an object that has them; values are (batch,) or (batch, 1). Raises ValueError
+    for a weight outside (0, 1]; the loss does for another number of values.
 
     >>> loss = distilled_regression(dense)
     """
     _Mixed(weight, 1.0)  # which checks it
 
     def loss(model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
-        z = class_logits(model, batch[0]).float().flatten()
+        z = class_logits(model, batch[0])
         with torch.no_grad():
-            taught = class_logits(teacher, batch[0]).float().flatten()
-        return weight * F.mse_loss(z, taught) + (1 - weight) * F.mse_loss(z, batch[1])
+            taught = class_logits(teacher, batch[0]).float()
+        return weight * squared_error(z, taught) + (1 - weight) * squared_error(z, batch[1])
 
     return loss
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
+from zlib import crc32
 
 import torch
 from accelerate.utils import send_to_device, slice_tensors
@@ -26,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from prunus.layers import View, find_layers
 from prunus.machine import Precision, autocast, class_logits, in_mode, ranks
+from prunus.masks import Masks, unwrapped
 from prunus.train.capture import Capture, CapturedStep, Kept, captures, set_rates_, settled, unrecorded
 from prunus.train.checkpoint import Checkpoint, Clock, held, options_of, resumable
 from prunus.train.hooks import During, Plan
@@ -33,9 +35,6 @@ from prunus.train.next_token import answered, next_token_loss
 from prunus.train.prepared import prepared
 from prunus.train.sharded import asked, unsent
 from prunus.train.watch import Watch, Watched
-
-if TYPE_CHECKING:
-    from prunus.masks import Masks
 
 _EVERY = 1.0  # seconds between two reports
 
@@ -79,12 +78,28 @@ def classification_loss(smoothing: float = 0.0) -> Callable[[nn.Module, tuple[An
 
 
 def regression_loss() -> Callable[[nn.Module, tuple[Any, Tensor]], Tensor]:
-    """A loss of (model, (inputs, values (batch,))): the mean squared error in float32 of logits (batch, 1).
+    """A loss of (model, (inputs, values)): the mean squared error in float32 of logits (batch, 1).
+
+    values: (batch,) or (batch, 1). The loss raises ValueError for another number of them.
 
     >>> regression_loss()(nn.Linear(4, 1), (torch.zeros(2, 4), torch.zeros(2))).shape
     torch.Size([])
     """
-    return lambda model, batch: nn.functional.mse_loss(class_logits(model, batch[0]).float().flatten(), batch[1])
+    return lambda model, batch: squared_error(class_logits(model, batch[0]), batch[1])
+
+
+def squared_error(logits: Tensor, values: Tensor) -> Tensor:
+    """The mean squared error of logits (batch, 1) in float32, of values (batch,) or (batch, 1).
+
+    Raises ValueError for another number of values: torch would compare each with each.
+
+    >>> squared_error(torch.ones(2, 1), torch.zeros(2, 1))
+    tensor(1.)
+    """
+    found, wanted = logits.float().flatten(), values.flatten()
+    if found.shape != wanted.shape:
+        raise ValueError(f"{len(found)} logits for {len(wanted)} values: give each sample one value, and one logit")
+    return nn.functional.mse_loss(found, wanted)
 
 
 def train(
@@ -120,7 +135,8 @@ def train(
     step. clip: largest norm of the model's gradients; those of what methods train besides (gates, thresholds, logits)
     are not clipped.
     masks: pruned entries that stay zero. during: methods that take part; they are told `epoch_steps` (default: all
-    steps) and the prunable `views` (default: `find_layers(model)`); the caller calls their `finish()` afterwards.
+    steps) and the prunable `views` (default: `find_layers(model)`); the caller calls their `finish()` afterwards. Of a
+    model that is compiled or in DataParallel they see the ordinary one, so their masks bear its names.
     capture: record the step as a CUDA graph and replay it, which helps where launches cost more than arithmetic
     (batches of one shape only), also of several processes, which then average their gradients in it; "auto" does so
     where it can be done and, of several processes, where gradients are at most 1 GiB, and logs why where it does not;
@@ -138,8 +154,8 @@ def train(
     mode (train or eval) in which it came; masks hold after every step.
     Raises: ValueError for a number of steps below 1, a clip that is not positive, a model without trainable parameters,
     an optimizer of none of them, fp16 without an accelerator, a batch that the ranks cannot share, a step that cannot
-    be captured, a checkpoint of another run (steps, rates, masks, settings of the optimizer and options of methods are
-    compared); FloatingPointError for a loss that is not finite.
+    be captured, a checkpoint of another run (steps, rates, masks, settings of the optimizer, options of methods and
+    what these are told are compared); FloatingPointError for a loss that is not finite.
 
     >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     >>> train(model, batches, optimizer, linear_warmup_decay(100), steps=100).losses[-1]
@@ -151,6 +167,11 @@ def train(
     if (clip is not None and not clip > 0) or (report_every is not None and report_every < 1):
         raise ValueError(
             f"Training clips gradients to a norm > 0, reports every >= 1 steps; got {clip=}, {report_every=}."
+        )
+    if not callable(batches) or not callable(lr):
+        raise ValueError(
+            "batches and lr are functions of the step, such as lambda step: parts[step % len(parts)] of "
+            f"parts = list(loader), and lambda step: 1.0; got a {type(batches).__name__} and a {type(lr).__name__}."
         )
     if isinstance(capture, Kept) and checkpoint is not None:
         raise ValueError(f"A run whose recorded step is kept begins anew: leave out checkpoint={str(checkpoint)!r}.")
@@ -168,18 +189,18 @@ def train(
         _check_during(precision, watch)
     if watch is not None and shared and asked():
         raise ValueError("A model is not measured while its weights are sharded: leave out watch, or --use_fsdp.")
-    prunable = find_layers(model) if during and views is None else views or ()
+    prunable = find_layers(unwrapped(model)) if during and views is None else _own_views(model, views or ())
     plan, started = Plan(steps, epoch_steps or steps, tuple(prunable), accumulate), time.perf_counter()
     options = options_of(during)
     with (
-        _taking_part(during, model, optimizer, plan, shared=shared),
+        _taking_part(during, unwrapped(model), optimizer, plan, shared=shared),
         prepared(model, optimizer, masks, precision, shared=shared, recorded=recorded) as (inner, wrapped),
         settled(device if recorded else None),
     ):
         rates = [float(group["lr"]) for group in optimizer.param_groups]
         watched = Watched(watch, lambda: resumable(inner), shared)
         key = {"steps": steps, "accumulate": accumulate, "base_lrs": rates, "precision": precision, "clip": clip}
-        key |= watched.plan | ({} if checkpoint is None else held(optimizer, masks))
+        key |= watched.plan | ({} if checkpoint is None else held(optimizer, masks)) | (_told(plan) if during else {})
         path = None if checkpoint is None else Path(checkpoint)
         saved = Checkpoint(path, key, inner, optimizer, scaler, during, options, watched, shared)
         first, past = saved.load()
@@ -231,12 +252,27 @@ def train(
         return replace(trace.read(), watched=watched.seen)
 
 
+def _told(plan: Plan) -> dict[str, Any]:
+    """What methods were told besides the steps, as a checkpoint keeps it."""
+    names = [(view.parameter, view.index) for view in plan.views]
+    return {"epoch_steps": plan.epoch_steps, "views": f"{len(names)}, {crc32(repr(names).encode()):08x}"}
+
+
+def _own_views(model: nn.Module, views: Sequence[View]) -> list[View]:
+    """The views by the names that parameters have in the ordinary model, where they were found in one around it."""
+    own = {id(each): name for name, each in unwrapped(model).named_parameters()}
+    names = {name: own.get(id(each), name) for name, each in model.named_parameters()}
+    return [replace(view, parameter=names.get(view.parameter, view.parameter)) for view in views]
+
+
 @contextmanager
 def _taking_part(
     during: Sequence[During], model: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan, *, shared: bool
 ) -> Generator[None]:
-    """Context in which methods take part; afterwards, also by an exception, what they froze is trained again."""
+    """Context in which methods take part; afterwards, also by an exception, what they froze is trained again, and the
+    optimizer has the groups that it came with."""
     trained = [each for each in model.parameters() if each.requires_grad]
+    groups = len(optimizer.param_groups)
     try:
         for method in during:
             method.attach(model, optimizer, plan)
@@ -246,6 +282,10 @@ def _taking_part(
     finally:
         for each in trained:
             each.requires_grad_(True)
+        for group in optimizer.param_groups[groups:]:
+            for each in group["params"]:
+                optimizer.state.pop(each, None)
+        del optimizer.param_groups[groups:]
 
 
 def _check_trained(model: nn.Module, optimizer: torch.optim.Optimizer, during: Sequence[During]) -> None:
@@ -412,7 +452,7 @@ def _substituted(model: nn.Module, weights: Mapping[str, Tensor]) -> Generator[N
 
     In training it is around the backward pass as well, in which blocks that recompute themselves read weights again.
     """
-    by = {id(model.get_parameter(name)): weight for name, weight in weights.items()}
+    by = {id(unwrapped(model).get_parameter(name)): weight for name, weight in weights.items()}
     modules = model.modules() if by else ()
     places = [(module, key, each) for module in modules for key, each in module._parameters.items() if id(each) in by]
     try:
@@ -503,6 +543,18 @@ def _tokens(batch: Any) -> int:
 
 
 def _first_tensor(batch: Any) -> Tensor:
+    found = next(_tensors(batch), None)
+    if found is None or not found.numel():
+        said = "without a tensor" if found is None else f"whose first tensor is empty, {tuple(found.shape)}"
+        raise ValueError(f"a batch is a tensor, or a tuple, list or dict of some; got a {type(batch).__name__} {said}")
+    return found
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    """The tensors of a batch, in order; a tokenizer's are in a mapping that is no dict."""
     if isinstance(batch, Tensor):
-        return batch
-    return _first_tensor(next(iter(batch.values() if isinstance(batch, dict) else batch)))
+        yield batch
+    elif isinstance(batch, Mapping | list | tuple):
+        parts = cast("Iterable[Any]", batch.values() if isinstance(batch, Mapping) else batch)
+        for each in parts:
+            yield from _tensors(each)

@@ -79,7 +79,7 @@ def count_of(k: int | float, n: int) -> int:
     >>> count_of(3, 10), count_of(0.25, 10), count_of(1, 10), count_of(1.0, 10)
     (3, 2, 1, 10)
     """
-    if isinstance(k, bool) or k <= 0 or (isinstance(k, float) and k > 1):
+    if isinstance(k, bool) or not k > 0 or (isinstance(k, float) and k > 1):
         raise ValueError(f"K is a count (an int of at least 1) or a share (a float in (0, 1]); got {k!r}")
     return min(n, k) if isinstance(k, int) else min(n, max(1, round(k * n)))
 
