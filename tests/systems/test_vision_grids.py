@@ -13,19 +13,21 @@ import pytest
 import yaml
 from corrupt_images import make  # pyright: ignore[reportMissingImports] - a script, on pytest's path
 
+from prunus.jobs import pictures_of
 from prunus.jobs.store import closure
-from prunus.recipe import ClassifierRecipe, parse
+from prunus.recipe import ClassifierRecipe, Unfinished, parse
 from prunus.run import digits as showing
-from prunus.run.compare import GridJobs, compare, compare_all, load_grids
+from prunus.run.compare import GridJobs, compare, compare_all, load_grids, tabulate
 from prunus.run.grid import Grid, final_members, likely_members, load_grid, tuning_members
 from prunus.run.show import grid_rows
 from prunus.vision import stages
 from prunus.vision.setting import Setting
 from prunus.vision.train import train_run
 from tests.processes import start_command
+from tests.systems.test_cli import call
 from tests.systems.test_vision import few, learning, raw, tiny
 
-__all__ = ["few", "learning", "tiny"]
+__all__ = ["call", "few", "learning", "tiny"]
 
 
 def grid(out: Path, **changes: Any) -> Grid:
@@ -190,6 +192,27 @@ def test_a_member_is_the_same_alone_beside_others_and_in_prunus_train(tmp_path: 
     asked = grid(tmp_path / "one", **SMALL)
     alone = [train_run(asked.recipe({"method": "LLR"}, seed, {"out": str(tmp_path / str(seed))})) for seed in (0, 1)]
     assert 50 * sum(result["accuracy"] for result in alone) == pytest.approx(one[1]["accuracy"]["mean"])
+
+
+def test_pictures_of_another_layout_do_not_stay(tmp_path: Path) -> None:
+    (tmp_path / "grid-sparsity.png").write_bytes(b"of an earlier call")
+    assert tabulate(grid(tmp_path)) == []
+    assert pictures_of(tmp_path) == []
+
+
+def test_where_members_fail_the_page_shows_what_is_finished(
+    tmp_path: Path, call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(grids: list[Grid], **asked: Any) -> Any:
+        cell = {"method": "LLR", "seeds": [0], "tuned": {}, "accuracy": {"mean": 98.0, "std": None}}
+        (tmp_path / "table.json").write_text(json.dumps([cell]))
+        raise Unfinished("1 jobs failed")
+
+    monkeypatch.setattr("prunus.run.compare.compare_all", failing)
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid(tmp_path).model_dump(exclude_none=True)))
+    status, _, error = call("grid", tmp_path / "grid.yaml")
+    assert (status, error) == (1, "prunus: 1 jobs failed\n")
+    assert "98.00" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.usefixtures("tiny")

@@ -42,5 +42,6 @@ from .tables import accuracy_tables as accuracy_tables
 from .tables import by_phase as by_phase
 from .tables import perplexity_row as perplexity_row
 from .tables import perplexity_tables as perplexity_tables
+from .tables import pictures_of as pictures_of
 from .tables import read_results as read_results
 from .tables import spread as spread

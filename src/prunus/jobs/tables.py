@@ -38,6 +38,7 @@ __all__ = [
     "mean_and_std",
     "perplexity_row",
     "perplexity_tables",
+    "pictures_of",
     "read_results",
     "spread",
 ]
@@ -110,6 +111,11 @@ class Layout:
             lines.setdefault(tuple(place.values()), place)[str(row[axis]) if axis else alone] = spread(row[number])
         columns = [*down, *(self.axes[axis] if axis else [alone])]
         return markdown_table([{column: line.get(column) for column in columns} for line in lines.values()], columns)
+
+
+def pictures_of(out: Path) -> list[Path]:
+    """The pictures beside the tables of a grid's folder."""
+    return sorted([*out.glob("grid*.png"), *out.glob("phases*.png")])
 
 
 def read_results(out: Path) -> dict[str, dict[str, Any]]:

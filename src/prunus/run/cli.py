@@ -141,6 +141,7 @@ def grid(
     $ prunus grid grid.yaml --set base.retrain.steps=64 --out runs/short
     """
     from prunus.jobs import Workers as Pool
+    from prunus.machine import read_json
     from prunus.run.compare import compare_all, load_grids
     from prunus.run.page import write_report
     from prunus.run.task import is_sweep
@@ -160,7 +161,13 @@ def grid(
     grids = load_grids(recipes, out, changes)
     from prunus.run.show import show_grid  # which takes seconds to import, and a grid that is wrong need not wait
 
-    found = compare_all(grids, workers=workers, together=together, ray=ray, minutes=minutes)
+    try:
+        found = compare_all(grids, workers=workers, together=together, ray=ray, minutes=minutes)
+    except Unfinished:  # an earlier page would stand beside tables of what has finished since
+        for each in grids:
+            if read_json(Path(each.out) / "table.json"):
+                write_report(Path(each.out))
+        raise
     for each, rows in zip(grids, found, strict=True):
         show_grid(rows, Path(each.out))
         if rows:

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from prunus.jobs import Job, Workers, check_inputs, check_outside, mark, read_results, run
+from prunus.jobs import Job, Workers, check_inputs, check_outside, mark, pictures_of, read_results, run
 from prunus.machine import json_line, write_json, write_text
 from prunus.recipe import Unfinished
 from prunus.run.grid import Grid, Member, final_members, likely_members, load_grid, tuning_members
@@ -91,6 +91,8 @@ def tabulate(grid: Grid) -> list[dict[str, Any]]:
     lines = [json_line({"key": key, **result}) for key, result in sorted(results.items())]
     write_text(out / "members.jsonl", "".join(line + "\n" for line in lines))
     write_json(out / "table.json", rows)
+    for earlier in pictures_of(out):  # of another layout: nothing would draw them anew, and the page would show them
+        earlier.unlink()
     grid.task.write(grid.layout, rows)
     return rows
 

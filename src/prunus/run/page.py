@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from prunus import __version__
-from prunus.jobs import SOUP, spread
+from prunus.jobs import SOUP, pictures_of, spread
 from prunus.machine import read_json
 from prunus.measure import HEADLINES, headline
 from prunus.report import Card, Page, Part, by_block, format_value, plot_losses, plot_speeds, read_metrics, write_page
@@ -212,12 +212,11 @@ def _soup(folder: Path, result: Result) -> Page:
 def _grid(folder: Path, rows: Sequence[Result]) -> Page:
     if not rows:
         raise FileNotFoundError(f"{folder} holds nothing finished: its table has no row; run its grid again")
-    pictures = sorted([*folder.glob("grid*.png"), *folder.glob("phases*.png")])
     seeds = sorted({seed for row in rows for seed in row["seeds"]})
     said = "mean ± deviation over those of a cell" if len(seeds) > 1 else ""
     cards = [*_best(rows), Card("cells", str(len(rows)), ""), Card("seeds", str(len(seeds)), said)]
     table = [{**row, "n": len(found["seeds"])} for row, found in zip(grid_rows(rows), rows, strict=True)]
-    parts = [Part("Cells", rows=table, pictures=pictures), _member(folder), _versions()]
+    parts = [Part("Cells", rows=table, pictures=pictures_of(folder)), _member(folder), _versions()]
     return Page(folder.name, str(folder), cards, parts)
 
 
