@@ -51,6 +51,7 @@ from prunus.train import (
     train,
 )
 from prunus.vision.setting import Setting
+from prunus.vision.sweeps import sweep_of
 from prunus.vision.train import train_run
 
 SMALL = {
@@ -384,6 +385,8 @@ def test_a_classifier_of_texts_is_trained_and_pruned_by_a_recipe(encoder: Path) 
     found = train_run(recipe_of(Path("run"), Path("again"), again, retrain=distilled))
     assert found["stages"]["dense"]["top1"] == 1
     assert found["steps"] == 2
+    with pytest.raises(ValueError, match="network that looks at images; compare sparsities"):
+        sweep_of(Path("run"))
 
 
 def test_an_encoder_in_16_bits_changes_no_default_of_other_threads(

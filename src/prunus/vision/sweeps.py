@@ -123,6 +123,11 @@ def sweep_of(
     changes = [{**given, "prune.kind": kind, "prune.sparsity": rate} for kind in kinds for rate in rates]
     if source.is_dir():
         out = out or source / "sweep"
+        if pruning_of(source, {**given, "prune.sparsity": rates[0]}, out).keyed != "images":
+            raise ValueError(
+                f"{source}: a sweep is of a network that looks at images; compare sparsities of an encoder of texts "
+                "in a grid (axes: {zeros: {50 %: {prune.sparsity: 0.5}}})"
+            )
         points = tuple(pruning_of(source, change, out) for change in changes)
         return Sweep(points, source / "dense", out, timed)
     if recipe is None or not source.is_file():
