@@ -23,6 +23,8 @@ from transformers import (
     MarianConfig,
     MarianMTModel,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -443,6 +445,40 @@ def test_spearman_is_scipys_with_ties_too(x: Tensor) -> None:
     assert spearman(x, x) == pytest.approx(1)
 
 
+def test_texts_are_no_longer_than_places_that_are_counted_from_the_padding_on(folder: Path, tmp_path: Path) -> None:
+    config = RobertaConfig(vocab_size=30, max_position_embeddings=8, pad_token_id=1, **SMALL)
+    RobertaModel(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    (tmp_path / "texts.txt").write_text("\n".join(" ".join([line] * 3) for line in LINES))
+    texts = {"source": str(tmp_path / "texts.txt"), "aim": "embeddings"}
+    with pytest.raises(ValueError, match=r"texts.length: 8 tokens are more than .* has places for; set 6"):
+        Setting.of(recipe_of(tmp_path, tmp_path / "run", texts))
+    setting = Setting.of(recipe_of(tmp_path, tmp_path / "run", texts | {"length": 6}))
+    setting.new_model()(**next(setting.measured())[0])
+
+
+def test_an_untrained_head_is_neither_measured_nor_a_teacher(folder: Path, tmp_path: Path) -> None:
+    source = labelled(tmp_path / "texts.csv", [("one text", "no"), ("another text", "yes")] * 4)
+    build_encoder(str(folder), labels=["bad", "good"]).save_pretrained(tmp_path / "bad")
+    build_encoder(str(folder), labels=["yes", "no"]).save_pretrained(tmp_path / "own")
+    for name in ("bad", "own"):
+        AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / name)
+    ways: dict[str, Any] = {"norms": {"train": ["norms"]}, "taught": {"distill": {"weight": 0.5}}, "all": {}}
+
+    def setting(model: Path, way: str) -> Setting:
+        retrain = {"steps": 2, "lr": 0.1, "schedule": "linear"} | ways[way]
+        asked = {"source": source, "validation": 0.25}
+        return Setting.of(recipe_of(model, tmp_path / "run", asked, train={"batch_size": 2}, retrain=retrain))
+
+    for way in ("norms", "taught"):
+        with pytest.raises(ValueError, match=r"train.epochs: 0 trains no 'bert.pooler.dense.weight'.*give epochs, or"):
+            setting(folder, way)
+    assert setting(folder, "all").sets.train.names == ("no", "yes")
+    with pytest.raises(ValueError, match="the classes no, yes are not the model's, bad, good: call them alike"):
+        setting(tmp_path / "bad", "all")
+    assert setting(tmp_path / "own", "taught").sets.train.names == ("yes", "no")
+
+
 @pytest.mark.parametrize(
     ("texts", "changes", "message"),
     [
@@ -453,6 +489,8 @@ def test_spearman_is_scipys_with_ties_too(x: Tensor) -> None:
         ({}, {"capture": True}, "lengths of their own"),
         ({"label": "said"}, {}, "no column 'said'"),
         ({"aim": "values"}, {}, "'a' is no number"),
+        ({"aim": "values", "label": "same"}, {}, "the 1 values that are measured on are all 3, which no correlation"),
+        ({"aim": "values"}, {"train": {"label_smoothing": 0.1}}, "train.label_smoothing: of classes; leave it out"),
         ({"measure_on": "test"}, {}, "split='test' was given"),
         ({}, {"train": {"batch_size": 9}}, "9 is more than the 3 training texts"),
     ],
@@ -460,7 +498,8 @@ def test_spearman_is_scipys_with_ties_too(x: Tensor) -> None:
 def test_encoders_that_cannot_be_run_are_refused(
     folder: Path, tmp_path: Path, texts: dict[str, Any], changes: dict[str, Any], message: str
 ) -> None:
-    source = labelled(tmp_path / "texts.csv", [("one text", "a"), ("another text", "b")] * 2)
+    rows = [("one text", "a", 3), ("another text", "b", 3)] * 2
+    source = labelled(tmp_path / "texts.csv", rows, "text,label,same")
     asked = {"source": source, "validation": 0.25} | texts
     with pytest.raises(ValueError, match=message):
         Setting.of(recipe_of(folder, tmp_path / "run", asked, **({"train": {"batch_size": 1}} | changes)))

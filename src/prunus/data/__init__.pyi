@@ -11,7 +11,9 @@ from .images import split_places as split_places
 from .models import build_encoder as build_encoder
 from .models import build_model as build_model
 from .models import check_model as check_model
+from .models import classes_of as classes_of
 from .models import config_of as config_of
+from .models import fresh_head as fresh_head
 from .models import load_weights_ as load_weights_
 from .models import pooling_of as pooling_of
 from .sentences import Aim as Aim

@@ -37,7 +37,9 @@ __all__ = [
     "build_encoder",
     "build_model",
     "check_model",
+    "classes_of",
     "config_of",
+    "fresh_head",
     "load_weights_",
     "pooling_of",
 ]
@@ -155,6 +157,32 @@ def config_of(name: str) -> Path | None:
     """
     found = Path(name).expanduser() / "config.json"
     return found if name and found.is_file() else None
+
+
+def classes_of(name: str) -> tuple[str, ...]:
+    """What a folder of transformers calls its classes, in the order of their numbers; () where it gives numbers alone.
+
+    >>> classes_of("distilbert-sst2")
+    ('NEGATIVE', 'POSITIVE')
+    """
+    from transformers import AutoConfig
+
+    found = AutoConfig.from_pretrained(Path(name).expanduser()).id2label or {}
+    names = tuple(label for _, label in sorted(found.items()))
+    return () if all(re.fullmatch(r"LABEL_\d+", label) for label in names) else names
+
+
+def fresh_head(name: str, model: nn.Module) -> list[str]:
+    """The tensors of a model of transformers, behind its inner one, that the folder has not, or in another shape.
+
+    >>> fresh_head("bert-base-uncased", build_encoder("bert-base-uncased", labels=["no", "yes"]))
+    ['bert.pooler.dense.weight', 'classifier.weight', 'classifier.bias']
+    """
+    inner = f"{getattr(model, 'base_model_prefix', '')}."
+    stored = read_checkpoint(Path(name).expanduser()).tensors
+    held = {key.removeprefix(inner): tuple(each.shape) for key, each in stored.items()}  # inner ones go without it
+    head = {k: each for k, each in model.state_dict().items() if not k.startswith(inner) or ".pooler." in k}
+    return [key for key, each in head.items() if held.get(key.removeprefix(inner)) != tuple(each.shape)]
 
 
 def pooling_of(name: str) -> Literal["mean", "first"]:

@@ -84,6 +84,8 @@ class EncoderRecipe(ClassifierRecipe):
         strange["capture"] = "batches have lengths of their own" if self.capture is True else None
         if self.prune is not None and self.prune.kind != "zeros":
             strange["prune.kind"] = "an encoder of texts becomes smaller by prunus.shrink"
+        if self.aim != "classes" and self.train.label_smoothing:
+            strange["train.label_smoothing"] = "of classes"
         if self.aim == "embeddings" and self.train.epochs:
             strange["train.epochs"] = "embeddings have no labels to train on"
         distill = None if self.retrain is None else self.retrain.distill

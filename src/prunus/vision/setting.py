@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.blocks import compile_blocks_, longest
-from prunus.checkpoint import read_tokenizer
+from prunus.checkpoint import read_state, read_tokenizer
 from prunus.data import (
     Augment,
     ImageBatches,
@@ -24,8 +24,10 @@ from prunus.data import (
     Sentences,
     build_encoder,
     build_model,
+    classes_of,
     config_of,
     count_images,
+    fresh_head,
     load_weights_,
     matched,
     plain_batches,
@@ -100,6 +102,11 @@ class Setting:
             raise ValueError(
                 f"{keyed}.source {recipe.data.source!r}: all are of 1 class; a classifier needs 2 at least"
             )
+        if recipe.aim == "values" and bool((sets.measured.labels == sets.measured.labels[0]).all()):
+            raise ValueError(
+                f"texts.source {recipe.data.source!r}: the {len(sets.measured)} values that are measured on are all "
+                f"{float(sets.measured.labels[0]):g}, which no correlation ranks; hold out more (texts.validation)"
+            )
         precision: Precision = ("bf16" if cuda else "fp32") if recipe.precision == "auto" else recipe.precision
         images = recipe.keyed == "images"  # texts are of many lengths, which no recording has
         capture = cuda and images if recipe.capture == "auto" else recipe.capture
@@ -108,6 +115,7 @@ class Setting:
         channels_last = cuda and images if recipe.channels_last == "auto" else recipe.channels_last
         found = cls(recipe, device, precision, capture, channels_last, sets)
         found._check_model()
+        found._check_untrained()
         found._check_trainings()
         if recipe.corruptions is not None:
             found.corrupted(recipe.corruptions)
@@ -203,13 +211,41 @@ class Setting:
         if asked in _fits and config_of(recipe.model) is None:
             return
         model = self.empty_model()
-        if shape is not None:
+        if shape is None:
+            self._check_length(model)
+        else:
             self._check_size(model)
         if recipe.prune is not None:
             views = check_pruning(model, recipe.prune)
             if recipe.retrain is not None:
                 check_adapting("retrain", recipe.retrain, model, views)
         _fits.add(asked)
+
+    def _check_untrained(self) -> None:
+        """Raise ValueError where nothing is trained first, and the network does not know the classes."""
+        recipe, data, retrain = self.recipe, self.sets.train, self.recipe.retrain
+        if recipe.train.epochs or recipe.aim == "embeddings":
+            return
+        own = classes_of(recipe.model) if isinstance(data, Sentences) and recipe.aim == "classes" else ()
+        said = data.names if own and data.names != tuple(map(str, range(len(own)))) else own
+        if said != own and len(said) == len(own):
+            raise ValueError(
+                f"texts.source: the classes {', '.join(said)} are not the model's, {', '.join(own)}: call them alike, "
+                "give their numbers, or train it on these (train.epochs)"
+            )
+        if retrain is not None and "full" in retrain.train and retrain.distill is None:
+            return
+        model = self.empty_model()
+        if recipe.weights is None:
+            fresh = fresh_head(recipe.model, model)
+        else:
+            known = read_state(Path(recipe.weights).expanduser(), model.state_dict(), other_head=True)
+            fresh = [name for name in model.state_dict() if name not in known]
+        if fresh:
+            raise ValueError(
+                f"train.epochs: 0 trains no {fresh[0]!r}, which {recipe.weights or recipe.model} has not for what the "
+                f"{recipe.keyed} ask: give epochs, or retrain everything on labels (retrain.train: [full], no distill)"
+            )
 
     def _check_trainings(self) -> None:
         """Raise ValueError for trainings, also of a soup's members, that leave a phase no step, or an image nothing."""
@@ -233,6 +269,17 @@ class Setting:
                     f"model: {self.recipe.model!r} takes no images of {shape} (channels, rows, columns: "
                     f"{' '.join(str(error).split())[:150]}); give another, images.size, or its arguments"
                 ) from None
+
+    def _check_length(self, model: nn.Module) -> None:
+        """Raise ValueError for texts of more tokens than there are places, which RoBERTa counts from its padding on."""
+        places = [each for name, each in model.named_modules() if name.endswith("position_embeddings")]
+        padded = [each for each in places if isinstance(each, nn.Embedding) and each.padding_idx is not None]
+        most = min((each.num_embeddings - 1 - (each.padding_idx or 0) for each in padded), default=None)
+        long = max(each.length for each in (self.sets.train, self.sets.measured) if isinstance(each, Sentences))
+        if most is not None and long > most:
+            raise ValueError(
+                f"texts.length: {long} tokens are more than {self.recipe.model!r} has places for; set {most}"
+            )
 
     def batches(self, part: int) -> Batches:
         """Augmented training batches; part: 0 for the training, j for the retraining of phase j, each in its order."""
