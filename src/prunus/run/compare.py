@@ -120,14 +120,27 @@ class GridJobs:
         return self._expected
 
     def look(self) -> None:
-        """Raises ValueError for what its task sees in members before any work."""
+        """Raises ValueError for what its task sees in members before any work, naming the first cell of that kind."""
         self._look()
-        self.grid.task.look([member.recipe for member in self._likely])
+        try:
+            self.grid.task.look([member.recipe for member in self._likely])
+        except ValueError as error:
+            raise ValueError(f"{self._place(str(error))}{error}") from None
 
     def prepared(self) -> AbstractContextManager[Any]:
         """What its task needs around the members."""
         self._look()
         return self.grid.task.prepared([member.recipe for member in self._likely])
+
+    def _place(self, message: str) -> str:
+        """The cell of which alone the task says the same, or nothing."""
+        for member in self._likely:
+            try:
+                self.grid.task.look([member.recipe])
+            except ValueError as error:
+                if str(error) == message:
+                    return f"{' / '.join(member.labels.values())}: "
+        return ""
 
     def _look(self) -> None:
         """Choose anew, if a try has ended since."""
