@@ -328,7 +328,7 @@ def _methods(out: Path, **options: Any) -> Grid:
 
 def test_a_method_that_a_member_leaves_too_few_steps_is_refused_before_any_training(tmp_path: Path, tiny: None) -> None:
     """By what members are run with: where a value is tried for all, that of the cell itself is not."""
-    with pytest.raises(ValueError, match="^RigL: RigL with delta=1000 changes nothing before"):
+    with pytest.raises(ValueError, match=r"^RigL: RigL with delta=1000 changes nothing before"):
         compare(_methods(tmp_path / "wrong", delta=1000))
     assert not list((tmp_path / "wrong").glob("*/*"))
     asked = _methods(tmp_path / "tuned", delta=1000).model_dump()
