@@ -320,7 +320,6 @@ def test_wrong_grids_of_classifiers_are_refused(tmp_path: Path) -> None:
         compare(grid(tmp_path), together=0)
 
 
-@pytest.mark.slow
 def _methods(out: Path, **options: Any) -> Grid:
     axes = {"method": {"dense": {"prune": None}, "RigL": {"during": {"rigl": options}}}}
     return grid(out, **SMALL | {"axes": axes, "seeds": [0]})
@@ -336,6 +335,7 @@ def test_a_method_that_a_member_leaves_too_few_steps_is_refused_before_any_train
     assert len(compare(parse(asked | {"tune": tried}, Grid, "grid.yaml"))) == 2
 
 
+@pytest.mark.slow
 def test_a_grid_killed_for_good_repeats_nothing_finished(tmp_path: Path, few: str) -> None:
     def asked(out: Path) -> dict[str, Any]:
         made = grid(out, **SMALL).model_dump(mode="json")
