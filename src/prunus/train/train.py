@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, cast
 from zlib import crc32
@@ -153,9 +154,9 @@ def train(
     The model is trained where it is (under several processes that share it, on the device of each), and ends in the
     mode (train or eval) in which it came; masks hold after every step.
     Raises: ValueError for a number of steps below 1, a clip that is not positive, a model without trainable parameters,
-    an optimizer of none of them, fp16 without an accelerator, a batch that the ranks cannot share, a step that cannot
-    be captured, a checkpoint of another run (steps, rates, masks, settings of the optimizer, options of methods and
-    what these are told are compared); FloatingPointError for a loss that is not finite.
+    an optimizer of none of them, or that needs a closure, fp16 without an accelerator, a batch that the ranks cannot
+    share, a step that cannot be captured, a checkpoint of another run (steps, rates, masks, settings of the optimizer,
+    options of methods and what these are told are compared); FloatingPointError for a loss that is not finite.
 
     >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     >>> train(model, batches, optimizer, linear_warmup_decay(100), steps=100).losses[-1]
@@ -172,6 +173,12 @@ def train(
         raise ValueError(
             "batches and lr are functions of the step, such as lambda step: parts[step % len(parts)] of "
             f"parts = list(loader), and lambda step: 1.0; got a {type(batches).__name__} and a {type(lr).__name__}."
+        )
+    closure = signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is Parameter.empty:
+        raise ValueError(
+            f"{type(optimizer).__name__} asks for the loss several times a step (a closure), and train gives it once: "
+            "take an optimizer that steps by gradients alone, such as torch.optim.AdamW."
         )
     if isinstance(capture, Kept) and checkpoint is not None:
         raise ValueError(f"A run whose recorded step is kept begins anew: leave out checkpoint={str(checkpoint)!r}.")
