@@ -163,6 +163,12 @@ def test_a_second_finish_changes_nothing(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_an_end_before_the_training_says_what_is_missing(name):
+    with pytest.raises(AttributeError, match=r"from its training on: call train\(\.\.\., during=\[method\]\) first"):
+        make_method(name).finish()
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_an_optimizer_goes_on_where_its_run_was_stopped(name, tmp_path):
     """The cell of a notebook, stopped and run again: the optimizer has the groups and parameters that it came with."""
 

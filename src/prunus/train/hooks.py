@@ -80,6 +80,17 @@ class During(nn.Module):
         """After the last step: writes the final weights into the model, and returns its masks if it makes any."""
         return None
 
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        """Of what `attach` makes, says that it is not there yet."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if "optimizer" in vars(self):
+                raise
+            raise AttributeError(
+                f"{error}, which a method has from its training on: call train(..., during=[method]) first"
+            ) from None
+
     # Masks that change while training: kept as buffers, so that a captured step sees the change.
 
     def hold_masks(
