@@ -11,7 +11,7 @@ into buffers by the hooks on the host. One method a file; this one holds what th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,8 @@ from prunus.patterns import keep_largest_of_all, kept_of
 
 @dataclass(frozen=True)
 class Plan:
-    """What a method may know of the run: its steps, those of an epoch, the prunable layers, a step's micro batches.
+    """What a method may know of the run: its steps, those of an epoch, the prunable layers, a step's micro batches,
+    and the masks under which it trains (of no parameter, where there are none).
 
     Epochs need no hook of their own: `before_step(step)` begins one where step % epoch_steps == 0.
     """
@@ -34,6 +35,7 @@ class Plan:
     epoch_steps: int
     views: tuple[View, ...]
     accumulate: int = 1
+    masks: Masks = field(default_factory=lambda: Masks({}))
 
 
 class During(nn.Module):

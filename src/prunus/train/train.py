@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from prunus.layers import View, find_layers
 from prunus.machine import Precision, autocast, class_logits, in_mode, ranks
-from prunus.masks import Masks, unwrapped
+from prunus.masks import Masks, own_name, unwrapped
 from prunus.train.capture import Capture, CapturedStep, Kept, captures, set_rates_, settled, unrecorded
 from prunus.train.checkpoint import Checkpoint, Clock, held, options_of, resumable
 from prunus.train.hooks import During, Plan
@@ -197,7 +197,8 @@ def train(
     if watch is not None and shared and asked():
         raise ValueError("A model is not measured while its weights are sharded: leave out watch, or --use_fsdp.")
     prunable = find_layers(unwrapped(model)) if during and views is None else _own_views(model, views or ())
-    plan, started = Plan(steps, epoch_steps or steps, tuple(prunable), accumulate), time.perf_counter()
+    given = Masks({own_name(name): mask for name, mask in (masks or {}).items()})
+    plan, started = Plan(steps, epoch_steps or steps, tuple(prunable), accumulate, given), time.perf_counter()
     options = options_of(during)
     with (
         _taking_part(during, unwrapped(model), optimizer, plan, shared=shared),
