@@ -34,7 +34,7 @@ from prunus.train.checkpoint import Checkpoint, Clock, held, options_of, resumab
 from prunus.train.hooks import During, Plan
 from prunus.train.next_token import answered, next_token_loss
 from prunus.train.prepared import prepared
-from prunus.train.sharded import asked, unsent
+from prunus.train.sharded import asked, check_whole, unsent
 from prunus.train.watch import Watch, Watched
 
 _EVERY = 1.0  # seconds between two reports
@@ -190,6 +190,8 @@ def train(
         torch.cuda.reset_peak_memory_stats(device)
     shared = shared and ranks.count() > 1
     recorded = captures(capture, model, optimizer, shared=shared, scaled=precision == "fp16")
+    if during or shared:
+        check_whole(model)
     if during and shared and asked():
         raise ValueError("Methods that take part in training need whole weights: launch without --use_fsdp.")
     if during:
