@@ -163,6 +163,31 @@ def test_a_second_finish_changes_nothing(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_what_the_masks_of_the_training_prune_is_not_kept(name):
+    model, method = make_model(), make_method(name)
+    given = masks_by_magnitude(prunable(model), 0.5)
+    run(model, method, masks=given)
+    masks = method.finish()
+    assert sum(kept for kept, _ in masks.table().values()) == kept_of(285, 0.75)
+    assert masks == masks & given
+
+
+@pytest.mark.parametrize("name", ["RigL", "SET"])
+def test_a_topology_of_more_than_the_masks_of_the_training_leave_is_refused(name):
+    model = make_model()
+    with pytest.raises(
+        ValueError, match="214 entries should stay, but earlier masks left only 143: raise the sparsity"
+    ):
+        run(model, make_method(name, 0.25), masks=masks_by_magnitude(prunable(model), 0.5))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_end_before_the_training_says_what_is_missing(name):
+    with pytest.raises(AttributeError, match=r"from its training on: call train\(\.\.\., during=\[method\]\) first"):
+        make_method(name).finish()
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_an_optimizer_goes_on_where_its_run_was_stopped(name, tmp_path):
     """The cell of a notebook, stopped and run again: the optimizer has the groups and parameters that it came with."""
 

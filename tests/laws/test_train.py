@@ -253,6 +253,13 @@ def test_a_checkpoint_of_other_masks_or_settings_of_the_optimizer_is_refused(tmp
             go(**changed)
 
 
+def test_an_optimizer_that_needs_a_closure_is_refused_before_any_batch():
+    model = Net(dropout=0.0)
+    optimizer = torch.optim.LBFGS(model.parameters())
+    with pytest.raises(ValueError, match=r"LBFGS asks for the loss several times a step .*torch\.optim\.AdamW"):
+        train(model, lambda step: pytest.fail("no batch is read"), optimizer, lambda step: 1.0, steps=2)
+
+
 def test_an_optimizer_of_other_parameters_is_refused():
     model, optimizer = nn.Linear(1, 1), torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
     with pytest.raises(ValueError, match=r"none of the parameters that require gradients.* after the model is adapted"):

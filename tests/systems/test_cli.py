@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -103,6 +104,8 @@ MISTAKES = [
     (["run", "--pattern", "2:4", "--sparsity", "0.7"], "0.7", "0.5"),
     (["run", "--model", "./no-model"], "no file or folder './no-model'", "seen from"),
     (["run", "--model", "{f}"], "has no config that opens", "config.json"),
+    (["run", "--model", "{f}/quantised"], "of what lies there (plum.gguf)", "name one file"),
+    (["evaluate", "{f}/quantised"], "of what lies there (plum.gguf)", "name one file"),
     (["run", "--set", "prune.sparsity"], "'prune.sparsity'", "key=value"),
     (["run", "--set", "prune={"], "--set prune={", "not YAML"),
     (["run", "--device", "cudda"], "'cudda'", "a device is auto, cpu, cuda"),
@@ -204,6 +207,8 @@ MISTAKES = [
     (["write", "{tiny}", "{f}/torn.yaml"], "torn.yaml' is a file", "give a folder"),
     (["write", "{tiny}", "{f}/torn.yaml/out"], "torn.yaml' is a file", "give a folder"),
     (["run", "--model", "{tiny}", "--out", "{f}/torn.yaml/out"], "torn.yaml' is a file", "give a folder"),
+    (["run", "--model", "{tiny}", "--out", "{f}/link/out"], "link' is a link that leads nowhere", "give another"),
+    (["demo", "--out", "{f}/link"], "link' is a link that leads nowhere", "make the folder it names"),
     (["write", "{tiny}", "out", "--temperature", "inf"], "temperature", "finite number"),
     (["run", "--set", "=3"], "--set '=3'", "is not key=value"),
     (["write", "{tiny}", "out", "--length", "65"], "length: 65 tokens", "at most 64; set length to 64"),
@@ -228,6 +233,7 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "short.txt": "A plum.",
         "grid.yaml": "base: {}\naxis: {}\naxes: {a: {b: {}}}\n",
         "pickled/pytorch_model.bin": "never opened",
+        "quantised/plum.gguf": "never opened",
         "digits.yaml": "images: digits\nmodel: resnet8",
         "small.yaml": "base: {}\naxes: {a: {b: {}}}\n",
         "classifiers.yaml": "base: {images: digits}\naxes: {a: {b: {}}}\ntune: {text: x, axis: a, cells: {}}\n",
@@ -259,6 +265,7 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in texts.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
+    (folder / "link").symlink_to("nowhere")
     (folder / "latin.yaml").write_bytes("# prune: für".encode("latin-1"))
     return folder
 
@@ -283,6 +290,15 @@ def test_a_mistake_is_one_line_and_status_2(
     assert value in line
     assert mend in line
     assert list(tmp_path.iterdir()) == []  # refused before any work
+
+
+def test_a_place_that_is_closed_is_one_line_with_its_mend(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", "/closed")
+
+    monkeypatch.setattr("prunus.run.demo.demo", closed)
+    line = refused(call, "demo", "--device", "cpu")
+    assert "Read-only file system: '/closed'; give a place where this user may read and write" in line
 
 
 def test_a_model_writes_by_the_command_and_the_same_again(

@@ -15,11 +15,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from prunus import masks as masks_module
+from prunus.during import GMP
 from prunus.kernels.switch import kernels
 from prunus.masks import Masks
 from prunus.prune import prune
 from prunus.soup import imp
-from prunus.train import Trace
+from prunus.train import Trace, train
 from tests.processes import run_ranks
 
 NESTEROV = {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-2}
@@ -208,13 +209,18 @@ def test_masks_of_phases_are_those_of_the_ordinary_model() -> None:
     assert found[0] == found[1] == found[2]
 
 
-def test_a_sharded_model_is_refused_by_name() -> None:
+def test_a_sharded_model_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         model = network()
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
         with pytest.raises(ValueError, match="'0' is sharded: prune and save the model before it is"):
             prune(model, sparsity=0.5)
+        optimizer = torch.optim.SGD(model.parameters())
+        for world, during in (("1", [GMP(0.5)]), ("2", [])):
+            monkeypatch.setenv("WORLD_SIZE", world)
+            with pytest.raises(ValueError, match=r"'0\.weight' is sharded: .* before fully_shard; train shards it"):
+                train(model, lambda step: pytest.fail("no batch"), optimizer, lambda _: 1.0, steps=1, during=during)
     finally:
         dist.destroy_process_group()
 

@@ -150,7 +150,9 @@ def test_a_folder_of_other_weights_is_refused(tmp_path: Path):
     go(early, early)
     go(early, early)
     for start, rewind in ((later, early), (early, later), (early, None)):
-        with pytest.raises(ValueError, match=r"belongs to another job or model: it has .*'weights'"):
+        with pytest.raises(
+            ValueError, match=r"belongs to another job or model: .*'weights'.* build that one anew, and"
+        ):
             go(start, rewind)
 
 

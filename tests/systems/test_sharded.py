@@ -36,7 +36,7 @@ from prunus.train.capture import CapturedStep
 from prunus.train.lr import linear_warmup_decay
 from prunus.train.next_token import next_token_loss
 from prunus.train.sharded import asked, sharded
-from prunus.train.train import train
+from prunus.train.train import classification_loss, train
 from tests.laws.test_capture import Played
 from tests.processes import run_ranks
 
@@ -172,6 +172,11 @@ def test_two_ranks_whose_steps_are_recorded_train_what_one_trains(tmp_path: Path
         check_close(found, retrain(kind.partition(",")[0]))
 
 
+@pytest.mark.slow
+def test_two_ranks_end_with_the_same_statistics(tmp_path: Path) -> None:
+    assert launch(tmp_path, ranks_normalise, fsdp=False)["alike"]["1.num_batches_tracked"] == STEPS
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("kind", KINDS)
@@ -261,6 +266,19 @@ def rank_fails(folder: Path) -> None:
 
 def ranks_train(folder: Path) -> dict[str, Any]:
     return {kind: rank_trains(kind, folder) for kind in KINDS}
+
+
+def ranks_normalise(folder: Path) -> dict[str, Any]:
+    """BatchNorm keeps statistics of what its own process saw, which pruning by what layers receive would go by."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(8, 4, generator=torch.Generator().manual_seed(step)), torch.arange(8) % 2
+
+    train(model, batch, optimizer, lambda _: 1.0, steps=STEPS, loss=classification_loss())
+    return {"alike": model}
 
 
 def ranks_record(folder: Path) -> dict[str, Any]:

@@ -51,6 +51,7 @@ from prunus.shrink import (
     choose_blocks,
     columns,
     expert_saliency,
+    narrowed,
     needed_words,
     remove_blocks,
     remove_experts,
@@ -141,6 +142,28 @@ def test_a_share_by_which_no_group_of_heads_goes_is_refused(tokens: torch.Tensor
     with pytest.raises(ValueError, match=r"of 1 groups .* removes none; leave it out"):
         remove_heads(remove_heads(model, tokens, 0.5), tokens, 0.5)
     assert remove_heads(model, tokens, 0.0) is model
+
+
+@pytest.mark.parametrize(
+    ("family", "remove", "said"),
+    [
+        ("llama", remove_neurons, r"shrink\.neurons: of 48 neurons of an MLP, .* removes none; one of them is 0\.0208"),
+        ("llama", remove_width, r"shrink\.width: of 32 entries of the hidden states, .* one of them is 0\.0312"),
+        ("glm4_moe", remove_experts, r"shrink\.experts: of 8 experts of a block, .* one of them is 0\.125"),
+    ],
+)
+def test_a_share_by_which_nothing_goes_is_refused(family: str, remove, said: str, tokens: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=said):
+        remove(made(family), tokens, 1e-3)
+
+
+def test_shares_by_which_nothing_goes_are_refused_by_sizes_alone() -> None:
+    for shares in ({"width": 1e-3}, {"neurons": 1e-3}):
+        with pytest.raises(ValueError, match=r"a share of 0\.001 removes none"):
+            narrowed(made("llama"), **shares)
+    for model, shares in ((made("llama"), {"width": 1e-3}), (made("glm4_moe"), {"experts": 1e-3})):
+        with pytest.raises(ValueError, match=r"a share of 0\.001 removes none"):
+            check_shares(model, **shares)
 
 
 @pytest.mark.parametrize("family", ["opt", "gpt2"])

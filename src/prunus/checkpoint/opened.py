@@ -40,8 +40,8 @@ def download_weights(name: str) -> Path:
 def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
     """The config of the model in a folder, with no code of its own run unless that is trusted.
 
-    Raises ValueError for a folder without config.json, one that transformers does not know, one that needs code, and an
-    adapter without its model.
+    Raises ValueError for a folder without config.json, one that transformers does not know, one that needs code, an
+    adapter without its model, and GGUF files without their name.
     """
     from transformers import AutoConfig
 
@@ -53,6 +53,11 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
         )
     if (path / "model" / "config.json").is_file() and not (path / "config.json").is_file():
         raise ValueError(f"model: {str(path)!r} is the folder of a run; give its model, {str(path / 'model')!r}")
+    quantised = sorted(each.name for each in path.glob("*.gguf"))
+    if quantised and not (path / "config.json").is_file():
+        raise ValueError(
+            f"model: {str(path)!r} holds no config.json; of what lies there ({', '.join(quantised[:3])}) name one file"
+        )
     try:
         return AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:

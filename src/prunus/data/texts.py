@@ -295,7 +295,7 @@ def _hub_error(asked: TextSource, error: Exception) -> str:
 def _check_columns(place: str, columns: Sequence[str], names: Collection[str]) -> None:
     for column in columns:
         if column not in names:
-            raise ValueError(f"{place} has no column {column!r}, only {list(names)}; name one of them with column=.")
+            raise ValueError(f"{place} has no column {column!r}, only {list(names)}; name one of them.")
         count = sum(name == column for name in names)
         if count > 1:
             raise ValueError(f"{place} has {count} columns {column!r}; rename all but one.")

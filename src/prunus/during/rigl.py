@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prunus.during.choose import without_inputs
-from prunus.during.topology import exchange, random_topology
+from prunus.during.topology import exchange, random_topology, within
 from prunus.masks import Masks
 from prunus.patterns import kept_of
 from prunus.score import Allocation, Count, erk
@@ -30,7 +30,7 @@ class RigL(During):
     layer that the step did not reach (an expert) exchanges nothing.
     A connection that is dropped and grown at once keeps its weight, as in the authors' code.
     Raises ValueError for a sparsity outside [0, 1), alpha or stop outside (0, 1], delta < 1, a topology that looks at
-    inputs, or (in `check`) when training is too short for one exchange.
+    inputs, or (in `attach`) masks of the training that leave fewer weights, or (in `check`) too short a training.
 
     >>> rigl = RigL(0.9, delta=5)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -64,9 +64,9 @@ class RigL(During):
     def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
         """Choose the random topology; the weights are masked before the first step."""
         self.check(plan.steps, plan.epoch_steps)
-        self.views, self.end = plan.views, self.stop * plan.steps
+        self.plan, self.end = plan, self.stop * plan.steps
         self.hold_masks(model, optimizer, plan.views)
-        self.set_masks_(random_topology(model, plan.views, self.sparsity, self.topology, self.seed))
+        self.set_masks_(random_topology(model, plan, self.sparsity, self.topology, self.seed))
         # The step's gradients, and whose they are: written before they are read, so no part of the state.
         self.seen, self.fresh = nn.Module(), frozenset[str]()
         for place, parameter in enumerate(self.pruned_parameters.values()):
@@ -97,8 +97,8 @@ class RigL(During):
         if done % self.delta or done >= self.end or not self.fresh:
             return
         fraction = self.alpha / 2 * (1 + math.cos(math.pi * done / self.end))
-        stored, views = self._stored(), [view for view in self.views if view.parameter in self.fresh]
-        growth = {view.name: view.matrix(stored[view.parameter]).abs() for view in views}
+        stored, views = self._stored(), [view for view in self.plan.views if view.parameter in self.fresh]
+        growth = within({view.name: view.matrix(stored[view.parameter]).abs() for view in views}, self.plan)
         self.set_masks_(exchange(views, self.pruned_parameters, self.held(), growth, fraction))
         self.enforce_()
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from prunus.during.choose import without_inputs
-from prunus.during.topology import exchange, random_scores, random_topology
+from prunus.during.topology import exchange, random_scores, random_topology, within
 from prunus.masks import Masks
 from prunus.patterns import kept_of
 from prunus.score import Allocation, Count, erk
@@ -26,7 +26,7 @@ class SET(During):
     paper takes a share of the positive and of the negative ones; chance may grow again what was just dropped; a frozen
     layer exchanges nothing, because what it grew would stay at 0.
     Raises ValueError for a sparsity outside [0, 1), zeta outside (0, 1], delta < 1, a topology that looks at inputs, or
-    (in `check`) when training is too short for one exchange.
+    (in `attach`) masks of the training that leave fewer weights, or (in `check`) too short a training.
 
     >>> method = SET(0.9, delta=5)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -62,9 +62,9 @@ class SET(During):
     def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
         """Choose the random topology; the weights are masked before the first step."""
         self.check(plan.steps, plan.epoch_steps)
-        self.views, self.steps, self.every = plan.views, plan.steps, self.delta or plan.epoch_steps
+        self.plan, self.every = plan, self.delta or plan.epoch_steps
         self.hold_masks(model, optimizer, plan.views)
-        self.set_masks_(random_topology(model, plan.views, self.sparsity, self.topology, self.seed))
+        self.set_masks_(random_topology(model, plan, self.sparsity, self.topology, self.seed))
 
     def before_step(self, step: int) -> None:
         """Start from the sparse network."""
@@ -78,9 +78,9 @@ class SET(During):
     def after_step(self, step: int) -> None:
         """Exchange connections, when it is time."""
         done = step + 1
-        views = [view for view in self.views if self.pruned_parameters[view.parameter].requires_grad]
-        if done % self.every == 0 and done < self.steps and views:
-            growth = random_scores(self.views, [self.seed, done])
+        views = [view for view in self.plan.views if self.pruned_parameters[view.parameter].requires_grad]
+        if done % self.every == 0 and done < self.plan.steps and views:
+            growth = within(random_scores(self.plan.views, [self.seed, done]), self.plan)
             self.set_masks_(exchange(views, self.pruned_parameters, self.held(), growth, self.zeta))
             self.enforce_()
 

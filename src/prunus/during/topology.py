@@ -12,6 +12,7 @@ from prunus.layers import View, parameter_shapes
 from prunus.masks import Masks
 from prunus.patterns import keep_largest
 from prunus.score import Allocation, Count, Scores
+from prunus.train import Plan
 
 
 def random_scores(views: Sequence[View], seed: Sequence[int]) -> dict[str, Tensor]:
@@ -27,14 +28,25 @@ def random_scores(views: Sequence[View], seed: Sequence[int]) -> dict[str, Tenso
     return {view.name: torch.rand(view.shape, generator=generator) for view in views}
 
 
-def random_topology(
-    model: nn.Module, views: Sequence[View], sparsity: float, allocation: Allocation | Count, seed: int
-) -> Masks:
-    """Random masks with the allocation's counts; exactly `kept_of(all, sparsity)` connections stay."""
-    parameters = dict(model.named_parameters())
-    scores = Scores(random_scores(views, [seed]), parameter_shapes(parameters, views))
-    chosen = keep_allocated(scores, sparsity, allocation)
+def random_topology(model: nn.Module, plan: Plan, sparsity: float, allocation: Allocation | Count, seed: int) -> Masks:
+    """Random masks with the allocation's counts; exactly `kept_of(all, sparsity)` connections stay.
+
+    None stays that the masks of the training prune. Raises ValueError where they leave fewer.
+    """
+    parameters, views = dict(model.named_parameters()), plan.views
+    drawn = within(random_scores(views, [seed]), plan)
+    chosen = keep_allocated(Scores(drawn, parameter_shapes(parameters, views)), sparsity, allocation)
     return Masks.of(views, chosen, {view.parameter: parameters[view.parameter].shape for view in views})
+
+
+def within(scores: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
+    """Layer name -> its scores (out, in), -inf where the masks of the training prune."""
+    found = dict(scores)
+    for view in plan.views:
+        if view.name in found and view.parameter in plan.masks:
+            score, mask = found[view.name], view.matrix(plan.masks[view.parameter])
+            found[view.name] = score.masked_fill(~mask.to(score.device), -torch.inf)
+    return found
 
 
 @torch.no_grad()

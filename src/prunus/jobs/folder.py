@@ -160,6 +160,8 @@ def where(names: Sequence[str], others: Sequence[str] = ()) -> dict[str, Any]:
 def _check_ours(out: Path, kind: str) -> None:
     if file := next((each for each in (out, *out.parents) if each.is_file()), None):
         raise ValueError(f"out: {str(file)!r} is a file; give a folder")
+    if link := next((each for each in (out, *out.parents) if each.is_symlink() and not each.exists()), None):
+        raise ValueError(f"out: {str(link)!r} is a link that leads nowhere; make the folder it names, or give another")
     found = out.iterdir() if out.is_dir() else []
     names = sorted(each.name for each in found if not each.match(f".{_MARKER}.*"))  # of one that was killed as it began
     if names and _MARKER not in names and not (kind == "grid" and "members.jsonl" in names):  # which only grids leave

@@ -6,6 +6,7 @@ everything else is a bug and shows itself.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -531,7 +532,10 @@ _STOPPED = {"run": _KEPT, "grid": _KEPT, "write": _KEPT}
 
 def _of_system(error: OSError) -> str:
     said = " ".join(str(error).split())
-    return f"{said}; make room, and give the same command again" if is_full(error) else said
+    if is_full(error):
+        return f"{said}; make room, and give the same command again"
+    closed = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+    return f"{said}; give a place where this user may read and write" if closed else said
 
 
 def _refused(text: str, hint: str = "", status: int = 2) -> int:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from prunus.layers import scan
 from prunus.machine import Precision
-from prunus.patterns import keep_largest, kept_of
-from prunus.shrink.language import rebuilt, resized_config, run_hooked
+from prunus.patterns import keep_largest
+from prunus.shrink.language import left_of, rebuilt, resized_config, run_hooked
 
 __all__ = ["expert_saliency", "experts_left", "remove_experts"]
 
@@ -57,8 +57,8 @@ def remove_experts(
 ) -> Any:
     """A smaller model without that share of the experts of every block, those of least S; as many stay in each.
 
-    Raises ValueError as `expert_saliency`, where fewer would be left than a token goes to, where groups of a router
-    would not be left alike, and where the config does not say how many there are.
+    Raises ValueError as `expert_saliency`, for a share by which none goes, where fewer would be left than a token goes
+    to, where groups of a router would not be left alike, and where the config does not say how many there are.
     """
     stay, size = experts_left(model, share)
     groups, _ = _groups(model)
@@ -109,7 +109,7 @@ def experts_left(model: Any, share: float) -> tuple[int, int]:
     if len(sizes) > 1:
         raise ValueError(f"shrink.experts: blocks of {sorted(sizes)} experts; one number for all is what configs say")
     (size,) = sizes
-    stay, chosen = kept_of(size, share), _chosen_at_once(model)
+    stay, chosen = left_of("experts", "experts of a block", size, share), _chosen_at_once(model)
     if stay < chosen:
         raise ValueError(f"shrink.experts: {stay} of {size} experts would be left, and a token goes to {chosen}")
     groups, opened = _groups(model)

@@ -38,6 +38,7 @@ __all__ = [
     "changed",
     "choose_blocks",
     "heads_of",
+    "left_of",
     "pairs_left",
     "rebuilt",
     "remove_blocks",
@@ -79,8 +80,8 @@ def remove_neurons(
     what chooses columns of the down projections, in place of `columns()`. The given model is used up: its down
     projections are those that were fitted.
 
-    Raises ValueError for a share outside [0, 1), for models without such MLPs (experts), with several sizes of them,
-    and where the config does not say the size.
+    Raises ValueError for a share outside [0, 1) or by which none goes, for models without such MLPs (experts), with
+    several sizes of them, and where the config does not say the size.
 
     >>> remove_neurons(model, torch.zeros(2, 8, dtype=torch.long), 0.25).config.ffn_dim
     6
@@ -96,7 +97,7 @@ def remove_neurons(
             "for all is what configs say. Leave it out"
         )
     (size,) = sizes
-    stay = max(1, kept_of(size, share))
+    stay = left_of("neurons", "neurons of an MLP", size, share)
     if stay == size:
         return model
     cuts: dict[str, _Cut] = {}
@@ -166,11 +167,11 @@ def remove_width(
     states are fitted to what the dense ones make of all entries, block by block (see `width`). The given model stays
     as it is.
 
-    Raises ValueError for a share outside [0, 1), for LayerNorm, which subtracts a mean of what is left, and where the
-    config does not say the size, or not that of heads beside it.
+    Raises ValueError for a share outside [0, 1) or by which none goes, for LayerNorm, which subtracts a mean of what is
+    left, and where the config does not say the size, or not that of heads beside it.
     """
     size = model.get_input_embeddings().weight.shape[1]
-    stay = max(1, kept_of(size, share))
+    stay = left_of("width", "entries of the hidden states", size, share)
     if stay == size:
         return model
     parts = _parts(model, tokens)
@@ -359,12 +360,16 @@ def pairs_left(config: Any, share: float) -> int:
     """How many keys and values stay without a share of the groups of heads that have one in common."""
     if getattr(config, "num_attention_heads", None) is None:
         raise ValueError(f"shrink.heads: {type(config).__name__} says no number of heads; leave it out")
-    pairs = heads_of(config)[1]
-    stay = max(1, kept_of(pairs, share))
-    if share and stay == pairs:
+    return left_of("heads", "groups of heads with a key and a value in common", heads_of(config)[1], share)
+
+
+def left_of(key: str, things: str, count: int, share: float) -> int:
+    """How many stay without that share of them, at least one. Raises ValueError for a share by which none goes."""
+    stay = max(1, kept_of(count, share))
+    if share and stay == count:
         raise ValueError(
-            f"shrink.heads: of {pairs} groups of heads with a key and a value in common, of which one stays, a "
-            f"share of {share:g} removes none; " + (f"one of them is {1 / pairs:.3g}" if pairs > 1 else "leave it out")
+            f"shrink.{key}: of {count} {things}, of which one stays, a share of {share:g} removes none; "
+            + (f"one of them is {1 / count:.3g}" if count > 1 else "leave it out")
         )
     return stay
 

@@ -8,9 +8,8 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 from prunus.checkpoint import empty_model
-from prunus.patterns import kept_of
 from prunus.shrink.experts import experts_left
-from prunus.shrink.language import blocks_without, changed, heads_of, pairs_left, with_pairs
+from prunus.shrink.language import blocks_without, changed, heads_of, left_of, pairs_left, with_pairs
 
 __all__ = ["check_shares", "narrowed"]
 
@@ -18,8 +17,8 @@ __all__ = ["check_shares", "narrowed"]
 def check_shares(model: Any, *, blocks: int = 0, experts: float = 0.0, heads: float = 0.0, width: float = 0.0) -> None:
     """Raise ValueError for blocks and shares that cannot go; the model may be empty.
 
-    That is more than there is, heads that no size of the model goes by, and sizes that the config refuses: saved, such
-    a model would not load.
+    That is more than there is, a share by which none goes, heads that no size of the model goes by, and sizes that the
+    config refuses: saved, such a model would not load.
 
     >>> check_shares(model, blocks=0)
     """
@@ -36,21 +35,23 @@ def check_shares(model: Any, *, blocks: int = 0, experts: float = 0.0, heads: fl
     if width:
         size = model.get_input_embeddings().weight.shape[1]
         if size == config.get_text_config().hidden_size:  # else embeddings are of another width
-            stay, few = max(1, kept_of(size, width)), config
+            stay, few = left_of("width", "entries of the hidden states", size, width), config
             _check_said("width", size, stay, lambda count: changed(few, {"hidden_size": count}))
 
 
 def narrowed(model: Any, *, heads: float = 0.0, neurons: float = 0.0, width: float = 0.0) -> Any:
-    """An empty model of the sizes that these shares leave, as far as names in the config say them; checked before.
+    """An empty model of the sizes that these shares leave, as far as names in the config say them; checked before, but
+    for neurons: raises ValueError for a share by which none goes.
 
     >>> narrowed(model, neurons=0.25).config.ffn_dim
     6
     """
     config = with_pairs(model.config, pairs_left(model.config, heads)) if heads else model.config
     said = config.get_text_config().to_dict()
-    sizes = {"hidden_size": (config.get_text_config().hidden_size, width)}
-    sizes |= {key: (said[key], neurons) for key in ("intermediate_size", "ffn_dim") if isinstance(said.get(key), int)}
-    changes = {key: max(1, kept_of(size, share)) for key, (size, share) in sizes.items() if share}
+    mlps = [key for key in ("intermediate_size", "ffn_dim") if neurons and isinstance(said.get(key), int)]
+    changes = {key: left_of("neurons", "neurons of an MLP", said[key], neurons) for key in mlps}
+    if width:
+        changes["hidden_size"] = left_of("width", "entries of the hidden states", said["hidden_size"], width)
     return empty_model(changed(config, changes), model.dtype)
 
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 Select = Callable[[nn.Module, float, Masks | None], Masks]
 Ramp = Literal["geometric", "cubic"]
 
+CHANGED = "A call that was stopped has changed its model: build that one anew, and call again"
+
 _logger = logging.getLogger(__name__)
 
 
@@ -261,7 +263,8 @@ class _Store:
         if job != self.job or shapes != {name: tensor.shape for name, tensor in parts["state"].items()}:
             raise ValueError(
                 f"{self.path} belongs to another job or model: it has {job} and {len(parts['state'])} tensors, this "
-                f"one {self.job} and {len(shapes)}. Delete it to start anew, or give this job a folder of its own."
+                f"one {self.job} and {len(shapes)}. Delete it to start anew, or give this job a folder of its own. "
+                f"{CHANGED}."
             )
         model.load_state_dict(parts["state"])
         set_random_state(parts["random"], model)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from prunus.machine import checksum, read_tensors, seed_of, write_tensors
 from prunus.masks import Masks, unwrapped
 from prunus.soup.average import average
-from prunus.soup.imp import Phase, check_nested, distance, phase_sparsities
+from prunus.soup.imp import CHANGED, Phase, check_nested, distance, phase_sparsities
 from prunus.train import seeded
 
 if TYPE_CHECKING:
@@ -167,5 +167,5 @@ def _finished(path: Path, job: str, model: nn.Module) -> State:
     """A finished member, where the model is: an average made elsewhere has other last bits."""
     state, said = read_tensors(path)
     if (found := said.get("job")) != job:
-        raise ValueError(f"{path} is a member of another soup, {found}; this one is {job}: delete it")
+        raise ValueError(f"{path} is a member of another soup, {found}; this one is {job}: delete it. {CHANGED}")
     return {name: state[name].to(value.device) for name, value in model.state_dict().items()}

@@ -11,7 +11,7 @@ into buffers by the hooks on the host. One method a file; this one holds what th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,8 @@ from prunus.patterns import keep_largest_of_all, kept_of
 
 @dataclass(frozen=True)
 class Plan:
-    """What a method may know of the run: its steps, those of an epoch, the prunable layers, a step's micro batches.
+    """What a method may know of the run: its steps, those of an epoch, the prunable layers, a step's micro batches,
+    and the masks under which it trains (of no parameter, where there are none).
 
     Epochs need no hook of their own: `before_step(step)` begins one where step % epoch_steps == 0.
     """
@@ -34,6 +35,7 @@ class Plan:
     epoch_steps: int
     views: tuple[View, ...]
     accumulate: int = 1
+    masks: Masks = field(default_factory=lambda: Masks({}))
 
 
 class During(nn.Module):
@@ -79,6 +81,17 @@ class During(nn.Module):
     def finish(self) -> Masks | None:
         """After the last step: writes the final weights into the model, and returns its masks if it makes any."""
         return None
+
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        """Of what `attach` makes, says that it is not there yet."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if "optimizer" in vars(self):
+                raise
+            raise AttributeError(
+                f"{error}, which a method has from its training on: call train(..., during=[method]) first"
+            ) from None
 
     # Masks that change while training: kept as buffers, so that a captured step sees the change.
 

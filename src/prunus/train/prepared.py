@@ -7,14 +7,14 @@ its own. accelerate's Accelerator keeps both in singletons, and empties the envi
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import convert_to_fp32
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from prunus.machine import Precision, autocast, in_mode, ranks, with_forwards
@@ -53,8 +53,10 @@ def prepared(
         optimizer.zero_grad()
         stack.enter_context(in_mode(inner, training=True))
         if shared and recorded:
-            _make_alike_(inner)
+            _make_alike_((*inner.parameters(), *inner.buffers()))
         yield inner, wrapped
+        if shared:  # BatchNorm's statistics are those of a process's own part of the batches
+            _make_alike_(inner.buffers())
 
 
 def _in_precision(model: nn.Module, precision: Precision) -> AbstractContextManager[None]:
@@ -95,9 +97,9 @@ def _leave_(optimizer: torch.optim.Optimizer, rates: list[Any]) -> None:
 
 
 @torch.no_grad()
-def _make_alike_(model: nn.Module) -> None:
-    """Every process begins with the first one's weights, as with DistributedDataParallel; masks are the same anyway."""
-    for tensor in (*model.parameters(), *model.buffers()):
+def _make_alike_(tensors: Iterable[Tensor]) -> None:
+    """Every process has the first one's tensors, as with DistributedDataParallel; masks are the same anyway."""
+    for tensor in tensors:
         if tensor.dtype != torch.bool:
             sent = tensor.detach().contiguous()
             ranks.send_(sent, 0)

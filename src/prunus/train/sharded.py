@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from prunus.blocks import find_blocks, find_recomputing
-from prunus.machine import ranks
+from prunus.machine import imported, ranks
 
 
 def asked() -> bool:
@@ -28,6 +28,17 @@ def asked() -> bool:
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise ValueError("models are sharded by FSDP2: launch with --use_fsdp --fsdp_version 2")
     return True
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raises ValueError for a model that is sharded already, of whose weights this process has a part."""
+    part = imported("torch.distributed.tensor", "DTensor")
+    name = next((name for name, each in model.named_parameters() if isinstance(each, part)), None)
+    if name is not None:
+        raise ValueError(
+            f"{name!r} is sharded: give the model as it was before fully_shard; train shards it meanwhile, where it is "
+            "launched with --use_fsdp --fsdp_version 2, and without methods that take part"
+        )
 
 
 @contextmanager

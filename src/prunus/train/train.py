@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, cast
 from zlib import crc32
@@ -27,13 +28,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from prunus.layers import View, find_layers
 from prunus.machine import Precision, autocast, class_logits, in_mode, ranks
-from prunus.masks import Masks, unwrapped
+from prunus.masks import Masks, own_name, unwrapped
 from prunus.train.capture import Capture, CapturedStep, Kept, captures, set_rates_, settled, unrecorded
 from prunus.train.checkpoint import Checkpoint, Clock, held, options_of, resumable
 from prunus.train.hooks import During, Plan
 from prunus.train.next_token import answered, next_token_loss
 from prunus.train.prepared import prepared
-from prunus.train.sharded import asked, unsent
+from prunus.train.sharded import asked, check_whole, unsent
 from prunus.train.watch import Watch, Watched
 
 _EVERY = 1.0  # seconds between two reports
@@ -153,9 +154,9 @@ def train(
     The model is trained where it is (under several processes that share it, on the device of each), and ends in the
     mode (train or eval) in which it came; masks hold after every step.
     Raises: ValueError for a number of steps below 1, a clip that is not positive, a model without trainable parameters,
-    an optimizer of none of them, fp16 without an accelerator, a batch that the ranks cannot share, a step that cannot
-    be captured, a checkpoint of another run (steps, rates, masks, settings of the optimizer, options of methods and
-    what these are told are compared); FloatingPointError for a loss that is not finite.
+    an optimizer of none of them, or that needs a closure, fp16 without an accelerator, a batch that the ranks cannot
+    share, a step that cannot be captured, a checkpoint of another run (steps, rates, masks, settings of the optimizer,
+    options of methods and what these are told are compared); FloatingPointError for a loss that is not finite.
 
     >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     >>> train(model, batches, optimizer, linear_warmup_decay(100), steps=100).losses[-1]
@@ -173,6 +174,12 @@ def train(
             "batches and lr are functions of the step, such as lambda step: parts[step % len(parts)] of "
             f"parts = list(loader), and lambda step: 1.0; got a {type(batches).__name__} and a {type(lr).__name__}."
         )
+    closure = signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is Parameter.empty:
+        raise ValueError(
+            f"{type(optimizer).__name__} asks for the loss several times a step (a closure), and train gives it once: "
+            "take an optimizer that steps by gradients alone, such as torch.optim.AdamW."
+        )
     if isinstance(capture, Kept) and checkpoint is not None:
         raise ValueError(f"A run whose recorded step is kept begins anew: leave out checkpoint={str(checkpoint)!r}.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -183,6 +190,8 @@ def train(
         torch.cuda.reset_peak_memory_stats(device)
     shared = shared and ranks.count() > 1
     recorded = captures(capture, model, optimizer, shared=shared, scaled=precision == "fp16")
+    if during or shared:
+        check_whole(model)
     if during and shared and asked():
         raise ValueError("Methods that take part in training need whole weights: launch without --use_fsdp.")
     if during:
@@ -190,7 +199,8 @@ def train(
     if watch is not None and shared and asked():
         raise ValueError("A model is not measured while its weights are sharded: leave out watch, or --use_fsdp.")
     prunable = find_layers(unwrapped(model)) if during and views is None else _own_views(model, views or ())
-    plan, started = Plan(steps, epoch_steps or steps, tuple(prunable), accumulate), time.perf_counter()
+    given = Masks({own_name(name): mask for name, mask in (masks or {}).items()})
+    plan, started = Plan(steps, epoch_steps or steps, tuple(prunable), accumulate, given), time.perf_counter()
     options = options_of(during)
     with (
         _taking_part(during, unwrapped(model), optimizer, plan, shared=shared),
