@@ -115,7 +115,7 @@ class Layout:
 
 def pictures_of(out: Path) -> list[Path]:
     """The pictures beside the tables of a grid's folder."""
-    return sorted([*out.glob("grid*.png"), *out.glob("phases*.png")])
+    return sorted(each for name in ("grid.png", "grid-*.png", "phases.png") for each in out.glob(name))
 
 
 def read_results(out: Path) -> dict[str, dict[str, Any]]:

@@ -92,7 +92,7 @@ def tabulate(grid: Grid) -> list[dict[str, Any]]:
     write_text(out / "members.jsonl", "".join(line + "\n" for line in lines))
     write_json(out / "table.json", rows)
     for earlier in pictures_of(out):  # of another layout: nothing would draw them anew, and the page would show them
-        earlier.unlink()
+        earlier.unlink(missing_ok=True)
     grid.task.write(grid.layout, rows)
     return rows
 
