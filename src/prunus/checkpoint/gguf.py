@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from filelock import FileLock
 
-from prunus.machine import atomic_folder, cache, import_extra, naming, without_bars
+from prunus.machine import atomic_folder, cache, import_extra, without_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,7 +53,7 @@ def _make(folder: Path, file: Path) -> None:
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             model, tokenizer = _opened(file)
-            with atomic_folder(folder) as partial, naming(folder), without_bars():
+            with atomic_folder(folder) as partial, without_bars():
                 model.save_pretrained(partial)
                 tokenizer.save_pretrained(partial)
 

@@ -116,7 +116,7 @@ def atomic_folder(folder: str | os.PathLike[str]) -> Generator[Path]:
     ...     write_text(partial / "README.md", "Hello")
     """
     folder = Path(folder)
-    with hidden_folder(folder) as partial:
+    with hidden_folder(folder) as partial, naming(folder):
         yield partial
         for path in partial.rglob("*.safetensors"):
             _share_(path, partial.stat().st_mode)
@@ -262,10 +262,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     with atomic(path) as partial:
         partial.touch()
         mode = partial.stat().st_mode
-        try:
-            save_file(plain, partial, metadata=said)
-        except SafetensorError as error:
-            raise OSError(f"{path} cannot be written: {error}") from error
+        save_file(plain, partial, metadata=said)
         _share_(partial, mode)
 
 

@@ -32,7 +32,6 @@ from prunus.machine import (
     atomic_folder,
     check_replaceable,
     checksums,
-    naming,
     read_json,
     read_tensors,
     without_bars,
@@ -336,7 +335,7 @@ def new_folder(folder: str | Path, source: str | Path | None = None) -> Generato
     folder = Path(folder)
     check_new(folder)
     check_apart(folder, source)
-    with atomic_folder(folder) as partial, naming(folder):
+    with atomic_folder(folder) as partial:
         yield partial
 
 
