@@ -125,6 +125,23 @@ def test_what_is_brief_does_not_wait_for_what_takes_long(tmp_path: Path) -> None
     assert ran(tmp_path) == ["a", "of-a", "b", "of-b", "c"]
 
 
+def test_what_is_brief_leaves_the_other_places_to_what_takes_long(tmp_path: Path) -> None:
+    """Of two places one goes on with training, while what was trained is measured one by one."""
+    begun = threading.Event()
+
+    def begin(job: Job, store: Store) -> dict[str, Any]:
+        begun.set()
+        return {}
+
+    def measure(job: Job, store: Store) -> dict[str, Any]:
+        return {"beside": begun.wait(timeout=2)}
+
+    measured = [Job("sums", f"measured-{place}", measure, brief=True) for place in range(3)]
+    wanted = Wanted(Store(tmp_path), (*measured, Job("sums", "training", begin)))
+    run([wanted], Workers(threads=2))
+    assert all(wanted.store.result(job)["beside"] for job in measured)
+
+
 def test_a_graph_grows_and_the_first_graph_goes_first(tmp_path: Path) -> None:
     one = Wanted(Store(tmp_path), (A, B), (Sum("x", (C,)),))
     other = Wanted(Store(tmp_path), (Sum("y"), Sum("z")))

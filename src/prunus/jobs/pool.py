@@ -19,10 +19,11 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from multiprocessing import connection
 from pathlib import Path
 from queue import SimpleQueue
@@ -380,6 +381,13 @@ class _Running:
     tries: int
 
 
+def _by_need(graph: Graph) -> list[Job]:
+    """What is left of a graph: what others wait for first; what they delete again, when they are next."""
+    todo = list(closure(graph.jobs(), graph.store.finished))
+    needed = {graph.store.path(need) for job in todo for need in job.needs}
+    return sorted(todo, key=lambda job: job.passing or graph.store.path(job) not in needed)
+
+
 class _Loop:
     """Runs what is ready until nothing is left that this process may run or has to wait for."""
 
@@ -406,24 +414,28 @@ class _Loop:
     def _look(self) -> bool:
         """Begin what is ready. Whether somebody else runs what is wanted here."""
         waiting = False
-        for graph in self.graphs:
-            mine = {each.store.path(each.job) for each in self.running.values()}
-            todo = list(closure(graph.jobs(), graph.store.finished))
-            needed = {graph.store.path(need) for job in todo for need in job.needs}
-            first = {job: (not job.brief, job.passing or graph.store.path(job) not in needed) for job in todo}
-            for job in sorted(todo, key=first.__getitem__):
-                # What is brief, then what others wait for; what they delete again, when they are next.
-                if self.deadline is not None and time.time() >= self.deadline:
-                    return False
-                if graph.store.path(job) not in mine and not graph.store.failed(job):
-                    waiting |= self._try(graph.store, job)
+        for store, job in self._order():
+            if self.deadline is not None and time.time() >= self.deadline:
+                return False
+            if not store.failed(job):
+                waiting |= self._try(store, job)
         return waiting
+
+    def _order(self) -> Iterator[tuple[Store, Job]]:
+        """One that is brief, if none of them runs; those that take long; the others that are brief."""
+        todo = [(graph.store, job) for graph in self.graphs for job in _by_need(graph)]
+        brief = [each for each in todo if each[1].brief]
+        yield from takewhile(lambda _: not any(each.job.brief for each in self.running.values()), brief)
+        yield from (each for each in todo if not each[1].brief)
+        yield from brief
 
     def _try(self, store: Store, job: Job) -> bool:
         """Begin a job if it is ready. Whether somebody else has it."""
         bad = next((need for need in job.needs if store.failed(need)), None)
         full = len(self.running) >= self.executor.room
         if bad is None and (full or not all(store.finished(need) for need in job.needs)):
+            return False
+        if store.path(job) in {each.store.path(each.job) for each in self.running.values()}:
             return False
         lock = store.claim(job)
         if lock is None:

@@ -36,7 +36,7 @@ class Job:
     room: the part of the store that its result is in; key: hash of what decides the result. what: (the job, the store)
     -> its numbers; what is too large for them goes to `store.folder_of(job)`. needs: what must have ended well before;
     it reads nothing else from the store. passing: deleted when no job that is still to be done needs it. brief: done in
-    seconds, and so before what takes long: a call that ends early leaves numbers of what it trained.
+    seconds, and so one of them before what takes long: a call that ends early leaves numbers of what it trained.
 
     >>> Job("dense", digest(recipe), partial(train_dense, recipe))
     """
