@@ -167,11 +167,12 @@ def prune_in_turn(
         views = observable(model, find_layers(model)) if asked.needs else find_layers(model)
     where, batches = Unstructured(compared(asked, uniform)) if pattern is None else pattern, list(batches)
     _check_views(views, dict(model.named_parameters()))
-    for view in views:
-        where.counts(view.shape, sparsity, name=view.name)
+    alike = {view.name: torch.zeros(()).expand(view.shape) for view in views}
+    counts = counts_under(where, alike, sparsity, uniform)
+    own = Allocation(lambda scores, _: {name: counts[name] for name in scores}, reads="")
     masks: dict[str, Tensor] = {}
     for group in _turns(model, views, batches):
-        masks |= prune(model, asked, where, sparsity, allocation=uniform, views=group, batches=batches)
+        masks |= prune(model, asked, where, sparsity, allocation=own, views=group, batches=batches)
     return Masks(masks)
 
 

@@ -239,6 +239,15 @@ def test_tasks_have_a_table_with_their_mean_over_seeds(tmp_path):
     assert "| dense | 80.00 | 30.00 |\n| wanda |" in (tmp_path / "table.md").read_text("utf-8")
 
 
+def test_exact_matches_are_in_percent_and_every_task_has_its_column(tmp_path):
+    tasks = [{"gsm8k": {"exact_match, strict-match": 0.4321}}, {"arc": {"acc_norm": 0.5}}]
+    rows = [{"cell": str(i)} | perplexity_row([{"perplexity": {}, "zero_shot": each}]) for i, each in enumerate(tasks)]
+    perplexity_tables(Layout({"cell": ["0", "1"]}, Show(), tmp_path), rows)
+    written = (tmp_path / "table.md").read_text("utf-8")
+    assert "| cell | gsm8k | arc |" in written
+    assert "| 0 | 43.21 | - |\n| 1 | - | 50.00 |" in written
+
+
 def test_a_seed_that_went_astray_is_said_and_is_the_best_nowhere(tmp_path):
     found = {"wanda": [float("nan"), 9.0], "magnitude": [8.0, 10.0]}
     rows = [

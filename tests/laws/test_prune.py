@@ -15,6 +15,7 @@ from prunus.masks import Masks
 from prunus.patterns import NM, Block, Rows, Unstructured, kept_of
 from prunus.prune import prune, prune_in_turn
 from prunus.score import (
+    Allocation,
     Tried,
     criterion,
     erk,
@@ -261,6 +262,18 @@ def test_blocks_in_turn_take_a_loader():
     assert prune_in_turn(one, wanda, sparsity=0.5, batches=iter(batches)) == prune_in_turn(
         other, wanda, sparsity=0.5, batches=batches
     )
+
+
+def test_ways_to_prune_keep_as_many_tiles_and_ask_every_allocation():
+    """Each tile that rounding leaves over is one of the whole model, whatever is pruned at a time."""
+    batches = torch.randint(260, (2, 8), generator=torch.Generator().manual_seed(0)).split(1)
+    quarter = Allocation(lambda scores, _: {name: each.numel() // 4 for name, each in scores.items()}, reads="")
+    for pattern, allocation in ((Block(2, 2), uniform), (Rows(), uniform), (Unstructured("layer"), quarter)):
+        one, other, third = (tiny_llama() for _ in range(3))
+        masks = prune(one, magnitude, pattern, 0.58, allocation=allocation)
+        assert stream(other, magnitude, pattern, 0.58, allocation=allocation, tokens=torch.cat(batches)).masks == masks
+        if allocation is uniform:
+            assert prune_in_turn(third, magnitude, pattern, 0.58, batches=batches) == masks
 
 
 def test_earlier_masks_that_the_pattern_cannot_keep_within_are_refused():

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from corrupt_images import make  # pyright: ignore[reportMissingImports] - a script, on pytest's path
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -415,6 +416,25 @@ def test_a_finished_run_is_pruned_again_without_training(tmp_path: Path, monkeyp
             pruning_of(tmp_path / "run", {**({"prune.sparsity": 0.5} if changes else {}), **changes})
     with pytest.raises(FileNotFoundError, match="run its recipe first"):
         pruning_of(tmp_path / "nowhere", {})
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_finished_run_is_pruned_as_a_recipe_with_these_flags_would_be(tmp_path: Path) -> None:
+    """The sparsity and the allocation that its own kind, pattern or scope implied are not asked for."""
+    train_run(checked(tmp_path / "run"))
+    rest, path = {"exclude": ["0"]}, tmp_path / "run" / "recipe.yaml"
+    for first, then in (
+        ({}, {"kind": "filters"}),
+        ({}, {"pattern": "2:4"}),
+        ({}, {"scope": "row"}),
+        ({"kind": "filters"}, {"kind": "zeros"}),
+        ({"pattern": "2:4"}, {"pattern": "unstructured"}),
+        ({"sparsity": 0.5}, {"kind": "filters"}),
+        ({"allocation": "erk"}, {"sparsity": 0.5}),
+    ):
+        path.write_text(yaml.safe_dump(checked(tmp_path / "run", prune={**rest, **first}).model_dump(mode="json")))
+        found = pruning_of(tmp_path / "run", {f"prune.{key}": value for key, value in then.items()})
+        assert found.prune == checked(tmp_path, prune={**rest, **first, **then}).prune, (first, then)
 
 
 def test_a_run_is_measured_on_corrupted_images(tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

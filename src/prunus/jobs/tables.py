@@ -166,9 +166,9 @@ def perplexity_row(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def _score(found: Mapping[str, float]) -> float:
-    """The first metric of a task, of which `stderr` is; accuracies in percent."""
+    """The first metric of a task, of which `stderr` is; accuracies, exact matches among them, in percent."""
     metric, value = next(iter(found.items()))
-    return 100 * value if metric.startswith("acc") else value
+    return 100 * value if metric.startswith(("acc", "exact_match")) else value
 
 
 def perplexity_tables(layout: Layout, rows: Sequence[Row]) -> None:
@@ -197,7 +197,8 @@ def _tasks(layout: Layout, rows: Sequence[Row], dense: Mapping[str, Mapping[str,
     """A Markdown table of zero-shot tasks: a line for the dense model, if it was measured, and one for each cell."""
     cells = [_cell(layout, row, row["tasks"]) for row in rows if "tasks" in row]
     known = {task: spread(mean_and_std([_score(found)])) for task, found in dense.items()}
-    return markdown_table([*([{next(iter(layout.axes)): "dense", **known}] if known else []), *cells], list(cells[0]))
+    first = [{next(iter(layout.axes)): "dense", **known}] if known else []
+    return markdown_table([*first, *cells], list(dict.fromkeys(column for cell in cells for column in cell)))
 
 
 def _soups(layout: Layout, rows: Sequence[Row], text: str) -> list[dict[str, Any]]:

@@ -182,7 +182,7 @@ def counts_under(
     units = {name: pattern.unit(_matrix(score), name=name) for name, score in scores.items()}
     pooled = _mapped(scores, lambda name, score: pattern.pool(score))
     counts = allocation(pooled, share)
-    left = {name: int((score > -torch.inf).sum()) for name, score in pooled.items()}
+    left = {name: _left(score) for name, score in pooled.items()}
     return _whole(_within(counts, left), units)
 
 
@@ -423,6 +423,12 @@ def fill(weights: Sequence[int], sizes: Sequence[int], total: int) -> list[float
         if not over:
             return exact
         full |= over
+
+
+def _left(score: Tensor) -> int:
+    """How many entries are not -inf; of one number that stands for all, without a look at each."""
+    distinct = score if any(score.stride()) else score[:1, :1]
+    return int((distinct > -torch.inf).sum()) * score.numel() // max(1, distinct.numel())
 
 
 def _within(counts: Mapping[str, int], left: Mapping[str, int]) -> dict[str, int]:

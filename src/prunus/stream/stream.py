@@ -253,20 +253,17 @@ def _counts_of(
     work: Work | None,
 ) -> dict[str, int]:
     """View name -> entries to keep. Layers outside the blocks keep the share that the sparsity says."""
-    views = place.inner
-    counts = {view.name: pattern.counts(view.shape, sparsity, name=view.name) for view in [*views, *place.outer]}
-    asked = allocation_of(allocation)
-    if within is not None:
-        counts |= counts_under(pattern, _scores_of(place, place.outer, within), sparsity, uniform)
-    if asked.reads or within is not None:
-        needs = needed(criterion, asked) if asked.reads in ("scores", "inputs", "loss") else ""
-        inputs = _survey(place, tokens, batch_size, gram=needs == "gram") if needs else {}
-        layers, scores = _layers(place, views, inputs), _scores_of(place, views, within)
-        found = Lookup(layers, lambda name: criterion(layers[name])) if asked.reads == "scores" else scores.found
-        trying = _tried(place, inputs, (criterion, pattern), tokens, work) if asked.reads == "loss" else nullcontext()
-        with trying as loss:
-            counts |= counts_under(pattern, replace(scores, found=found, layers=layers, loss=loss), sparsity, asked)
-    return counts
+    views, asked = place.inner, allocation_of(allocation)
+    for view in [*views, *place.outer]:  # what does not fit is refused before anything is measured
+        pattern.counts(view.shape, sparsity, name=view.name)
+    counts = counts_under(pattern, _scores_of(place, place.outer, within), sparsity, uniform)
+    needs = needed(criterion, asked) if asked.reads in ("scores", "inputs", "loss") else ""
+    inputs = _survey(place, tokens, batch_size, gram=needs == "gram") if needs else {}
+    layers, scores = _layers(place, views, inputs), _scores_of(place, views, within)
+    found = Lookup(layers, lambda name: criterion(layers[name])) if asked.reads == "scores" else scores.found
+    trying = _tried(place, inputs, (criterion, pattern), tokens, work) if asked.reads == "loss" else nullcontext()
+    with trying as loss:
+        return counts | counts_under(pattern, replace(scores, found=found, layers=layers, loss=loss), sparsity, asked)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from prunus.jobs import (
 from prunus.machine import is_pretrained, read_json, write_json, write_tensors, write_text
 from prunus.masks import Masks
 from prunus.measure import Energy, headline
-from prunus.recipe import ClassifierRecipe, Recipe, Unfinished, digest, merge, parse, read_yaml, said
+from prunus.recipe import ClassifierPrune, ClassifierRecipe, Recipe, Unfinished, digest, merge, parse, read_yaml, said
 from prunus.report import append_once, plot_accuracy, plot_lines, plot_plane, plot_run
 from prunus.save import FORMAT, INFO_NAME, MASKS_NAME, copy_small_files
 from prunus.vision import stages
@@ -135,13 +135,21 @@ def pruning_of(run: Path, overrides: Mapping[str, Any], out: Path | None = None)
     if found is None or raw.get("during"):
         why = "its network was pruned while it was trained" if raw.get("during") else "its training is not finished"
         raise ValueError(f"{run} holds no dense network: {why}; give the folder of a finished dense training")
-    raw = merge({**raw, "out": str(out or run / "pruned")}, dict(overrides))
-    recipe = cast("ClassifierRecipe", parse(raw, Recipe, str(run)))
+    raw |= {"out": str(out or run / "pruned"), "prune": raw.get("prune") and _without_implied(raw["prune"])}
+    recipe = cast("ClassifierRecipe", parse(merge(raw, overrides), Recipe, str(run)))
     if recipe.prune is None:
         raise ValueError("nothing would be pruned: give --sparsity")
     if dense_key(recipe) != found.metrics["key"]:
         raise ValueError(f"{run} was trained otherwise: only prune, retrain, recalibrate and out can be set here")
     return recipe
+
+
+def _without_implied(prune: Mapping[str, Any]) -> dict[str, Any]:
+    """A written section without the sparsity and the allocation that its pattern, scope and kind imply: others would
+    imply others."""
+    implied = ClassifierPrune(**{key: prune[key] for key in ("pattern", "scope", "kind") if key in prune})
+    unsaid = {key: getattr(implied, key) for key in ("sparsity", "allocation")}
+    return {key: value for key, value in prune.items() if key not in unsaid or value != unsaid[key]}
 
 
 def _check_work(out: Path, key: str) -> None:
