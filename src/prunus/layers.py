@@ -552,9 +552,10 @@ def _check_matches(glob: str, names: Sequence[str]) -> None:
         return
     stems = list(dict.fromkeys(_stack_name(name) for name in names))
     close = _close(glob, stems) or stems[:3]
+    inside = f"'{glob}.*' names the layers in it." if any(matches(name, f"{glob}.*") for name in names) else ""
     raise ValueError(
         f"'{glob}' matches none of the {len(names)} prunable layers. "
-        + (f"Close names: {', '.join(map(repr, close))}." if close else "There are none.")
+        + (inside or (f"Close names: {', '.join(map(repr, close))}." if close else "There are none."))
     )
 
 

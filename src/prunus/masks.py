@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
 from prunus.kernels import uses_kernels
@@ -332,13 +333,13 @@ def _parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The ordinary module inside those that torch.compile and (Distributed)DataParallel make.
+    """The ordinary module inside those that torch.compile, (Distributed)DataParallel and AveragedModel make.
 
     >>> unwrapped(nn.DataParallel(nn.Linear(2, 2)))
     Linear(in_features=2, out_features=2, bias=True)
     """
-    parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-    inner = dict(model.named_children()).get("module" if parallel else "_orig_mod")
+    around = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel))
+    inner = dict(model.named_children()).get("module" if around else "_orig_mod")
     return model if inner is None else unwrapped(inner)
 
 

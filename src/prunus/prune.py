@@ -8,6 +8,7 @@ again and again that of `soup.imp`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -70,16 +71,19 @@ def prune(
     views: the prunable weights, by default `find_layers(model)`, without those whose inputs are needed and cannot be
         observed.
     within: earlier masks. What they prune stays pruned and counts as zero: the sparsity is that of the result.
-    batches: calibration for criteria that need inputs, and allocations that try the model: x, tuples that begin with x,
-        or mappings of keywords (a tokenizer's), given to the model in eval mode and on its device. Linear and
-        convolutions of one group can be observed; positions that an attention_mask hides do not count.
+    batches: calibration for criteria that need inputs, and allocations that try the model: x, tuples that begin with x
+        (what follows is not given to the model), or mappings of keywords (a tokenizer's, or of all that your model is
+        called with), given to the model in eval mode and on its device. Linear and convolutions of one group can be
+        observed; positions that an attention_mask hides do not count.
 
-    A model may be compiled or in DataParallel; names are those of the ordinary one, unless `views` say others.
+    A model may be compiled, in DataParallel or AveragedModel; names are those of the ordinary one, unless `views` say
+    others.
 
     Raises ValueError for a model without prunable weights, a sparsity outside [0, 1) or below that of `within`, a
     pattern that does not fit a layer or `within`, `within` or `views` of another model, scores with NaN, a criterion or
-    allocation that needs inputs when there are no batches, or none in them, a model that is adapted, sharded or on
-    meta, and one that cannot do what is asked of it (compare layers without scores; stay `within` masks).
+    allocation that needs inputs when there are no batches, none in them, or too little for the model's call, a model
+    that is adapted, sharded or on meta, and one that cannot do what is asked of it (compare layers without scores; stay
+    `within` masks).
 
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
     >>> prune(model, sparsity=0.75)
@@ -268,4 +272,14 @@ def _inputs(model: nn.Module, views: Sequence[View], batches: Iterable[Any] | No
 
 def _run(model: nn.Module, batch: Any) -> Any:
     """The model's output for a batch: x, or a tuple that begins with x; x a tensor, or a mapping of keywords."""
-    return called(model, batch[0] if isinstance(batch, (tuple, list)) else batch)
+    inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+    if not isinstance(inputs, Mapping):
+        arguments = inspect.signature(model.forward)
+        try:
+            arguments.bind(inputs)
+        except TypeError as error:
+            raise ValueError(
+                f"{type(model).__name__} is called with a batch's first item alone ({error}): make each batch a "
+                f"mapping of its arguments {', '.join(arguments.parameters)}"
+            ) from None
+    return called(model, inputs)

@@ -256,6 +256,12 @@ def test_a_glob_that_matches_nothing_raises_with_close_names(key: str) -> None:
         find_layers(model, **{key: ["down_proj", "down_prj"]})  # type: ignore[arg-type]
 
 
+def test_a_glob_that_names_a_module_is_told_of_the_layers_in_it() -> None:
+    model = nn.ModuleDict({"decoder": nn.ModuleList([nn.ModuleDict({"fc1": nn.Linear(4, 4)})])})
+    with pytest.raises(ValueError, match=r"'decoder' matches none .* 'decoder\.\*' names the layers in it"):
+        find_layers(model, include=["decoder"])
+
+
 def test_globs_match_whole_parts_only() -> None:
     assert matches("a.b.fc1", "b.fc1")
     assert not matches("a.bb.fc1", "b.fc1")

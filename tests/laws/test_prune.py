@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from prunus import patterns
 from prunus.adapt import adapt
@@ -256,6 +257,25 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(call, message: str):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+class Conditioned(nn.Module):
+    """A network that is called with more than its images, as those of diffusion are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.moments = nn.Linear(4, 8), nn.Embedding(10, 4)
+
+    def forward(self, x: torch.Tensor, moment: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return self.body(scale * x + self.moments(moment))
+
+
+def test_a_model_of_several_inputs_is_called_by_their_names_and_asks_for_them():
+    x, moment = torch.randn(6, 4), torch.arange(6)
+    with pytest.raises(ValueError, match=r"Conditioned is called with a batch's first item alone .*'moment'.*mapping"):
+        prune(Conditioned(), wanda, sparsity=0.5, batches=[(x, moment)])
+    named = {"x": x, "moment": moment, "scale": 2.0}  # what is no tensor is handed on as it is
+    assert prune(Conditioned(), wanda, sparsity=0.5, batches=[named]).sparsity == 0.5
+
+
 def test_blocks_in_turn_take_a_loader():
     batches = [torch.randn(4, 2, 5, 5, generator=torch.Generator().manual_seed(step)) for step in range(3)]
     one, other = network(), network()
@@ -349,7 +369,8 @@ def test_the_dtype_of_new_tensors_changes_nothing(asked):
 def test_a_wrapped_model_is_pruned_as_the_plain_one():
     x = torch.randint(100, (2, 8))
     expected = prune(tiny_llama(), wanda, sparsity=0.5, batches=[x])
-    for wrapped in (torch.compile(tiny_llama(), backend="eager"), nn.DataParallel(tiny_llama())):
+    compiled = torch.compile(tiny_llama(), backend="eager")
+    for wrapped in (compiled, nn.DataParallel(tiny_llama()), AveragedModel(tiny_llama())):
         masks = prune(wrapped, wanda, sparsity=0.5, batches=[x])
         masks.check(wrapped)
         assert masks == expected  # under the ordinary names

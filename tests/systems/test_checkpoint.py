@@ -149,6 +149,11 @@ WRONG: dict[str, tuple[Callable[[Tensors], Tensors] | None, dict[str, Any], str]
     "an encoder": (
         None, {"model_type": "bert", "architectures": ["BertForMaskedLM"]}, r"BertForMaskedLM .* sees those after it",
     ),
+    "an encoder-decoder": (
+        None,
+        {"model_type": "bart", "architectures": ["BartForConditionalGeneration"]},
+        r"says BartForConditionalGeneration, an encoder-decoder: .* in Python, prunus\.prune_in_turn",
+    ),
     "no language model": (None, {"model_type": "vit"}, r"transformers has no causal language model"),
 }  # fmt: skip
 

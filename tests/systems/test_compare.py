@@ -258,6 +258,15 @@ def test_what_labels_share_by_an_alias_is_changed_in_one_alone(
     assert steps == {"long": 9, "short": 3}
 
 
+def test_seeds_that_no_cell_draws_by_are_refused(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    axes = grid(tiny_folder, text_file, tmp_path)["axes"]
+    axes["method"] = {"pruned": axes["method"]["pruned"]}
+    for seeds in ({"seeds": [0, 1, 2], "more_seeds": None}, {}):
+        with pytest.raises(ValueError, match=r"seeds: no cell trains or reconstructs.*calibrate\.seed"):
+            checked(tiny_folder, text_file, tmp_path, axes=axes, tune=None, **seeds)
+    checked(tiny_folder, text_file, tmp_path, axes=axes, tune=None, more_seeds=None)
+
+
 def test_wrong_grids_are_refused(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'colour' is not an axis"):
         checked(tiny_folder, text_file, tmp_path, more_seeds={"seeds": [1], "where": {"colour": ["red"]}})

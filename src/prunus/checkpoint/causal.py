@@ -199,12 +199,19 @@ def check_causal(checkpoint: Checkpoint, model: PreTrainedModel) -> Layout:
 
 
 def check_direction(config: Any, where: str) -> None:
-    """Raise ValueError for a config whose model sees what comes after each token, though it has a causal head as well.
+    """Raise ValueError for a config whose model sees more than what comes before each token, though transformers may
+    have a causal language model of that kind as well.
 
-    Of BERT and its like: their heads predict masked words unless the config says `is_decoder`.
+    Of BERT and its like: their heads predict masked words unless the config says `is_decoder`. Of encoder-decoders
+    (T5, BART, Whisper), which were not saved as their decoder alone.
     """
     from transformers import AutoModelForMaskedLM
 
+    if config.is_encoder_decoder and not _kind(config).endswith("ForCausalLM"):
+        raise ValueError(
+            f"{where}: config.json says {_kind(config)}, an encoder-decoder: recipes and commands take models that "
+            "predict the next token; prune it in Python, prunus.prune_in_turn(model, criterion, batches=...)"
+        )
     masked = type(config) in AutoModelForMaskedLM._model_mapping and not config.is_encoder_decoder
     if masked and getattr(config, "is_decoder", None) is False:
         raise ValueError(

@@ -235,15 +235,18 @@ def is_pretrained(model: object) -> TypeGuard[PreTrainedModel]:
 
 
 def called(model: nn.Module, inputs: Any) -> Any:
-    """The output of a model on `inputs`, a tensor or a mapping of keywords, which are moved to its first parameter.
+    """The output of a model on `inputs`, a tensor or a mapping of keywords; tensors are moved to its first parameter.
 
     >>> called(nn.Linear(2, 3), torch.zeros(1, 2)).shape
     torch.Size([1, 3])
     """
     own = next(model.parameters(), None)
     if isinstance(inputs, Mapping):
-        found = cast("Mapping[str, Tensor]", inputs)
-        return model(**{key: each if own is None else each.to(own.device) for key, each in found.items()})
+        found = cast("Mapping[str, Any]", inputs)
+        moved = {
+            key: each.to(own.device) for key, each in found.items() if own is not None and isinstance(each, Tensor)
+        }
+        return model(**{**found, **moved})
     return model(inputs if own is None else inputs.to(own.device))
 
 

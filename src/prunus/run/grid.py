@@ -127,10 +127,10 @@ class Grid(Strict):
         self._check_labels()
         self._check_sections()
         self._check_anchors()
-        self._check_seeds()
         recipes = self.recipes(self.seeds[0])
         if not recipes:
             raise ValueError("skip leaves no cell, so nothing would be run: leave out an entry")
+        self._check_seeds(recipes)
         self.task.check(None if self.tune is None else {"text": self.tune.text, "by": self.tune.by}, self.show, recipes)
         taken = {"seeds", "tuned", *self.task.columns(recipes)}
         if axis := next((axis for axis in self.axes if axis in taken), None):
@@ -138,11 +138,16 @@ class Grid(Strict):
         tuning_members(self)
         return self
 
-    def _check_seeds(self) -> None:
+    def _check_seeds(self, recipes: Sequence[Any]) -> None:
         seeds = [*self.seeds, *(self.more_seeds.seeds if self.more_seeds else [])]
         twice = [seed for place, seed in enumerate(seeds) if seed in seeds[:place]]
         if twice:
             raise ValueError(f"seeds: {twice[0]} stands twice, and a mean would count it twice; give each once")
+        if len(seeds) > 1 and not any(self.task.seeded(recipe) for recipe in recipes):
+            raise ValueError(
+                f"seeds: no cell trains or reconstructs, so {len(seeds)} seeds would be one run; leave them "
+                "out, or draw other windows by an axis of calibrate.seed"
+            )
 
     def _check_labels(self) -> None:
         named = [(axis, each) for where in self._wheres() for axis, labels in where.items() for each in labels]
