@@ -112,8 +112,9 @@ def check_language(recipe: LanguageRecipe, model: Any) -> list[View]:
     find_blocks(model)
     views = check_pruning(model, recipe.prune)
     if (gone := recipe.shrink) is not None:
-        check_shares(model, blocks=gone.blocks, experts=gone.experts, heads=gone.heads, width=gone.width)
-        left = narrowed(model, heads=gone.heads, neurons=gone.neurons, width=gone.width)
+        narrower = {"heads": gone.heads, "neurons": gone.neurons, "width": gone.width}
+        check_shares(model, blocks=gone.blocks, experts=gone.experts, **narrower)
+        left = narrowed(model, **narrower)
         views = check_pruning(left, recipe.prune)
     if recipe.retrain is not None and recipe.retrain.add_biases:
         with keyed("retrain.add_biases"):
