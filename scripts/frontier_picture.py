@@ -5,8 +5,8 @@ python scripts/frontier_picture.py docs/results/embedded-frontier
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,5 +50,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of a grid, with its table.json")
+    folder = parser.parse_args().folder
     draw(json.loads((folder / "table.json").read_text(encoding="utf-8")), folder / "frontier.png")

@@ -15,6 +15,7 @@ sums over the inputs of a block (q, k and v share one), and over the layers on e
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import sys
@@ -191,4 +192,6 @@ def _spelt(seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(tables(Path(sys.argv[1])))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="JSON of the runs")
+    sys.stdout.write(tables(parser.parse_args().file))

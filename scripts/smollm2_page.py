@@ -8,9 +8,9 @@ What no grid has left yet is left out.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -193,7 +193,9 @@ def _by_pattern(rows: Sequence[Row], heads: Sequence[str], chosen: Callable[[lis
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of the results, with the page and the grids")
+    folder = parser.parse_args().folder
     found = {"one-shot": one_shot(folder)} | {
         grid: retrained(folder, grid) for grid in BUDGETS if rows_of(folder, grid)
     }

@@ -28,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
 from prunus.kernels import uses_kernels
-from prunus.machine import local_part, read_tensors, write_tensors
+from prunus.machine import counted, local_part, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from prunus.layers import View
@@ -91,7 +91,7 @@ class Masks(Mapping[str, Tensor]):
         return len(self._masks)
 
     def __repr__(self) -> str:
-        return f"Masks({len(self)} parameters, sparsity {self.sparsity:.4f})"
+        return f"Masks({counted(len(self), 'parameter')}, sparsity {self.sparsity:.4f})"
 
     def __eq__(self, other: object) -> bool:
         """Whether both name the same parameters and keep the same entries, wherever they are stored."""

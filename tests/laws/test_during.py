@@ -172,13 +172,57 @@ def test_what_the_masks_of_the_training_prune_is_not_kept(name):
     assert masks == masks & given
 
 
-@pytest.mark.parametrize("name", ["RigL", "SET"])
-def test_a_topology_of_more_than_the_masks_of_the_training_leave_is_refused(name):
+@pytest.mark.parametrize("name", METHODS)
+def test_a_sparsity_below_that_of_the_masks_of_the_training_is_refused_before_it(name):
     model = make_model()
-    with pytest.raises(
-        ValueError, match="214 entries should stay, but earlier masks left only 143: raise the sparsity"
-    ):
-        run(model, make_method(name, 0.25), masks=masks_by_magnitude(prunable(model), 0.5))
+    given = masks_by_magnitude(prunable(model), 0.5)
+    with pytest.raises(ValueError, match="214 entries should stay, but earlier masks left only 143: raise"):
+        run(model, make_method(name, 0.25), masks=given, served=lambda step: pytest.fail("no batch is needed"))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_masks_of_another_model_are_refused(name):
+    with pytest.raises(ValueError, match=r"'6.weight'.* \(12, 15\).* another model"):
+        run(make_model(), make_method(name), masks=Masks({"6.weight": torch.ones(12, 15, dtype=torch.bool)}))
+
+
+def uneven(model: nn.Module) -> Masks:
+    """Masks that prune nearly all of the largest layer, which `uniform` would keep a quarter of, and nothing else."""
+    masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in prunable(model).items()}
+    masks["6.weight"].flatten()[10:] = False
+    return Masks(masks)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        during.GMP(0.75, allocation=uniform),
+        during.GMP(0.75, allocation=uniform, variant="recover"),
+        during.ELSA(0.75, interval=4),
+        during.RigL(0.75, topology=uniform, delta=4),
+        during.CS(0.75, init=-3.0),
+        during.STR(0.75, exact=False),
+    ],
+)
+def test_shares_of_layers_stay_within_the_masks_of_the_training(method):
+    model = make_model()
+    given = uneven(model)
+    run(model, method, masks=given)
+    masks = method.finish()
+    assert masks == masks & given
+    if getattr(method, "exact", True):
+        assert sum(kept for kept, _ in masks.table().values()) == kept_of(285, 0.75)
+
+
+def test_patterns_that_the_masks_of_the_training_leave_no_room_for_are_refused():
+    model = nn.Sequential(nn.Linear(8, 3))
+    given = Masks({"0.weight": torch.eye(8, dtype=torch.bool)[:3]})
+    for method, said in [
+        (during.ELSA(0.5, pattern="2:4"), "2:4 cannot keep 12 entries of '0' within the earlier masks"),
+        (during.MaskLLM(0.5), "prune some of '0.weight' already: leave them out"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            run(model, method, masks=given, served=lambda step: pytest.fail("no batch is needed"))
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -167,7 +167,7 @@ def test_what_waits_on_a_failed_job_says_so_and_no_other_is_lost(tmp_path: Path,
     graph = Wanted(Store(tmp_path), (Sum("last", (after,)), later))
     (message,) = run([graph], workers)
     assert message.startswith(
-        f"1 jobs failed, 1 for want of them; the first: ValueError: bad is ValueError (see {tmp_path}"
+        f"1 job failed, 1 for want of them; the first: ValueError: bad is ValueError (see {tmp_path}"
     )
     assert graph.store.error(after).startswith("what it starts from failed")
     assert graph.store.finished(later)
@@ -270,7 +270,7 @@ def test_processes_share_the_work_and_one_that_is_killed_is_replaced(tmp_path: P
     others = tuple(Sum(f"n{number}", (), ("wait",)) for number in range(4))
     graph = Wanted(Store(tmp_path), (once, always, Sum("after", (always,)), *others))
     (message,) = run([graph], Workers(processes=2))
-    assert message.startswith("1 jobs failed, 1 for want of them; the first: its process died, 2 times")
+    assert message.startswith("1 job failed, 1 for want of them; the first: its process died, 2 times")
     found = ran(tmp_path)
     assert [found.count(name) for name in ("once", "always", "after")] == [2, 2, 0]
     assert all(found.count(job.key) == 1 for job in others)

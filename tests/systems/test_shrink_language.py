@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,8 @@ from transformers import (
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -75,6 +78,10 @@ GROUPS = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per
 MAKERS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**GATED, tie_word_embeddings=True)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**GATED, head_dim=16, layer_types=["full_attention"] * 3)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**GATED)),
+    "phi3, a key for each head": lambda: Phi3ForCausalLM(
+        Phi3Config(**{**GATED, "num_key_value_heads": 4}, pad_token_id=0)
+    ),
     "phi3": lambda: Phi3ForCausalLM(Phi3Config(**GATED, pad_token_id=0)),
     "opt": lambda: OPTForCausalLM(OPTConfig(**OPT)),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=32, n_layer=3, n_head=4, n_positions=64)),
@@ -170,6 +177,27 @@ def test_shares_by_which_nothing_goes_are_refused_by_sizes_alone() -> None:
 def test_heads_that_change_no_size_are_refused_by_the_config_alone(family: str) -> None:
     with pytest.raises(ValueError, match=r"shrink\.heads: .* has matrices of one size"):
         check_shares(made(family), heads=0.5)
+
+
+def can(call, *args: Any, **options: Any) -> bool:
+    try:
+        call(*args, **options)
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("family", MAKERS)
+@pytest.mark.parametrize("key", ["heads", "neurons", "width"])
+def test_what_cannot_go_is_refused_by_the_sizes_alone(family: str, key: str, tokens: torch.Tensor) -> None:
+    """As the work itself would, but for what only the outputs show: norms over heads, sinks, MLPs of several sizes."""
+    remove = {"heads": remove_heads, "neurons": remove_neurons, "width": remove_width}[key]
+    asked = can(check_shares, made(family), **{key: 0.5})
+    if (family, key) in {("olmoe", "heads"), ("gpt_oss", "heads"), ("glm4_moe", "neurons")}:
+        assert asked
+    else:
+        assert asked == can(remove, made(family), tokens, 0.5)
+    assert asked == can(narrowed, made(family), **{key: 0.5}) or not asked
 
 
 def test_sizes_that_a_config_refuses_are_refused_before_anything_runs() -> None:

@@ -320,7 +320,7 @@ def test_a_member_that_dies_is_tried_again_and_no_other_is_lost(
 
     monkeypatch.setattr(stages, "fit", dying)
     deaths = 2
-    with pytest.raises(RuntimeError, match="1 jobs failed, 1 for want of them; the first: RuntimeError: CUDA out of"):
+    with pytest.raises(RuntimeError, match="1 job failed, 1 for want of them; the first: RuntimeError: CUDA out of"):
         train_run(recipe)
     assert sorted(calls.values()) == [1, 1, 2]
     deaths = 3  # one more death, then all is well; the others are not repeated

@@ -206,12 +206,12 @@ def test_where_members_fail_the_page_shows_what_is_finished(
     def failing(grids: list[Grid], **asked: Any) -> Any:
         cell = {"method": "LLR", "seeds": [0], "tuned": {}, "accuracy": {"mean": 98.0, "std": None}}
         (tmp_path / "table.json").write_text(json.dumps([cell]))
-        raise Unfinished("1 jobs failed")
+        raise Unfinished("1 job failed")
 
     monkeypatch.setattr("prunus.run.compare.compare_all", failing)
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid(tmp_path).model_dump(exclude_none=True)))
     status, _, error = call("grid", tmp_path / "grid.yaml")
-    assert (status, error) == (1, "prunus: 1 jobs failed\n")
+    assert (status, error) == (1, "prunus: 1 job failed\n")
     assert "98.00" in (tmp_path / "report.html").read_text()
 
 
@@ -228,7 +228,7 @@ def test_what_starts_from_a_failed_training_fails_with_it_and_no_other(
 
     with monkeypatch.context() as patch:
         patch.setattr(stages, "fit", failing)
-        with pytest.raises(RuntimeError, match="1 jobs failed, 2 for want of them; the first: RuntimeError: out of"):
+        with pytest.raises(RuntimeError, match="1 job failed, 2 for want of them; the first: RuntimeError: out of"):
             compare(grid(tmp_path, **SMALL))
     errors = [path.read_text() for path in tmp_path.glob("members/*.error.txt")]
     assert ["what it starts from failed" in error for error in errors] == [True, True]

@@ -27,6 +27,7 @@ from prunus.adapt.sites import LINEAR, Cast, Kind, Parametrization, Site, find_o
 from prunus.adapt.stored import StoredAdapter, fingerprint, peft_config, read_adapter
 from prunus.adapt.subsets import ADAPTERS, SUBSETS, check_subsets, find_subset
 from prunus.layers import View, find_layers
+from prunus.machine import counted
 from prunus.masks import Masks
 
 log = logging.getLogger(__name__)
@@ -455,7 +456,8 @@ def _check_sites(sites: Sequence[Site], claimed: Mapping[str, Mapping[str, nn.Pa
         if site.mask is None and (site.weight == 0).sum() > 0.05 * site.weight.numel():
             unmasked.append(site.name)
     if unmasked:
-        log.warning("%d layers without a mask hold many zeros, which will train: %s, ...", len(unmasked), unmasked[0])
+        many = counted(len(unmasked), "layer")
+        log.warning("many zeros, which will train, are in %s without a mask: %s, ...", many, unmasked[0])
 
 
 def _train_(model: nn.Module, found: Mapping[str, nn.Parameter], *, cast: bool) -> list[_Plain]:

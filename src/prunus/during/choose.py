@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prunus.patterns import Pattern, Unstructured, keep_largest, kept_of
-from prunus.score import Allocation, Count, allocation_of, counts_under
+from prunus.score import Allocation, Count, allocation_of, check_within, counts_under
 
 _ANY = Unstructured("layer")
 
@@ -53,14 +53,17 @@ def keep_allocated(
 
     scores: layer name -> (out, in) float32, -inf where an earlier choice pruned for good. Of single entries exactly
     `kept_of(all entries, sparsity)` stay: what an allocation's rounding in each layer leaves of the total, the largest
-    layers make up.
+    layers make up. Raises ValueError where the pattern cannot keep as many entries that are not -inf.
 
     >>> keep_allocated({"a": torch.tensor([[1.0, 2.0, 3.0]]), "b": torch.tensor([[1.0, 2.0, 3.0]])}, 0.5, uniform)
     {'a': tensor([[False,  True,  True]]), 'b': tensor([[False, False,  True]])}
     """
     counts = counts_under(pattern, scores, sparsity, allocation)
     if not isinstance(pattern, Unstructured):
-        return {name: pattern.mask(score, counts[name], name=name) for name, score in scores.items()}
+        found = {name: pattern.mask(score, counts[name], name=name) for name, score in scores.items()}
+        for name, mask in found.items():
+            check_within(pattern, scores[name], mask, name=name)
+        return found
     room = {name: int((score > -torch.inf).sum()) for name, score in scores.items()}
     missing = kept_of(sum(score.numel() for score in scores.values()), sparsity) - sum(counts.values())
     for name in sorted(room, key=lambda name: -room[name]):  # stable: ties by order

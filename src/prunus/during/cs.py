@@ -57,7 +57,9 @@ class CS(During):
 
     def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
         """Make the gates and train them with the model."""
-        self.hold_masks(model, optimizer, plan.views)
+        self.hold_masks(model, optimizer, plan.views, within=plan.masks)
+        if self.exact:
+            self.kept_at(self.sparsity)
         self.last = max(1, plan.steps - 1)
         weights = self.pruned_parameters.values()
         wide = ((weight, torch.promote_types(weight.dtype, torch.float32)) for weight in weights)  # steps are small

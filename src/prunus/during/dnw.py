@@ -36,12 +36,12 @@ class DNW(During):
 
     def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
         """Hold masks, which every forward pass overwrites."""
-        self.hold_masks(model, optimizer, plan.views)
-        self.total = sum(parameter.numel() for parameter in self.pruned_parameters.values())
+        self.hold_masks(model, optimizer, plan.views, within=plan.masks)
+        self.kept_weights = self.kept_at(self.sparsity)
 
     def weights(self) -> dict[str, Tensor]:
         """The largest weights, their gradient straight through to all."""
-        self.set_masks_(keep_global(magnitudes(self.pruned_parameters), kept_of(self.total, self.sparsity)))
+        self.set_masks_(keep_global(self.within(magnitudes(self.pruned_parameters)), self.kept_weights))
         return straight_through(self.pruned_parameters, self.held())
 
     def finish(self) -> Masks:

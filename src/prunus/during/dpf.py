@@ -45,8 +45,9 @@ class DPF(During):
         self.every, self.start, self.stop = every, start, stop
 
     def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
-        """Hold masks that keep everything."""
-        self.hold_masks(model, optimizer, plan.views)
+        """Hold masks that keep all that those of the training do."""
+        self.hold_masks(model, optimizer, plan.views, within=plan.masks)
+        self.kept_at(self.sparsity)
         self.total = sum(parameter.numel() for parameter in self.pruned_parameters.values())
         self.events = cubic(self.sparsity, plan.steps, every=self.every, start=self.start, stop=self.stop)
 
@@ -59,7 +60,7 @@ class DPF(During):
         done = step + 1
         if done in self.events or done % self.refresh == 0:
             kept = kept_of(self.total, sparsity_after(self.events, done))
-            self.set_masks_(keep_global(magnitudes(self.pruned_parameters), kept))
+            self.set_masks_(keep_global(self.within(magnitudes(self.pruned_parameters)), kept))
 
     def finish(self) -> Masks:
         """Zero what the last mask prunes."""

@@ -51,7 +51,9 @@ class DST(During):
 
     def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
         """Make a threshold for every output row and train it with the model."""
-        self.hold_masks(model, optimizer, plan.views)
+        self.hold_masks(model, optimizer, plan.views, within=plan.masks)
+        if self.exact:
+            self.kept_at(self.sparsity)
         parameters = self.pruned_parameters
         self.shapes = [_of_rows(parameters[name], name, plan.views) for name in parameters]
         count = sum(shape.numel() for shape in self.shapes)

@@ -15,7 +15,7 @@ from prunus.layers import Lookup, View, parameter_shapes
 from prunus.machine import imported
 from prunus.masks import Masks
 from prunus.patterns import check_sparsity, parse
-from prunus.score import Allocation, Count, Scores, uniform
+from prunus.score import Allocation, Count, Scores, limited, uniform
 from prunus.train import During, Plan
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class ELSA(During):
         """Choose the first sparse copy."""
         found = _adapters(model, plan.views)
         parameters = {name: each.parameter for name, each in found.items()}
-        self.hold_masks(model, optimizer, plan.views, adapted=parameters, packed=True)
+        self.hold_masks(model, optimizer, plan.views, within=plan.masks, adapted=parameters, packed=True)
         self.variables = {
             name: LowRank(found[name]) if name in found else Whole(parameter)
             for name, parameter in self.pruned_parameters.items()
@@ -104,6 +104,8 @@ class ELSA(During):
             raise ValueError("lam=0 pulls no weight that is trained to zero: give lam > 0")
         if not found and self.move is not None:
             raise ValueError("move is of weights that LoRA adapts; those that are trained move anyway: leave it out")
+        if self.pattern.sparsity is None:
+            self.kept_at(self.sparsity)
         self.last = plan.steps - 1
         self.moved = nn.Module()  # weights that are not trained, and change all the same: a checkpoint must hold them
         for place, each in enumerate(self._low_rank().values()):
@@ -189,7 +191,7 @@ class ELSA(During):
                 variable = self.variables[view.parameter]
                 squares = values(view.parameter).float().square()
                 last[view.parameter] = variable.stored(variable.priced(squares, self.optimizer))
-            return view.matrix(last[view.parameter])
+            return limited(view.matrix(last[view.parameter]), view, self.given)
 
         scores = Scores(Lookup(views, price), self.shapes)
         chosen = keep_allocated(scores, self.sparsity, self.allocation, self.pattern)

@@ -13,7 +13,7 @@ from prunus.during.schedule import cubic
 from prunus.layers import parameter_shapes
 from prunus.masks import Masks
 from prunus.patterns import kept_of
-from prunus.score import Allocation, Count, Scores, global_
+from prunus.score import Allocation, Count, Scores, global_, limited
 from prunus.train import During, Plan
 
 
@@ -55,10 +55,13 @@ class GMP(During):
         self.every, self.start, self.stop = every, start, stop
 
     def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
-        """Hold masks that keep everything."""
-        self.hold_masks(model, optimizer, plan.views)
+        """Hold masks that keep all that those of the training do."""
+        self.hold_masks(model, optimizer, plan.views, within=plan.masks)
         self.views, self.shapes = plan.views, parameter_shapes(dict(model.named_parameters()), plan.views)
-        self.events = cubic(self.sparsity, plan.steps, every=self.every, start=self.start, stop=self.stop)
+        self.kept_at(self.sparsity)
+        events = cubic(self.sparsity, plan.steps, every=self.every, start=self.start, stop=self.stop)
+        least = self.masks().sparsity  # moments that ask for less than the masks of the training prune leave those
+        self.events = {step: max(share, least) for step, share in events.items()}
 
     def weights(self) -> dict[str, Tensor]:
         """Masked weights when they may recover: the model's own keep their values."""
@@ -86,6 +89,6 @@ class GMP(During):
         held, weights = self.held(), magnitudes(self.pruned_parameters)
         if self.variant == "hard":
             weights = {name: weight.masked_fill_(~held[name], -torch.inf) for name, weight in weights.items()}
-        scores = {view.name: view.matrix(weights[view.parameter]) for view in self.views}
+        scores = {view.name: limited(view.matrix(weights[view.parameter]), view, self.given) for view in self.views}
         chosen = keep_allocated(Scores(scores, self.shapes), sparsity, self.allocation)
         return Masks.of(self.views, chosen, {name: mask.shape for name, mask in held.items()})

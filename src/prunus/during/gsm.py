@@ -37,8 +37,8 @@ class GSM(During):
 
     def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
         """Remember what is prunable; nothing is masked before the end."""
-        self.hold_masks(model, optimizer, plan.views)
-        self.kept_weights = kept_of(sum(p.numel() for p in self.pruned_parameters.values()), self.sparsity)
+        self.hold_masks(model, optimizer, plan.views, within=plan.masks)
+        self.kept_weights = self.kept_at(self.sparsity)
 
     @torch.no_grad()
     def gradients(self) -> None:

@@ -45,9 +45,9 @@ class LC(During):
 
     def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
         """Read each parameter's weight decay."""
-        self.hold_masks(model, optimizer, plan.views)
+        self.hold_masks(model, optimizer, plan.views, within=plan.masks)
         self.steps = plan.steps
-        self.kept_weights = kept_of(sum(p.numel() for p in self.pruned_parameters.values()), self.sparsity)
+        self.kept_weights = self.kept_at(self.sparsity)
         group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
         groups = {name: group_of.get(id(parameter), {}) for name, parameter in self.pruned_parameters.items()}
         decays = {name: float(group.get("weight_decay", 0.0)) for name, group in groups.items()}
@@ -74,7 +74,9 @@ class LC(During):
         if not pairs:
             return
         weights, grads = [weight for weight, _ in pairs.values()], [grad for _, grad in pairs.values()]
-        best = keep_global(magnitudes(self.pruned_parameters), self.kept_weights)  # also of what no step reached
+        best = keep_global(
+            self.within(magnitudes(self.pruned_parameters)), self.kept_weights
+        )  # also of what no step reached
         outside = torch._foreach_mul(weights, [~best[name] for name in pairs])  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_mul_(outside, [self.pulls[name] for name in pairs])  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_mul_(outside, self.factor)  # pyright: ignore[reportPrivateImportUsage]

@@ -57,6 +57,7 @@ def finish_learned_(
     if not method.get_buffer("reached").isnan():
         method.enforce_()
         return method.masks()
+    scores = method.within(scores)
     learned = {name: score > 0 for name, score in scores.items()}
     total = sum(score.numel() for score in scores.values())
     reached = 1 - sum(int(mask.sum()) for mask in learned.values()) / total

@@ -37,7 +37,8 @@ class MaskLLM(During):
     Source: Fang et al., "MaskLLM: Learnable Semi-Structured Sparsity for Large Language Models" (NeurIPS 2024).
     Deviations: logits are counted in units of the first scale; `keep` is of the kept share, not of the sum.
     Raises ValueError for a pattern that is not N:M, a sparsity beside its own, temperatures or scales that are not
-    positive, keep < 0, and (in `attach`) layers that the pattern does not fit, and a prior of other ones.
+    positive, keep < 0, and (in `attach`) layers that the pattern does not fit or the masks of the training prune, and a
+    prior of other ones.
 
     >>> learned, optimizer = MaskLLM(0.5), torch.optim.Adam(model.parameters(), lr=0.1)
     >>> trace = train(model, batches, optimizer, lambda step: 1.0, steps=20, during=[learned])
@@ -73,7 +74,13 @@ class MaskLLM(During):
 
     def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
         """Make the logits and train them in place of the model."""
-        self.hold_masks(model, optimizer, plan.views)
+        self.hold_masks(model, optimizer, plan.views, within=plan.masks)
+        for name, mask in self.given.items():
+            if not mask.all():
+                raise ValueError(
+                    f"MaskLLM chooses among all masks of a group, and the masks of the training prune some of '{name}' "
+                    "already: leave them out, or give them as prior instead"
+                )
         self.views, self.last, pattern = plan.views, max(1, plan.steps - 1), self.pattern
         device = next(iter(self.pruned_parameters.values())).device
         masks = [

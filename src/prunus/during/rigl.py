@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prunus.during.choose import without_inputs
-from prunus.during.topology import exchange, random_topology, within
+from prunus.during.topology import exchange, random_topology
 from prunus.masks import Masks
 from prunus.patterns import kept_of
-from prunus.score import Allocation, Count, erk
+from prunus.score import Allocation, Count, erk, limited
 from prunus.train import During, Plan
 
 
@@ -65,7 +65,7 @@ class RigL(During):
         """Choose the random topology; the weights are masked before the first step."""
         self.check(plan.steps, plan.epoch_steps)
         self.plan, self.end = plan, self.stop * plan.steps
-        self.hold_masks(model, optimizer, plan.views)
+        self.hold_masks(model, optimizer, plan.views, within=plan.masks)
         self.set_masks_(random_topology(model, plan, self.sparsity, self.topology, self.seed))
         # The step's gradients, and whose they are: written before they are read, so no part of the state.
         self.seen, self.fresh = nn.Module(), frozenset[str]()
@@ -98,7 +98,7 @@ class RigL(During):
             return
         fraction = self.alpha / 2 * (1 + math.cos(math.pi * done / self.end))
         stored, views = self._stored(), [view for view in self.plan.views if view.parameter in self.fresh]
-        growth = within({view.name: view.matrix(stored[view.parameter]).abs() for view in views}, self.plan)
+        growth = {view.name: limited(view.matrix(stored[view.parameter]).abs(), view, self.given) for view in views}
         self.set_masks_(exchange(views, self.pruned_parameters, self.held(), growth, fraction))
         self.enforce_()
 

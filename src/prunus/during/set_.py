@@ -6,10 +6,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from prunus.during.choose import without_inputs
-from prunus.during.topology import exchange, random_scores, random_topology, within
+from prunus.during.topology import exchange, random_scores, random_topology
 from prunus.masks import Masks
 from prunus.patterns import kept_of
-from prunus.score import Allocation, Count, erk
+from prunus.score import Allocation, Count, erk, limited
 from prunus.train import During, Plan
 
 
@@ -63,7 +63,7 @@ class SET(During):
         """Choose the random topology; the weights are masked before the first step."""
         self.check(plan.steps, plan.epoch_steps)
         self.plan, self.every = plan, self.delta or plan.epoch_steps
-        self.hold_masks(model, optimizer, plan.views)
+        self.hold_masks(model, optimizer, plan.views, within=plan.masks)
         self.set_masks_(random_topology(model, plan, self.sparsity, self.topology, self.seed))
 
     def before_step(self, step: int) -> None:
@@ -80,7 +80,8 @@ class SET(During):
         done = step + 1
         views = [view for view in self.plan.views if self.pruned_parameters[view.parameter].requires_grad]
         if done % self.every == 0 and done < self.plan.steps and views:
-            growth = within(random_scores(self.plan.views, [self.seed, done]), self.plan)
+            drawn = random_scores(self.plan.views, [self.seed, done])
+            growth = {view.name: limited(drawn[view.name], view, self.plan.masks) for view in views}
             self.set_masks_(exchange(views, self.pruned_parameters, self.held(), growth, self.zeta))
             self.enforce_()
 

@@ -54,7 +54,9 @@ class STR(During):
 
     def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
         """Make the thresholds and train them with the model."""
-        self.hold_masks(model, optimizer, plan.views)
+        self.hold_masks(model, optimizer, plan.views, within=plan.masks)
+        if self.exact:
+            self.kept_at(self.sparsity)
         device = next(iter(self.pruned_parameters.values())).device
         count = len(self.pruned_parameters) if self.per == "layer" else 1
         self.s = nn.Parameter(torch.full((count,), float(self.init), device=device))

@@ -11,7 +11,7 @@ from prunus.during.choose import keep_allocated
 from prunus.layers import View, parameter_shapes
 from prunus.masks import Masks
 from prunus.patterns import keep_largest
-from prunus.score import Allocation, Count, Scores
+from prunus.score import Allocation, Count, Scores, limited
 from prunus.train import Plan
 
 
@@ -34,19 +34,10 @@ def random_topology(model: nn.Module, plan: Plan, sparsity: float, allocation: A
     None stays that the masks of the training prune. Raises ValueError where they leave fewer.
     """
     parameters, views = dict(model.named_parameters()), plan.views
-    drawn = within(random_scores(views, [seed]), plan)
+    drawn = random_scores(views, [seed])
+    drawn = {view.name: limited(drawn[view.name], view, plan.masks) for view in views}
     chosen = keep_allocated(Scores(drawn, parameter_shapes(parameters, views)), sparsity, allocation)
     return Masks.of(views, chosen, {view.parameter: parameters[view.parameter].shape for view in views})
-
-
-def within(scores: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
-    """Layer name -> its scores (out, in), -inf where the masks of the training prune."""
-    found = dict(scores)
-    for view in plan.views:
-        if view.name in found and view.parameter in plan.masks:
-            score, mask = found[view.name], view.matrix(plan.masks[view.parameter])
-            found[view.name] = score.masked_fill(~mask.to(score.device), -torch.inf)
-    return found
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from filelock import FileLock
 from pydantic import BaseModel
 
 from prunus.jobs.inputs import check_inputs, check_outside
-from prunus.machine import locked, ranks, read_json, remove_partials, write_json, write_text
+from prunus.machine import counted, locked, ranks, read_json, remove_partials, write_json, write_text
 from prunus.train import unrecordable
 
 __all__ = [
@@ -241,4 +241,6 @@ def check_recordable(device: torch.device, *, scaled: bool) -> None:
 
 def device_name(device: torch.device) -> str:
     """The device in words."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {counted(torch.get_num_threads(), 'thread')}"

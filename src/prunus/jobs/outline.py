@@ -19,7 +19,7 @@ from torch import nn
 
 from prunus.blocks import find_blocks
 from prunus.layers import View, find_layers, parameter_shapes
-from prunus.machine import import_extra
+from prunus.machine import counted, import_extra
 from prunus.measure import check_pace, check_tasks
 from prunus.recipe import (
     Adapting,
@@ -112,8 +112,9 @@ def check_language(recipe: LanguageRecipe, model: Any) -> list[View]:
     find_blocks(model)
     views = check_pruning(model, recipe.prune)
     if (gone := recipe.shrink) is not None:
-        check_shares(model, blocks=gone.blocks, experts=gone.experts, heads=gone.heads, width=gone.width)
-        left = narrowed(model, heads=gone.heads, neurons=gone.neurons, width=gone.width)
+        narrower = {"heads": gone.heads, "neurons": gone.neurons, "width": gone.width}
+        check_shares(model, blocks=gone.blocks, experts=gone.experts, **narrower)
+        left = narrowed(model, **narrower)
         views = check_pruning(left, recipe.prune)
     if recipe.retrain is not None and recipe.retrain.add_biases:
         with keyed("retrain.add_biases"):
@@ -167,27 +168,29 @@ def outline_language(recipe: LanguageRecipe, model: Any, texts: Mapping[str, int
     weights = sum(each.nbytes for each in model.parameters())
     pruned = sum(view.shape[0] * view.shape[1] for view in views)
     names = find_blocks(model)
+    windows = f"{counted(recipe.calibrate.samples, 'window')} of {recipe.calibrate.length}"
     calibrated = recipe.calibrate.samples * recipe.calibrate.length
     way = _way(prune, recipe.during)
     rows = {
-        "model": f"{recipe.model}: {_many(total)} parameters in {len(names)} blocks",
-        "pruned": f"{len(views)} layers, {_many(pruned)} weights to {prune.sparsity:.2%} zeros, {way}",
-        "calibration": f"{recipe.calibrate.samples} windows of {recipe.calibrate.length}: {_many(calibrated)} tokens",
+        "model": f"{recipe.model}: {_many(total)} parameters in {counted(len(names), 'block')}",
+        "pruned": f"{counted(len(views), 'layer')}, {_many(pruned)} weights to {prune.sparsity:.2%} zeros, {way}",
+        "calibration": f"{windows}: {_many(calibrated)} tokens",
     }
     if recipe.shrink is not None:
         gone = [f"{key} {value}" if isinstance(value, (int, float)) else key for key, value in recipe.shrink if value]
         rows["shrunk"] = f"{', '.join(gone)} go first; all counts here are of the model as it is"
     trained, members = 0, 1 if recipe.soup is None else recipe.soup.members
     if recipe.reconstruct is not None:
-        rows["reconstruction"] = f"{', '.join(recipe.reconstruct.train)}, {recipe.reconstruct.steps} steps a block"
+        steps = counted(recipe.reconstruct.steps, "step")
+        rows["reconstruction"] = f"{', '.join(recipe.reconstruct.train)}, {steps} a block"
     if recipe.train is not None:
-        rows["training"] = f"{recipe.train.steps} steps, {_many(_tokens_of(recipe.train))} tokens"
+        rows["training"] = f"{counted(recipe.train.steps, 'step')}, {_many(_tokens_of(recipe.train))} tokens"
     if recipe.retrain is not None:
         asked = recipe.retrain
         trained = _trained(model, views, asked)
         rows["trained"] = f"{', '.join(asked.train)}: {_many(trained)} parameters, {trained / total:.3%}"
         tokens = _many(_tokens_of(asked))
-        rows["retraining"] = f"{asked.steps} steps, {tokens} tokens{_times(prune.phases, members)}"
+        rows["retraining"] = f"{counted(asked.steps, 'step')}, {tokens} tokens{_times(prune.phases, members)}"
     evaluated = ", ".join(f"{name}: {_many(count)} tokens" for name, count in texts.items())
     rows["evaluation"] = f"{evaluated}, at each stage"
     trained = max(trained, 0 if recipe.train is None else _trained(model, views, recipe.train))
@@ -211,7 +214,8 @@ def outline_classifier(recipe: ClassifierRecipe, setting: Any, retrained: int) -
     classes = f"; {sets.train.classes} classes" if recipe.aim == "classes" else f"; {recipe.aim}"
     steps, members = setting.epoch_steps, 1 if recipe.soup is None else recipe.soup.members
     during = f", during {next(iter(recipe.during))}" if recipe.during else ""
-    training = f"{recipe.train.epochs} epochs, {_many(recipe.train.epochs * steps)} steps of {recipe.train.batch_size}"
+    epochs, taken = counted(recipe.train.epochs, "epoch"), _many(recipe.train.epochs * steps)
+    training = f"{epochs}, {taken} steps of {recipe.train.batch_size}"
     rows = {
         recipe.keyed: f"{len(sets.train):,} of {shape} to train on, {len(sets.measured):,} to measure on{classes}",
         "model": f"{recipe.model}: {_many(total)} parameters{', all of them trained' if recipe.train.epochs else ''}",
@@ -222,10 +226,11 @@ def outline_classifier(recipe: ClassifierRecipe, setting: Any, retrained: int) -
         views, prune = check_pruning(model, recipe.prune), recipe.prune
         pruned = sum(view.shape[0] * view.shape[1] for view in views)
         how = f"zeros, {_way(prune, recipe.during)}" if prune.kind == "zeros" else f"fewer, by {prune.kind}"
-        rows["pruned"] = f"{len(views)} layers, {_many(pruned)} weights to {prune.sparsity:.2%} {how}"
+        rows["pruned"] = f"{counted(len(views), 'layer')}, {_many(pruned)} weights to {prune.sparsity:.2%} {how}"
         layers = _kinds(views, prune, recipe.during)
         if retrained:
-            rows["retraining"] = f"{retrained:,} steps, {retrained / steps:.3g} epochs{_times(prune.phases, members)}"
+            asked = f"{counted(retrained, 'step', ',')}, {counted(retrained / steps, 'epoch', '.3g')}"
+            rows["retraining"] = asked + _times(prune.phases, members)
     used = f"{size_in_words(_STATE * total)} for training, {size_in_words(kept)} of {recipe.keyed}"
     rows[f"memory, {setting.device.type}"] = used
     saved = {"model.safetensors": 4 * total, "dense/": 4 * total} | ({"masks.safetensors": total / 8} if layers else {})

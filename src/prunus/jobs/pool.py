@@ -33,7 +33,7 @@ import torch
 from filelock import FileLock
 
 from prunus.jobs.store import Job, Store, closure
-from prunus.machine import give_back_memory, import_extra
+from prunus.machine import counted, give_back_memory, import_extra
 from prunus.recipe import is_full
 from prunus.report import progress
 
@@ -123,7 +123,7 @@ def failures(graphs: Sequence[Graph]) -> list[str]:
         return []
     store, job = next(iter(causes.values()))
     more = sum(store.path(job) not in causes for store, job in failed)
-    count = f"{len(causes)} jobs failed" + (f", {more} for want of them" if more else "")
+    count = f"{counted(len(causes), 'job')} failed" + (f", {more} for want of them" if more else "")
     return [f"{count}; the first: {store.error(job)} (see {store.path(job, '.error.txt')})"]
 
 
@@ -138,7 +138,11 @@ def own_stream() -> AbstractContextManager[Any]:
 
 def _lost(graphs: Sequence[Graph], statuses: Sequence[int]) -> list[str]:
     left = _left(graphs)
-    return [f"{left} jobs are left: worker processes ended with status {[*statuses]}; call it again"] if left else []
+    return (
+        [f"{counted(left, 'job')} left: worker processes ended with status {[*statuses]}; call it again"]
+        if left
+        else []
+    )
 
 
 def _cause(store: Store, job: Job) -> tuple[Store, Job]:

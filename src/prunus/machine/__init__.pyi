@@ -42,3 +42,4 @@ from .running import set_generator_state as set_generator_state
 from .running import set_random_state as set_random_state
 from .running import with_forwards as with_forwards
 from .running import without_bars as without_bars
+from .words import counted as counted

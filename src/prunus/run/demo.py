@@ -17,7 +17,7 @@ import torch
 
 from prunus.jobs import device_of, held
 from prunus.language import Pruned, evaluate, load, prune, prunus_info, summary
-from prunus.machine import write_json
+from prunus.machine import counted, write_json
 from prunus.recipe import LanguageRecipe, given, merge, parse
 from prunus.report import plot_compression
 from prunus.run.page import write_report
@@ -65,7 +65,7 @@ def _demo(recipe: LanguageRecipe, out: Path) -> dict[str, Any]:
     steps = _steps(pruned, SECONDS - (now - started) - 2 * (now - before))
     report: dict[str, Any] = {}
     for name, change in (("biases and norms", {}), ("MaskLoRA, merged", MASK_LORA)):
-        name = f"{name}, {steps} steps"
+        name = f"{name}, {counted(steps, 'step')}"
         ended, report[name] = _retrain(pruned, change | {"steps": steps}, name)
         perplexities[name] = evaluate(ended.loaded, recipe, device)
     result: dict[str, Any] = {"model": "embedded", "perplexity": perplexities, "pruning": summary(streamed)}

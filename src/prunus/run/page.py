@@ -15,7 +15,7 @@ import yaml
 
 from prunus import __version__
 from prunus.jobs import SOUP, pictures_of, spread
-from prunus.machine import read_json
+from prunus.machine import counted, read_json
 from prunus.measure import HEADLINES, headline
 from prunus.report import Card, Page, Part, by_block, format_value, plot_losses, plot_speeds, read_metrics, write_page
 from prunus.run.show import SOUP_COLUMNS, classifier_rows, grid_rows, language_rows, retrainings, soup_rows, speed_rows
@@ -60,7 +60,7 @@ def compare_runs(folders: Sequence[Path], path: Path) -> None:
     if points := _paced(found):
         plot_speeds(points, path.with_suffix(".png"), device=next(iter(found.values()))["device"])
         parts.insert(0, Part("Quality, speed and size", _MEASURED, pictures=[path.with_suffix(".png")]))
-    write_page(Page(f"{len(folders)} runs", "", [], [*parts, *map(_recipe, folders), _versions()]), path)
+    write_page(Page(counted(len(folders), "run"), "", [], [*parts, *map(_recipe, folders), _versions()]), path)
 
 
 def _paced(found: Mapping[str, Result]) -> list[Row]:
@@ -183,7 +183,9 @@ def _classifier(folder: Path, result: Result) -> Page:
     (name, share), of = headline(result), "texts" if "texts" in result else "images"
     cards = [Card(f"{name}, {result['measured_on']} {of}", f"{100 * share:.2f} %", _dense(stages))]
     cards += _sizes(result)
-    cards.append(Card("training", f"{result['epochs']:.4g} epochs", f"{result['images_per_second']:,.0f} {of}/s"))
+    cards.append(
+        Card("training", counted(result["epochs"], "epoch", ".4g"), f"{result['images_per_second']:,.0f} {of}/s")
+    )
     cards.append(_cost(folder, result))
     layers: Mapping[str, float] = result.get("by_layer", {})
     corrupted: Mapping[str, Mapping[str, float]] = result.get("corrupted", {}).get("by_name", {})

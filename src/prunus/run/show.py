@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from prunus.jobs import Outline, kind_of, size_in_words, spread
+from prunus.machine import counted
 from prunus.measure import HEADLINES, headline
 from prunus.recipe import rows as rows_of_names
 from prunus.report import print_table
@@ -173,7 +174,7 @@ def show_run(result: Mapping[str, Any], out: Path) -> None:
     print_table(classifier_rows(result), title=f"{result['model']}, {result['measured_on']} {of}")
     _show_corrupted(result.get("corrupted", {}))
     speed = f"{result['images_per_second']:,.0f} {of}/s"
-    _note(f"{result['epochs']:.4g} epochs, {result['seconds']:.0f} s on {result['device']}, {speed}.")
+    _note(f"{counted(result['epochs'], 'epoch', '.4g')}, {result['seconds']:.0f} s on {result['device']}, {speed}.")
     if "left_of_start" in result:
         _note(f"Frank-Wolfe left {100 * result['left_of_start']:.3g} % of the initialisation: the product of 1 - step.")
     if "speedup" in result:

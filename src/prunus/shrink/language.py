@@ -46,6 +46,7 @@ __all__ = [
     "remove_neurons",
     "remove_width",
     "resized_config",
+    "resizings",
     "run_hooked",
     "with_pairs",
 ]
@@ -575,12 +576,17 @@ def resized_config(model: Any, old: int, new: int, state: Mapping[str, Tensor], 
 
     Raises ValueError, which names `what`, where there is no such number.
     """
-    said: dict[str, Any] = model.config.to_dict()
+    for config in resizings(model.config, old, new):
+        if _other_sizes(empty_model(config, model.dtype), state) is None:
+            return config
+    raise ValueError(f"shrink.{what}: no number in the config of {type(model).__name__} says that there are {old}")
+
+
+def resizings(config: Any, old: int, new: int) -> Iterator[Any]:
+    """The configs in which one number of that value, or several, is another."""
+    said: dict[str, Any] = config.to_dict()
     keys = [key for key, value in said.items() if type(value) is int and value == old]
     keys += [key for key, value in said.items() if value is None and any(word in key for word in _SIZES)]
     for count in range(1, len(keys) + 1):
         for some in combinations(keys, count):
-            config = changed(model.config, dict.fromkeys(some, new))
-            if _other_sizes(empty_model(config, model.dtype), state) is None:
-                return config
-    raise ValueError(f"shrink.{what}: no number in the config of {type(model).__name__} says that there are {old}")
+            yield changed(config, dict.fromkeys(some, new))

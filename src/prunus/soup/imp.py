@@ -199,7 +199,7 @@ def imp(
     >>> from prunus.train import Trace
     >>> model, select = nn.Linear(8, 4), lambda model, s, within: prune(model, sparsity=s, within=within)
     >>> imp(model, sparsity=0.75, phases=2, select=select, retrain=lambda phase: Trace())  # put train(...) there
-    Masks(1 parameters, sparsity 0.7500)
+    Masks(1 parameter, sparsity 0.7500)
     """
     targets = phase_sparsities(sparsity, phases)
     _check_rewind(model, rewind or {})

@@ -121,7 +121,7 @@ def sms_(
     >>> layer = nn.Linear(4, 2)
     >>> select = lambda model, s, within: prune(model, sparsity=s, within=within)
     >>> sms_(layer, sparsity=0.75, phases=2, members=3, select=select, retrain=lambda copy, phase, member: None)
-    Masks(1 parameters, sparsity 0.7500)
+    Masks(1 parameter, sparsity 0.7500)
     """
     targets = phase_sparsities(sparsity, phases)
     asked = {"sparsity": sparsity, "phases": phases, "members": members, "seed": seed}

@@ -21,6 +21,7 @@ from prunus.layers import Lookup, View
 from prunus.machine import imported
 from prunus.masks import Masks, pack, unpack
 from prunus.patterns import keep_largest_of_all, kept_of
+from prunus.score import check_known
 
 
 @dataclass(frozen=True)
@@ -101,16 +102,18 @@ class During(nn.Module):
         optimizer: Optimizer,
         views: tuple[View, ...],
         *,
+        within: Masks | None = None,
         adapted: Mapping[str, nn.Parameter] | None = None,
         packed: bool = False,
     ) -> None:
         """Register a mask that keeps everything for each prunable parameter; called by `attach`.
 
+        within: the masks of the training (`plan.masks`). What they prune no held mask keeps, then or later.
         adapted: frozen weights by the names they had before adapters moved them, for methods that prune what adapters
         make of weights. packed: eight entries a byte, for methods that look at their masks on the host alone.
 
-        Raises ValueError when nothing is prunable, only some experts of a stacked parameter are, or the model has
-        adapters and the method does not know of them.
+        Raises ValueError when nothing is prunable, the masks of the training have other shapes, only some experts of a
+        stacked parameter are prunable, or the model has adapters and the method does not know of them.
         """
         parameters = dict(model.named_parameters()) | dict(adapted or {})
         if adapted is None and any(isinstance(each, _factors()) for each in model.modules()):
@@ -131,9 +134,12 @@ class During(nn.Module):
         # Plain containers: the model's parameters must not become this module's.
         self.pruned_parameters = {name: parameters[name] for name in names}
         self.optimizer = optimizer
+        known = within or {}
+        self.given = Masks({name: known[name].to(parameters[name].device) for name in names if name in known})
+        check_known(self.given, parameters)
         self.kept = nn.Module()
-        for place, parameter in enumerate(self.pruned_parameters.values()):
-            mask = torch.ones_like(parameter, dtype=torch.bool)
+        for place, (name, parameter) in enumerate(self.pruned_parameters.items()):
+            mask = self.given[name].clone() if name in self.given else torch.ones_like(parameter, dtype=torch.bool)
             self.kept.register_buffer(f"mask{place}", pack(mask.flatten()) if packed else mask)
 
     def held(self) -> Mapping[str, Tensor]:
@@ -150,11 +156,30 @@ class During(nn.Module):
         """A copy of the masks as they are."""
         return Masks({name: mask.clone() for name, mask in self.held().items()})
 
+    def kept_at(self, sparsity: float) -> int:
+        """How many entries stay at a sparsity, of all layers together; asked by `attach`.
+
+        Raises ValueError where the masks of the training leave fewer.
+        """
+        kept = kept_of(sum(each.numel() for each in self.pruned_parameters.values()), sparsity)
+        left = sum(int(mask.sum()) for mask in self.held().values()) if self.given else kept
+        if kept > left:
+            raise ValueError(f"{kept} entries should stay, but earlier masks left only {left}: raise the sparsity")
+        return kept
+
+    def within(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameter name -> its scores, -inf where the masks of the training prune."""
+        return {
+            name: score.masked_fill(~self.given[name], -torch.inf) if name in self.given else score
+            for name, score in scores.items()
+        }
+
     @torch.no_grad()
     def set_masks_(self, masks: Mapping[str, Tensor]) -> None:
-        """Overwrite the held masks, in place."""
+        """Overwrite the held masks, in place, but for what the masks of the training prune."""
         for name, buffer in zip(self.pruned_parameters, self.kept.buffers(), strict=True):
-            buffer.copy_(pack(masks[name].flatten()) if buffer.dtype == torch.uint8 else masks[name])
+            mask = masks[name] & self.given[name] if name in self.given else masks[name]
+            buffer.copy_(pack(mask.flatten()) if buffer.dtype == torch.uint8 else mask)
 
     @torch.no_grad()
     def enforce_(self) -> None:
@@ -183,7 +208,7 @@ class During(nn.Module):
 
     def prune_by_magnitude_(self, sparsity: float) -> Masks:
         """Keep the largest |w| of all layers, zero the others, and return the masks: the end of many methods."""
-        self.set_masks_(masks_by_magnitude(self.pruned_parameters, sparsity))
+        self.set_masks_(masks_by_magnitude(self.pruned_parameters, sparsity, within=self.given))
         self.enforce_()
         return self.masks()
 
@@ -193,8 +218,12 @@ def _factors() -> tuple[type, ...]:
 
 
 @torch.no_grad()
-def masks_by_magnitude(weights: Mapping[str, Tensor], sparsity: float) -> Masks:
+def masks_by_magnitude(
+    weights: Mapping[str, Tensor], sparsity: float, *, within: Mapping[str, Tensor] | None = None
+) -> Masks:
     """Masks of the largest |w| over all given tensors together; exactly `kept_of(total, sparsity)` entries stay.
+
+    within: earlier masks, by the same names; what they prune comes last.
 
     >>> masks_by_magnitude({"a": torch.tensor([1.0, -3.0]), "b": torch.tensor([2.0, 0.0])}, 0.5).table()
     {'a': (1, 2), 'b': (1, 2)}
@@ -203,5 +232,7 @@ def masks_by_magnitude(weights: Mapping[str, Tensor], sparsity: float) -> Masks:
         name: weight.detach().float().abs().flatten(1) if weight.ndim > 1 else weight.detach().float().abs()[None]
         for name, weight in weights.items()
     }
+    for name, mask in (within or {}).items():
+        scores[name].masked_fill_(~mask.view(scores[name].shape), -1.0)
     kept = keep_largest_of_all(scores, kept_of(sum(score.numel() for score in scores.values()), sparsity))
     return Masks({name: mask.view(weights[name].shape) for name, mask in kept.items()})
