@@ -244,7 +244,7 @@ def find_layers(
 def check_unwrapped(root: nn.Module) -> None:
     """Raises ValueError for a model with adapters in it, ours or peft's: its weights are not all that it computes with.
 
-    And for one that transformers quantised (GGUF is dequantised), one that is sharded, of whose weights this process has
+    And for one that transformers quantised (not GGUF), one that is sharded, of whose weights this process has
     a part, one whose lazy layers have none yet, and one of TorchScript.
 
     >>> check_unwrapped(nn.Linear(2, 2))
