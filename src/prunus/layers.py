@@ -244,13 +244,19 @@ def find_layers(
 def check_unwrapped(root: nn.Module) -> None:
     """Raises ValueError for a model with adapters in it, ours or peft's: its weights are not all that it computes with.
 
-    And for one that is sharded, of whose weights this process has a part, one whose lazy layers have none yet, and one
-    of TorchScript.
+    And for one that transformers quantised (not GGUF), one that is sharded, of whose weights this process has
+    a part, one whose lazy layers have none yet, and one of TorchScript.
 
     >>> check_unwrapped(nn.Linear(2, 2))
     """
     if isinstance(root, torch.jit.ScriptModule):
         raise ValueError("the model is of TorchScript, whose modules cannot be looked into: prune it before torch.jit")
+    quantizer: Any = getattr(root, "hf_quantizer", None)
+    if quantizer is not None:
+        named: Any = quantizer.quantization_config.quant_method
+        method = str(getattr(named, "value", named))
+        if method != "gguf" or not all(each.is_floating_point() for each in root.parameters()):
+            raise ValueError(f"the model is quantised ({method}); load it in bf16, fp16 or fp32 before pruning it")
     adapter = imported("peft.tuners.tuners_utils", "BaseTunerLayer")
     shard = imported("torch.distributed.tensor", "DTensor")
     adapted = imported("prunus.adapt.adapters", "Factors") + imported("prunus.adapt.sites", "Cast")

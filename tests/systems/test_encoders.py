@@ -485,6 +485,11 @@ def test_an_untrained_head_is_neither_measured_nor_a_teacher(folder: Path, tmp_p
         ({"aim": "embeddings"}, {"train": {"epochs": 2}}, "train.epochs: embeddings have no labels"),
         ({"aim": "embeddings"}, {"retrain": {"steps": 2}}, "give retrain.lr"),
         ({}, {"soup": {"members": 2}, "retrain": {"steps": 2, "lr": 0.1}}, "soup: of networks that look at images"),
+        (
+            {},
+            {"soup": {"members": 2, "also": ["greedy"]}, "retrain": {"steps": 2, "lr": 0.1}},
+            r"soup: .*in Python prunus\.sms",
+        ),
         ({}, {"model": "resnet18"}, "no folder of an encoder"),
         ({}, {"capture": True}, "lengths of their own"),
         ({"label": "said"}, {}, "no column 'said'"),

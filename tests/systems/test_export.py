@@ -145,6 +145,8 @@ def test_a_quantised_model_is_refused(tmp_path):
     model.hf_quantizer = Marked("awq")
     with pytest.raises(ValueError, match="quantised"):
         save_model(model, None, tmp_path / "out", masks=None, info={})
+    with pytest.raises(ValueError, match=r"is quantised \(awq\)"):
+        prune(model, sparsity=0.5)
 
 
 def test_config_changes_only_in_added_biases_and_dtype(tmp_path):

@@ -14,6 +14,7 @@ from prunus.data import Aim, build_encoder, pooling_of
 from prunus.recipe.classifier import ClassifierRecipe
 from prunus.recipe.images import Augmentation, Labelled
 from prunus.recipe.retraining import Distill
+from prunus.recipe.soups import Soup
 from prunus.recipe.training import OptimizerChoice, Training
 from prunus.recipe.values import Count, Positive, Whole
 
@@ -79,8 +80,7 @@ class EncoderRecipe(ClassifierRecipe):
 
     @model_validator(mode="after")
     def _check_texts(self) -> EncoderRecipe:
-        soup = "of networks that look at images" if self.soup else None
-        strange = {"soup": soup, "corruptions": "of images" if self.corruptions else None}
+        strange = {"corruptions": "of images" if self.corruptions else None}
         strange["capture"] = "batches have lengths of their own" if self.capture is True else None
         if self.prune is not None and self.prune.kind != "zeros":
             strange["prune.kind"] = "an encoder of texts becomes smaller by prunus.shrink"
@@ -95,6 +95,9 @@ class EncoderRecipe(ClassifierRecipe):
             if why is not None:
                 raise ValueError(f"{key}: {why}; leave it out")
         return self
+
+    def _check_soup(self, soup: Soup) -> None:
+        raise ValueError("soup: of networks that look at images; leave it out (in Python prunus.sms takes any model)")
 
     def _check_network(self) -> None:
         with torch.device("meta"):

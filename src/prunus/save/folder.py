@@ -312,10 +312,6 @@ def _as_dense(model: PreTrainedModel) -> Generator[None]:
     config, kept = model.config, dict(vars(model.config))
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
-        named: Any = quantizer.quantization_config.quant_method
-        method = str(getattr(named, "value", named))
-        if method != "gguf" or not all(value.is_floating_point() for value in model.parameters()):
-            raise ValueError(f"the model is quantised ({method}); load it in bf16, fp16 or fp32 before pruning it")
         model.hf_quantizer = None  # type: ignore[assignment]
         vars(config).pop("quantization_config", None)
     try:
