@@ -479,6 +479,13 @@ def test_an_untrained_head_is_neither_measured_nor_a_teacher(folder: Path, tmp_p
     assert setting(tmp_path / "own", "taught").sets.train.names == ("yes", "no")
 
 
+def test_an_encoder_decoder_makes_no_embeddings(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 16, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="it is an encoder-decoder, whose decoder asks for texts of its own"):
+        build_encoder(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("texts", "changes", "message"),
     [
