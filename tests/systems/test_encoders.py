@@ -479,6 +479,13 @@ def test_an_untrained_head_is_neither_measured_nor_a_teacher(folder: Path, tmp_p
     assert setting(tmp_path / "own", "taught").sets.train.names == ("yes", "no")
 
 
+def test_an_encoder_decoder_makes_no_embeddings(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 16, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="it is an encoder-decoder, whose decoder asks for texts of its own"):
+        build_encoder(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("texts", "changes", "message"),
     [
@@ -494,6 +501,7 @@ def test_an_untrained_head_is_neither_measured_nor_a_teacher(folder: Path, tmp_p
         ({}, {"capture": True}, "lengths of their own"),
         ({"label": "said"}, {}, "no column 'said'"),
         ({"aim": "values"}, {}, "'a' is no number"),
+        ({"label": "score"}, {}, "'1.0' is no class; give a name or a whole number, or take aim: values"),
         ({"aim": "values", "label": "same"}, {}, "the 1 values that are measured on are all 3, which no correlation"),
         ({"aim": "values"}, {"train": {"label_smoothing": 0.1}}, "train.label_smoothing: of classes; leave it out"),
         ({"measure_on": "test"}, {}, "split='test' was given"),
@@ -503,8 +511,8 @@ def test_an_untrained_head_is_neither_measured_nor_a_teacher(folder: Path, tmp_p
 def test_encoders_that_cannot_be_run_are_refused(
     folder: Path, tmp_path: Path, texts: dict[str, Any], changes: dict[str, Any], message: str
 ) -> None:
-    rows = [("one text", "a", 3), ("another text", "b", 3)] * 2
-    source = labelled(tmp_path / "texts.csv", rows, "text,label,same")
+    rows = [("one text", "a", 3, 1.0), ("another text", "b", 3, 2.0)] * 2
+    source = labelled(tmp_path / "texts.csv", rows, "text,label,same,score")
     asked = {"source": source, "validation": 0.25} | texts
     with pytest.raises(ValueError, match=message):
         Setting.of(recipe_of(folder, tmp_path / "run", asked, **({"train": {"batch_size": 1}} | changes)))

@@ -88,7 +88,7 @@ def build_encoder(
     It has logits (B, labels), of `values` (B, 1), and without either last_hidden_state (B, length, d), for embeddings.
     arguments: keys of its config that are to be others. A head that the folder has not, or for other labels, starts
     anew; a pooler behind embeddings that it has not is left out.
-    Raises ValueError for a name that is no such folder, and for unknown arguments.
+    Raises ValueError for a name that is no such folder, embeddings of an encoder-decoder, and unknown arguments.
 
     >>> build_encoder("all-MiniLM-L6-v2")(**tokenizer(["a text"], return_tensors="pt")).last_hidden_state.shape
     torch.Size([1, 4, 384])
@@ -110,6 +110,8 @@ def build_encoder(
                 config.id2label, config.label2id = dict(enumerate(labels)), {n: i for i, n in enumerate(labels)}
         if values or labels is not None:
             return _encoder(AutoModelForSequenceClassification, found.parent, config)
+        if config.is_encoder_decoder:
+            raise ValueError("it is an encoder-decoder, whose decoder asks for texts of its own: take an encoder alone")
         pooled = any("pooler." in name for name in read_checkpoint(found.parent).tensors)
         try:
             return _complete(

@@ -25,6 +25,9 @@ __all__ = ["Aim", "SentenceBatches", "Sentences", "read_sentences", "sentence_ba
 Aim = Literal["classes", "values", "embeddings"]
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 _WORDS = 3  # of a sentence that a text is cut into, at least
+_DECIMAL = re.compile(
+    r"[+-]?(\d+\.\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE
+)  # a value, or a whole number that a tool wrote so
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,8 +132,8 @@ def read_sentences(
     """The texts of a source of `read_texts`, tokenized, the first `length` tokens of each.
 
     columns: of the text, or of two that are read together (of embeddings each is a text of its own). label: column of
-    the class, a name or whole number, or of the value. names: the classes that a model knows, if these or their numbers
-    are those of the file; otherwise classes are numbered in their order.
+    the class, a name or whole number (1.0 is neither, in a table too), or of the value. names: the classes that a model
+    knows, if these or their numbers are those of the file; otherwise classes are numbered in their order.
     Raises what `read_texts` raises; ValueError for a row without text or label, with its place, for values that are no
     numbers, and for a tokenizer without a padding token.
 
@@ -170,8 +173,10 @@ def _alone(asked: TextSource, column: str) -> Iterator[str]:
 
 
 def _class(value: Any, place: str, column: str) -> str:
-    if not isinstance(value, str | int) or value == "":
-        raise ValueError(f"{place}, column {column!r}: {value!r} is no class; give a name or a whole number")
+    if not isinstance(value, str | int) or value == "" or _DECIMAL.fullmatch(str(value)):
+        raise ValueError(
+            f"{place}, column {column!r}: {value!r} is no class; give a name or a whole number, or take aim: values"
+        )
     return str(int(value) if isinstance(value, bool) else value)
 
 
