@@ -74,9 +74,8 @@ class LC(During):
         if not pairs:
             return
         weights, grads = [weight for weight, _ in pairs.values()], [grad for _, grad in pairs.values()]
-        best = keep_global(
-            self.within(magnitudes(self.pruned_parameters)), self.kept_weights
-        )  # also of what no step reached
+        scores = self.within(magnitudes(self.pruned_parameters))  # also of what no step reached
+        best = keep_global(scores, self.kept_weights)
         outside = torch._foreach_mul(weights, [~best[name] for name in pairs])  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_mul_(outside, [self.pulls[name] for name in pairs])  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_mul_(outside, self.factor)  # pyright: ignore[reportPrivateImportUsage]
