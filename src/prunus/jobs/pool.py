@@ -138,11 +138,8 @@ def own_stream() -> AbstractContextManager[Any]:
 
 def _lost(graphs: Sequence[Graph], statuses: Sequence[int]) -> list[str]:
     left = _left(graphs)
-    return (
-        [f"{counted(left, 'job')} left: worker processes ended with status {[*statuses]}; call it again"]
-        if left
-        else []
-    )
+    message = f"{counted(left, 'job')} left: worker processes ended with status {[*statuses]}; call it again"
+    return [message] if left else []
 
 
 def _cause(store: Store, job: Job) -> tuple[Store, Job]:
