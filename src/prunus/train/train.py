@@ -33,7 +33,7 @@ from prunus.train.capture import Capture, CapturedStep, Kept, captures, set_rate
 from prunus.train.checkpoint import Checkpoint, Clock, held, options_of, resumable
 from prunus.train.hooks import During, Plan
 from prunus.train.next_token import answered, next_token_loss
-from prunus.train.prepared import prepared
+from prunus.train.prepared import make_alike_, prepared
 from prunus.train.sharded import asked, check_whole, unsent
 from prunus.train.watch import Watch, Watched
 
@@ -167,11 +167,14 @@ def train(
         raise ValueError(f"A run whose recorded step is kept begins anew: leave out checkpoint={str(checkpoint)!r}.")
     device = next(model.parameters()).device
     scaler = _scaler(precision, device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     shared = shared and ranks.count() > 1
     recorded = captures(capture, model, optimizer, shared=shared, scaled=precision == "fp16")
     _check_together(model, during, watch, precision, shared=shared)
+    if ranks.count() > 1:
+        device = ranks.join(torch.device(device.type))
+        model.to(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     prunable = find_layers(unwrapped(model)) if during and views is None else _own_views(model, views or ())
     given = Masks({own_name(name): mask for name, mask in (masks or {}).items()})
     plan, started = Plan(steps, epoch_steps or steps, tuple(prunable), accumulate, given), time.perf_counter()
@@ -233,6 +236,8 @@ def train(
                 trace.report()
                 break
         watched.finish_()
+        if shared:  # BatchNorm's statistics, and means of them, are of a process's own part of the batches
+            make_alike_(each for part in (inner, *during) for each in part.buffers() if each.device == own)
         return replace(trace.read(), watched=watched.seen)
 
 
