@@ -448,9 +448,13 @@ class _Run:
 
     def _weights(self) -> dict[str, Tensor]:
         """What methods put in place of the model's own weights for this forward pass and the backward pass after it."""
-        weights: dict[str, Tensor] = {}
+        weights, by = dict[str, Tensor](), dict[str, str]()
         for method in self.during:
-            weights |= method.weights()
+            own, kind = method.weights(), type(method).__name__
+            if name := next((name for name in own if name in by), None):
+                raise ValueError(f"{by[name]} and {kind} both put other weights in place of '{name}': take one of them")
+            weights |= own
+            by |= dict.fromkeys(own, kind)
         return weights
 
 
