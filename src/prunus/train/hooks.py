@@ -144,7 +144,7 @@ class During(nn.Module):
             self.kept.register_buffer(f"mask{place}", pack(mask.flatten()) if packed else mask)
 
     def zero_when_resumed(self) -> None:
-        """Called by `attach` where pruned weights stay zero: a checkpoint has no frozen ones, so a run zeroes them anew."""
+        """Zero pruned weights whenever a checkpoint, which holds no frozen ones, is loaded; called by `attach`."""
         self.register_load_state_dict_post_hook(_enforce_)
 
     def held(self) -> Mapping[str, Tensor]:
