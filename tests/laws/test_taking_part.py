@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from prunus.during import DNW, DPF, GMP, SET, RigL
 from prunus.masks import Masks
 from prunus.train import Ema
 from prunus.train.hooks import During
@@ -193,6 +194,28 @@ def test_a_method_resumes_with_its_state(tmp_path):
         assert torch.equal(one, other), name
 
 
+@pytest.mark.parametrize("method", [GMP(0.7, every=0.25, stop=0.5), SET(0.7, delta=2), RigL(0.7, delta=2)])
+def test_frozen_weights_that_a_method_pruned_are_zero_when_a_run_goes_on(tmp_path, method):
+    """A checkpoint holds what is trained, and masks."""
+
+    def losses(served=batches, **options):
+        model, own = make_model().requires_grad_(False), copy.deepcopy(method)
+        model[1].requires_grad_(True)
+        optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1)
+        asked = {"loss": classification_loss(), "during": [own], "steps": 6, **options}
+        return train(model, served, optimizer, lambda _: 1.0, **asked).losses
+
+    def killed(step):
+        if step == 4:
+            raise Killed
+        return batches(step)
+
+    options = {"checkpoint": tmp_path / "run.pt", "save_seconds": 0}
+    with pytest.raises(Killed):
+        losses(killed, **options)
+    assert losses(**options) == losses()
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at that of substituted weights
 @pytest.mark.parametrize("during", [Halved, Decay, None])
 def test_a_compiled_model_trains_as_the_plain_one(during):
@@ -214,6 +237,8 @@ def test_what_cannot_take_part_is_refused():
         run(make_model(), [], capture=True)
     with pytest.raises(ValueError, match=r"smoothing lies in \[0, 1\); got 1.5"):
         classification_loss(1.5)
+    with pytest.raises(ValueError, match=r"DNW and DPF both put other weights in place of '0\.weight'"):
+        run(make_model(), [DNW(0.5), DPF(0.5)])
     with pytest.raises(ValueError, match="found no prunable layer"):
         During().hold_masks(make_model(), torch.optim.SGD([torch.zeros(1)]), ())
 

@@ -19,12 +19,14 @@ from prunus.machine import ranks
 from prunus.masks import Masks
 from prunus.score import uniform, uniform_plus
 from prunus.train.averaged import Ema
-from prunus.train.checkpoint import Clock, options_of
+from prunus.train.capture import set_rates_
+from prunus.train.checkpoint import Checkpoint, Clock, options_of
 from prunus.train.drawn import drawn_from, seeded
 from prunus.train.hooks import During, Plan
 from prunus.train.lr import linear_warmup_decay
+from prunus.train.prepared import prepared
 from prunus.train.train import classification_loss, regression_loss, train
-from prunus.train.watch import Watch
+from prunus.train.watch import Watch, Watched
 
 
 class Net(nn.Module):
@@ -437,6 +439,49 @@ def test_rates_of_groups_are_scaled_and_given_back():
     train(model, batches, optimizer, lambda step: 1 / (step + 1), steps=2, loss=loss)
     assert seen == [pytest.approx([0.3, 0.1]), pytest.approx([0.15, 0.05])]
     assert [group["lr"] for group in optimizer.param_groups] == [0.3, 0.1]
+
+
+def test_a_rate_that_is_a_tensor_is_given_back_by_recorded_steps_too():
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.1), capturable=True)
+    with prepared(model, optimizer, None, "fp32", shared=False, recorded=True):
+        set_rates_(optimizer, [0.0], True)
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.1)
+
+
+def test_a_checkpoint_of_fewer_processes_is_gone_on_from(tmp_path, monkeypatch):
+    """Another process than those that wrote it draws on from where its caller put its generators."""
+    model, again = Net(), Net(seed=3)
+    run(model, checkpoint=tmp_path / "c.pt")
+    optimizer = torch.optim.AdamW([{"params": [*again.first.parameters()]}, {"params": [*again.second.parameters()]}])
+    plan = torch.load(tmp_path / "c.pt")["plan"]
+    monkeypatch.setattr(ranks, "index", lambda: 1)
+    before = torch.get_rng_state()
+    step, _ = Checkpoint(
+        tmp_path / "c.pt", plan, again, optimizer, None, [], {}, Watched(None, dict, True), True
+    ).load()
+    assert step == 12
+    assert equal(model, again)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_methods_meet_the_model_on_the_device_where_it_is_trained(monkeypatch):
+    """A process's GPU: a model that comes from another one has new tensors there."""
+    for name, value in {"count": lambda: 2, "join": lambda device: device}.items():
+        monkeypatch.setattr(ranks, name, value)
+    model, alone = Net(), Net()
+
+    def move(_device):
+        for each in model.parameters():
+            each.data = each.data.clone()
+
+    model.to = move
+    for each in (model, alone):
+        ema = Ema(0.5)
+        torch.manual_seed(1)
+        run(each, during=[ema], shared=False)
+        ema.finish()
+    assert equal(model, alone)
 
 
 def test_precisions_follow_each_other_in_one_process():

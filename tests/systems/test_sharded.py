@@ -31,7 +31,7 @@ from prunus.masks import Masks
 from prunus.patterns import NM, Pattern
 from prunus.solve.sweep import sparsegpt
 from prunus.stream.stream import stream
-from prunus.train import next_token
+from prunus.train import Ema, Swa, next_token
 from prunus.train.capture import CapturedStep
 from prunus.train.lr import linear_warmup_decay
 from prunus.train.next_token import next_token_loss
@@ -277,8 +277,9 @@ def ranks_normalise(folder: Path) -> dict[str, Any]:
     def batch(step: int) -> tuple[Tensor, Tensor]:
         return torch.randn(8, 4, generator=torch.Generator().manual_seed(step)), torch.arange(8) % 2
 
-    train(model, batch, optimizer, lambda _: 1.0, steps=STEPS, loss=classification_loss())
-    return {"alike": model}
+    ema, swa = Ema(0.5), Swa(0.5, every=1)
+    train(model, batch, optimizer, lambda _: 1.0, steps=STEPS, loss=classification_loss(), during=[ema, swa])
+    return {"alike": model, "ema": ema, "swa": swa}
 
 
 def ranks_record(folder: Path) -> dict[str, Any]:

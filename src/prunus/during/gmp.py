@@ -57,6 +57,8 @@ class GMP(During):
     def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
         """Hold masks that keep all that those of the training do."""
         self.hold_masks(model, optimizer, plan.views, within=plan.masks)
+        if self.variant == "hard":
+            self.zero_when_resumed()
         self.views, self.shapes = plan.views, parameter_shapes(dict(model.named_parameters()), plan.views)
         self.kept_at(self.sparsity)
         events = cubic(self.sparsity, plan.steps, every=self.every, start=self.start, stop=self.stop)

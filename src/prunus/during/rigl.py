@@ -66,6 +66,7 @@ class RigL(During):
         self.check(plan.steps, plan.epoch_steps)
         self.plan, self.end = plan, self.stop * plan.steps
         self.hold_masks(model, optimizer, plan.views, within=plan.masks)
+        self.zero_when_resumed()
         self.set_masks_(random_topology(model, plan, self.sparsity, self.topology, self.seed))
         # The step's gradients, and whose they are: written before they are read, so no part of the state.
         self.seen, self.fresh = nn.Module(), frozenset[str]()

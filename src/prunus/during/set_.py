@@ -64,6 +64,7 @@ class SET(During):
         self.check(plan.steps, plan.epoch_steps)
         self.plan, self.every = plan, self.delta or plan.epoch_steps
         self.hold_masks(model, optimizer, plan.views, within=plan.masks)
+        self.zero_when_resumed()
         self.set_masks_(random_topology(model, plan, self.sparsity, self.topology, self.seed))
 
     def before_step(self, step: int) -> None:

@@ -81,7 +81,9 @@ class Checkpoint:
         self.optimizer.load_state_dict(_placed(state["optimizer"], self.optimizer))
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
-        set_random_state(state["random"][ranks.index() if self.shared else 0], self.model)
+        states, own = state["random"], ranks.index() if self.shared else 0
+        if own < len(states):  # a process that those who wrote it had not, draws as its caller began it
+            set_random_state(states[own], self.model)
         _logger.info("Resuming from %s after step %d.", self.path, state["step"])
         return state["step"], state["trace"]
 

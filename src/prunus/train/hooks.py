@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -142,6 +143,10 @@ class During(nn.Module):
             mask = self.given[name].clone() if name in self.given else torch.ones_like(parameter, dtype=torch.bool)
             self.kept.register_buffer(f"mask{place}", pack(mask.flatten()) if packed else mask)
 
+    def zero_when_resumed(self) -> None:
+        """Zero pruned weights whenever a checkpoint, which holds no frozen ones, is loaded; called by `attach`."""
+        self.register_load_state_dict_post_hook(_enforce_)
+
     def held(self) -> Mapping[str, Tensor]:
         """Parameter name -> its bool mask: the buffer itself, or made of it at each look where masks are packed."""
         buffers = dict(zip(self.pruned_parameters, self.kept.buffers(), strict=True))
@@ -211,6 +216,10 @@ class During(nn.Module):
         self.set_masks_(masks_by_magnitude(self.pruned_parameters, sparsity, within=self.given))
         self.enforce_()
         return self.masks()
+
+
+def _enforce_(method: Any, _: object) -> None:
+    method.enforce_()
 
 
 def _factors() -> tuple[type, ...]:

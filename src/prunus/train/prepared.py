@@ -6,6 +6,7 @@ its own. accelerate's Accelerator keeps both in singletons, and empties the envi
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -40,9 +41,9 @@ def prepared(
     average gradients themselves: DistributedDataParallel would in hooks, at its own times and on streams of its own.
     """
     apart = shared and asked()
-    if ranks.count() > 1:
-        model.to(ranks.join(torch.device(next(model.parameters()).device.type)))
-    rates = [group["lr"] for group in optimizer.param_groups]
+    rates = [
+        copy.deepcopy(group["lr"]) for group in optimizer.param_groups
+    ]  # a recorded step's is a tensor, and filled
     with ExitStack() as stack:
         inner = stack.enter_context(sharded(model, optimizer)) if apart else model
         stack.enter_context(_in_precision(inner, precision))
@@ -53,10 +54,8 @@ def prepared(
         optimizer.zero_grad()
         stack.enter_context(in_mode(inner, training=True))
         if shared and recorded:
-            _make_alike_((*inner.parameters(), *inner.buffers()))
+            make_alike_((*inner.parameters(), *inner.buffers()))
         yield inner, wrapped
-        if shared:  # BatchNorm's statistics are those of a process's own part of the batches
-            _make_alike_(inner.buffers())
 
 
 def _in_precision(model: nn.Module, precision: Precision) -> AbstractContextManager[None]:
@@ -97,8 +96,11 @@ def _leave_(optimizer: torch.optim.Optimizer, rates: list[Any]) -> None:
 
 
 @torch.no_grad()
-def _make_alike_(tensors: Iterable[Tensor]) -> None:
-    """Every process has the first one's tensors, as with DistributedDataParallel; masks are the same anyway."""
+def make_alike_(tensors: Iterable[Tensor]) -> None:
+    """Every process has the first one's tensors, as with DistributedDataParallel; masks are the same anyway.
+
+    >>> make_alike_([torch.ones(2)])  # a single process
+    """
     for tensor in tensors:
         if tensor.dtype != torch.bool:
             sent = tensor.detach().contiguous()

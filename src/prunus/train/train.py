@@ -33,7 +33,7 @@ from prunus.train.capture import Capture, CapturedStep, Kept, captures, set_rate
 from prunus.train.checkpoint import Checkpoint, Clock, held, options_of, resumable
 from prunus.train.hooks import During, Plan
 from prunus.train.next_token import answered, next_token_loss
-from prunus.train.prepared import prepared
+from prunus.train.prepared import make_alike_, prepared
 from prunus.train.sharded import asked, check_whole, unsent
 from prunus.train.watch import Watch, Watched
 
@@ -161,43 +161,20 @@ def train(
     >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     >>> train(model, batches, optimizer, linear_warmup_decay(100), steps=100).losses[-1]
     """
-    if steps < 1 or accumulate < 1:
-        raise ValueError(
-            f"Training needs at least 1 step of 1 micro batch; got steps={steps}, accumulate={accumulate}."
-        )
-    if (clip is not None and not clip > 0) or (report_every is not None and report_every < 1):
-        raise ValueError(
-            f"Training clips gradients to a norm > 0, reports every >= 1 steps; got {clip=}, {report_every=}."
-        )
-    if not callable(batches) or not callable(lr):
-        raise ValueError(
-            "batches and lr are functions of the step, such as lambda step: parts[step % len(parts)] of "
-            f"parts = list(loader), and lambda step: 1.0; got a {type(batches).__name__} and a {type(lr).__name__}."
-        )
-    closure = signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is Parameter.empty:
-        raise ValueError(
-            f"{type(optimizer).__name__} asks for the loss several times a step (a closure), and train gives it once: "
-            "take an optimizer that steps by gradients alone, such as torch.optim.AdamW."
-        )
+    _check_numbers(steps, accumulate, clip, report_every)
+    _check_parts(model, batches, optimizer, lr)
     if isinstance(capture, Kept) and checkpoint is not None:
         raise ValueError(f"A run whose recorded step is kept begins anew: leave out checkpoint={str(checkpoint)!r}.")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError("The model has no parameter that requires gradients: nothing would be trained.")
     device = next(model.parameters()).device
     scaler = _scaler(precision, device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     shared = shared and ranks.count() > 1
     recorded = captures(capture, model, optimizer, shared=shared, scaled=precision == "fp16")
-    if during or shared:
-        check_whole(model)
-    if during and shared and asked():
-        raise ValueError("Methods that take part in training need whole weights: launch without --use_fsdp.")
-    if during:
-        _check_during(precision, watch)
-    if watch is not None and shared and asked():
-        raise ValueError("A model is not measured while its weights are sharded: leave out watch, or --use_fsdp.")
+    _check_together(model, during, watch, precision, shared=shared)
+    if ranks.count() > 1:
+        device = ranks.join(torch.device(device.type))
+        model.to(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     prunable = find_layers(unwrapped(model)) if during and views is None else _own_views(model, views or ())
     given = Masks({own_name(name): mask for name, mask in (masks or {}).items()})
     plan, started = Plan(steps, epoch_steps or steps, tuple(prunable), accumulate, given), time.perf_counter()
@@ -259,7 +236,54 @@ def train(
                 trace.report()
                 break
         watched.finish_()
+        if shared:  # BatchNorm's statistics, and means of them, are of a process's own part of the batches
+            make_alike_(each for part in (inner, *during) for each in part.buffers() if each.device == own)
         return replace(trace.read(), watched=watched.seen)
+
+
+def _check_numbers(steps: int, accumulate: int, clip: float | None, report_every: int | None) -> None:
+    if steps < 1 or accumulate < 1:
+        raise ValueError(
+            f"Training needs at least 1 step of 1 micro batch; got steps={steps}, accumulate={accumulate}."
+        )
+    if (clip is not None and not clip > 0) or (report_every is not None and report_every < 1):
+        raise ValueError(
+            f"Training clips gradients to a norm > 0, reports every >= 1 steps; got {clip=}, {report_every=}."
+        )
+
+
+def _check_parts(model: nn.Module, batches: object, optimizer: torch.optim.Optimizer, lr: object) -> None:
+    if not callable(batches) or not callable(lr):
+        raise ValueError(
+            "batches and lr are functions of the step, such as lambda step: parts[step % len(parts)] of "
+            f"parts = list(loader), and lambda step: 1.0; got a {type(batches).__name__} and a {type(lr).__name__}."
+        )
+    closure = signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is Parameter.empty:
+        raise ValueError(
+            f"{type(optimizer).__name__} asks for the loss several times a step (a closure), and train gives it once: "
+            "take an optimizer that steps by gradients alone, such as torch.optim.AdamW."
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("The model has no parameter that requires gradients: nothing would be trained.")
+
+
+def _check_together(
+    model: nn.Module, during: Sequence[During], watch: Watch | None, precision: Precision, *, shared: bool
+) -> None:
+    """Raise ValueError where methods, a watch, 16 bits and sharded weights do not go together."""
+    if during or shared:
+        check_whole(model)
+    if during and shared and asked():
+        raise ValueError("Methods that take part in training need whole weights: launch without --use_fsdp.")
+    if during and precision == "fp16":
+        raise ValueError("Methods that take part in training read gradients, which fp16 scales: use bf16 or fp32.")
+    if during and watch is not None and (watch.keep_best or watch.patience is not None):
+        raise ValueError(
+            "Masks of methods that take part are final at the end alone: leave out the watch's keep_best and patience."
+        )
+    if watch is not None and shared and asked():
+        raise ValueError("A model is not measured while its weights are sharded: leave out watch, or --use_fsdp.")
 
 
 def _told(plan: Plan) -> dict[str, Any]:
@@ -305,15 +329,6 @@ def _check_trained(model: nn.Module, optimizer: torch.optim.Optimizer, during: S
         raise ValueError(
             "The optimizer has none of the parameters that require gradients, so nothing would be trained: make it "
             "after the model is adapted, of adaptation.param_groups(lr)"
-        )
-
-
-def _check_during(precision: Precision, watch: Watch | None) -> None:
-    if precision == "fp16":
-        raise ValueError("Methods that take part in training read gradients, which fp16 scales: use bf16 or fp32.")
-    if watch is not None and (watch.keep_best or watch.patience is not None):
-        raise ValueError(
-            "Masks of methods that take part are final at the end alone: leave out the watch's keep_best and patience."
         )
 
 
@@ -433,9 +448,13 @@ class _Run:
 
     def _weights(self) -> dict[str, Tensor]:
         """What methods put in place of the model's own weights for this forward pass and the backward pass after it."""
-        weights: dict[str, Tensor] = {}
+        weights, by = dict[str, Tensor](), dict[str, str]()
         for method in self.during:
-            weights |= method.weights()
+            own, kind = method.weights(), type(method).__name__
+            if name := next((name for name in own if name in by), None):
+                raise ValueError(f"{by[name]} and {kind} both put other weights in place of '{name}': take one of them")
+            weights |= own
+            by |= dict.fromkeys(own, kind)
         return weights
 
 
