@@ -25,9 +25,8 @@ __all__ = ["Aim", "SentenceBatches", "Sentences", "read_sentences", "sentence_ba
 Aim = Literal["classes", "values", "embeddings"]
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 _WORDS = 3  # of a sentence that a text is cut into, at least
-_DECIMAL = re.compile(
-    r"[+-]?(\d+\.\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE
-)  # a value, or a whole number that a tool wrote so
+# A value, or a whole number that a tool wrote so.
+_DECIMAL = re.compile(r"[+-]?(\d+\.\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -89,8 +88,7 @@ class GMP(During):
 
     def _choose(self, sparsity: float) -> Masks:
         held, weights = self.held(), magnitudes(self.pruned_parameters)
-        if self.variant == "hard":
-            weights = {name: weight.masked_fill_(~held[name], -torch.inf) for name, weight in weights.items()}
-        scores = {view.name: limited(view.matrix(weights[view.parameter]), view, self.given) for view in self.views}
+        earlier = held if self.variant == "hard" else self.given
+        scores = {view.name: limited(view.matrix(weights[view.parameter]), view, earlier) for view in self.views}
         chosen = keep_allocated(Scores(scores, self.shapes), sparsity, self.allocation)
         return Masks.of(self.views, chosen, {name: mask.shape for name, mask in held.items()})

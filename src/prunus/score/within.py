@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from prunus.patterns import Pattern
 
 
-def limited(score: Tensor, view: View, within: Masks) -> Tensor:
+def limited(score: Tensor, view: View, within: Mapping[str, Tensor]) -> Tensor:
     """The score (out, in) with -inf where earlier masks prune; itself where they do not know the parameter."""
     if view.parameter not in within:
         return score

@@ -39,6 +39,7 @@ __all__ = [
     "choose_blocks",
     "heads_of",
     "left_of",
+    "other_attention",
     "pairs_left",
     "rebuilt",
     "remove_blocks",
@@ -131,10 +132,7 @@ def remove_heads(
     parts = [part for part in _parts(model, tokens) if len(part.makers) == 3]
     found = {(*sorted(_height(model, maker) for maker in part.makers), _width(model, part.reader)) for part in parts}
     if found != {(pairs * size, pairs * size, heads * size, heads * size)}:
-        raise ValueError(
-            f"shrink.heads: the attention of {type(model).__name__} is not of {heads} heads of {size} with {pairs} "
-            "keys and values, each a matrix of its own; leave it out"
-        )
+        raise other_attention(model)
     if stay == pairs:
         return model
     group = heads // pairs
@@ -580,6 +578,15 @@ def resized_config(model: Any, old: int, new: int, state: Mapping[str, Tensor], 
         if _other_sizes(empty_model(config, model.dtype), state) is None:
             return config
     raise ValueError(f"shrink.{what}: no number in the config of {type(model).__name__} says that there are {old}")
+
+
+def other_attention(model: Any) -> ValueError:
+    """What is said of attention that is not of query, key, value and output, each a matrix of its own."""
+    heads, pairs, size = heads_of(model.config)
+    return ValueError(
+        f"shrink.heads: the attention of {type(model).__name__} is not of {heads} heads of {size} with {pairs} "
+        "keys and values, each a matrix of its own; leave it out"
+    )
 
 
 def resizings(config: Any, old: int, new: int) -> Iterator[Any]:

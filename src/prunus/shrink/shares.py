@@ -12,7 +12,16 @@ from prunus.blocks import find_blocks
 from prunus.checkpoint import empty_model
 from prunus.layers import View, find_layers
 from prunus.shrink.experts import experts_left
-from prunus.shrink.language import blocks_without, changed, heads_of, left_of, pairs_left, resizings, with_pairs
+from prunus.shrink.language import (
+    blocks_without,
+    changed,
+    heads_of,
+    left_of,
+    other_attention,
+    pairs_left,
+    resizings,
+    with_pairs,
+)
 
 __all__ = ["check_shares", "narrowed"]
 
@@ -94,10 +103,7 @@ def _check_matrices(model: Any, heads: int, pairs: int, size: int) -> None:
     hidden = model.config.get_text_config().hidden_size
     wanted = Counter([(heads * size, hidden), (pairs * size, hidden), (pairs * size, hidden), (hidden, heads * size)])
     if not any(wanted <= Counter(view.shape for view in views) for views in _by_block(model)):
-        raise ValueError(
-            f"shrink.heads: the attention of {type(model).__name__} is not of {heads} heads of {size} with {pairs} "
-            "keys and values, each a matrix of its own; leave it out"
-        )
+        raise other_attention(model)
 
 
 def _check_plain(model: Any) -> None:

@@ -41,9 +41,8 @@ def prepared(
     average gradients themselves: DistributedDataParallel would in hooks, at its own times and on streams of its own.
     """
     apart = shared and asked()
-    rates = [
-        copy.deepcopy(group["lr"]) for group in optimizer.param_groups
-    ]  # a recorded step's is a tensor, and filled
+    # A recorded step's learning rate is a tensor, and filled.
+    rates = [copy.deepcopy(group["lr"]) for group in optimizer.param_groups]
     with ExitStack() as stack:
         inner = stack.enter_context(sharded(model, optimizer)) if apart else model
         stack.enter_context(_in_precision(inner, precision))
